@@ -1,0 +1,102 @@
+"""Runs the experiment that a config describes, on one device or on a pod.
+
+    python launch.py --config=configs/mnist.py[:preset] [--workdir=DIR] [--config.key=value ...]
+
+Exit code 0: done. 2: a mistake in what was asked, told in one line before any compute. 143: stopped by a signal,
+state saved; the same command goes on from there.
+"""
+
+import importlib
+import importlib.util
+import os
+import sys
+
+import absl.logging
+from absl import app, flags
+
+import jax
+from ml_collections import config_flags
+
+from sublim_jax import signals
+from sublim_jax.assets import cache_folder
+from sublim_jax.errors import Interrupted, UserError
+from sublim_jax.progress import say
+from sublim_jax.workdir import Workdir
+
+_CONFIG = config_flags.DEFINE_config_file("config", help_string="Config file, with :preset after a colon.")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder for results and checkpoints, local or gs://; runs/EXPERIMENT-PRESET if left out."
+)
+_UPDATE = flags.DEFINE_bool(
+    "update", False, "Accept a workdir of another config: reuse what still holds, replace the results."
+)
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "host:port of the first process, where no cluster manager is found."
+)
+_PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes, with --coordinator.")
+_PROCESS = flags.DEFINE_integer("process_id", None, "This process's number, with --coordinator.")
+
+
+def main(_: list[str]) -> None:
+    config = _CONFIG.value
+    if config is None:
+        raise UserError("--config is missing; try --config=configs/mnist.py")
+    name = f"sublim_jax.experiments.{config.get('experiment', '')}"
+    if not importlib.util.find_spec(name):
+        raise UserError(f"config.experiment={config.get('experiment')!r} is no experiment of sublim_jax")
+    join_cluster()
+    signals.install()
+    workdir = Workdir(_WORKDIR.value or f"runs/{config.experiment}-{config.preset}")
+    importlib.import_module(name).run(config, workdir, update=_UPDATE.value)
+
+
+def join_cluster() -> None:
+    """Joins the processes of a TPU pod, SLURM, GKE or --coordinator; alone where there is none."""
+    if _COORDINATOR.value:
+        if _PROCESSES.value is None or _PROCESS.value is None:
+            raise UserError("--coordinator needs --num_processes and --process_id")
+        if jax.config.jax_platforms is None and not _accelerator():
+            jax.config.update("jax_platforms", "cpu")
+        jax.distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+        return
+    try:
+        jax.distributed.initialize()
+    except ValueError:  # no cluster here
+        return
+
+
+def _accelerator() -> bool:
+    return any(os.path.exists(path) for path in ("/dev/nvidia0", "/dev/accel0", "/dev/vfio/0"))
+
+
+def parse_flags(args: list[str]) -> list[str]:
+    try:
+        return flags.FLAGS(args)
+    except Exception as error:  # a config file or an override may raise anything
+        text = " ".join(str(error).split())
+        raise SystemExit(fail(text or type(error).__name__)) from None
+
+
+def fail(text: str) -> int:
+    print(f"launch.py: {text}", file=sys.stderr)
+    return 2
+
+
+def run(args: list[str]) -> int:
+    """`main` with its exit code."""
+    if not flags.FLAGS["verbosity"].present:
+        absl.logging.set_verbosity(absl.logging.WARNING)
+    try:
+        main(args)
+    except UserError as error:
+        return fail(str(error))
+    except Interrupted as stop:
+        say(f"{stop}; the same command goes on from the last checkpoint")
+        return 143
+    return 0
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+    app.run(run, flags_parser=parse_flags)

@@ -1,0 +1,81 @@
+"""Checkpoints of a training run, and finished trees of arrays, through orbax: asynchronous and atomic."""
+
+import json
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
+from orbax.checkpoint import v1 as ocp
+
+from sublim_jax.progress import say
+
+KEPT = 2  # the newest, and one to fall back to
+
+
+def abstract(tree: Any) -> Any:
+    """Shapes, dtypes and shardings of a tree of arrays: what a load needs to know."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
+class Checkpoints:
+    """The checkpoints of one training run: the state, and where each process stands in its data."""
+
+    def __init__(self, directory: epath.PathLike):
+        self._checkpointer = ocp.training.Checkpointer(
+            epath.Path(directory).absolute(),
+            preservation_policy=ocp.training.preservation_policies.LatestN(KEPT),
+            cleanup_tmp_directories=True,
+        )
+
+    def close(self) -> None:
+        """Waits for a save under way."""
+        self._checkpointer.close()
+
+    def save(self, step: int, state: Any, data_position: dict[str, Any] | None) -> None:
+        """Starts a save and returns once the arrays are copied; a half-written one is never seen."""
+        self._checkpointer.save_checkpointables_async(
+            step,
+            {"state": state},
+            custom_metadata={"data_positions": _gather_json(data_position)},
+            force=True,
+            overwrite=True,
+        )
+
+    def restore(self, like: Any) -> tuple[Any, dict[str, Any] | None] | None:
+        """The newest readable state and this process's data position, on the shardings of `like`.
+
+        An unreadable checkpoint is reported and passed over for the one before it. None if there is none.
+        """
+        for found in reversed(self._checkpointer.checkpoints):
+            try:
+                state = self._checkpointer.load_checkpointables(found.step, {"state": abstract(like)})["state"]
+                positions = self._checkpointer.metadata(found.step).custom_metadata["data_positions"]
+                return state, positions[jax.process_index()]
+            except Exception as error:  # whatever a damaged file makes the storage libraries raise
+                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                say(f"the checkpoint of step {found.step} is unreadable, going back to the one before it ({reason})")
+        return None
+
+
+def save_tree(path: epath.Path, tree: Any) -> None:
+    """Writes a tree of arrays, whole or not at all."""
+    ocp.save(path.absolute(), tree, overwrite=True)
+
+
+def load_tree(path: epath.Path, like: Any) -> Any:
+    """Reads a tree of arrays onto the shapes, dtypes and shardings of `like`."""
+    return ocp.load(path.absolute(), abstract_state=abstract(like))
+
+
+def _gather_json(value: Any) -> list[Any]:
+    """One JSON value a process, on every process."""
+    if jax.process_count() == 1:
+        return [value]
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.int32(text.size))
+    padded = np.zeros(int(sizes.max()), np.uint8)
+    padded[: text.size] = text
+    rows = multihost_utils.process_allgather(padded)
+    return [json.loads(bytes(row[:size]).decode()) for row, size in zip(rows, sizes)]

@@ -1,0 +1,9 @@
+"""The two ways in which a run ends early on purpose."""
+
+
+class UserError(Exception):
+    """A mistake that the user can mend: one line that says what is wrong and what to do (exit code 2)."""
+
+
+class Interrupted(Exception):
+    """A signal stopped the run after its state was saved (exit code 143)."""

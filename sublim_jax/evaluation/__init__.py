@@ -1,0 +1,1 @@
+"""What a trained model does, and what may be said of it."""

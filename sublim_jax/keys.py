@@ -1,0 +1,27 @@
+"""Random keys, folded from the config's seed and a name: no other source of randomness exists here."""
+
+import hashlib
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int, Key
+
+
+def named_key(seed: int, name: str) -> Key[Array, ""]:
+    """The key of one named purpose under a seed; the same on every machine and device count."""
+    word = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little")
+    return jax.random.fold_in(jax.random.key(seed), word)
+
+
+def run_keys(seed: int, name: str, runs: Sequence[int]) -> Key[Array, "runs"]:
+    """One key a run. A run's key depends on its own number alone, not on how many runs ride along."""
+    return fold_all(jnp.broadcast_to(named_key(seed, name), (len(runs),)), jnp.asarray(runs, jnp.uint32))
+
+
+def fold_all(keys: Key[Array, "*replicas"], data: Int[Array, "*replicas"] | int) -> Key[Array, "*replicas"]:
+    """`jax.random.fold_in` on every key of an array of keys."""
+    fold = jax.random.fold_in
+    for _ in range(keys.ndim):
+        fold = jax.vmap(fold)
+    return fold(keys, jnp.broadcast_to(jnp.asarray(data, jnp.uint32), keys.shape))

@@ -1,0 +1,1 @@
+"""What a network computes. Models know nothing of training."""

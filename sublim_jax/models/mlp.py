@@ -1,0 +1,77 @@
+"""The multilayer perceptron of the MNIST experiment (paper §6.2)."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Float, Key
+
+Params = dict[str, Any]
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "relu": jax.nn.relu,
+    "gelu": jax.nn.gelu,
+    "silu": jax.nn.silu,
+    "tanh": jax.numpy.tanh,
+    "sigmoid": jax.nn.sigmoid,
+    "linear": lambda x: x,
+}
+
+
+class MLP(nnx.Module):
+    """Affine layers with an activation between them; weights N(0, 1/fan_in), biases 0."""
+
+    def __init__(self, widths: Sequence[int], activation: str, *, rngs: nnx.Rngs):
+        self.activation = ACTIVATIONS[activation]
+        self.layers = nnx.List(
+            nnx.Linear(
+                inputs,
+                outputs,
+                kernel_init=nnx.initializers.variance_scaling(1.0, "fan_in", "normal"),
+                rngs=rngs,
+            )
+            for inputs, outputs in zip(widths, widths[1:])
+        )
+
+    def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch logits"]:
+        *hidden, last = self.layers
+        for layer in hidden:
+            x = self.activation(layer(x))
+        return last(x)
+
+
+class Functions(NamedTuple):
+    """A network as two pure functions of plain parameter dicts."""
+
+    init: Callable[[Key[Array, ""]], Params]
+    apply: Callable[[Params, Float[Array, "*batch inputs"]], Float[Array, "*batch logits"]]
+
+
+def mlp(widths: Sequence[int], activation: str = "relu") -> Functions:
+    """`init(key)` and `apply(params, x)` of the MLP with layer sizes `widths`, inputs and logits included."""
+    graphdef, _ = nnx.split(nnx.eval_shape(lambda: MLP(widths, activation, rngs=nnx.Rngs(0))), nnx.Param)
+
+    def init(key: Key[Array, ""]) -> Params:
+        return nnx.to_pure_dict(nnx.split(MLP(widths, activation, rngs=nnx.Rngs(key)), nnx.Param)[1])
+
+    def apply(params: Params, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch logits"]:
+        return nnx.merge(graphdef, params)(x)
+
+    return Functions(init, apply)
+
+
+def perturb(params: Params, key: Key[Array, ""], distance: float) -> Params:
+    """Weights moved by `distance` times their own initial standard deviation, in a random direction.
+
+    Biases start at 0 without spread and stay there.
+    """
+
+    def move(path: jax.tree_util.KeyPath, leaf: Array, leaf_key: Array) -> Array:
+        if path[-1].key != "kernel":  # type: ignore[attr-defined]
+            return leaf
+        return leaf + distance * leaf.shape[0] ** -0.5 * jax.random.normal(leaf_key, leaf.shape)
+
+    structure = jax.tree.structure(params)
+    keys = jax.tree.unflatten(structure, list(jax.random.split(key, structure.num_leaves)))
+    return jax.tree_util.tree_map_with_path(move, params, keys)

@@ -1,0 +1,61 @@
+"""How far a long piece of work is: a bar on a terminal, plain lines in a pipe, silence on other hosts."""
+
+import sys
+import time
+from types import TracebackType
+
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+def say(text: str) -> None:
+    """One line for the user, from the first process only."""
+    if jax.process_index() == 0:
+        print(text, flush=True)
+
+
+class Track:
+    """Progress of `total` steps; `update(step, note)` moves it to an absolute step."""
+
+    def __init__(self, what: str, total: int, start: int = 0):
+        self._what, self._total, self._start = what, total, start
+        self._step = start
+        self._began = self._said = time.monotonic()
+        self._bar: Progress | None = None
+        self._quiet = jax.process_index() != 0
+
+    def __enter__(self) -> "Track":
+        if not self._quiet and sys.stdout.isatty():
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[rate]}"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+                console=Console(file=sys.stdout),
+            )
+            self._task = self._bar.add_task(self._what, total=self._total, completed=self._start, rate="", note="")
+            self._bar.start()
+        return self
+
+    def update(self, step: int, note: str = "") -> None:
+        self._step = step
+        now = time.monotonic()
+        rate = (step - self._start) / max(now - self._began, 1e-9)
+        if self._bar:
+            self._bar.update(self._task, completed=step, rate=f"{rate:.1f} steps/s", note=note)
+        elif not self._quiet and now - self._said >= SECONDS_BETWEEN_LINES:
+            self._said = now
+            left = (self._total - step) / rate if rate else float("inf")
+            print(f"{self._what}: {step}/{self._total}, {rate:.1f} steps/s, {left:.0f} s left {note}", flush=True)
+
+    def __exit__(self, kind: type[BaseException] | None, *_: BaseException | TracebackType | None) -> None:
+        if self._bar:
+            self._bar.stop()
+        elif not self._quiet:
+            seconds = time.monotonic() - self._began
+            print(f"{self._what}: {self._step}/{self._total} in {seconds:.1f} s", flush=True)

@@ -1,0 +1,87 @@
+"""The mesh, and which axis of what goes where.
+
+Three mesh axes: `replica` (independent runs of one experiment), `fsdp` (rows of a batch; parameters are split
+along it too) and `tensor` (the width of a layer).
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from sublim_jax.errors import UserError
+
+AXES = ("replica", "fsdp", "tensor")
+
+# First match wins. A spec covers a parameter's own axes; replica axes in front are added by
+# `parameter_shardings`, which also leaves an axis whole where the mesh does not divide it.
+PARAMETER_RULES: tuple[tuple[str, PartitionSpec], ...] = (
+    (r"kernel$", PartitionSpec("fsdp", "tensor")),
+    (r"", PartitionSpec()),
+)
+
+
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh over all devices with the given axis sizes; one of them may be -1 and takes the rest.
+
+    Raises UserError where the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    shape = [sizes[axis] for axis in AXES]
+    asked = "×".join(f"{axis}={size}" for axis, size in zip(AXES, shape))
+    if shape.count(-1) > 1 or any(size == 0 or size < -1 for size in shape):
+        raise UserError(f"mesh {asked}: sizes are positive, and at most one is -1; mend --config.mesh.*")
+    rest, remainder = divmod(len(devices), int(np.prod([size for size in shape if size != -1])))
+    if remainder or (-1 not in shape and rest != 1):
+        raise UserError(f"mesh {asked} does not fit {len(devices)} device(s); set --config.mesh.* to divide them")
+    shape = [rest if size == -1 else size for size in shape]
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def divide(mesh: Mesh, axis: str, size: int, what: str) -> None:
+    """Raises UserError unless `size` divides over a mesh axis."""
+    if size % mesh.shape[axis]:
+        raise UserError(
+            f"{what}={size} does not divide over {axis}={mesh.shape[axis]} of the mesh; "
+            f"choose a multiple of {mesh.shape[axis]}, or set --config.mesh.{axis}"
+        )
+
+
+def named(mesh: Mesh, *axes: str | None) -> NamedSharding:
+    """A sharding by mesh axis names, one for each array axis from the front."""
+    return NamedSharding(mesh, PartitionSpec(*axes))
+
+
+def parameter_shardings(params: Any, mesh: Mesh, replica_axes: int = 0) -> Any:
+    """A tree of shardings for parameters whose first `replica_axes` axes count replicas."""
+
+    def sharding(path: jax.tree_util.KeyPath, leaf: Any) -> NamedSharding:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        rule = next(spec for pattern, spec in PARAMETER_RULES if re.search(pattern, name))
+        own = leaf.shape[replica_axes:]
+        axes = [axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(rule, own)]
+        replicas = (["replica"] + [None] * replica_axes)[:replica_axes]
+        return named(mesh, *replicas, *axes)
+
+    return jax.tree_util.tree_map_with_path(sharding, params)
+
+
+def put(tree: Any, sharding: NamedSharding) -> Any:
+    """Host arrays, equal on every process, as global arrays; each process copies only its own part."""
+
+    def place(leaf: Any) -> jax.Array:
+        leaf = np.asarray(leaf)
+        return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
+
+    return jax.tree.map(place, tree)
+
+
+def fetch(tree: Any) -> Any:
+    """Global arrays as host arrays, whole on every process."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    return multihost_utils.process_allgather(tree, tiled=True)

@@ -1,0 +1,66 @@
+"""SIGTERM and Ctrl-C, turned into an orderly end.
+
+Outside the training loop a signal raises `Interrupted` where the program stands: artefacts are written whole
+or not at all, so nothing is lost. Inside it the loop asks `requested`, saves, and then raises.
+"""
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import jax
+from jax.experimental import multihost_utils
+
+from sublim_jax.errors import Interrupted
+
+
+def install() -> None:
+    """Makes SIGTERM and SIGINT raise `Interrupted`. Of several hosts, JAX's preemption service hears SIGTERM."""
+    if jax.process_count() > 1:
+        signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        return
+
+    def stop(number: int, _: FrameType | None) -> None:
+        raise Interrupted(f"stopped by {signal.Signals(number).name}")
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+
+
+class Deferred:
+    """Signals heard but not yet acted upon. A second one stops at once."""
+
+    def __init__(self) -> None:
+        self.heard: str | None = None
+
+    def requested(self, step: int) -> bool:
+        """Whether to stop before `step`; all processes of a cluster agree on the answer."""
+        if jax.process_count() > 1:
+            if multihost_utils.reached_preemption_sync_point(step):
+                self.heard = "SIGTERM"
+        return self.heard is not None
+
+
+@contextmanager
+def deferred() -> Iterator[Deferred]:
+    """Within the block, SIGTERM and SIGINT are noted instead of raised."""
+    state = Deferred()
+    if jax.process_count() > 1:
+        yield state
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def note(number: int, _: FrameType | None) -> None:
+        state.heard = signal.Signals(number).name
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield state
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,260 @@
+"""The one training loop. It owns jit, shardings, donation, the replica axis, several steps a dispatch,
+accumulation, checkpoints, signals, metrics and progress. It never learns what it trains.
+
+A *loss* is a pure function `loss(params, frozen, batch, key) -> ((total, count), metrics)`: weighted sums and the
+sums of their weights (metrics likewise, `{name: (total, count)}`), so that micro-batches add up exactly. The shape
+of `total` is the shape of the replica axes: () for a single model, (R,) for R replicas stacked on the leading axis
+of every parameter, (R, M) for M members of each. The loss maps over them itself (`jax.vmap`), because it knows what
+the replicas share; the loop differentiates the sum, which keeps replicas independent, and maps the optimiser.
+
+Batches come from a pure function `batch(frozen, key, index)` that runs on the device, or from an iterator of host
+arrays with `get_state()` and `set_state(state)` (grain's protocol), each process yielding its own rows.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from etils import epath
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int, Key, PyTree
+
+from sublim_jax import signals
+from sublim_jax.checkpoints import Checkpoints
+from sublim_jax.errors import Interrupted
+from sublim_jax.keys import fold_all
+from sublim_jax.progress import Track
+from sublim_jax.sharding import named, parameter_shardings
+
+Total = tuple[Float[Array, "*replicas"], Float[Array, "*replicas"]]
+Metrics = dict[str, Total]
+Loss = Callable[[PyTree, PyTree, PyTree, Key[Array, "..."]], tuple[Total, Metrics]]
+Batch = Callable[[PyTree, Key[Array, "..."], Int[Array, ""]], PyTree]
+Log = Callable[[int, dict[str, np.ndarray]], None]
+
+
+class TrainState(NamedTuple):
+    params: PyTree
+    opt_state: PyTree
+    step: Int[Array, ""]
+
+
+class BatchIterator(Protocol):
+    def __next__(self) -> PyTree: ...
+    def get_state(self) -> dict[str, Any]: ...
+    def set_state(self, state: dict[str, Any]) -> None: ...
+
+
+
+def over_replicas(function: Callable[..., Any], axes: int) -> Callable[..., Any]:
+    """`function` mapped over `axes` leading axes of all its arguments."""
+    for _ in range(axes):
+        function = jax.vmap(function)
+    return function
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What one update does; compiled once for all runs that share its shapes.
+
+    Attributes:
+      loss: see the module's docstring; its `batch` and `key` are those of one micro-batch.
+      optimizer: mapped over the replica axes.
+      batch: the device function that makes a batch, or None where `fit` is given an iterator.
+      replica_axes: how many leading axes of every parameter count replicas; the first is split over the mesh.
+      batch_spec: mesh axes of a batch's leading axes.
+      accumulate: consecutive batches that make one update.
+      steps_per_dispatch: at most so many updates between two looks of the host.
+    """
+
+    loss: Loss
+    optimizer: optax.GradientTransformation
+    mesh: Mesh
+    batch: Batch | None = None
+    replica_axes: int = 0
+    batch_spec: PartitionSpec = PartitionSpec(("replica", "fsdp"))
+    accumulate: int = 1
+    steps_per_dispatch: int = 20
+
+    def init(self, params: PyTree) -> TrainState:
+        """A fresh state: the parameters copied onto the mesh by its rules, optimiser state beside them, step 0."""
+
+        def make(params: PyTree) -> TrainState:
+            opt_state = over_replicas(self.optimizer.init, self.replica_axes)(params)
+            return TrainState(jax.tree.map(jnp.copy, params), opt_state, jnp.zeros((), jnp.int32))
+
+        return jax.jit(make, out_shardings=self.shardings(jax.eval_shape(make, params)))(params)
+
+    def shardings(self, state: TrainState) -> TrainState:
+        """The sharding of each array of a state; optimiser moments lie where their parameters lie."""
+        params = parameter_shardings(state.params, self.mesh, self.replica_axes)
+        opt_state = optax.tree_map_params(
+            self.optimizer,
+            lambda _, sharding: sharding,
+            state.opt_state,
+            params,
+            transform_non_params=lambda _: named(self.mesh, *["replica"][: self.replica_axes]),
+        )
+        return TrainState(params, opt_state, named(self.mesh))
+
+    @cached_property
+    def dispatch(self) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
+        """`(state, frozen, rows, key, stop) -> (state at step `stop`, {metric: (steps_per_dispatch, *replicas)})`."""
+        return jax.jit(self._dispatch, donate_argnums=(0,))
+
+    # A loop with traced bounds: one compilation, and the same bits, however many steps a dispatch takes.
+    def _dispatch(
+        self, state: TrainState, frozen: PyTree, rows: PyTree, key: Key[Array, "..."], stop: Int[Array, ""]
+    ) -> tuple[TrainState, dict[str, Array]]:
+        first, keys = state.step, (fold_all(key, 0), fold_all(key, 1))
+        shardings = self.shardings(state)
+        shapes = jax.eval_shape(lambda: self._update(state, frozen, rows, keys, first)[1])
+        history = jax.tree.map(lambda x: jnp.zeros((self.steps_per_dispatch, *x.shape), x.dtype), shapes)
+
+        def body(carry: tuple[TrainState, dict[str, Array]]) -> tuple[TrainState, dict[str, Array]]:
+            state, history = carry
+            slot = state.step - first
+            state, means = self._update(state, frozen, rows, keys, first)
+            state = jax.lax.with_sharding_constraint(state, shardings)
+            return state, jax.tree.map(lambda h, m: h.at[slot].set(m), history, means)
+
+        state, history = jax.lax.while_loop(lambda carry: carry[0].step < stop, body, (state, history))
+        return state, jax.lax.with_sharding_constraint(history, named(self.mesh))
+
+    def _update(
+        self, state: TrainState, frozen: PyTree, rows: PyTree, keys: tuple[Array, Array], first: Int[Array, ""]
+    ) -> tuple[TrainState, dict[str, Array]]:
+        def micro(index: Int[Array, ""]) -> tuple[PyTree, Metrics]:
+            if self.batch is not None:
+                batch = self.batch(frozen, keys[0], index)
+            else:
+                batch = jax.tree.map(lambda row: row[index - first * self.accumulate], rows)
+            batch = jax.lax.with_sharding_constraint(batch, NamedSharding(self.mesh, self.batch_spec))
+            return self._gradients(state.params, frozen, batch, fold_all(keys[1], index))
+
+        index = state.step * self.accumulate
+        sums = micro(index)
+        if self.accumulate > 1:
+            sums = jax.lax.fori_loop(
+                1, self.accumulate, lambda i, sums: jax.tree.map(jnp.add, sums, micro(index + i)), sums
+            )
+        grads, metrics = sums
+        count = metrics["loss"][1]
+        count = jnp.where(count == 0, 1, count)  # a batch of weight 0 has gradient 0
+        grads = jax.tree.map(lambda g: g / count.reshape(count.shape + (1,) * (g.ndim - count.ndim)), grads)
+        updates, opt_state = over_replicas(self.optimizer.update, self.replica_axes)(
+            grads, state.opt_state, state.params
+        )
+        means = {name: total / count for name, (total, count) in metrics.items()}
+        return TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1), means
+
+    def _gradients(
+        self, params: PyTree, frozen: PyTree, batch: PyTree, key: Key[Array, "..."]
+    ) -> tuple[PyTree, Metrics]:
+        def summed(params: PyTree) -> tuple[Array, Metrics]:
+            total, metrics = self.loss(params, frozen, batch, key)
+            return jnp.sum(total[0]), {"loss": total, **metrics}
+
+        return jax.grad(summed, has_aux=True)(params)
+
+    def stack(self, batches: list[PyTree]) -> PyTree:
+        """Host batches of consecutive updates as global arrays of a dispatch's static size."""
+        batches = batches + batches[-1:] * (self.steps_per_dispatch * self.accumulate - len(batches))
+        sharding = NamedSharding(self.mesh, PartitionSpec(None, *self.batch_spec))
+        return jax.tree.map(
+            lambda *leaves: jax.make_array_from_process_local_data(sharding, np.stack(leaves)), *batches
+        )
+
+
+def fit(
+    program: Program,
+    state: TrainState,
+    *,
+    steps: int,
+    key: Key[Array, "..."],
+    frozen: PyTree = None,
+    iterator: BatchIterator | None = None,
+    checkpoints: epath.Path | None = None,
+    checkpoint_every: int = 200,
+    evaluate: Callable[[PyTree, int], None] | None = None,
+    evaluate_every: int = 200,
+    log: Log | None = None,
+    what: str = "training",
+) -> TrainState:
+    """Trains until `state.step == steps` and returns the state there. Donates `state`.
+
+    Args:
+      state: from `program.init`, or where an earlier `fit` ended.
+      key: one key, or an array of keys along the leading replica axes; every random draw is folded from it and
+        the index of the batch, so that resuming or regrouping replicas changes nothing.
+      frozen: arrays that are read and not trained (data, base weights), placed on the mesh by the caller.
+      iterator: host batches, where the program has no `batch` function.
+      checkpoints: directory of this run's checkpoints; where it holds one, training goes on from there.
+      evaluate: called with (params, step) every `evaluate_every` steps and at the end.
+      log: called with (first step, {metric: values of shape (steps, *replicas)}) after each dispatch.
+
+    Raises:
+      Interrupted: on SIGTERM or Ctrl-C, after saving.
+    """
+    key = jax.jit(lambda key: key, out_shardings=named(program.mesh, *["replica"][: key.ndim]))(key)
+    store = Checkpoints(checkpoints) if checkpoints else None
+    try:
+        if store and (restored := store.restore(state)):
+            state, position = restored
+            if iterator is not None:
+                iterator.set_state(position)
+        start = step = int(state.step)
+        pending: tuple[int, int, dict[str, Array]] | None = None
+
+        def due(every: int) -> bool:
+            return step % every == 0 or step == steps
+
+        def read(first: int, stop: int, history: dict[str, Array]) -> None:
+            values = {name: value[: stop - first] for name, value in jax.device_get(history).items()}
+            if log:
+                log(first, values)
+            track.update(stop, f"loss {np.mean(values['loss'][-1]):.4g}")
+
+        with signals.deferred() as signal, Track(what, steps, start) as track:
+            # The order is a contract: evaluate the old state; save it; stop here if asked to; only then take the
+            # next batches, so that a saved position never runs ahead of the state; dispatch; and while the device
+            # works read the metrics of the dispatch before.
+            while True:
+                if evaluate and due(evaluate_every):
+                    evaluate(state.params, step)
+                stopping = signal.requested(step)
+                if store and step > start and (stopping or (due(checkpoint_every) and step < steps)):
+                    store.save(step, state, iterator.get_state() if iterator is not None else None)
+                if stopping:
+                    raise Interrupted(f"stopped by {signal.heard} at step {step} of {what}")
+                if step == steps:
+                    break
+                stop = min(step + program.steps_per_dispatch, steps, _next(step, checkpoint_every))
+                stop = min(stop, _next(step, evaluate_every)) if evaluate else stop
+                with jax.transfer_guard("disallow"):  # only explicit transfers may touch the device here
+                    rows = None
+                    if iterator is not None:
+                        rows = program.stack([next(iterator) for _ in range((stop - step) * program.accumulate)])
+                    end = jax.device_put(np.int32(stop), named(program.mesh))
+                    state, history = program.dispatch(state, frozen, rows, key, end)
+                    if pending:
+                        read(*pending)
+                pending, step = (step, stop, history), stop
+            if pending:
+                read(*pending)
+        if signal.heard:
+            raise Interrupted(f"stopped by {signal.heard} at the end of {what}")
+        return state
+    finally:
+        if store:
+            store.close()
+
+
+def _next(step: int, every: int) -> int:
+    """The first multiple of `every` after `step`."""
+    return (step // every + 1) * every
