@@ -16,12 +16,12 @@ def named_key(seed: int, name: str) -> Key[Array, ""]:
 
 def run_keys(seed: int, name: str, runs: Sequence[int]) -> Key[Array, "runs"]:
     """One key a run. A run's key depends on its own number alone, not on how many runs ride along."""
-    return fold_all(jnp.broadcast_to(named_key(seed, name), (len(runs),)), jnp.asarray(runs, jnp.uint32))
+    return jax.vmap(jax.random.fold_in, (None, 0))(named_key(seed, name), jnp.asarray(runs, jnp.uint32))
 
 
-def fold_all(keys: Key[Array, "*replicas"], data: Int[Array, "*replicas"] | int) -> Key[Array, "*replicas"]:
-    """`jax.random.fold_in` on every key of an array of keys."""
+def fold_all(keys: Key[Array, "*replicas"], data: Int[Array, ""] | int) -> Key[Array, "*replicas"]:
+    """`jax.random.fold_in` of one number into every key of an array of keys."""
     fold = jax.random.fold_in
     for _ in range(keys.ndim):
-        fold = jax.vmap(fold)
-    return fold(keys, jnp.broadcast_to(jnp.asarray(data, jnp.uint32), keys.shape))
+        fold = jax.vmap(fold, (0, None))
+    return fold(keys, data)

@@ -13,8 +13,8 @@ arrays with `get_state()` and `set_state(state)` (grain's protocol), each proces
 
 import dataclasses
 from collections.abc import Callable
-from functools import cached_property
-from typing import Any, NamedTuple, Protocol
+from functools import lru_cache
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +44,7 @@ class TrainState(NamedTuple):
     step: Int[Array, ""]
 
 
+@runtime_checkable
 class BatchIterator(Protocol):
     def __next__(self) -> PyTree: ...
     def get_state(self) -> dict[str, Any]: ...
@@ -67,7 +68,9 @@ class Program:
       optimizer: mapped over the replica axes.
       batch: the device function that makes a batch, or None where `fit` is given an iterator.
       replica_axes: how many leading axes of every parameter count replicas; the first is split over the mesh.
-      batch_spec: mesh axes of a batch's leading axes.
+      batch_spec: mesh axes of a batch's leading axes: ("fsdp") for rows, ("replica", "fsdp") for replicas of rows.
+        Not (("replica", "fsdp")): rows split over both, under parameters split over one, make XLA's partitioner
+        leave out an all-reduce (openxla/xla issue 40034), and gradients are wrong without a word.
       accumulate: consecutive batches that make one update.
       steps_per_dispatch: at most so many updates between two looks of the host.
     """
@@ -77,7 +80,7 @@ class Program:
     mesh: Mesh
     batch: Batch | None = None
     replica_axes: int = 0
-    batch_spec: PartitionSpec = PartitionSpec(("replica", "fsdp"))
+    batch_spec: PartitionSpec = PartitionSpec("fsdp")
     accumulate: int = 1
     steps_per_dispatch: int = 20
 
@@ -102,17 +105,18 @@ class Program:
         )
         return TrainState(params, opt_state, named(self.mesh))
 
-    @cached_property
-    def dispatch(self) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
-        """`(state, frozen, rows, key, stop) -> (state at step `stop`, {metric: (steps_per_dispatch, *replicas)})`."""
-        return jax.jit(self._dispatch, donate_argnums=(0,))
+    def dispatch(
+        self, state: TrainState, frozen: PyTree, rows: PyTree, key: Key[Array, "..."], stop: Int[Array, ""]
+    ) -> tuple[TrainState, dict[str, Array]]:
+        """The state at step `stop`, and {metric: (steps_per_dispatch, *replicas)}. Compiled; donates `state`."""
+        shardings, structure = jax.tree.flatten(jax.tree.map(lambda x: x.sharding, state))
+        return _compiled(self, structure, tuple(shardings))(state, frozen, rows, key, stop)
 
     # A loop with traced bounds: one compilation, and the same bits, however many steps a dispatch takes.
     def _dispatch(
         self, state: TrainState, frozen: PyTree, rows: PyTree, key: Key[Array, "..."], stop: Int[Array, ""]
     ) -> tuple[TrainState, dict[str, Array]]:
         first, keys = state.step, (fold_all(key, 0), fold_all(key, 1))
-        shardings = self.shardings(state)
         shapes = jax.eval_shape(lambda: self._update(state, frozen, rows, keys, first)[1])
         history = jax.tree.map(lambda x: jnp.zeros((self.steps_per_dispatch, *x.shape), x.dtype), shapes)
 
@@ -120,11 +124,9 @@ class Program:
             state, history = carry
             slot = state.step - first
             state, means = self._update(state, frozen, rows, keys, first)
-            state = jax.lax.with_sharding_constraint(state, shardings)
             return state, jax.tree.map(lambda h, m: h.at[slot].set(m), history, means)
 
-        state, history = jax.lax.while_loop(lambda carry: carry[0].step < stop, body, (state, history))
-        return state, jax.lax.with_sharding_constraint(history, named(self.mesh))
+        return jax.lax.while_loop(lambda carry: carry[0].step < stop, body, (state, history))
 
     def _update(
         self, state: TrainState, frozen: PyTree, rows: PyTree, keys: tuple[Array, Array], first: Int[Array, ""]
@@ -169,6 +171,13 @@ class Program:
         return jax.tree.map(
             lambda *leaves: jax.make_array_from_process_local_data(sharding, np.stack(leaves)), *batches
         )
+
+
+@lru_cache
+def _compiled(program: Program, structure: Any, shardings: tuple[NamedSharding, ...]) -> Callable[..., Any]:
+    """`program._dispatch` with explicit output shardings: a state that comes back fits in again as it is."""
+    out_shardings = (jax.tree.unflatten(structure, shardings), named(program.mesh))
+    return jax.jit(program._dispatch, donate_argnums=(0,), out_shardings=out_shardings)
 
 
 def fit(

@@ -1,0 +1,374 @@
+"""The loop, shown on a tiny transformer, a least-squares fit with a closed form, and stacked replicas."""
+
+import dataclasses
+import os
+import shutil
+import signal
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from etils import epath
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+from sublim_jax import training
+from sublim_jax.errors import Interrupted
+from sublim_jax.objectives import cross_entropy
+from sublim_jax.sharding import named
+from sublim_jax.training import Program, fit
+
+VOCAB, LENGTH, WIDTH = 11, 6, 16
+
+
+class Transformer(nnx.Module):
+    """One block of causal attention and an MLP."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.embed = nnx.Embed(VOCAB, WIDTH, rngs=rngs)
+        self.attend = nnx.MultiHeadAttention(2, WIDTH, decode=False, use_bias=False, rngs=rngs)
+        self.up = nnx.Linear(WIDTH, 2 * WIDTH, rngs=rngs)
+        self.down = nnx.Linear(2 * WIDTH, WIDTH, rngs=rngs)
+
+    def __call__(self, tokens):
+        x = self.embed(tokens)
+        x = x + self.attend(x, mask=nnx.make_causal_mask(tokens))
+        return self.embed.attend(x + self.down(jax.nn.gelu(self.up(x))))
+
+
+def transformer():
+    graphdef, _ = nnx.split(nnx.eval_shape(lambda: Transformer(nnx.Rngs(0))), nnx.Param)
+    init = lambda key: nnx.to_pure_dict(nnx.split(Transformer(nnx.Rngs(key)), nnx.Param)[1])  # noqa: E731
+    return init, lambda params, tokens: nnx.merge(graphdef, params)(tokens)
+
+
+INIT, APPLY = transformer()
+
+
+def token_loss(params, frozen, batch, key):
+    logits = APPLY(params, batch["tokens"][..., :-1])
+    return cross_entropy(logits, batch["tokens"][..., 1:], weights=batch["weights"][..., 1:]), {}
+
+
+class Rows:
+    """Counting sequences, as an iterator whose position can be saved."""
+
+    def __init__(self, batch=8, seed=0):
+        self.batch, self.seed, self.position = batch, seed, 0
+
+    def __next__(self):
+        rng = np.random.default_rng((self.seed, self.position))
+        self.position += 1
+        start, step = rng.integers(0, VOCAB, (self.batch, 1)), rng.integers(1, 3, (self.batch, 1))
+        tokens = ((start + step * np.arange(LENGTH)) % VOCAB).astype(np.int32)
+        return {"tokens": tokens, "weights": (rng.random(tokens.shape) < 0.8).astype(np.float32)}
+
+    def get_state(self):
+        return {"position": self.position}
+
+    def set_state(self, state):
+        self.position = state["position"]
+
+
+def lm(mesh, **options):
+    return Program(token_loss, optax.adam(1e-2), mesh, **{"steps_per_dispatch": 4, **options})
+
+
+def start(program, seed=0):
+    return program.init(INIT(jax.random.key(seed)))
+
+
+def assert_bits(a, b):
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
+
+
+def assert_close(a, b, rtol=2e-4, atol=2e-5):
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=rtol, atol=atol), jax.device_get(a), jax.device_get(b))
+
+
+def test_a_transformer_learns_to_count(mesh_of):
+    program = lm(mesh_of(1))
+    seen = []
+    fit(
+        program,
+        start(program),
+        steps=150,
+        key=jax.random.key(0),
+        iterator=Rows(32),
+        log=lambda step, values: seen.append((step, values["loss"])),
+    )
+    losses = np.concatenate([values for _, values in seen])
+    assert [step for step, _ in seen] == list(range(0, 150, 4))
+    assert losses.shape == (150,)
+    assert losses[:5].mean() > 2.0 and losses[-10:].mean() < 1.0
+
+
+@pytest.mark.parametrize("axes", [dict(replica=8), dict(replica=1, fsdp=4, tensor=2), dict(replica=1, fsdp=8)])
+def test_eight_devices_give_what_one_gives(mesh_of, axes):
+    one, eight = lm(mesh_of(1)), lm(mesh_of(8, **axes))
+    a = fit(one, start(one), steps=10, key=jax.random.key(0), iterator=Rows())
+    b = fit(eight, start(eight), steps=10, key=jax.random.key(0), iterator=Rows())
+    assert_close(a.params, b.params)
+
+
+def test_parameters_and_moments_are_split_over_the_mesh(mesh_of):
+    program = lm(mesh_of(8, replica=1, fsdp=4, tensor=2))
+    state = fit(program, start(program), steps=3, key=jax.random.key(0), iterator=Rows())
+    adam = state.opt_state[0]
+    for tree in (state.params, adam.mu, adam.nu):
+        kernel = tree["up"]["kernel"]
+        assert kernel.addressable_shards[0].data.shape == (WIDTH // 4, 2 * WIDTH // 2)
+
+
+def test_accumulating_is_exactly_a_larger_batch(mesh_of):
+    """With masked positions too: micro-batches add sums and counts, never means."""
+    whole, parts = lm(mesh_of(1)), lm(mesh_of(1), accumulate=3)
+
+    class Joined(Rows):
+        def __next__(self):
+            three = [super(Joined, self).__next__() for _ in range(3)]
+            return jax.tree.map(lambda *leaves: np.concatenate(leaves), *three)
+
+    a = fit(whole, start(whole), steps=5, key=jax.random.key(0), iterator=Joined())
+    b = fit(parts, start(parts), steps=5, key=jax.random.key(0), iterator=Rows())
+    assert_close(a.params, b.params)
+
+
+def test_a_dispatch_of_any_size_gives_the_same_bits(mesh_of):
+    results = []
+    for size in (1, 3, 50):
+        program = lm(mesh_of(1), steps_per_dispatch=size)
+        results.append(fit(program, start(program), steps=7, key=jax.random.key(0), iterator=Rows()))
+    assert_bits(results[0], results[1])
+    assert_bits(results[0], results[2])
+
+
+@pytest.mark.parametrize("axes", [dict(devices=1), dict(devices=8, replica=2, fsdp=2, tensor=2)])
+def test_nothing_is_compiled_twice(mesh_of, axes):
+    program = lm(mesh_of(**axes))
+    fit(program, start(program), steps=11, key=jax.random.key(0), iterator=Rows())
+    fit(program, start(program, 1), steps=6, key=jax.random.key(1), iterator=Rows(seed=1))
+    shardings, structure = jax.tree.flatten(jax.tree.map(lambda x: x.sharding, start(program)))
+    assert training._compiled(program, structure, tuple(shardings))._cache_size() == 1
+
+
+def test_a_hidden_host_sync_is_refused(mesh_of):
+    """A host array that slips into a dispatch raises instead of silently costing a transfer a step."""
+
+    def loss(params, frozen, batch, key):
+        (total, count), metrics = token_loss(params, frozen, batch, key)
+        return (total * frozen, count), metrics
+
+    program = dataclasses.replace(lm(mesh_of(1)), loss=loss)
+    state = start(program)
+    with pytest.raises(Exception, match="Disallowed host-to-device"):
+        fit(program, state, steps=2, key=jax.random.key(0), iterator=Rows(), frozen=np.float32(1))
+
+
+# ----------------------------------------------------------------------------------------- order, saving, stopping
+
+
+def test_the_order_inside_the_loop(mesh_of, tmp_path, monkeypatch):
+    """Evaluate the old state, save it, only then take the next batches, dispatch, read the dispatch before."""
+    events = []
+
+    class Spy(Rows):
+        def __next__(self):
+            events.append(f"take {self.position}")
+            return super().__next__()
+
+    from sublim_jax.checkpoints import Checkpoints
+
+    save = Checkpoints.save
+
+    def spy_save(self, step, state, position):
+        events.append(f"save {step} at {position['position']}")
+        save(self, step, state, position)
+
+    monkeypatch.setattr(Checkpoints, "save", spy_save)
+    program = lm(mesh_of(1), steps_per_dispatch=2)
+    dispatch = program.dispatch
+    object.__setattr__(
+        program, "dispatch", lambda *args: (events.append(f"dispatch to {int(args[-1])}"), dispatch(*args))[1]
+    )
+    fit(
+        program,
+        start(program),
+        steps=6,
+        key=jax.random.key(0),
+        iterator=Spy(),
+        checkpoints=epath.Path(tmp_path),
+        checkpoint_every=4,
+        evaluate=lambda params, step: events.append(f"evaluate {step}"),
+        evaluate_every=4,
+        log=lambda first, values: events.append(f"read {first}"),
+    )
+    assert events == [
+        *["evaluate 0", "take 0", "take 1", "dispatch to 2"],
+        *["take 2", "take 3", "dispatch to 4", "read 0"],
+        *["evaluate 4", "save 4 at 4", "take 4", "take 5", "dispatch to 6", "read 2"],
+        *["evaluate 6", "read 4"],
+    ]
+
+
+def interrupted_after(dispatches, number=signal.SIGTERM):
+    """A log that sends this process a signal once so many dispatches were read."""
+    count = [0]
+
+    def log(first, values):
+        count[0] += 1
+        if count[0] == dispatches:
+            os.kill(os.getpid(), number)
+
+    return log
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_next_run_ends_with_the_same_bits(mesh_of, tmp_path, number):
+    program = lm(mesh_of(1))
+    run = partial(fit, program, steps=20, key=jax.random.key(0))
+    whole = run(start(program), iterator=Rows())
+    with pytest.raises(Interrupted, match=r"step 12 of"):
+        run(start(program), iterator=Rows(), checkpoints=epath.Path(tmp_path), log=interrupted_after(2, number))
+    steps = []
+    resumed = run(
+        start(program), iterator=Rows(), checkpoints=epath.Path(tmp_path), log=lambda step, _: steps.append(step)
+    )
+    assert steps[0] == 12
+    assert_bits(whole, resumed)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_state_saved_on_eight_devices_goes_on_with_one(mesh_of, tmp_path):
+    eight, one = lm(mesh_of(8, replica=1, fsdp=8)), lm(mesh_of(1))
+    whole = fit(one, start(one), steps=12, key=jax.random.key(0), iterator=Rows())
+    options = dict(key=jax.random.key(0), checkpoints=epath.Path(tmp_path), checkpoint_every=4)
+    fit(eight, start(eight), steps=9, iterator=Rows(), **options)
+    resumed = fit(one, start(one), steps=12, iterator=Rows(), **options)
+    assert_close(whole.params, resumed.params)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "deleted"])
+def test_a_damaged_checkpoint_is_passed_over_and_said(mesh_of, tmp_path, capsys, damage):
+    program = lm(mesh_of(1))
+    run = partial(fit, program, key=jax.random.key(0), checkpoints=epath.Path(tmp_path), checkpoint_every=4)
+    whole = fit(program, start(program), steps=14, key=jax.random.key(0), iterator=Rows())
+    run(start(program), steps=13, iterator=Rows())
+    assert sorted(int(path.name) for path in tmp_path.iterdir()) == [8, 12]
+    for file in sorted((tmp_path / "12").rglob("*")):
+        if file.is_file() and "d" in file.parent.name and len(file.name) == 32:
+            data = bytearray(file.read_bytes())
+            if damage == "truncated":
+                file.write_bytes(data[: len(data) // 2])
+            elif damage == "deleted":
+                file.unlink()
+            else:
+                for place in range(0, len(data), 97):
+                    data[place] ^= 0xFF
+                file.write_bytes(data)
+    resumed = run(start(program), steps=14, iterator=Rows())
+    assert "step 12 is unreadable" in capsys.readouterr().out
+    assert_bits(whole, resumed)
+
+
+def test_a_half_written_checkpoint_is_not_seen(mesh_of, tmp_path):
+    program = lm(mesh_of(1))
+    run = partial(fit, program, key=jax.random.key(0), checkpoints=epath.Path(tmp_path), checkpoint_every=4)
+    whole = fit(program, start(program), steps=12, key=jax.random.key(0), iterator=Rows())
+    run(start(program), steps=9, iterator=Rows())
+    shutil.move(tmp_path / "8", tmp_path / "8.orbax-checkpoint-tmp")
+    assert_bits(whole, run(start(program), steps=12, iterator=Rows()))
+
+
+# ----------------------------------------------------------------------------------------- replicas
+
+
+def replica_loss(params, frozen, batch, key):
+    """Least squares, each replica on rows of its own."""
+
+    def one(params, batch, key):
+        x, y = batch
+        residual = x @ params["kernel"][:, 0] - y
+        noise = 0.01 * jax.random.normal(key, residual.shape)
+        return jnp.sum((residual + noise) ** 2), jnp.float32(len(y))
+
+    total = jax.vmap(one)(params, batch, key)
+    return total, {"twice": (2 * total[0], total[1])}
+
+
+def replica_batch(frozen, key, index):
+    def one(key):
+        x = jax.random.normal(jax.random.fold_in(key, index), (16, 3))
+        return x, x @ jnp.array([1.0, -2.0, 0.5])
+
+    return jax.vmap(one)(key)
+
+
+def replicas(mesh, optimizer=None):
+    optimizer = optimizer or optax.chain(optax.clip_by_global_norm(0.5), optax.adam(0.05))
+    return Program(replica_loss, optimizer, mesh, replica_batch, 1, PartitionSpec("replica"), steps_per_dispatch=5)
+
+
+def stacked(numbers):
+    keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(0)))(jnp.asarray(numbers))
+    params = jax.vmap(lambda key: {"kernel": jax.random.normal(key, (3, 1))})(keys)
+    return params, keys
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_replicas_equal_the_same_runs_alone(mesh_of, devices):
+    """Clipping and Adam act within a replica, and its random numbers are its own."""
+    program = replicas(mesh_of(devices))
+    params, keys = stacked(range(8))
+    logged = []
+    together = fit(
+        program, program.init(params), steps=20, key=keys, log=lambda step, values: logged.append(values)
+    ).params
+    assert logged[0]["loss"].shape == (5, 8)
+    np.testing.assert_allclose(logged[0]["twice"], 2 * logged[0]["loss"], rtol=1e-6)
+    alone = replicas(mesh_of(1))
+    for number in (0, 5):
+        params, keys = stacked([number])
+        single = fit(alone, alone.init(params), steps=20, key=keys).params
+        np.testing.assert_allclose(together["kernel"][number], single["kernel"][0], rtol=1e-5, atol=1e-6)
+
+
+def test_replicas_of_a_transformer_on_all_three_axes_at_once(mesh_of):
+    """Replicas, rows and widths split together give what one device gives."""
+
+    def loss(params, frozen, batch, key):
+        return jax.vmap(lambda p, b: token_loss(p, None, b, None)[0])(params, batch), {}
+
+    class Both(Rows):
+        def __next__(self):
+            return jax.tree.map(lambda *leaves: np.stack(leaves), *[super(Both, self).__next__() for _ in range(2)])
+
+    spec = PartitionSpec("replica", "fsdp")
+    params = jax.vmap(INIT)(jax.random.split(jax.random.key(0), 2))
+    results = []
+    for mesh in (mesh_of(1), mesh_of(8, replica=2, fsdp=2, tensor=2)):
+        program = lm(mesh, loss=loss, replica_axes=1, batch_spec=spec)
+        keys = jax.random.split(jax.random.key(1), 2)
+        results.append(fit(program, program.init(params), steps=10, key=keys, iterator=Both()).params)
+    assert_close(*results)
+
+
+def test_stochastic_gradient_descent_follows_the_closed_form(mesh_of):
+    """One step of SGD on the mean of squares is w - 2 lr E[x (xᵀ w - y)]."""
+
+    def loss(params, frozen, batch, key):
+        residual = batch[0] @ params["kernel"] - batch[1]
+        return (jnp.sum(residual**2), jnp.float32(residual.size)), {}
+
+    rng = np.random.default_rng(0)
+    x, y, w = rng.normal(size=(8, 3)), rng.normal(size=8), rng.normal(size=3)
+    frozen = jax.device_put((x.astype(np.float32), y.astype(np.float32)), named(mesh_of(1)))
+    program = Program(loss, optax.sgd(0.1), mesh_of(1), lambda frozen, key, index: frozen)
+    state = fit(
+        program, program.init({"kernel": jnp.asarray(w, jnp.float32)}), steps=1, key=jax.random.key(0), frozen=frozen
+    )
+    expected = w - 0.1 * 2 * x.T @ (x @ w - y) / 8
+    np.testing.assert_allclose(state.params["kernel"], expected, rtol=1e-5)
