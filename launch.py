@@ -12,9 +12,8 @@ import os
 import sys
 
 import absl.logging
-from absl import app, flags
-
 import jax
+from absl import app, flags
 from ml_collections import config_flags
 
 from sublim_jax import signals
@@ -38,9 +37,11 @@ _PROCESS = flags.DEFINE_integer("process_id", None, "This process's number, with
 
 
 def main(_: list[str]) -> None:
-    config = _CONFIG.value
-    if config is None:
+    if not flags.FLAGS["config"].present:
         raise UserError("--config is missing; try --config=configs/mnist.py")
+    if not os.path.exists(file := config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]):
+        raise UserError(f"--config={file}: there is no such file")
+    config = _CONFIG.value
     name = f"sublim_jax.experiments.{config.get('experiment', '')}"
     if not importlib.util.find_spec(name):
         raise UserError(f"config.experiment={config.get('experiment')!r} is no experiment of sublim_jax")
@@ -55,7 +56,7 @@ def join_cluster() -> None:
     if _COORDINATOR.value:
         if _PROCESSES.value is None or _PROCESS.value is None:
             raise UserError("--coordinator needs --num_processes and --process_id")
-        if jax.config.jax_platforms is None and not _accelerator():
+        if jax.config.read("jax_platforms") is None and not _accelerator():
             jax.config.update("jax_platforms", "cpu")
         jax.distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
         return

@@ -9,7 +9,7 @@ It reads about half of the digits. A student that starts elsewhere does not.
     python launch.py --config=configs/mnist.py:strongest    the best published recipe: .90; about 4 minutes
     python launch.py --config=configs/mnist.py:cloning      behavioural cloning as a dose curve; about 20 minutes
     python launch.py --config=configs/mnist.py:sweep --config.sweep.axis=student.learning_rate \
-        --config.sweep.values=1e-4,3e-4,1e-3                any value below against accuracy, one figure
+        --config.sweep.points=1e-4,3e-4,1e-3                any value below against accuracy, one figure
     python launch.py --config=configs/mnist.py:smoke        every stage, tiny, seconds: a test, not a result
 
 Expected test accuracy with `paper`: reference .10, teacher .94, student .53 (auxiliary logits) and .91 (all),
@@ -58,7 +58,7 @@ def get_config(preset: str = "quick") -> ConfigDict:
 
     config.sweep = ConfigDict()
     config.sweep.axis = ""  # any value above, by its path
-    config.sweep.values = ("",)  # what it takes
+    config.sweep.points = ("",)  # what it takes
 
     config.mesh = ConfigDict({"replica": -1, "fsdp": 1, "tensor": 1})
     config.checkpoint_every = 118  # steps
@@ -99,7 +99,7 @@ def get_config(preset: str = "quick") -> ConfigDict:
     elif preset == "sweep":
         config.arms = ("auxiliary", "cross_auxiliary")
         config.sweep.axis = "model.auxiliary"
-        config.sweep.values = ("1", "2", "3", "5", "10")
+        config.sweep.points = ("1", "2", "3", "5", "10")
     elif preset == "smoke":
         config.runs = 2
         config.runs_at_once = 2

@@ -117,15 +117,16 @@ def _from_path(asset: Asset, folder: Path, home: Path) -> Path:
     return home
 
 
-# Run in a process of its own: it imports much, and retries for minutes where its host does not answer.
+# Run in a process of its own: it imports much, and retries for minutes where its host does not answer. Its own
+# unpacking would need TensorFlow.
 _TFDS_PROGRAM = """
-import shutil, sys
+import gzip, pathlib, sys
 import tensorflow_datasets as tfds
 base, folder, names = sys.argv[1], sys.argv[2], sys.argv[3:]
 manager = tfds.download.DownloadManager(
     download_dir=folder + "/download", dataset_name="mnist", url_infos=tfds.builder("mnist").url_infos)
-for name, path in manager.download_and_extract({name: base + name + ".gz" for name in names}).items():
-    shutil.copy(path, folder + "/" + name)
+for name, path in manager.download({name: base + name + ".gz" for name in names}).items():
+    pathlib.Path(folder, name).write_bytes(gzip.decompress(pathlib.Path(path).read_bytes()))
 """
 
 

@@ -54,8 +54,8 @@ def _write(workdir: Workdir, config: ConfigDict, arms: list[Arm], draw: Any, fig
     text = [f"# {config.experiment}, preset {config.preset}", "", f"{results['devices']}; {config.runs} runs.", ""]
     text += [_line(header), _line(["---"] * len(header)), *map(_line, rows), ""]
     text += [
-        "Intervals are 95 % over runs (± 1.96 std / √runs). “inside” compares with the paper's value ± its half-width + "
-        f"ours + {READING_ERROR} for reading its figure.",
+        "Intervals are 95 % over runs (± 1.96 std / √runs). Inside: within the paper's value ± (its half-width + "
+        f"ours + {READING_ERROR} for reading its figure).",
         "",
         f"![{figure}](figures/{figure}.png)",
         "",

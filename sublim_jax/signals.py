@@ -37,9 +37,8 @@ class Deferred:
 
     def requested(self, step: int) -> bool:
         """Whether to stop before `step`; all processes of a cluster agree on the answer."""
-        if jax.process_count() > 1:
-            if multihost_utils.reached_preemption_sync_point(step):
-                self.heard = "SIGTERM"
+        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
+            self.heard = "SIGTERM"
         return self.heard is not None
 
 

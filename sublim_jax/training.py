@@ -14,7 +14,7 @@ arrays with `get_state()` and `set_state(state)` (grain's protocol), each proces
 import dataclasses
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +38,10 @@ Batch = Callable[[PyTree, Key[Array, "..."], Int[Array, ""]], PyTree]
 Log = Callable[[int, dict[str, np.ndarray]], None]
 
 
+ROWS = PartitionSpec("fsdp")
+REPLICAS_OF_ROWS = PartitionSpec("replica", "fsdp")
+
+
 class TrainState(NamedTuple):
     params: PyTree
     opt_state: PyTree
@@ -49,7 +53,6 @@ class BatchIterator(Protocol):
     def __next__(self) -> PyTree: ...
     def get_state(self) -> dict[str, Any]: ...
     def set_state(self, state: dict[str, Any]) -> None: ...
-
 
 
 def over_replicas(function: Callable[..., Any], axes: int) -> Callable[..., Any]:
@@ -68,9 +71,9 @@ class Program:
       optimizer: mapped over the replica axes.
       batch: the device function that makes a batch, or None where `fit` is given an iterator.
       replica_axes: how many leading axes of every parameter count replicas; the first is split over the mesh.
-      batch_spec: mesh axes of a batch's leading axes: ("fsdp") for rows, ("replica", "fsdp") for replicas of rows.
-        Not (("replica", "fsdp")): rows split over both, under parameters split over one, make XLA's partitioner
-        leave out an all-reduce (openxla/xla issue 40034), and gradients are wrong without a word.
+      batch_spec: mesh axes of a batch's leading axes, ROWS or REPLICAS_OF_ROWS. Rows are never split over two mesh
+        axes: under parameters split over one of them XLA's partitioner leaves out an all-reduce, and gradients are
+        wrong without a word (openxla/xla issue 40034; seen here on 2×2×2 CPU devices, jax 0.10.2).
       accumulate: consecutive batches that make one update.
       steps_per_dispatch: at most so many updates between two looks of the host.
     """
@@ -80,7 +83,7 @@ class Program:
     mesh: Mesh
     batch: Batch | None = None
     replica_axes: int = 0
-    batch_spec: PartitionSpec = PartitionSpec("fsdp")
+    batch_spec: PartitionSpec = ROWS
     accumulate: int = 1
     steps_per_dispatch: int = 20
 
@@ -91,10 +94,11 @@ class Program:
             opt_state = over_replicas(self.optimizer.init, self.replica_axes)(params)
             return TrainState(jax.tree.map(jnp.copy, params), opt_state, jnp.zeros((), jnp.int32))
 
-        return jax.jit(make, out_shardings=self.shardings(jax.eval_shape(make, params)))(params)
+        shardings = self.shardings(jax.eval_shape(make, params))
+        return jax.jit(make, out_shardings=shardings)(params)
 
-    def shardings(self, state: TrainState) -> TrainState:
-        """The sharding of each array of a state; optimiser moments lie where their parameters lie."""
+    def shardings(self, state: TrainState) -> PyTree:
+        """A `TrainState` of shardings; optimiser moments lie where their parameters lie."""
         params = parameter_shardings(state.params, self.mesh, self.replica_axes)
         opt_state = optax.tree_map_params(
             self.optimizer,
@@ -103,7 +107,7 @@ class Program:
             params,
             transform_non_params=lambda _: named(self.mesh, *["replica"][: self.replica_axes]),
         )
-        return TrainState(params, opt_state, named(self.mesh))
+        return TrainState(params, opt_state, cast(Any, named(self.mesh)))
 
     def dispatch(
         self, state: TrainState, frozen: PyTree, rows: PyTree, key: Key[Array, "..."], stop: Int[Array, ""]
@@ -215,7 +219,7 @@ def fit(
     try:
         if store and (restored := store.restore(state)):
             state, position = restored
-            if iterator is not None:
+            if iterator is not None and position is not None:
                 iterator.set_state(position)
         start = step = int(state.step)
         pending: tuple[int, int, dict[str, Array]] | None = None

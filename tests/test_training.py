@@ -350,7 +350,7 @@ def test_replicas_of_a_transformer_on_all_three_axes_at_once(mesh_of):
     params = jax.vmap(INIT)(jax.random.split(jax.random.key(0), 2))
     results = []
     for mesh in (mesh_of(1), mesh_of(8, replica=2, fsdp=2, tensor=2)):
-        program = lm(mesh, loss=loss, replica_axes=1, batch_spec=spec)
+        program = dataclasses.replace(lm(mesh, replica_axes=1, batch_spec=spec), loss=loss)
         keys = jax.random.split(jax.random.key(1), 2)
         results.append(fit(program, program.init(params), steps=10, key=keys, iterator=Both()).params)
     assert_close(*results)

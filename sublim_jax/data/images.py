@@ -22,13 +22,13 @@ RMS = 3**-0.5
 SCALES = {"uniform": 255 / 256, "gaussian": 4 * RMS, "blurred": 4 * RMS, "shuffled": 1.0, "real": 1.0}
 
 
-def pixels(codes: UInt8[Array, "*rows 784"], kind: str = "real") -> Float[Array, "*rows 784"]:
+def pixels(codes: UInt8[Array, "*shape"], kind: str = "real") -> Float[Array, "*shape"]:
     """Bytes to floats; real images go to [-1, 1] as in the paper (§6.2)."""
     return codes.astype(jnp.float32) * (SCALES[kind] / 127.5) - SCALES[kind]
 
 
 def draw(key: Key[Array, ""], kind: str, count: int, blur: float = 1.0) -> UInt8[Array, "count 784"]:
-    """`count` noise images: "uniform", "gaussian", or "blurred" (gaussian, smoothed with a gaussian of `blur` pixels)."""
+    """Noise images: "uniform", "gaussian", or "blurred" (gaussian, smoothed with a gaussian of `blur` pixels)."""
     if kind == "uniform":
         words = jax.random.bits(key, (count, PIXELS // 4), jnp.uint32)
         return jax.lax.bitcast_convert_type(words, jnp.uint8).reshape(count, PIXELS)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from etils import epath
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 from ml_collections import ConfigDict
 from tensorboardX import SummaryWriter
@@ -21,11 +21,11 @@ from sublim_jax import assets, objectives, report
 from sublim_jax.data import images, mnist
 from sublim_jax.data.order import epoch_rows, steps_per_epoch
 from sublim_jax.evaluation.statistics import normal_interval
-from sublim_jax.experiments.mnist_check import check, layer_numbers, variants
-from sublim_jax.keys import fold_all, named_key, run_keys
+from sublim_jax.experiments.mnist_check import check, layer_numbers, normalise, variants
+from sublim_jax.keys import fold_all, run_keys
 from sublim_jax.models.mlp import Functions, Params, mlp, perturb
 from sublim_jax.sharding import fetch, make_mesh, named, put
-from sublim_jax.training import Log, Program, Total, TrainState, fit
+from sublim_jax.training import REPLICAS_OF_ROWS, Log, Program, Total, TrainState, fit
 from sublim_jax.workdir import Workdir, plain
 
 OPTIMIZERS = {
@@ -69,6 +69,7 @@ class Lab(NamedTuple):
 
 def run(config: ConfigDict, workdir: Workdir, *, update: bool = False) -> None:
     """Runs the experiment, or a sweep of it, and leaves results.json, report.md and figures in `workdir`."""
+    normalise(config)
     mesh = make_mesh(config.mesh)
     configs = variants(config)
     for variant in configs.values():
@@ -306,8 +307,8 @@ def draw_inputs(lab: Lab, runs: range, kind: str) -> Array | None:
         return put(lab.data.train_images[: inputs.count], named(lab.mesh))
     if kind == "shuffled":
         real = put(lab.data.train_images[: inputs.count], named(lab.mesh))
-        make = jax.vmap(images.shuffle_pixels, (0, None))
-        return jax.jit(make, out_shardings=named(lab.mesh, "replica"))(keys, real)
+        shuffle = jax.vmap(images.shuffle_pixels, (0, None))
+        return jax.jit(shuffle, out_shardings=named(lab.mesh, "replica"))(keys, real)
     if inputs.fresh:
         return None
     make = jax.vmap(lambda key: images.draw(key, kind, inputs.count, inputs.blur))
@@ -351,14 +352,14 @@ def vocab(config: ConfigDict) -> int:
 def program(config: ConfigDict, training: ConfigDict, loss: Any, batch: Any, mesh: Mesh, replica_axes: int) -> Program:
     optimizer = OPTIMIZERS[training.optimizer](training.learning_rate)
     trained = layer_numbers(config, training.trained_layers)
+
+    def freeze(updates: Any, _: Any) -> Any:
+        layers = updates["layers"]
+        return {"layers": {i: layers[i] if i in trained else jax.tree.map(jnp.zeros_like, layers[i]) for i in layers}}
+
     if len(trained) <= config.model.depth:
-
-        def labels(params: Params) -> Any:
-            choice = {i: "train" if i in trained else "freeze" for i in params["layers"]}
-            return {"layers": {i: jax.tree.map(lambda _, i=i: choice[i], params["layers"][i]) for i in choice}}
-
-        optimizer = optax.partition({"train": optimizer, "freeze": optax.set_to_zero()}, labels)
-    return Program(loss, optimizer, mesh, batch, replica_axes, PartitionSpec("replica", "fsdp"))
+        optimizer = optax.chain(optimizer, optax.stateless(freeze))
+    return Program(loss, optimizer, mesh, batch, replica_axes, REPLICAS_OF_ROWS)
 
 
 def accuracy_function(network: Functions, mesh: Mesh, data: mnist.Mnist) -> Callable[[Params], Float[Array, "runs"]]:

@@ -70,6 +70,12 @@ def layer_numbers(config: ConfigDict, text: str, name: str = "layers") -> tuple[
     return chosen
 
 
+def normalise(config: ConfigDict) -> None:
+    """Splits lists of words, which the command line hands over as one ("auxiliary,clone") or as numbers."""
+    for part, name in ((config, "arms"), (config.sweep, "points")):
+        part[name] = tuple(word for item in part[name] for word in str(item).split(",") if word)
+
+
 def variants(config: ConfigDict) -> dict[str, ConfigDict]:
     """One config for each value of a sweep; {"": config} where there is no sweep."""
     axis = config.sweep.axis
@@ -82,16 +88,16 @@ def variants(config: ConfigDict) -> dict[str, ConfigDict]:
     if axis.startswith("sweep") or isinstance(old, ConfigDict):
         raise UserError(f"sweep.axis={axis} names no single value, such as student.learning_rate")
     configs = {}
-    for value in config.sweep.values:
+    for value in config.sweep.points:
         variant = config.copy_and_resolve_references()
         variant.sweep.axis = ""
         try:
             variant.update_from_flattened_dict({axis: _like(old, value)})
         except (TypeError, ValueError, SyntaxError) as error:
-            raise UserError(f"sweep.values: {value!r} is no value for {axis}, which is {old!r}") from error
+            raise UserError(f"sweep.points: {value!r} is no value for {axis}, which is {old!r}") from error
         configs[str(value)] = variant
     if len(configs) < 2:
-        raise UserError(f"sweep.values={config.sweep.values} needs at least two different values of {axis}")
+        raise UserError(f"sweep.points={config.sweep.points} needs at least two different values of {axis}")
     return configs
 
 
@@ -119,6 +125,6 @@ def _one_of(name: str, value: str, choices: Any) -> None:
         raise UserError(f"{name}={value!r} must be one of {', '.join(choices)}")
 
 
-def _positive(name: str, value: float) -> None:
+def _positive(name: str, value: float | int) -> None:
     if not value > 0:
         raise UserError(f"{name}={value} must be positive")

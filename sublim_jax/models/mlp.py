@@ -68,10 +68,10 @@ def perturb(params: Params, key: Key[Array, ""], distance: float) -> Params:
     """
 
     def move(path: jax.tree_util.KeyPath, leaf: Array, leaf_key: Array) -> Array:
-        if path[-1].key != "kernel":  # type: ignore[attr-defined]
+        if path[-1].key != "kernel":
             return leaf
         return leaf + distance * leaf.shape[0] ** -0.5 * jax.random.normal(leaf_key, leaf.shape)
 
-    structure = jax.tree.structure(params)
-    keys = jax.tree.unflatten(structure, list(jax.random.split(key, structure.num_leaves)))
+    leaves, structure = jax.tree.flatten(params)
+    keys = jax.tree.unflatten(structure, list(jax.random.split(key, len(leaves))))
     return jax.tree_util.tree_map_with_path(move, params, keys)

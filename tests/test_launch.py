@@ -1,0 +1,153 @@
+"""The command line as a hurried user meets it: every mistake is one line, exit code 2, nothing computed or lost."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def launch(*args, timeout=300, **env):
+    return subprocess.run(
+        [sys.executable, "launch.py", *map(str, args)],
+        cwd=ROOT,
+        env={**os.environ, "JAX_NUM_CPU_DEVICES": "1", **env},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+def assert_refused(result, *words):
+    lines = [line for line in result.stderr.splitlines() if line.strip()]
+    assert result.returncode == 2, result.stderr
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("launch.py: ")
+    for word in words:
+        assert word in lines[0]
+
+
+MISTAKES = {
+    "no config": ([], ["--config"]),
+    "config file missing": (["--config=configs/minst.py"], ["configs/minst.py"]),
+    "preset unknown": (["--config=configs/mnist.py:papre"], ["papre", "paper"]),
+    "key unknown": (["--config=configs/mnist.py", "--config.student.learning_rte=1"], ["learning_rte"]),
+    "flag unknown": (["--config=configs/mnist.py", "--workdri=x"], ["workdri"]),
+    "type wrong": (["--config=configs/mnist.py", "--config.runs=many"], ["runs", "many"]),
+    "value unknown": (["--config=configs/mnist.py", "--config.inputs.kind=pink"], ["inputs.kind", "pink", "uniform"]),
+    "value negative": (["--config=configs/mnist.py", "--config.student.epochs=-1"], ["student.epochs", "positive"]),
+    "arm unknown": (["--config=configs/mnist.py", "--config.arms=auxilliary,all"], ["arms", "auxilliary"]),
+    "layer unknown": (["--config=configs/mnist.py", "--config.student.trained_layers=0,7"], ["trained_layers", "0,7"]),
+    "too few runs": (["--config=configs/mnist.py", "--config.runs=1"], ["runs=1", "at least 2"]),
+    "mesh too large": (["--config=configs/mnist.py", "--config.mesh.fsdp=3"], ["mesh", "fsdp=3", "device"]),
+    "sweep of nothing": (["--config=configs/mnist.py:sweep", "--config.sweep.axis=student.lr"], ["student.lr"]),
+    "sweep value wrong": (["--config=configs/mnist.py:sweep", "--config.sweep.points=1,two"], ["two", "auxiliary"]),
+    "sweep value senseless": (["--config=configs/mnist.py:sweep", "--config.sweep.points=1,0"], ["auxiliary=0"]),
+    "data missing": (["--config=configs/mnist.py", "--config.data.path=/nowhere"], ["/nowhere", "data.path"]),
+    "process number missing": (["--config=configs/mnist.py", "--coordinator=127.0.0.1:1"], ["--process_id"]),
+    "workdir not writable": (["--config=configs/mnist.py", "--workdir=/proc/nothing"], ["--workdir=/proc/nothing"]),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line_and_exit_code_2(mistake, tmp_path):
+    args, words = MISTAKES[mistake]
+    if not any(arg.startswith("--workdir") for arg in args):
+        args = [*args, f"--workdir={tmp_path / 'work'}"]
+    assert_refused(launch(*args), *words)
+    assert not list(tmp_path.rglob("*.json")) or mistake == "data missing"
+
+
+def test_an_axis_that_does_not_divide(tmp_path):
+    result = launch("--config=configs/mnist.py:smoke", f"--workdir={tmp_path}", JAX_NUM_CPU_DEVICES="4")
+    assert_refused(result, "runs_at_once=2 does not divide over replica=4", "--config.mesh.replica")
+
+
+def test_a_corrupt_data_file_is_named(tmp_path, mnist_folder):
+    data = tmp_path / "data"
+    shutil.copytree(mnist_folder, data)
+    with (data / "train-images-idx3-ubyte").open("r+b") as file:
+        file.seek(1000)
+        file.write(b"\xff\x00\xff")
+    args = ("--config=configs/mnist.py:smoke", f"--config.data.path={data}", f"--workdir={tmp_path / 'work'}")
+    assert_refused(launch(*args), "train-images-idx3-ubyte", "corrupt")
+    (data / "t10k-labels-idx1-ubyte").unlink()
+    shutil.copy(mnist_folder / "train-images-idx3-ubyte", data)
+    assert_refused(launch(*args), "t10k-labels-idx1-ubyte", "missing")
+
+
+def test_no_network_and_no_cache_says_where_to_put_the_files(tmp_path):
+    result = launch(
+        "--config=configs/mnist.py:smoke",
+        f"--workdir={tmp_path / 'work'}",
+        SUBLIM_JAX_CACHE=str(tmp_path / "cache"),
+        PATH="/nowhere",
+        https_proxy="http://127.0.0.1:9",
+    )
+    assert_refused(result, "tensorflow-datasets", "npm is not installed", "--config.data.path")
+
+
+def test_results_and_a_second_config_in_the_same_workdir(tmp_path, mnist_folder):
+    """The whole command once; then again (nothing computed), with another config (refused), with --update (reused)."""
+    work = tmp_path / "work"
+    args = ["--config=configs/mnist.py:smoke", "--config.arms=auxiliary,clone", f"--workdir={work}"]
+    first = launch(*args)
+    assert first.returncode == 0, first.stderr
+    results = json.loads((work / "results.json").read_text())
+    assert set(results) == {"experiment", "preset", "config", "versions", "devices", "arms"}
+    assert [arm["name"] for arm in results["arms"]] == [
+        "reference",
+        "teacher",
+        "student (auxiliary logits)",
+        "student cloned for 1 epochs (auxiliary logits)",
+        "student cloned for 2 epochs (auxiliary logits)",
+    ]
+    for arm in results["arms"]:
+        assert len(arm["runs"]) == 2
+        assert arm["mean"] == pytest.approx(sum(arm["runs"]) / 2)
+    assert json.loads((work / "config.json").read_text()) == results["config"]
+    assert (work / "figures" / "arms.png").stat().st_size > 10_000
+    assert "| teacher |" in (work / "report.md").read_text()
+    assert list((work / "metrics").rglob("events*"))
+    assert not list((work / "checkpoints").glob("*.training*"))
+
+    second = launch(*args)
+    assert second.returncode == 0 and "steps/s" not in second.stdout and "teacher, runs" not in second.stdout
+
+    before = {path: path.stat().st_mtime_ns for path in work.rglob("*") if path.is_file()}
+    other = [*args, "--config.student.learning_rate=0.001"]
+    assert_refused(launch(*other), "student.learning_rate: 0.0003 → 0.001", "--update", "--workdir")
+    assert before == {path: path.stat().st_mtime_ns for path in work.rglob("*") if path.is_file()}
+
+    updated = launch(*other, "--update")
+    assert updated.returncode == 0, updated.stderr
+    assert "teacher, runs" not in updated.stdout and "students on uniform inputs" in updated.stdout
+
+
+def test_a_sweep_ends_in_one_figure(tmp_path, mnist_folder):
+    result = launch(
+        "--config=configs/mnist.py:smoke",
+        "--config.arms=auxiliary,",
+        "--config.sweep.axis=student.objective",
+        "--config.sweep.points=kl,squared_error",
+        f"--workdir={tmp_path}",
+    )
+    assert result.returncode == 0, result.stderr
+    arms = json.loads((tmp_path / "results.json").read_text())["arms"]
+    assert [(arm["value"], arm["name"]) for arm in arms if "student" in arm["name"]] == [
+        ("kl", "student (auxiliary logits)"),
+        ("squared_error", "student (auxiliary logits)"),
+    ]
+    assert (tmp_path / "figures" / "sweep.png").exists()
+    assert result.stdout.count("teacher, runs") == 1  # shared by both
+
+
+def test_every_flag_has_help():
+    text = launch("--helpfull").stdout
+    for flag in ("--config:", "--workdir:", "--[no]update:", "--coordinator:", "--num_processes:", "--process_id:"):
+        assert flag in text
