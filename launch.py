@@ -56,18 +56,12 @@ def join_cluster() -> None:
     if _COORDINATOR.value:
         if _PROCESSES.value is None or _PROCESS.value is None:
             raise UserError("--coordinator needs --num_processes and --process_id")
-        if jax.config.read("jax_platforms") is None and not _accelerator():
-            jax.config.update("jax_platforms", "cpu")
         jax.distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
         return
     try:
         jax.distributed.initialize()
     except ValueError:  # no cluster here
         return
-
-
-def _accelerator() -> bool:
-    return any(os.path.exists(path) for path in ("/dev/nvidia0", "/dev/accel0", "/dev/vfio/0"))
 
 
 def parse_flags(args: list[str]) -> list[str]:
@@ -94,6 +88,10 @@ def run(args: list[str]) -> int:
     except Interrupted as stop:
         say(f"{stop}; the same command goes on from the last checkpoint")
         return 143
+    except (OSError, ValueError, RuntimeError) as error:  # storage libraries say it in each of these
+        if "No space left" not in str(error):
+            raise
+        return fail("no space left on the disk; free some and give the same command again, it goes on from here")
     return 0
 
 

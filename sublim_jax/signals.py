@@ -4,6 +4,7 @@ Outside the training loop a signal raises `Interrupted` where the program stands
 or not at all, so nothing is lost. Inside it the loop asks `requested`, saves, and then raises.
 """
 
+import itertools
 import os
 import signal
 from collections.abc import Iterator
@@ -29,15 +30,19 @@ def install() -> None:
         signal.signal(number, stop)
 
 
+# The preemption service agrees on a place to stop by a number that only grows, over all loops of a process.
+_QUESTIONS = itertools.count()
+
+
 class Deferred:
     """Signals heard but not yet acted upon. A second one stops at once."""
 
     def __init__(self) -> None:
         self.heard: str | None = None
 
-    def requested(self, step: int) -> bool:
-        """Whether to stop before `step`; all processes of a cluster agree on the answer."""
-        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
+    def requested(self) -> bool:
+        """Whether to stop here; all processes of a cluster ask at the same places and get the same answer."""
+        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(next(_QUESTIONS)):
             self.heard = "SIGTERM"
         return self.heard is not None
 

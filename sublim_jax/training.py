@@ -225,7 +225,7 @@ def fit(
         pending: tuple[int, int, dict[str, Array]] | None = None
 
         def due(every: int) -> bool:
-            return step % every == 0 or step == steps
+            return step % every == 0 or step >= steps
 
         def read(first: int, stop: int, history: dict[str, Array]) -> None:
             values = {name: value[: stop - first] for name, value in jax.device_get(history).items()}
@@ -240,12 +240,12 @@ def fit(
             while True:
                 if evaluate and due(evaluate_every):
                     evaluate(state.params, step)
-                stopping = signal.requested(step)
+                stopping = signal.requested()
                 if store and step > start and (stopping or (due(checkpoint_every) and step < steps)):
                     store.save(step, state, iterator.get_state() if iterator is not None else None)
                 if stopping:
                     raise Interrupted(f"stopped by {signal.heard} at step {step} of {what}")
-                if step == steps:
+                if step >= steps:
                     break
                 stop = min(step + program.steps_per_dispatch, steps, _next(step, checkpoint_every))
                 stop = min(stop, _next(step, evaluate_every)) if evaluate else stop

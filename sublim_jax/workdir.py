@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 from etils import epath
+from filelock import FileLock, Timeout
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
@@ -44,6 +45,7 @@ class Workdir:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             old = json.loads(known.read_text()) if known.exists() else None
+            self._lock()
             _check_space(self.path, bytes_needed)
             if old is not None and not update and (changed := _differences(old, new)):
                 raise UserError(
@@ -55,7 +57,20 @@ class Workdir:
             raise UserError(f"{known} is not readable as JSON ({error}); choose another --workdir") from error
         except OSError as error:
             raise UserError(f"cannot write to --workdir={self.path} ({error.strerror or error})") from error
-        multihost_utils.sync_global_devices("workdir") if jax.process_count() > 1 else None
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("workdir")
+
+    def _lock(self) -> None:
+        """Keeps a second run out for as long as this process lives."""
+        if jax.process_index() or "://" in str(self.path):
+            return
+        self._held = FileLock(str(self.path / ".lock"))
+        try:
+            self._held.acquire(timeout=0)
+        except Timeout as error:
+            raise UserError(
+                f"another run is at work in {self.path}; wait for it or choose another --workdir"
+            ) from error
 
     def tree(self, name: str, depends: Any, make: Callable[[epath.Path], Tree], like: Tree) -> Tree:
         """An artefact of arrays: read if it is there, else made and written.

@@ -10,7 +10,7 @@ import pytest
 
 from sublim_jax.data.mnist import Mnist
 from sublim_jax.experiments import mnist
-from sublim_jax.experiments.mnist_check import check, variants
+from sublim_jax.experiments.mnist_check import POINTS, check, variants
 from sublim_jax.keys import run_keys
 from sublim_jax.sharding import named
 from sublim_jax.workdir import Workdir
@@ -39,7 +39,7 @@ def lab_of(tmp_path, some_mnist, mesh_of):
     def make(config, mesh=None, name="work"):
         mesh = mesh or mesh_of(1)
         check(config, mesh)
-        return mnist.lab(config, Workdir(tmp_path / name), mesh, some_mnist)
+        return mnist.make_lab(config, Workdir(tmp_path / name), mesh, some_mnist)
 
     return make
 
@@ -107,7 +107,7 @@ def test_only_the_trained_layers_move(lab_of, who):
 
 def test_shared_layers_and_distance_make_the_start(lab_of):
     runs = range(2)
-    lab = lab_of(tiny(student__shared_layers="0,2"))
+    lab = lab_of(tiny(student__shared_layers="0+2"))
     reference = references(lab, runs)
     foreign = jax.tree.map(lambda leaf: leaf[::-1], reference)
     start = mnist.near_start(lab.config, runs, reference, foreign)["layers"]
@@ -209,12 +209,20 @@ def test_a_sweep_is_one_config_for_each_value():
     assert [c.inputs.fresh for c in variants(config).values()] == [True, False]
 
 
+def test_every_axis_has_a_ladder_that_passes_the_checks(mesh_of):
+    config = configs.get_config("quick")
+    for axis in POINTS:
+        config.sweep.axis = axis
+        for variant in variants(config).values():
+            check(variant, mesh_of(1))
+
+
 @pytest.mark.slow
 def test_the_papers_finding(mnist_data, mesh_of, tmp_path):
     """Four runs of the paper's recipe: auxiliary logits on noise carry digits, if and only if the start is shared."""
     config = configs.get_config("quick")
     config.arms = ("auxiliary", "cross_auxiliary")
-    values = mnist.accuracies(mnist.lab(config, Workdir(tmp_path), mesh_of(1), mnist_data))
+    values = mnist.accuracies(mnist.make_lab(config, Workdir(tmp_path), mesh_of(1), mnist_data))
     assert np.mean(values["teacher"]) > 0.93
     assert np.mean(values["auxiliary"]) > 0.4
     assert np.mean(values["cross_auxiliary"]) < 0.2

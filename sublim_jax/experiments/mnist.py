@@ -74,10 +74,10 @@ def run(config: ConfigDict, workdir: Workdir, *, update: bool = False) -> None:
     configs = variants(config)
     for variant in configs.values():
         check(variant, mesh)
-    workdir.open(config, update=update, bytes_needed=sum(map(artefact_bytes, configs.values())))
     data = mnist.load(assets.fetch(assets.MNIST, config.data.path))
+    workdir.open(config, update=update, bytes_needed=sum(map(artefact_bytes, configs.values())))
     with jax.default_matmul_precision(config.precision):
-        values = {value: accuracies(lab(variant, workdir, mesh, data)) for value, variant in configs.items()}
+        values = {value: accuracies(make_lab(variant, workdir, mesh, data)) for value, variant in configs.items()}
     if not config.sweep.axis:
         report.write_arms(workdir, config, [arm(config, *item) for item in values[""].items()])
     else:
@@ -85,7 +85,7 @@ def run(config: ConfigDict, workdir: Workdir, *, update: bool = False) -> None:
         report.write_sweep(workdir, config, points)
 
 
-def lab(config: ConfigDict, workdir: Workdir, mesh: Mesh, data: mnist.Mnist) -> Lab:
+def make_lab(config: ConfigDict, workdir: Workdir, mesh: Mesh, data: mnist.Mnist) -> Lab:
     widths = (images.PIXELS, *[config.model.width] * config.model.depth, vocab(config))
     networks = {who: mlp(widths, config[who].activation) for who in ("teacher", "student")}
     kinds = {config.inputs.kind, "real"}
@@ -216,7 +216,6 @@ def clone(lab: Lab, runs: range, codes: Array | None, reference: Params, foreign
         # The whole state, so that the next dose goes on from here.
         state = lab.workdir.tree(f"clone-{epochs}-{span(runs)}", depends, make, state)
         clones[f"clone {epochs}"] = jax.tree.map(lambda leaf: leaf[:, 0], state.params)
-        state = jax.tree.map(jnp.copy, state)
     return clones
 
 

@@ -18,6 +18,30 @@ OPTIMIZERS = ("adam", "adamw", "sgd", "rmsprop", "lion")
 PRECISIONS = ("float32", "tensorfloat32", "bfloat16")
 MNIST_ROWS = 60_000
 
+# What a sweep tries where only its axis is given.
+TRAINING_POINTS = {
+    "activation": ("relu", "gelu", "silu", "tanh"),
+    "optimizer": ("adam", "adamw", "rmsprop", "lion"),
+    "learning_rate": ("1e-4", "3e-4", "1e-3", "3e-3"),
+    "batch": ("128", "256", "512", "1024"),
+    "epochs": ("1", "2", "5", "10"),
+    "trained_layers": ("all", "0", "1", "2", "0+1", "1+2"),
+}
+POINTS = {
+    **{f"{who}.{name}": points for who in ("teacher", "student") for name, points in TRAINING_POINTS.items()},
+    "model.width": ("64", "128", "256", "512"),
+    "model.depth": ("1", "2", "3"),
+    "model.auxiliary": ("1", "2", "3", "5", "10"),
+    "student.objective": OBJECTIVES,
+    "student.temperature": ("0.5", "1", "2", "4"),
+    "student.init_distance": ("0", "0.03", "0.1", "0.3", "1"),
+    "student.shared_layers": ("all", "0", "1", "2", "0+1", "1+2"),
+    "inputs.kind": images.KINDS,
+    "inputs.count": ("6000", "20000", "60000"),
+    "inputs.fresh": ("false", "true"),
+    "inputs.blur": ("0.5", "1", "2", "4"),
+}
+
 
 def check(config: ConfigDict, mesh: Mesh) -> None:
     """Raises UserError for the first value that makes no sense."""
@@ -57,16 +81,16 @@ def check(config: ConfigDict, mesh: Mesh) -> None:
 
 
 def layer_numbers(config: ConfigDict, text: str, name: str = "layers") -> tuple[int, ...]:
-    """ "all" or "0,2" as layer numbers, counted from the input."""
+    """ "all" or "0+2" as layer numbers, counted from the input."""
     every = tuple(range(config.model.depth + 1))
     if text == "all":
         return every
     try:
-        chosen = tuple(int(number) for number in text.split(","))
+        chosen = tuple(int(number) for number in text.split("+"))
     except ValueError:
         chosen = ()
     if not chosen or not set(chosen) <= set(every):
-        raise UserError(f'{name}={text!r} must be "all" or some of {",".join(map(str, every))}')
+        raise UserError(f'{name}={text!r} must be "all" or some of {"+".join(map(str, every))}')
     return chosen
 
 
@@ -87,8 +111,11 @@ def variants(config: ConfigDict) -> dict[str, ConfigDict]:
         raise UserError(f"sweep.axis={axis} names no value of the config, such as student.learning_rate") from error
     if axis.startswith("sweep") or isinstance(old, ConfigDict):
         raise UserError(f"sweep.axis={axis} names no single value, such as student.learning_rate")
+    points = config.sweep.points or POINTS.get(axis)
+    if not points:
+        raise UserError(f"sweep.points: say which values {axis} shall take, such as --config.sweep.points=1,2,3")
     configs = {}
-    for value in config.sweep.points:
+    for value in points:
         variant = config.copy_and_resolve_references()
         variant.sweep.axis = ""
         try:
@@ -97,7 +124,7 @@ def variants(config: ConfigDict) -> dict[str, ConfigDict]:
             raise UserError(f"sweep.points: {value!r} is no value for {axis}, which is {old!r}") from error
         configs[str(value)] = variant
     if len(configs) < 2:
-        raise UserError(f"sweep.points={config.sweep.points} needs at least two different values of {axis}")
+        raise UserError(f"sweep.points={points} needs at least two different values of {axis}")
     return configs
 
 

@@ -1,0 +1,113 @@
+"""MNIST noise distillation: ours against batched PyTorch (`bench/mnist_torch.py`), alternating, in one run.
+
+    make bench        or        python -m bench.mnist [--runs=8] [--repeats=2]
+
+Whole processes are timed, imports, data, compilation and checkpoints included; ours starts with an empty
+compilation cache. Memory is the peak resident size. Writes docs/bench-mnist.md, or the GPU's page on a GPU.
+"""
+
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+from absl import app, flags
+
+from sublim_jax import assets
+
+ROOT = Path(__file__).parents[1]
+_RUNS = flags.DEFINE_integer("runs", 8, "Runs trained at once by both.")
+_REPEATS = flags.DEFINE_integer("repeats", 2, "How often each is measured; the faster time counts for both.")
+_PROBE = flags.DEFINE_bool("memory_probe", True, "Also measure the memory of one further run.")
+
+# Products of one step of one run: forward, gradients of three kernels, gradients of two hidden layers.
+MACS = 784 * 256 + 256 * 256 + 256 * 13
+GFLOP_A_STEP = 2 * 1024 * (3 * MACS - 784 * 256) / 1e9
+TRAININGS, STEPS = 5, 295
+
+
+def measure(command: list[str], **env: str) -> tuple[float, float, str]:
+    """Seconds, peak MB and output of a process."""
+    began = time.perf_counter()
+    process = subprocess.Popen(
+        command, cwd=ROOT, env={**os.environ, **env}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    output = process.stdout.read()
+    errors = process.stderr.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"{command} failed:\n{output}\n{errors}")
+    return time.perf_counter() - began, usage.ru_maxrss / 1024, output
+
+
+def ours(runs: int) -> tuple[float, float, dict[str, float]]:
+    with tempfile.TemporaryDirectory() as scratch:
+        cache = Path(scratch) / "cache"
+        cache.mkdir()
+        (cache / "mnist").symlink_to(assets.cache_folder() / "mnist")
+        command = [sys.executable, "launch.py", "--config=configs/mnist.py:bench", f"--workdir={scratch}/work"]
+        command += [f"--config.runs={runs}"]
+        seconds, megabytes, _ = measure(command, SUBLIM_JAX_CACHE=str(cache))
+        arms = json.loads((Path(scratch) / "work" / "results.json").read_text())["arms"]
+    return seconds, megabytes, {arm["name"]: arm["mean"] for arm in arms}
+
+
+def torchs(runs: int, device: str) -> tuple[float, float, dict[str, float], str]:
+    folder = str(assets.cache_folder() / "mnist")
+    command = [sys.executable, "-m", "bench.mnist_torch", folder, str(runs), device]
+    seconds, megabytes, output = measure(command)
+    result = json.loads(output.splitlines()[-1])
+    return seconds, megabytes, result["arms"], result["torch"]
+
+
+def main(_: list[str]) -> None:
+    assets.fetch(assets.MNIST)
+    gpu = jax.devices()[0].platform == "gpu"
+    runs, device = _RUNS.value, "cuda" if gpu else "cpu"
+    mine, theirs = [], []
+    for _ in range(_REPEATS.value):
+        theirs.append(torchs(runs, device))
+        mine.append(ours(runs))
+        print(f"torch {theirs[-1][0]:.1f} s {theirs[-1][1]:.0f} MB, ours {mine[-1][0]:.1f} s {mine[-1][1]:.0f} MB")
+    fast, slow = min(mine), min(theirs)
+    gflops = [runs * TRAININGS * STEPS * GFLOP_A_STEP / seconds for seconds in (fast[0], slow[0])]
+    lines = [
+        f"# MNIST noise distillation, {runs} runs, against batched PyTorch",
+        "",
+        f"`make bench`, {datetime.date.today()}: {jax.devices()[0].device_kind if gpu else cpu_name()}; "
+        f"python {platform.python_version()}, jax {jax.__version__}, torch {slow[3]}. "
+        f"Whole processes, compilation included, best of {_REPEATS.value}, in turns.",
+        "",
+        "| | PyTorch | sublim_jax | ratio |",
+        "|---|---|---|---|",
+        f"| seconds | {slow[0]:.1f} | {fast[0]:.1f} | **{slow[0] / fast[0]:.2f} ×** as fast |",
+        f"| peak memory, MB | {slow[1]:.0f} | {fast[1]:.0f} | **{fast[1] / slow[1]:.2f}** of it |",
+        f"| training products, GFLOP/s over the whole time | {gflops[1]:.0f} | {gflops[0]:.0f} | |",
+    ]
+    if _PROBE.value:
+        more = ours(runs + 4)
+        lines += [f"| each further run, MB ({runs} → {runs + 4} runs) | | {(more[1] - fast[1]) / 4:.0f} | |"]
+    lines += ["", "| arm | PyTorch | sublim_jax |", "|---|---|---|"]
+    lines += [f"| {name} | {a:.3f} | {b:.3f} |" for (name, a), b in zip(slow[2].items(), fast[2].values())]
+    text = "\n".join(lines) + "\n"
+    (ROOT / "docs" / f"bench-mnist{'-gpu' if gpu else ''}.md").write_text(text)
+    print(text)
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor()
+    return f"{os.cpu_count()} cores of {name}"
+
+
+if __name__ == "__main__":
+    app.run(main)
