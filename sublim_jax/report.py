@@ -3,6 +3,9 @@
 import importlib.metadata
 import math
 import platform
+import sys
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -24,18 +27,26 @@ READING_ERROR = 0.003  # of a published value that was read off a figure
 CHANCE = 0.1
 
 
-def write_arms(workdir: Workdir, config: ConfigDict, arms: list[Arm]) -> None:
-    """Results of one experiment: arms with every run's value, and the paper's figure beside ours where it has one."""
-    _write(workdir, config, arms, lambda path: arms_figure(arms, path), "arms")
+def write_arms(
+    workdir: Workdir, config: ConfigDict, arms: list[Arm], curves: dict[str, tuple[str, list[Arm]]] | None = None
+) -> None:
+    """Results of one experiment: arms with every run's value, and the paper's figure beside ours where it has one.
+
+    Args:
+      curves: more figures, {name: (axis, points)}, points as for `write_sweep`.
+    """
+    figures = {"arms": lambda path: arms_figure(arms, path)}
+    for name, (axis, points) in (curves or {}).items():
+        figures[name] = partial(sweep_figure, points, axis)
+    _write(workdir, config, arms, figures)
 
 
 def write_sweep(workdir: Workdir, config: ConfigDict, points: list[Arm]) -> None:
     """Results of a sweep: arms at every value of `config.sweep.axis`, under "value"."""
-    axis = config.sweep.axis
-    _write(workdir, config, points, lambda path: sweep_figure(points, axis, path), "sweep")
+    _write(workdir, config, points, {"sweep": partial(sweep_figure, points, config.sweep.axis)})
 
 
-def _write(workdir: Workdir, config: ConfigDict, arms: list[Arm], draw: Any, figure: str) -> None:
+def _write(workdir: Workdir, config: ConfigDict, arms: list[Arm], figures: dict[str, Callable[[Any], None]]) -> None:
     if jax.process_index():
         return
     results = {
@@ -48,25 +59,28 @@ def _write(workdir: Workdir, config: ConfigDict, arms: list[Arm], draw: Any, fig
     }
     folder = workdir.path / "figures"
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{figure}.png"
-    draw(path)
+    for name, draw in figures.items():
+        draw(folder / f"{name}.png")
     header, rows = _rows(arms)
-    text = [f"# {config.experiment}, preset {config.preset}", "", f"{results['devices']}; {config.runs} runs.", ""]
-    text += [_line(header), _line(["---"] * len(header)), *map(_line, rows), ""]
-    text += [
+    text = [
+        f"# {config.experiment}, preset {config.preset}",
+        *("", f"{results['devices']}; {config.runs} runs.", ""),
+        *map(_line, [header, ["---"] * len(header), *rows]),
+        "",
         "Intervals are 95 % over runs (± 1.96 std / √runs). Inside: within the paper's value ± (its half-width + "
         f"ours + {READING_ERROR} for reading its figure).",
-        "",
-        f"![{figure}](figures/{figure}.png)",
-        "",
+        *(f"\n![{name}](figures/{name}.png)" for name in figures),
     ]
-    (workdir.path / "report.md").write_text("\n".join(text))
+    (workdir.path / "report.md").write_text("\n".join(text) + "\n")
     write_json(workdir.path / "results.json", results)
     table = Table(*header)
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
-    say(f"table: {workdir.path / 'report.md'}\nfigure: {path}\nnumbers: {workdir.path / 'results.json'}")
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    say(f"table: {workdir.path / 'report.md'}")
+    for name in figures:
+        say(f"figure: {folder / name}.png")
+    say(f"numbers: {workdir.path / 'results.json'}")
 
 
 def _rows(arms: list[Arm]) -> tuple[list[str], list[list[str]]]:

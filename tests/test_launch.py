@@ -111,7 +111,8 @@ def test_results_and_a_second_config_in_the_same_workdir(tmp_path, mnist_folder)
         assert len(arm["runs"]) == 2
         assert arm["mean"] == pytest.approx(sum(arm["runs"]) / 2)
     assert json.loads((work / "config.json").read_text()) == results["config"]
-    assert (work / "figures" / "arms.png").stat().st_size > 10_000
+    for figure in ("arms", "cloning"):
+        assert (work / "figures" / f"{figure}.png").stat().st_size > 10_000
     assert "| teacher |" in (work / "report.md").read_text()
     assert list((work / "metrics").rglob("events*"))
     assert not list((work / "checkpoints").glob("*.training*"))

@@ -79,7 +79,8 @@ def run(config: ConfigDict, workdir: Workdir, *, update: bool = False) -> None:
     with jax.default_matmul_precision(config.precision):
         values = {value: accuracies(make_lab(variant, workdir, mesh, data)) for value, variant in configs.items()}
     if not config.sweep.axis:
-        report.write_arms(workdir, config, [arm(config, *item) for item in values[""].items()])
+        arms = {name: arm(config, name, runs) for name, runs in values[""].items()}
+        report.write_arms(workdir, config, list(arms.values()), dose_curve(arms))
     else:
         points = [{**arm(config, *item), "value": value} for value in values for item in values[value].items()]
         report.write_sweep(workdir, config, points)
@@ -418,6 +419,19 @@ def arm(config: ConfigDict, name: str, values: list[float]) -> dict[str, Any]:
         "paper": published,
         "paper_ci95": published_half_width,
     }
+
+
+def dose_curve(arms: dict[str, dict[str, Any]]) -> dict[str, tuple[str, list[dict[str, Any]]]]:
+    """Accuracy over the epochs of cloning, the uncloned cross-init student at 0 and the reference's own as the aim."""
+    doses = {name.removeprefix("clone "): entry for name, entry in arms.items() if name.startswith("clone ")}
+    if len(doses) < 2:
+        return {}
+    if "cross_auxiliary" in arms:
+        doses = {"0": arms["cross_auxiliary"], **doses}
+    points = [{**entry, "value": dose, "name": "cloned student"} for dose, entry in doses.items()]
+    if "auxiliary" in arms:
+        points += [{**arms["auxiliary"], "value": dose, "name": "same-init student"} for dose in doses]
+    return {"cloning": ("epochs of cloning the reference before distillation", points)}
 
 
 def span(runs: range) -> str:
