@@ -19,9 +19,8 @@ check: .venv/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: .venv/installed
-	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install --quiet "torch==2.13.0"
-	$(BIN)/python -m bench.mnist
+bench: .venv/installed .venv-peers/installed
+	$(BIN)/python -m bench.mnist --peer=.venv-peers/bin/python
 
 .venv/installed: pyproject.toml requirements.txt
 	$(PYTHON) -m venv .venv
@@ -32,5 +31,11 @@ bench: .venv/installed
 	$(BIN)/pip install --quiet --editable ".[dev]"
 	touch $@
 
+# Peers have an environment of their own: each side is measured as its users have it.
+.venv-peers/installed:
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/pip install --quiet numpy "torch==2.13.0"
+	touch $@
+
 clean:
-	rm -rf .venv runs
+	rm -rf .venv .venv-peers runs

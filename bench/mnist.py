@@ -1,6 +1,6 @@
 """MNIST noise distillation: ours against batched PyTorch (`bench/mnist_torch.py`), alternating, in one run.
 
-    make bench        or        python -m bench.mnist [--runs=8] [--repeats=2]
+    make bench        or        python -m bench.mnist --peer=PYTHON [--runs=8] [--repeats=2]
 
 Whole processes are timed, imports, data, compilation and checkpoints included; ours starts with an empty
 compilation cache. Memory is the peak resident size. Writes docs/bench-mnist.md, or the GPU's page on a GPU.
@@ -24,6 +24,7 @@ from sublim_jax import assets
 ROOT = Path(__file__).parents[1]
 _RUNS = flags.DEFINE_integer("runs", 8, "Runs trained at once by both.")
 _REPEATS = flags.DEFINE_integer("repeats", 2, "How often each is measured; the faster time counts for both.")
+_PEER = flags.DEFINE_string("peer", sys.executable, "The Python that has PyTorch.")
 _PROBE = flags.DEFINE_bool("memory_probe", True, "Also measure the memory of one further run.")
 
 # Products of one step of one run: forward, gradients of three kernels, gradients of two hidden layers.
@@ -60,7 +61,7 @@ def ours(runs: int) -> tuple[float, float, dict[str, float]]:
 
 def torchs(runs: int, device: str) -> tuple[float, float, dict[str, float], str]:
     folder = str(assets.cache_folder() / "mnist")
-    command = [sys.executable, "-m", "bench.mnist_torch", folder, str(runs), device]
+    command = [_PEER.value, "-m", "bench.mnist_torch", folder, str(runs), device]
     seconds, megabytes, output = measure(command)
     result = json.loads(output.splitlines()[-1])
     return seconds, megabytes, result["arms"], result["torch"]

@@ -25,7 +25,7 @@ def get_config(preset: str = "quick") -> ConfigDict:
     config.preset = preset
     config.seed = 0
     config.runs = 4  # independent repetitions, each with its own initialisation, noise and data order
-    config.runs_at_once = 4  # trained in one program; each takes some 190 MB, further groups nothing
+    config.runs_at_once = 4  # trained in one program; each takes some 110 MB, further groups nothing
     config.precision = "float32"  # of matrix products: float32, tensorfloat32 or bfloat16
     # auxiliary, all: the reference's student, on the auxiliary or on all logits; cross_*: from another run's
     # reference; clone: cross, after imitating the reference; real: auxiliary, on real images instead of noise.
@@ -80,6 +80,7 @@ def get_config(preset: str = "quick") -> ConfigDict:
         config.runs_at_once = 10
     elif preset == "bench":
         config.runs = 8
+        config.runs_at_once = 2
         config.arms = ("auxiliary", "all", "cross_auxiliary", "cross_all")
     elif preset == "strongest":
         config.runs = 10

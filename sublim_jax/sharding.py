@@ -5,13 +5,14 @@ along it too) and `tensor` (the width of a layer).
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, PyTree
 
 from sublim_jax.errors import UserError
 
@@ -68,6 +69,32 @@ def parameter_shardings(params: Any, mesh: Mesh, replica_axes: int = 0) -> Any:
         return named(mesh, *replicas, *axes)
 
     return jax.tree_util.tree_map_with_path(sharding, params)
+
+
+def each_replica(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+    """`function` mapped over the leading axis of all its arguments, which is split over the mesh axis `replica`.
+
+    Accelerators take all replicas at once. A CPU, which gains nothing from that, takes its replicas one after another
+    and needs the working memory of one.
+    """
+    if mesh.devices.flat[0].platform != "cpu":
+        return jax.vmap(function)
+    devices = mesh.shape["replica"]
+    if devices == 1:
+        return lambda *args: jax.lax.map(lambda one: function(*one), args)
+
+    # A device holds consecutive replicas, so one from each device makes a group.
+    def group(leaf: Array) -> Array:
+        return leaf.reshape(devices, -1, *leaf.shape[1:]).swapaxes(0, 1)
+
+    def ungroup(leaf: Array) -> Array:
+        return leaf.swapaxes(0, 1).reshape(-1, *leaf.shape[2:])
+
+    def mapped(*args: PyTree) -> Any:
+        groups = jax.lax.map(lambda group: jax.vmap(function)(*group), jax.tree.map(group, args))
+        return jax.tree.map(ungroup, groups)
+
+    return mapped
 
 
 def put(tree: Any, sharding: NamedSharding) -> Any:

@@ -2,10 +2,10 @@
 accumulation, checkpoints, signals, metrics and progress. It never learns what it trains.
 
 A *loss* is a pure function `loss(params, frozen, batch, key) -> ((total, count), metrics)`: weighted sums and the
-sums of their weights (metrics likewise, `{name: (total, count)}`), so that micro-batches add up exactly. The shape
-of `total` is the shape of the replica axes: () for a single model, (R,) for R replicas stacked on the leading axis
-of every parameter, (R, M) for M members of each. The loss maps over them itself (`jax.vmap`), because it knows what
-the replicas share; the loop differentiates the sum, which keeps replicas independent, and maps the optimiser.
+sums of their weights (metrics likewise, `{name: (total, count)}`), so that micro-batches add up exactly. Many runs
+are replicas, stacked on the leading axis of parameters, batch and keys; the loop maps the loss over them, and `frozen`
+is shared by all. A replica may have *members*, which share its batch and key: a second leading axis of its parameters,
+which the loss maps over itself, because it knows what they share; its totals then have the shape (members,).
 
 Batches come from a pure function `batch(frozen, key, index)` that runs on the device, or from an iterator of host
 arrays with `get_state()` and `set_state(state)` (grain's protocol), each process yielding its own rows.
@@ -29,7 +29,7 @@ from sublim_jax.checkpoints import Checkpoints
 from sublim_jax.errors import Interrupted
 from sublim_jax.keys import fold_all
 from sublim_jax.progress import Track
-from sublim_jax.sharding import named, parameter_shardings
+from sublim_jax.sharding import each_replica, named, parameter_shardings
 
 Total = tuple[Float[Array, "*replicas"], Float[Array, "*replicas"]]
 Metrics = dict[str, Total]
@@ -70,7 +70,8 @@ class Program:
       loss: see the module's docstring; its `batch` and `key` are those of one micro-batch.
       optimizer: mapped over the replica axes.
       batch: the device function that makes a batch, or None where `fit` is given an iterator.
-      replica_axes: how many leading axes of every parameter count replicas; the first is split over the mesh.
+      replica_axes: how many leading axes of every parameter count runs: 0, 1 (replicas), or 2 (their members too).
+        The first is split over the mesh.
       batch_spec: mesh axes of a batch's leading axes, ROWS or REPLICAS_OF_ROWS. Rows are never split over two mesh
         axes: under parameters split over one of them XLA's partitioner leaves out an all-reduce, and gradients are
         wrong without a word (openxla/xla issue 40034; seen here on 2×2×2 CPU devices, jax 0.10.2).
@@ -162,11 +163,16 @@ class Program:
     def _gradients(
         self, params: PyTree, frozen: PyTree, batch: PyTree, key: Key[Array, "..."]
     ) -> tuple[PyTree, Metrics]:
-        def summed(params: PyTree) -> tuple[Array, Metrics]:
-            total, metrics = self.loss(params, frozen, batch, key)
-            return jnp.sum(total[0]), {"loss": total, **metrics}
+        def one(params: PyTree, batch: PyTree, key: Key[Array, ""]) -> tuple[PyTree, Metrics]:
+            def summed(params: PyTree) -> tuple[Array, Metrics]:
+                total, metrics = self.loss(params, frozen, batch, key)
+                return jnp.sum(total[0]), {"loss": total, **metrics}
 
-        return jax.grad(summed, has_aux=True)(params)
+            return jax.grad(summed, has_aux=True)(params)
+
+        if not self.replica_axes:
+            return one(params, batch, key)
+        return each_replica(one, self.mesh)(params, batch, key)
 
     def stack(self, batches: list[PyTree]) -> PyTree:
         """Host batches of consecutive updates as global arrays of a dispatch's static size."""

@@ -161,7 +161,9 @@ def test_every_knob_trains(lab_of, knobs):
         codes = jax.vmap(lambda key: mnist.images.draw(key, "gaussian", 400))(run_keys(0, "x", range(2)))
     distance = []
     for params in (reference, students["all"]):
-        ours, target = (mnist.answer(lab.networks["student"], p, codes, "gaussian") for p in (params, teacher))
+        ours, target = (
+            mnist.answer(lab.networks["student"], p, codes, "gaussian", lab.mesh) for p in (params, teacher)
+        )
         ours, target = (jax.nn.log_softmax(z) for z in (ours, target))
         distance.append(float(jnp.mean(jnp.sum(jnp.exp(target) * (target - ours), -1))))
     assert np.isfinite(distance[1]) and distance[1] < distance[0]

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Key, UInt8
 
 PIXELS = 784
 SIDE = 28
-ROWS_AT_ONCE = 2000  # bounds the memory of drawing floats
+ROWS_AT_ONCE = 2000  # bounds the memory of drawing
 
 DRAWN = ("uniform", "gaussian", "blurred")
 FROM_DATA = ("shuffled", "real")
@@ -29,11 +29,11 @@ def pixels(codes: UInt8[Array, "*shape"], kind: str = "real") -> Float[Array, "*
 
 def draw(key: Key[Array, ""], kind: str, count: int, blur: float = 1.0) -> UInt8[Array, "count 784"]:
     """Noise images: "uniform", "gaussian", or "blurred" (gaussian, smoothed with a gaussian of `blur` pixels)."""
-    if kind == "uniform":
-        words = jax.random.bits(key, (count, PIXELS // 4), jnp.uint32)
-        return jax.lax.bitcast_convert_type(words, jnp.uint8).reshape(count, PIXELS)
 
     def rows(key: Key[Array, ""], size: int) -> UInt8[Array, "size 784"]:
+        if kind == "uniform":
+            words = jax.random.bits(key, (size, PIXELS // 4), jnp.uint32)
+            return jax.lax.bitcast_convert_type(words, jnp.uint8).reshape(size, PIXELS)
         noise = jax.random.normal(key, (size, SIDE, SIDE))
         if kind == "blurred":
             noise = jnp.einsum("nij,yi,xj->nyx", noise, _smoothing(blur), _smoothing(blur))
@@ -42,8 +42,8 @@ def draw(key: Key[Array, ""], kind: str, count: int, blur: float = 1.0) -> UInt8
 
     whole, rest = divmod(count, ROWS_AT_ONCE)
     parts = jax.lax.map(lambda i: rows(jax.random.fold_in(key, i), ROWS_AT_ONCE), jnp.arange(whole))
-    last = rows(jax.random.fold_in(key, whole), rest)
-    return jnp.concatenate([parts.reshape(-1, PIXELS), last])
+    parts = parts.reshape(-1, PIXELS)
+    return jnp.concatenate([parts, rows(jax.random.fold_in(key, whole), rest)]) if rest else parts
 
 
 def shuffle_pixels(key: Key[Array, ""], images: UInt8[Array, "rows 784"]) -> UInt8[Array, "rows 784"]:

@@ -24,7 +24,7 @@ from sublim_jax.evaluation.statistics import normal_interval
 from sublim_jax.experiments.mnist_check import check, layer_numbers, normalise, variants
 from sublim_jax.keys import fold_all, run_keys
 from sublim_jax.models.mlp import Functions, Params, mlp, perturb
-from sublim_jax.sharding import fetch, make_mesh, named, put
+from sublim_jax.sharding import each_replica, fetch, make_mesh, named, put
 from sublim_jax.training import REPLICAS_OF_ROWS, Log, Program, Total, TrainState, fit
 from sublim_jax.workdir import Workdir, plain
 
@@ -47,11 +47,11 @@ TITLES = {
 
 
 class Batch(NamedTuple):
-    """Rows of every run; shapes in the order (R, batch, …)."""
+    """Rows of one run, or of R with that axis in front."""
 
-    codes: UInt8[Array, "runs batch 784"]
-    targets: Array  # labels (R, batch) for a teacher, logits (R, batch, V) for a student
-    weights: Float[Array, "runs batch"]
+    codes: UInt8[Array, "*runs batch 784"]
+    targets: Array  # a teacher's labels (batch,), or a student's logits (batch, V)
+    weights: Float[Array, "*runs batch"]
 
 
 class Lab(NamedTuple):
@@ -165,12 +165,9 @@ def train_teacher(lab: Lab, runs: range, reference: Params) -> Params:
 def teaching_program(config: ConfigDict, network: Functions, mesh: Mesh) -> Program:
     digits = support(config, "digits")
 
-    def loss(params: Params, frozen: Any, batch: Batch, key: Key[Array, "runs"]) -> tuple[Total, dict]:
-        def one(params: Params, batch: Batch) -> Total:
-            student = network.apply(params, images.pixels(batch.codes))
-            return objectives.cross_entropy(student, batch.targets, support=digits, weights=batch.weights)
-
-        return jax.vmap(one)(params, batch), {}
+    def loss(params: Params, frozen: Any, batch: Batch, key: Key[Array, ""]) -> tuple[Total, dict]:
+        logits = network.apply(params, images.pixels(batch.codes))
+        return objectives.cross_entropy(logits, batch.targets, support=digits, weights=batch.weights), {}
 
     def batch(frozen: Any, key: Key[Array, "runs"], index: Int[Array, ""]) -> Batch:
         codes, labels = frozen
@@ -240,7 +237,7 @@ def imitate(
         frozen["teacher"] = teacher
     else:
         # A frozen teacher on fixed inputs answers once.
-        frozen |= {"codes": codes, "logits": answer(lab.networks["teacher"], teacher, codes, kind)}
+        frozen |= {"codes": codes, "logits": answer(lab.networks["teacher"], teacher, codes, kind, lab.mesh)}
     return fit(
         lab.distilling[kind],
         state,
@@ -263,16 +260,14 @@ def distilling_program(config: ConfigDict, networks: dict[str, Functions], mesh:
             return objectives.cross_entropy(logits, labels, **where)
         return objectives.ON_LOGITS[student.objective](logits, targets, **where)
 
-    def loss(params: Params, frozen: Any, batch: Batch, key: Key[Array, "runs"]) -> tuple[Total, dict]:
-        def one(params: Params, support: Array, x: Array, targets: Array, weights: Array, key: Array) -> Total:
-            logits = networks["student"].apply(params, x)
-            where = {"support": support, "weights": weights, "temperature": student.temperature}
-            return objective(logits, targets, key, **where)
-
-        members = jax.vmap(one, (0, 0, None, None, None, None))  # members of a run share its inputs and teacher
-        runs = jax.vmap(members, (0, None, 0, 0, 0, 0))
+    def loss(params: Params, frozen: Any, batch: Batch, key: Key[Array, ""]) -> tuple[Total, dict]:
         x = images.pixels(batch.codes, kind)
-        return runs(params, frozen["supports"], x, batch.targets, batch.weights, key), {}
+
+        def member(params: Params, support: Bool[Array, "vocab"]) -> Total:
+            where = {"support": support, "weights": batch.weights, "temperature": student.temperature}
+            return objective(networks["student"].apply(params, x), batch.targets, key, **where)
+
+        return jax.vmap(member)(params, frozen["supports"]), {}  # the members of a run share x and its teacher
 
     def batch(frozen: Any, key: Key[Array, "runs"], index: Int[Array, ""]) -> Batch:
         rows, exists = jax.vmap(epoch_rows, (0, None, None, None))(key, index, inputs.count, student.batch)
@@ -289,14 +284,18 @@ def distilling_program(config: ConfigDict, networks: dict[str, Functions], mesh:
     return program(config, student, loss, batch, mesh, replica_axes=2)
 
 
-@partial(jax.jit, static_argnames=("network", "kind"))
-def answer(network: Functions, teacher: Params, codes: UInt8[Array, "..."], kind: str) -> Float[Array, "runs n vocab"]:
+@partial(jax.jit, static_argnames=("network", "kind", "mesh"))
+def answer(
+    network: Functions, teacher: Params, codes: UInt8[Array, "*runs n 784"], kind: str, mesh: Mesh
+) -> Float[Array, "runs n vocab"]:
     """Each teacher's logits on its run's inputs (R, N, 784), or on shared ones (N, 784)."""
 
     def one(teacher: Params, codes: UInt8[Array, "n 784"]) -> Float[Array, "n vocab"]:
         return jax.lax.map(lambda row: network.apply(teacher, images.pixels(row, kind)), codes, batch_size=2000)
 
-    return jax.vmap(one, (0, 0 if codes.ndim == 3 else None))(teacher, codes)
+    if codes.ndim == 2:
+        return each_replica(partial(one, codes=codes), mesh)(teacher)
+    return each_replica(one, mesh)(teacher, codes)
 
 
 def draw_inputs(lab: Lab, runs: range, kind: str) -> Array | None:
@@ -307,11 +306,11 @@ def draw_inputs(lab: Lab, runs: range, kind: str) -> Array | None:
         return put(lab.data.train_images[: inputs.count], named(lab.mesh))
     if kind == "shuffled":
         real = put(lab.data.train_images[: inputs.count], named(lab.mesh))
-        shuffle = jax.vmap(images.shuffle_pixels, (0, None))
+        shuffle = lambda keys, real: each_replica(partial(images.shuffle_pixels, images=real), lab.mesh)(keys)  # noqa: E731
         return jax.jit(shuffle, out_shardings=named(lab.mesh, "replica"))(keys, real)
     if inputs.fresh:
         return None
-    make = jax.vmap(lambda key: images.draw(key, kind, inputs.count, inputs.blur))
+    make = each_replica(lambda key: images.draw(key, kind, inputs.count, inputs.blur), lab.mesh)
     return jax.jit(make, out_shardings=named(lab.mesh, "replica"))(keys)
 
 
@@ -368,7 +367,7 @@ def accuracy_function(network: Functions, mesh: Mesh, data: mnist.Mnist) -> Call
 
     @jax.jit
     def correct(params: Params, codes: Array, labels: Array) -> Float[Array, "runs"]:
-        logits = answer(network, params, codes, "real")[..., : mnist.CLASSES]
+        logits = answer(network, params, codes, "real", mesh)[..., : mnist.CLASSES]
         return jnp.mean(jnp.argmax(logits, -1) == labels, axis=-1)
 
     return lambda params: correct(params, *test)
