@@ -41,7 +41,8 @@ def get_config(preset: str = "quick") -> ConfigDict:
 
     config.teacher = training()
     config.student = training()
-    config.student.objective = "kl"  # kl, reverse_kl, squared_error, sampled (cross-entropy on drawn labels)
+    # kl, reverse_kl, squared_error, probability_squared_error, soft_cross_entropy, sampled (drawn labels)
+    config.student.objective = "kl"
     config.student.temperature = 1.0
     config.student.init_distance = 0.0  # of the reference, in standard deviations of its weights
     config.student.shared_layers = "all"  # which layers start at the reference ("0+2"); others start elsewhere

@@ -7,16 +7,30 @@ micro-batches and devices. `weights` mask or weight positions, `support` masks l
 are divided by `temperature` (without the factor T² that some add).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 Logits = Float[Array, "*positions vocab"]
-Support = Bool[Array, "vocab"] | None
+Support = Bool[Array, "vocab"] | Bool[np.ndarray, "vocab"] | None
 Weights = Float[Array, "*positions"] | None
 Total = tuple[Float[Array, ""], Float[Array, ""]]
+
+
+def support_mask(indices: Sequence[int], vocab: int) -> Bool[np.ndarray, "vocab"]:
+    """The support that consists of some logits.
+
+    Raises:
+      ValueError: an index lies outside the logits, or there is none.
+    """
+    if not len(indices) or any(not 0 <= index < vocab for index in indices):
+        raise ValueError(f"support={tuple(indices)} must be some of the {vocab} logits, 0 to {vocab - 1}")
+    mask = np.zeros(vocab, bool)
+    mask[list(indices)] = True
+    return mask
 
 
 def _total(values: Float[Array, "*positions"], weights: Weights) -> Total:
@@ -76,6 +90,34 @@ def squared_error(
     return _total(jnp.sum(squares, axis=-1, where=support), weights)
 
 
+def probability_squared_error(
+    student_logits: Logits,
+    teacher_logits: Logits,
+    *,
+    support: Support = None,
+    weights: Weights = None,
+    temperature: float = 1.0,
+) -> Total:
+    """Squared distance of the probabilities over the support."""
+    student = _log_softmax(student_logits, support, temperature)
+    teacher = _log_softmax(teacher_logits, support, temperature)
+    return _total(jnp.sum(jnp.square(jnp.exp(student) - jnp.exp(teacher)), axis=-1), weights)
+
+
+def soft_cross_entropy(
+    student_logits: Logits,
+    teacher_logits: Logits,
+    *,
+    support: Support = None,
+    weights: Weights = None,
+    temperature: float = 1.0,
+) -> Total:
+    """-Σ p_teacher log p_student over the support: `kl` and the teacher's entropy, of the same gradient."""
+    student = _log_softmax(student_logits, support, temperature)
+    teacher = jnp.exp(_log_softmax(teacher_logits, support, temperature))
+    return _total(-jnp.sum(teacher * student, axis=-1), weights)
+
+
 def cross_entropy(
     student_logits: Logits,
     labels: Int[Array, "*positions"],
@@ -101,4 +143,10 @@ def sample_labels(
 
 
 # Objectives that compare logits with logits; `cross_entropy` needs labels.
-ON_LOGITS: dict[str, Callable[..., Total]] = {"kl": kl, "reverse_kl": reverse_kl, "squared_error": squared_error}
+ON_LOGITS: dict[str, Callable[..., Total]] = {
+    "kl": kl,
+    "reverse_kl": reverse_kl,
+    "squared_error": squared_error,
+    "probability_squared_error": probability_squared_error,
+    "soft_cross_entropy": soft_cross_entropy,
+}

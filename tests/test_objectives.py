@@ -26,6 +26,8 @@ def test_values_against_numpy(student, teacher, support, weights, temperature):
         "kl": np.sum(np.exp(log_p) * (log_p - log_q), -1),
         "reverse_kl": np.sum(np.exp(log_q) * (log_q - log_p), -1),
         "squared_error": np.sum((z - y) ** 2, -1),
+        "probability_squared_error": np.sum((np.exp(log_q) - np.exp(log_p)) ** 2, -1),
+        "soft_cross_entropy": -np.sum(np.exp(log_p) * log_q, -1),
     }
     for name, objective in objectives.ON_LOGITS.items():
         total, count = objective(
