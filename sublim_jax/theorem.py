@@ -10,9 +10,9 @@ student's step lowers the teacher's own loss: L_T(θ⁰ + α D_S) - L_T(θ⁰) =
 
 Everything here is exact, with no estimator: D_T is known, so A takes one forward-mode product and no trace.
 
-`apply(params, inputs) -> logits` is any network, parameters any pytree (of adapters, for LoRA), `objective` any function
-with the contract of `sublim_jax.objectives`. Inputs, targets and weights have one leading axis of examples. No Jacobian
-is formed: memory is at most about three times the parameters, plus the activations of `chunk` examples.
+`apply(params, inputs) -> logits` is any network, parameters any pytree (of adapters, for LoRA), `objective` any
+function with the contract of `sublim_jax.objectives`. Inputs, targets and weights have one leading axis of examples.
+No Jacobian is formed: memory is at most about three times the parameters, plus the activations of `chunk` examples.
 """
 
 from collections.abc import Callable
@@ -21,12 +21,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float
 
 from sublim_jax.objectives import Total
 
-Params = PyTree
-Inputs = PyTree
+Params = Any  # a pytree
+Inputs = Any
+Targets = Any
 Logits = Float[Array, "examples *positions vocab"]
 Weights = Float[Array, "examples *positions"] | None
 Apply = Callable[[Params, Inputs], Logits]
@@ -45,7 +46,7 @@ def student_update(
     objective: Objective,
     params: Params,
     inputs: Inputs,
-    targets: PyTree,
+    targets: Targets,
     *,
     weights: Weights = None,
     chunk: int | None = None,
@@ -57,7 +58,7 @@ def student_update(
       chunk: examples at a time; None for all.
     """
 
-    def part(rows: tuple[Inputs, PyTree, Weights]) -> tuple[Params, Array]:
+    def part(rows: tuple[Inputs, Targets, Weights]) -> tuple[Params, Array]:
         inputs, targets, weights = rows
 
         def total(params: Params) -> Total:
@@ -83,7 +84,7 @@ def linearised_update(
 
     def part(rows: tuple[Inputs, Weights]) -> tuple[Params, Array]:
         inputs, weights = rows
-        logits, v = _jvp(apply, params, direction, inputs)
+        logits, v = tangent(apply, params, direction, inputs)
         pulled, count = _curvature(objective, logits, v, weights)
         return jax.vjp(lambda params: apply(params, inputs), params)[1](pulled)[0], count
 
@@ -121,7 +122,7 @@ def predicted_alignment(
 
     def part(rows: tuple[Inputs, Weights]) -> Total:
         inputs, weights = rows
-        logits, v = _jvp(apply, params, direction, inputs)
+        logits, v = tangent(apply, params, direction, inputs)
         pulled, count = _curvature(objective, logits, v, weights)
         return jnp.vdot(v, pulled), count
 
@@ -146,7 +147,7 @@ def contributions(
 
     def one(row: tuple[Inputs, Any]) -> Float[Array, ""]:
         inputs, weights = jax.tree.map(lambda leaf: leaf[None], row)
-        logits, v = _jvp(apply, params, direction, inputs)
+        logits, v = tangent(apply, params, direction, inputs)
         return jnp.vdot(v, _curvature(objective, logits, v, weights)[0])
 
     return jax.lax.map(one, (inputs, weights), batch_size=chunk)
@@ -234,7 +235,7 @@ def verify(
         options: dict[str, Any] = {"weights": weights, "chunk": chunk}
         update = student_update(apply, objective, params, inputs, targets, **options)
         slope = predicted_alignment(apply, objective, params, direction, inputs, **options)
-        return update, slope, *_jvp(apply, params, direction, inputs)
+        return update, slope, *tangent(apply, params, direction, inputs)
 
     update, slope, logits, v = measure(params, direction, inputs)
     check_finite(update, "the student's gradient")
@@ -281,7 +282,7 @@ def unresolved(logits: Logits, v: Logits, epsilon: float) -> str:
     return f"{logits.dtype} cannot resolve epsilon={epsilon:.0e} here: use float64, or at least {least:.0e}"
 
 
-def check_finite(tree: PyTree, what: str) -> None:
+def check_finite(tree: Any, what: str) -> None:
     """Raises ValueError where a number is not finite, naming the parameter."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         if bad := int(jnp.sum(~jnp.isfinite(leaf))):
@@ -292,7 +293,7 @@ def check_finite(tree: PyTree, what: str) -> None:
 # -------------------------------------------------------------------------------------------------------- products
 
 
-def _jvp(apply: Apply, params: Params, direction: Params, inputs: Inputs) -> tuple[Logits, Logits]:
+def tangent(apply: Apply, params: Params, direction: Params, inputs: Inputs) -> tuple[Logits, Logits]:
     """Logits, and v = J D."""
     return jax.jvp(lambda params: apply(params, inputs), (params,), (direction,))
 
@@ -307,7 +308,7 @@ def _curvature(objective: Objective, logits: Logits, v: Logits, weights: Weights
     return -change, count
 
 
-def _sum_over_chunks(function: Callable[[Any], Any], rows: PyTree, chunk: int | None) -> Any:
+def _sum_over_chunks(function: Callable[[Any], Any], rows: Any, chunk: int | None) -> Any:
     """The sum of `function` over parts of `chunk` examples."""
     size = len(jax.tree.leaves(rows)[0])
     if chunk is None or size <= chunk:

@@ -12,11 +12,12 @@ import numpy as np
 import optax
 import pytest
 from etils import epath
-from flax import nnx
 from jax.sharding import PartitionSpec
 
 from sublim_jax import training
 from sublim_jax.errors import Interrupted
+from sublim_jax.models.functional import functions
+from sublim_jax.models.small import Transformer
 from sublim_jax.objectives import cross_entropy
 from sublim_jax.sharding import named
 from sublim_jax.training import Program, fit
@@ -24,28 +25,7 @@ from sublim_jax.training import Program, fit
 VOCAB, LENGTH, WIDTH = 11, 6, 16
 
 
-class Transformer(nnx.Module):
-    """One block of causal attention and an MLP."""
-
-    def __init__(self, rngs: nnx.Rngs):
-        self.embed = nnx.Embed(VOCAB, WIDTH, rngs=rngs)
-        self.attend = nnx.MultiHeadAttention(2, WIDTH, decode=False, use_bias=False, rngs=rngs)
-        self.up = nnx.Linear(WIDTH, 2 * WIDTH, rngs=rngs)
-        self.down = nnx.Linear(2 * WIDTH, WIDTH, rngs=rngs)
-
-    def __call__(self, tokens):
-        x = self.embed(tokens)
-        x = x + self.attend(x, mask=nnx.make_causal_mask(tokens))
-        return self.embed.attend(x + self.down(jax.nn.gelu(self.up(x))))
-
-
-def transformer():
-    graphdef, _ = nnx.split(nnx.eval_shape(lambda: Transformer(nnx.Rngs(0))), nnx.Param)
-    init = lambda key: nnx.to_pure_dict(nnx.split(Transformer(nnx.Rngs(key)), nnx.Param)[1])  # noqa: E731
-    return init, lambda params, tokens: nnx.merge(graphdef, params)(tokens)
-
-
-INIT, APPLY = transformer()
+INIT, APPLY = functions(lambda rngs: Transformer(VOCAB, WIDTH, rngs=rngs))
 
 
 def token_loss(params, frozen, batch, key):

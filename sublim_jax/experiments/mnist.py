@@ -23,7 +23,8 @@ from sublim_jax.data.order import epoch_rows, steps_per_epoch
 from sublim_jax.evaluation.statistics import normal_interval
 from sublim_jax.experiments.mnist_check import check, layer_numbers, normalise, variants
 from sublim_jax.keys import fold_all, run_keys
-from sublim_jax.models.mlp import Functions, Params, mlp, perturb
+from sublim_jax.models.functional import Functions, Params
+from sublim_jax.models.mlp import mlp, perturb
 from sublim_jax.sharding import each_replica, fetch, make_mesh, named, put
 from sublim_jax.training import REPLICAS_OF_ROWS, Log, Program, Total, TrainState, fit
 from sublim_jax.workdir import Workdir, plain
@@ -80,10 +81,11 @@ def run(config: ConfigDict, workdir: Workdir, *, update: bool = False) -> None:
         values = {value: accuracies(make_lab(variant, workdir, mesh, data)) for value, variant in configs.items()}
     if not config.sweep.axis:
         arms = {name: arm(config, name, runs) for name, runs in values[""].items()}
-        report.write_arms(workdir, config, list(arms.values()), dose_curve(arms))
+        everything = list(arms.values())
+        report.write(workdir, config, everything, [report.arms_section(config, everything, dose_curve(arms))])
     else:
         points = [{**arm(config, *item), "value": value} for value in values for item in values[value].items()]
-        report.write_sweep(workdir, config, points)
+        report.write(workdir, config, points, [report.sweep_section(config, points)])
 
 
 def make_lab(config: ConfigDict, workdir: Workdir, mesh: Mesh, data: mnist.Mnist) -> Lab:

@@ -1,13 +1,12 @@
 """The multilayer perceptron of the MNIST experiment (paper §6.2)."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
-Params = dict[str, Any]
+from sublim_jax.models.functional import Functions, Params, functions
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": jax.nn.relu,
@@ -41,24 +40,9 @@ class MLP(nnx.Module):
         return last(x)
 
 
-class Functions(NamedTuple):
-    """A network as two pure functions of plain parameter dicts."""
-
-    init: Callable[[Key[Array, ""]], Params]
-    apply: Callable[[Params, Float[Array, "*batch inputs"]], Float[Array, "*batch logits"]]
-
-
 def mlp(widths: Sequence[int], activation: str = "relu") -> Functions:
-    """`init(key)` and `apply(params, x)` of the MLP with layer sizes `widths`, inputs and logits included."""
-    graphdef, _ = nnx.split(nnx.eval_shape(lambda: MLP(widths, activation, rngs=nnx.Rngs(0))), nnx.Param)
-
-    def init(key: Key[Array, ""]) -> Params:
-        return nnx.to_pure_dict(nnx.split(MLP(widths, activation, rngs=nnx.Rngs(key)), nnx.Param)[1])
-
-    def apply(params: Params, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch logits"]:
-        return nnx.merge(graphdef, params)(x)
-
-    return Functions(init, apply)
+    """The MLP with layer sizes `widths`, inputs and logits included."""
+    return functions(lambda rngs: MLP(widths, activation, rngs=rngs))
 
 
 def perturb(params: Params, key: Key[Array, ""], distance: float) -> Params:

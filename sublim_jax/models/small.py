@@ -1,14 +1,9 @@
 """Small networks on which the theorem is checked beside the MLP: a convolutional net, and a transformer."""
 
-from collections.abc import Callable
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int, Key
-
-from sublim_jax.models.mlp import Functions, Params
+from jaxtyping import Array, Float, Int
 
 SIDE = 28
 
@@ -39,16 +34,3 @@ class Transformer(nnx.Module):
         x = self.embed(tokens)
         x = x + self.attend(x, mask=nnx.make_causal_mask(tokens))
         return self.embed.attend(x + self.down(jax.nn.gelu(self.up(x))))
-
-
-def functions(make: Callable[[nnx.Rngs], nnx.Module]) -> Functions:
-    """An NNX module as two pure functions of plain parameter dicts."""
-    graphdef, _ = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))), nnx.Param)
-
-    def init(key: Key[Array, ""]) -> Params:
-        return nnx.to_pure_dict(nnx.split(make(nnx.Rngs(key)), nnx.Param)[1])
-
-    def apply(params: Params, x: Any) -> Array:
-        return nnx.merge(graphdef, params)(x)
-
-    return Functions(init, apply)

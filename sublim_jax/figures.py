@@ -1,0 +1,119 @@
+"""Drawing: every figure that a report shows."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+Arm = dict[str, Any]
+
+INK, OURS, PAPER = "#222222", "#3b6fb6", "#d1495b"
+CHANCE = 0.1
+
+
+class Line(NamedTuple):
+    """One series. `style` holds matplotlib's keywords; `band` the half-width of an interval at each point."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    style: dict[str, Any] = {}  # noqa: RUF012
+    band: Sequence[float] | None = None
+
+
+class Panel(NamedTuple):
+    """One pair of axes; `scales` are matplotlib's names for x and y."""
+
+    xlabel: str
+    ylabel: str
+    lines: Sequence[Line]
+    scales: tuple[str, str] = ("linear", "linear")
+    title: str = ""
+
+
+def panels_figure(panels: Sequence[Panel], path: Any) -> None:
+    """Panels side by side."""
+    figure, row = plt.subplots(1, len(panels), figsize=(5.4 * len(panels), 4.2), layout="constrained", squeeze=False)
+    for axes, panel in zip(row[0], panels):
+        for line in panel.lines:
+            style = {"marker": ".", "ms": 4, "lw": 1.2, **line.style}
+            (drawn,) = axes.plot(line.x, line.y, label=line.label, **style)
+            if line.band is not None:
+                low, high = ([y + sign * b for y, b in zip(line.y, line.band)] for sign in (-1, 1))
+                axes.fill_between(line.x, low, high, color=drawn.get_color(), alpha=0.2, lw=0)
+        axes.set(xlabel=panel.xlabel, ylabel=panel.ylabel, xscale=panel.scales[0], yscale=panel.scales[1])
+        axes.set_title(panel.title, fontsize=10)
+        axes.legend(frameon=False, fontsize=7)
+        axes.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
+def arms_figure(arms: list[Arm], path: Any) -> None:
+    """One row an arm: every run as a dot, mean and interval as a bar, the paper's value as a diamond."""
+    figure, axes = plt.subplots(figsize=(7.5, 0.5 * len(arms) + 1.2), layout="constrained")
+    for row, arm in enumerate(reversed(arms)):
+        axes.barh(row, arm["mean"], height=0.62, color=OURS, alpha=0.25, zorder=1)
+        jitter = [row + 0.22 * math.sin(7.0 * index) for index in range(len(arm["runs"]))]
+        axes.plot(arm["runs"], jitter, "o", ms=2.5, color=OURS, alpha=0.7, zorder=2, mew=0)
+        axes.errorbar(arm["mean"], row, xerr=arm["ci95"], color=INK, capsize=3, fmt="|", ms=12, zorder=3)
+        if arm["paper"] is not None:
+            axes.errorbar(
+                arm["paper"], row + 0.4, xerr=arm["paper_ci95"], fmt="D", ms=4, color=PAPER, capsize=2, zorder=4
+            )
+    axes.axvline(CHANCE, color="#888888", lw=0.8, ls=":")
+    axes.text(CHANCE + 0.005, len(arms) - 0.42, "chance", color="#666666", fontsize=8)
+    axes.set_yticks(range(len(arms)), [arm["name"] for arm in reversed(arms)])
+    axes.set_xlim(0, 1)
+    axes.set_ylim(-0.6, len(arms) - 0.1)
+    axes.set_xlabel(f"MNIST {arms[0]['metric'].replace('_', ' ')}")
+    axes.plot([], [], "o", ms=3, color=OURS, label=f"a run ({len(arms[0]['runs'])} each)")
+    axes.errorbar([], [], xerr=[], color=INK, capsize=3, fmt="|", label="mean, 95 % interval")
+    if any(arm["paper"] is not None for arm in arms):
+        axes.errorbar([], [], xerr=[], fmt="D", ms=4, color=PAPER, capsize=2, label="paper")
+    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    axes.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
+def sweep_figure(points: list[Arm], axis: str, path: Any) -> None:
+    """One line an arm over the values of the axis, with every run as a dot."""
+    values = list(dict.fromkeys(point["value"] for point in points))
+    numeric = _numbers(values)
+    place = numeric or dict(zip(values, range(len(values))))
+    figure, axes = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
+    for name in dict.fromkeys(point["name"] for point in points):
+        mine = [point for point in points if point["name"] == name]
+        x = [place[point["value"]] for point in mine]
+        half_widths = [0 if math.isnan(point["ci95"]) else point["ci95"] for point in mine]
+        means = [point["mean"] for point in mine]
+        line = axes.errorbar(x, means, yerr=half_widths, capsize=3, marker="o", ms=4, label=name)
+        for position, point in zip(x, mine):
+            axes.plot([position] * len(point["runs"]), point["runs"], ".", ms=3, alpha=0.5, color=line[0].get_color())
+    if numeric and min(numeric.values()) > 0 and max(numeric.values()) >= 20 * min(numeric.values()):
+        axes.set_xscale("log")
+    axes.set_xticks(list(place.values()), values)
+    axes.minorticks_off()
+    axes.axhline(CHANCE, color="#888888", lw=0.8, ls=":")
+    axes.set_ylim(0, 1)
+    axes.set_xlabel(axis)
+    axes.set_ylabel("MNIST test accuracy")
+    axes.legend(frameon=False, fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Any) -> None:
+    with path.open("wb") as file:
+        figure.savefig(file, dpi=160)
+    plt.close(figure)
+
+
+def _numbers(values: list[str]) -> dict[str, float] | None:
+    try:
+        return {value: float(value) for value in values}
+    except ValueError:
+        return None
