@@ -3,10 +3,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 WORKDIR ?= runs/mnist-quick
 
-.PHONY: mnist test test-slow check bench clean
+.PHONY: mnist theorem test test-slow check bench clean
 
 mnist: .venv/installed
 	$(BIN)/python launch.py --config=configs/mnist.py --workdir=$(WORKDIR)
+
+theorem: .venv/installed
+	$(BIN)/python launch.py --config=configs/theorem.py
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu"

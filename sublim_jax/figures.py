@@ -5,11 +5,13 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 Arm = dict[str, Any]
+Numbers = Sequence[float] | np.ndarray
 
 INK, OURS, PAPER = "#222222", "#3b6fb6", "#d1495b"
 CHANCE = 0.1
@@ -19,10 +21,10 @@ class Line(NamedTuple):
     """One series. `style` holds matplotlib's keywords; `band` the half-width of an interval at each point."""
 
     label: str
-    x: Sequence[float]
-    y: Sequence[float]
+    x: Numbers
+    y: Numbers
     style: dict[str, Any] = {}  # noqa: RUF012
-    band: Sequence[float] | None = None
+    band: Numbers | None = None
 
 
 class Panel(NamedTuple):
@@ -39,6 +41,8 @@ def panels_figure(panels: Sequence[Panel], path: Any) -> None:
     """Panels side by side."""
     figure, row = plt.subplots(1, len(panels), figsize=(5.4 * len(panels), 4.2), layout="constrained", squeeze=False)
     for axes, panel in zip(row[0], panels):
+        if len(panel.lines) > 10:
+            axes.set_prop_cycle(color=plt.get_cmap("tab20").colors)
         for line in panel.lines:
             style = {"marker": ".", "ms": 4, "lw": 1.2, **line.style}
             (drawn,) = axes.plot(line.x, line.y, label=line.label, **style)

@@ -4,7 +4,7 @@ import importlib.metadata
 import math
 import platform
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,13 +20,16 @@ from sublim_jax.workdir import Workdir, plain, write_json
 READING_ERROR = 0.003  # of a published value that was read off a figure
 
 
+SCREEN_COLUMNS = 8  # a wider table is for the report alone
+
+
 class Section(NamedTuple):
     """A part of a report: text, a table (its header first), and figures by name, each drawn to a path."""
 
     title: str
     text: str
     table: Sequence[Sequence[str]]
-    figures: dict[str, Callable[[Any], None]]
+    figures: Mapping[str, Callable[[Any], None]]
 
 
 def write(workdir: Workdir, config: ConfigDict, arms: list[Arm], sections: Sequence[Section]) -> None:
@@ -59,7 +62,7 @@ def write(workdir: Workdir, config: ConfigDict, arms: list[Arm], sections: Seque
     write_json(workdir.path / "results.json", results)
     console = Console(width=None if sys.stdout.isatty() else 120)
     for section in sections:
-        if section.table:
+        if section.table and len(section.table[0]) <= SCREEN_COLUMNS:
             table = Table(*section.table[0], title=section.title)
             for row in section.table[1:]:
                 table.add_row(*row)
@@ -134,4 +137,4 @@ def plus_minus(mean: float | None, half_width: float | None) -> str:
 
 
 def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"

@@ -22,15 +22,26 @@ class ConvNet(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """One causal block with attention over tokens; the unembedding is the embedding (tied)."""
+    """One causal block with attention over tokens; the unembedding is the embedding (tied).
+
+    Written out, because nnx's attention computes its softmax in float32 whatever it is given.
+    """
 
     def __init__(self, vocab: int, width: int = 16, heads: int = 2, *, rngs: nnx.Rngs):
-        self.embed = nnx.Embed(vocab, width, rngs=rngs)
-        self.attend = nnx.MultiHeadAttention(heads, width, decode=False, use_bias=False, rngs=rngs)
+        self.heads = heads
+        self.embedding = nnx.Param(jax.random.normal(rngs.params(), (vocab, width)) * width**-0.5)
+        self.query, self.key, self.value, self.out = (
+            nnx.Linear(width, width, use_bias=False, rngs=rngs) for _ in range(4)
+        )
         self.up = nnx.Linear(width, 2 * width, rngs=rngs)
         self.down = nnx.Linear(2 * width, width, rngs=rngs)
 
     def __call__(self, tokens: Int[Array, "batch length"]) -> Float[Array, "batch length vocab"]:
-        x = self.embed(tokens)
-        x = x + self.attend(x, mask=nnx.make_causal_mask(tokens))
-        return self.embed.attend(x + self.down(jax.nn.gelu(self.up(x))))
+        embedding = self.embedding[...]
+        x = embedding[tokens]
+        q, k, v = (layer(x).reshape(*x.shape[:2], self.heads, -1) for layer in (self.query, self.key, self.value))
+        scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5
+        causal = jnp.tri(tokens.shape[1], dtype=bool)
+        attention = jax.nn.softmax(scores, axis=-1, where=causal)
+        x = x + self.out(jnp.einsum("bhqk,bkhd->bqhd", attention, v).reshape(x.shape))
+        return (x + self.down(jax.nn.gelu(self.up(x)))) @ embedding.T
