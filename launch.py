@@ -10,11 +10,12 @@ import importlib
 import importlib.util
 import os
 import sys
+from pathlib import Path
 
 import absl.logging
 import jax
 from absl import app, flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from sublim_jax import signals
 from sublim_jax.assets import cache_folder
@@ -24,7 +25,7 @@ from sublim_jax.workdir import Workdir
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="Config file, with :preset after a colon.")
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Folder for results and checkpoints, local or gs://; runs/EXPERIMENT-PRESET if left out."
+    "workdir", None, "Folder for results and checkpoints, local or gs://; runs/CONFIG-PRESET if left out."
 )
 _UPDATE = flags.DEFINE_bool(
     "update", False, "Accept a workdir of another config: reuse what still holds, replace the results."
@@ -39,16 +40,27 @@ _PROCESS = flags.DEFINE_integer("process_id", None, "This process's number, with
 def main(_: list[str]) -> None:
     if not flags.FLAGS["config"].present:
         raise UserError("--config is missing; try --config=configs/mnist.py")
-    if not os.path.exists(file := config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]):
+    file = config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]
+    if not os.path.exists(file):
         raise UserError(f"--config={file}: there is no such file")
     config = _CONFIG.value
     name = f"sublim_jax.experiments.{config.get('experiment', '')}"
     if not importlib.util.find_spec(name):
         raise UserError(f"config.experiment={config.get('experiment')!r} is no experiment of sublim_jax")
+    split_lists(config)
     join_cluster()
     signals.install()
-    workdir = Workdir(_WORKDIR.value or f"runs/{config.experiment}-{config.preset}")
+    workdir = Workdir(_WORKDIR.value or f"runs/{Path(file).stem}-{config.preset}")
     importlib.import_module(name).run(config, workdir, update=_UPDATE.value)
+
+
+def split_lists(config: ConfigDict) -> None:
+    """Splits lists of words, which the command line hands over as one: "auxiliary,clone"."""
+    for name, value in config.items():
+        if isinstance(value, ConfigDict):
+            split_lists(value)
+        elif isinstance(value, tuple) and any(isinstance(item, str) for item in value):
+            config[name] = tuple(word for item in value for word in str(item).split(",") if word)
 
 
 def join_cluster() -> None:

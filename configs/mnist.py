@@ -83,6 +83,8 @@ def get_config(preset: str = "quick") -> ConfigDict:
         config.runs = 8
         config.runs_at_once = 2
         config.arms = ("auxiliary", "all", "cross_auxiliary", "cross_all")
+    elif preset == "coverage":  # a part of configs/theorem.py
+        config.arms = ("auxiliary",)
     elif preset == "strongest":
         config.runs = 10
         config.runs_at_once = 10

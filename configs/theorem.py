@@ -15,6 +15,8 @@ Expected of the check: every row "as predicted", slopes 1.00 (2.00 for the cubic
 
 from ml_collections import ConfigDict
 
+from configs import mnist
+
 
 def get_config(preset: str = "check") -> ConfigDict:
     config = ConfigDict()
@@ -37,9 +39,24 @@ def get_config(preset: str = "check") -> ConfigDict:
         if preset == "smoke":
             config.examples, config.draws, config.label_draws = 32, 20, 200
     elif preset in ("trajectory", "forecast", "examples"):
-        config.experiment = "coverage"
+        config.experiment = preset
+        config.mnist = mnist.get_config("coverage")  # how teachers and students are trained: configs/mnist.py
+        config.probe = 4096  # inputs on which coverage is measured
+        if preset == "trajectory":
+            config.mnist.runs = config.mnist.runs_at_once = 4
+            config.auxiliary = (2, 3, 5, 10)  # numbers of auxiliary logits whose row spaces are compared
+            config.every = 5  # steps between two measurements
+            config.iterations = 100  # of conjugate gradients
+        elif preset == "forecast":
+            config.mnist.runs = config.mnist.runs_at_once = 3
+            config.auxiliary = (2, 3, 5, 10)
+            config.kinds = ("uniform", "gaussian", "blurred", "shuffled", "real")
+            config.distances = (0.0, 0.1, 0.3)
+            config.widths = (64, 128, 512)  # with uniform noise and no distance
+        elif preset == "examples":
+            config.mnist.runs = config.mnist.runs_at_once = 10
+            config.share = 0.1  # of the noise images, each trained on for as many more epochs
     else:
-        raise ValueError(
-            f"configs/theorem.py has no preset {preset!r}; it has check, trajectory, forecast, examples, smoke"
-        )
+        presets = "check, trajectory, forecast, examples, smoke"
+        raise ValueError(f"configs/theorem.py has no preset {preset!r}; it has {presets}")
     return config

@@ -42,7 +42,7 @@ def panels_figure(panels: Sequence[Panel], path: Any) -> None:
     figure, row = plt.subplots(1, len(panels), figsize=(5.4 * len(panels), 4.2), layout="constrained", squeeze=False)
     for axes, panel in zip(row[0], panels):
         if len(panel.lines) > 10:
-            axes.set_prop_cycle(color=plt.get_cmap("tab20").colors)
+            axes.set_prop_cycle(color=plt.get_cmap("tab20")(range(20)))
         for line in panel.lines:
             style = {"marker": ".", "ms": 4, "lw": 1.2, **line.style}
             (drawn,) = axes.plot(line.x, line.y, label=line.label, **style)

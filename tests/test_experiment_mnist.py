@@ -12,7 +12,6 @@ from sublim_jax.data.mnist import Mnist
 from sublim_jax.experiments import mnist
 from sublim_jax.experiments.mnist_check import POINTS, check, variants
 from sublim_jax.keys import run_keys
-from sublim_jax.sharding import named
 from sublim_jax.workdir import Workdir
 
 CONFIG = Path(__file__).parents[1] / "configs" / "mnist.py"
@@ -44,17 +43,12 @@ def lab_of(tmp_path, some_mnist, mesh_of):
     return make
 
 
-def references(lab, runs):
-    init = jax.jit(jax.vmap(lab.networks["student"].init), out_shardings=named(lab.mesh, "replica"))
-    return init(run_keys(lab.config.seed, "reference", runs))
-
-
 def same(a, b):
     return all(jax.tree.leaves(jax.tree.map(lambda x, y: bool(jnp.array_equal(x, y)), a, b)))
 
 
 def distilled(lab, runs, arms, teacher=None):
-    reference = references(lab, runs)
+    reference = mnist.references(lab, runs)
     teacher = teacher or mnist.train_teacher(lab, runs, reference)
     kind = lab.config.inputs.kind
     codes = mnist.draw_inputs(lab, runs, kind)
@@ -63,7 +57,7 @@ def distilled(lab, runs, arms, teacher=None):
 
 def test_teacher_training_leaves_the_auxiliary_rows_to_the_bit(lab_of):
     lab = lab_of(tiny())
-    reference = references(lab, range(2))
+    reference = mnist.references(lab, range(2))
     teacher = mnist.train_teacher(lab, range(2), reference)
     last = lab.config.model.depth
     for name in ("kernel", "bias"):
@@ -108,7 +102,7 @@ def test_only_the_trained_layers_move(lab_of, who):
 def test_shared_layers_and_distance_make_the_start(lab_of):
     runs = range(2)
     lab = lab_of(tiny(student__shared_layers="0+2"))
-    reference = references(lab, runs)
+    reference = mnist.references(lab, runs)
     foreign = jax.tree.map(lambda leaf: leaf[::-1], reference)
     start = mnist.near_start(lab.config, runs, reference, foreign)["layers"]
     assert same(start[0], reference["layers"][0]) and same(start[2], reference["layers"][2])
@@ -131,7 +125,7 @@ def test_a_longer_cloning_goes_on_from_a_shorter_one(lab_of):
     results = []
     for doses in ((1, 2), (2,)):
         lab = lab_of(tiny(clone__epochs=doses), name=str(doses))
-        reference = references(lab, range(2))
+        reference = mnist.references(lab, range(2))
         codes = mnist.draw_inputs(lab, range(2), "uniform")
         results.append(mnist.clone(lab, range(2), codes, reference, jax.tree.map(lambda x: x[::-1], reference)))
     assert same(results[0]["clone 2"], results[1]["clone 2"])
@@ -154,7 +148,7 @@ KNOBS = [
 def test_every_knob_trains(lab_of, knobs):
     """A student of all logits moves towards its teacher, here a far one: another reference."""
     lab = lab_of(tiny(**knobs, teacher__activation=knobs.get("student__activation", "relu")))
-    teacher = references(lab, [5, 6])
+    teacher = mnist.references(lab, [5, 6])
     reference, _, students = distilled(lab, range(2), ["all"], teacher)
     codes = mnist.draw_inputs(lab, range(2), "gaussian" if lab.config.inputs.fresh else lab.config.inputs.kind)
     if codes is None:

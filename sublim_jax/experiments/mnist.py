@@ -3,7 +3,7 @@
 `configs/mnist.py` explains the values; shapes below use R runs, M students of each run, N inputs, V logits.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from sublim_jax import assets, objectives, report
 from sublim_jax.data import images, mnist
 from sublim_jax.data.order import epoch_rows, steps_per_epoch
 from sublim_jax.evaluation.statistics import normal_interval
-from sublim_jax.experiments.mnist_check import check, layer_numbers, normalise, variants
+from sublim_jax.experiments.mnist_check import check, layer_numbers, variants
 from sublim_jax.keys import fold_all, run_keys
 from sublim_jax.models.functional import Functions, Params
 from sublim_jax.models.mlp import mlp, perturb
@@ -70,7 +70,6 @@ class Lab(NamedTuple):
 
 def run(config: ConfigDict, workdir: Workdir, *, update: bool = False) -> None:
     """Runs the experiment, or a sweep of it, and leaves results.json, report.md and figures in `workdir`."""
-    normalise(config)
     mesh = make_mesh(config.mesh)
     configs = variants(config)
     for variant in configs.values():
@@ -118,10 +117,7 @@ def accuracies(lab: Lab) -> dict[str, list[float]]:
 def train_and_test(lab: Lab, runs: range) -> dict[str, list[float]]:
     """The paper's method, for some runs at once."""
     config = lab.config
-    init = jax.jit(jax.vmap(lab.networks["student"].init), out_shardings=named(lab.mesh, "replica"))
-    reference = init(run_keys(config.seed, "reference", runs))
-    foreign = init(run_keys(config.seed, "reference", derangement(config, runs)))
-
+    reference, foreign = references(lab, runs), references(lab, derangement(config, runs))
     teacher = train_teacher(lab, runs, reference)
 
     near = near_start(config, runs, reference, foreign)
@@ -138,6 +134,12 @@ def train_and_test(lab: Lab, runs: range) -> dict[str, list[float]]:
     result = {"reference": lab.accuracy["student"](reference), "teacher": lab.accuracy["teacher"](teacher)}
     result |= {name: lab.accuracy["student"](student) for name, student in students.items()}
     return {name: [float(value) for value in fetch(values)] for name, values in result.items()}
+
+
+def references(lab: Lab, runs: Sequence[int]) -> Params:
+    """The initial networks of some runs."""
+    init = jax.jit(jax.vmap(lab.networks["student"].init), out_shardings=named(lab.mesh, "replica"))
+    return init(run_keys(lab.config.seed, "reference", runs))
 
 
 # ---------------------------------------------------------------------------------------------- the teacher
@@ -256,18 +258,16 @@ def imitate(
 def distilling_program(config: ConfigDict, networks: dict[str, Functions], mesh: Mesh, kind: str) -> Program:
     inputs, student = config.inputs, config.student
 
-    def objective(logits: Array, targets: Array, key: Array, **where: Any) -> Total:
-        if student.objective == "sampled":
-            labels = objectives.sample_labels(key, targets, support=where["support"])
-            return objectives.cross_entropy(logits, labels, **where)
-        return objectives.ON_LOGITS[student.objective](logits, targets, **where)
-
     def loss(params: Params, frozen: Any, batch: Batch, key: Key[Array, ""]) -> tuple[Total, dict]:
         x = images.pixels(batch.codes, kind)
 
         def member(params: Params, support: Bool[Array, "vocab"]) -> Total:
             where = {"support": support, "weights": batch.weights, "temperature": student.temperature}
-            return objective(networks["student"].apply(params, x), batch.targets, key, **where)
+            logits = networks["student"].apply(params, x)
+            if student.objective == "sampled":
+                labels = objectives.sample_labels(key, batch.targets, support=support)
+                return objectives.cross_entropy(logits, labels, **where)
+            return objectives.ON_LOGITS[student.objective](logits, batch.targets, **where)
 
         return jax.vmap(member)(params, frozen["supports"]), {}  # the members of a run share x and its teacher
 

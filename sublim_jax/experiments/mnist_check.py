@@ -94,12 +94,6 @@ def layer_numbers(config: ConfigDict, text: str, name: str = "layers") -> tuple[
     return chosen
 
 
-def normalise(config: ConfigDict) -> None:
-    """Splits lists of words, which the command line hands over as one ("auxiliary,clone") or as numbers."""
-    for part, name in ((config, "arms"), (config.sweep, "points")):
-        part[name] = tuple(word for item in part[name] for word in str(item).split(",") if word)
-
-
 def variants(config: ConfigDict) -> dict[str, ConfigDict]:
     """One config for each value of a sweep; {"": config} where there is no sweep."""
     axis = config.sweep.axis
@@ -115,14 +109,14 @@ def variants(config: ConfigDict) -> dict[str, ConfigDict]:
     if not points:
         raise UserError(f"sweep.points: say which values {axis} shall take, such as --config.sweep.points=1,2,3")
     configs = {}
-    for value in points:
+    for value in map(str, points):
         variant = config.copy_and_resolve_references()
         variant.sweep.axis = ""
         try:
             variant.update_from_flattened_dict({axis: _like(old, value)})
         except (TypeError, ValueError, SyntaxError) as error:
             raise UserError(f"sweep.points: {value!r} is no value for {axis}, which is {old!r}") from error
-        configs[str(value)] = variant
+        configs[value] = variant
     if len(configs) < 2:
         raise UserError(f"sweep.points={points} needs at least two different values of {axis}")
     return configs

@@ -1,0 +1,121 @@
+"""The lemma's inner product on the MNIST experiment: what forecast, trajectory and examples share."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+from ml_collections import ConfigDict
+
+from sublim_jax import assets, objectives, report, theorem
+from sublim_jax.data import images
+from sublim_jax.data import mnist as digits
+from sublim_jax.errors import UserError
+from sublim_jax.evaluation.statistics import normal_interval
+from sublim_jax.experiments import mnist
+from sublim_jax.experiments.mnist_check import check
+from sublim_jax.figures import Arm
+from sublim_jax.models.functional import Params
+from sublim_jax.sharding import each_replica, fetch, make_mesh
+from sublim_jax.workdir import Workdir
+
+Result = tuple[list[Arm], list[report.Section]]
+
+
+def run_with_labs(
+    config: ConfigDict,
+    workdir: Workdir,
+    update: bool,
+    variants: Sequence[ConfigDict],
+    measure: Callable[[list[mnist.Lab]], Result],
+) -> None:
+    """Checks everything, makes a lab of every MNIST config, measures, and writes the report.
+
+    Raises UserError for the first value that makes no sense.
+    """
+    mesh = make_mesh(config.mesh)
+    for variant in variants:
+        variant.seed, variant.data = config.seed, config.data
+        check(variant, mesh)
+        if not 0 < config.probe <= variant.inputs.count:
+            raise UserError(f"probe={config.probe} must be between 1 and inputs.count={variant.inputs.count}")
+        if variant.runs_at_once < variant.runs:
+            raise UserError("coverage takes all runs at once: set mnist.runs_at_once to mnist.runs")
+        if variant.student.objective == "sampled" or variant.inputs.fresh:
+            raise UserError("coverage needs an objective on logits, and fixed inputs: mnist.inputs.fresh=False")
+    data = digits.load(assets.fetch(assets.MNIST, config.data.path))
+    workdir.open(config, update=update)
+    with jax.default_matmul_precision(config.mnist.precision):
+        arms, sections = measure([mnist.make_lab(variant, workdir, mesh, data) for variant in variants])
+    report.write(workdir, config, arms, sections)
+
+
+def changed(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
+    """A copy with other values at some dotted paths."""
+    variant = config.copy_and_resolve_references()
+    variant.update_from_flattened_dict(dict(changes))
+    return variant
+
+
+def objective_of(config: ConfigDict) -> theorem.Objective:
+    """The student's objective on the auxiliary logits."""
+    student = config.student
+    where = {"support": mnist.support(config, "auxiliary"), "temperature": student.temperature}
+    return partial(objectives.ON_LOGITS[student.objective], **where)
+
+
+def before_training(lab: mnist.Lab) -> tuple[Params, Params, Params, Array]:
+    """(reference, teacher, the student's start, its inputs as bytes) of all runs."""
+    config, runs = lab.config, range(lab.config.runs)
+    reference = mnist.references(lab, runs)
+    foreign = mnist.references(lab, mnist.derangement(config, runs))
+    codes = mnist.draw_inputs(lab, runs, config.inputs.kind)
+    assert codes is not None  # inputs.fresh is refused
+    start = mnist.near_start(config, runs, reference, foreign)
+    return reference, mnist.train_teacher(lab, runs, reference), start, codes
+
+
+def over_runs(lab: mnist.Lab, function: Callable[..., Any], codes: Array, *trees: Params) -> Any:
+    """`function(apply, codes, *trees)` of every run; `apply` reads bytes, and inputs that all runs share stay one."""
+    kind, network = lab.config.inputs.kind, lab.networks["student"]
+
+    def apply(params: Params, codes: Array) -> Array:
+        return network.apply(params, images.pixels(codes, kind))
+
+    def all_of(codes: Array, *trees: Params) -> Any:
+        if codes.ndim == 2:
+            return each_replica(partial(function, apply, codes), lab.mesh)(*trees)
+        return each_replica(partial(function, apply), lab.mesh)(codes, *trees)
+
+    return jax.jit(all_of)(codes, *trees)
+
+
+def difference(after: Params, before: Params) -> Params:
+    """θ_T - θ⁰."""
+    return jax.tree.map(jnp.subtract, after, before)
+
+
+def coverages(lab: mnist.Lab, probe: int) -> list[float]:
+    """cos(the student's first update, θ_T - θ⁰) of every run, before any training of the student."""
+    reference, teacher, start, codes = before_training(lab)
+
+    def one(apply: theorem.Apply, codes: Array, reference: Params, teacher: Params, start: Params) -> Array:
+        targets = apply(teacher, codes)
+        update = theorem.student_update(apply, objective_of(lab.config), start, codes, targets)
+        return theorem.coverage(update, difference(teacher, reference))
+
+    return fetch(over_runs(lab, one, codes[..., :probe, :], reference, teacher, start)).tolist()
+
+
+def depends_on(lab: mnist.Lab, **more: Any) -> dict[str, Any]:
+    """What a measurement on all runs of a lab depends on."""
+    return mnist.depends_on(lab.config, range(lab.config.runs), "teacher", "student", "inputs", "runs", **more)
+
+
+def accuracy_arm(name: str, accuracy: list[float], **more: Any) -> Arm:
+    """One entry of results.json."""
+    mean, half_width = normal_interval(accuracy)
+    arm = {"name": name, "metric": "test_accuracy", "mean": mean, "ci95": half_width, "runs": accuracy, "paper": None}
+    return {**arm, **more}
