@@ -37,11 +37,12 @@ def get_config(preset: str = "check") -> ConfigDict:
         config.draws = 300  # of networks and data, for the sign
         config.label_draws = 3000  # for labels sampled at T = 1
         if preset == "smoke":
-            config.examples, config.draws, config.label_draws = 32, 20, 200
+            config.draws, config.label_draws = 20, 200
     elif preset in ("trajectory", "forecast", "examples"):
         config.experiment = preset
         config.mnist = mnist.get_config("coverage")  # how teachers and students are trained: configs/mnist.py
-        config.probe = 4096  # inputs on which coverage is measured
+        if preset != "examples":
+            config.probe = 4096  # inputs on which coverage and row spaces are measured
         if preset == "trajectory":
             config.mnist.runs = config.mnist.runs_at_once = 4
             config.auxiliary = (2, 3, 5, 10)  # numbers of auxiliary logits whose row spaces are compared

@@ -39,7 +39,7 @@ def run_with_labs(
     for variant in variants:
         variant.seed, variant.data = config.seed, config.data
         check(variant, mesh)
-        if not 0 < config.probe <= variant.inputs.count:
+        if "probe" in config and not 0 < config.probe <= variant.inputs.count:
             raise UserError(f"probe={config.probe} must be between 1 and inputs.count={variant.inputs.count}")
         if variant.runs_at_once < variant.runs:
             raise UserError("coverage takes all runs at once: set mnist.runs_at_once to mnist.runs")

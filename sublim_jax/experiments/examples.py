@@ -23,7 +23,7 @@ from sublim_jax.experiments.coverage import (
     over_runs,
     run_with_labs,
 )
-from sublim_jax.figures import PAPER, Line, Panel, panels_figure
+from sublim_jax.figures import OURS, Line, Panel, arms_figure, panels_figure
 from sublim_jax.models.functional import Params
 from sublim_jax.sharding import fetch, named, put
 from sublim_jax.workdir import Workdir
@@ -62,20 +62,11 @@ def measure(config: ConfigDict, labs: list[mnist.Lab]) -> Result:
         f"steps, {config.mnist.runs} runs. Differences are paired over runs, with Student's 95 % interval."
     )
     quantiles = np.asarray(result["quantiles"])
-    lines = [Line("a run", LEVELS, row, {"color": "#3b6fb6", "marker": "", "alpha": 0.5}) for row in quantiles[:1]]
-    lines += [Line("_", LEVELS, row, {"color": "#3b6fb6", "marker": "", "alpha": 0.5}) for row in quantiles[1:]]
-    dots = [
-        Line(arm["name"], arm["runs"], [row] * len(arm["runs"]), {"ls": "", "marker": "o", "alpha": 0.6})
-        for row, arm in enumerate(arms)
-    ]
-    means = Line("mean", [arm["mean"] for arm in arms], [0, 1, 2], {"ls": "", "marker": "|", "ms": 18, "color": PAPER})
-    panels = [
-        Panel("quantile of the images", "contribution over its mean", lines, title="how unequal images are"),
-        Panel("test accuracy", "arm", [*dots, means], title="students on a share of them"),
-    ]
-    return arms, [
-        report.Section("Which examples carry the trait", text, table, {"examples": partial(panels_figure, panels)})
-    ]
+    lines = [Line("a run", LEVELS, row, {"color": OURS, "marker": "", "alpha": 0.5}) for row in quantiles[:1]]
+    lines += [Line("_", LEVELS, row, {"color": OURS, "marker": "", "alpha": 0.5}) for row in quantiles[1:]]
+    panels = [Panel("quantile of the images", "contribution over its mean", lines, title="how unequal images are")]
+    figures = {"examples": partial(arms_figure, arms), "contributions": partial(panels_figure, panels)}
+    return arms, [report.Section("Which examples carry the trait", text, table, figures)]
 
 
 LEVELS = np.linspace(0, 1, 51)
