@@ -10,10 +10,11 @@ Params = dict[str, Any]
 
 
 class Functions(NamedTuple):
-    """A network: `init(key) -> params`, and `apply(params, inputs) -> logits`."""
+    """A network: `init(key) -> params`, `apply(params, inputs, …) -> logits`, and `bind(params)`, the module itself."""
 
     init: Callable[[Key[Array, ""]], Params]
-    apply: Callable[[Params, Any], Array]
+    apply: Callable[..., Array]
+    bind: Callable[[Params], Any]
 
 
 def functions(make: Callable[[nnx.Rngs], nnx.Module]) -> Functions:
@@ -23,7 +24,10 @@ def functions(make: Callable[[nnx.Rngs], nnx.Module]) -> Functions:
     def init(key: Key[Array, ""]) -> Params:
         return nnx.to_pure_dict(nnx.split(make(nnx.Rngs(key)), nnx.Param)[1])
 
-    def apply(params: Params, inputs: Any) -> Array:
-        return nnx.merge(graphdef, params)(inputs)
+    def bind(params: Params) -> Any:
+        return nnx.merge(graphdef, params)
 
-    return Functions(init, apply)
+    def apply(params: Params, inputs: Any, **options: Any) -> Array:
+        return bind(params)(inputs, **options)
+
+    return Functions(init, apply, bind)

@@ -1,0 +1,296 @@
+"""One decoder for all families of open language models.
+
+Settings say what a family does; layers are stacked on a leading axis and scanned.
+
+Axes in names: b rows, t positions of queries, s positions of keys, k groups of keys, g queries of a group, h head size.
+Normalisation, rotation and softmax are computed in float32 or wider, matrix products in the parameters' dtype.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from sublim_jax.models.functional import Functions, functions
+
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+}
+NEVER = -0.7 * float(np.finfo(np.float32).max)  # a score that no key keeps, finite so that empty rows are no nan
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """One table of rotary frequencies, in radians a position, for the first 2 × len(frequencies) of a head.
+
+    All zero where a layer does not rotate. `scale` multiplies cosines and sines (yarn, longrope).
+    """
+
+    frequencies: tuple[float, ...]
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What sets one decoder apart from another. `windows` and `rotary_of` have one entry a layer."""
+
+    vocab: int
+    width: int
+    layers: int
+    heads: int
+    key_heads: int
+    head_size: int
+    mlp_width: int
+    activation: str
+    rotaries: tuple[Rotary, ...] = ()
+    rotary_of: tuple[int, ...] = ()  # which of `rotaries` each layer uses
+    windows: tuple[int, ...] = ()  # how many keys back a layer sees, itself included; 0: all
+    positions: int = 0  # learned positions (GPT-2); 0: none
+    norm: str = "rms"  # or layer, with mean and bias
+    norm_eps: float = 1e-6
+    norm_offset: float = 0.0  # added to the norm's weights (Gemma: 1)
+    pre_norm: bool = True
+    post_norm: bool = False  # of what attention and MLP give, before it is added
+    head_norm: str = ""  # of queries and keys: "head", each head alone (Qwen3); "all" heads together (OLMo 2)
+    gated: bool = True  # MLP: down(act(gate) * up), or down(act(up))
+    parallel: bool = False  # attention and MLP read the same input (GPT-NeoX)
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    score_scale: float = 0.0  # of queries times keys; 0: head_size ** -0.5
+    score_cap: float = 0.0  # cap * tanh(score / cap); 0: none
+    logit_cap: float = 0.0
+    embed_scale: float = 1.0
+    tied: bool = True  # the unembedding is the embedding
+
+
+class Cache(NamedTuple):
+    """Keys and values of all layers, as plain arrays of a fixed number of slots."""
+
+    keys: Float[Array, "layers b s k h"]
+    values: Float[Array, "layers b s k h"]
+
+
+class Linear(nnx.Module):
+    """x @ kernel + bias; `stack` are leading axes of layers."""
+
+    def __init__(self, stack: Sequence[int], inputs: int, outputs: int, bias: bool, *, rngs: nnx.Rngs):
+        self.kernel = nnx.Param(jax.random.normal(rngs.params(), (*stack, inputs, outputs)) * inputs**-0.5)
+        if bias:
+            self.bias = nnx.Param(jnp.zeros((*stack, outputs)))
+
+    def __call__(self, x: Float[Array, "*rows inputs"]) -> Float[Array, "*rows outputs"]:
+        y = x @ self.kernel[...]
+        return y + self.bias[...] if hasattr(self, "bias") else y
+
+
+class Norm(nnx.Module):
+    """RMS or layer normalisation over the last axis."""
+
+    def __init__(self, settings: Settings, stack: Sequence[int], size: int):
+        self.settings = settings
+        self.weight = nnx.Param(jnp.ones((*stack, size)) - settings.norm_offset)
+        if settings.norm == "layer":
+            self.bias = nnx.Param(jnp.zeros((*stack, size)))
+
+    def __call__(self, x: Float[Array, "*rows size"]) -> Float[Array, "*rows size"]:
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        if self.settings.norm == "layer":
+            wide = wide - jnp.mean(wide, -1, keepdims=True)
+        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), -1, keepdims=True) + self.settings.norm_eps)
+        wide = wide * (self.settings.norm_offset + self.weight[...].astype(wide.dtype))
+        if self.settings.norm == "layer":
+            wide = wide + self.bias[...].astype(wide.dtype)
+        return wide.astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Causal attention with grouped keys, an optional window, rotation and cap."""
+
+    def __init__(self, settings: Settings, stack: Sequence[int], *, rngs: nnx.Rngs):
+        c = settings
+        self.settings = c
+        queries, keys = c.heads * c.head_size, c.key_heads * c.head_size
+        self.query = Linear(stack, c.width, queries, c.qkv_bias, rngs=rngs)
+        self.key = Linear(stack, c.width, keys, c.qkv_bias, rngs=rngs)
+        self.value = Linear(stack, c.width, keys, c.qkv_bias, rngs=rngs)
+        self.out = Linear(stack, queries, c.width, c.out_bias, rngs=rngs)
+        if c.head_norm:
+            sizes = (c.head_size, c.head_size) if c.head_norm == "head" else (queries, keys)
+            self.query_norm, self.key_norm = (Norm(c, stack, size) for size in sizes)
+
+    def __call__(
+        self, x: Float[Array, "b t width"], rotation: "Rotation", mask: Bool[Array, "b t s"], cache: Any
+    ) -> tuple[Float[Array, "b t width"], Any]:
+        c = self.settings
+        q, k, v = self.query(x), self.key(x), self.value(x)
+        if c.head_norm == "all":
+            q, k = self.query_norm(q), self.key_norm(k)
+        q, k, v = (y.reshape(*x.shape[:2], -1, c.head_size) for y in (q, k, v))
+        if c.head_norm == "head":
+            q, k = self.query_norm(q), self.key_norm(k)
+        q, k = rotate(q, rotation), rotate(k, rotation)
+        if cache is not None:
+            start, keys, values = cache
+            k = jax.lax.dynamic_update_slice(keys, k.astype(keys.dtype), (0, start, 0, 0))
+            v = jax.lax.dynamic_update_slice(values, v.astype(values.dtype), (0, start, 0, 0))
+        q = q.reshape(*q.shape[:2], c.key_heads, -1, c.head_size)
+        scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.promote_types(q.dtype, jnp.float32))
+        scores = scores * (c.score_scale or c.head_size**-0.5)
+        if c.score_cap:
+            scores = c.score_cap * jnp.tanh(scores / c.score_cap)
+        scores = jnp.where(mask[:, None, None], scores, NEVER)
+        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+        mixed = jnp.einsum("bkgts,bskh->btkgh", weights, v)
+        return self.out(mixed.reshape(*x.shape[:2], -1)), (k, v)
+
+
+class Feedforward(nnx.Module):
+    def __init__(self, settings: Settings, stack: Sequence[int], *, rngs: nnx.Rngs):
+        c = settings
+        self.act = ACTIVATIONS[c.activation]
+        if c.gated:
+            self.gate = Linear(stack, c.width, c.mlp_width, c.mlp_bias, rngs=rngs)
+        self.up = Linear(stack, c.width, c.mlp_width, c.mlp_bias, rngs=rngs)
+        self.down = Linear(stack, c.mlp_width, c.width, c.mlp_bias, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b t width"]) -> Float[Array, "b t width"]:
+        inner = self.act(self.gate(x)) * self.up(x) if hasattr(self, "gate") else self.act(self.up(x))
+        return self.down(inner)
+
+
+class Layer(nnx.Module):
+    """One block: attention and MLP, each added to the residual stream."""
+
+    def __init__(self, settings: Settings, stack: Sequence[int], *, rngs: nnx.Rngs):
+        self.settings = settings
+        self.attention = Attention(settings, stack, rngs=rngs)
+        self.mlp = Feedforward(settings, stack, rngs=rngs)
+        if settings.pre_norm:
+            self.attention_norm, self.mlp_norm = (Norm(settings, stack, settings.width) for _ in range(2))
+        if settings.post_norm:
+            self.attention_post_norm, self.mlp_post_norm = (Norm(settings, stack, settings.width) for _ in range(2))
+
+    def __call__(
+        self, x: Float[Array, "b t width"], rotation: "Rotation", mask: Bool[Array, "b t s"], cache: Any
+    ) -> tuple[Float[Array, "b t width"], Any]:
+        c = self.settings
+        attended, cache = self.attention(self.attention_norm(x) if c.pre_norm else x, rotation, mask, cache)
+        attended = self.attention_post_norm(attended) if c.post_norm else attended
+        y = x if c.parallel else x + attended
+        fed = self.mlp(self.mlp_norm(y) if c.pre_norm else y)
+        fed = self.mlp_post_norm(fed) if c.post_norm else fed
+        return (x + attended if c.parallel else y) + fed, cache
+
+
+class Decoder(nnx.Module):
+    """Tokens to logits. Layers are stacked on a leading axis and scanned: compile time does not grow with depth."""
+
+    def __init__(self, settings: Settings, *, rngs: nnx.Rngs):
+        c = settings
+        self.settings = c
+        self.embedding = nnx.Param(jax.random.normal(rngs.params(), (c.vocab, c.width)) * c.width**-0.5)
+        if c.positions:
+            self.position_embedding = nnx.Param(0.02 * jax.random.normal(rngs.params(), (c.positions, c.width)))
+        self.layers = Layer(c, (c.layers,), rngs=rngs)
+        self.norm = Norm(c, (), c.width)
+        if not c.tied:
+            self.unembedding = Linear((), c.width, c.vocab, False, rngs=rngs)
+
+    def __call__(self, tokens: Int[Array, "b t"], **where: Any) -> Float[Array, "b t vocab"]:
+        """Logits; arguments as for `features`."""
+        return self.unembed(self.features(tokens, **where)[0])
+
+    def features(
+        self,
+        tokens: Int[Array, "b t"],
+        *,
+        positions: Int[Array, "b t"] | None = None,
+        segments: Int[Array, "b s"] | None = None,
+        cache: Cache | None = None,
+        start: Int[Array, ""] | int = 0,
+        remat: bool = False,
+    ) -> tuple[Float[Array, "b t width"], Cache]:
+        """The last layer's output after the final norm, and every layer's keys and values.
+
+        Args:
+          positions: for rotation; 0, 1, … of each row where left out.
+          segments: 0 for padding, else the number of the text that a position belongs to: positions see their own
+            text only. All one text where left out. With a cache, of all its slots.
+          cache: keys and values of earlier positions; the tokens stand at slots `start`, `start` + 1, ….
+          remat: recompute each layer in the backward pass instead of keeping its activations.
+        """
+        c = self.settings
+        b, t = tokens.shape
+        if positions is None:
+            positions = jnp.broadcast_to(start + jnp.arange(t), (b, t))
+        x = self.embedding[...][tokens]
+        if c.embed_scale != 1:
+            x = x * jnp.asarray(c.embed_scale, x.dtype)
+        if c.positions:
+            x = x + self.position_embedding[...][positions]
+        slots = t if cache is None else cache.keys.shape[2]
+        back = (start + jnp.arange(t))[:, None] - jnp.arange(slots)
+        seen = jnp.broadcast_to(back >= 0, (b, t, slots))
+        if segments is not None:
+            mine = jax.lax.dynamic_slice_in_dim(segments, start, t, 1)
+            seen = seen & (mine[:, :, None] == segments[:, None, :]) & (segments != 0)[:, None, :]
+        tables = rotations(c, positions)
+        graphdef, stacked = nnx.split(self.layers, nnx.Param)
+        windows = jnp.asarray(c.windows or (0,) * c.layers, jnp.int32)
+        rotary_of = jnp.asarray(c.rotary_of or (0,) * c.layers, jnp.int32)
+
+        def layer(x: Array, scanned: Any) -> tuple[Array, Any]:
+            params, window, which, kept = scanned
+            rotation = jax.tree.map(lambda table: table[which], tables)
+            mask = seen & ((back < window) | (window == 0))
+            kept = None if kept is None else (start, *kept)
+            return nnx.merge(graphdef, params)(x, rotation, mask, kept)
+
+        body = jax.checkpoint(layer) if remat else layer
+        x, kept = jax.lax.scan(body, x, (stacked, windows, rotary_of, cache))
+        return self.norm(x), Cache(*kept)
+
+    def unembed(self, x: Float[Array, "*rows width"]) -> Float[Array, "*rows vocab"]:
+        """Logits of chosen positions: compute them where a loss needs them, the vocabulary is the widest layer."""
+        c = self.settings
+        logits = x @ self.embedding[...].T if c.tied else self.unembedding(x)
+        return c.logit_cap * jnp.tanh(logits / c.logit_cap) if c.logit_cap else logits
+
+
+class Rotation(NamedTuple):
+    cos: Float[Array, "*rows half"]
+    sin: Float[Array, "*rows half"]
+
+
+def rotations(settings: Settings, positions: Int[Array, "b t"]) -> Rotation | None:
+    """Cosines and sines of every table of the settings, stacked; None where nothing rotates."""
+    if not settings.rotaries:
+        return None
+    wide = jnp.promote_types(jnp.float32, jnp.result_type(float))
+    angles = jnp.stack([positions[..., None] * jnp.asarray(r.frequencies, wide) for r in settings.rotaries])
+    scales = jnp.asarray([r.scale for r in settings.rotaries], wide)[:, None, None, None]
+    return Rotation(jnp.cos(angles) * scales, jnp.sin(angles) * scales)
+
+
+def rotate(x: Float[Array, "b t heads h"], rotation: Rotation | None) -> Float[Array, "b t heads h"]:
+    """Rotates the pairs (i, i + half) of the first 2 × half entries of every head."""
+    if rotation is None:
+        return x
+    cos, sin = rotation.cos[:, :, None], rotation.sin[:, :, None]
+    half = cos.shape[-1]
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    turned = (first * cos - second * sin, second * cos + first * sin)
+    return jnp.concatenate([*(part.astype(x.dtype) for part in turned), rest], axis=-1)
+
+
+def decoder(settings: Settings) -> Functions:
+    """`init(key)` and `apply(params, tokens)` of a decoder, over plain parameter dicts."""
+    return functions(lambda rngs: Decoder(settings, rngs=rngs))

@@ -1,0 +1,196 @@
+"""Safetensors folders of transformers: read tensor by tensor straight onto the mesh, and written back bit by bit."""
+
+import json
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import transformers
+from jax.sharding import Mesh
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from sublim_jax.errors import UserError
+from sublim_jax.models.decoder import Settings, decoder
+from sublim_jax.models.families import AS_IS, TRANSPOSED, Config, Rule, family
+from sublim_jax.models.functional import Params
+from sublim_jax.progress import Track
+from sublim_jax.sharding import parameter_shardings
+
+INDEX = "model.safetensors.index.json"
+SHARD_BYTES = 4 << 30
+
+# A tensor by name: its shape, and the part of it that an index asks for.
+Shape = Callable[[str], tuple[int, ...]]
+Read = Callable[[str, Any], np.ndarray]
+
+
+def load_config(folder: str | Path) -> Config:
+    """The config.json of a folder. Raises UserError where there is none."""
+    try:
+        return transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} has no config.json that transformers knows ({_first_line(error)})") from error
+
+
+def load(folder: str | Path, mesh: Mesh | None = None, dtype: Any = None) -> tuple[Settings, Params]:
+    """Settings and parameters of a folder with config.json and model*.safetensors.
+
+    Args:
+      mesh: where to put them, by the rules of `sharding`; each process reads only its slices. The default device if
+        left out.
+      dtype: of the parameters; that of the file if left out.
+
+    Raises:
+      UserError: a file or tensor is missing, truncated, of another shape or number type than the config says.
+    """
+    config = load_config(folder)
+    settings = family(config).settings(config)
+    with ExitStack() as files:
+        where = {name: files.enter_context(_open(path)) for path in _shards(Path(folder)) for name in [path]}
+        tensors = {name: file for file in where.values() for name in file.keys()}  # noqa: SIM118
+
+        def shape(name: str) -> tuple[int, ...]:
+            if name not in tensors:
+                raise UserError(f"{folder}: tensor {name} is missing; fetch the model again")
+            return tuple(tensors[name].get_slice(name).get_shape())
+
+        def read(name: str, index: Any) -> np.ndarray:
+            return tensors[name].get_slice(name)[index]
+
+        return settings, place(settings, family(config).rules(settings), shape, read, mesh, dtype, str(folder))
+
+
+def place(
+    settings: Settings,
+    rules: tuple[Rule, ...],
+    shape: Shape,
+    read: Read,
+    mesh: Mesh | None,
+    dtype: Any,
+    what: str,
+) -> Params:
+    """Parameters on the mesh, from a reader of named tensors; every shape is checked before anything is read."""
+    abstract = jax.eval_shape(decoder(settings).init, jax.random.key(0))
+    leaves, structure = jax.tree_util.tree_flatten_with_path(abstract)
+    paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+    found = {path: (rule, part) for rule in rules for part, path in enumerate(rule.ours)}
+    if missing := set(paths) - set(found):
+        raise UserError(f"{what}: no tensor is known for {sorted(missing)[0]}")
+    for rule in rules:
+        _check_shape(settings, rule, dict(zip(paths, (leaf for _, leaf in leaves))), shape, what)
+    shardings = jax.tree.leaves(parameter_shardings(abstract, mesh)) if mesh else [None] * len(paths)
+    with Track(f"parameters of {what}", len(paths)) as track:
+        arrays = []
+        for number, (path, (_, leaf), sharding) in enumerate(zip(paths, leaves, shardings), 1):
+            rule, part = found[path]
+
+            def fill(index: Any, rule: Rule = rule, part: int = part, leaf: Any = leaf) -> np.ndarray:
+                return _slices(settings, rule, part, leaf.shape, index, read, dtype)
+
+            if sharding is None:
+                arrays.append(jax.numpy.asarray(fill((slice(None),) * leaf.ndim)))
+            else:
+                arrays.append(jax.make_array_from_callback(leaf.shape, sharding, fill))
+            track.update(number)
+    return jax.tree.unflatten(structure, arrays)
+
+
+def save(folder: str | Path, params: Params, settings: Settings, config: Config) -> None:
+    """Writes config.json and model*.safetensors that `transformers.AutoModelForCausalLM.from_pretrained` loads."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    flat = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }
+    shards: list[dict[str, np.ndarray]] = [{}]
+    size = 0
+    for name, tensor in _tensors(settings, family(config).rules(settings), flat):
+        if size and size + tensor.nbytes > SHARD_BYTES:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+    config.save_pretrained(folder)
+    index: dict[str, Any] = {"metadata": {"total_size": sum(t.nbytes for s in shards for t in s.values())}}
+    index["weight_map"] = {}
+    for number, shard in enumerate(shards, 1):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+        save_file(shard, folder / file, metadata={"format": "pt"})
+        index["weight_map"] |= dict.fromkeys(shard, file)
+    if len(shards) > 1:
+        (folder / INDEX).write_text(json.dumps(index, indent=1))
+
+
+def _tensors(settings: Settings, rules: tuple[Rule, ...], flat: Mapping[str, Any]) -> Any:
+    """(name, array) of every tensor of a checkpoint."""
+    for rule in rules:
+        stacked = [np.asarray(flat[path]) for path in rule.ours]
+        if "{i}" not in rule.tensor:
+            yield rule.tensor, np.ascontiguousarray(rule.layout.join(stacked, settings))
+            continue
+        for layer in range(settings.layers):
+            parts = [part[layer] for part in stacked]
+            yield rule.tensor.format(i=layer), np.ascontiguousarray(rule.layout.join(parts, settings))
+
+
+def _slices(
+    settings: Settings, rule: Rule, part: int, shape: tuple[int, ...], index: Any, read: Read, dtype: Any
+) -> np.ndarray:
+    """The part of one of our parameters that an index asks for."""
+
+    def one(name: str, index: Any) -> np.ndarray:
+        if rule.layout is AS_IS:
+            return read(name, index)
+        if rule.layout is TRANSPOSED:
+            return read(name, index[::-1]).T
+        whole = read(name, (slice(None),))
+        return rule.layout.split(whole, settings)[part][index]
+
+    if "{i}" not in rule.tensor:
+        return np.asarray(one(rule.tensor, index), dtype)
+    rows = range(*index[0].indices(shape[0]))
+    first = one(rule.tensor.format(i=rows[0]), index[1:])
+    stacked = np.empty((len(rows), *first.shape), dtype or first.dtype)
+    for row, layer in enumerate(rows):
+        stacked[row] = first if row == 0 else one(rule.tensor.format(i=layer), index[1:])
+    return stacked
+
+
+def _check_shape(settings: Settings, rule: Rule, leaves: Mapping[str, Any], shape: Shape, what: str) -> None:
+    """Raises UserError where a tensor's shape is not what our parameters, joined, would have."""
+    layered = "{i}" in rule.tensor
+    parts = [
+        np.broadcast_to(np.int8(0), leaves[path].shape[1:] if layered else leaves[path].shape) for path in rule.ours
+    ]
+    expected = rule.layout.join(parts, settings).shape
+    for layer in range(settings.layers if layered else 1):
+        name = rule.tensor.format(i=layer)
+        if (found := shape(name)) != expected:
+            raise UserError(f"{what}: tensor {name} has shape {found}, and config.json asks for {expected}")
+
+
+def _shards(folder: Path) -> list[Path]:
+    if (folder / INDEX).is_file():
+        names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+    else:
+        names = ["model.safetensors"]
+    for name in names:
+        if not (folder / name).is_file():
+            raise UserError(f"{folder / name} is missing; fetch the model again (no other format is read)")
+    return [folder / name for name in names]
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="numpy")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is truncated or no safetensors file ({_first_line(error)}); fetch it again") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,209 @@
+"""Every family against transformers, which is the independent truth: logits, padding, gradients, round trips."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sublim_jax.models.decoder import decoder
+from sublim_jax.models.families import FAMILIES, family
+from sublim_jax.weights import huggingface
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+VOCAB, LENGTH = 97, 520
+BASE = {
+    "vocab_size": VOCAB,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 1024,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 50_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 128,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 30_000.0, "factor": 4.0, "original_max_position_embeddings": 256}
+LONG = {
+    "rope_type": "longrope",
+    "rope_theta": 10_000.0,
+    "short_factor": [1.0 + 0.1 * i for i in range(8)],
+    "long_factor": [2.0 + 0.1 * i for i in range(8)],
+    "original_max_position_embeddings": 600,
+}
+CASES = {
+    "llama": ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 777.0}, "head_dim": 16}),
+    "llama 3 (scaled RoPE)": ("llama", {"rope_parameters": LLAMA3, "num_attention_heads": 6, "num_key_value_heads": 3}),
+    "llama (linear RoPE, biases)": (
+        "llama",
+        {
+            "rope_parameters": {"rope_type": "linear", "factor": 3.0, "rope_theta": 10_000.0},
+            "attention_bias": True,
+            "mlp_bias": True,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "mistral (window)": ("mistral", {"sliding_window": 37, "head_dim": 16}),
+    "smollm3 (layers without RoPE)": (
+        "smollm3",
+        {"no_rope_layers": [1, 1, 0, 1], "rope_parameters": {"rope_type": "default", "rope_theta": 2e6}},
+    ),
+    "qwen2": ("qwen2", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "tie_word_embeddings": True}),
+    "qwen2 (windows above)": ("qwen2", {"use_sliding_window": True, "sliding_window": 50, "max_window_layers": 2}),
+    "qwen3 (yarn)": ("qwen3", {"head_dim": 20, "rope_parameters": YARN}),
+    "gemma2 (caps, alternating windows)": (
+        "gemma2",
+        {
+            "head_dim": 20,
+            "sliding_window": 41,
+            "query_pre_attn_scalar": 30,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 3.0,
+        },
+    ),
+    "gemma3 (5:1, two RoPEs)": (
+        "gemma3_text",
+        {
+            "head_dim": 20,
+            "sliding_window": 41,
+            "query_pre_attn_scalar": 30,
+            "num_hidden_layers": 7,
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+                "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+            },
+        },
+    ),
+    "olmo2": ("olmo2", {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}),
+    "phi3": ("phi3", {"sliding_window": 60}),
+    "phi3 (longrope)": ("phi3", {"rope_parameters": LONG}),
+    "gpt-neox (partial rotary, parallel)": (
+        "gpt_neox",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 3e4, "partial_rotary_factor": 0.25}},
+    ),
+    "gpt-neox (sequential)": ("gpt_neox", {"use_parallel_residual": False}),
+    "gpt2": (
+        "gpt2",
+        {
+            "n_embd": 48,
+            "n_head": 3,
+            "n_layer": 4,
+            "n_positions": 1024,
+            "n_inner": 100,
+        },
+    ),
+}
+
+
+def peer(name):
+    """A small model of transformers with every parameter drawn anew, so that no norm or bias is trivial."""
+    kind, changes = CASES[name]
+    base = {k: v for k, v in BASE.items() if kind != "gpt2" or k in ("vocab_size", "bos_token_id", "eos_token_id")}
+    config = transformers.AutoConfig.for_model(kind, **{**base, **changes, "attn_implementation": "eager"})
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
+    with torch.no_grad():
+        for path, parameter in model.named_parameters():
+            scale = 0.3 if parameter.ndim == 1 else parameter.shape[-1] ** -0.5
+            parameter.add_(scale * torch.randn_like(parameter))
+            if "embed" in path:
+                parameter.mul_(0.5)
+    return model, config
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    made = {}
+
+    def make(name):
+        if name not in made:
+            model, config = peer(name)
+            folder = tmp_path_factory.mktemp("model")
+            model.save_pretrained(folder)
+            made[name] = (model, config, folder, *huggingface.load(folder))
+        return made[name]
+
+    return make
+
+
+def tokens(rows, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).integers(3, VOCAB, (rows, LENGTH)), jnp.int32)
+
+
+def assert_close(ours, theirs, tolerance=1e-4):
+    assert np.max(np.abs(np.asarray(ours) - theirs)) <= tolerance * np.max(np.abs(theirs))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_logits_are_those_of_transformers(name, pair):
+    model, _, _, settings, params = pair(name)
+    text = tokens(2)
+    with torch.no_grad():
+        theirs = model(torch.tensor(np.asarray(text)).long()).logits.numpy()
+    assert_close(jax.jit(decoder(settings).apply)(params, text), theirs)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_nothing(name, side, pair):
+    model, _, _, settings, params = pair(name)
+    text, keep = tokens(2), np.ones((2, LENGTH), np.int32)
+    keep[1, slice(0, 150) if side == "left" else slice(LENGTH - 150, None)] = 0
+    positions = np.maximum(np.cumsum(keep, 1) - 1, 0)
+    arguments = {"attention_mask": torch.tensor(keep), "position_ids": torch.tensor(positions)}
+    with torch.no_grad():
+        theirs = model(torch.tensor(np.asarray(text)).long(), **arguments).logits.numpy()
+    where = {"positions": jnp.asarray(positions), "segments": jnp.asarray(keep)}
+    ours = jax.jit(decoder(settings).apply)(params, text, **where)
+    assert_close(np.asarray(ours)[keep == 1], theirs[keep == 1])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_are_those_of_transformers(name, pair):
+    model, config, _, settings, params = pair(name)
+    text = tokens(2)[:, :64]
+    target = torch.tensor(np.asarray(text[:, 1:])).long()
+    model.zero_grad()
+    logits = model(torch.tensor(np.asarray(text)).long()).logits[:, :-1]
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten()).backward()
+    theirs = {path: p.grad.numpy() for path, p in model.named_parameters()}
+
+    def loss(params):
+        log_p = jax.nn.log_softmax(decoder(settings).apply(params, text)[:, :-1])
+        return -jnp.mean(jnp.take_along_axis(log_p, text[:, 1:, None], -1))
+
+    gradient = jax.jit(jax.grad(loss))(params)
+    flat = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(gradient)
+    }
+    ours = dict(huggingface._tensors(settings, family(config).rules(settings), flat))
+    for path, expected in theirs.items():
+        name = path if path in ours else "embed_out.weight"  # GPT-NeoX's name on disk of what is lm_head in memory
+        assert_close(ours[name], expected, 1e-3)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_round_trip_is_bit_identical_and_transformers_loads_it(name, pair, tmp_path):
+    model, config, _, settings, params = pair(name)
+    huggingface.save(tmp_path, params, settings, config)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    before, after = model.state_dict(), again.state_dict()
+    assert set(before) == set(after)
+    for path in before:
+        assert torch.equal(before[path], after[path]), path
+    jax.tree.map(np.testing.assert_array_equal, huggingface.load(tmp_path)[1], params)
+
+
+def test_every_family_has_a_case():
+    assert {kind for kind, _ in CASES.values()} == set(FAMILIES)
