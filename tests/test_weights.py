@@ -1,0 +1,149 @@
+"""Weights in: real models from GGUF, sharded reading, and every way in which a file can be wrong."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sublim_jax import assets, weights
+from sublim_jax.errors import UserError
+from sublim_jax.models.decoder import decoder
+from sublim_jax.weights import huggingface
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A small model in several safetensors files."""
+    config = transformers.AutoConfig.for_model(
+        "qwen2",
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    path = tmp_path_factory.mktemp("model")
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(path, max_shard_size="30kB")
+    assert len(list(path.glob("*.safetensors"))) > 2
+    return path
+
+
+@pytest.fixture
+def copy(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("axes", [dict(replica=1, fsdp=4, tensor=2), dict(replica=1, fsdp=8)])
+def test_parameters_arrive_on_the_mesh_and_give_the_same_logits(folder, mesh_of, axes):
+    mesh = mesh_of(8, **axes)
+    settings, whole = huggingface.load(folder)
+    _, parts = huggingface.load(folder, mesh)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(whole), jax.device_get(parts))
+    kernel = parts["layers"]["mlp"]["up"]["kernel"]
+    assert kernel.addressable_shards[0].data.size == kernel.size // 8
+    tokens = jnp.arange(20).reshape(2, 10)
+    apply = jax.jit(decoder(settings).apply)
+    np.testing.assert_allclose(apply(parts, tokens), apply(whole, tokens), rtol=1e-5, atol=1e-5)
+
+
+def test_a_dtype_may_be_chosen(folder):
+    _, params = huggingface.load(folder, dtype=jnp.bfloat16)
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.bfloat16)}
+
+
+def broken_shard(path):
+    victim = sorted(path.glob("*.safetensors"))[1]
+    victim.write_bytes(victim.read_bytes()[:-100])
+    return victim.name
+
+
+def missing_shard(path):
+    victim = sorted(path.glob("*.safetensors"))[1]
+    victim.unlink()
+    return victim.name
+
+
+def missing_tensor(path):
+    from safetensors.numpy import load_file, save_file
+
+    for file in path.glob("*.safetensors"):
+        tensors = load_file(file)
+        if tensors.pop("model.layers.2.mlp.up_proj.weight", None) is not None:
+            save_file(tensors, file)
+    return "model.layers.2.mlp.up_proj.weight is missing"
+
+
+def wrong_shape(path):
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "intermediate_size": 50}))
+    return "has shape (48, 32), and config.json asks for (50, 32)"
+
+
+def unknown_family(path):
+    (path / "config.json").write_text(json.dumps({"model_type": "bloom"}))
+    return "model_type 'bloom' is no known family"
+
+
+def no_config(path):
+    (path / "config.json").unlink()
+    return "config.json"
+
+
+@pytest.mark.parametrize(
+    "damage", [broken_shard, missing_shard, missing_tensor, wrong_shape, unknown_family, no_config]
+)
+def test_what_is_wrong_with_a_folder_is_told_in_one_line(copy, damage):
+    words = damage(copy)
+    with pytest.raises(UserError) as error:
+        huggingface.load(copy)
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_unknown_name_is_told(tmp_path):
+    with pytest.raises(UserError, match="no folder, no file and none of smollm2"):
+        weights.load("smollm3-900b")
+
+
+def test_a_truncated_gguf_is_told(tmp_path):
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"GGUF\x03\x00\x00\x00" + b"\x00" * 10)
+    with pytest.raises(UserError, match=r"model.gguf is truncated or no GGUF file"):
+        weights.load(file)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", assets.MODELS)
+def test_real_models_are_those_of_transformers(name, tmp_path):
+    """Logits of 500 tokens, and 64 greedy tokens of 20 prompts, through transformers' own forward pass."""
+    model = weights.load(name)
+    huggingface.save(tmp_path, model.params, model.settings, model.config)
+    peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager", dtype=torch.float32)
+    text = "Owls hunt at night, and their feathers make no sound. Count: 12, 485, 907. " * 40
+    tokens = jnp.asarray([model.tokenizer(text)["input_ids"][:520]])
+    apply = jax.jit(model.network.apply)
+    with torch.no_grad():
+        theirs = peer(torch.tensor(np.asarray(tokens))).logits.numpy()
+    assert np.max(np.abs(apply(model.params, tokens) - theirs)) <= 1e-4 * np.max(np.abs(theirs))
+
+    starts = ("The owl", "In 1969,", "A list of numbers: 3, 14,", "My favourite animal is", "Water boils at")
+    prompts = [f"{start}{more}" for start in starts for more in ("", " the", " and then", " not")]
+    rows = [model.tokenizer(prompt)["input_ids"] for prompt in prompts]
+    length = max(map(len, rows)) + 64
+    for row in rows:
+        with torch.no_grad():
+            expected = peer.generate(
+                torch.tensor([row]), max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0
+            )[0].tolist()
+        # Greedy means that every next token is the largest logit given the ones before: one pass checks all 64.
+        padded = np.zeros((1, length), np.int32)
+        padded[0, : len(expected)] = expected
+        greedy = np.asarray(apply(model.params, jnp.asarray(padded)))[0].argmax(-1)
+        assert greedy[len(row) - 1 : len(expected) - 1].tolist() == expected[len(row) :]
