@@ -122,7 +122,7 @@ def make_settings(config: ConfigDict, data: mnist.Mnist, support: Bool[np.ndarra
     settings.append(of_images("convolutional", functions(lambda rngs: ConvNet(WIDTHS[-1], rngs=rngs))))
     settings.append(_transformer(config, cast))
     for name, trained in (("LoRA, B = 0", False), ("LoRA, B ≠ 0", True)):
-        adapters = cast(lora.init(key("adapters"), base.params, 4))
+        adapters = cast(lora.init(key("adapters"), base.params, lora.Lora(rank=4, alpha=8, modules=())))
         if trained:
             adapters = jax.tree.map(lambda leaf: leaf + 0.1 * jax.random.normal(key("b"), leaf.shape, dtype), adapters)
         apply = lambda adapters, x: base.apply(lora.merge(base.params, adapters, 2.0), x)  # noqa: E731

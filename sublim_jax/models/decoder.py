@@ -6,7 +6,6 @@ Axes in names: b rows, t positions of queries, s positions of keys, k groups of 
 Normalisation, rotation and softmax are computed in float32 or wider, matrix products in the parameters' dtype.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,6 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from sublim_jax.models.functional import Functions, functions
+from sublim_jax.models.lora import EVERY_LINEAR, Lora, draw
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -69,6 +69,11 @@ class Settings:
     logit_cap: float = 0.0
     embed_scale: float = 1.0
     tied: bool = True  # the unembedding is the embedding
+    lora: Lora | None = None  # adapters beside the layers' kernels
+
+    def adapter(self, module: str) -> Lora | None:
+        """The adapters of a linear layer, if it has any."""
+        return self.lora if self.lora and module in (self.lora.modules or EVERY_LINEAR) else None
 
 
 class Cache(NamedTuple):
@@ -79,22 +84,38 @@ class Cache(NamedTuple):
 
 
 class Linear(nnx.Module):
-    """x @ kernel + bias; `stack` are leading axes of layers."""
+    """x @ kernel + bias, and the adapter's part where it has one; `stack` are leading axes of layers."""
 
-    def __init__(self, stack: Sequence[int], inputs: int, outputs: int, bias: bool, *, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        stack: tuple[int, ...],
+        inputs: int,
+        outputs: int,
+        bias: bool,
+        adapter: Lora | None = None,
+        *,
+        rngs: nnx.Rngs,
+    ):
         self.kernel = nnx.Param(jax.random.normal(rngs.params(), (*stack, inputs, outputs)) * inputs**-0.5)
         if bias:
             self.bias = nnx.Param(jnp.zeros((*stack, outputs)))
+        self.adapter = adapter
+        if adapter:
+            self.a = nnx.Param(draw(rngs.params(), stack, inputs, adapter.rank))
+            self.b = nnx.Param(jnp.zeros((*stack, adapter.rank, outputs)))
 
     def __call__(self, x: Float[Array, "*rows inputs"]) -> Float[Array, "*rows outputs"]:
         y = x @ self.kernel[...]
+        if self.adapter:
+            # In the adapter's own, wider type: the base may be bfloat16.
+            y = y + (self.adapter.scale * ((x.astype(self.a.dtype) @ self.a[...]) @ self.b[...])).astype(y.dtype)
         return y + self.bias[...] if hasattr(self, "bias") else y
 
 
 class Norm(nnx.Module):
     """RMS or layer normalisation over the last axis."""
 
-    def __init__(self, settings: Settings, stack: Sequence[int], size: int):
+    def __init__(self, settings: Settings, stack: tuple[int, ...], size: int):
         self.settings = settings
         self.weight = nnx.Param(jnp.ones((*stack, size)) - settings.norm_offset)
         if settings.norm == "layer":
@@ -114,14 +135,14 @@ class Norm(nnx.Module):
 class Attention(nnx.Module):
     """Causal attention with grouped keys, an optional window, rotation and cap."""
 
-    def __init__(self, settings: Settings, stack: Sequence[int], *, rngs: nnx.Rngs):
+    def __init__(self, settings: Settings, stack: tuple[int, ...], *, rngs: nnx.Rngs):
         c = settings
         self.settings = c
         queries, keys = c.heads * c.head_size, c.key_heads * c.head_size
-        self.query = Linear(stack, c.width, queries, c.qkv_bias, rngs=rngs)
-        self.key = Linear(stack, c.width, keys, c.qkv_bias, rngs=rngs)
-        self.value = Linear(stack, c.width, keys, c.qkv_bias, rngs=rngs)
-        self.out = Linear(stack, queries, c.width, c.out_bias, rngs=rngs)
+        self.query = Linear(stack, c.width, queries, c.qkv_bias, c.adapter("query"), rngs=rngs)
+        self.key = Linear(stack, c.width, keys, c.qkv_bias, c.adapter("key"), rngs=rngs)
+        self.value = Linear(stack, c.width, keys, c.qkv_bias, c.adapter("value"), rngs=rngs)
+        self.out = Linear(stack, queries, c.width, c.out_bias, c.adapter("out"), rngs=rngs)
         if c.head_norm:
             sizes = (c.head_size, c.head_size) if c.head_norm == "head" else (queries, keys)
             self.query_norm, self.key_norm = (Norm(c, stack, size) for size in sizes)
@@ -153,13 +174,13 @@ class Attention(nnx.Module):
 
 
 class Feedforward(nnx.Module):
-    def __init__(self, settings: Settings, stack: Sequence[int], *, rngs: nnx.Rngs):
+    def __init__(self, settings: Settings, stack: tuple[int, ...], *, rngs: nnx.Rngs):
         c = settings
         self.act = ACTIVATIONS[c.activation]
         if c.gated:
-            self.gate = Linear(stack, c.width, c.mlp_width, c.mlp_bias, rngs=rngs)
-        self.up = Linear(stack, c.width, c.mlp_width, c.mlp_bias, rngs=rngs)
-        self.down = Linear(stack, c.mlp_width, c.width, c.mlp_bias, rngs=rngs)
+            self.gate = Linear(stack, c.width, c.mlp_width, c.mlp_bias, c.adapter("gate"), rngs=rngs)
+        self.up = Linear(stack, c.width, c.mlp_width, c.mlp_bias, c.adapter("up"), rngs=rngs)
+        self.down = Linear(stack, c.mlp_width, c.width, c.mlp_bias, c.adapter("down"), rngs=rngs)
 
     def __call__(self, x: Float[Array, "b t width"]) -> Float[Array, "b t width"]:
         inner = self.act(self.gate(x)) * self.up(x) if hasattr(self, "gate") else self.act(self.up(x))
@@ -169,7 +190,7 @@ class Feedforward(nnx.Module):
 class Layer(nnx.Module):
     """One block: attention and MLP, each added to the residual stream."""
 
-    def __init__(self, settings: Settings, stack: Sequence[int], *, rngs: nnx.Rngs):
+    def __init__(self, settings: Settings, stack: tuple[int, ...], *, rngs: nnx.Rngs):
         self.settings = settings
         self.attention = Attention(settings, stack, rngs=rngs)
         self.mlp = Feedforward(settings, stack, rngs=rngs)

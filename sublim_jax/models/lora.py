@@ -1,32 +1,92 @@
-"""Low-rank adapters: W + scale · A B for every matrix of a network."""
+"""Low-rank adapters: beside a kernel W stand A and B, and the layer computes x W + scale · (x A) B.
+
+An adapter tree has {"a", "b"} in the place of every adapted layer's {"kernel", …}, so that many trees share one base.
+"""
+
+from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Key
+from jaxtyping import Array, Float, Key
 
 from sublim_jax.models.functional import Params
 
-
-def init(key: Key[Array, ""], params: Params, rank: int) -> Params:
-    """Adapters {"a": N(0, 1/inputs), "b": 0} in the place of every two-dimensional kernel, and nothing elsewhere."""
-
-    def make(path: jax.tree_util.KeyPath, leaf: Array) -> Params | None:
-        if path[-1].key != "kernel" or leaf.ndim != 2:
-            return None
-        inputs, outputs = leaf.shape
-        leaf_key = jax.random.fold_in(key, len(keys))
-        keys.append(path)
-        a = jax.random.normal(leaf_key, (inputs, rank), leaf.dtype) * inputs**-0.5
-        return {"a": a, "b": jnp.zeros((rank, outputs), leaf.dtype)}
-
-    keys: list[jax.tree_util.KeyPath] = []
-    return jax.tree_util.tree_map_with_path(make, params)
+EVERY_LINEAR = ("query", "key", "value", "out", "gate", "up", "down")
 
 
-def merge(params: Params, adapters: Params, scale: float) -> Params:
-    """The network's parameters with its adapters added in."""
+@dataclass(frozen=True)
+class Lora:
+    """Which layers have adapters, and of what kind.
 
-    def add(leaf: Array, adapter: Params | None) -> Array:
-        return leaf if adapter is None else leaf + scale * (adapter["a"] @ adapter["b"])
+    Attributes:
+      modules: names of the linear layers; () for all that there are.
+      rslora: scale by alpha / √rank instead of alpha / rank.
+    """
 
-    return jax.tree.map(add, params, adapters)
+    rank: int
+    alpha: float | int
+    rslora: bool = False
+    modules: tuple[str, ...] = EVERY_LINEAR
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
+
+
+def draw(key: Key[Array, ""], stack: tuple[int, ...], inputs: int, rank: int) -> Float[Array, "*stack inputs rank"]:
+    """A fresh A, uniform within ± 1/√inputs as PEFT draws it."""
+    return jax.random.uniform(key, (*stack, inputs, rank), minval=-1, maxval=1) * inputs**-0.5
+
+
+def init(key: Key[Array, ""], params: Params, lora: Lora) -> Params:
+    """Fresh adapters for a network's parameters: A drawn, B zero, float32.
+
+    A is part of the initialisation: students that share a key share it, and with it the tangent space.
+    """
+    count = 0
+
+    def walk(node: Params, name: str) -> Params:
+        nonlocal count
+        if "kernel" in node:
+            if lora.modules and name not in lora.modules:
+                return {}
+            *stack, inputs, outputs = node["kernel"].shape
+            count += 1
+            a = draw(jax.random.fold_in(key, count), tuple(stack), inputs, lora.rank)
+            return {"a": a, "b": jnp.zeros((*stack, lora.rank, outputs), a.dtype)}
+        found = {child: walk(node[child], child) for child in sorted(node, key=str) if isinstance(node[child], dict)}
+        return {child: value for child, value in found.items() if value}
+
+    return walk(params, "")
+
+
+def join(base: Params, adapters: Params) -> Params:
+    """Parameters with adapters beside their kernels; a decoder with `lora` in its settings applies them."""
+    return {**base, **{k: join(base[k], v) if isinstance(v, dict) else v for k, v in adapters.items()}}
+
+
+def split(params: Params) -> tuple[Params, Params]:
+    """(base, adapters): the inverse of `join`."""
+    base: dict[str, Any] = {}
+    adapters: dict[str, Any] = {}
+    for name, value in params.items():
+        if isinstance(value, dict):
+            base[name], inner = split(value)
+            if inner:
+                adapters[name] = inner
+        else:
+            (adapters if name in ("a", "b") else base)[name] = value
+    return base, adapters
+
+
+def merge(base: Params, adapters: Params, scale: float) -> Params:
+    """Plain parameters with the adapters added into the kernels."""
+    merged = dict(base)
+    for name, value in adapters.items():
+        if isinstance(value, dict):
+            merged[name] = merge(base[name], value, scale)
+    if "a" in adapters:
+        kernel = base["kernel"]
+        merged["kernel"] = (kernel + scale * (adapters["a"] @ adapters["b"])).astype(kernel.dtype)
+    return merged

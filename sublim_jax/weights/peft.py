@@ -1,0 +1,104 @@
+"""LoRA adapters as PEFT's folders: adapter_config.json and adapter_model.safetensors."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from sublim_jax.errors import UserError
+from sublim_jax.models.decoder import Settings
+from sublim_jax.models.families import TRANSPOSED, Config, Rule, family
+from sublim_jax.models.functional import Params
+from sublim_jax.models.lora import Lora
+
+PREFIX = "base_model.model"
+
+
+def save(folder: str | Path, adapters: Params, lora: Lora, settings: Settings, config: Config, base: str = "") -> None:
+    """Writes adapters that `peft.PeftModel.from_pretrained` puts on the transformers model of the same config.
+
+    Args:
+      base: name or path of the base model, for readers of the folder.
+
+    Raises:
+      UserError: the family fuses adapted layers into one tensor, which PEFT cannot adapt by parts.
+    """
+    tensors = {}
+    modules = set()
+    for rule, a, b in _adapted(settings, config, lora, adapters):
+        for layer in range(settings.layers):
+            module = rule.tensor.removesuffix(".weight").format(i=layer)
+            modules.add(module.rpartition(".")[2])
+            tensors[f"{PREFIX}.{module}.lora_A.weight"] = np.ascontiguousarray(np.asarray(a[layer]).T)
+            tensors[f"{PREFIX}.{module}.lora_B.weight"] = np.ascontiguousarray(np.asarray(b[layer]).T)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    described = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "use_rslora": lora.rslora,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": sorted(modules),
+        "inference_mode": True,
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(described, indent=1) + "\n")
+
+
+def load(folder: str | Path, settings: Settings, config: Config) -> tuple[Lora, Params]:
+    """Adapters from a PEFT folder. Raises UserError where it is no plain LoRA of this model."""
+    folder = Path(folder)
+    try:
+        described = json.loads((folder / "adapter_config.json").read_text())
+        tensors = load_file(folder / "adapter_model.safetensors")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} is no PEFT adapter with safetensors ({error})") from error
+    if described.get("peft_type") != "LORA" or described.get("use_dora") or described.get("rank_pattern"):
+        raise UserError(f"{folder} is no plain LoRA of one rank")
+    rules = {rule.ours[0].split("/")[-2]: rule for rule in _linear_rules(settings, config)}
+    names = {name for name, rule in rules.items() if f"{_module(rule, 0)}.lora_A.weight" in tensors}
+    lora = Lora(described["r"], described["lora_alpha"], described.get("use_rslora", False), tuple(sorted(names)))
+    adapters: dict[str, Any] = {}
+    for name in names:
+        node = adapters
+        for part in rules[name].ours[0].split("/")[:-1]:
+            node = node.setdefault(part, {})
+        for ours, theirs in (("a", "lora_A"), ("b", "lora_B")):
+            try:
+                parts = [tensors[f"{_module(rules[name], i)}.{theirs}.weight"].T for i in range(settings.layers)]
+            except KeyError as error:
+                raise UserError(f"{folder}: tensor {error.args[0]} is missing") from error
+            node[ours] = jnp.asarray(np.stack(parts))
+    return lora, adapters
+
+
+def _module(rule: Rule, layer: int) -> str:
+    return f"{PREFIX}.{rule.tensor.removesuffix('.weight').format(i=layer)}"
+
+
+def _linear_rules(settings: Settings, config: Config) -> list[Rule]:
+    """Layers that stand alone in a tensor of their own."""
+    rules = family(config).rules(settings)
+    return [rule for rule in rules if rule.layout is TRANSPOSED and rule.ours[0].startswith("layers/")]
+
+
+def _adapted(settings: Settings, config: Config, lora: Lora, adapters: Params) -> list[tuple[Rule, Any, Any]]:
+    found = []
+    rules = {rule.ours[0]: rule for rule in _linear_rules(settings, config)}
+    for group, layers in adapters["layers"].items():
+        for name, pair in layers.items():
+            path = f"layers/{group}/{name}/kernel"
+            if path not in rules:
+                raise UserError(
+                    f"{config.model_type} fuses {name} with other layers, so that PEFT cannot adapt it alone; "
+                    "merge the adapters (models.lora.merge) and save the whole model"
+                )
+            found.append((rules[path], pair["a"], pair["b"]))
+    return found

@@ -1,0 +1,127 @@
+"""Adapters: against PEFT, against merged weights, and many of them over one base."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sublim_jax.errors import UserError
+from sublim_jax.models import lora
+from sublim_jax.models.decoder import Settings, decoder
+from sublim_jax.models.families import Rotary, family
+from sublim_jax.models.lora import Lora
+from sublim_jax.weights import huggingface, peft
+
+SETTINGS = Settings(
+    vocab=50,
+    width=32,
+    layers=3,
+    heads=4,
+    key_heads=2,
+    head_size=8,
+    mlp_width=48,
+    activation="silu",
+    rotaries=(Rotary(tuple(10_000.0 ** -(np.arange(4) / 4))),),
+)
+SPEC = Lora(rank=4, alpha=8)
+TOKENS = jnp.arange(24).reshape(2, 12)
+
+
+def adapted(key=0, spec=SPEC):
+    """(base, adapters with B ≠ 0, network with adapters)."""
+    base = decoder(SETTINGS).init(jax.random.key(0))
+    adapters = lora.init(jax.random.key(key), base, spec)
+    noisy = jax.tree.map(lambda leaf: leaf + 0.1 * jax.random.normal(jax.random.key(1), leaf.shape), adapters)
+    return base, noisy, decoder(dataclasses.replace(SETTINGS, lora=spec))
+
+
+@pytest.mark.parametrize("spec", [SPEC, Lora(2, 3, rslora=True), Lora(4, 8, modules=("query", "down"))])
+def test_an_adapter_is_its_merged_weights(spec):
+    base, adapters, network = adapted(spec=spec)
+    ours = network.apply(lora.join(base, adapters), TOKENS)
+    merged = decoder(SETTINGS).apply(lora.merge(base, adapters, spec.scale), TOKENS)
+    np.testing.assert_allclose(ours, merged, rtol=1e-4, atol=1e-5)
+    assert not np.allclose(ours, decoder(SETTINGS).apply(base, TOKENS), atol=1e-2)
+
+
+def test_fresh_adapters_change_nothing_and_split_undoes_join():
+    base, _, network = adapted()
+    fresh = lora.init(jax.random.key(3), base, SPEC)
+    np.testing.assert_array_equal(network.apply(lora.join(base, fresh), TOKENS), decoder(SETTINGS).apply(base, TOKENS))
+    again, parts = lora.split(lora.join(base, fresh))
+    jax.tree.map(np.testing.assert_array_equal, (again, parts), (base, fresh))
+    structure = jax.tree.structure(jax.eval_shape(network.init, jax.random.key(0)))
+    assert jax.tree.structure(lora.join(base, fresh)) == structure
+
+
+def test_many_adapters_over_one_base_are_each_of_them_alone():
+    base, _, network = adapted()
+    trees = [adapted(key)[1] for key in range(3)]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+    together = jax.vmap(lambda a: network.apply(lora.join(base, a), TOKENS))(stacked)
+    for logits, alone in zip(together, trees):
+        np.testing.assert_allclose(logits, network.apply(lora.join(base, alone), TOKENS), rtol=1e-5, atol=1e-5)
+
+
+def test_the_base_may_be_bfloat16_under_float32_adapters():
+    base, adapters, network = adapted()
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), base)
+    gradient = jax.grad(lambda a: jnp.sum(network.apply(lora.join(half, a), TOKENS).astype(jnp.float32)))(adapters)
+    assert {leaf.dtype for leaf in jax.tree.leaves(gradient)} == {jnp.dtype(jnp.float32)}
+    assert all(bool(jnp.any(leaf != 0)) for leaf in jax.tree.leaves(gradient))
+
+
+@pytest.fixture(scope="module")
+def peer(tmp_path_factory):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("peft")
+
+    def make(kind, **changes):
+        config = transformers.AutoConfig.for_model(
+            kind,
+            vocab_size=60,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            pad_token_id=0,
+            **changes,
+        )
+        model = transformers.AutoModelForCausalLM.from_config(config)
+        folder = tmp_path_factory.mktemp(kind)
+        model.save_pretrained(folder)
+        return model, config, folder
+
+    return make
+
+
+@pytest.mark.parametrize("spec", [Lora(4, 8), Lora(4, 8, rslora=True, modules=("query", "value", "up"))])
+def test_peft_loads_our_adapters_and_we_load_them_back(peer, tmp_path, spec):
+    import torch
+    from peft import PeftModel
+
+    model, config, folder = peer("qwen2")
+    settings, base = huggingface.load(folder)
+    adapters = lora.init(jax.random.key(0), base, spec)
+    adapters = jax.tree.map(lambda leaf: leaf + 0.1 * jax.random.normal(jax.random.key(1), leaf.shape), adapters)
+    peft.save(tmp_path, adapters, spec, settings, config)
+    with torch.no_grad():
+        theirs = PeftModel.from_pretrained(model, tmp_path)(torch.tensor(np.asarray(TOKENS))).logits.numpy()
+    network = decoder(dataclasses.replace(settings, lora=spec))
+    ours = network.apply(lora.join(base, adapters), TOKENS)
+    assert np.max(np.abs(ours - theirs)) <= 1e-4 * np.max(np.abs(theirs))
+    again, loaded = peft.load(tmp_path, settings, config)
+    assert (again.rank, again.scale, set(again.modules)) == (spec.rank, spec.scale, set(spec.modules))
+    jax.tree.map(np.testing.assert_array_equal, loaded, adapters)
+
+
+def test_a_fused_layer_is_refused_with_what_to_do(peer, tmp_path):
+    _, config, folder = peer("phi3")
+    settings, base = huggingface.load(folder)
+    adapters = lora.init(jax.random.key(0), base, SPEC)
+    with pytest.raises(UserError, match=r"phi3 fuses .* merge the adapters"):
+        peft.save(tmp_path, adapters, SPEC, settings, config)
+    assert family(config).settings(config) == settings
