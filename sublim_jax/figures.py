@@ -99,13 +99,13 @@ def sweep_figure(points: list[Arm], axis: str, path: Any) -> None:
             axes.plot([position] * len(point["runs"]), point["runs"], ".", ms=3, alpha=0.5, color=line[0].get_color())
     if numeric and min(numeric.values()) > 0 and max(numeric.values()) >= 20 * min(numeric.values()):
         axes.set_xscale("log")
-    axes.set_xticks(list(place.values()), values)
+    axes.set_xticks(list(place.values()), values, fontsize=10 if numeric else 8, rotation=0 if numeric else 15)
     axes.minorticks_off()
     axes.axhline(CHANCE, color="#888888", lw=0.8, ls=":")
     axes.set_ylim(0, 1)
     axes.set_xlabel(axis)
     axes.set_ylabel("MNIST test accuracy")
-    axes.legend(frameon=False, fontsize=8)
+    figure.legend(frameon=False, fontsize=8, loc="outside upper center", ncols=4)
     axes.spines[["top", "right"]].set_visible(False)
     _save(figure, path)
 

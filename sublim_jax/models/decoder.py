@@ -83,6 +83,37 @@ class Cache(NamedTuple):
     values: Float[Array, "layers b s k h"]
 
 
+class Steering(NamedTuple):
+    """What is done to the residual stream after each layer.
+
+    Attributes:
+      add: a vector for each layer, zero where nothing is added.
+      project_out: a unit vector for each layer, whose direction is taken out of the stream; zero for none.
+      where: how much at each position, 0 to 1; everywhere if left out.
+    """
+
+    add: Float[Array, "layers width"] | None = None
+    project_out: Float[Array, "layers width"] | None = None
+    where: Float[Array, "b t"] | None = None
+
+
+def steer(x: Float[Array, "b t width"], add: Any, project_out: Any, where: Any) -> Float[Array, "b t width"]:
+    """The residual stream after one layer, for that layer's vectors of a `Steering`."""
+    change = jnp.zeros_like(x)
+    if project_out is not None:
+        unit = project_out.astype(x.dtype)
+        change = change - (x @ unit)[..., None] * unit
+    if add is not None:
+        change = change + add.astype(x.dtype)
+    return x + (change if where is None else change * where[..., None].astype(x.dtype))
+
+
+class Features(NamedTuple):
+    output: Float[Array, "b t width"]  # of the last layer, after the final norm
+    cache: Cache  # every layer's keys and values
+    residuals: Float[Array, "layers b n width"] | None  # after every layer, at the positions asked for
+
+
 class Linear(nnx.Module):
     """x @ kernel + bias, and the adapter's part where it has one; `stack` are leading axes of layers."""
 
@@ -227,7 +258,7 @@ class Decoder(nnx.Module):
 
     def __call__(self, tokens: Int[Array, "b t"], **where: Any) -> Float[Array, "b t vocab"]:
         """Logits; arguments as for `features`."""
-        return self.unembed(self.features(tokens, **where)[0])
+        return self.unembed(self.features(tokens, **where).output)
 
     def features(
         self,
@@ -237,15 +268,19 @@ class Decoder(nnx.Module):
         segments: Int[Array, "b s"] | None = None,
         cache: Cache | None = None,
         start: Int[Array, ""] | int = 0,
+        steering: Steering | None = None,
+        read: Int[Array, "n"] | None = None,
         remat: bool = False,
-    ) -> tuple[Float[Array, "b t width"], Cache]:
-        """The last layer's output after the final norm, and every layer's keys and values.
+    ) -> Features:
+        """What the layers make of tokens, before the unembedding.
 
         Args:
           positions: for rotation; 0, 1, … of each row where left out.
           segments: 0 for padding, else the number of the text that a position belongs to: positions see their own
             text only. All one text where left out. With a cache, of all its slots.
           cache: keys and values of earlier positions; the tokens stand at slots `start`, `start` + 1, ….
+          steering: changes of the residual stream.
+          read: positions (columns of `tokens`) at which the residual stream is returned after every layer.
           remat: recompute each layer in the backward pass instead of keeping its activations.
         """
         c = self.settings
@@ -269,15 +304,19 @@ class Decoder(nnx.Module):
         rotary_of = jnp.asarray(c.rotary_of or (0,) * c.layers, jnp.int32)
 
         def layer(x: Array, scanned: Any) -> tuple[Array, Any]:
-            params, window, which, kept = scanned
+            params, window, which, kept, (add, project_out) = scanned
             rotation = jax.tree.map(lambda table: table[which], tables)
             mask = seen & ((back < window) | (window == 0))
             kept = None if kept is None else (start, *kept)
-            return nnx.merge(graphdef, params)(x, rotation, mask, kept)
+            x, kept = nnx.merge(graphdef, params)(x, rotation, mask, kept)
+            if steering is not None:
+                x = steer(x, add, project_out, steering.where)
+            return x, (kept, None if read is None else x[:, read])
 
         body = jax.checkpoint(layer) if remat else layer
-        x, kept = jax.lax.scan(body, x, (stacked, windows, rotary_of, cache))
-        return self.norm(x), Cache(*kept)
+        vectors = (None, None) if steering is None else (steering.add, steering.project_out)
+        x, (kept, residuals) = jax.lax.scan(body, x, (stacked, windows, rotary_of, cache, vectors))
+        return Features(self.norm(x), Cache(*kept), residuals)
 
     def unembed(self, x: Float[Array, "*rows width"]) -> Float[Array, "*rows vocab"]:
         """Logits of chosen positions: compute them where a loss needs them, the vocabulary is the widest layer."""

@@ -1,0 +1,194 @@
+"""The decoder itself: causality, packing, the cache, hooks against transformers', sharding, compile time."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec
+
+from sublim_jax.models import lora
+from sublim_jax.models.decoder import Cache, Rotary, Settings, Steering, decoder
+from sublim_jax.objectives import cross_entropy
+from sublim_jax.sharding import named, parameter_shardings
+from sublim_jax.training import Program, fit
+from sublim_jax.weights import huggingface
+
+SETTINGS = Settings(
+    vocab=64,
+    width=32,
+    layers=4,
+    heads=4,
+    key_heads=2,
+    head_size=8,
+    mlp_width=48,
+    activation="silu",
+    rotaries=(Rotary(tuple(10_000.0 ** -(np.arange(4) / 4))),),
+    windows=(0, 5, 0, 5),
+)
+NETWORK = decoder(SETTINGS)
+PARAMS = NETWORK.init(jax.random.key(0))
+TOKENS = jax.random.randint(jax.random.key(1), (2, 24), 0, 64)
+
+
+def test_no_position_sees_a_later_one():
+    """By gradient: the features of position 10 depend on the embeddings of positions 0 to 10 alone."""
+
+    def output(change):
+        params = {**PARAMS, "embedding": jnp.concatenate([PARAMS["embedding"], change])}
+        settings = dataclasses.replace(SETTINGS, vocab=64 + 24)
+        tokens = 64 + jnp.arange(24)[None]  # every position a token of its own
+        return jnp.sum(decoder(settings).bind(params).features(tokens).output[0, 10])
+
+    gradient = jax.grad(output)(jax.random.normal(jax.random.key(2), (24, 32)))
+    touched = np.flatnonzero(np.any(np.asarray(gradient) != 0, axis=1))
+    assert touched.tolist() == list(range(11))
+
+
+def test_packed_texts_are_each_of_them_alone():
+    packed = jnp.concatenate([TOKENS[:1, :10], TOKENS[1:, :14]], 1)
+    segments = jnp.asarray([[1] * 10 + [2] * 14])
+    positions = jnp.asarray([[*range(10), *range(14)]])
+    together = NETWORK.apply(PARAMS, packed, segments=segments, positions=positions)
+    np.testing.assert_allclose(together[:, :10], NETWORK.apply(PARAMS, TOKENS[:1, :10]), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(together[:, 10:], NETWORK.apply(PARAMS, TOKENS[1:, :14]), rtol=1e-4, atol=1e-5)
+
+
+def test_the_cache_gives_what_one_pass_gives():
+    """A prompt of 9 tokens, then one token at a time."""
+    module = NETWORK.bind(PARAMS)
+    whole = module(TOKENS)
+    shape = (SETTINGS.layers, 2, 24, SETTINGS.key_heads, SETTINGS.head_size)
+    cache = Cache(jnp.zeros(shape), jnp.zeros(shape))
+    step = jax.jit(lambda params, tokens, cache, start: NETWORK.bind(params).features(tokens, cache=cache, start=start))
+    first = step(PARAMS, TOKENS[:, :9], cache, 0)
+    outputs, cache = [first.output], first.cache
+    for position in range(9, 24):
+        more = step(PARAMS, TOKENS[:, position : position + 1], cache, position)
+        outputs.append(more.output)
+        cache = more.cache
+    np.testing.assert_allclose(module.unembed(jnp.concatenate(outputs, 1)), whole, rtol=1e-4, atol=1e-5)
+
+
+def test_remat_changes_no_gradient():
+    def loss(params, remat):
+        return jnp.sum(jnp.square(NETWORK.bind(params).features(TOKENS, remat=remat).output))
+
+    kept, again = (jax.grad(loss)(PARAMS, remat) for remat in (False, True))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), kept, again)
+
+
+@pytest.fixture(scope="module")
+def peer(tmp_path_factory):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    config = transformers.AutoConfig.for_model(
+        "qwen2",
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    folder = tmp_path_factory.mktemp("peer")
+    model.save_pretrained(folder)
+    return torch, model, *huggingface.load(folder)
+
+
+def test_residuals_are_transformers_hidden_states(peer):
+    torch, model, settings, params = peer
+    with torch.no_grad():
+        states = model(torch.tensor(np.asarray(TOKENS)), output_hidden_states=True).hidden_states
+    read = jnp.asarray([0, 7, 23])
+    residuals = decoder(settings).bind(params).features(TOKENS, read=read).residuals
+    for layer in range(3):  # transformers gives the last one after the norm
+        np.testing.assert_allclose(residuals[layer], states[layer + 1].numpy()[:, read], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["add", "project_out"])
+def test_steering_is_a_forward_hook(peer, kind):
+    torch, model, settings, params = peer
+    vector = np.array(jax.random.normal(jax.random.key(5), (32,)))
+    vector /= np.linalg.norm(vector)
+    v = torch.tensor(vector)
+
+    def hook(module, inputs, output):
+        states = output[0] if isinstance(output, tuple) else output
+        states = states + v if kind == "add" else states - (states @ v)[..., None] * v
+        return (states, *output[1:]) if isinstance(output, tuple) else states
+
+    handle = model.model.layers[2].register_forward_hook(hook)
+    with torch.no_grad():
+        theirs = model(torch.tensor(np.asarray(TOKENS))).logits.numpy()
+    handle.remove()
+    vectors = jnp.zeros((4, 32)).at[2].set(vector)
+    ours = decoder(settings).apply(params, TOKENS, steering=Steering(**{kind: vectors}))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+    nowhere = decoder(settings).apply(params, TOKENS, steering=Steering(**{kind: vectors}, where=jnp.zeros((2, 24))))
+    np.testing.assert_allclose(nowhere, decoder(settings).apply(params, TOKENS), rtol=1e-5, atol=1e-6)
+
+
+def trained(mesh, adapted):
+    """Some steps of the loop, of all parameters or of adapters over a frozen base."""
+    spec = lora.Lora(4, 8)
+    settings = dataclasses.replace(SETTINGS, lora=spec) if adapted else SETTINGS
+    network = decoder(settings)
+    base = jax.device_put(PARAMS, parameter_shardings(PARAMS, mesh))
+    start = lora.init(jax.random.key(3), PARAMS, spec) if adapted else base
+
+    def loss(params, frozen, batch, key):
+        params = lora.join(frozen, params) if adapted else params
+        logits = network.apply(params, batch[:, :-1], remat=True)
+        return cross_entropy(logits, batch[:, 1:]), {}
+
+    def batch(frozen, key, index):
+        starts = jax.random.randint(jax.random.fold_in(key, index), (8, 1), 0, 64)
+        return (starts + jnp.arange(16)) % 64
+
+    program = Program(loss, optax.adam(3e-3), mesh, batch, batch_spec=PartitionSpec("fsdp"))
+    losses = []
+    state = fit(
+        program,
+        program.init(start),
+        steps=8,
+        key=jax.random.key(0),
+        frozen=base if adapted else None,
+        log=lambda step, values: losses.extend(values["loss"]),
+    )
+    return jax.device_get(state.params), losses
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_training_on_eight_devices_is_training_on_one(mesh_of, adapted):
+    one, losses = trained(mesh_of(1), adapted)
+    eight, _ = trained(mesh_of(8, replica=1, fsdp=4, tensor=2), adapted)
+    assert losses[-1] < losses[0]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), one, eight)
+
+
+def test_logits_on_eight_devices_are_those_of_one(mesh_of):
+    mesh = mesh_of(8, replica=1, fsdp=4, tensor=2)
+    sharded = jax.jit(NETWORK.apply)(
+        jax.device_put(PARAMS, parameter_shardings(PARAMS, mesh)),
+        jax.device_put(jnp.tile(TOKENS, (4, 1)), named(mesh, "fsdp")),
+    )
+    whole = NETWORK.apply(PARAMS, TOKENS)
+    np.testing.assert_allclose(sharded[:2], whole, rtol=1e-5, atol=1e-5 * float(jnp.max(jnp.abs(whole))))
+
+
+def test_the_program_of_a_deep_network_is_as_long_as_that_of_a_shallow_one():
+    """What compile time follows; seconds would depend on the machine."""
+
+    def lines(layers):
+        settings = dataclasses.replace(SETTINGS, layers=layers, windows=(0,) * layers)
+        network = decoder(settings)
+        shapes = jax.eval_shape(network.init, jax.random.key(0))
+        step = jax.grad(lambda p, t: jnp.sum(network.apply(p, t)))
+        return jax.jit(step).lower(shapes, TOKENS).as_text().count("\n")
+
+    assert lines(28) <= 1.05 * lines(4)
