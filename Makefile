@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 WORKDIR ?= runs/mnist-quick
 
-.PHONY: mnist theorem test test-slow check bench clean
+.PHONY: mnist theorem test test-slow check bench preflight clean
 
 mnist: .venv/installed
 	$(BIN)/python launch.py --config=configs/mnist.py --workdir=$(WORKDIR)
@@ -33,6 +33,11 @@ bench: .venv/installed .venv-peers/installed
 .venv/installed-dev: .venv/installed
 	$(BIN)/pip install --quiet --editable ".[dev]"
 	touch $@
+
+# Compiles steps for TPU pods that are not there; libtpu stays out of the default environment.
+preflight: .venv/installed
+	$(BIN)/pip install --quiet "jax[tpu]"
+	JAX_PLATFORMS=cpu $(BIN)/python -m bench.preflight
 
 # Peers have an environment of their own: each side is measured as its users have it.
 .venv-peers/installed:

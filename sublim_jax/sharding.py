@@ -100,6 +100,11 @@ def each_replica(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]
     return mapped
 
 
+def rows_of(mesh: Mesh) -> Callable[[Array], Array]:
+    """Keeps the leading axis of activations, their rows, split over `fsdp`."""
+    return lambda x: jax.lax.with_sharding_constraint(x, named(mesh, "fsdp"))
+
+
 def put(tree: Any, sharding: NamedSharding) -> Any:
     """Host arrays, equal on every process, as global arrays; each process copies only its own part."""
 

@@ -90,13 +90,32 @@ class Program:
 
     def init(self, params: PyTree) -> TrainState:
         """A fresh state: the parameters copied onto the mesh by its rules, optimiser state beside them, step 0."""
+        shardings = self.shardings(jax.eval_shape(self._fresh, params))
+        return jax.jit(self._fresh, out_shardings=shardings)(params)
 
-        def make(params: PyTree) -> TrainState:
-            opt_state = over_replicas(self.optimizer.init, self.replica_axes)(params)
-            return TrainState(jax.tree.map(jnp.copy, params), opt_state, jnp.zeros((), jnp.int32))
+    def _fresh(self, params: PyTree) -> TrainState:
+        opt_state = over_replicas(self.optimizer.init, self.replica_axes)(params)
+        return TrainState(jax.tree.map(jnp.copy, params), opt_state, jnp.zeros((), jnp.int32))
 
-        shardings = self.shardings(jax.eval_shape(make, params))
-        return jax.jit(make, out_shardings=shardings)(params)
+    def abstract(self, params: PyTree) -> TrainState:
+        """The state that `init` would give, as shapes on the mesh; of parameters or of their shapes."""
+        state = jax.eval_shape(self._fresh, params)
+        return jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            state,
+            self.shardings(state),
+        )
+
+    def lower(self, params: PyTree, frozen: PyTree) -> Any:
+        """The dispatch, lowered for shapes on the mesh and not compiled: what preflight compiles."""
+        state = self.abstract(params)
+        replicas = jax.tree.leaves(params)[0].shape[: min(self.replica_axes, 1)]
+        key = jax.ShapeDtypeStruct(
+            replicas, jax.random.key(0).dtype, sharding=named(self.mesh, *["replica"][: len(replicas)])
+        )
+        stop = jax.ShapeDtypeStruct((), jnp.int32, sharding=named(self.mesh))
+        shardings, structure = jax.tree.flatten(jax.tree.map(lambda leaf: leaf.sharding, state))
+        return _compiled(self, structure, tuple(shardings)).lower(state, frozen, None, key, stop)
 
     def shardings(self, state: TrainState) -> PyTree:
         """A `TrainState` of shardings; optimiser moments lie where their parameters lie."""
@@ -184,7 +203,7 @@ class Program:
 
 
 @lru_cache
-def _compiled(program: Program, structure: Any, shardings: tuple[NamedSharding, ...]) -> Callable[..., Any]:
+def _compiled(program: Program, structure: Any, shardings: tuple[NamedSharding, ...]) -> Any:
     """`program._dispatch` with explicit output shardings: a state that comes back fits in again as it is."""
     out_shardings = (jax.tree.unflatten(structure, shardings), named(program.mesh))
     return jax.jit(program._dispatch, donate_argnums=(0,), out_shardings=out_shardings)

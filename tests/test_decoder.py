@@ -72,6 +72,12 @@ def test_the_cache_gives_what_one_pass_gives():
     np.testing.assert_allclose(module.unembed(jnp.concatenate(outputs, 1)), whole, rtol=1e-4, atol=1e-5)
 
 
+def test_logits_of_some_tokens_are_those_of_all():
+    module, some = NETWORK.bind(PARAMS), jnp.asarray([3, 60, 7])
+    features = module.features(TOKENS).output
+    np.testing.assert_allclose(module.unembed(features, some), module.unembed(features)[..., some], rtol=1e-6)
+
+
 def test_remat_changes_no_gradient():
     def loss(params, remat):
         return jnp.sum(jnp.square(NETWORK.bind(params).features(TOKENS, remat=remat).output))

@@ -6,6 +6,7 @@ Axes in names: b rows, t positions of queries, s positions of keys, k groups of 
 Normalisation, rotation and softmax are computed in float32 or wider, matrix products in the parameters' dtype.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -270,6 +271,7 @@ class Decoder(nnx.Module):
         start: Int[Array, ""] | int = 0,
         steering: Steering | None = None,
         read: Int[Array, "n"] | None = None,
+        place: Callable[[Array], Array] = lambda x: x,
         remat: bool = False,
     ) -> Features:
         """What the layers make of tokens, before the unembedding.
@@ -281,6 +283,8 @@ class Decoder(nnx.Module):
           cache: keys and values of earlier positions; the tokens stand at slots `start`, `start` + 1, ….
           steering: changes of the residual stream.
           read: positions (columns of `tokens`) at which the residual stream is returned after every layer.
+          place: applied to the residual stream wherever it is made; on a mesh, `sharding.rows_of(mesh)`, without which
+            the partitioner may split the stream's width instead of its rows.
           remat: recompute each layer in the backward pass instead of keeping its activations.
         """
         c = self.settings
@@ -292,6 +296,7 @@ class Decoder(nnx.Module):
             x = x * jnp.asarray(c.embed_scale, x.dtype)
         if c.positions:
             x = x + self.position_embedding[...][positions]
+        x = place(x)
         slots = t if cache is None else cache.keys.shape[2]
         back = (start + jnp.arange(t))[:, None] - jnp.arange(slots)
         seen = jnp.broadcast_to(back >= 0, (b, t, slots))
@@ -311,17 +316,23 @@ class Decoder(nnx.Module):
             x, kept = nnx.merge(graphdef, params)(x, rotation, mask, kept)
             if steering is not None:
                 x = steer(x, add, project_out, steering.where)
-            return x, (kept, None if read is None else x[:, read])
+            return place(x), (kept, None if read is None else x[:, read])
 
         body = jax.checkpoint(layer) if remat else layer
         vectors = (None, None) if steering is None else (steering.add, steering.project_out)
         x, (kept, residuals) = jax.lax.scan(body, x, (stacked, windows, rotary_of, cache, vectors))
         return Features(self.norm(x), Cache(*kept), residuals)
 
-    def unembed(self, x: Float[Array, "*rows width"]) -> Float[Array, "*rows vocab"]:
-        """Logits of chosen positions: compute them where a loss needs them, the vocabulary is the widest layer."""
+    def unembed(
+        self, x: Float[Array, "*rows width"], only: Int[Array, "support"] | None = None
+    ) -> Float[Array, "*rows logits"]:
+        """Logits of chosen positions, and of chosen tokens if `only` names some.
+
+        The vocabulary is the widest layer: compute its logits where a loss needs them, and only those that it needs.
+        """
         c = self.settings
-        logits = x @ self.embedding[...].T if c.tied else self.unembedding(x)
+        kernel = self.embedding[...].T if c.tied else self.unembedding.kernel[...]
+        logits = x @ (kernel if only is None else kernel[:, only])
         return c.logit_cap * jnp.tanh(logits / c.logit_cap) if c.logit_cap else logits
 
 

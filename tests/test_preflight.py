@@ -1,0 +1,112 @@
+"""What preflight counts, on programs whose counts are known."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec
+from test_decoder import SETTINGS
+
+from sublim_jax import preflight
+from sublim_jax.errors import UserError
+from sublim_jax.models.decoder import decoder
+from sublim_jax.objectives import cross_entropy
+from sublim_jax.sharding import named, parameter_shardings
+from sublim_jax.training import Program, fit
+
+
+def chain(x, weights):
+    return jax.lax.scan(lambda x, w: (x @ w, None), x, weights)[0]
+
+
+def test_a_scanned_product_counts_as_often_as_it_runs():
+    x, weights = jnp.ones((6, 8)), jnp.ones((5, 8, 8))
+    assert preflight.count_flops(chain, x, weights) == 5 * 2 * 6 * 8 * 8
+
+
+def test_recomputation_counts():
+    """Forward 1, backward 2 (inputs and weights), and once more under remat."""
+    x, weights = jnp.ones((6, 8)), jnp.ones((5, 8, 8))
+
+    def loss(remat):
+        body = lambda x, w: (jnp.tanh(x @ w), None)  # noqa: E731
+        body = jax.checkpoint(body) if remat else body
+        return lambda x, weights: jnp.sum(jax.lax.scan(body, x, weights)[0])
+
+    one = 5 * 2 * 6 * 8 * 8
+    counts = [preflight.count_flops(jax.grad(loss(remat), argnums=(0, 1)), x, weights) for remat in (False, True)]
+    assert counts == [3 * one, 4 * one]
+
+
+def step_of(mesh, layers):
+    network = decoder(dataclasses.replace(SETTINGS, layers=layers, windows=(0,) * layers))
+
+    def loss(params, frozen, batch, key):
+        return cross_entropy(network.apply(params, batch[:, :-1], remat=True), batch[:, 1:]), {}
+
+    def batch(frozen, key, index):
+        return jax.random.randint(jax.random.fold_in(key, index), (8, 17), 0, 64)
+
+    program = Program(loss, optax.adam(1e-3), mesh, batch, batch_spec=PartitionSpec("fsdp"))
+    shapes = jax.eval_shape(network.init, jax.random.key(0))
+    shapes = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        parameter_shardings(shapes, mesh),
+    )
+    return network, program, shapes
+
+
+def test_twice_the_layers_are_twice_the_flops_beside_the_vocabulary(mesh_of):
+    def count(layers):
+        _, program, shapes = step_of(mesh_of(1), layers)
+        gradient = jax.grad(lambda p, b: program.loss(p, None, b, None)[0][0])
+        return preflight.count_flops(gradient, shapes, jax.ShapeDtypeStruct((8, 17), jnp.int32))
+
+    two, four, eight = map(count, (2, 4, 8))
+    assert eight - four == 2 * (four - two)
+    vocabulary = 3 * 2 * 8 * 16 * SETTINGS.width * SETTINGS.vocab
+    assert two - vocabulary == pytest.approx(four - two)
+
+
+def test_collectives_in_a_loop_count_as_often_as_it_runs(mesh_of):
+    """Rows split over eight devices, weights too: each of five layers gathers its weights once."""
+    mesh = mesh_of(8, replica=1, fsdp=8)
+    x = jax.ShapeDtypeStruct((64, 32), jnp.float32, sharding=named(mesh, "fsdp"))
+    weights = jax.ShapeDtypeStruct((5, 32, 32), jnp.float32, sharding=named(mesh, None, "fsdp"))
+    rows = named(mesh, "fsdp")
+
+    def layers(x, weights):
+        place = lambda x: jax.lax.with_sharding_constraint(x, rows)  # noqa: E731
+        return jax.lax.scan(lambda x, w: (place(jnp.tanh(x @ w)), None), place(x), weights)[0]
+
+    compiled = jax.jit(layers, out_shardings=rows).lower(x, weights).compile()
+    assert preflight.collectives(compiled.as_text()) == {"all-gather": (5, 5 * 32 * 32 * 4)}
+
+
+def test_a_program_is_lowered_from_shapes_and_is_the_one_that_trains(mesh_of):
+    mesh = mesh_of(8, replica=1, fsdp=4, tensor=2)
+    network, program, shapes = step_of(mesh, 2)
+    found = preflight.facts(program.lower(shapes, None), 0.0, mesh)
+    state = program.init(network.init(jax.random.key(0)))
+    held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
+    assert held <= found.arguments <= held + 1000
+    assert found.fits is None  # a CPU's memory is not known
+    assert found.temporaries > 0 and found.collectives
+    state = fit(program, state, steps=1, key=jax.random.key(0))
+    assert np.isfinite(jax.device_get(state.params["embedding"])).all()
+
+
+def test_what_does_not_fit_is_said():
+    found = preflight.Facts(20 << 30, 0, 1 << 30, 1e12, {"all-gather": (3, 1 << 30)}, 16 << 30)
+    text = preflight.describe("step", found)
+    assert "DOES NOT FIT" in text and "21.00 GB of 16" in text and "all-gather: 3 a step, 1.000 GB" in text
+
+
+def test_an_unknown_topology_is_told_in_one_line():
+    with pytest.raises(UserError, match=r"--preflight=v9:1x1.*libtpu") as error:
+        preflight.topology("v9:1x1")
+    assert "\n" not in str(error.value)
