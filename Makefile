@@ -24,6 +24,7 @@ check: .venv/installed-dev
 
 bench: .venv/installed .venv-peers/installed
 	$(BIN)/python -m bench.mnist --peer=.venv-peers/bin/python
+	$(BIN)/python -m bench.lora --peer=.venv-peers/bin/python
 
 .venv/installed: pyproject.toml requirements.txt
 	$(PYTHON) -m venv .venv
@@ -42,7 +43,7 @@ preflight: .venv/installed
 # Peers have an environment of their own: each side is measured as its users have it.
 .venv-peers/installed:
 	$(PYTHON) -m venv .venv-peers
-	.venv-peers/bin/pip install --quiet numpy "torch==2.13.0"
+	.venv-peers/bin/pip install --quiet numpy peft transformers "torch==2.13.0"
 	touch $@
 
 clean:

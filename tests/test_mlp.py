@@ -12,15 +12,15 @@ WIDTHS = (784, 256, 256, 13)
 
 @pytest.mark.parametrize("activation,function", [("relu", lambda x: np.maximum(x, 0)), ("tanh", np.tanh)])
 def test_forward_is_the_formula(activation, function):
-    init, apply = mlp((5, 7, 6, 4), activation)
-    params = jax.tree.map(lambda p: p + 0.1, init(jax.random.key(0)))
+    network = mlp((5, 7, 6, 4), activation)
+    params = jax.tree.map(lambda p: p + 0.1, network.init(jax.random.key(0)))
     x = jax.random.normal(jax.random.key(1), (3, 5))
     hidden = np.asarray(x)
     for number in range(3):
         layer = params["layers"][number]
         hidden = hidden @ np.asarray(layer["kernel"]) + np.asarray(layer["bias"])
         hidden = function(hidden) if number < 2 else hidden
-    np.testing.assert_allclose(apply(params, x), hidden, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(network.apply(params, x), hidden, rtol=1e-4, atol=1e-5)
 
 
 def test_weights_start_normal_with_std_one_over_root_fan_in():

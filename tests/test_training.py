@@ -25,11 +25,11 @@ from sublim_jax.training import Program, fit
 VOCAB, LENGTH, WIDTH = 11, 6, 16
 
 
-INIT, APPLY = functions(lambda rngs: Transformer(VOCAB, WIDTH, rngs=rngs))
+NETWORK = functions(lambda rngs: Transformer(VOCAB, WIDTH, rngs=rngs))
 
 
 def token_loss(params, frozen, batch, key):
-    logits = APPLY(params, batch["tokens"][..., :-1])
+    logits = NETWORK.apply(params, batch["tokens"][..., :-1])
     return cross_entropy(logits, batch["tokens"][..., 1:], weights=batch["weights"][..., 1:]), {}
 
 
@@ -58,7 +58,7 @@ def lm(mesh, **options):
 
 
 def start(program, seed=0):
-    return program.init(INIT(jax.random.key(seed)))
+    return program.init(NETWORK.init(jax.random.key(seed)))
 
 
 def assert_bits(a, b):
@@ -319,7 +319,7 @@ def test_replicas_of_a_transformer_on_all_three_axes_at_once(mesh_of):
             return jax.tree.map(lambda *leaves: np.stack(leaves), *[super(Both, self).__next__() for _ in range(2)])
 
     spec = PartitionSpec("replica", "fsdp")
-    params = jax.vmap(INIT)(jax.random.split(jax.random.key(0), 2))
+    params = jax.vmap(NETWORK.init)(jax.random.split(jax.random.key(0), 2))
     results = []
     for mesh in (mesh_of(1), mesh_of(8, replica=2, fsdp=2, tensor=2)):
         program = lm(mesh, replica_axes=1, batch_spec=spec)

@@ -54,7 +54,7 @@ def measure(config: ConfigDict, labs: list[mnist.Lab]) -> Result:
         groups |= {f"{title} {name}": np.flatnonzero([n == name for n in names]) for name in dict.fromkeys(names)}
     table = [["settings", "number", "Spearman's ρ", "95 % (bootstrap over settings)"]]
     for name, members in groups.items():
-        if len(members) >= 10:  # fewer say nothing
+        if name == "all settings" or len(members) >= 10:  # fewer say nothing
             rho, low, high = spearman(x[members], y[members])
             table.append([name, str(len(members)), f"{rho:+.2f}", f"{low:+.2f} to {high:+.2f}"])
     text = (

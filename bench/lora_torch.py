@@ -1,0 +1,45 @@
+"""The peer: LoRA steps of a language model with transformers and peft, as a good user would write them.
+
+`python -m bench.lora_torch FOLDER STEPS` prints one JSON line: seconds a step (the median), and the losses.
+"""
+
+import json
+import statistics
+import sys
+import time
+
+import peft
+import torch
+import transformers
+
+ROWS, LENGTH, HALF = 8, 128, 64
+
+
+def main(folder, steps):
+    torch.set_num_threads(2)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    model = peft.get_peft_model(model, peft.LoraConfig(r=8, lora_alpha=8, target_modules=targets))
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=2e-4)
+    generator = torch.Generator().manual_seed(0)
+    times, losses = [], []
+    for _ in range(steps):
+        tokens = torch.randint(0, 40_000, (ROWS, LENGTH + 1), generator=generator)
+        began = time.perf_counter()
+        optimizer.zero_grad()
+        # Logits of the second half only: transformers' own argument for it.
+        logits = model(tokens[:, :-1], logits_to_keep=HALF).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, -HALF:].flatten())
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        times.append(time.perf_counter() - began)
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}"
+    print(
+        json.dumps({"seconds": statistics.median(times[1:]), "first": times[0], "losses": losses, "versions": versions})
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))
