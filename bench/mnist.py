@@ -19,9 +19,9 @@ from pathlib import Path
 import jax
 from absl import app, flags
 
+from bench.machine import ROOT, cpu_name
 from sublim_jax import assets
 
-ROOT = Path(__file__).parents[1]
 _RUNS = flags.DEFINE_integer("runs", 8, "Runs trained at once by both.")
 _REPEATS = flags.DEFINE_integer("repeats", 2, "How often each is measured; the faster time counts for both.")
 _PEER = flags.DEFINE_string("peer", sys.executable, "The Python that has PyTorch.")
@@ -99,15 +99,6 @@ def main(_: list[str]) -> None:
     text = "\n".join(lines) + "\n"
     (ROOT / "docs" / f"bench-mnist{'-gpu' if gpu else ''}.md").write_text(text)
     print(text)
-
-
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        name = platform.processor()
-    return f"{os.cpu_count()} cores of {name}"
 
 
 if __name__ == "__main__":

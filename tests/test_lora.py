@@ -56,6 +56,26 @@ def test_fresh_adapters_change_nothing_and_split_undoes_join():
     assert jax.tree.structure(lora.join(base, fresh)) == structure
 
 
+def test_gradients_are_those_of_the_merged_weights_and_forward_mode_may_be_had():
+    """The product with its own backward pass, and the plain one that lets jvp through."""
+    base, adapters, network = adapted()
+    plain = decoder(dataclasses.replace(SETTINGS, lora=dataclasses.replace(SPEC, forward_mode=True)))
+
+    def loss(network):
+        return lambda a: jnp.sum(jnp.sin(network.apply(lora.join(base, a), TOKENS)))
+
+    def merged(a):
+        return jnp.sum(jnp.sin(decoder(SETTINGS).apply(lora.merge(base, a, SPEC.scale), TOKENS)))
+
+    expected = jax.grad(merged)(adapters)
+    for function in (loss(network), loss(plain)):
+        found = jax.grad(function)(adapters)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3), found, expected)
+    _, slope = jax.jvp(loss(plain), (adapters,), (expected,))
+    squares = sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(expected))
+    np.testing.assert_allclose(slope, squares, rtol=1e-3)
+
+
 def test_many_adapters_over_one_base_are_each_of_them_alone():
     base, _, network = adapted()
     trees = [adapted(key)[1] for key in range(3)]

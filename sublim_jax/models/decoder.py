@@ -17,7 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from sublim_jax.models.functional import Functions, functions
-from sublim_jax.models.lora import EVERY_LINEAR, Lora, draw
+from sublim_jax.models.lora import EVERY_LINEAR, Lora, draw, narrow_product
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -140,7 +140,9 @@ class Linear(nnx.Module):
         y = x @ self.kernel[...]
         if self.adapter:
             # In the adapter's own, wider type: the base may be bfloat16.
-            y = y + (self.adapter.scale * ((x.astype(self.a.dtype) @ self.a[...]) @ self.b[...])).astype(y.dtype)
+            low = x.astype(self.a.dtype) @ self.a[...]
+            up = low @ self.b[...] if self.adapter.forward_mode else narrow_product(low, self.b[...])
+            y = y + (self.adapter.scale * up).astype(y.dtype)
         return y + self.bias[...] if hasattr(self, "bias") else y
 
 
