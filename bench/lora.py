@@ -102,8 +102,8 @@ def main(_: list[str]) -> None:
     ]
     lines += [
         "",
-        f"One product of {tokens} × 576 × 1536 alone runs at {product_rate(tokens):.0f} GFLOP/s here. The rest of a step is "
-        "attention's small products, the softmax over the vocabulary, what the backward pass keeps, and copies.",
+        f"One product of {tokens} × 576 × 1536 alone runs at {product_rate(tokens):.0f} GFLOP/s here. The rest "
+        "of a step is attention's small products, the softmax over the vocabulary, kept activations, and copies.",
     ]
     text = "\n".join(lines) + "\n"
     (Path(ROOT) / "docs" / "bench-lora.md").write_text(text)

@@ -11,7 +11,7 @@ from test_launch import assert_refused, launch
 from configs import theorem as configs
 from sublim_jax import objectives, theorem
 from sublim_jax.experiments import alignment, alignment_report
-from sublim_jax.experiments.alignment_report import AS_PREDICTED, NOT, Measured, Row
+from sublim_jax.experiments.alignment_report import AS_PREDICTED, CONSISTENT, NOT, Measured, Row
 from sublim_jax.experiments.forecast import settings, spearman
 
 CONFIG = "--config=configs/theorem.py"
@@ -76,7 +76,8 @@ def measured(slope=1.0, factor=1.0, explicit=1.0):
     "numbers, verdict",
     [
         (measured(), AS_PREDICTED),
-        (measured(slope=1.2), NOT),
+        (measured(slope=0.8), NOT),  # an error that falls more slowly than the step
+        (measured(slope=1.2), CONSISTENT),
         (measured(factor=1.001), NOT),  # an error that does not vanish
         (measured(factor=-1.0), NOT),
         (measured(explicit=1 + 1e-8), NOT),

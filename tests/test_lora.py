@@ -6,25 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_decoder import SETTINGS
 
 from sublim_jax.errors import UserError
 from sublim_jax.models import lora
-from sublim_jax.models.decoder import Settings, decoder
-from sublim_jax.models.families import Rotary, family
+from sublim_jax.models.decoder import decoder
+from sublim_jax.models.families import family
 from sublim_jax.models.lora import Lora
 from sublim_jax.weights import huggingface, peft
 
-SETTINGS = Settings(
-    vocab=50,
-    width=32,
-    layers=3,
-    heads=4,
-    key_heads=2,
-    head_size=8,
-    mlp_width=48,
-    activation="silu",
-    rotaries=(Rotary(tuple(10_000.0 ** -(np.arange(4) / 4))),),
-)
 SPEC = Lora(rank=4, alpha=8)
 TOKENS = jnp.arange(24).reshape(2, 12)
 
