@@ -51,7 +51,8 @@ def panels_figure(panels: Sequence[Panel], path: Any) -> None:
                 axes.fill_between(line.x, low, high, color=drawn.get_color(), alpha=0.2, lw=0)
         axes.set(xlabel=panel.xlabel, ylabel=panel.ylabel, xscale=panel.scales[0], yscale=panel.scales[1])
         axes.set_title(panel.title, fontsize=10)
-        axes.legend(frameon=False, fontsize=7)
+        beside = {"loc": "center left", "bbox_to_anchor": (1, 0.5)} if len(panel.lines) > 10 else {}
+        axes.legend(frameon=False, fontsize=7, **beside)
         axes.spines[["top", "right"]].set_visible(False)
     _save(figure, path)
 
