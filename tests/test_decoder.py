@@ -75,7 +75,9 @@ def test_the_cache_gives_what_one_pass_gives():
 def test_logits_of_some_tokens_are_those_of_all():
     module, some = NETWORK.bind(PARAMS), jnp.asarray([3, 60, 7])
     features = module.features(TOKENS).output
-    np.testing.assert_allclose(module.unembed(features, some), module.unembed(features)[..., some], rtol=1e-6)
+    np.testing.assert_allclose(
+        module.unembed(features, some), module.unembed(features)[..., some], rtol=1e-5, atol=1e-6
+    )
 
 
 def test_remat_changes_no_gradient():
