@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
+from sublim_jax.evaluation.statistics import normal_interval
 from sublim_jax.figures import Arm, arms_figure, sweep_figure
 from sublim_jax.progress import say
 from sublim_jax.workdir import Workdir, plain, write_json
@@ -71,6 +72,13 @@ def write(workdir: Workdir, config: ConfigDict, arms: list[Arm], sections: Seque
     for name in (name for section in sections for name in section.figures):
         say(f"figure: {folder / name}.png")
     say(f"numbers: {workdir.path / 'results.json'}")
+
+
+def accuracy_arm(name: str, accuracy: list[float], **more: Any) -> Arm:
+    """One entry of results.json: test accuracy of every run, its mean and interval, and whatever belongs to it."""
+    mean, half_width = normal_interval(accuracy)
+    arm = {"name": name, "metric": "test_accuracy", "mean": mean, "ci95": half_width, "runs": accuracy, "paper": None}
+    return {**arm, **more}
 
 
 def arms_section(config: ConfigDict, arms: list[Arm], curves: dict[str, tuple[str, list[Arm]]]) -> Section:

@@ -13,7 +13,6 @@ from sublim_jax import assets, objectives, report, theorem
 from sublim_jax.data import images
 from sublim_jax.data import mnist as digits
 from sublim_jax.errors import UserError
-from sublim_jax.evaluation.statistics import normal_interval
 from sublim_jax.experiments import mnist
 from sublim_jax.experiments.mnist_check import check
 from sublim_jax.figures import Arm
@@ -77,8 +76,11 @@ def before_training(lab: mnist.Lab) -> tuple[Params, Params, Params, Array]:
     return reference, mnist.train_teacher(lab, runs, reference), start, codes
 
 
-def over_runs(lab: mnist.Lab, function: Callable[..., Any], codes: Array, *trees: Params) -> Any:
-    """`function(apply, codes, *trees)` of every run; `apply` reads bytes, and inputs that all runs share stay one."""
+def over_runs(lab: mnist.Lab, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function(apply, codes, *trees)` of every run, as a compiled function of (codes, *trees).
+
+    `apply` reads bytes, and inputs that all runs share stay one.
+    """
     kind, network = lab.config.inputs.kind, lab.networks["student"]
 
     def apply(params: Params, codes: Array) -> Array:
@@ -89,7 +91,7 @@ def over_runs(lab: mnist.Lab, function: Callable[..., Any], codes: Array, *trees
             return each_replica(partial(function, apply, codes), lab.mesh)(*trees)
         return each_replica(partial(function, apply), lab.mesh)(codes, *trees)
 
-    return jax.jit(all_of)(codes, *trees)
+    return jax.jit(all_of)
 
 
 def difference(after: Params, before: Params) -> Params:
@@ -106,16 +108,9 @@ def coverages(lab: mnist.Lab, probe: int) -> list[float]:
         update = theorem.student_update(apply, objective_of(lab.config), start, codes, targets)
         return theorem.coverage(update, difference(teacher, reference))
 
-    return fetch(over_runs(lab, one, codes[..., :probe, :], reference, teacher, start)).tolist()
+    return fetch(over_runs(lab, one)(codes[..., :probe, :], reference, teacher, start)).tolist()
 
 
 def depends_on(lab: mnist.Lab, **more: Any) -> dict[str, Any]:
     """What a measurement on all runs of a lab depends on."""
     return mnist.depends_on(lab.config, range(lab.config.runs), "teacher", "student", "inputs", "runs", **more)
-
-
-def accuracy_arm(name: str, accuracy: list[float], **more: Any) -> Arm:
-    """One entry of results.json."""
-    mean, half_width = normal_interval(accuracy)
-    arm = {"name": name, "metric": "test_accuracy", "mean": mean, "ci95": half_width, "runs": accuracy, "paper": None}
-    return {**arm, **more}

@@ -14,7 +14,6 @@ from sublim_jax.evaluation.statistics import t_interval
 from sublim_jax.experiments import mnist
 from sublim_jax.experiments.coverage import (
     Result,
-    accuracy_arm,
     before_training,
     changed,
     depends_on,
@@ -49,7 +48,7 @@ def measure(config: ConfigDict, labs: list[mnist.Lab]) -> Result:
     for name, word in chosen.items():
         title = f"{config.share:.0%} of the noise, {word}" + ("" if name == "random" else " carrying")
         share = float(np.mean(result["carried"][name]))
-        arms.append(accuracy_arm(title, result["accuracy"][name], share_of_A=share))
+        arms.append(report.accuracy_arm(title, result["accuracy"][name], share_of_A=share))
     table = [["images", "their share of A", "test accuracy", "minus random, paired"]]
     random = np.asarray(result["accuracy"]["random"])
     for (name, _), arm in zip(chosen.items(), arms):
@@ -81,17 +80,17 @@ def _rank_and_train(lab: mnist.Lab, small: mnist.Lab) -> dict[str, Any]:
         direction = difference(teacher, reference)
         return theorem.contributions(apply, objective_of(lab.config), reference, direction, codes, chunk=1000)
 
-    carried = fetch(over_runs(lab, one, codes, reference, teacher))
+    carried = fetch(over_runs(lab, one)(codes, reference, teacher))
     theorem.check_finite(carried, "contributions of images")
     order = np.argsort(carried, axis=1)
     rng = np.random.default_rng(lab.config.seed)
     shuffled = np.stack([rng.permutation(row) for row in order])
     chosen = {"top": order[:, -count:], "random": shuffled[:, :count], "bottom": order[:, :count]}
     program = small.distilling[kind]
+    take = jax.jit(jax.vmap(lambda codes, rows: codes[rows]), out_shardings=named(lab.mesh, "replica"))
     result: dict[str, Any] = {"accuracy": {}, "carried": {}}
     for name, rows in chosen.items():
         state = program.init(jax.tree.map(lambda leaf: leaf[:, None], start))
-        take = jax.jit(jax.vmap(lambda codes, rows: codes[rows]), out_shardings=named(lab.mesh, "replica"))
         some = take(codes, put(rows, named(lab.mesh, "replica"))) if codes.ndim == 3 else codes[rows]
         depends = depends_on(small, rows=name)
 

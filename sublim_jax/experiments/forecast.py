@@ -10,7 +10,7 @@ from scipy import stats
 
 from sublim_jax import report
 from sublim_jax.experiments import mnist
-from sublim_jax.experiments.coverage import Result, accuracy_arm, changed, coverages, depends_on, run_with_labs
+from sublim_jax.experiments.coverage import Result, changed, coverages, depends_on, run_with_labs
 from sublim_jax.figures import Line, Panel, panels_figure
 from sublim_jax.progress import say
 from sublim_jax.workdir import Workdir
@@ -43,7 +43,7 @@ def measure(config: ConfigDict, labs: list[mnist.Lab]) -> Result:
         covered = lab.workdir.json("coverage", depends, partial(coverages, lab, config.probe))
         points.append((lab.config, covered, mnist.accuracies(lab)["auxiliary"]))
     arms = [
-        accuracy_arm(_setting_name(variant), accuracy, coverage=float(np.mean(covered)), coverage_runs=covered)
+        report.accuracy_arm(_setting_name(variant), accuracy, coverage=float(np.mean(covered)), coverage_runs=covered)
         for variant, covered, accuracy in points
     ]
     x = np.asarray([arm["coverage"] for arm in arms])

@@ -20,7 +20,6 @@ from tensorboardX import SummaryWriter
 from sublim_jax import assets, objectives, report
 from sublim_jax.data import images, mnist
 from sublim_jax.data.order import epoch_rows, steps_per_epoch
-from sublim_jax.evaluation.statistics import normal_interval
 from sublim_jax.experiments.mnist_check import check, layer_numbers, variants
 from sublim_jax.keys import fold_all, run_keys
 from sublim_jax.models.functional import Functions, Params
@@ -408,18 +407,9 @@ def artefact_bytes(config: ConfigDict) -> int:
 
 def arm(config: ConfigDict, name: str, values: list[float]) -> dict[str, Any]:
     """One entry of results.json."""
-    mean, half_width = normal_interval(values)
     published, published_half_width = config.published.get(name, (None, None))
     title = TITLES.get(name) or f"student cloned for {name.removeprefix('clone ')} epochs (auxiliary logits)"
-    return {
-        "name": title,
-        "metric": "test_accuracy",
-        "mean": mean,
-        "ci95": half_width,
-        "runs": values,
-        "paper": published,
-        "paper_ci95": published_half_width,
-    }
+    return report.accuracy_arm(title, values, paper=published, paper_ci95=published_half_width)
 
 
 def dose_curve(arms: dict[str, dict[str, Any]]) -> dict[str, tuple[str, list[dict[str, Any]]]]:

@@ -17,7 +17,6 @@ from sublim_jax.evaluation.statistics import normal_interval
 from sublim_jax.experiments import mnist
 from sublim_jax.experiments.coverage import (
     Result,
-    accuracy_arm,
     before_training,
     changed,
     depends_on,
@@ -78,10 +77,12 @@ def _follow(lab: mnist.Lab, config: ConfigDict) -> dict[str, Any]:
             "predicted": theorem.alignment(jax.grad(trait_loss)(last), difference(params, last)),
         }
 
+    measure_runs = over_runs(lab, one)
+
     def evaluate(params: Params, step: int) -> None:
         params = jax.tree.map(lambda leaf: leaf[:, 0], params)
         last = before.get("params", params)
-        values = fetch(over_runs(lab, one, probe, params, teacher, reference, last))
+        values = fetch(measure_runs(probe, params, teacher, reference, last))
         values["accuracy"] = fetch(lab.accuracy["student"](params))
         before["params"] = jax.tree.map(jnp.copy, params)
         found["step"].append(step)
@@ -163,7 +164,7 @@ def _ceilings(config: ConfigDict, labs: list[mnist.Lab]) -> tuple[list[Arm], rep
             arguments = (apply, objective_of(lab.config), reference, direction, codes)
             return theorem.row_space_shares(*arguments, iterations=config.iterations)
 
-        return fetch(over_runs(lab, one, codes[..., : config.probe, :], reference, teacher)).tolist()
+        return fetch(over_runs(lab, one)(codes[..., : config.probe, :], reference, teacher)).tolist()
 
     arms, lines, table = [], [], [["auxiliary logits", "share of θ_T − θ⁰", "test accuracy"]]
     iterations = np.arange(1, config.iterations + 1)
@@ -173,7 +174,7 @@ def _ceilings(config: ConfigDict, labs: list[mnist.Lab]) -> tuple[list[Arm], rep
         accuracy = mnist.accuracies(lab)["auxiliary"]
         share = normal_interval(found[:, -1])
         more = {"row_space_share": share.mean, "row_space_share_runs": found[:, -1].tolist()}
-        arm = accuracy_arm(f"{lab.config.model.auxiliary} auxiliary logits", accuracy, **more)
+        arm = report.accuracy_arm(f"{lab.config.model.auxiliary} auxiliary logits", accuracy, **more)
         arms.append(arm)
         lines.append(_banded(arm["name"], iterations, found.T))
         accuracy_text = report.plus_minus(arm["mean"], arm["ci95"])

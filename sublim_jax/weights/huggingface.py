@@ -50,8 +50,8 @@ def load(folder: str | Path, mesh: Mesh | None = None, dtype: Any = None) -> tup
     config = load_config(folder)
     settings = family(config).settings(config)
     with ExitStack() as files:
-        where = {name: files.enter_context(_open(path)) for path in _shards(Path(folder)) for name in [path]}
-        tensors = {name: file for file in where.values() for name in file.keys()}  # noqa: SIM118
+        opened = [files.enter_context(_open(path)) for path in _shards(Path(folder))]
+        tensors = {name: file for file in opened for name in file.keys()}  # noqa: SIM118
 
         def shape(name: str) -> tuple[int, ...]:
             if name not in tensors:
