@@ -11,13 +11,14 @@ import importlib.util
 import os
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import absl.logging
 import jax
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
-from sublim_jax import signals
+from sublim_jax import preflight, signals
 from sublim_jax.assets import cache_folder
 from sublim_jax.errors import Interrupted, UserError
 from sublim_jax.progress import say
@@ -29,6 +30,12 @@ _WORKDIR = flags.DEFINE_string(
 )
 _UPDATE = flags.DEFINE_bool(
     "update", False, "Accept a workdir of another config: reuse what still holds, replace the results."
+)
+_PREFLIGHT = flags.DEFINE_string(
+    "preflight",
+    None,
+    "Compile the config's steps and run nothing: memory, FLOPs, what is moved, and whether it fits; for a TPU pod that "
+    'is not there ("v5e:4x4", with JAX_PLATFORMS=cpu and jax[tpu] installed), or for the devices here ("local").',
 )
 _COORDINATOR = flags.DEFINE_string(
     "coordinator", None, "host:port of the first process, where no cluster manager is found."
@@ -48,10 +55,26 @@ def main(_: list[str]) -> None:
     if not importlib.util.find_spec(name):
         raise UserError(f"config.experiment={config.get('experiment')!r} is no experiment of sublim_jax")
     split_lists(config)
+    experiment = importlib.import_module(name)
+    if _PREFLIGHT.value:
+        return compile_only(experiment, config, _PREFLIGHT.value)
     join_cluster()
     signals.install()
     workdir = Workdir(_WORKDIR.value or f"runs/{Path(file).stem}-{config.preset}")
-    importlib.import_module(name).run(config, workdir, update=_UPDATE.value)
+    experiment.run(config, workdir, update=_UPDATE.value)
+
+
+def compile_only(experiment: ModuleType, config: ConfigDict, topology: str) -> None:
+    """Prints what `--preflight` found. Raises UserError where a step does not fit."""
+    if not hasattr(experiment, "preflight"):
+        raise UserError(f"config.experiment={config.experiment!r} has no step on a mesh to compile")
+    refused = []
+    for step in experiment.preflight(config, preflight.devices(topology)):
+        found = preflight.facts(step)
+        say(preflight.describe(step, found))
+        refused += [step.name] * (found.fits is False)
+    if refused:
+        raise UserError(f"--preflight={topology}: no room for {'; '.join(refused)}")
 
 
 def split_lists(config: ConfigDict) -> None:

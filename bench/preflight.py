@@ -19,13 +19,14 @@ import transformers
 from absl import app
 
 from sublim_jax import objectives, preflight
-from sublim_jax.models import lora
-from sublim_jax.models.decoder import Settings, decoder
+from sublim_jax.models import attention, lora
+from sublim_jax.models.decoder import Settings, decoder, on_mesh
 from sublim_jax.models.families import family
-from sublim_jax.sharding import make_mesh, parameter_shardings, rows_of
-from sublim_jax.training import ROWS, Program
+from sublim_jax.sharding import make_mesh, parameter_shardings
+from sublim_jax.training import ROWS as SPLIT
+from sublim_jax.training import Program
 
-ROWS_OF, LENGTH = 64, 256
+ROWS, LENGTH = 64, 256
 SUPPORT = tuple(range(15, 35))
 SPEC = lora.Lora(8, 8)
 
@@ -50,19 +51,22 @@ def on(mesh: Any, tree: Any, dtype: Any) -> Any:
     return jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=s), tree, shardings)
 
 
-def tokens(frozen: Any, key: Any, index: Any) -> Any:
-    return jax.random.randint(jax.random.fold_in(key, index), (ROWS_OF, LENGTH), 0, 1000)
+def tokens(rows: int, length: int) -> Any:
+    return lambda frozen, key, index: jax.random.randint(jax.random.fold_in(key, index), (rows, length), 0, 1000)
 
 
-def distillation(mesh: Any, layers: int = 28) -> tuple[Program, Any, Any]:
+def distillation(
+    mesh: Any, layers: int = 28, rows: int = ROWS, length: int = LENGTH, **where: Any
+) -> tuple[Program, Any, Any]:
     """(program, adapters' shapes, frozen shapes) of one soft-KL step."""
+    where = {**on_mesh(qwen(layers), mesh), **where}
     settings = dataclasses.replace(qwen(layers), lora=SPEC)
     network, only = decoder(settings), jnp.asarray(SUPPORT)
     base, adapters = lora.split(jax.eval_shape(network.init, jax.random.key(0)))
 
     def logits(adapters: Any, base: Any, tokens: Any) -> Any:
         module = network.bind(lora.join(base, adapters))
-        answer = module.features(tokens, remat=True, place=rows_of(mesh)).output[:, LENGTH // 2 :]
+        answer = module.features(tokens, remat=True, **where).output[:, length // 2 :]
         return module.unembed(answer, only).astype(jnp.float32)
 
     def loss(params: Any, frozen: Any, batch: Any, key: Any) -> Any:
@@ -70,7 +74,8 @@ def distillation(mesh: Any, layers: int = 28) -> tuple[Program, Any, Any]:
         return objectives.kl(logits(params, frozen["base"], batch), teacher), {}
 
     frozen = {"base": on(mesh, base, jnp.bfloat16), "teacher": on(mesh, adapters, jnp.float32)}
-    return Program(loss, optax.adam(2e-4), mesh, tokens, batch_spec=ROWS), on(mesh, adapters, jnp.float32), frozen
+    program = Program(loss, optax.adam(2e-4), mesh, tokens(rows, length), batch_spec=SPLIT)
+    return program, on(mesh, adapters, jnp.float32), frozen
 
 
 def fine_tuning(mesh: Any, layers: int = 28) -> tuple[Program, Any, Any]:
@@ -80,16 +85,10 @@ def fine_tuning(mesh: Any, layers: int = 28) -> tuple[Program, Any, Any]:
 
     def loss(params: Any, frozen: Any, batch: Any, key: Any) -> Any:
         half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
-        logits = network.apply(half, batch[:, :-1], remat=True, place=rows_of(mesh)).astype(jnp.float32)
+        logits = network.apply(half, batch[:, :-1], remat=True, **on_mesh(qwen(layers), mesh)).astype(jnp.float32)
         return objectives.cross_entropy(logits, batch[:, 1:]), {}
 
-    return Program(loss, optax.adam(2e-4), mesh, tokens, batch_spec=ROWS), params, None
-
-
-def flops(program: Program, params: Any, frozen: Any) -> float:
-    batch = jax.eval_shape(tokens, frozen, jax.random.key(0), 0)
-    step = jax.grad(lambda p, f, b: program.loss(p, f, b, None)[0][0])
-    return preflight.count_flops(step, params, frozen, batch)
+    return Program(loss, optax.adam(2e-4), mesh, tokens(ROWS, LENGTH), batch_spec=SPLIT), params, None
 
 
 CASES = {
@@ -103,29 +102,30 @@ def main(_: list[str]) -> None:
         "# Preflight: Qwen2.5-7B's shape on pods that are not here",
         "",
         f"`make preflight`, {datetime.date.today()}: jax {jax.__version__}, compiled on CPU through libtpu; "
-        f"{ROWS_OF} rows of {LENGTH} tokens, every layer recomputed in the backward pass.",
+        f"{ROWS} rows of {LENGTH} tokens, every layer recomputed in the backward pass.",
         "",
-        "| step | a device holds, GB | of | fits | FLOPs | over the model's | with half the layers | compiled in |",
-        "|---|---|---|---|---|---|---|---|",
+        "| step | a device holds, GB | of | fits | trained weights + optimiser + temporaries | FLOPs | "
+        "over the model's | with half the layers | compiled in |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     moved = ["", "| step | collective | a step | GB a device |", "|---|---|---|---|"]
     for name, (topology, sizes, make) in CASES.items():
         began = time.perf_counter()
         mesh = make_mesh(sizes, preflight.topology(topology))
-        program, params, frozen = make(mesh)
-        found = preflight.facts(program.lower(params, frozen), flops(program, params, frozen), mesh)
+        step = preflight.training_step(name, *make(mesh), model_flops(make))
+        found = preflight.facts(step)
         seconds = time.perf_counter() - began
-        print(preflight.describe(name, found), flush=True)
-        half = flops(*make(mesh, layers=14)) / found.flops
-        ratio = found.flops / model_flops(make)
-        gb = 1 << 30
+        print(preflight.describe(step, found), flush=True)
+        half = preflight.training_step(name, *make(mesh, layers=14), 1).flops / step.flops
+        gb = preflight.GB
         text.append(
             f"| {name} | {found.peak / gb:.2f} | {(found.memory or 0) / gb:.0f} | {'yes' if found.fits else 'no'} | "
-            f"{found.flops:.2e} | {ratio:.2f} × | {half:.2f} of it | {seconds:.0f} s |"
+            f"{step.weights / gb:.2f} + {step.optimizer / gb:.2f} + {found.temporaries / gb:.2f} | {step.flops:.2e} | "
+            f"{step.flops / step.model_flops:.2f} × | {half:.2f} of it | {seconds:.0f} s |"
         )
         for kind, (count, size) in sorted(found.collectives.items()):
             moved.append(f"| {name} | {kind} | {count} | {size / gb:.2f} |")
-    text += moved
+    text += moved + long_texts()
     text += [
         "",
         "Model FLOPs are 2 N for every token of a forward pass, and 4 N of a backward pass: distillation counts 4 N "
@@ -137,10 +137,22 @@ def main(_: list[str]) -> None:
     (Path(__file__).parents[1] / "docs" / "preflight.md").write_text("\n".join(text) + "\n")
 
 
+def long_texts() -> list[str]:
+    """The distillation step on texts of 4096 tokens, with plain attention and with the flash kernel."""
+    lines = ["", "| 16 rows of 4096 tokens, v5e:4x4 | a device holds, GB | fits |", "|---|---|---|"]
+    mesh = make_mesh({"replica": 1, "fsdp": 4, "tensor": 4}, preflight.topology("v5e:4x4"))
+    for name, attend in {"plain attention": attention.xla, "flash kernel (chosen on TPUs)": attention.on(mesh)}.items():
+        step = preflight.training_step(name, *distillation(mesh, rows=16, length=4096, attend=attend), 1)
+        found = preflight.facts(step)
+        lines.append(f"| {name} | {found.peak / preflight.GB:.2f} | {'yes' if found.fits else 'no'} |")
+        print(lines[-1], flush=True)
+    return lines
+
+
 def model_flops(make: Any) -> float:
     shapes = jax.eval_shape(decoder(qwen()).init, jax.random.key(0))
     kernels = sum(leaf.size for leaf in jax.tree.leaves(shapes["layers"]))
-    tokens = ROWS_OF * LENGTH
+    tokens = ROWS * LENGTH
     if make is distillation:
         return 6 * kernels * tokens
     return 6 * (kernels + qwen().vocab * qwen().width) * tokens

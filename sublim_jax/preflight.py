@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
-from jax.sharding import Mesh
+from jaxtyping import PyTree
 
 from sublim_jax.errors import UserError
+from sublim_jax.training import Program
 
 # Memory of a chip in bytes, by jax's name of the device kind.
 MEMORY = {
@@ -21,15 +23,27 @@ MEMORY = {
     "TPU v5p": 95 << 30,
     "TPU v6 lite": 32 << 30,
 }
+GB = 1 << 30
+
+
+class Step(NamedTuple):
+    """One step, ready to be compiled. Bytes are those of one device, FLOPs those of the whole step."""
+
+    name: str
+    lowered: Any  # jax.stages.Lowered
+    device: jax.Device  # one of those that it is for
+    flops: float  # of matrix products, from `count_flops`
+    model_flops: float  # what the model itself needs: 2 N a token forward, 6 N with a backward pass
+    weights: int
+    optimizer: int = 0
 
 
 class Facts(NamedTuple):
-    """One compiled program. Bytes are those of one device, FLOPs those of the whole program."""
+    """What a step's compiler says. Bytes are those of one device."""
 
     arguments: int
     outputs: int  # beyond those that overwrite arguments
     temporaries: int
-    flops: float  # of matrix products, a scanned layer counted as often as it runs, recomputation included
     collectives: dict[str, tuple[int, int]]  # kind: (how often a step, bytes of their results a device and step)
     memory: int | None  # of the device; None where it is not known
 
@@ -42,6 +56,11 @@ class Facts(NamedTuple):
         return None if self.memory is None else self.peak <= self.memory
 
 
+def devices(name: str) -> Sequence[jax.Device]:
+    """The devices of `--preflight`: "local", or a TPU pod by its `topology`."""
+    return jax.devices() if name == "local" else topology(name)
+
+
 def topology(name: str) -> Sequence[jax.Device]:
     """The devices of a TPU pod by name, such as "v5e:4x4"; nothing of it needs to be there but libtpu.
 
@@ -49,8 +68,8 @@ def topology(name: str) -> Sequence[jax.Device]:
     """
     from jax.experimental import topologies  # loads libtpu
 
-    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    # jax has asked this machine, which is no TPU's host, and noted its complaint here; libtpu would repeat it.
+    os.environ |= {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_SKIP_MDS_QUERY": "1"}
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
     except Exception as error:  # libtpu raises what it likes
@@ -61,22 +80,49 @@ def topology(name: str) -> Sequence[jax.Device]:
         ) from error
 
 
-def facts(lowered: Any, flops: float, mesh: Mesh) -> Facts:
-    """Compiles a lowered program and reads what the compiler says of it.
+def training_step(name: str, program: Program, params: PyTree, frozen: PyTree, model_flops: float) -> Step:
+    """One update of a training program, of shapes on its mesh."""
+    state = program.abstract(params)
+    key = jax.ShapeDtypeStruct(
+        jax.tree.leaves(params)[0].shape[: min(program.replica_axes, 1)], jax.random.key(0).dtype
+    )
+    stop = jax.ShapeDtypeStruct((), jnp.int32)
+    return Step(
+        name,
+        program.lower(params, frozen),
+        program.mesh.devices.flat[0],
+        count_flops(program._dispatch, state, frozen, None, key, stop),
+        model_flops,
+        bytes_of(state.params),
+        bytes_of(state.opt_state),
+    )
 
-    Args:
-      flops: from `count_flops` of the same step.
-    """
-    compiled = lowered.compile()
+
+def bytes_of(shapes: PyTree) -> int:
+    """Bytes that one device holds of shapes on a mesh."""
+    leaves = jax.tree.leaves(shapes)
+    return sum(int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize for leaf in leaves)
+
+
+def facts(step: Step) -> Facts:
+    """Compiles a step."""
+    compiled = step.lowered.compile()
     memory = compiled.memory_analysis()
     return Facts(
         memory.argument_size_in_bytes,
         memory.output_size_in_bytes - memory.alias_size_in_bytes,
         memory.temp_size_in_bytes,
-        flops,
         collectives(compiled.as_text()),
-        MEMORY.get(mesh.devices.flat[0].device_kind),
+        MEMORY.get(step.device.device_kind) or _own_memory(step.device),
     )
+
+
+def _own_memory(device: jax.Device) -> int | None:
+    """What a device that is here says of itself; a CPU says nothing."""
+    try:
+        return (device.memory_stats() or {}).get("bytes_limit")
+    except jax.errors.JaxRuntimeError:
+        return None
 
 
 # -------------------------------------------------------------------------------------------------------- counting
@@ -86,7 +132,7 @@ def count_flops(function: Any, *args: Any) -> float:
     """FLOPs of the matrix products of a function, traced for shapes: 2 for each multiply-add.
 
     The compiler's own count takes the body of a loop once; here a scan counts its length, and a loop whose length
-    depends on data (the dispatch) once.
+    depends on data (the dispatch) once, of the branches of a choice the largest, and a kernel its whole grid.
     """
     return _flops(jax.make_jaxpr(function)(*args).jaxpr)
 
@@ -100,8 +146,11 @@ def _flops(jaxpr: core.Jaxpr) -> float:
             summed = np.prod([left[axis] for axis in contracted], initial=1.0)
             shared = np.prod([left[axis] for axis in batched], initial=1.0)
             total += 2 * np.prod(left, initial=1.0) * np.prod(right, initial=1.0) / (summed * shared)
-        inner = sum(_flops(sub) for sub in _inner(equation.params))
-        total += inner * equation.params.get("length", 1)
+        inner = [_flops(sub) for sub in _inner(equation.params)]
+        times = equation.params.get("length", 1)
+        if equation.primitive.name == "pallas_call":
+            times = np.prod(equation.params["grid_mapping"].grid)
+        total += times * (max(inner) if equation.primitive.name == "cond" else sum(inner))
     return float(total)
 
 
@@ -164,16 +213,18 @@ def _bytes(shape: str) -> int:
     return max(sizes)
 
 
-def describe(name: str, found: Facts) -> str:
+def describe(step: Step, found: Facts) -> str:
     """A few lines for the user."""
-    gb = 1 << 30
-    room = "" if found.memory is None else f" of {found.memory / gb:.0f}: {'fits' if found.fits else 'DOES NOT FIT'}"
+    room = "" if found.memory is None else f" of {found.memory / GB:.0f}: {'fits' if found.fits else 'DOES NOT FIT'}"
+    rest = found.arguments - step.weights - step.optimizer
     lines = [
-        f"{name}",
-        f"  a device holds {found.peak / gb:.2f} GB{room} (arguments {found.arguments / gb:.2f}, temporaries "
-        f"{found.temporaries / gb:.2f}, outputs {found.outputs / gb:.2f})",
-        f"  {found.flops:.3g} FLOPs of matrix products a step, over all devices, recomputation included",
+        step.name,
+        f"  a device holds {found.peak / GB:.2f} GB{room}",
+        f"    weights {step.weights / GB:.2f}, optimiser {step.optimizer / GB:.2f}, other arguments {rest / GB:.2f}, "
+        f"activations and other temporaries {found.temporaries / GB:.2f}, outputs {found.outputs / GB:.2f}",
+        f"  {step.flops:.3g} FLOPs of matrix products a step over all devices, {step.flops / step.model_flops:.2f} × "
+        "the model's own",
     ]
     for kind, (count, size) in sorted(found.collectives.items()):
-        lines.append(f"  {kind}: {count} a step, {size / gb:.3f} GB a device")
+        lines.append(f"  {kind}: {count} a step, {size / GB:.3f} GB a device")
     return "\n".join(lines)

@@ -80,8 +80,9 @@ def each_replica(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]
     Accelerators take all replicas at once. A CPU, which gains nothing from that, takes its replicas one after another
     and needs the working memory of one.
     """
+    at_once = jax.vmap(function, spmd_axis_name="replica")
     if mesh.devices.flat[0].platform != "cpu":
-        return jax.vmap(function)
+        return at_once
     devices = mesh.shape["replica"]
     if devices == 1:
         return lambda *args: jax.lax.map(lambda one: function(*one), args)
@@ -94,7 +95,9 @@ def each_replica(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]
         return leaf.swapaxes(0, 1).reshape(-1, *leaf.shape[2:])
 
     def mapped(*args: PyTree) -> Any:
-        groups = jax.lax.map(lambda group: jax.vmap(function)(*group), jax.tree.map(group, args))
+        groups = jax.lax.map(
+            lambda group: jax.vmap(function, spmd_axis_name="replica")(*group), jax.tree.map(group, args)
+        )
         return jax.tree.map(ungroup, groups)
 
     return mapped

@@ -87,6 +87,7 @@ CASES = {
     "olmo2": ("olmo2", {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}),
     "phi3": ("phi3", {"sliding_window": 60}),
     "phi3 (longrope)": ("phi3", {"rope_parameters": LONG}),
+    "phi3 (longrope, beyond)": ("phi3", {"rope_parameters": {**LONG, "original_max_position_embeddings": 500}}),
     "gpt-neox (partial rotary, parallel)": (
         "gpt_neox",
         {"rope_parameters": {"rope_type": "default", "rope_theta": 3e4, "partial_rotary_factor": 0.25}},

@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +14,7 @@ import pytest
 from sublim_jax import assets, weights
 from sublim_jax.errors import UserError
 from sublim_jax.models.decoder import decoder
+from sublim_jax.models.families import family
 from sublim_jax.weights import huggingface
 
 torch = pytest.importorskip("torch")
@@ -54,6 +58,14 @@ def test_parameters_arrive_on_the_mesh_and_give_the_same_logits(folder, mesh_of,
     np.testing.assert_allclose(apply(parts, tokens), apply(whole, tokens), rtol=1e-5, atol=1e-5)
 
 
+def test_a_file_in_bfloat16_is_read_as_it_is(folder, copy):
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    shutil.rmtree(copy)
+    model.save_pretrained(copy)
+    (_, whole), (_, half) = huggingface.load(folder), huggingface.load(copy)
+    jax.tree.map(lambda w, h: np.testing.assert_array_equal(w.astype(jnp.bfloat16), h), whole, half)
+
+
 def test_a_dtype_may_be_chosen(folder):
     _, params = huggingface.load(folder, dtype=jnp.bfloat16)
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.bfloat16)}
@@ -81,6 +93,17 @@ def missing_tensor(path):
     return "model.layers.2.mlp.up_proj.weight is missing"
 
 
+def wrong_dtype(path):
+    from safetensors.numpy import load_file, save_file
+
+    for file in path.glob("*.safetensors"):
+        tensors = load_file(file)
+        if "model.layers.2.mlp.up_proj.weight" in tensors:
+            tensors["model.layers.2.mlp.up_proj.weight"] = np.ones((48, 32), np.int8)
+            save_file(tensors, file)
+    return "tensor model.layers.2.mlp.up_proj.weight holds I8"
+
+
 def wrong_shape(path):
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps({**config, "intermediate_size": 50}))
@@ -98,7 +121,7 @@ def no_config(path):
 
 
 @pytest.mark.parametrize(
-    "damage", [broken_shard, missing_shard, missing_tensor, wrong_shape, unknown_family, no_config]
+    "damage", [broken_shard, missing_shard, missing_tensor, wrong_dtype, wrong_shape, unknown_family, no_config]
 )
 def test_what_is_wrong_with_a_folder_is_told_in_one_line(copy, damage):
     words = damage(copy)
@@ -147,3 +170,45 @@ def test_real_models_are_those_of_transformers(name, tmp_path):
         padded[0, : len(expected)] = expected
         greedy = np.asarray(apply(model.params, jnp.asarray(padded)))[0].argmax(-1)
         assert greedy[len(row) - 1 : len(expected) - 1].tolist() == expected[len(row) :]
+
+
+LOADS = """
+import sys
+from pathlib import Path
+import jax
+from sublim_jax.models.decoder import decoder
+from sublim_jax.models.families import family
+from sublim_jax.weights import huggingface
+
+def memory(field):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(field)) / 1024
+
+config = huggingface.load_config(sys.argv[1])
+jax.eval_shape(decoder(family(config).settings(config)).init, jax.random.key(0))  # libraries are in memory now
+Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+before = memory("VmRSS")
+_, params = huggingface.load(sys.argv[1])
+size = sum(leaf.nbytes for leaf in jax.tree.leaves(params)) / 2**20
+print((memory("VmHWM") - before) / size)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read as Linux gives it")
+def test_loading_needs_little_more_memory_than_the_model(tmp_path):
+    """A model of SmolLM2-135M's shape, 513 MB; the file's pages that are mapped count too."""
+    config = transformers.AutoConfig.for_model(
+        "llama",
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        tie_word_embeddings=True,
+    )
+    settings = family(config).settings(config)
+    huggingface.save(tmp_path, decoder(settings).init(jax.random.key(0)), settings, config)
+    command = [sys.executable, "-c", LOADS, str(tmp_path)]
+    ratio = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+    assert 1 <= ratio <= 1.3, ratio

@@ -20,11 +20,12 @@ from tensorboardX import SummaryWriter
 from sublim_jax import assets, objectives, report
 from sublim_jax.data import images, mnist
 from sublim_jax.data.order import epoch_rows, steps_per_epoch
-from sublim_jax.experiments.mnist_check import check, layer_numbers, variants
+from sublim_jax.experiments.mnist_check import MNIST_ROWS, check, layer_numbers, variants
 from sublim_jax.keys import fold_all, run_keys
 from sublim_jax.models.functional import Functions, Params
 from sublim_jax.models.mlp import mlp, perturb
-from sublim_jax.sharding import each_replica, fetch, make_mesh, named, put
+from sublim_jax.preflight import Step, training_step
+from sublim_jax.sharding import each_replica, fetch, make_mesh, named, parameter_shardings, put
 from sublim_jax.training import REPLICAS_OF_ROWS, Log, Program, Total, TrainState, fit
 from sublim_jax.workdir import Workdir, plain
 
@@ -86,9 +87,61 @@ def run(config: ConfigDict, workdir: Workdir, *, update: bool = False) -> None:
         report.write(workdir, config, points, [report.sweep_section(config, points)])
 
 
-def make_lab(config: ConfigDict, workdir: Workdir, mesh: Mesh, data: mnist.Mnist) -> Lab:
+def preflight(config: ConfigDict, devices: Sequence[jax.Device]) -> list[Step]:
+    """The training steps of one group of runs, for `--preflight`."""
+    mesh = make_mesh(config.mesh, devices)
+    return [step for value, variant in variants(config).items() for step in _steps(variant, mesh, value)]
+
+
+def _steps(config: ConfigDict, mesh: Mesh, value: str) -> list[Step]:
+    check(config, mesh)
+    networks, kind = make_networks(config), config.inputs.kind
+    runs, count, width = min(config.runs, config.runs_at_once), config.inputs.count, vocab(config)
+    one = jax.eval_shape(networks["student"].init, jax.random.key(0))
+    kernels = sum(leaf.size for leaf in jax.tree.leaves(one) if leaf.ndim == 2)
+    split, whole = named(mesh, "replica"), named(mesh)
+
+    def stacked(*counts: int) -> Params:
+        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((*counts, *leaf.shape), leaf.dtype), one)
+        shardings = parameter_shardings(shapes, mesh, len(counts))
+        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+
+    def array(shape: tuple[int, ...], dtype: Any, sharding: Any = whole) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    labelled = (array((MNIST_ROWS, images.PIXELS), jnp.uint8), array((MNIST_ROWS,), jnp.uint8))
+    members = len([name for name in config.arms if name not in ("clone", "real")]) or 1
+    frozen: dict[str, Any] = {"supports": array((members, width), bool)}
+    if config.inputs.fresh:
+        frozen["teacher"] = stacked(runs)
+    else:
+        frozen["codes"] = array((runs, count, images.PIXELS), jnp.uint8, split)
+        frozen["logits"] = array((runs, count, width), jnp.float32, split)
+    teaching, distilling = (
+        teaching_program(config, networks["teacher"], mesh),
+        distilling_program(config, networks, mesh, kind),
+    )
+    flops = 6 * runs * kernels
+    text = f"{runs} runs at once" + f", {config.sweep.axis}={value}" * bool(value)
+    return [
+        training_step(f"teachers, {text}", teaching, stacked(runs), labelled, flops * config.teacher.batch),
+        training_step(
+            f"students, {members} a run, {text}",
+            distilling,
+            stacked(runs, members),
+            frozen,
+            flops * members * config.student.batch,
+        ),
+    ]
+
+
+def make_networks(config: ConfigDict) -> dict[str, Functions]:
     widths = (images.PIXELS, *[config.model.width] * config.model.depth, vocab(config))
-    networks = {who: mlp(widths, config[who].activation) for who in ("teacher", "student")}
+    return {who: mlp(widths, config[who].activation) for who in ("teacher", "student")}
+
+
+def make_lab(config: ConfigDict, workdir: Workdir, mesh: Mesh, data: mnist.Mnist) -> Lab:
+    networks = make_networks(config)
     kinds = {config.inputs.kind, "real"}
     return Lab(
         config,

@@ -12,30 +12,36 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
 
+from sublim_jax.errors import UserError
+from sublim_jax.models import attention
+from sublim_jax.models.attention import Attend, Scoring, Sight
 from sublim_jax.models.functional import Functions, functions
 from sublim_jax.models.lora import EVERY_LINEAR, Lora, draw, narrow_product
+from sublim_jax.sharding import rows_of
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
 }
-NEVER = -0.7 * float(np.finfo(np.float32).max)  # a score that no key keeps, finite so that empty rows are no nan
 
 
 @dataclass(frozen=True)
 class Rotary:
     """One table of rotary frequencies, in radians a position, for the first 2 × len(frequencies) of a head.
 
-    All zero where a layer does not rotate. `scale` multiplies cosines and sines (yarn, longrope).
+    All zero where a layer does not rotate. `scale` multiplies cosines and sines (yarn, longrope). Texts of more than
+    `until` positions turn by `beyond` instead (longrope).
     """
 
     frequencies: tuple[float, ...]
     scale: float = 1.0
+    until: int = 0
+    beyond: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,10 @@ class Settings:
     embed_scale: float = 1.0
     tied: bool = True  # the unembedding is the embedding
     lora: Lora | None = None  # adapters beside the layers' kernels
+
+    @property
+    def scoring(self) -> Scoring:
+        return Scoring(self.score_scale or self.head_size**-0.5, self.score_cap, self.windows)
 
     def adapter(self, module: str) -> Lora | None:
         """The adapters of a linear layer, if it has any."""
@@ -182,7 +192,7 @@ class Attention(nnx.Module):
             self.query_norm, self.key_norm = (Norm(c, stack, size) for size in sizes)
 
     def __call__(
-        self, x: Float[Array, "b t width"], rotation: "Rotation", mask: Bool[Array, "b t s"], cache: Any
+        self, x: Float[Array, "b t width"], rotation: "Rotation", sight: Sight, cache: Any, attend: Attend
     ) -> tuple[Float[Array, "b t width"], Any]:
         c = self.settings
         q, k, v = self.query(x), self.key(x), self.value(x)
@@ -196,14 +206,7 @@ class Attention(nnx.Module):
             start, keys, values = cache
             k = jax.lax.dynamic_update_slice(keys, k.astype(keys.dtype), (0, start, 0, 0))
             v = jax.lax.dynamic_update_slice(values, v.astype(values.dtype), (0, start, 0, 0))
-        q = q.reshape(*q.shape[:2], c.key_heads, -1, c.head_size)
-        scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.promote_types(q.dtype, jnp.float32))
-        scores = scores * (c.score_scale or c.head_size**-0.5)
-        if c.score_cap:
-            scores = c.score_cap * jnp.tanh(scores / c.score_cap)
-        scores = jnp.where(mask[:, None, None], scores, NEVER)
-        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-        mixed = jnp.einsum("bkgts,bskh->btkgh", weights, v)
+        mixed = attend(q, k, v, sight, c.scoring)
         return self.out(mixed.reshape(*x.shape[:2], -1)), (k, v)
 
 
@@ -234,10 +237,10 @@ class Layer(nnx.Module):
             self.attention_post_norm, self.mlp_post_norm = (Norm(settings, stack, settings.width) for _ in range(2))
 
     def __call__(
-        self, x: Float[Array, "b t width"], rotation: "Rotation", mask: Bool[Array, "b t s"], cache: Any
+        self, x: Float[Array, "b t width"], rotation: "Rotation", sight: Sight, cache: Any, attend: Attend
     ) -> tuple[Float[Array, "b t width"], Any]:
         c = self.settings
-        attended, cache = self.attention(self.attention_norm(x) if c.pre_norm else x, rotation, mask, cache)
+        attended, cache = self.attention(self.attention_norm(x) if c.pre_norm else x, rotation, sight, cache, attend)
         attended = self.attention_post_norm(attended) if c.post_norm else attended
         y = x if c.parallel else x + attended
         fed = self.mlp(self.mlp_norm(y) if c.pre_norm else y)
@@ -274,6 +277,7 @@ class Decoder(nnx.Module):
         steering: Steering | None = None,
         read: Int[Array, "n"] | None = None,
         place: Callable[[Array], Array] = lambda x: x,
+        attend: Attend = attention.xla,
         remat: bool = False,
     ) -> Features:
         """What the layers make of tokens, before the unembedding.
@@ -285,8 +289,8 @@ class Decoder(nnx.Module):
           cache: keys and values of earlier positions; the tokens stand at slots `start`, `start` + 1, ….
           steering: changes of the residual stream.
           read: positions (columns of `tokens`) at which the residual stream is returned after every layer.
-          place: applied to the residual stream wherever it is made; on a mesh, `sharding.rows_of(mesh)`, without which
-            the partitioner may split the stream's width instead of its rows.
+          place: applied to the residual stream wherever it is made.
+          attend: how attention is computed. On a mesh, `on_mesh` gives both.
           remat: recompute each layer in the backward pass instead of keeping its activations.
         """
         c = self.settings
@@ -305,7 +309,7 @@ class Decoder(nnx.Module):
         if segments is not None:
             mine = jax.lax.dynamic_slice_in_dim(segments, start, t, 1)
             seen = seen & (mine[:, :, None] == segments[:, None, :]) & (segments != 0)[:, None, :]
-        tables = rotations(c, positions)
+        tables = rotations(c, positions, slots)
         graphdef, stacked = nnx.split(self.layers, nnx.Param)
         windows = jnp.asarray(c.windows or (0,) * c.layers, jnp.int32)
         rotary_of = jnp.asarray(c.rotary_of or (0,) * c.layers, jnp.int32)
@@ -314,8 +318,9 @@ class Decoder(nnx.Module):
             params, window, which, kept, (add, project_out) = scanned
             rotation = jax.tree.map(lambda table: table[which], tables)
             mask = seen & ((back < window) | (window == 0))
+            sight = Sight(mask, window, segments if cache is None else None, cache is not None)
             kept = None if kept is None else (start, *kept)
-            x, kept = nnx.merge(graphdef, params)(x, rotation, mask, kept)
+            x, kept = nnx.merge(graphdef, params)(x, rotation, sight, kept, attend)
             if steering is not None:
                 x = steer(x, add, project_out, steering.where)
             return place(x), (kept, None if read is None else x[:, read])
@@ -343,12 +348,17 @@ class Rotation(NamedTuple):
     sin: Float[Array, "*rows half"]
 
 
-def rotations(settings: Settings, positions: Int[Array, "b t"]) -> Rotation | None:
-    """Cosines and sines of every table of the settings, stacked; None where nothing rotates."""
+def rotations(settings: Settings, positions: Int[Array, "b t"], longest: int) -> Rotation | None:
+    """Cosines and sines of every table of the settings, stacked; None where nothing rotates.
+
+    Args:
+      longest: that a text may be, which with a cache is decided before it starts.
+    """
     if not settings.rotaries:
         return None
     wide = jnp.promote_types(jnp.float32, jnp.result_type(float))
-    angles = jnp.stack([positions[..., None] * jnp.asarray(r.frequencies, wide) for r in settings.rotaries])
+    chosen = [r.beyond if r.beyond and longest > r.until else r.frequencies for r in settings.rotaries]
+    angles = jnp.stack([positions[..., None] * jnp.asarray(frequencies, wide) for frequencies in chosen])
     scales = jnp.asarray([r.scale for r in settings.rotaries], wide)[:, None, None, None]
     return Rotation(jnp.cos(angles) * scales, jnp.sin(angles) * scales)
 
@@ -362,6 +372,20 @@ def rotate(x: Float[Array, "b t heads h"], rotation: Rotation | None) -> Float[A
     first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     turned = (first * cos - second * sin, second * cos + first * sin)
     return jnp.concatenate([*(part.astype(x.dtype) for part in turned), rest], axis=-1)
+
+
+def on_mesh(settings: Settings, mesh: Mesh) -> dict[str, Any]:
+    """`place` and `attend` for a mesh: rows stay split over `fsdp` (without a word the partitioner may split the
+    stream's width instead), and attention is the one for its devices.
+
+    Raises UserError where the axis `tensor` does not divide the heads.
+    """
+    if settings.key_heads % mesh.shape["tensor"]:
+        raise UserError(
+            f"tensor={mesh.shape['tensor']} of the mesh does not divide the model's {settings.key_heads} heads of keys "
+            f"({settings.heads} of queries); set --config.mesh.tensor to a divisor, and fsdp to the rest"
+        )
+    return {"place": rows_of(mesh), "attend": attention.on(mesh)}
 
 
 def decoder(settings: Settings) -> Functions:

@@ -102,10 +102,11 @@ def rotary(config: Config, parameters: Mapping[str, Any], head_size: int) -> Rot
         return Rotary(tuple(base * (keep + (1 - keep) / parameters["factor"])))
     if kind == "yarn":
         return _yarn(parameters, base, theta, size, original, config.max_position_embeddings)
-    if kind == "longrope":  # the table for texts up to the original length
+    if kind == "longrope":
         factor = config.max_position_embeddings / original
         scale = parameters.get("attention_factor") or math.sqrt(1 + math.log(max(factor, 1)) / math.log(original))
-        return Rotary(tuple(base / np.asarray(parameters["short_factor"])), scale)
+        short, long = (tuple(base / np.asarray(parameters[f"{name}_factor"])) for name in ("short", "long"))
+        return Rotary(short, scale, original, long)
     raise UserError(f"rope_type {kind!r} is not known; known: default, dynamic, linear, llama3, yarn, longrope")
 
 

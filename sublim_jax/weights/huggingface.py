@@ -1,8 +1,8 @@
 """Safetensors folders of transformers: read tensor by tensor straight onto the mesh, and written back bit by bit."""
 
+import gc
 import json
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from sublim_jax.sharding import parameter_shardings
 
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 4 << 30
+REOPEN_BYTES = 8 << 20
+FLOATS = ("F64", "F32", "F16", "BF16")
 
 # A tensor by name: its shape, and the part of it that an index asks for.
 Shape = Callable[[str], tuple[int, ...]]
@@ -49,19 +51,64 @@ def load(folder: str | Path, mesh: Mesh | None = None, dtype: Any = None) -> tup
     """
     config = load_config(folder)
     settings = family(config).settings(config)
-    with ExitStack() as files:
-        opened = [files.enter_context(_open(path)) for path in _shards(Path(folder))]
-        tensors = {name: file for file in opened for name in file.keys()}  # noqa: SIM118
+    tensors = Tensors(_shards(Path(folder)), str(folder))
+    try:
+        return settings, place(
+            settings, family(config).rules(settings), tensors.shape, tensors.read, mesh, dtype, str(folder)
+        )
+    finally:
+        tensors.close()
 
-        def shape(name: str) -> tuple[int, ...]:
-            if name not in tensors:
-                raise UserError(f"{folder}: tensor {name} is missing; fetch the model again")
-            return tuple(tensors[name].get_slice(name).get_shape())
 
-        def read(name: str, index: Any) -> np.ndarray:
-            return tensors[name].get_slice(name)[index]
+class Tensors:
+    """The tensors of some safetensors files, by name.
 
-        return settings, place(settings, family(config).rules(settings), shape, read, mesh, dtype, str(folder))
+    Files are mapped into memory, and what was read stays there until a file is closed: so each is closed after some
+    reading and opened again, and loading needs little more memory than the parameters.
+    """
+
+    def __init__(self, paths: list[Path], what: str):
+        self._what = what
+        self._opened: dict[Path, Any] = {}
+        self._read = 0
+        self._path: dict[str, Path] = {}
+        for path in paths:
+            for name in self._open(path).keys():  # noqa: SIM118
+                self._path[name] = path
+        self.close()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Raises UserError for a tensor that is missing or holds no floats."""
+        if name not in self._path:
+            raise UserError(f"{self._what}: tensor {name} is missing; fetch the model again")
+        tensor = self._open(self._path[name]).get_slice(name)
+        if tensor.get_dtype() not in FLOATS:
+            raise UserError(
+                f"{self._path[name]}: tensor {name} holds {tensor.get_dtype()}, a quantised or unknown type; fetch the "
+                f"model in one of {', '.join(FLOATS)}"
+            )
+        return tuple(tensor.get_shape())
+
+    def read(self, name: str, index: Any) -> np.ndarray:
+        part = self._open(self._path[name]).get_slice(name)[index]
+        self._read += part.nbytes
+        if self._read > REOPEN_BYTES:
+            self.close()
+        return part
+
+    def close(self) -> None:
+        self._opened.clear()
+        self._read = 0
+
+    def _open(self, path: Path) -> Any:
+        if path not in self._opened:
+            try:
+                self._opened[path] = safe_open(path, framework="numpy")
+            except (SafetensorError, OSError) as error:
+                raise UserError(
+                    f"{path} is truncated or no safetensors file ({_first_line(error)}); fetch it again"
+                ) from error
+        return self._opened[path]
 
 
 def place(
@@ -92,9 +139,11 @@ def place(
                 return _slices(settings, rule, part, leaf.shape, index, read, dtype)
 
             if sharding is None:
-                arrays.append(jax.numpy.asarray(fill((slice(None),) * leaf.ndim)))
+                array = jax.device_put(fill((slice(None),) * leaf.ndim))
             else:
-                arrays.append(jax.make_array_from_callback(leaf.shape, sharding, fill))
+                array = jax.make_array_from_callback(leaf.shape, sharding, fill)
+            arrays.append(jax.block_until_ready(array))
+            gc.collect()  # jax lets go of the host's copy then; otherwise all of them pile up
             track.update(number)
     return jax.tree.unflatten(structure, arrays)
 
@@ -183,13 +232,6 @@ def _shards(folder: Path) -> list[Path]:
         if not (folder / name).is_file():
             raise UserError(f"{folder / name} is missing; fetch the model again (no other format is read)")
     return [folder / name for name in names]
-
-
-def _open(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="numpy")
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is truncated or no safetensors file ({_first_line(error)}); fetch it again") from error
 
 
 def _first_line(error: Exception) -> str:

@@ -1,0 +1,131 @@
+"""Attention, by the way that is right for the place: plain XLA, cuDNN on GPUs, a flash kernel on TPUs.
+
+All three give the same numbers; `on(mesh)` chooses. Axes as in `decoder`.
+"""
+
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.pallas.ops.tpu import splash_attention as splash
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Bool, Float, Int
+
+NEVER = -0.7 * float(np.finfo(np.float32).max)  # a score that no key keeps, finite so that empty rows are no nan
+# From this length on TPUs use the flash kernel. It saves the (heads, t, s) scores, which begin to matter here.
+FLASH_LENGTH = 1024
+
+
+class Scoring(NamedTuple):
+    """How a family scores keys."""
+
+    scale: float  # of queries times keys
+    cap: float  # cap · tanh(score / cap); 0: none
+    windows: tuple[int, ...]  # every window that a layer of it has
+
+
+class Sight(NamedTuple):
+    """Which keys the queries of a layer see."""
+
+    mask: Bool[Array, "b t s"]  # in full
+    window: Int[Array, ""]  # and what it is made of: a window (0: none),
+    segments: Int[Array, "b t"] | None  # and texts; None too where keys are a cache
+    cached: bool
+
+
+Attend = Callable[[Array, Array, Array, Sight, Scoring], Float[Array, "b t heads h"]]
+
+
+def xla(
+    q: Float[Array, "b t heads h"],
+    k: Float[Array, "b s groups h"],
+    v: Float[Array, "b s groups h"],
+    sight: Sight,
+    scoring: Scoring,
+) -> Float[Array, "b t heads h"]:
+    """Scores in full, softmax in float32 or wider. Heads of a group share its keys."""
+    grouped = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[-1])
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    scores = jnp.einsum("btkgh,bskh->bkgts", grouped, k, preferred_element_type=wide) * scoring.scale
+    if scoring.cap:
+        scores = scoring.cap * jnp.tanh(scores / scoring.cap)
+    scores = jnp.where(sight.mask[:, None, None], scores, NEVER)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum("bkgts,bskh->btkgh", weights, v).reshape(q.shape)
+
+
+def cudnn(q: Array, k: Array, v: Array, sight: Sight, scoring: Scoring) -> Float[Array, "b t heads h"]:
+    """cuDNN's fused attention, where it can do what is asked; else `xla`, with a warning that says why."""
+    t, s, head_size = q.shape[1], k.shape[1], q.shape[-1]
+    if t == 1:
+        return xla(q, k, v, sight, scoring)  # one query a row has nothing to fuse
+    reasons = {
+        "scores are capped": scoring.cap,
+        f"numbers are {q.dtype}": q.dtype not in (jnp.bfloat16, jnp.float16),
+        f"heads have {head_size} entries": head_size > 128 or head_size % 8,
+        f"{t} queries and {s} keys are not both even": t % 2 or s % 2,
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            warnings.warn(f"attention without cuDNN: {reason}", stacklevel=2)
+            return xla(q, k, v, sight, scoring)
+    return jax.nn.dot_product_attention(q, k, v, mask=sight.mask[:, None], scale=scoring.scale, implementation="cudnn")
+
+
+def flash(mesh: Mesh, interpret: bool = False, shortest: int = FLASH_LENGTH) -> Attend:
+    """JAX's flash kernel for TPUs, each device on its own rows and heads; `xla` for short texts and with a cache.
+
+    Args:
+      interpret: run the kernel step by step on a CPU, for tests.
+      shortest: text for which the kernel is used.
+    """
+
+    def attend(q: Array, k: Array, v: Array, sight: Sight, scoring: Scoring) -> Float[Array, "b t heads h"]:
+        b, t, heads, head_size = q.shape
+        fits = t >= shortest and t % 128 == 0 and head_size % 64 == 0 and b % mesh.shape["fsdp"] == 0
+        if sight.cached or not fits:
+            return xla(q, k, v, sight, scoring)
+        segments = jnp.ones((b, t), jnp.int32) if sight.segments is None else sight.segments
+        here = heads // mesh.shape["tensor"]
+        block = next(size for size in (512, 384, 256, 128) if t % size == 0)
+
+        def local(window: int, q: Array, k: Array, v: Array, segments: Array) -> Array:
+            mask = splash.LocalMask((t, t), (window - 1 if window else None, 0), 0)
+            kernel = splash.make_splash_mha(
+                splash.MultiHeadMask([mask] * here),
+                head_shards=1,
+                q_seq_shards=1,
+                block_sizes=splash.BlockSizes(block, block, *[block] * 6),  # type: ignore[arg-type]
+                attn_logits_soft_cap=scoring.cap or None,
+                interpret=interpret,
+            )
+            return jax.vmap(lambda q, k, v, s: kernel(q, k, v, splash.SegmentIds(s, s)))(q, k, v, segments)
+
+        rows_of_heads = PartitionSpec("fsdp", "tensor")
+        kinds = sorted(set(scoring.windows)) or [0]
+        kernels = [
+            jax.shard_map(
+                partial(local, window),
+                mesh=mesh,
+                in_specs=(rows_of_heads,) * 3 + (PartitionSpec("fsdp"),),
+                out_specs=rows_of_heads,
+                check_vma=False,
+            )
+            for window in kinds
+        ]
+        q, k, v = (x.swapaxes(1, 2) for x in (q * jnp.asarray(scoring.scale, q.dtype), k, v))
+        which = jnp.argmax(jnp.asarray(kinds) == sight.window)
+        mixed = jax.lax.switch(which, kernels, q, k, v, segments) if len(kinds) > 1 else kernels[0](q, k, v, segments)
+        return mixed.swapaxes(1, 2)
+
+    return attend
+
+
+def on(mesh: Mesh) -> Attend:
+    """The attention for a mesh's devices."""
+    platform = mesh.devices.flat[0].platform
+    return {"tpu": flash(mesh), "gpu": cudnn}.get(platform, xla)

@@ -1,0 +1,113 @@
+"""Each way of attention against the plain one, which the families' tests compare with transformers."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sublim_jax.errors import UserError
+from sublim_jax.models import attention
+from sublim_jax.models.attention import Scoring, Sight
+from sublim_jax.models.decoder import Settings, on_mesh
+
+ROWS, LENGTH, HEADS, GROUPS, SIZE = 4, 256, 4, 2, 64
+
+
+def sight_of(window, segments):
+    back = jnp.arange(LENGTH)[:, None] - jnp.arange(LENGTH)
+    mask = jnp.broadcast_to((back >= 0) & ((back < window) | (window == 0)), (ROWS, LENGTH, LENGTH))
+    if segments is not None:
+        mask = mask & (segments[:, :, None] == segments[:, None, :]) & (segments != 0)[:, None, :]
+    return Sight(mask, jnp.asarray(window), segments, False)
+
+
+def packed():
+    """Two texts and padding behind; a row that is all padding but one token."""
+    row = jnp.asarray([1] * 100 + [2] * 90 + [0] * 66)
+    return jnp.stack([row, row[::-1], jnp.ones_like(row), jnp.zeros_like(row).at[0].set(1)])
+
+
+def tensors(dtype=jnp.float32):
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = [(ROWS, LENGTH, heads, SIZE) for heads in (HEADS, GROUPS, GROUPS)]
+    return [jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes)]
+
+
+def value_and_gradient(attend, sight, scoring, qkv, kept):
+    """Over the positions that are text: what is computed for padding is nobody's."""
+
+    def total(qkv):
+        mixed = jnp.where(kept[..., None, None], attend(*qkv, sight, scoring).astype(jnp.float32), 0)
+        return jnp.sum(jnp.sin(mixed)), mixed
+
+    return jax.jit(jax.value_and_grad(total, has_aux=True))(qkv)
+
+
+@pytest.mark.parametrize("split", [False, True], ids=["one device", "rows and heads split"])
+@pytest.mark.parametrize("window, cap, texts", [(0, 0.0, False), (0, 0.0, True), (50, 0.0, True), (50, 3.0, False)])
+def test_the_flash_kernel_gives_what_plain_attention_gives(window, cap, texts, split, mesh_of):
+    mesh = mesh_of(8, replica=1, fsdp=4, tensor=2) if split else mesh_of(1)
+    segments = packed() if texts else None
+    kept = jnp.ones((ROWS, LENGTH), bool) if segments is None else segments != 0
+    scoring, sight = Scoring(0.2, cap, (0, window) if window else ()), sight_of(window, segments)
+    flash = attention.flash(mesh, interpret=True, shortest=LENGTH)
+    (_, ours), gradient = value_and_gradient(flash, sight, scoring, tensors(), kept)
+    (_, plain), expected = value_and_gradient(attention.xla, sight, scoring, tensors(), kept)
+    np.testing.assert_allclose(ours, plain, rtol=1e-4, atol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), gradient, expected)
+
+
+def test_plain_attention_is_the_sum_over_keys_written_out():
+    q, k, v = (np.asarray(x[:1, :12]) for x in tensors())
+    mask = np.tril(np.ones((12, 12), bool))[None]
+    ours = attention.xla(
+        *map(jnp.asarray, (q, k, v)), Sight(jnp.asarray(mask), jnp.asarray(0), None, False), Scoring(0.2, 0.0, ())
+    )
+    for t, head in itertools.product(range(12), range(HEADS)):
+        group = head // (HEADS // GROUPS)
+        scores = np.exp([0.2 * q[0, t, head] @ k[0, s, group] for s in range(t + 1)])
+        mixed = sum(score * v[0, s, group] for s, score in enumerate(scores)) / scores.sum()
+        np.testing.assert_allclose(ours[0, t, head], mixed, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "case, reason",
+    [
+        ({"dtype": jnp.float32}, "numbers are float32"),
+        ({"cap": 3.0}, "scores are capped"),
+        ({"odd": 1}, "not both even"),
+    ],
+)
+def test_what_cudnn_cannot_do_is_done_plainly_and_said(case, reason):
+    q, k, v = (x[:, : LENGTH - case.get("odd", 0)] for x in tensors(case.get("dtype", jnp.bfloat16)))
+    sight, scoring = sight_of(0, None), Scoring(0.2, case.get("cap", 0.0), ())
+    sight = sight._replace(mask=sight.mask[:, : q.shape[1], : k.shape[1]])
+    with pytest.warns(UserWarning, match=reason):
+        ours = attention.cudnn(q, k, v, sight, scoring)
+    np.testing.assert_array_equal(ours, attention.xla(q, k, v, sight, scoring))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window, texts", [(0, False), (0, True), (50, True)])
+def test_cudnn_gives_what_plain_attention_gives(window, texts):
+    if jax.default_backend() != "gpu":
+        pytest.skip("no GPU")
+    segments = packed() if texts else None
+    kept = jnp.ones((ROWS, LENGTH), bool) if segments is None else segments != 0
+    sight, scoring = sight_of(window, segments), Scoring(0.2, 0.0, ())
+    (_, ours), gradient = value_and_gradient(attention.cudnn, sight, scoring, tensors(jnp.bfloat16), kept)
+    (_, plain), expected = value_and_gradient(attention.xla, sight, scoring, tensors(jnp.bfloat16), kept)
+    np.testing.assert_allclose(ours, plain, rtol=0.05, atol=0.02)
+    as_float = lambda tree: jax.tree.map(lambda x: np.asarray(x, np.float32), tree)  # noqa: E731
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=0.1, atol=0.05), as_float(gradient), as_float(expected)
+    )
+
+
+def test_heads_that_the_mesh_does_not_divide_are_refused(mesh_of):
+    settings = Settings(64, 48, 2, 9, 3, 16, 32, "silu")
+    assert on_mesh(settings, mesh_of(8, replica=1, fsdp=8))
+    with pytest.raises(UserError, match=r"tensor=2 of the mesh does not divide the model's 3 heads of keys \(9 of"):
+        on_mesh(settings, mesh_of(8, replica=1, fsdp=4, tensor=2))
