@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 WORKDIR ?= runs/mnist-quick
 
-.PHONY: mnist theorem test test-slow check bench preflight clean
+.PHONY: mnist theorem test test-slow check bench parity preflight clean
 
 mnist: .venv/installed
 	$(BIN)/python launch.py --config=configs/mnist.py --workdir=$(WORKDIR)
@@ -25,6 +25,9 @@ check: .venv/installed-dev
 bench: .venv/installed .venv-peers/installed
 	$(BIN)/python -m bench.mnist --peer=.venv-peers/bin/python
 	$(BIN)/python -m bench.lora --peer=.venv-peers/bin/python
+
+parity: .venv/installed-dev
+	$(BIN)/python -m pytest -q tests/test_families.py --parity=docs/parity.md
 
 .venv/installed: pyproject.toml requirements.txt
 	$(PYTHON) -m venv .venv

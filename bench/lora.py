@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,7 @@ from absl import app, flags
 from bench.machine import ROOT, cpu_name
 from sublim_jax import objectives, preflight, weights
 from sublim_jax.models import lora
-from sublim_jax.models.decoder import decoder
+from sublim_jax.models.decoder import Settings, decoder
 from sublim_jax.sharding import make_mesh
 from sublim_jax.training import Program
 from sublim_jax.weights import huggingface
@@ -37,9 +38,9 @@ ROWS, LENGTH, HALF = 8, 128, 64
 SPEC = lora.Lora(8, 8)
 
 
-def ours(model: weights.Model, steps: int) -> tuple[float, float, float, list[float]]:
-    """Seconds a step, seconds of the first, FLOPs a step, and the losses."""
-    network = decoder(dataclasses.replace(model.settings, lora=SPEC))
+def training(settings: Settings) -> tuple[Program, Any]:
+    """The step, and its loss."""
+    network = decoder(dataclasses.replace(settings, lora=SPEC))
 
     def loss(params, frozen, batch, key):
         module = network.bind(lora.join(frozen, params))
@@ -51,6 +52,23 @@ def ours(model: weights.Model, steps: int) -> tuple[float, float, float, list[fl
 
     mesh = make_mesh({"replica": 1, "fsdp": 1, "tensor": 1})
     program = Program(loss, optax.adam(2e-4), mesh, batch)
+    return program, loss
+
+
+def compile_seconds(settings: Settings, layers: int) -> float:
+    """Of the whole step of a network of this width and so many layers, from its trace to the machine's code."""
+    settings = dataclasses.replace(settings, layers=layers, windows=(), rotary_of=(0,) * layers)
+    program, _ = training(settings)
+    network = decoder(dataclasses.replace(settings, lora=SPEC))
+    base, adapters = lora.split(jax.eval_shape(network.init, jax.random.key(0)))
+    began = time.perf_counter()
+    program.lower(adapters, base).compile()
+    return time.perf_counter() - began
+
+
+def ours(model: weights.Model, steps: int) -> tuple[float, float, float, list[float]]:
+    """Seconds a step, seconds of the first, FLOPs a step, and the losses."""
+    program, loss = training(model.settings)
     state = program.init(lora.init(jax.random.key(0), model.params, SPEC))
     key = jax.random.key(0)
     gradient = jax.grad(lambda p, f, b: loss(p, f, b, None)[0][0])
@@ -100,7 +118,10 @@ def main(_: list[str]) -> None:
         f"| GFLOP/s of our products' count | {flops / theirs['seconds'] / 1e9:.0f} | {flops / seconds / 1e9:.0f} | |",
         f"| loss of the first step (random tokens, each its own) | {theirs['losses'][0]:.3f} | {losses[0]:.3f} | |",
     ]
+    few, many = (compile_seconds(model.settings, layers) for layers in (4, 28))
     lines += [
+        "",
+        f"Compiling this step takes {many:.1f} s for 28 layers, {few:.1f} s for 4: {many / few:.2f} × (no cache).",
         "",
         f"One product of {tokens} × 576 × 1536 alone runs at {product_rate(tokens):.0f} GFLOP/s here. The rest "
         "of a step is attention's small products, the softmax over the vocabulary, kept activations, and copies.",

@@ -14,6 +14,10 @@ from sublim_jax.errors import UserError
 from sublim_jax.sharding import make_mesh
 
 
+def pytest_addoption(parser):
+    parser.addoption("--parity", help="Write the families' differences from transformers to this file.")
+
+
 @pytest.fixture(scope="session")
 def mesh_of():
     """A mesh of the first `devices` devices with the given axis sizes."""

@@ -1,6 +1,10 @@
 """The decoder itself: causality, packing, the cache, hooks against transformers', sharding, compile time."""
 
 import dataclasses
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +14,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from sublim_jax.models import lora
-from sublim_jax.models.decoder import Cache, Rotary, Settings, Steering, decoder
+from sublim_jax.models.decoder import Cache, Rotary, Settings, Steering, decoder, on_mesh
 from sublim_jax.objectives import cross_entropy
 from sublim_jax.sharding import named, parameter_shardings
 from sublim_jax.training import Program, fit
@@ -200,3 +204,60 @@ def test_the_program_of_a_deep_network_is_as_long_as_that_of_a_shallow_one():
         return jax.jit(step).lower(shapes, TOKENS).as_text().count("\n")
 
     assert lines(28) <= 1.05 * lines(4)
+
+
+HOST = """
+import sys
+import jax
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 4)
+port, rank, tests, folder, out = sys.argv[1:]
+jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(rank))
+sys.path.insert(0, tests)
+import numpy as np
+from test_decoder import logits_and_update
+from sublim_jax.sharding import fetch, make_mesh
+from sublim_jax.weights import huggingface
+mesh = make_mesh({"replica": 1, "fsdp": 4, "tensor": 2})
+settings, params = huggingface.load(folder, mesh)
+leaves = jax.tree.leaves(fetch(logits_and_update(settings, params, mesh)))
+if rank == "0":
+    np.savez(out, *leaves)
+"""
+
+
+def logits_and_update(settings, params, mesh):
+    """Logits, and parameters after one step of plain gradient descent."""
+    network, where = decoder(settings), on_mesh(settings, mesh)
+    text = (jnp.arange(8)[:, None] * 7 + jnp.arange(16) * 3) % 64
+
+    def loss(params, frozen, batch, key):
+        return cross_entropy(network.apply(params, batch[:, :-1], remat=True, **where), batch[:, 1:]), {}
+
+    program = Program(loss, optax.sgd(0.1), mesh, lambda frozen, key, index: text, batch_spec=PartitionSpec("fsdp"))
+    state = fit(program, program.init(params), steps=1, key=jax.random.key(0))
+    logits = jax.jit(lambda p: network.apply(p, text, **where), out_shardings=named(mesh))(params)
+    return logits, state.params
+
+
+def test_two_processes_of_four_devices_compute_what_one_device_computes(peer, mesh_of, tmp_path):
+    """Each process reads its own slices of the file; fsdp × tensor goes over both."""
+    _, model, settings, params = peer
+    model.save_pretrained(tmp_path / "model")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    arguments = [Path(__file__).parent, tmp_path / "model", tmp_path / "out.npz"]
+    hosts = [
+        subprocess.Popen(
+            [sys.executable, "-c", HOST, str(port), str(rank), *map(str, arguments)], stderr=subprocess.PIPE
+        )
+        for rank in range(2)
+    ]
+    for host in hosts:
+        assert not host.wait(300), host.stderr.read().decode()
+    found = np.load(tmp_path / "out.npz")
+    expected = jax.tree.leaves(logits_and_update(settings, params, mesh_of(1)))
+    assert len(found.files) == len(expected)
+    for name, leaf in zip(found.files, expected):
+        assert np.max(np.abs(found[name] - leaf)) <= 1e-5 * np.max(np.abs(leaf))

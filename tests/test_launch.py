@@ -152,3 +152,15 @@ def test_every_flag_has_help():
     text = launch("--helpfull").stdout
     for flag in ("--config:", "--workdir:", "--[no]update:", "--coordinator:", "--num_processes:", "--process_id:"):
         assert flag in text
+
+
+def test_preflight_compiles_the_steps_and_runs_nothing(tmp_path):
+    result = launch("--config=configs/mnist.py:paper", "--preflight=local", f"--workdir={tmp_path / 'work'}")
+    assert result.returncode == 0, result.stderr
+    assert "teachers, 10 runs at once" in result.stdout and "students, 4 a run" in result.stdout
+    assert "optimiser" in result.stdout and "× the model's own" in result.stdout
+    assert not (tmp_path / "work").exists()
+
+
+def test_preflight_of_an_experiment_without_steps_is_refused():
+    assert_refused(launch("--config=configs/theorem.py", "--preflight=local"), "has no step on a mesh")

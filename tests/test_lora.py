@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from test_decoder import SETTINGS
 
@@ -83,6 +84,20 @@ def test_the_base_may_be_bfloat16_under_float32_adapters():
     assert all(bool(jnp.any(leaf != 0)) for leaf in jax.tree.leaves(gradient))
 
 
+def test_layers_that_were_not_chosen_stay_as_they_are():
+    """Through some steps of Adam with weight decay."""
+    base, _, network = adapted()
+    adapters = lora.init(jax.random.key(0), base, dataclasses.replace(SPEC, layers=(1, 3)))
+    optimizer = optax.adamw(1e-2)
+    state = optimizer.init(adapters)
+    loss = lambda a: jnp.sum(jnp.sin(network.apply(lora.join(base, a), TOKENS)))  # noqa: E731
+    for _ in range(3):
+        updates, state = optimizer.update(jax.grad(loss)(adapters), state, adapters)
+        adapters = optax.apply_updates(adapters, updates)
+    for leaf in jax.tree.leaves(adapters):
+        assert [bool(jnp.any(leaf[layer] != 0)) for layer in range(4)] == [False, True, False, True]
+
+
 @pytest.fixture(scope="module")
 def peer(tmp_path_factory):
     transformers = pytest.importorskip("transformers")
@@ -108,7 +123,10 @@ def peer(tmp_path_factory):
     return make
 
 
-@pytest.mark.parametrize("spec", [Lora(4, 8), Lora(4, 8, rslora=True, modules=("query", "value", "up"))])
+SPECS = [Lora(4, 8), Lora(4, 8, rslora=True, modules=("query", "value", "up")), Lora(4, 8, layers=(2,))]
+
+
+@pytest.mark.parametrize("spec", SPECS)
 def test_peft_loads_our_adapters_and_we_load_them_back(peer, tmp_path, spec):
     import torch
     from peft import PeftModel
@@ -116,7 +134,9 @@ def test_peft_loads_our_adapters_and_we_load_them_back(peer, tmp_path, spec):
     model, config, folder = peer("qwen2")
     settings, base = huggingface.load(folder)
     adapters = lora.init(jax.random.key(0), base, spec)
-    adapters = jax.tree.map(lambda leaf: leaf + 0.1 * jax.random.normal(jax.random.key(1), leaf.shape), adapters)
+    for layer in spec.layers or range(3):
+        move = lambda leaf, i=layer: leaf.at[i].add(0.1 * jax.random.normal(jax.random.key(i), leaf.shape[1:]))  # noqa: E731
+        adapters = jax.tree.map(move, adapters)
     peft.save(tmp_path, adapters, spec, settings, config)
     with torch.no_grad():
         theirs = PeftModel.from_pretrained(model, tmp_path)(torch.tensor(np.asarray(TOKENS))).logits.numpy()
@@ -125,6 +145,7 @@ def test_peft_loads_our_adapters_and_we_load_them_back(peer, tmp_path, spec):
     assert np.max(np.abs(ours - theirs)) <= 1e-4 * np.max(np.abs(theirs))
     again, loaded = peft.load(tmp_path, settings, config)
     assert (again.rank, again.scale, set(again.modules)) == (spec.rank, spec.scale, set(spec.modules))
+    assert again.layers == spec.layers
     jax.tree.map(np.testing.assert_array_equal, loaded, adapters)
 
 

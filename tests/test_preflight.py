@@ -41,6 +41,12 @@ def test_recomputation_counts():
     assert counts == [3 * one, 4 * one]
 
 
+def test_of_a_choice_the_largest_branch_counts():
+    x, w = jnp.ones((6, 8)), jnp.ones((8, 8))
+    choice = lambda i, x, w: jax.lax.switch(i, [lambda x, w: x, lambda x, w: x @ w, lambda x, w: x @ w @ w], x, w)  # noqa: E731
+    assert preflight.count_flops(choice, 0, x, w) == 2 * 2 * 6 * 8 * 8
+
+
 def step_of(mesh, layers):
     network = decoder(dataclasses.replace(SETTINGS, layers=layers, windows=(0,) * layers))
 
@@ -90,10 +96,13 @@ def test_collectives_in_a_loop_count_as_often_as_it_runs(mesh_of):
 def test_a_program_is_lowered_from_shapes_and_is_the_one_that_trains(mesh_of):
     mesh = mesh_of(8, replica=1, fsdp=4, tensor=2)
     network, program, shapes = step_of(mesh, 2)
-    found = preflight.facts(program.lower(shapes, None), 0.0, mesh)
+    step = preflight.training_step("step", program, shapes, None, 1.0)
+    found = preflight.facts(step)
     state = program.init(network.init(jax.random.key(0)))
     held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
     assert held <= found.arguments <= held + 1000
+    assert step.weights + step.optimizer == pytest.approx(held, abs=1000)
+    assert step.optimizer == pytest.approx(2 * step.weights, abs=1000)  # Adam's two moments
     assert found.fits is None  # a CPU's memory is not known
     assert found.temporaries > 0 and found.collectives
     state = fit(program, state, steps=1, key=jax.random.key(0))
@@ -101,9 +110,11 @@ def test_a_program_is_lowered_from_shapes_and_is_the_one_that_trains(mesh_of):
 
 
 def test_what_does_not_fit_is_said():
-    found = preflight.Facts(20 << 30, 0, 1 << 30, 1e12, {"all-gather": (3, 1 << 30)}, 16 << 30)
-    text = preflight.describe("step", found)
+    found = preflight.Facts(20 << 30, 0, 1 << 30, {"all-gather": (3, 1 << 30)}, 16 << 30)
+    step = preflight.Step("step", None, jax.devices()[0], 3e12, 2e12, weights=6 << 30, optimizer=12 << 30)
+    text = preflight.describe(step, found)
     assert "DOES NOT FIT" in text and "21.00 GB of 16" in text and "all-gather: 3 a step, 1.000 GB" in text
+    assert "weights 6.00, optimiser 12.00, other arguments 2.00" in text and "1.50 × the model's own" in text
 
 
 def test_an_unknown_topology_is_told_in_one_line():

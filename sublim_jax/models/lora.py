@@ -21,6 +21,7 @@ class Lora:
 
     Attributes:
       modules: names of the linear layers; () for all that there are.
+      layers: numbers of the decoder's layers; () for all. Others have A and B of zeros, whose gradients are zero.
       rslora: scale by alpha / √rank instead of alpha / rank.
       forward_mode: let `jax.jvp` through, as the theorem's predictions need, for gradients that are slower on a CPU.
     """
@@ -29,6 +30,7 @@ class Lora:
     alpha: float | int
     rslora: bool = False
     modules: tuple[str, ...] = EVERY_LINEAR
+    layers: tuple[int, ...] = ()
     forward_mode: bool = False
 
     @property
@@ -79,6 +81,9 @@ def init(key: Key[Array, ""], params: Params, lora: Lora) -> Params:
             *stack, inputs, outputs = node["kernel"].shape
             count += 1
             a = draw(jax.random.fold_in(key, count), tuple(stack), inputs, lora.rank)
+            if lora.layers:
+                chosen = jnp.zeros(stack, a.dtype).at[jnp.asarray(lora.layers)].set(1)
+                a = a * chosen[..., None, None]
             return {"a": a, "b": jnp.zeros((*stack, lora.rank, outputs), a.dtype)}
         found = {child: walk(node[child], child) for child in sorted(node, key=str) if isinstance(node[child], dict)}
         return {child: value for child, value in found.items() if value}

@@ -29,7 +29,7 @@ def save(folder: str | Path, adapters: Params, lora: Lora, settings: Settings, c
     tensors = {}
     modules = set()
     for rule, a, b in _adapted(settings, config, lora, adapters):
-        for layer in range(settings.layers):
+        for layer in lora.layers or range(settings.layers):
             module = rule.tensor.removesuffix(".weight").format(i=layer)
             modules.add(module.rpartition(".")[2])
             tensors[f"{PREFIX}.{module}.lora_A.weight"] = np.ascontiguousarray(np.asarray(a[layer]).T)
@@ -49,6 +49,8 @@ def save(folder: str | Path, adapters: Params, lora: Lora, settings: Settings, c
         "target_modules": sorted(modules),
         "inference_mode": True,
     }
+    if lora.layers:
+        described["layers_to_transform"] = list(lora.layers)
     (folder / "adapter_config.json").write_text(json.dumps(described, indent=1) + "\n")
 
 
@@ -63,19 +65,26 @@ def load(folder: str | Path, settings: Settings, config: Config) -> tuple[Lora, 
     if described.get("peft_type") != "LORA" or described.get("use_dora") or described.get("rank_pattern"):
         raise UserError(f"{folder} is no plain LoRA of one rank")
     rules = {rule.ours[0].split("/")[-2]: rule for rule in _linear_rules(settings, config)}
-    names = {name for name, rule in rules.items() if f"{_module(rule, 0)}.lora_A.weight" in tensors}
-    lora = Lora(described["r"], described["lora_alpha"], described.get("use_rslora", False), tuple(sorted(names)))
+    chosen = described.get("layers_to_transform")
+    layers = tuple([chosen] if isinstance(chosen, int) else chosen or ())
+    first = layers[0] if layers else 0
+    names = {name for name, rule in rules.items() if f"{_module(rule, first)}.lora_A.weight" in tensors}
+    rslora = described.get("use_rslora", False)
+    lora = Lora(described["r"], described["lora_alpha"], rslora, tuple(sorted(names)), layers)
     adapters: dict[str, Any] = {}
     for name in names:
         node = adapters
         for part in rules[name].ours[0].split("/")[:-1]:
             node = node.setdefault(part, {})
         for ours, theirs in (("a", "lora_A"), ("b", "lora_B")):
-            try:
-                parts = [tensors[f"{_module(rules[name], i)}.{theirs}.weight"].T for i in range(settings.layers)]
-            except KeyError as error:
-                raise UserError(f"{folder}: tensor {error.args[0]} is missing") from error
-            node[ours] = jnp.asarray(np.stack(parts))
+            parts: dict[int, Any] = {}
+            for layer in layers or range(settings.layers):
+                tensor = f"{_module(rules[name], layer)}.{theirs}.weight"
+                if tensor not in tensors:
+                    raise UserError(f"{folder}: tensor {tensor} is missing")
+                parts[layer] = tensors[tensor].T
+            nothing = np.zeros_like(parts[first])
+            node[ours] = jnp.asarray(np.stack([parts.get(layer, nothing) for layer in range(settings.layers)]))
     return lora, adapters
 
 
