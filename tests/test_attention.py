@@ -20,7 +20,7 @@ def sight_of(window, segments):
     mask = jnp.broadcast_to((back >= 0) & ((back < window) | (window == 0)), (ROWS, LENGTH, LENGTH))
     if segments is not None:
         mask = mask & (segments[:, :, None] == segments[:, None, :]) & (segments != 0)[:, None, :]
-    return Sight(mask, jnp.asarray(window), segments, False)
+    return Sight(mask, jnp.asarray(window), segments)
 
 
 def packed():
@@ -63,7 +63,7 @@ def test_plain_attention_is_the_sum_over_keys_written_out():
     q, k, v = (np.asarray(x[:1, :12]) for x in tensors())
     mask = np.tril(np.ones((12, 12), bool))[None]
     ours = attention.xla(
-        *map(jnp.asarray, (q, k, v)), Sight(jnp.asarray(mask), jnp.asarray(0), None, False), Scoring(0.2, 0.0, ())
+        *map(jnp.asarray, (q, k, v)), Sight(jnp.asarray(mask), jnp.asarray(0), None), Scoring(0.2, 0.0, ())
     )
     for t, head in itertools.product(range(12), range(HEADS)):
         group = head // (HEADS // GROUPS)

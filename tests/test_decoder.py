@@ -14,7 +14,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from sublim_jax.models import lora
-from sublim_jax.models.decoder import Cache, Rotary, Settings, Steering, decoder, on_mesh
+from sublim_jax.models.decoder import Rotary, Settings, Steering, decoder, empty_cache, on_mesh
 from sublim_jax.objectives import cross_entropy
 from sublim_jax.sharding import named, parameter_shardings
 from sublim_jax.training import Program, fit
@@ -60,20 +60,32 @@ def test_packed_texts_are_each_of_them_alone():
     np.testing.assert_allclose(together[:, 10:], NETWORK.apply(PARAMS, TOKENS[1:, :14]), rtol=1e-4, atol=1e-5)
 
 
-def test_the_cache_gives_what_one_pass_gives():
-    """A prompt of 9 tokens, then one token at a time."""
+@pytest.mark.parametrize("shared", [0, 5], ids=["each its own", "a shared prefix"])
+def test_the_cache_gives_what_one_pass_gives(shared):
+    """Prompts of 9 and 12 tokens, padded, then one token at a time, each row at its own place."""
+    tokens = TOKENS.at[1, :shared].set(TOKENS[0, :shared])
     module = NETWORK.bind(PARAMS)
-    whole = module(TOKENS)
-    shape = (SETTINGS.layers, 2, 24, SETTINGS.key_heads, SETTINGS.head_size)
-    cache = Cache(jnp.zeros(shape), jnp.zeros(shape))
-    step = jax.jit(lambda params, tokens, cache, start: NETWORK.bind(params).features(tokens, cache=cache, start=start))
-    first = step(PARAMS, TOKENS[:, :9], cache, 0)
-    outputs, cache = [first.output], first.cache
-    for position in range(9, 24):
-        more = step(PARAMS, TOKENS[:, position : position + 1], cache, position)
-        outputs.append(more.output)
-        cache = more.cache
-    np.testing.assert_allclose(module.unembed(jnp.concatenate(outputs, 1)), whole, rtol=1e-4, atol=1e-5)
+    whole = module(tokens)
+    step = jax.jit(
+        lambda params, tokens, cache, start, prefix: NETWORK.bind(params).features(
+            tokens, cache=cache, start=start, prefix=prefix
+        )
+    )
+    prefix = None
+    if shared:
+        front = step(PARAMS, tokens[:1, :shared], empty_cache(SETTINGS, 1, shared), 0, None).cache
+        prefix = jax.tree.map(lambda x: x[:, 0], front)
+    lengths = jnp.asarray([9, 12]) - shared
+    prompts = jnp.where(jnp.arange(12 - shared) < lengths[:, None], tokens[:, shared:12], 63)
+    first = step(PARAMS, prompts, empty_cache(SETTINGS, 2, 24 - shared), jnp.zeros(2, int), prefix)
+    logits, cache = module.unembed(first.output), first.cache
+    for row, length in enumerate(lengths):
+        np.testing.assert_allclose(logits[row, :length], whole[row, shared : shared + length], rtol=1e-4, atol=1e-5)
+    for more in range(12):
+        at = lengths + more
+        output, cache, _ = step(PARAMS, tokens[jnp.arange(2), shared + at][:, None], cache, at, prefix)
+        expected = whole[jnp.arange(2), shared + at]
+        np.testing.assert_allclose(module.unembed(output)[:, 0], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_logits_of_some_tokens_are_those_of_all():

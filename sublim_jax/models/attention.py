@@ -1,6 +1,6 @@
 """Attention, by the way that is right for the place: plain XLA, cuDNN on GPUs, a flash kernel on TPUs.
 
-All three give the same numbers; `on(mesh)` chooses. Axes as in `decoder`.
+All three give the same numbers; `on(mesh)` chooses. `cached` is for texts that grow. Axes as in `decoder`.
 """
 
 import warnings
@@ -33,8 +33,7 @@ class Sight(NamedTuple):
 
     mask: Bool[Array, "b t s"]  # in full
     window: Int[Array, ""]  # and what it is made of: a window (0: none),
-    segments: Int[Array, "b t"] | None  # and texts; None too where keys are a cache
-    cached: bool
+    segments: Int[Array, "b t"] | None  # and texts
 
 
 Attend = Callable[[Array, Array, Array, Sight, Scoring], Float[Array, "b t heads h"]]
@@ -50,12 +49,50 @@ def xla(
     """Scores in full, softmax in float32 or wider. Heads of a group share its keys."""
     grouped = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[-1])
     wide = jnp.promote_types(q.dtype, jnp.float32)
-    scores = jnp.einsum("btkgh,bskh->bkgts", grouped, k, preferred_element_type=wide) * scoring.scale
+    scores = jnp.einsum("btkgh,bskh->bkgts", grouped, k, preferred_element_type=wide)
+    weights = _weigh(scores, sight.mask, scoring).astype(v.dtype)
+    return jnp.einsum("bkgts,bskh->btkgh", weights, v).reshape(q.shape)
+
+
+def cached(
+    q: Float[Array, "b t heads h"],
+    own: tuple[Array, Array],
+    shared: tuple[Array, Array] | None,
+    mask: Bool[Array, "b t s"],
+    scoring: Scoring,
+) -> Float[Array, "b t heads h"]:
+    """Attention to keys and values (b, groups, s, h) of each row's own, and (groups, p, h) that all rows share.
+
+    Args:
+      mask: over shared keys first, then own ones.
+    """
+    keys, values = own
+    grouped = q.reshape(*q.shape[:2], keys.shape[1], -1, q.shape[-1])
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    if q.shape[1] == 1:  # one query: written as sums, which XLA fuses with the reading of the cache
+        scores = jnp.sum(grouped[:, 0, :, :, None].astype(wide) * keys[:, :, None].astype(wide), -1)[:, :, :, None]
+    else:
+        scores = jnp.einsum("btkgh,bksh->bkgts", grouped, keys, preferred_element_type=wide)
+    if shared is not None:
+        front = jnp.einsum("btkgh,kph->bkgtp", grouped, shared[0], preferred_element_type=wide)
+        scores = jnp.concatenate([front, scores], -1)
+    weights = _weigh(scores, mask, scoring)
+    behind = weights[..., -keys.shape[2] :]
+    if q.shape[1] == 1:
+        mixed = jnp.sum(behind[:, :, :, 0, :, None] * values[:, :, None].astype(wide), -2)[:, None]
+    else:
+        mixed = jnp.einsum("bkgts,bksh->btkgh", behind.astype(values.dtype), values, preferred_element_type=wide)
+    if shared is not None:
+        front = weights[..., : -keys.shape[2]].astype(values.dtype)
+        mixed = mixed + jnp.einsum("bkgtp,kph->btkgh", front, shared[1], preferred_element_type=wide)
+    return mixed.reshape(q.shape).astype(q.dtype)
+
+
+def _weigh(scores: Float[Array, "b k g t s"], mask: Bool[Array, "b t s"], scoring: Scoring) -> Array:
+    scores = scores * scoring.scale
     if scoring.cap:
         scores = scoring.cap * jnp.tanh(scores / scoring.cap)
-    scores = jnp.where(sight.mask[:, None, None], scores, NEVER)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("bkgts,bskh->btkgh", weights, v).reshape(q.shape)
+    return jax.nn.softmax(jnp.where(mask[:, None, None], scores, NEVER), axis=-1)
 
 
 def cudnn(q: Array, k: Array, v: Array, sight: Sight, scoring: Scoring) -> Float[Array, "b t heads h"]:
@@ -77,7 +114,7 @@ def cudnn(q: Array, k: Array, v: Array, sight: Sight, scoring: Scoring) -> Float
 
 
 def flash(mesh: Mesh, interpret: bool = False, shortest: int = FLASH_LENGTH) -> Attend:
-    """JAX's flash kernel for TPUs, each device on its own rows and heads; `xla` for short texts and with a cache.
+    """JAX's flash kernel for TPUs, each device on its own rows and heads; `xla` for short texts.
 
     Args:
       interpret: run the kernel step by step on a CPU, for tests.
@@ -87,7 +124,7 @@ def flash(mesh: Mesh, interpret: bool = False, shortest: int = FLASH_LENGTH) -> 
     def attend(q: Array, k: Array, v: Array, sight: Sight, scoring: Scoring) -> Float[Array, "b t heads h"]:
         b, t, heads, head_size = q.shape
         fits = t >= shortest and t % 128 == 0 and head_size % 64 == 0 and b % mesh.shape["fsdp"] == 0
-        if sight.cached or not fits:
+        if not fits:
             return xla(q, k, v, sight, scoring)
         segments = jnp.ones((b, t), jnp.int32) if sight.segments is None else sight.segments
         here = heads // mesh.shape["tensor"]

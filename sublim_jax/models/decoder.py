@@ -88,10 +88,24 @@ class Settings:
 
 
 class Cache(NamedTuple):
-    """Keys and values of all layers, as plain arrays of a fixed number of slots."""
+    """Keys and values of all layers, as plain arrays of a fixed length; of a shared prefix without the axis of rows."""
 
-    keys: Float[Array, "layers b s k h"]
-    values: Float[Array, "layers b s k h"]
+    keys: Float[Array, "layers *b k s h"]
+    values: Float[Array, "layers *b k s h"]
+
+
+def empty_cache(settings: Settings, rows: int, length: int, dtype: Any = jnp.float32) -> Cache:
+    shape = (settings.layers, rows, settings.key_heads, length, settings.head_size)
+    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+
+class CacheAt(NamedTuple):
+    """Where in a cache a layer works: its own keys and values are written from `start` on, and what it sees is read."""
+
+    layer: Int[Array, ""]
+    start: Int[Array, "b"]
+    cache: Cache
+    prefix: tuple[Array, Array] | None  # this layer's
 
 
 class Steering(NamedTuple):
@@ -121,7 +135,7 @@ def steer(x: Float[Array, "b t width"], add: Any, project_out: Any, where: Any) 
 
 class Features(NamedTuple):
     output: Float[Array, "b t width"]  # of the last layer, after the final norm
-    cache: Cache  # every layer's keys and values
+    cache: Cache | None  # with the new keys and values, where there was one
     residuals: Float[Array, "layers b n width"] | None  # after every layer, at the positions asked for
 
 
@@ -192,8 +206,8 @@ class Attention(nnx.Module):
             self.query_norm, self.key_norm = (Norm(c, stack, size) for size in sizes)
 
     def __call__(
-        self, x: Float[Array, "b t width"], rotation: "Rotation", sight: Sight, cache: Any, attend: Attend
-    ) -> tuple[Float[Array, "b t width"], Any]:
+        self, x: Float[Array, "b t width"], rotation: "Rotation", sight: Sight, at: CacheAt | None, attend: Attend
+    ) -> tuple[Float[Array, "b t width"], Cache | None]:
         c = self.settings
         q, k, v = self.query(x), self.key(x), self.value(x)
         if c.head_norm == "all":
@@ -202,12 +216,18 @@ class Attention(nnx.Module):
         if c.head_norm == "head":
             q, k = self.query_norm(q), self.key_norm(k)
         q, k = rotate(q, rotation), rotate(k, rotation)
-        if cache is not None:
-            start, keys, values = cache
-            k = jax.lax.dynamic_update_slice(keys, k.astype(keys.dtype), (0, start, 0, 0))
-            v = jax.lax.dynamic_update_slice(values, v.astype(values.dtype), (0, start, 0, 0))
-        mixed = attend(q, k, v, sight, c.scoring)
-        return self.out(mixed.reshape(*x.shape[:2], -1)), (k, v)
+        if at is None:
+            return self.out(attend(q, k, v, sight, c.scoring).reshape(*x.shape[:2], -1)), None
+        cache = Cache(*(write(whole, new, at) for whole, new in zip(at.cache, (k, v))))
+        own = (cache.keys[at.layer], cache.values[at.layer])
+        mixed = attention.cached(q, own, at.prefix, sight.mask, c.scoring)
+        return self.out(mixed.reshape(*x.shape[:2], -1)), cache
+
+
+def write(whole: Float[Array, "layers b k s h"], new: Float[Array, "b t k h"], at: CacheAt) -> Array:
+    """One layer's new keys or values, put into the cache of all layers: its buffer is carried along, never copied."""
+    rows, columns = jnp.arange(new.shape[0])[:, None], at.start[:, None] + jnp.arange(new.shape[1])
+    return whole.at[at.layer, rows, :, columns].set(new.astype(whole.dtype))
 
 
 class Feedforward(nnx.Module):
@@ -237,10 +257,10 @@ class Layer(nnx.Module):
             self.attention_post_norm, self.mlp_post_norm = (Norm(settings, stack, settings.width) for _ in range(2))
 
     def __call__(
-        self, x: Float[Array, "b t width"], rotation: "Rotation", sight: Sight, cache: Any, attend: Attend
-    ) -> tuple[Float[Array, "b t width"], Any]:
+        self, x: Float[Array, "b t width"], rotation: "Rotation", sight: Sight, at: CacheAt | None, attend: Attend
+    ) -> tuple[Float[Array, "b t width"], Cache | None]:
         c = self.settings
-        attended, cache = self.attention(self.attention_norm(x) if c.pre_norm else x, rotation, sight, cache, attend)
+        attended, cache = self.attention(self.attention_norm(x) if c.pre_norm else x, rotation, sight, at, attend)
         attended = self.attention_post_norm(attended) if c.post_norm else attended
         y = x if c.parallel else x + attended
         fed = self.mlp(self.mlp_norm(y) if c.pre_norm else y)
@@ -271,9 +291,10 @@ class Decoder(nnx.Module):
         tokens: Int[Array, "b t"],
         *,
         positions: Int[Array, "b t"] | None = None,
-        segments: Int[Array, "b s"] | None = None,
+        segments: Int[Array, "b t"] | None = None,
         cache: Cache | None = None,
-        start: Int[Array, ""] | int = 0,
+        start: Int[Array, "#b"] | Int[Array, ""] | int = 0,
+        prefix: Cache | None = None,
         steering: Steering | None = None,
         read: Int[Array, "n"] | None = None,
         place: Callable[[Array], Array] = lambda x: x,
@@ -283,10 +304,12 @@ class Decoder(nnx.Module):
         """What the layers make of tokens, before the unembedding.
 
         Args:
-          positions: for rotation; 0, 1, … of each row where left out.
+          positions: for rotation; 0, 1, … of each row where left out, after what is cached.
           segments: 0 for padding, else the number of the text that a position belongs to: positions see their own
-            text only. All one text where left out. With a cache, of all its slots.
-          cache: keys and values of earlier positions; the tokens stand at slots `start`, `start` + 1, ….
+            text only. All one text where left out. Not with a cache, whose rows are one text each.
+          cache: keys and values of earlier positions; a row's tokens stand at `start`, `start` + 1, … of it, and see
+            what stands there or before. Padding behind a text is overwritten by what comes next.
+          prefix: keys and values (layers, groups, p, h) of what stands before every row's text.
           steering: changes of the residual stream.
           read: positions (columns of `tokens`) at which the residual stream is returned after every layer.
           place: applied to the residual stream wherever it is made.
@@ -295,40 +318,43 @@ class Decoder(nnx.Module):
         """
         c = self.settings
         b, t = tokens.shape
+        before = 0 if prefix is None else prefix.keys.shape[-2]
+        start = jnp.broadcast_to(start, (b,))
         if positions is None:
-            positions = jnp.broadcast_to(start + jnp.arange(t), (b, t))
+            positions = before + start[:, None] + jnp.arange(t)
         x = self.embedding[...][tokens]
         if c.embed_scale != 1:
             x = x * jnp.asarray(c.embed_scale, x.dtype)
         if c.positions:
             x = x + self.position_embedding[...][positions]
         x = place(x)
-        slots = t if cache is None else cache.keys.shape[2]
-        back = (start + jnp.arange(t))[:, None] - jnp.arange(slots)
-        seen = jnp.broadcast_to(back >= 0, (b, t, slots))
+        slots = before + (t if cache is None else cache.keys.shape[-2])
+        back = (before + start[:, None] + jnp.arange(t))[:, :, None] - jnp.arange(slots)
+        seen = back >= 0
         if segments is not None:
-            mine = jax.lax.dynamic_slice_in_dim(segments, start, t, 1)
-            seen = seen & (mine[:, :, None] == segments[:, None, :]) & (segments != 0)[:, None, :]
+            seen = seen & (segments[:, :, None] == segments[:, None, :]) & (segments != 0)[:, None, :]
         tables = rotations(c, positions, slots)
         graphdef, stacked = nnx.split(self.layers, nnx.Param)
         windows = jnp.asarray(c.windows or (0,) * c.layers, jnp.int32)
         rotary_of = jnp.asarray(c.rotary_of or (0,) * c.layers, jnp.int32)
 
-        def layer(x: Array, scanned: Any) -> tuple[Array, Any]:
-            params, window, which, kept, (add, project_out) = scanned
+        def layer(carried: tuple[Array, Cache | None], scanned: Any) -> tuple[tuple[Array, Cache | None], Any]:
+            x, cache = carried
+            params, number, window, which, prefix, (add, project_out) = scanned
             rotation = jax.tree.map(lambda table: table[which], tables)
-            mask = seen & ((back < window) | (window == 0))
-            sight = Sight(mask, window, segments if cache is None else None, cache is not None)
-            kept = None if kept is None else (start, *kept)
-            x, kept = nnx.merge(graphdef, params)(x, rotation, sight, kept, attend)
+            sight = Sight(seen & ((back < window) | (window == 0)), window, segments)
+            where = None if cache is None else CacheAt(number, start, cache, prefix)
+            x, cache = nnx.merge(graphdef, params)(x, rotation, sight, where, attend)
             if steering is not None:
                 x = steer(x, add, project_out, steering.where)
-            return place(x), (kept, None if read is None else x[:, read])
+            return (place(x), cache), None if read is None else x[:, read]
 
         body = jax.checkpoint(layer) if remat else layer
         vectors = (None, None) if steering is None else (steering.add, steering.project_out)
-        x, (kept, residuals) = jax.lax.scan(body, x, (stacked, windows, rotary_of, cache, vectors))
-        return Features(self.norm(x), Cache(*kept), residuals)
+        shared = None if prefix is None else tuple(prefix)
+        numbers = jnp.arange(c.layers)
+        (x, cache), residuals = jax.lax.scan(body, (x, cache), (stacked, numbers, windows, rotary_of, shared, vectors))
+        return Features(self.norm(x), cache, residuals)
 
     def unembed(
         self, x: Float[Array, "*rows width"], only: Int[Array, "support"] | None = None
