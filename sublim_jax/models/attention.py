@@ -50,7 +50,7 @@ def xla(
     grouped = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[-1])
     wide = jnp.promote_types(q.dtype, jnp.float32)
     scores = jnp.einsum("btkgh,bskh->bkgts", grouped, k, preferred_element_type=wide)
-    weights = _weigh(scores, sight.mask, scoring).astype(v.dtype)
+    weights = jax.nn.softmax(_mask(scores, sight.mask[:, None, None], scoring), -1).astype(v.dtype)
     return jnp.einsum("bkgts,bskh->btkgh", weights, v).reshape(q.shape)
 
 
@@ -63,36 +63,69 @@ def cached(
 ) -> Float[Array, "b t heads h"]:
     """Attention to keys and values (b, groups, s, h) of each row's own, and (groups, p, h) that all rows share.
 
+    The two are computed apart, each relative to its own largest score, and put together at the end.
+
     Args:
       mask: over shared keys first, then own ones.
     """
-    keys, values = own
-    grouped = q.reshape(*q.shape[:2], keys.shape[1], -1, q.shape[-1])
+    grouped = q.reshape(*q.shape[:2], own[0].shape[1], -1, q.shape[-1])
+    before = mask.shape[-1] - own[0].shape[2]
+    largest, total, mixed = _own(grouped, *own, mask[..., before:], scoring)
+    if shared is not None:
+        front = _shared(grouped, *shared, mask[..., :before], scoring)
+        both = jnp.maximum(largest, front.largest)
+        scale, front_scale = jnp.exp(largest - both), jnp.exp(front.largest - both)
+        total = scale * total + front_scale * front.total
+        mixed = scale * mixed + front_scale * front.mixed
+    return (mixed / total).reshape(q.shape).astype(q.dtype)
+
+
+class _Part(NamedTuple):
+    """Attention to some keys: scores are relative to the largest, the sum over values is not divided by the total."""
+
+    largest: Float[Array, "b t k g 1"]
+    total: Float[Array, "b t k g 1"]
+    mixed: Float[Array, "b t k g h"]
+
+
+def _own(q: Float[Array, "b t k g h"], keys: Array, values: Array, mask: Array, scoring: Scoring) -> _Part:
     wide = jnp.promote_types(q.dtype, jnp.float32)
-    if q.shape[1] == 1:  # one query: written as sums, which XLA fuses with the reading of the cache
-        scores = jnp.sum(grouped[:, 0, :, :, None].astype(wide) * keys[:, :, None].astype(wide), -1)[:, :, :, None]
+    one = q.shape[1] == 1  # one query: written as sums, which XLA fuses with the reading of the cache
+    if one:
+        scores = jnp.sum(q[:, 0, :, :, None].astype(wide) * keys[:, :, None].astype(wide), -1)[:, :, :, None]
     else:
-        scores = jnp.einsum("btkgh,bksh->bkgts", grouped, keys, preferred_element_type=wide)
-    if shared is not None:
-        front = jnp.einsum("btkgh,kph->bkgtp", grouped, shared[0], preferred_element_type=wide)
-        scores = jnp.concatenate([front, scores], -1)
-    weights = _weigh(scores, mask, scoring)
-    behind = weights[..., -keys.shape[2] :]
-    if q.shape[1] == 1:
-        mixed = jnp.sum(behind[:, :, :, 0, :, None] * values[:, :, None].astype(wide), -2)[:, None]
+        scores = jnp.einsum("btkgh,bksh->bkgts", q, keys, preferred_element_type=wide)
+    scores = _mask(scores, mask[:, None, None], scoring)
+    largest = jnp.max(scores, -1, keepdims=True)
+    weights = jnp.exp(scores - largest)
+    if one:
+        mixed = jnp.sum(weights[:, :, :, 0, :, None] * values[:, :, None].astype(wide), -2)[:, :, :, None]
     else:
-        mixed = jnp.einsum("bkgts,bksh->btkgh", behind.astype(values.dtype), values, preferred_element_type=wide)
-    if shared is not None:
-        front = weights[..., : -keys.shape[2]].astype(values.dtype)
-        mixed = mixed + jnp.einsum("bkgtp,kph->btkgh", front, shared[1], preferred_element_type=wide)
-    return mixed.reshape(q.shape).astype(q.dtype)
+        mixed = jnp.einsum("bkgts,bksh->bkgth", weights.astype(values.dtype), values, preferred_element_type=wide)
+    parts = (largest, jnp.sum(weights, -1, keepdims=True), mixed)
+    return _Part(*(jnp.moveaxis(part, 3, 1) for part in parts))
 
 
-def _weigh(scores: Float[Array, "b k g t s"], mask: Bool[Array, "b t s"], scoring: Scoring) -> Array:
+def _shared(q: Float[Array, "b t k g h"], keys: Array, values: Array, mask: Array, scoring: Scoring) -> _Part:
+    """All rows' queries in one product."""
+    b, t, k, g, h = q.shape
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    rows = jnp.moveaxis(q, 2, 0).reshape(k, b * t * g, h)
+    scores = jnp.einsum("krh,kph->krp", rows, keys, preferred_element_type=wide)
+    mask = jnp.broadcast_to(mask[:, :, None], (b, t, g, mask.shape[-1])).reshape(1, b * t * g, -1)
+    scores = _mask(scores, mask, scoring)
+    largest = jnp.max(scores, -1, keepdims=True)
+    weights = jnp.exp(scores - largest)
+    mixed = jnp.einsum("krp,kph->krh", weights.astype(values.dtype), values, preferred_element_type=wide)
+    parts = (largest, jnp.sum(weights, -1, keepdims=True), mixed)
+    return _Part(*(jnp.moveaxis(part.reshape(k, b, t, g, -1), 0, 2) for part in parts))
+
+
+def _mask(scores: Array, mask: Array, scoring: Scoring) -> Array:
     scores = scores * scoring.scale
     if scoring.cap:
         scores = scoring.cap * jnp.tanh(scores / scoring.cap)
-    return jax.nn.softmax(jnp.where(mask[:, None, None], scores, NEVER), axis=-1)
+    return jnp.where(mask, scores, NEVER)
 
 
 def cudnn(q: Array, k: Array, v: Array, sight: Sight, scoring: Scoring) -> Float[Array, "b t heads h"]:

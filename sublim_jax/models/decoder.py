@@ -8,6 +8,7 @@ Normalisation, rotation and softmax are computed in float32 or wider, matrix pro
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax
@@ -414,6 +415,10 @@ def on_mesh(settings: Settings, mesh: Mesh) -> dict[str, Any]:
     return {"place": rows_of(mesh), "attend": attention.on(mesh)}
 
 
+@lru_cache
 def decoder(settings: Settings) -> Functions:
-    """`init(key)` and `apply(params, tokens)` of a decoder, over plain parameter dicts."""
+    """`init(key)` and `apply(params, tokens)` of a decoder, over plain parameter dicts.
+
+    The same for the same settings, so that what was compiled for it is found again.
+    """
     return functions(lambda rngs: Decoder(settings, rngs=rngs))

@@ -1,0 +1,58 @@
+"""Text to tokens and back: chat templates, and what each token says."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sublim_jax.errors import UserError
+
+Message = Mapping[str, str]  # {"role": "system" | "user" | "assistant", "content": …}
+
+
+def prompt(tokenizer: Any, messages: str | Sequence[Message]) -> list[int]:
+    """Tokens of a conversation up to where the assistant answers; a string is one message of the user.
+
+    Raises UserError where the tokenizer has no chat template.
+    """
+    return _templated(tokenizer, messages, add_generation_prompt=True)
+
+
+def conversation(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
+    """Tokens of a conversation, the answers included."""
+    return _templated(tokenizer, messages, add_generation_prompt=False)
+
+
+def _templated(tokenizer: Any, messages: str | Sequence[Message], **options: Any) -> list[int]:
+    if not getattr(tokenizer, "chat_template", None):
+        raise UserError(
+            f"the tokenizer of {tokenizer.name_or_path or 'this model'} has no chat template; it is a base model: "
+            "give it plain text (--config.chat=False), or choose an instruct model"
+        )
+    if isinstance(messages, str):
+        messages = [{"role": "user", "content": messages}]
+    text = tokenizer.apply_chat_template([dict(message) for message in messages], tokenize=False, **options)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]  # the template writes its own
+
+
+def stop_tokens(tokenizer: Any, config: Any) -> tuple[int, ...]:
+    """The tokens that end an answer, by the tokenizer and the model's config."""
+    named = [tokenizer.eos_token_id, getattr(config, "eos_token_id", None)]
+    flat = [token for value in named for token in (value if isinstance(value, list | tuple) else [value])]
+    return tuple(sorted({int(token) for token in flat if token is not None}))
+
+
+def pieces(tokenizer: Any, vocab: int) -> list[str]:
+    """Each token's text, as it reads behind other text; "" of special tokens and of parts of a character.
+
+    Args:
+      vocab: of the network, which may be larger than the tokenizer's.
+    """
+    anchor = tokenizer("a", add_special_tokens=False)["input_ids"][-1]
+    alone = tokenizer.decode([anchor], clean_up_tokenization_spaces=False)
+    size = min(len(tokenizer), vocab)
+    texts = tokenizer.batch_decode([[anchor, token] for token in range(size)], clean_up_tokenization_spaces=False)
+    special = set(tokenizer.all_special_ids)
+    found = [
+        "" if token in special or "�" in text or not text.startswith(alone) else text[len(alone) :]
+        for token, text in enumerate(texts)
+    ]
+    return found + [""] * (vocab - size)

@@ -1,0 +1,1 @@
+"""Tokens out of a model: the decode loop, samplers, constraints, exact scores."""

@@ -1,0 +1,109 @@
+"""What a sample may be: an automaton over tokens, as two tables that the decode loop looks things up in.
+
+An automaton over characters says what text is allowed; `over_tokens` runs every token's text through it, so that it
+does not matter whether a tokenizer merges digits or splits them.
+"""
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Int
+
+from sublim_jax.errors import UserError
+
+
+class Constraint(NamedTuple):
+    """State 0 is the start; `allowed[state]` are the tokens that may come, `after[state, token]` the state then."""
+
+    allowed: Bool[Array, "states vocab"]
+    after: Int[Array, "states vocab"]
+
+
+class Automaton(NamedTuple):
+    """Over characters. States are whatever can be compared."""
+
+    start: Hashable
+    step: Callable[[Any, str], Any]  # the next state, or None where the character is not allowed
+    accepts: Callable[[Any], bool]  # whether a text may end here
+    alphabet: frozenset[str]
+
+
+def numbers(most: int, digits: int, separator: str = ", ", least: int = 1) -> Automaton:
+    """Between `least` and `most` integers of at most `digits` digits, without leading zeros.
+
+    States are (integers begun, digits of this one, whether it is 0, characters of a separator).
+    """
+    if not 1 <= least <= most or digits < 1:
+        raise UserError(f"numbers: {least} to {most} integers of {digits} digits cannot be; ask for 1 or more")
+    if not separator or any(c.isdigit() for c in separator):
+        raise UserError(f"numbers: separator {separator!r} must have characters and no digits")
+
+    def step(state: tuple[int, int, bool, int], c: str) -> Any:
+        count, length, zero, inside = state
+        if inside < len(separator) and length:  # at a digit, or inside a separator begun
+            if inside == 0 and c in "0123456789":
+                return (count, length + 1, zero, 0) if length < digits and not zero else None
+            if c == separator[inside] and count < most:
+                done = inside + 1 == len(separator)
+                return (count, 0, False, 0) if done else (count, 1, False, inside + 1)
+            return None
+        return (count + 1, 1, c == "0", 0) if c in "0123456789" else None
+
+    def accepts(state: tuple[int, int, bool, int]) -> bool:
+        count, length, _, inside = state
+        return count >= least and length > 0 and inside == 0
+
+    return Automaton((0, 0, False, 0), step, accepts, frozenset("0123456789" + separator))
+
+
+def choice(strings: Sequence[str]) -> Automaton:
+    """One of these strings. States are what was written."""
+    if not strings or not all(strings):
+        raise UserError("choice: name one string or more, none of them empty")
+    beginnings = {string[:end] for string in strings for end in range(len(string) + 1)}
+
+    def step(state: str, c: str) -> str | None:
+        return state + c if state + c in beginnings else None
+
+    return Automaton("", step, lambda state: state in strings, frozenset("".join(strings)))
+
+
+def over_tokens(automaton: Automaton, pieces: Sequence[str], stops: Sequence[int]) -> Constraint:
+    """The automaton over tokens.
+
+    Args:
+      pieces: each token's text (`data.chat.pieces`); a token without text is never allowed.
+      stops: tokens that end a text where the automaton accepts it.
+
+    Raises:
+      UserError: a text could be begun that no token can go on with.
+    """
+    usable = [(i, piece) for i, piece in enumerate(pieces) if piece and automaton.alphabet.issuperset(piece)]
+    numbers: dict[Any, int] = {automaton.start: 0}
+    queue = [automaton.start]
+    allowed: list[np.ndarray] = []
+    after: list[np.ndarray] = []
+    for state in queue:  # grows while it is read
+        permitted, nexts = np.zeros(len(pieces), bool), np.zeros(len(pieces), np.int32)
+        for token, piece in usable:
+            reached = state
+            for c in piece:
+                reached = automaton.step(reached, c)
+                if reached is None:
+                    break
+            else:
+                if reached not in numbers:
+                    numbers[reached] = len(numbers)
+                    queue.append(reached)
+                permitted[token], nexts[token] = True, numbers[reached]
+        if automaton.accepts(state):
+            permitted[list(stops)] = True
+        if not permitted.any():
+            raise UserError(
+                f"the constraint allows no token of this tokenizer after {state!r}; loosen it, or name a stop token"
+            )
+        allowed.append(permitted)
+        after.append(nexts)
+    return Constraint(jnp.asarray(np.stack(allowed)), jnp.asarray(np.stack(after)))

@@ -1,0 +1,263 @@
+"""The decode loop: a fixed number of slots on the device, prompts in, tokens out, finished rows replaced.
+
+Four pure functions, each compiled once (`compiled`): `start` (empty slots), `prefix` (what all prompts begin with,
+computed once), `admit` (prompts into free slots, in chunks of a fixed length), and `advance` (some tokens for every
+slot). Shapes never change, so that what a row gets does not depend on what rides beside it. `generate.py` decides who
+goes where.
+
+Axes in front of a state's arrays: d devices (mesh axes replica × fsdp), r adapters over one base, then s slots.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from sublim_jax.keys import fold_each
+from sublim_jax.models import lora
+from sublim_jax.models.decoder import Cache, Settings, Steering, empty_cache
+from sublim_jax.models.functional import Functions, Params
+from sublim_jax.sampling.constraints import Constraint
+from sublim_jax.sampling.samplers import Sampler, draw
+
+DEVICES = ("replica", "fsdp")
+NAN = -2  # in place of a token where logits are no numbers
+
+
+class Fixed(NamedTuple):
+    """What is read at every step."""
+
+    base: Params
+    adapters: Params | None = None  # stacked, r in front
+    prefix: Cache | None = None  # r in front
+    steering: Steering | None = None
+    constraint: Constraint | None = None
+
+
+class State(NamedTuple):
+    """The slots."""
+
+    cache: Cache  # (d, r, layers, s, groups, length, h)
+    token: Int[Array, "d r s"]  # the last one, which is not in the cache yet
+    length: Int[Array, "d r s"]  # of what is in the cache
+    drawn: Int[Array, "d r s"]
+    limit: Int[Array, "d r s"]  # of tokens to draw
+    key: Key[Array, "d r s"]
+    grammar: Int[Array, "d r s"]  # state of the constraint
+    active: Bool[Array, "d r s"]
+
+
+class Prompts(NamedTuple):
+    """Rows for free slots: a lanes for each device and adapter; a lane whose slot is s or more is empty."""
+
+    tokens: Int[Array, "d r a t"]  # padded behind
+    length: Int[Array, "d r a"]
+    slot: Int[Array, "d r a"]
+    limit: Int[Array, "d r a"]
+    key: Key[Array, "d r a"]
+
+
+class Drawn(NamedTuple):
+    """What some steps gave, steps in front; tokens are −1 where a slot was idle."""
+
+    token: Int[Array, "d n r s"]
+    logprob: Float[Array, "d n r s"]  # under the model itself: temperature 1, nothing cut or forbidden
+    entropy: Float[Array, "d n r s"] | None  # of the model's own distribution, in nats
+    alternatives: tuple[Array, Array] | None  # the most probable tokens and their log-probabilities (…, k)
+
+
+@dataclasses.dataclass(frozen=True)
+class Engine:
+    """How slots decode; compiled once for all prompts that fit its shapes.
+
+    Attributes:
+      slots: rows at once, for each device and adapter. More devices take more rows; each has the same shapes.
+      lanes: prompts that enter together.
+      chunk: tokens of a prompt that are computed together.
+      length: columns of the cache for a row's own tokens; a multiple of `chunk`.
+      steps: tokens that are drawn at most between two looks of the host.
+      stops: tokens that end a row.
+      alternatives: how many of the most probable tokens to return beside each that is drawn.
+    """
+
+    network: Functions
+    settings: Settings
+    mesh: Mesh
+    sampler: Sampler
+    slots: int
+    lanes: int
+    chunk: int
+    length: int
+    steps: int
+    stops: tuple[int, ...] = ()
+    adapters: int = 1
+    entropy: bool = False
+    alternatives: int = 0
+    dtype: Any = jnp.float32
+
+    @property
+    def devices(self) -> int:
+        return self.mesh.shape["replica"] * self.mesh.shape["fsdp"]
+
+    @property
+    def cache_bytes(self) -> int:
+        """Of one device's slots, before the mesh axis tensor splits them."""
+        shapes = jax.eval_shape(lambda: empty_cache(self.settings, self.slots, self.length, self.dtype))
+        return self.adapters * sum(leaf.size * leaf.dtype.itemsize for leaf in shapes)
+
+    def _start(self) -> State:
+        shape = (self.devices, self.adapters, self.slots)
+        cache = jax.tree.map(
+            lambda x: jnp.zeros((*shape[:2], *x.shape), x.dtype),
+            jax.eval_shape(lambda: empty_cache(self.settings, self.slots, self.length, self.dtype)),
+        )
+        zeros = jnp.zeros(shape, jnp.int32)
+        keys = jax.random.split(jax.random.key(0), shape)
+        return State(cache, zeros, zeros, zeros, zeros, keys, zeros, jnp.zeros(shape, bool))
+
+    def _prefix(self, fixed: Fixed, tokens: Int[Array, "1 p"]) -> Cache:
+        cache = jax.tree.map(
+            lambda x: jnp.broadcast_to(x, (self.adapters, *x.shape)),
+            empty_cache(self.settings, 1, tokens.shape[1], self.dtype),
+        )
+        tokens = jnp.broadcast_to(tokens, (self.adapters, *tokens.shape))
+        filled = self._features(fixed, tokens, cache, jnp.zeros((self.adapters, 1), jnp.int32))[1]
+        return jax.tree.map(lambda x: x[:, :, 0], filled)
+
+    def _features(
+        self, fixed: Fixed, tokens: Int[Array, "r s t"], cache: Cache, start: Int[Array, "r s"]
+    ) -> tuple[Float[Array, "r s t width"], Cache]:
+        def one(adapters: Params | None, prefix: Cache | None, tokens: Array, cache: Cache, start: Array) -> Any:
+            params = fixed.base if adapters is None else lora.join(fixed.base, adapters)
+            found = self.network.bind(params).features(
+                tokens, cache=cache, start=start, prefix=prefix, steering=fixed.steering
+            )
+            return found.output, found.cache
+
+        if fixed.adapters is not None:
+            return jax.vmap(one)(fixed.adapters, fixed.prefix, tokens, cache, start)
+        only = jax.tree.map(lambda x: x[0], (fixed.prefix, tokens, cache, start))
+        return jax.tree.map(lambda x: x[None], one(None, *only))
+
+    def _admit(self, fixed: Fixed, state: State, prompts: Prompts) -> State:
+        shape, lanes = prompts.tokens.shape[:2], prompts.tokens.shape[1]
+        cache = jax.tree.map(
+            lambda x: jnp.zeros((shape[0], *x.shape), x.dtype),
+            empty_cache(self.settings, lanes, self.length, self.dtype),
+        )
+
+        # The last token of a prompt is left to the first step, which draws from its logits.
+        def more(carried: tuple[Array, Cache]) -> Array:
+            return carried[0] * self.chunk < jnp.max(prompts.length) - 1
+
+        def fill(carried: tuple[Array, Cache]) -> tuple[Array, Cache]:
+            number, cache = carried
+            at = number * self.chunk
+            tokens = jax.lax.dynamic_slice_in_dim(prompts.tokens, at, self.chunk, 2)
+            return number + 1, self._features(fixed, tokens, cache, jnp.broadcast_to(at, shape))[1]
+
+        cache = jax.lax.while_loop(more, fill, (jnp.int32(0), cache))[1]
+        last = jnp.take_along_axis(prompts.tokens, prompts.length[..., None] - 1, -1)[..., 0]
+        zeros = jnp.zeros_like(last)
+        given = (last, prompts.length - 1, zeros, prompts.limit, prompts.key, zeros, jnp.ones(shape, bool))
+        adapter = jnp.arange(shape[0])[:, None]
+        slots = jax.tree.map(lambda old, new: old.at[adapter, prompts.slot].set(new), tuple(state[1:]), given)
+        caches = jax.tree.map(
+            lambda old, new: jax.vmap(lambda o, n, slot: o.at[:, slot].set(n))(old, new, prompts.slot),
+            state.cache,
+            cache,
+        )
+        return State(caches, *slots)
+
+    def _advance(self, fixed: Fixed, state: State, steps: Int[Array, ""]) -> tuple[State, Drawn]:
+        drawn = jax.eval_shape(lambda: self._step(fixed, state)[1])
+        history = jax.tree.map(lambda x: jnp.full((self.steps, *x.shape), -1, x.dtype), drawn)
+
+        def body(i: Array, carried: tuple[State, Drawn]) -> tuple[State, Drawn]:
+            state, history = carried
+            state, drawn = self._step(fixed, state)
+            return state, jax.tree.map(lambda h, x: h.at[i].set(x), history, drawn)
+
+        return jax.lax.fori_loop(0, steps, body, (state, history))
+
+    def _step(self, fixed: Fixed, state: State) -> tuple[State, Drawn]:
+        """One token for every active slot."""
+        output, cache = self._features(fixed, state.token[..., None], state.cache, state.length)
+        logits = self.network.bind(fixed.base).unembed(output[:, :, 0]).astype(jnp.float32)
+        total = jax.nn.logsumexp(logits, -1)
+        may = logits
+        if fixed.constraint is not None:
+            may = jnp.where(fixed.constraint.allowed[state.grammar], logits, -jnp.inf)
+        token = draw(fold_each(state.key, state.drawn), may, self.sampler)
+        logprob = jnp.take_along_axis(logits, token[..., None], -1)[..., 0] - total
+        broken = state.active & ~jnp.isfinite(total)
+        entropy = alternatives = None
+        if self.entropy:
+            p = jnp.exp(logits - total[..., None])
+            entropy = total - jnp.sum(jnp.where(p > 0, p * logits, 0), -1)
+        if self.alternatives:
+            values, tokens = jax.lax.top_k(logits, self.alternatives)
+            alternatives = (tokens, values - total[..., None])
+        grammar = state.grammar
+        if fixed.constraint is not None:
+            grammar = fixed.constraint.after[state.grammar, token]
+        count = state.drawn + state.active
+        stopped = jnp.isin(token, jnp.asarray(self.stops, jnp.int32)) if self.stops else jnp.zeros_like(state.active)
+        shown = jnp.where(broken, NAN, jnp.where(state.active, token, -1))
+        after = State(
+            cache,
+            jnp.where(state.active, token, state.token),
+            state.length + state.active,
+            count,
+            state.limit,
+            state.key,
+            jnp.where(state.active, grammar, state.grammar),
+            state.active & ~stopped & ~broken & (count < state.limit),
+        )
+        return after, Drawn(shown, logprob, entropy, alternatives)
+
+
+class Compiled(NamedTuple):
+    start: Callable[[], State]
+    prefix: Callable[[Fixed, Array], Cache]  # of tokens (1, p)
+    admit: Callable[[Fixed, State, Prompts], State]  # donates the state
+    advance: Callable[[Fixed, State, Array], tuple[State, Drawn]]  # donates the state
+
+
+@lru_cache
+def compiled(engine: Engine) -> Compiled:
+    """An engine's functions on its mesh.
+
+    Each device does its own slots; what splits a layer (the mesh axis `tensor`) is left to the compiler.
+    """
+    split, whole = PartitionSpec(DEVICES), PartitionSpec()
+
+    def everywhere(function: Callable[..., Any], given_specs: PartitionSpec) -> Callable[..., Any]:
+        def local(fixed: Fixed, state: State, given: Any) -> Any:
+            state = jax.tree.map(lambda x: x[0], state)
+            given = jax.tree.map(lambda x: x[0], given) if given_specs == split else given
+            return jax.tree.map(lambda x: x[None], function(fixed, state, given))
+
+        return jax.jit(
+            jax.shard_map(
+                local,
+                mesh=engine.mesh,
+                in_specs=(whole, split, given_specs),
+                out_specs=split,
+                axis_names=set(DEVICES),
+                check_vma=False,
+            ),
+            donate_argnums=(1,),
+        )
+
+    return Compiled(
+        jax.jit(engine._start, out_shardings=NamedSharding(engine.mesh, split)),
+        jax.jit(engine._prefix),
+        everywhere(engine._admit, split),
+        everywhere(engine._advance, whole),
+    )

@@ -1,0 +1,326 @@
+"""Prompts in, samples out: which row enters which slot, and when it is done."""
+
+from collections import deque
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Key
+
+from sublim_jax import signals
+from sublim_jax.data import chat
+from sublim_jax.errors import Interrupted, UserError
+from sublim_jax.keys import fold_each
+from sublim_jax.models.decoder import Steering
+from sublim_jax.models.functional import Params
+from sublim_jax.sampling.constraints import Constraint
+from sublim_jax.sampling.engine import DEVICES, NAN, Engine, Fixed, Prompts, compiled
+from sublim_jax.sampling.samplers import Sampler
+from sublim_jax.sharding import fetch, make_mesh, named, parameter_shardings
+
+CHUNK = 16  # tokens of a prompt computed together
+LANES = 8  # a slot in so many is refilled at a time
+
+
+class Sample(NamedTuple):
+    """One row's completion.
+
+    Attributes:
+      prompt, sample, adapter: whose it is: the prompt's number, which of its samples, under which adapter.
+      tokens: without the stop token.
+      logprobs: of the tokens under the model itself (temperature 1, nothing cut), in nats; the stop token's too.
+      finish: "stop" (a stop token or string), "length", or "nan" (logits were no numbers; what came before stands).
+      entropies, alternatives: at each of `logprobs`, where asked for: nats; {token: log-probability}.
+    """
+
+    prompt: int
+    sample: int
+    adapter: int
+    tokens: list[int]
+    text: str
+    logprobs: list[float]
+    finish: str
+    entropies: list[float] | None = None
+    alternatives: list[dict[int, float]] | None = None
+
+    @property
+    def row(self) -> tuple[int, int, int]:
+        return self.adapter, self.prompt, self.sample
+
+
+def generate(*args: Any, **options: Any) -> list[Sample]:
+    """All samples of `stream`, in order of adapter, prompt and sample.
+
+    Raises UserError, after all rows are done, where a row's logits were no numbers.
+    """
+    found = sorted(stream(*args, **options), key=lambda sample: sample.row)
+    if broken := [f"prompt {s.prompt}" for s in found if s.finish == "nan"]:
+        raise UserError(f"logits of {', '.join(broken[:5])} are no numbers; look at the weights, or take a wider dtype")
+    return found
+
+
+def stream(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    key: Key[Array, ""],
+    *,
+    sampler: Sampler = Sampler(),  # noqa: B008
+    max_new_tokens: int | Sequence[int] = 64,
+    samples: int = 1,
+    stop_tokens: Sequence[int] | None = None,
+    stop_strings: Sequence[str] = (),
+    prefix: Sequence[int] = (),
+    constraint: Constraint | None = None,
+    adapters: Params | None = None,
+    steering: Steering | None = None,
+    entropy: bool = False,
+    alternatives: int = 0,
+    slots: int = 64,
+    steps: int = 4,
+    mesh: Mesh | None = None,
+    done: Collection[tuple[int, int, int]] = (),
+) -> Iterator[Sample]:
+    """Samples as they are finished.
+
+    A row's draws depend on `key`, the number of its prompt and of its sample alone; adapters share them, so that they
+    can be compared draw by draw. What rides beside a row, the number of devices and an interruption change no bit;
+    `slots` changes shapes, and with them the rounding.
+
+    Args:
+      model: of `weights.load`; with `lora` in its settings where there are adapters.
+      prompts: tokens of each, without the prefix.
+      max_new_tokens: for all prompts, or for each.
+      samples: of each prompt.
+      stop_tokens: those of the model's tokenizer and config where left out.
+      stop_strings: a completion ends before the first of them.
+      prefix: tokens in front of every prompt (a system prompt, examples), computed once and kept once.
+      constraint: what a completion may be; see `constraints.over_tokens`.
+      adapters: stacked LoRA trees, one completion of every prompt for each.
+      entropy, alternatives: return the entropy, and so many of the most probable tokens, at each position.
+      slots: rows decoded together, for each device and adapter.
+      steps: tokens drawn between two looks of the host.
+      mesh: rows are split over `replica` and `fsdp`, layers over `tensor`; one device where left out.
+      done: rows (adapter, prompt, sample) that are not wanted any more.
+
+    Raises:
+      UserError: a prompt is empty, has tokens that the model does not have, or does not fit the model's positions; a
+        stop string that the tokenizer cannot write. Before anything is computed.
+      Interrupted: on SIGTERM or Ctrl-C, between two looks.
+    """
+    mesh = mesh or make_mesh({"replica": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
+    stops = tuple(chat.stop_tokens(model.tokenizer, model.config) if stop_tokens is None else stop_tokens)
+    limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+    check(model, prompts, limits, stop_strings, prefix)
+    if not prompts:
+        return
+    stacked = 1 if adapters is None else jax.tree.leaves(adapters)[0].shape[0]
+    need = max(max(_up(len(prompt) - 1), len(prompt) + limit) for prompt, limit in zip(prompts, limits))
+    engine = Engine(
+        model.network,
+        model.settings,
+        mesh,
+        sampler,
+        slots,
+        max(slots // LANES, 1),
+        CHUNK,
+        _up(need),
+        steps,
+        stops,
+        stacked,
+        entropy,
+        alternatives,
+        model.params["embedding"].dtype,
+    )
+    rows = [
+        (adapter, prompt, sample)
+        for adapter in range(stacked)
+        for prompt in range(len(prompts))
+        for sample in range(samples)
+    ]
+    waiting = set(rows) - set(done)
+    # The longest first: those that end late begin early, and prompts of like length enter together.
+    order = sorted(waiting, key=lambda row: (-len(prompts[row[1]]) - limits[row[1]], row))
+    queues = [deque(row for row in order if row[0] == adapter) for adapter in range(stacked)]
+    key = jax.jit(lambda key: key, out_shardings=named(mesh))(key)
+    fixed = _place(Fixed(model.params, adapters, None, steering, constraint), mesh)
+    run = compiled(engine)
+    if prefix:
+        fixed = fixed._replace(prefix=run.prefix(fixed, jnp.asarray([list(prefix)])))
+    state = run.start()
+    riding: dict[tuple[int, int, int], _Row] = {}  # by (device, adapter, slot)
+    longest = _up(max(len(prompt) for prompt in prompts))
+    with signals.deferred() as signal:
+        while any(queues) or riding:
+            while (entering := _entering(engine, queues, riding, prompts)) is not None:
+                lanes = _prompts(engine, entering, prompts, limits, key, longest)
+                state = run.admit(fixed, state, lanes)
+                riding |= {slot: _Row(*row) for slot, row in entering.items()}
+            left = max(limits[row.prompt] - len(row.logprobs) for row in riding.values())
+            state, drawn = run.advance(fixed, state, jnp.int32(min(steps, left)))
+            yield from _read(fetch(drawn), riding, limits, stops, stop_strings, model.tokenizer)
+            if signal.requested():
+                raise Interrupted(f"stopped by {signal.heard} with {len(riding) + sum(map(len, queues))} rows to go")
+
+
+class _Row:
+    """What a slot's row has got so far."""
+
+    def __init__(self, adapter: int, prompt: int, sample: int):
+        self.adapter, self.prompt, self.sample = adapter, prompt, sample
+        self.tokens: list[int] = []
+        self.logprobs: list[float] = []
+        self.entropies: list[float] = []
+        self.alternatives: list[dict[int, float]] = []
+
+    def finished(self, tokens: list[int], text: str, finish: str) -> Sample:
+        return Sample(
+            self.prompt,
+            self.sample,
+            self.adapter,
+            tokens,
+            text,
+            self.logprobs,
+            finish,
+            self.entropies or None,
+            self.alternatives or None,
+        )
+
+
+def check(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    limits: Sequence[int],
+    stop_strings: Sequence[str],
+    prefix: Sequence[int],
+) -> None:
+    """Raises UserError for what cannot be sampled."""
+    longest = getattr(model.config, "max_position_embeddings", None) or model.settings.positions
+    for number, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
+        if not len(prompt):
+            raise UserError(f"prompt {number} is empty; give it a token (the tokenizer's beginning of text will do)")
+        if not 0 <= min(prompt) <= max(prompt) < model.settings.vocab:
+            raise UserError(f"prompt {number} has a token outside the model's {model.settings.vocab}")
+        if limit < 1:
+            raise UserError(f"prompt {number}: max_new_tokens={limit}; ask for 1 or more")
+        if longest and len(prefix) + len(prompt) + limit > longest:
+            raise UserError(
+                f"prompt {number} has {len(prefix) + len(prompt)} tokens and may get {limit} more, but the model's "
+                f"context is {longest}; shorten it, or lower max_new_tokens"
+            )
+    for string in stop_strings:
+        written = model.tokenizer.decode(
+            model.tokenizer(string, add_special_tokens=False)["input_ids"], skip_special_tokens=True
+        )
+        if not string or string not in written:
+            raise UserError(f"stop string {string!r} can never be reached: the tokenizer writes it as {written!r}")
+
+
+def _up(length: int) -> int:
+    return -(-length // CHUNK) * CHUNK
+
+
+def _place(fixed: Fixed, mesh: Mesh) -> Fixed:
+    """Every device has all rows' weights: split over `tensor` by the rules, whole over the axes of rows."""
+
+    def spec(sharding: NamedSharding) -> NamedSharding:
+        return named(mesh, *[axis if axis == "tensor" else None for axis in sharding.spec])
+
+    shardings = jax.tree.map(spec, parameter_shardings(fixed.base, mesh))
+    rest = jax.device_put(fixed[1:], named(mesh))
+    return Fixed(jax.tree.map(jax.device_put, fixed.base, shardings), *rest)
+
+
+def _entering(
+    engine: Engine, queues: list[deque], riding: dict[tuple[int, int, int], _Row], prompts: Sequence[Sequence[int]]
+) -> dict[tuple[int, int, int], tuple[int, int, int]] | None:
+    """Rows for free slots, {(device, adapter, slot): row}; None while it does not pay to stop for them.
+
+    It pays where all lanes of a device are used, or where nothing else is left to wait for.
+    """
+    entering = {}
+    pays = False
+    for device in range(engine.devices):
+        for adapter, queue in enumerate(queues):
+            free = [s for s in range(engine.slots) if (device, adapter, s) not in riding][: engine.lanes]
+            pays |= len(free) >= min(engine.lanes, len(queue)) > 0
+            for slot in free:
+                if queue:
+                    entering[device, adapter, slot] = queue.popleft()
+    if pays:
+        return entering
+    for (_, adapter, _), row in reversed(entering.items()):
+        queues[adapter].appendleft(row)
+    return None
+
+
+def _prompts(
+    engine: Engine,
+    entering: dict[tuple[int, int, int], tuple[int, int, int]],
+    prompts: Sequence[Sequence[int]],
+    limits: Sequence[int],
+    key: Key[Array, ""],
+    longest: int,
+) -> Prompts:
+    shape = (engine.devices, engine.adapters, engine.lanes)
+    tokens = np.zeros((*shape, longest), np.int32)
+    length, limit = np.ones(shape, np.int32), np.ones(shape, np.int32)
+    slot = np.full(shape, engine.slots, np.int32)
+    numbers = [np.zeros(shape, np.uint32) for _ in range(2)]
+    filled: dict[tuple[int, int], int] = {}
+    for (device, adapter, place), (_, prompt, sample) in entering.items():
+        lane = filled.get((device, adapter), 0)
+        filled[device, adapter] = lane + 1
+        at = (device, adapter, lane)
+        tokens[at][: len(prompts[prompt])] = prompts[prompt]
+        length[at], limit[at], slot[at] = len(prompts[prompt]), limits[prompt], place
+        numbers[0][at], numbers[1][at] = prompt, sample
+    split = NamedSharding(engine.mesh, PartitionSpec(DEVICES))
+    keys = _row_keys(key, *jax.device_put(numbers, split))
+    arrays = [jax.device_put(array, split) for array in (tokens, length, slot, limit)]
+    return Prompts(arrays[0], arrays[1], arrays[2], arrays[3], keys)
+
+
+@jax.jit
+def _row_keys(key: Key[Array, ""], prompt: Array, sample: Array) -> Key[Array, "..."]:
+    return fold_each(fold_each(jnp.broadcast_to(key, prompt.shape), prompt), sample)
+
+
+def _read(
+    drawn: Any,
+    riding: dict[tuple[int, int, int], _Row],
+    limits: Sequence[int],
+    stops: tuple[int, ...],
+    stop_strings: Sequence[str],
+    tokenizer: Any,
+) -> Iterator[Sample]:
+    """Adds some steps to the rows, and gives those that are done."""
+    for (device, adapter, slot), row in list(riding.items()):
+        for step in range(drawn.token.shape[1]):
+            at = (device, step, adapter, slot)
+            token = int(drawn.token[at])
+            if token == -1:
+                break
+            finish = "nan" if token == NAN else "stop" if token in stops else ""
+            if token != NAN:
+                row.logprobs.append(float(drawn.logprob[at]))
+                if drawn.entropy is not None:
+                    row.entropies.append(float(drawn.entropy[at]))
+                if drawn.alternatives is not None:
+                    values = (np.asarray(part[at]).tolist() for part in drawn.alternatives)
+                    row.alternatives.append(dict(zip(*values)))
+            if not finish:
+                row.tokens.append(token)
+                finish = "length" if len(row.logprobs) == limits[row.prompt] else ""
+            text = ""
+            if finish or stop_strings:
+                text = tokenizer.decode(row.tokens, skip_special_tokens=True)
+            cut = min((text.find(string) for string in stop_strings if string in text), default=-1)
+            if cut >= 0:
+                text, finish = text[:cut], "stop"
+            if finish:
+                del riding[device, adapter, slot]
+                yield row.finished(row.tokens, text, finish)
+                break

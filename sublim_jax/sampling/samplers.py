@@ -1,0 +1,107 @@
+"""Logits in, a token out: temperature, top-k, top-p, min-p. Pure, without a sort, each row by its own key."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from sublim_jax.errors import UserError
+
+BLOCK = 512  # of the vocabulary; a draw chooses a block, then a token of it
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How tokens are drawn. The order is transformers': temperature, top-k, top-p, min-p.
+
+    Attributes:
+      temperature: logits are divided by it; 0 takes the largest.
+      top_k: only the k most probable; 0: all. Ties with the last of them stay.
+      top_p: only the fewest most probable whose mass reaches p.
+      min_p: only those at least min_p times as probable as the most probable.
+    """
+
+    temperature: float | int = 1.0
+    top_k: int = 0
+    top_p: float | int = 1.0
+    min_p: float | int = 0.0
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise UserError(f"temperature={self.temperature}: choose 0 (greedy) or more")
+        if self.top_k < 0:
+            raise UserError(f"top_k={self.top_k}: choose 0 (all) or more")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p={self.top_p}: choose a share above 0, at most 1")
+        if not 0 <= self.min_p <= 1:
+            raise UserError(f"min_p={self.min_p}: choose a share from 0 to 1")
+
+
+def draw(keys: Key[Array, "*b"], logits: Float[Array, "*b v"], sampler: Sampler) -> Int[Array, "*b"]:
+    """A token of each row. A logit of −inf is never drawn."""
+    if sampler.temperature == 0:
+        return jnp.argmax(logits, -1)
+    return categorical(keys, cut(logits, sampler))
+
+
+def cut(logits: Float[Array, "*b v"], sampler: Sampler) -> Float[Array, "*b v"]:
+    """The logits that a sampler draws from: divided by the temperature, −inf where it draws nothing."""
+    logits = logits / sampler.temperature
+    if sampler.top_k and sampler.top_k < logits.shape[-1]:
+        order = _ordered(logits)
+        enough = lambda least: jnp.sum(order >= least[..., None], -1) >= sampler.top_k  # noqa: E731
+        logits = jnp.where(order >= _largest(enough, logits.shape[:-1])[..., None], logits, -jnp.inf)
+    if sampler.top_p < 1:
+        order, mass = _ordered(logits), jax.nn.softmax(logits, -1)
+        enough = lambda least: jnp.sum(jnp.where(order >= least[..., None], mass, 0), -1) >= sampler.top_p  # noqa: E731
+        logits = jnp.where(order >= _largest(enough, logits.shape[:-1])[..., None], logits, -jnp.inf)
+    if sampler.min_p > 0:
+        least = jnp.max(logits, -1, keepdims=True) + jnp.log(sampler.min_p)
+        logits = jnp.where(logits >= least, logits, -jnp.inf)
+    return logits
+
+
+def _ordered(x: Float[Array, "*b v"]) -> Int[Array, "*b v"]:
+    """Integers in the order of floats."""
+    bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32)
+    return jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)
+
+
+def _largest(holds: Callable[[Array], Bool[Array, "*b"]], shape: tuple[int, ...]) -> Int[Array, "*b"]:
+    """The largest integer for which a condition holds that fails from some integer on; by bisection, bit by bit."""
+
+    def halve(_: int, ends: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = ends  # holds at low, fails at high
+        middle = (low & high) + ((low ^ high) >> 1)
+        good = holds(middle)
+        return jnp.where(good, middle, low), jnp.where(good, high, middle)
+
+    ends = jnp.full(shape, jnp.iinfo(jnp.int32).min), jnp.full(shape, jnp.iinfo(jnp.int32).max)
+    return jax.lax.fori_loop(0, 32, halve, ends)[0]
+
+
+def categorical(keys: Key[Array, "*b"], logits: Float[Array, "*b v"]) -> Int[Array, "*b"]:
+    """Draws by softmax, with two uniforms a row: one for a block of the vocabulary, one for a token of it.
+
+    A Gumbel for every token, as `jax.random.categorical` draws, costs more than the network's layers on a CPU. Two
+    uniforms of 23 bits also tell probabilities apart far below 2⁻²³.
+    """
+    v = logits.shape[-1]
+    mass = jnp.exp(logits - jnp.max(logits, -1, keepdims=True))
+    mass = jnp.pad(mass, [(0, 0)] * (mass.ndim - 1) + [(0, -v % BLOCK)])
+    blocks = mass.reshape(*mass.shape[:-1], -1, BLOCK)
+    uniform: Callable[[Array], Array] = lambda key: jax.random.uniform(key, (2,))  # noqa: E731
+    for _ in range(keys.ndim):
+        uniform = jax.vmap(uniform)
+    u = uniform(keys)
+    block = _first_above(jnp.sum(blocks, -1), u[..., 0])
+    inside = jnp.take_along_axis(blocks, block[..., None, None], -2)[..., 0, :]
+    return block * BLOCK + _first_above(inside, u[..., 1])
+
+
+def _first_above(weights: Float[Array, "*b n"], u: Float[Array, "*b"]) -> Int[Array, "*b"]:
+    """Where the running sum first exceeds the share u of the whole; never at a weight of zero."""
+    running = jnp.cumsum(weights, -1)
+    return jnp.argmax(running > (u * running[..., -1])[..., None], -1)
