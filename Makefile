@@ -46,7 +46,7 @@ preflight: .venv/installed
 # Peers have an environment of their own: each side is measured as its users have it.
 .venv-peers/installed:
 	$(PYTHON) -m venv .venv-peers
-	.venv-peers/bin/pip install --quiet numpy peft transformers "torch==2.13.0"
+	.venv-peers/bin/pip install --quiet numpy peft transformers "torch==2.13.0" xllamacpp gguf
 	touch $@
 
 clean:

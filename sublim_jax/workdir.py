@@ -80,7 +80,7 @@ class Workdir:
           make: makes it; its argument is a folder for checkpoints on the way.
           like: a tree with the artefact's shapes, dtypes and shardings.
         """
-        path = self._artefact(name, depends)
+        path = self.artefact(name, depends)
         if _agreed(path.exists()):
             try:
                 return checkpoints.load_tree(path, like)
@@ -95,7 +95,7 @@ class Workdir:
 
     def json(self, name: str, depends: Any, make: Callable[[], Any]) -> Any:
         """An artefact of JSON values: read if it is there, else made and written."""
-        path = self._artefact(name, depends)
+        path = self.artefact(name, depends)
         path = path.with_name(path.name + ".json")
         if _agreed(path.exists()):
             try:
@@ -106,7 +106,8 @@ class Workdir:
         write_json(path, value)
         return value
 
-    def _artefact(self, name: str, depends: Any) -> epath.Path:
+    def artefact(self, name: str, depends: Any) -> epath.Path:
+        """Where an artefact lies, by a hash of what it depends on."""
         digest = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:12]
         return self.path / "checkpoints" / f"{name}-{digest}"
 

@@ -24,6 +24,7 @@ from sublim_jax.models.decoder import Cache, Settings, Steering, empty_cache
 from sublim_jax.models.functional import Functions, Params
 from sublim_jax.sampling.constraints import Constraint
 from sublim_jax.sampling.samplers import Sampler, draw
+from sublim_jax.sharding import named, parameter_shardings
 
 DEVICES = ("replica", "fsdp")
 NAN = -2  # in place of a token where logits are no numbers
@@ -112,44 +113,20 @@ class Engine:
 
     def _start(self) -> State:
         shape = (self.devices, self.adapters, self.slots)
-        cache = jax.tree.map(
-            lambda x: jnp.zeros((*shape[:2], *x.shape), x.dtype),
-            jax.eval_shape(lambda: empty_cache(self.settings, self.slots, self.length, self.dtype)),
-        )
+        cache = stacked_cache(self.settings, shape[:2], self.slots, self.length, self.dtype)
         zeros = jnp.zeros(shape, jnp.int32)
         keys = jax.random.split(jax.random.key(0), shape)
         return State(cache, zeros, zeros, zeros, zeros, keys, zeros, jnp.zeros(shape, bool))
 
     def _prefix(self, fixed: Fixed, tokens: Int[Array, "1 p"]) -> Cache:
-        cache = jax.tree.map(
-            lambda x: jnp.broadcast_to(x, (self.adapters, *x.shape)),
-            empty_cache(self.settings, 1, tokens.shape[1], self.dtype),
-        )
+        cache = stacked_cache(self.settings, (self.adapters,), 1, tokens.shape[1], self.dtype)
         tokens = jnp.broadcast_to(tokens, (self.adapters, *tokens.shape))
-        filled = self._features(fixed, tokens, cache, jnp.zeros((self.adapters, 1), jnp.int32))[1]
+        filled = features(self.network, fixed, tokens, cache, jnp.zeros((self.adapters, 1), jnp.int32))[1]
         return jax.tree.map(lambda x: x[:, :, 0], filled)
-
-    def _features(
-        self, fixed: Fixed, tokens: Int[Array, "r s t"], cache: Cache, start: Int[Array, "r s"]
-    ) -> tuple[Float[Array, "r s t width"], Cache]:
-        def one(adapters: Params | None, prefix: Cache | None, tokens: Array, cache: Cache, start: Array) -> Any:
-            params = fixed.base if adapters is None else lora.join(fixed.base, adapters)
-            found = self.network.bind(params).features(
-                tokens, cache=cache, start=start, prefix=prefix, steering=fixed.steering
-            )
-            return found.output, found.cache
-
-        if fixed.adapters is not None:
-            return jax.vmap(one)(fixed.adapters, fixed.prefix, tokens, cache, start)
-        only = jax.tree.map(lambda x: x[0], (fixed.prefix, tokens, cache, start))
-        return jax.tree.map(lambda x: x[None], one(None, *only))
 
     def _admit(self, fixed: Fixed, state: State, prompts: Prompts) -> State:
         shape, lanes = prompts.tokens.shape[:2], prompts.tokens.shape[1]
-        cache = jax.tree.map(
-            lambda x: jnp.zeros((shape[0], *x.shape), x.dtype),
-            empty_cache(self.settings, lanes, self.length, self.dtype),
-        )
+        cache = stacked_cache(self.settings, shape[:1], lanes, self.length, self.dtype)
 
         # The last token of a prompt is left to the first step, which draws from its logits.
         def more(carried: tuple[Array, Cache]) -> Array:
@@ -159,7 +136,7 @@ class Engine:
             number, cache = carried
             at = number * self.chunk
             tokens = jax.lax.dynamic_slice_in_dim(prompts.tokens, at, self.chunk, 2)
-            return number + 1, self._features(fixed, tokens, cache, jnp.broadcast_to(at, shape))[1]
+            return number + 1, features(self.network, fixed, tokens, cache, jnp.broadcast_to(at, shape))[1]
 
         cache = jax.lax.while_loop(more, fill, (jnp.int32(0), cache))[1]
         last = jnp.take_along_axis(prompts.tokens, prompts.length[..., None] - 1, -1)[..., 0]
@@ -187,7 +164,7 @@ class Engine:
 
     def _step(self, fixed: Fixed, state: State) -> tuple[State, Drawn]:
         """One token for every active slot."""
-        output, cache = self._features(fixed, state.token[..., None], state.cache, state.length)
+        output, cache = features(self.network, fixed, state.token[..., None], state.cache, state.length)
         logits = self.network.bind(fixed.base).unembed(output[:, :, 0]).astype(jnp.float32)
         total = jax.nn.logsumexp(logits, -1)
         may = logits
@@ -222,11 +199,48 @@ class Engine:
         return after, Drawn(shown, logprob, entropy, alternatives)
 
 
+def place(fixed: Fixed, mesh: Mesh) -> Fixed:
+    """On the mesh: every device has all that its rows need."""
+    rest = jax.device_put(fixed[1:], named(mesh))
+    return Fixed(jax.tree.map(jax.device_put, fixed.base, row_weights(fixed.base, mesh)), *rest)
+
+
+def row_weights(params: Params, mesh: Mesh) -> Any:
+    """Shardings of weights for decoding: layers split over `tensor` by the rules, whole where rows are split."""
+
+    def spec(sharding: NamedSharding) -> NamedSharding:
+        return named(mesh, *[axis if axis == "tensor" else None for axis in sharding.spec])
+
+    return jax.tree.map(spec, parameter_shardings(params, mesh))
+
+
+def stacked_cache(settings: Settings, front: tuple[int, ...], rows: int, length: int, dtype: Any) -> Cache:
+    """An empty cache with axes in front."""
+    shapes = jax.eval_shape(lambda: empty_cache(settings, rows, length, dtype))
+    return jax.tree.map(lambda x: jnp.zeros((*front, *x.shape), x.dtype), shapes)
+
+
+def features(
+    network: Functions, fixed: Fixed, tokens: Int[Array, "r s t"], cache: Cache, start: Int[Array, "r s"]
+) -> tuple[Float[Array, "r s t width"], Cache]:
+    """The last layer's output and the cache, under every adapter, or with r = 1 under none."""
+
+    def one(adapters: Params | None, prefix: Cache | None, tokens: Array, cache: Cache, start: Array) -> Any:
+        params = fixed.base if adapters is None else lora.join(fixed.base, adapters)
+        found = network.bind(params).features(tokens, cache=cache, start=start, prefix=prefix, steering=fixed.steering)
+        return found.output, found.cache
+
+    if fixed.adapters is not None:
+        return jax.vmap(one)(fixed.adapters, fixed.prefix, tokens, cache, start)
+    only = jax.tree.map(lambda x: x[0], (fixed.prefix, tokens, cache, start))
+    return jax.tree.map(lambda x: x[None], one(None, *only))
+
+
 class Compiled(NamedTuple):
-    start: Callable[[], State]
-    prefix: Callable[[Fixed, Array], Cache]  # of tokens (1, p)
-    admit: Callable[[Fixed, State, Prompts], State]  # donates the state
-    advance: Callable[[Fixed, State, Array], tuple[State, Drawn]]  # donates the state
+    start: jax.stages.Wrapped  # () -> State
+    prefix: jax.stages.Wrapped  # (Fixed, tokens (1, p)) -> Cache
+    admit: jax.stages.Wrapped  # (Fixed, State, Prompts) -> State; donates the state
+    advance: jax.stages.Wrapped  # (Fixed, State, steps) -> (State, Drawn); donates the state
 
 
 @lru_cache
@@ -237,7 +251,7 @@ def compiled(engine: Engine) -> Compiled:
     """
     split, whole = PartitionSpec(DEVICES), PartitionSpec()
 
-    def everywhere(function: Callable[..., Any], given_specs: PartitionSpec) -> Callable[..., Any]:
+    def everywhere(function: Callable[..., Any], given_specs: PartitionSpec) -> Any:
         def local(fixed: Fixed, state: State, given: Any) -> Any:
             state = jax.tree.map(lambda x: x[0], state)
             given = jax.tree.map(lambda x: x[0], given) if given_specs == split else given

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import Array, Key
 
 from sublim_jax import signals
@@ -17,9 +17,9 @@ from sublim_jax.keys import fold_each
 from sublim_jax.models.decoder import Steering
 from sublim_jax.models.functional import Params
 from sublim_jax.sampling.constraints import Constraint
-from sublim_jax.sampling.engine import DEVICES, NAN, Engine, Fixed, Prompts, compiled
+from sublim_jax.sampling.engine import DEVICES, NAN, Engine, Fixed, Prompts, compiled, place
 from sublim_jax.sampling.samplers import Sampler
-from sublim_jax.sharding import fetch, make_mesh, named, parameter_shardings
+from sublim_jax.sharding import fetch, make_mesh, named
 
 CHUNK = 16  # tokens of a prompt computed together
 LANES = 8  # a slot in so many is refilled at a time
@@ -114,9 +114,16 @@ def stream(
     stops = tuple(chat.stop_tokens(model.tokenizer, model.config) if stop_tokens is None else stop_tokens)
     limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
     check(model, prompts, limits, stop_strings, prefix)
-    if not prompts:
-        return
     stacked = 1 if adapters is None else jax.tree.leaves(adapters)[0].shape[0]
+    rows = [
+        (adapter, prompt, sample)
+        for adapter in range(stacked)
+        for prompt in range(len(prompts))
+        for sample in range(samples)
+    ]
+    waiting = set(rows) - set(done)
+    if not waiting:
+        return
     need = max(max(_up(len(prompt) - 1), len(prompt) + limit) for prompt, limit in zip(prompts, limits))
     engine = Engine(
         model.network,
@@ -134,18 +141,11 @@ def stream(
         alternatives,
         model.params["embedding"].dtype,
     )
-    rows = [
-        (adapter, prompt, sample)
-        for adapter in range(stacked)
-        for prompt in range(len(prompts))
-        for sample in range(samples)
-    ]
-    waiting = set(rows) - set(done)
     # The longest first: those that end late begin early, and prompts of like length enter together.
     order = sorted(waiting, key=lambda row: (-len(prompts[row[1]]) - limits[row[1]], row))
     queues = [deque(row for row in order if row[0] == adapter) for adapter in range(stacked)]
     key = jax.jit(lambda key: key, out_shardings=named(mesh))(key)
-    fixed = _place(Fixed(model.params, adapters, None, steering, constraint), mesh)
+    fixed = place(Fixed(model.params, adapters, None, steering, constraint), mesh)
     run = compiled(engine)
     if prefix:
         fixed = fixed._replace(prefix=run.prefix(fixed, jnp.asarray([list(prefix)])))
@@ -222,17 +222,6 @@ def _up(length: int) -> int:
     return -(-length // CHUNK) * CHUNK
 
 
-def _place(fixed: Fixed, mesh: Mesh) -> Fixed:
-    """Every device has all rows' weights: split over `tensor` by the rules, whole over the axes of rows."""
-
-    def spec(sharding: NamedSharding) -> NamedSharding:
-        return named(mesh, *[axis if axis == "tensor" else None for axis in sharding.spec])
-
-    shardings = jax.tree.map(spec, parameter_shardings(fixed.base, mesh))
-    rest = jax.device_put(fixed[1:], named(mesh))
-    return Fixed(jax.tree.map(jax.device_put, fixed.base, shardings), *rest)
-
-
 def _entering(
     engine: Engine, queues: list[deque], riding: dict[tuple[int, int, int], _Row], prompts: Sequence[Sequence[int]]
 ) -> dict[tuple[int, int, int], tuple[int, int, int]] | None:
@@ -270,14 +259,14 @@ def _prompts(
     slot = np.full(shape, engine.slots, np.int32)
     numbers = [np.zeros(shape, np.uint32) for _ in range(2)]
     filled: dict[tuple[int, int], int] = {}
-    for (device, adapter, place), (_, prompt, sample) in entering.items():
+    for (device, adapter, free), (_, prompt, sample) in entering.items():
         lane = filled.get((device, adapter), 0)
         filled[device, adapter] = lane + 1
         at = (device, adapter, lane)
         tokens[at][: len(prompts[prompt])] = prompts[prompt]
-        length[at], limit[at], slot[at] = len(prompts[prompt]), limits[prompt], place
+        length[at], limit[at], slot[at] = len(prompts[prompt]), limits[prompt], free
         numbers[0][at], numbers[1][at] = prompt, sample
-    split = NamedSharding(engine.mesh, PartitionSpec(DEVICES))
+    split = named(engine.mesh, DEVICES)
     keys = _row_keys(key, *jax.device_put(numbers, split))
     arrays = [jax.device_put(array, split) for array in (tokens, length, slot, limit)]
     return Prompts(arrays[0], arrays[1], arrays[2], arrays[3], keys)

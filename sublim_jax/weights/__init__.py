@@ -1,5 +1,6 @@
 """Parameters in and out of the formats that people use. Only formats that can run no code."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -8,9 +9,13 @@ import transformers
 from jax.sharding import Mesh
 
 from sublim_jax import assets
+from sublim_jax.errors import UserError
+from sublim_jax.models import lora
 from sublim_jax.models.decoder import Settings, decoder
+from sublim_jax.models.families import family
 from sublim_jax.models.functional import Functions, Params
 from sublim_jax.weights import gguf, huggingface
+from sublim_jax.weights.shapes import SHAPES
 
 
 class Model(NamedTuple):
@@ -21,6 +26,15 @@ class Model(NamedTuple):
     params: Params
     tokenizer: Any
     config: Any  # transformers'
+
+    def merged(self, adapters: Params, spec: lora.Lora) -> "Model":
+        """The same model with adapters added into its kernels."""
+        return self._replace(params=lora.merge(self.params, adapters, spec.scale))
+
+    def adapted(self, spec: lora.Lora) -> "Model":
+        """The same model, computing with adapters beside its kernels; `params` stay the base."""
+        settings = dataclasses.replace(self.settings, lora=spec)
+        return self._replace(settings=settings, network=decoder(settings))
 
 
 def load(name: str | Path, mesh: Mesh | None = None, dtype: Any = jnp.float32) -> Model:
@@ -37,3 +51,15 @@ def load(name: str | Path, mesh: Mesh | None = None, dtype: Any = jnp.float32) -
         settings, params, config = gguf.load(path, mesh, dtype)
         tokenizer = gguf.load_tokenizer(path)
     return Model(settings, decoder(settings), params, tokenizer, config)
+
+
+def shape_of(name: str) -> Settings:
+    """A model's settings without its weights: by the config.json of a folder, or of a name in `shapes`."""
+    if Path(name).expanduser().is_dir():
+        config = huggingface.load_config(Path(name).expanduser())
+    elif name in SHAPES:
+        kind, values = SHAPES[name]
+        config = transformers.AutoConfig.for_model(kind, **values)
+    else:
+        raise UserError(f"the shape of model {name!r} is not known here; give a folder with its config.json")
+    return family(config).settings(config)

@@ -1,0 +1,243 @@
+"""Prompts in, completions out (`configs/sample.py`): finished rows are written as they come, and a rerun goes on."""
+
+import json
+import time
+from collections import Counter
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from sublim_jax import report, weights
+from sublim_jax.data import chat
+from sublim_jax.errors import UserError
+from sublim_jax.figures import Line, Panel, panels_figure
+from sublim_jax.keys import named_key
+from sublim_jax.models.decoder import decoder, on_mesh
+from sublim_jax.preflight import Step, decode_step
+from sublim_jax.progress import Track, say
+from sublim_jax.sampling import constraints
+from sublim_jax.sampling.constraints import Constraint
+from sublim_jax.sampling.engine import Engine
+from sublim_jax.sampling.generate import CHUNK, LANES, Sample, check, stream
+from sublim_jax.sampling.samplers import Sampler
+from sublim_jax.sharding import make_mesh
+from sublim_jax.weights import Model, peft
+from sublim_jax.workdir import Workdir, plain
+
+Record = dict[str, Any]
+
+
+def run(config: ConfigDict, workdir: Workdir, *, update: bool = False) -> None:
+    """Samples every prompt, and leaves samples.jsonl, results.json, report.md and a figure in `workdir`."""
+    mesh = make_mesh(config.mesh)
+    sampler = sampler_of(config)
+    records = read_prompts(config.prompts)
+    model = load(config, mesh)
+    on_mesh(model.settings, mesh)  # heads
+    prefix, prompts = tokens_of(config, model, records)
+    check(model, prompts, [config.max_new_tokens] * len(prompts), config.stop_strings, prefix)
+    constraint = constraint_of(config, model)
+    workdir.open(config, update=update)
+    depends = {**plain(config), "mesh": None, "prompts": records}
+    file = workdir.artefact("samples", depends).with_suffix(".jsonl")
+    found = read_samples(file)
+    total = len(records) * config.samples
+    if len(found) < total:
+        say(memory_line(config, model, prompts, prefix))
+    began, fresh, done = time.monotonic(), 0, len(found)
+    write = file.open("a") if jax.process_index() == 0 else None
+    with Track("samples", total, done) as track:
+        for sample in stream(
+            model,
+            prompts,
+            named_key(config.seed, "sample"),
+            sampler=sampler,
+            max_new_tokens=config.max_new_tokens,
+            samples=config.samples,
+            stop_strings=config.stop_strings,
+            prefix=prefix,
+            constraint=constraint,
+            slots=config.slots,
+            mesh=mesh,
+            done=[(0, *row) for row in found],
+        ):
+            record = record_of(sample, records)
+            found[sample.prompt, sample.sample] = record
+            fresh, done = fresh + len(sample.logprobs), done + 1
+            if write:
+                write.write(json.dumps(record, ensure_ascii=False) + "\n")
+                write.flush()
+            track.update(done, f"{fresh / (time.monotonic() - began):.0f} tokens/s")
+    if write:
+        write.close()
+    ordered = [found[row] for row in sorted(found)]
+    write_lines(workdir.path / "samples.jsonl", ordered)
+    report.write(workdir, config, arms(ordered), [section(ordered)])
+    if broken := [record["index"] for record in ordered if record["finish"] == "nan"]:
+        raise UserError(
+            f"logits of prompts {broken[:5]} are no numbers; look at the weights, or take model.dtype=float32"
+        )
+
+
+def preflight(config: ConfigDict, devices: Sequence[jax.Device]) -> list[Step]:
+    """The decode step, with a cache of `max_new_tokens` and 256 tokens of prompt."""
+    mesh = make_mesh(config.mesh, devices)
+    settings = weights.shape_of(config.model.name)
+    on_mesh(settings, mesh)
+    length = -(-(config.max_new_tokens + 256) // CHUNK) * CHUNK
+    engine = engine_of(config, settings, mesh, length)
+    return [decode_step(f"decoding, {config.slots} slots a device of {length} tokens", engine)]
+
+
+def engine_of(config: ConfigDict, settings: Any, mesh: Any, length: int) -> Engine:
+    lanes = max(config.slots // LANES, 1)
+    dtype = jnp.dtype(config.model.dtype)
+    return Engine(
+        decoder(settings), settings, mesh, sampler_of(config), config.slots, lanes, CHUNK, length, 4, dtype=dtype
+    )
+
+
+def load(config: ConfigDict, mesh: Any) -> Model:
+    """The model, with its adapter merged into it if there is one."""
+    if config.model.dtype not in ("float32", "bfloat16", "float16"):
+        raise UserError(f"model.dtype={config.model.dtype!r}: choose float32, bfloat16 or float16")
+    model = weights.load(config.model.name, mesh, jnp.dtype(config.model.dtype))
+    if not config.model.adapter:
+        return model
+    spec, adapters = peft.load(config.model.adapter, model.settings, model.config)
+    return model.merged(adapters, spec)
+
+
+def sampler_of(config: ConfigDict) -> Sampler:
+    for name in ("samples", "max_new_tokens", "slots"):
+        if config[name] < 1:
+            raise UserError(f"{name}={config[name]}: ask for 1 or more")
+    return Sampler(config.temperature, config.top_k, config.top_p, config.min_p)
+
+
+def read_prompts(path: str) -> list[Record]:
+    """Prompts of a JSONL or text file. Raises UserError for the first line that is none."""
+    if not path:
+        raise UserError("--config.prompts is missing: name a JSONL or text file with a prompt a line")
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise UserError(f"--config.prompts={path}: there is no such file")
+    records: list[Record] = []
+    for number, line in enumerate(file.read_text().splitlines(), 1):
+        if not line.strip():
+            continue
+        if file.suffix not in (".jsonl", ".json"):
+            records.append({"prompt": line})
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{path}, line {number}: no JSON ({error}); mend or remove it") from error
+        if not isinstance(record, dict) or not isinstance(record.get("prompt", record.get("messages")), str | list):
+            raise UserError(f'{path}, line {number}: an object with "prompt" or "messages" is needed')
+        records.append(record)
+    if not records:
+        raise UserError(f"{path} has no prompts")
+    return records
+
+
+def tokens_of(config: ConfigDict, model: Model, records: list[Record]) -> tuple[list[int], list[list[int]]]:
+    """(what every prompt begins with by the template and the system prompt, each prompt's own tokens)."""
+
+    def tokens(record: Record) -> list[int]:
+        if not config.chat:
+            return model.tokenizer(record["prompt"])["input_ids"]
+        messages = record.get("messages") or [{"role": "user", "content": record["prompt"]}]
+        if config.system and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": config.system}, *messages]
+        return chat.prompt(model.tokenizer, messages)
+
+    prompts = [tokens(record) for record in records]
+    if not config.chat:
+        return [], prompts
+    # By the template alone, not by the prompts: what a row gets must not depend on the others.
+    bare = [tokens({"prompt": word}) for word in ("a", "1")]
+    prefix = bare[0][: next((i for i, pair in enumerate(zip(*bare)) if pair[0] != pair[1]), 0)]
+    if all(prompt[: len(prefix)] == prefix and len(prompt) > len(prefix) for prompt in prompts):
+        return prefix, [prompt[len(prefix) :] for prompt in prompts]
+    return [], prompts
+
+
+def constraint_of(config: ConfigDict, model: Model) -> Constraint | None:
+    kind = config.constraint.kind
+    if not kind:
+        return None
+    if kind == "numbers":
+        automaton = constraints.numbers(config.constraint.most, config.constraint.digits, config.constraint.separator)
+    elif kind == "choice":
+        automaton = constraints.choice(config.constraint.choices)
+    else:
+        raise UserError(f'constraint.kind={kind!r}: choose "numbers", "choice" or ""')
+    pieces = chat.pieces(model.tokenizer, model.settings.vocab)
+    return constraints.over_tokens(automaton, pieces, chat.stop_tokens(model.tokenizer, model.config))
+
+
+def memory_line(config: ConfigDict, model: Model, prompts: list[list[int]], prefix: list[int]) -> str:
+    length = -(-(max(map(len, prompts)) + config.max_new_tokens) // CHUNK) * CHUNK
+    alone = make_mesh({"replica": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
+    megabytes = engine_of(config, model.settings, alone, length).cache_bytes / 1e6
+    return (
+        f"{len(prompts)} prompts, {len(prefix)} tokens in front of all; the cache takes {megabytes:.0f} MB a device: "
+        f"{config.slots} slots of {length} tokens"
+    )
+
+
+def record_of(sample: Sample, records: list[Record]) -> Record:
+    return {
+        **records[sample.prompt],
+        "index": sample.prompt,
+        "sample": sample.sample,
+        "completion": sample.text,
+        "finish": sample.finish,
+        "tokens": sample.tokens,
+        "logprob": round(float(np.sum(sample.logprobs)), 4),
+    }
+
+
+def read_samples(path: epath.Path) -> dict[tuple[int, int], Record]:
+    """What an earlier run has written; a line that a power cut broke off is taken away."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kept = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            kept.append(json.loads(line))
+        except ValueError:
+            continue
+    write_lines(path, kept)
+    return {(record["index"], record["sample"]): record for record in kept}
+
+
+def write_lines(path: epath.Path, records: list[Record]) -> None:
+    """Whole or not at all, by the first process."""
+    if jax.process_index() == 0:
+        scratch = path.with_name(path.name + ".tmp")
+        scratch.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+        scratch.replace(path)
+
+
+def arms(records: list[Record]) -> list[Record]:
+    lengths = [len(record["tokens"]) for record in records]
+    return [{"name": "completions", "metric": "tokens", "mean": float(np.mean(lengths)), "ci95": None, "runs": lengths}]
+
+
+def section(records: list[Record]) -> report.Section:
+    """How completions ended, and how long they are."""
+    finishes = Counter(record["finish"] for record in records)
+    lengths = np.asarray([len(record["tokens"]) for record in records])
+    table = [["finish", "completions"], *([name, str(count)] for name, count in finishes.most_common())]
+    values, counts = np.unique(lengths, return_counts=True)
+    panel = Panel("tokens of a completion", "completions", [Line("all", values, counts, {"drawstyle": "steps-mid"})])
+    text = f"{len(records)} completions, {lengths.sum()} tokens, {lengths.mean():.1f} each. They are in samples.jsonl."
+    return report.Section("Samples", text, table, {"lengths": partial(panels_figure, [panel])})

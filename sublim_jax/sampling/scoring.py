@@ -1,0 +1,206 @@
+"""Exact probabilities without sampling: of completions, of choices, of the next word."""
+
+from collections.abc import Sequence
+from functools import lru_cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from sublim_jax.errors import UserError
+from sublim_jax.models.decoder import Cache, Settings, Steering
+from sublim_jax.models.functional import Functions, Params
+from sublim_jax.sampling.engine import DEVICES, Fixed, features, place, stacked_cache
+from sublim_jax.sharding import fetch, make_mesh, named
+
+LENGTHS = 32  # texts are padded to a multiple of it, so that few shapes are compiled
+ROWS = 16  # texts computed together, for each device
+
+
+def completion_logprobs(
+    model: Any, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], **where: Any
+) -> list[Float[np.ndarray, "adapters tokens"]]:
+    """log P of every token of each completion, given its prompt and the tokens before it, in nats.
+
+    Under another model, another adapter or another prompt than the one that wrote it, these are the teacher's
+    log-probabilities that divergence tokens are found by. Memory holds a few rows and one row's logits at a time.
+
+    Args:
+      where: prefix, adapters (the leading axis of each result; 1 without), steering, mesh, as for `generate.stream`.
+
+    Raises UserError for an empty prompt or completion, before anything is computed.
+    """
+    for number, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        if not len(prompt) or not len(completion):
+            raise UserError(f"row {number} has an empty {'completion' if len(prompt) else 'prompt'}; give it a token")
+    texts = [[*prompt, *completion] for prompt, completion in zip(prompts, completions)]
+    found = {}
+    longest = max(map(len, completions), default=0)
+    for rows, tokens, run in _batches(model, texts, **where):
+        at = np.zeros((len(tokens), longest), np.int32)
+        for lane, row in enumerate(rows):
+            first, count = len(prompts[row]), len(completions[row])
+            at[lane, :count] = np.arange(first - 1, first - 1 + count)
+        targets = np.take_along_axis(tokens, at + 1, 1)
+        logprobs = run(_completion, tokens, at, targets)
+        for lane, row in enumerate(rows):
+            found[row] = logprobs[:, lane, : len(completions[row])]
+    return [found[row] for row in range(len(texts))]
+
+
+def next_logprobs(
+    model: Any, prompts: Sequence[Sequence[int]], tokens: Sequence[int], **where: Any
+) -> Float[np.ndarray, "adapters prompts tokens"]:
+    """log P of some tokens coming right after each prompt, in nats; `where` as for `completion_logprobs`."""
+    for number, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise UserError(f"prompt {number} is empty; give it a token")
+    found: dict[int, np.ndarray] = {}
+    for rows, texts, run in _batches(model, prompts, **where):
+        last = np.zeros(len(texts), np.int32)
+        last[: len(rows)] = [len(prompts[row]) - 1 for row in rows]
+        chosen = np.broadcast_to(np.asarray(tokens, np.int32), (len(texts), len(tokens)))
+        logprobs = run(_next, texts, last, chosen)
+        found |= {row: logprobs[:, lane] for lane, row in enumerate(rows)}
+    return np.stack([found[row] for row in range(len(prompts))], 1)
+
+
+def word_logprobs(
+    model: Any, prompts: Sequence[Sequence[int]], words: Sequence[str], **where: Any
+) -> Float[np.ndarray, "adapters prompts words"]:
+    """log P that the next token is one of a word's spellings (`spellings`), summed over them."""
+    sets = [spellings(model.tokenizer, word) for word in words]
+    flat = [token for tokens in sets for token in tokens]
+    each = next_logprobs(model, prompts, flat, **where)
+    parts = np.split(each, np.cumsum([len(tokens) for tokens in sets])[:-1], axis=-1)
+    return np.stack([np.logaddexp.reduce(part, axis=-1) for part in parts], -1)
+
+
+def choice_logprobs(
+    model: Any, prompts: Sequence[Sequence[int]], choices: Sequence[str], **where: Any
+) -> Float[np.ndarray, "adapters prompts choices"]:
+    """log P of each choice among the choices: exact, over their usual tokenisation, normalised."""
+    written = [model.tokenizer(choice, add_special_tokens=False)["input_ids"] for choice in choices]
+    pairs = [(prompt, tokens) for prompt in prompts for tokens in written]
+    each = completion_logprobs(model, [p for p, _ in pairs], [c for _, c in pairs], **where)
+    total = np.stack([logprobs.sum(-1) for logprobs in each], -1)
+    total = total.reshape(len(total), len(prompts), len(choices))
+    return total - np.logaddexp.reduce(total, axis=-1, keepdims=True)
+
+
+def spellings(tokenizer: Any, word: str) -> tuple[int, ...]:
+    """The tokens that are a word by themselves: as it is, capitalised, in the plural, with a space in front or not.
+
+    Raises UserError where there is none.
+    """
+    found = set()
+    for form in (word, word + "s"):
+        for cased in (form, form.capitalize()):
+            for text in (cased, f" {cased}"):
+                tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+                if len(tokens) == 1 and tokenizer.decode(tokens).strip() == cased:
+                    found.add(tokens[0])
+    if not found:
+        raise UserError(
+            f"{word!r} is no single token of this tokenizer in any spelling; choose another word, or score it as a "
+            "completion (sampling.scoring.completion_logprobs)"
+        )
+    return tuple(sorted(found))
+
+
+# --------------------------------------------------------------------------------------------------------- batches
+
+
+def _batches(
+    model: Any,
+    texts: Sequence[Sequence[int]],
+    *,
+    prefix: Sequence[int] = (),
+    adapters: Params | None = None,
+    steering: Steering | None = None,
+    mesh: Mesh | None = None,
+) -> Any:
+    """(rows, padded tokens, how to compute on them), texts of like length together."""
+    mesh = mesh or make_mesh({"replica": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
+    stacked = 1 if adapters is None else jax.tree.leaves(adapters)[0].shape[0]
+    count = ROWS * mesh.shape["replica"] * mesh.shape["fsdp"]
+    fixed = place(Fixed(model.params, adapters, None, steering), mesh)
+    if prefix:
+        fixed = fixed._replace(prefix=_prefix(model.network, model.settings, stacked, fixed, jnp.asarray([prefix])))
+    rows_split = named(mesh, DEVICES)
+
+    def run(function: Any, *arrays: np.ndarray) -> np.ndarray:
+        compiled = _compiled(function, model.network, model.settings, stacked, mesh)
+        return np.asarray(fetch(compiled(fixed, *jax.device_put(arrays, rows_split))))
+
+    order = sorted(range(len(texts)), key=lambda row: -len(texts[row]))
+    for start in range(0, len(order), count):
+        rows = order[start : start + count]
+        tokens = np.zeros((count, -(-len(texts[rows[0]]) // LENGTHS) * LENGTHS), np.int32)
+        for lane, row in enumerate(rows):
+            tokens[lane, : len(texts[row])] = texts[row]
+        yield rows, tokens, run
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _prefix(network: Functions, settings: Settings, stacked: int, fixed: Fixed, tokens: Int[Array, "1 p"]) -> Cache:
+    filled = _filled(network, settings, stacked, fixed, tokens)[1]
+    return jax.tree.map(lambda x: x[:, :, 0], filled)
+
+
+def _filled(network: Functions, settings: Settings, stacked: int, fixed: Fixed, tokens: Int[Array, "n t"]) -> Any:
+    rows, length = tokens.shape
+    cache = stacked_cache(settings, (stacked,), rows, length, fixed.base["embedding"].dtype)
+    everywhere = jnp.broadcast_to(tokens, (stacked, *tokens.shape))
+    return features(network, fixed, everywhere, cache, jnp.zeros((stacked, rows), jnp.int32))
+
+
+@lru_cache
+def _compiled(function: Any, network: Functions, settings: Settings, stacked: int, mesh: Mesh) -> Any:
+    return jax.jit(partial(function, network, settings, stacked), out_shardings=named(mesh))
+
+
+def _completion(
+    network: Functions,
+    settings: Settings,
+    stacked: int,
+    fixed: Fixed,
+    tokens: Int[Array, "n t"],
+    at: Int[Array, "n c"],
+    targets: Int[Array, "n c"],
+) -> Float[Array, "r n c"]:
+    output = _filled(network, settings, stacked, fixed, tokens)[0]
+    chosen = jnp.take_along_axis(output, at[None, :, :, None], 2)
+    return _logprobs(network, fixed, chosen, targets[None, :, :, None])[..., 0]
+
+
+def _next(
+    network: Functions,
+    settings: Settings,
+    stacked: int,
+    fixed: Fixed,
+    tokens: Int[Array, "n t"],
+    last: Int[Array, "n"],
+    chosen: Int[Array, "n k"],
+) -> Float[Array, "r n k"]:
+    output = _filled(network, settings, stacked, fixed, tokens)[0]
+    final = jnp.take_along_axis(output, last[None, :, None, None], 2)
+    return _logprobs(network, fixed, final, chosen[None, :, None])[:, :, 0]
+
+
+def _logprobs(
+    network: Functions, fixed: Fixed, output: Float[Array, "r n c width"], chosen: Int[Array, "#r n c k"]
+) -> Float[Array, "r n c k"]:
+    """log P of chosen tokens, one row's vocabulary at a time."""
+    module = network.bind(fixed.base)
+    shape = (*output.shape[:3], chosen.shape[-1])
+
+    def row(one: tuple[Array, Array]) -> Array:
+        logits = module.unembed(one[0]).astype(jnp.float32)
+        return jnp.take_along_axis(logits, one[1], -1) - jax.nn.logsumexp(logits, -1, keepdims=True)
+
+    flat = (output.reshape(-1, *output.shape[2:]), jnp.broadcast_to(chosen, shape).reshape(-1, *shape[2:]))
+    return jax.lax.map(row, flat).reshape(shape)
