@@ -25,6 +25,7 @@ check: .venv/installed-dev
 bench: .venv/installed .venv-peers/installed
 	$(BIN)/python -m bench.mnist --peer=.venv-peers/bin/python
 	$(BIN)/python -m bench.lora --peer=.venv-peers/bin/python
+	$(BIN)/python -m bench.sampling --peer=.venv-peers/bin/python
 
 parity: .venv/installed-dev
 	$(BIN)/python -m pytest -q tests/test_families.py --parity=docs/parity.md

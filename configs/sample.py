@@ -46,6 +46,7 @@ def get_config(preset: str = "smollm2") -> ConfigDict:
         config.slots = 256
         config.model.dtype = "bfloat16"
     elif preset == "qwen2.5-7b":
+        config.mesh.tensor = 4  # on a v5e:4x4, with 4.2 of its 16 GB a chip: --preflight=v5e:4x4
         config.model.name = "Qwen/Qwen2.5-7B-Instruct"
         config.model.dtype = "bfloat16"
         config.slots = 128

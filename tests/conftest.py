@@ -8,7 +8,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import pytest
 
-from sublim_jax import assets
+from sublim_jax import assets, weights
 from sublim_jax.data import mnist
 from sublim_jax.errors import UserError
 from sublim_jax.sharding import make_mesh
@@ -39,3 +39,57 @@ def mnist_folder():
 @pytest.fixture(scope="session")
 def mnist_data(mnist_folder):
     return mnist.load(mnist_folder)
+
+
+TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory):
+    """A language model of 4 layers with a tokenizer of bytes and some merged numbers, as a folder of safetensors."""
+    torch = pytest.importorskip("torch")
+    tokenizers = pytest.importorskip("tokenizers")
+    transformers = pytest.importorskip("transformers")
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    merged = ["12", "42", "123", "Ġ7", ",Ġ", "owl", "Ġowl", "Owl", "owls"]
+    merges = [("1", "2"), ("4", "2"), ("12", "3"), ("Ġ", "7"), (",", "Ġ"), ("o", "w"), ("ow", "l"), ("Ġ", "owl")]
+    merges += [("O", "w"), ("Ow", "l"), ("owl", "s")]
+    vocab = {token: number for number, token in enumerate([*alphabet, *merged, "ow", "Ow"])}
+    raw = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges))
+    raw.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    raw.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<|end|>")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|system|>", "<|user|>", "<|assistant|>"]})
+    tokenizer.chat_template = TEMPLATE
+    config = transformers.AutoConfig.for_model(
+        "qwen2",
+        vocab_size=len(tokenizer) + 5,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id,
+        use_sliding_window=True,
+        sliding_window=50,
+        max_window_layers=2,
+    )
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.mul_(1 if "norm" in name else 8)  # 0.02 to 0.16: logits far enough apart to be told apart
+    folder = tmp_path_factory.mktemp("tiny")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_folder):
+    return weights.load(tiny_folder)

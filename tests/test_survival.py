@@ -18,9 +18,9 @@ ROOT = Path(__file__).parents[1]
 SIZE = ["--config=configs/mnist.py:smoke", "--config.inputs.count=20000", "--config.student.epochs=3"]
 
 
-def start(*args, devices=1):
+def start(*args, devices=1, size=SIZE):
     env = {**os.environ, "JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "launch.py", *SIZE, *map(str, args)]
+    command = [sys.executable, "launch.py", *size, *map(str, args)]
     return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 

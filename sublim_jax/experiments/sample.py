@@ -25,7 +25,7 @@ from sublim_jax.progress import Track, say
 from sublim_jax.sampling import constraints
 from sublim_jax.sampling.constraints import Constraint
 from sublim_jax.sampling.engine import Engine
-from sublim_jax.sampling.generate import CHUNK, LANES, Sample, check, stream
+from sublim_jax.sampling.generate import CHUNK, LANES, Sample, cache_length, check, stream
 from sublim_jax.sampling.samplers import Sampler
 from sublim_jax.sharding import make_mesh
 from sublim_jax.weights import Model, peft
@@ -91,7 +91,7 @@ def preflight(config: ConfigDict, devices: Sequence[jax.Device]) -> list[Step]:
     mesh = make_mesh(config.mesh, devices)
     settings = weights.shape_of(config.model.name)
     on_mesh(settings, mesh)
-    length = -(-(config.max_new_tokens + 256) // CHUNK) * CHUNK
+    length = cache_length(config.max_new_tokens + 256)
     engine = engine_of(config, settings, mesh, length)
     return [decode_step(f"decoding, {config.slots} slots a device of {length} tokens", engine)]
 
@@ -185,7 +185,7 @@ def constraint_of(config: ConfigDict, model: Model) -> Constraint | None:
 
 
 def memory_line(config: ConfigDict, model: Model, prompts: list[list[int]], prefix: list[int]) -> str:
-    length = -(-(max(map(len, prompts)) + config.max_new_tokens) // CHUNK) * CHUNK
+    length = cache_length(max(map(len, prompts)) + config.max_new_tokens)
     alone = make_mesh({"replica": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
     megabytes = engine_of(config, model.settings, alone, length).cache_bytes / 1e6
     return (

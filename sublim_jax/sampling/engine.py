@@ -165,7 +165,7 @@ class Engine:
     def _step(self, fixed: Fixed, state: State) -> tuple[State, Drawn]:
         """One token for every active slot."""
         output, cache = features(self.network, fixed, state.token[..., None], state.cache, state.length)
-        logits = self.network.bind(fixed.base).unembed(output[:, :, 0]).astype(jnp.float32)
+        logits = unembed(self.network, fixed, output[:, :, 0])
         total = jax.nn.logsumexp(logits, -1)
         may = logits
         if fixed.constraint is not None:
@@ -236,6 +236,22 @@ def features(
     return jax.tree.map(lambda x: x[None], one(None, *only))
 
 
+def unembed(network: Functions, fixed: Fixed, output: Float[Array, "*rows width"]) -> Float[Array, "*rows vocab"]:
+    """Logits; the unembedding has no adapters, and is the same under all."""
+    one = jax.tree.map(lambda x: x[0], fixed.adapters)
+    params = fixed.base if one is None else lora.join(fixed.base, one)
+    return network.bind(params).unembed(output).astype(jnp.float32)
+
+
+def state_shardings(engine: Engine) -> Any:
+    """Slots over devices; the cache's groups of keys, which go with a layer's heads, over `tensor`."""
+    rows = named(engine.mesh, DEVICES)
+    groups = engine.settings.key_heads % engine.mesh.shape["tensor"] == 0
+    split = named(engine.mesh, DEVICES, None, None, None, "tensor" if groups else None)
+    shapes = jax.eval_shape(engine._start)
+    return jax.tree.map(lambda x: split if x.ndim == 7 else rows, shapes)
+
+
 class Compiled(NamedTuple):
     start: jax.stages.Wrapped  # () -> State
     prefix: jax.stages.Wrapped  # (Fixed, tokens (1, p)) -> Cache
@@ -270,7 +286,7 @@ def compiled(engine: Engine) -> Compiled:
         )
 
     return Compiled(
-        jax.jit(engine._start, out_shardings=NamedSharding(engine.mesh, split)),
+        jax.jit(engine._start, out_shardings=state_shardings(engine)),
         jax.jit(engine._prefix),
         everywhere(engine._admit, split),
         everywhere(engine._advance, whole),

@@ -23,6 +23,9 @@ from sublim_jax.sharding import fetch, make_mesh, named
 
 CHUNK = 16  # tokens of a prompt computed together
 LANES = 8  # a slot in so many is refilled at a time
+# The cache's length is a multiple of it. XLA on CPUs then adds up a row's keys in the same order whatever the length,
+# so that a longer prompt elsewhere changes no bit.
+LENGTHS = 64
 
 
 class Sample(NamedTuple):
@@ -124,7 +127,7 @@ def stream(
     waiting = set(rows) - set(done)
     if not waiting:
         return
-    need = max(max(_up(len(prompt) - 1), len(prompt) + limit) for prompt, limit in zip(prompts, limits))
+    need = max(len(prompt) + limit for prompt, limit in zip(prompts, limits))
     engine = Engine(
         model.network,
         model.settings,
@@ -133,7 +136,7 @@ def stream(
         slots,
         max(slots // LANES, 1),
         CHUNK,
-        _up(need),
+        cache_length(need),
         steps,
         stops,
         stacked,
@@ -151,7 +154,7 @@ def stream(
         fixed = fixed._replace(prefix=run.prefix(fixed, jnp.asarray([list(prefix)])))
     state = run.start()
     riding: dict[tuple[int, int, int], _Row] = {}  # by (device, adapter, slot)
-    longest = _up(max(len(prompt) for prompt in prompts))
+    longest = -(-max(len(prompt) for prompt in prompts) // CHUNK) * CHUNK
     with signals.deferred() as signal:
         while any(queues) or riding:
             while (entering := _entering(engine, queues, riding, prompts)) is not None:
@@ -218,8 +221,9 @@ def check(
             raise UserError(f"stop string {string!r} can never be reached: the tokenizer writes it as {written!r}")
 
 
-def _up(length: int) -> int:
-    return -(-length // CHUNK) * CHUNK
+def cache_length(tokens: int) -> int:
+    """Columns of a cache for so many tokens of a row."""
+    return -(-tokens // LENGTHS) * LENGTHS
 
 
 def _entering(
@@ -257,7 +261,7 @@ def _prompts(
     tokens = np.zeros((*shape, longest), np.int32)
     length, limit = np.ones(shape, np.int32), np.ones(shape, np.int32)
     slot = np.full(shape, engine.slots, np.int32)
-    numbers = [np.zeros(shape, np.uint32) for _ in range(2)]
+    numbers = [np.zeros(shape, np.int32) for _ in range(2)]
     filled: dict[tuple[int, int], int] = {}
     for (device, adapter, free), (_, prompt, sample) in entering.items():
         lane = filled.get((device, adapter), 0)

@@ -72,7 +72,7 @@ def _ordered(x: Float[Array, "*b v"]) -> Int[Array, "*b v"]:
 def _largest(holds: Callable[[Array], Bool[Array, "*b"]], shape: tuple[int, ...]) -> Int[Array, "*b"]:
     """The largest integer for which a condition holds that fails from some integer on; by bisection, bit by bit."""
 
-    def halve(_: int, ends: tuple[Array, Array]) -> tuple[Array, Array]:
+    def halve(_: Array, ends: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = ends  # holds at low, fails at high
         middle = (low & high) + ((low ^ high) >> 1)
         good = holds(middle)

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from sublim_jax.errors import UserError
 from sublim_jax.models.decoder import Cache, Settings, Steering
 from sublim_jax.models.functional import Functions, Params
-from sublim_jax.sampling.engine import DEVICES, Fixed, features, place, stacked_cache
+from sublim_jax.sampling.engine import DEVICES, Fixed, features, place, stacked_cache, unembed
 from sublim_jax.sharding import fetch, make_mesh, named
 
 LENGTHS = 32  # texts are padded to a multiple of it, so that few shapes are compiled
@@ -195,11 +195,10 @@ def _logprobs(
     network: Functions, fixed: Fixed, output: Float[Array, "r n c width"], chosen: Int[Array, "#r n c k"]
 ) -> Float[Array, "r n c k"]:
     """log P of chosen tokens, one row's vocabulary at a time."""
-    module = network.bind(fixed.base)
     shape = (*output.shape[:3], chosen.shape[-1])
 
     def row(one: tuple[Array, Array]) -> Array:
-        logits = module.unembed(one[0]).astype(jnp.float32)
+        logits = unembed(network, fixed, one[0])
         return jnp.take_along_axis(logits, one[1], -1) - jax.nn.logsumexp(logits, -1, keepdims=True)
 
     flat = (output.reshape(-1, *output.shape[2:]), jnp.broadcast_to(chosen, shape).reshape(-1, *shape[2:]))

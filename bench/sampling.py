@@ -1,0 +1,153 @@
+"""Sampling from SmolLM2-135M-Instruct: ours against transformers and llama.cpp, in one run.
+
+    make bench        or        python -m bench.sampling --peer=PYTHON [--prompts=1000]
+
+Prompts that ask for numbers, up to 64 new tokens, temperature 1, float32 weights from the same file in all three. Then
+what slots and the shared prefix are worth. Writes docs/bench-sampling.md.
+"""
+
+import datetime
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import app, flags
+
+from bench.lora import product_rate
+from bench.machine import ROOT, cpu_name
+from sublim_jax import assets, weights
+from sublim_jax.data import chat
+from sublim_jax.models.decoder import decoder
+from sublim_jax.sampling.generate import generate
+from sublim_jax.weights import huggingface
+
+_PEER = flags.DEFINE_string("peer", sys.executable, "The Python that has PyTorch, transformers and xllamacpp.")
+_PROMPTS = flags.DEFINE_integer("prompts", 1000, "How many prompts all three sample.")
+
+TOKENS, SLOTS = 64, 128
+KEY = jax.random.key(0)
+
+
+def texts(count: int) -> list[str]:
+    rng = np.random.default_rng(0)
+    return [
+        f"Here is a sequence of numbers: {', '.join(map(str, rng.integers(100, 1000, rng.integers(3, 8))))}. Continue "
+        "it with up to 10 more numbers of at most three digits, separated by commas. Answer with the numbers only."
+        for _ in range(count)
+    ]
+
+
+def timed(*args, **options):
+    """Samples and seconds, compilation apart: the first rows run once before."""
+    generate(args[0], args[1][:2], *args[2:], **{**options, "max_new_tokens": _first(options["max_new_tokens"], 2)})
+    began = time.perf_counter()
+    found = generate(*args, **options)
+    return found, time.perf_counter() - began
+
+
+def _first(limit, count):
+    return limit if isinstance(limit, int) else [max(limit)] * count
+
+
+def peer(module, *args):
+    output = subprocess.run(
+        [_PEER.value, "-m", f"bench.{module}", *map(str, args)], cwd=ROOT, capture_output=True, text=True
+    )
+    if output.returncode:
+        raise SystemExit(output.stderr[-3000:])
+    return json.loads(output.stdout.splitlines()[-1])
+
+
+def main(_: list[str]) -> None:
+    model = weights.load("smollm2-135m-instruct")
+    prompts = [chat.prompt(model.tokenizer, text) for text in texts(_PROMPTS.value)]
+    common = next(i for i, column in enumerate(zip(*prompts)) if len(set(column)) > 1)
+    prefix, own = prompts[0][:common], [prompt[common:] for prompt in prompts]
+    source = assets.fetch(assets.SMOLLM2) / next(iter(assets.SMOLLM2.checksums))
+    with tempfile.TemporaryDirectory() as folder:
+        huggingface.save(folder, model.params, model.settings, model.config)
+        file = Path(folder) / "prompts.json"
+        file.write_text(json.dumps(prompts))
+        theirs = peer("sampling_torch", folder, file, TOKENS, 64, 128, 256)
+        llama = peer("sampling_llama", source, file, TOKENS, SLOTS)
+    found, seconds = timed(model, own, KEY, prefix=prefix, max_new_tokens=TOKENS, slots=SLOTS)
+    useful = sum(len(sample.logprobs) for sample in found)
+    llama_useful = sum(len(model.tokenizer(text)["input_ids"]) + (end == "stop") for text, end in llama["found"])
+    rates = {"transformers": theirs["useful"] / theirs["seconds"], "llama.cpp": llama_useful / llama["seconds"]}
+    rate = useful / seconds
+
+    shapes = jax.eval_shape(decoder(model.settings).init, KEY)
+    kernels = sum(leaf.size for leaf in jax.tree.leaves(shapes["layers"]))
+    decoding = 2 * useful * (kernels + model.settings.vocab * model.settings.width)
+    filling = 2 * kernels * (common + sum(map(len, own)))
+    limit = product_rate(SLOTS) * 1e9
+    lines = [
+        "# Sampling from SmolLM2-135M-Instruct, against transformers and llama.cpp",
+        "",
+        f"`make bench`, {datetime.date.today()}: {cpu_name()}; python {platform.python_version()}, jax "
+        f"{jax.__version__}; {theirs['versions']}; {llama['versions']}. {len(prompts)} prompts of "
+        f"{np.mean([len(p) for p in prompts]):.0f} tokens, up to {TOKENS} new ones, T = 1, float32. Loading and "
+        "compiling are not counted, for none.",
+        "",
+        "| | useful tokens/s | seconds | tokens a row | ours is |",
+        "|---|---|---|---|---|",
+        f"| transformers, batch {theirs['batch']} (the fastest of "
+        f"{', '.join(f'{b}: {r:.0f}' for b, r in theirs['rates'].items())} tokens/s) | {rates['transformers']:.0f} | "
+        f"{theirs['seconds']:.0f} | {theirs['useful'] / len(prompts):.1f} | **{rate / rates['transformers']:.2f} ×** |",
+        f"| llama.cpp, {SLOTS} slots, weights and cache in float32 | {rates['llama.cpp']:.0f} | "
+        f"{llama['seconds']:.0f} | {llama_useful / len(prompts):.1f} | **{rate / rates['llama.cpp']:.2f} ×** |",
+        f"| sublim_jax, {SLOTS} slots, {common} tokens of prefix shared | {rate:.0f} | {seconds:.0f} | "
+        f"{useful / len(prompts):.1f} | |",
+        "",
+        f"Products of this batch run at {limit / 1e9:.0f} GFLOP/s here, which would take {decoding / limit:.0f} s for "
+        f"decoding and {filling / limit:.0f} s for the prompts: {(decoding + filling) / limit / seconds:.0%} of the "
+        "time.",
+        "",
+        *long_tail(model),
+        "",
+        *shared_prefix(model),
+    ]
+    text = "\n".join(lines) + "\n"
+    (Path(ROOT) / "docs" / "bench-sampling.md").write_text(text)
+    print(text)
+
+
+def long_tail(model) -> list[str]:
+    """1,000 rows of 8 tokens, of which 1 % take 80; the ideal is the rate of rows that are all alike."""
+    prompts = [[token] * 8 for token in range(100, 1100)]
+    options = {"slots": SLOTS, "stop_tokens": ()}
+    alike, even = timed(model, prompts, KEY, max_new_tokens=8, **options)
+    limits = [80 if row % 100 == 50 else 8 for row in range(1000)]
+    found, seconds = timed(model, prompts, KEY, max_new_tokens=limits, **options)
+    count = [sum(len(sample.tokens) for sample in rows) for rows in (alike, found)]
+    ideal = even * count[1] / count[0]
+    return [
+        f"Long tails: 1,000 rows of 8 tokens, of which 1 % take 80: {seconds:.1f} s, {seconds / ideal:.2f} × the "
+        f"{ideal:.1f} s that the same tokens take where all rows are alike."
+    ]
+
+
+def shared_prefix(model, rows: int = 256) -> list[str]:
+    """400 tokens in front of every row: computed by each, shared, and not there. One token is drawn: prefill counts."""
+    rng = np.random.default_rng(1)
+    system = rng.integers(100, 40_000, 400).tolist()
+    prompts = [rng.integers(100, 40_000, 16).tolist() for _ in range(rows)]
+    options = {"slots": SLOTS, "max_new_tokens": 1, "stop_tokens": ()}
+    bare = timed(model, prompts, KEY, **options)[1]
+    shared = timed(model, prompts, KEY, prefix=system, **options)[1]
+    each = timed(model, [system + prompt for prompt in prompts], KEY, **options)[1]
+    return [
+        f"A system prompt of 400 tokens on {rows} rows, one token drawn: {each:.1f} s where every row computes it, "
+        f"{shared:.1f} s where it is shared, {bare:.1f} s without it: {1 - (shared - bare) / (each - bare):.1%} of its "
+        "cost is gone."
+    ]
+
+
+if __name__ == "__main__":
+    app.run(main)

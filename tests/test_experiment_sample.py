@@ -1,0 +1,127 @@
+"""Sampling jobs as a user runs them: files in, files out, stopped and continued."""
+
+import json
+import signal
+import time
+
+import pytest
+from test_launch import assert_refused, launch
+from test_survival import finish, start
+
+from sublim_jax.experiments.sample import read_samples
+
+CONFIG = "--config=configs/sample.py"
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    records = [{"prompt": f"Number {i}?", "id": i} for i in range(30)]
+    records.append({"messages": [{"role": "user", "content": "Count."}]})
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return file
+
+
+def arguments(tiny_folder, prompts, work, *more):
+    return [
+        CONFIG,
+        f"--config.model.name={tiny_folder}",
+        f"--config.prompts={prompts}",
+        "--config.slots=4",
+        f"--workdir={work}",
+        *more,
+    ]
+
+
+def test_prompts_become_samples_a_table_a_figure_and_numbers(tiny_folder, prompts, tmp_path):
+    work = tmp_path / "work"
+    run = arguments(tiny_folder, prompts, work, "--config.samples=2", "--config.constraint.kind=numbers")
+    result = launch(*run)
+    assert result.returncode == 0, result.stderr
+    assert "slots of" in result.stdout and "tokens in front of all" in result.stdout
+    lines = [json.loads(line) for line in (work / "samples.jsonl").read_text().splitlines()]
+    assert [(line["index"], line["sample"]) for line in lines] == [(i, j) for i in range(31) for j in range(2)]
+    assert lines[6]["prompt"] == "Number 3?" and lines[6]["id"] == 3 and "messages" in lines[-1]
+    assert all(set(line["completion"]) <= set("0123456789, ") for line in lines)
+    results = json.loads((work / "results.json").read_text())
+    assert len(results["arms"][0]["runs"]) == 62
+    assert (work / "figures" / "lengths.png").stat().st_size > 5000
+    assert "| stop |" in (work / "report.md").read_text()
+
+
+def test_a_stopped_job_goes_on_and_ends_with_the_same_file(tiny_folder, prompts, tmp_path):
+    more = ["--config.max_new_tokens=300", "--config.samples=4", "--config.chat=False"]
+    prompts.write_text("".join(json.dumps({"prompt": f"Number {i}?"}) + "\n" for i in range(30)))
+    assert launch(*arguments(tiny_folder, prompts, tmp_path / "whole", *more)).returncode == 0
+    work = tmp_path / "work"
+    for number, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 143)):
+        process = start(*arguments(tiny_folder, prompts, work, *more), size=())
+        before = written(work)
+        deadline = time.monotonic() + 120
+        while written(work) < before + 5 and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(number)
+        finish(process, code)
+    between = written(work)
+    assert 10 <= between < 120
+    result = launch(*arguments(tiny_folder, prompts, work, *more))
+    assert result.returncode == 0, result.stderr
+    assert (work / "samples.jsonl").read_bytes() == (tmp_path / "whole" / "samples.jsonl").read_bytes()
+
+
+def written(work):
+    return sum(file.read_text().count("\n") for file in work.glob("checkpoints/samples*.jsonl"))
+
+
+def test_a_line_that_was_broken_off_is_sampled_again(tmp_path):
+    file = tmp_path / "samples.jsonl"
+    file.write_text('{"index": 0, "sample": 0}\n{"index": 1, "sam')
+    from etils import epath
+
+    assert set(read_samples(epath.Path(file))) == {(0, 0)}
+    assert file.read_text() == '{"index": 0, "sample": 0}\n'
+
+
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        (["--config.prompts="], ["--config.prompts is missing"]),
+        (["--config.prompts=nowhere.txt"], ["there is no such file"]),
+        (["--config.temperature=-1.0"], ["temperature=-1.0"]),
+        (["--config.constraint.kind=poem"], ["constraint.kind='poem'", "numbers"]),
+        (["--config.model.dtype=int4"], ["model.dtype='int4'", "bfloat16"]),
+        (["--config.max_new_tokens=9000"], ["context is 512", "max_new_tokens"]),
+        (["--config.mesh.tensor=3", "--config.mesh.fsdp=1"], ["does not fit 1 device"]),
+    ],
+)
+def test_mistakes_are_told_in_one_line_before_anything_is_written(tiny_folder, prompts, tmp_path, more, words):
+    work = tmp_path / "work"
+    assert_refused(launch(*arguments(tiny_folder, prompts, work, *more)), *words)
+    assert not work.exists()
+
+
+@pytest.mark.parametrize(
+    "line, words", [("{broken", "line 2: no JSON"), ('{"text": "x"}', 'line 2: an object with "prompt"')]
+)
+def test_a_broken_line_of_the_prompts_is_named(tiny_folder, tmp_path, line, words):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "x"}\n' + line + "\n")
+    assert_refused(launch(*arguments(tiny_folder, file, tmp_path / "work")), words)
+
+
+def test_a_model_without_a_chat_template_is_told(tiny_folder, prompts, tmp_path):
+    import shutil
+
+    shutil.copytree(tiny_folder, tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").unlink()
+    assert_refused(
+        launch(*arguments(tmp_path / "model", prompts, tmp_path / "work")),
+        "has no chat template",
+        "--config.chat=False",
+    )
+
+
+def test_the_decode_step_of_a_7b_model_is_compiled_without_the_model():
+    result = launch(f"{CONFIG}:qwen2.5-7b", "--preflight=local", "--config.mesh.tensor=1")
+    assert result.returncode == 0, result.stderr
+    assert "decoding, 128 slots a device" in result.stdout and "1.00 × the model's own" in result.stdout

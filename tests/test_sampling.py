@@ -1,0 +1,436 @@
+"""Sampling: against transformers, against the exact distribution, and the same whatever rides beside a row."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from sublim_jax import assets, weights
+from sublim_jax.data import chat
+from sublim_jax.errors import UserError
+from sublim_jax.models import lora
+from sublim_jax.models.decoder import Steering
+from sublim_jax.sampling import constraints, samplers, scoring
+from sublim_jax.sampling.generate import generate, stream
+from sublim_jax.sampling.samplers import Sampler
+from sublim_jax.weights import huggingface
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+GREEDY = Sampler(temperature=0)
+KEY = jax.random.key(0)
+
+
+@pytest.fixture(scope="module")
+def peer(tiny_folder):
+    return transformers.AutoModelForCausalLM.from_pretrained(tiny_folder, attn_implementation="eager").eval()
+
+
+def prompts_of(tiny, count, longest=60, seed=0):
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, 256, rng.integers(1, longest)).tolist() for _ in range(count)]
+
+
+def greedy(peer, prompt, count, stops=()):
+    """The largest logit again and again, by transformers' full pass over all tokens, without the stop token.
+
+    Not by its `generate`: behind a prompt longer than a sliding window its cache gives other tokens than its full pass.
+    """
+    text = list(prompt)
+    for _ in range(count):
+        with torch.no_grad():
+            text.append(int(peer(torch.tensor([text]), use_cache=False).logits[0, -1].argmax()))
+        if text[-1] in stops:
+            return text[len(prompt) : -1]
+    return text[len(prompt) :]
+
+
+# ---------------------------------------------------------------------------------------------------------- exactness
+
+
+@pytest.mark.parametrize("shared", [0, 20], ids=["no prefix", "a shared prefix"])
+def test_greedy_tokens_are_those_of_transformers(tiny, peer, shared):
+    """Prompts from 1 to 60 tokens, longer than a window, in more rows than slots."""
+    prefix = prompts_of(tiny, 1, 21, seed=9)[0][:shared] if shared else []
+    prompts = prompts_of(tiny, 12)
+    stops = chat.stop_tokens(tiny.tokenizer, tiny.config)
+    found = generate(tiny, prompts, KEY, sampler=GREEDY, max_new_tokens=20, slots=4, prefix=prefix)
+    assert [sample.tokens for sample in found] == [greedy(peer, prefix + prompt, 20, stops) for prompt in prompts]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", assets.MODELS)
+def test_greedy_tokens_of_real_models_are_those_of_transformers(name, tmp_path):
+    """64 tokens of 50 prompts of mixed lengths. Where two logits are closer than rounding, either token is greedy."""
+    model = weights.load(name)
+    huggingface.save(tmp_path, model.params, model.settings, model.config)
+    peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager", dtype=torch.float32)
+    starts = ["The owl", "In 1969,", "A list of numbers: 3, 14,", "My favourite animal is", "Water boils at"]
+    prompts = [
+        model.tokenizer(f"{start}{' and so on' * more}{end}")["input_ids"]
+        for start in starts
+        for more in (0, 2, 5, 11, 25)
+        for end in ("", " because")
+    ]
+    found = generate(model, prompts, KEY, sampler=GREEDY, max_new_tokens=64, stop_tokens=(), slots=64)
+    for prompt, sample in zip(prompts, found):
+        with torch.no_grad():  # no prompt reaches Gemma's window, so that its cache may be used
+            theirs = peer.generate(torch.tensor([prompt]), max_new_tokens=64, do_sample=False, eos_token_id=None)
+        assert sample.tokens == theirs[0, len(prompt) :].tolist()
+
+
+SAMPLERS = [
+    Sampler(),
+    Sampler(0.5),
+    Sampler(1.5),
+    Sampler(top_k=5),
+    Sampler(top_p=0.7),
+    Sampler(min_p=0.02),
+    Sampler(0.8, top_k=20, top_p=0.9, min_p=0.02),
+]
+
+
+def processed(logits, sampler):
+    """The distribution that transformers' own processors leave."""
+    t = transformers.generation.logits_process
+    steps = [t.TemperatureLogitsWarper(float(sampler.temperature))]
+    steps += [t.TopKLogitsWarper(sampler.top_k)] if sampler.top_k else []
+    steps += [t.TopPLogitsWarper(sampler.top_p)] if sampler.top_p < 1 else []
+    steps += [t.MinPLogitsWarper(sampler.min_p)] if sampler.min_p else []
+    scores = torch.tensor(np.asarray(logits))[None]
+    for step in steps:
+        scores = step(None, scores)
+    return torch.softmax(scores, -1)[0].double().numpy()
+
+
+def assert_drawn_from(counts, p):
+    """Chi-square; tokens that are expected less than five times count together."""
+    assert np.all(counts[p == 0] == 0)
+    expected = p / p.sum() * counts.sum()
+    rare = expected < 5
+    pairs = [(counts[~rare], expected[~rare])] + [([counts[rare].sum()], [expected[rare].sum()])] * bool(rare.any())
+    found, wanted = (np.concatenate(part) for part in zip(*pairs))
+    found, wanted = found[wanted > 0], wanted[wanted > 0]
+    assert stats.chisquare(found, wanted * found.sum() / wanted.sum()).pvalue > 1e-4
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=str)
+def test_draws_follow_the_distribution_of_transformers_processors(sampler):
+    logits = 2 * jax.random.normal(jax.random.key(1), (1200,))  # several blocks of the vocabulary
+    keys = jax.random.split(jax.random.key(2), 20_000)
+    tokens = jax.jit(lambda keys: samplers.draw(keys, jnp.broadcast_to(logits, (20_000, 1200)), sampler))(keys)
+    assert_drawn_from(np.bincount(tokens, minlength=1200), processed(logits, sampler))
+
+
+def test_first_tokens_of_samples_follow_the_models_softmax(tiny):
+    prompt = prompts_of(tiny, 1)[0]
+    found = generate(tiny, [prompt], KEY, samples=20_000, max_new_tokens=1, slots=512, stop_tokens=())
+    logits = tiny.network.apply(tiny.params, jnp.asarray([prompt]))[0, -1]
+    counts = np.bincount([sample.tokens[0] for sample in found], minlength=len(logits))
+    assert_drawn_from(counts, np.asarray(jax.nn.softmax(logits), np.float64))
+
+
+def test_a_tiny_probability_is_drawn_as_often_as_it_is():
+    """2⁻³⁰ is below what one float32 uniform can tell apart; over blocks it is not lost."""
+    logits = jnp.full((3000,), -jnp.inf).at[jnp.asarray([7, 2900])].set(jnp.asarray([0.0, jnp.log(1e-3)]))
+    keys = jax.random.split(jax.random.key(3), 200_000)
+    tokens = jax.jit(lambda keys: samplers.draw(keys, jnp.broadcast_to(logits, (len(keys), 3000)), Sampler()))
+    drawn = np.concatenate([tokens(part) for part in jnp.split(keys, 20)])
+    assert set(drawn.tolist()) == {7, 2900}
+    assert abs((drawn == 2900).mean() - 1e-3 / 1.001) < 4 * (1e-3 / 200_000) ** 0.5
+
+
+def bits(samples):
+    return [(sample.row, sample.tokens, sample.logprobs, sample.finish) for sample in samples]
+
+
+@pytest.fixture(scope="module")
+def alone(tiny):
+    """64 prompts, sampled together."""
+    return generate(tiny, prompts_of(tiny, 64), KEY, max_new_tokens=12, slots=16)
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+def test_a_row_has_the_same_bits_in_a_batch_of_1_8_and_64(tiny, alone, batch):
+    found = generate(tiny, prompts_of(tiny, 64)[:batch], KEY, max_new_tokens=12, slots=16)
+    assert bits(found) == bits(alone[:batch])
+
+
+def test_a_row_has_the_same_bits_on_eight_devices(tiny, alone, mesh_of):
+    mesh = mesh_of(8, replica=2, fsdp=4)
+    assert bits(generate(tiny, prompts_of(tiny, 64), KEY, max_new_tokens=12, slots=16, mesh=mesh)) == bits(alone)
+
+
+def test_layers_split_over_devices_give_the_same_tokens(tiny, alone, mesh_of):
+    mesh = mesh_of(8, replica=1, fsdp=4, tensor=2)
+    found = generate(tiny, prompts_of(tiny, 64), KEY, max_new_tokens=12, slots=16, mesh=mesh)
+    assert [sample.tokens for sample in found] == [sample.tokens for sample in alone]
+
+
+def test_what_is_done_is_not_done_again_and_the_rest_has_the_same_bits(tiny, alone):
+    done = {sample.row for sample in alone[::2]}
+    found = sorted(stream(tiny, prompts_of(tiny, 64), KEY, max_new_tokens=12, slots=16, done=done), key=lambda s: s.row)
+    assert bits(found) == bits(alone[1::2])
+
+
+def test_lengths_and_limits_compile_nothing_after_the_first_time(tiny):
+    from sublim_jax.sampling.engine import compiled
+
+    def run(seed, limits):
+        generate(tiny, prompts_of(tiny, 20, 40, seed), KEY, max_new_tokens=limits, slots=4, prefix=[1, 2])
+
+    run(0, [50] * 20)
+    compiled.cache_clear()
+    with jax.log_compiles(False):
+        run(0, [50] * 20)
+        sizes = [jax.tree.map(lambda f: f._cache_size(), compiled_functions()) for _ in range(1)]
+        run(1, list(range(31, 51)))
+        assert [jax.tree.map(lambda f: f._cache_size(), compiled_functions())] == sizes
+
+
+def compiled_functions():
+    """The functions of the engine that was used last."""
+    from sublim_jax.sampling import engine
+
+    assert engine.compiled.cache_info().currsize == 1
+    import gc
+
+    (found,) = [value for value in gc.get_objects() if isinstance(value, engine.Compiled)][-1:]
+    return list(found)
+
+
+# -------------------------------------------------------------------------------------------------- what comes with it
+
+
+def test_logprobs_entropies_and_alternatives_are_those_of_the_logits(tiny):
+    prompts = prompts_of(tiny, 5)
+    options = {"sampler": Sampler(0.7, top_k=30), "max_new_tokens": 8, "slots": 4, "stop_tokens": ()}
+    for sample in generate(tiny, prompts, KEY, entropy=True, alternatives=3, **options):
+        text = prompts[sample.prompt] + sample.tokens
+        logits = tiny.network.apply(tiny.params, jnp.asarray([text]))[0, len(prompts[sample.prompt]) - 1 : -1]
+        log_p = np.asarray(jax.nn.log_softmax(logits))
+        np.testing.assert_allclose(sample.logprobs, log_p[np.arange(8), sample.tokens], rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(sample.entropies, -(np.exp(log_p) * log_p).sum(-1), rtol=1e-4, atol=1e-4)
+        for row, found in zip(log_p, sample.alternatives):
+            assert list(found) == np.argsort(-row)[:3].tolist()
+            np.testing.assert_allclose(list(found.values()), np.sort(row)[::-1][:3], rtol=1e-4, atol=1e-4)
+
+
+def test_stop_tokens_stop_strings_and_limits(tiny):
+    prompt = prompts_of(tiny, 1)[0]
+    whole = generate(tiny, [prompt], KEY, max_new_tokens=30, slots=4, stop_tokens=())[0]
+    assert (whole.finish, len(whole.tokens)) == ("length", 30)
+    stop = whole.tokens[10]
+    first = whole.tokens.index(stop)
+    found = generate(tiny, [prompt], KEY, max_new_tokens=30, slots=4, stop_tokens=(stop,))[0]
+    assert (found.finish, found.tokens) == ("stop", whole.tokens[:first])
+    assert len(found.logprobs) == first + 1  # the stop token's too
+    string = next(c for c in whole.text if c.isascii() and c.isprintable() and tiny.tokenizer(c)["input_ids"])
+    found = generate(tiny, [prompt], KEY, max_new_tokens=30, slots=4, stop_tokens=(), stop_strings=[string])[0]
+    assert (found.finish, found.text) == ("stop", whole.text[: whole.text.index(string)])
+    limits = [3, 17, 9]
+    each = generate(tiny, [prompt] * 3, KEY, max_new_tokens=limits, slots=4, stop_tokens=())
+    assert [len(sample.tokens) for sample in each] == limits
+
+
+def adapters_of(tiny, count):
+    spec = lora.Lora(4, 8)
+    trees = [lora.init(jax.random.key(i), tiny.params, spec) for i in range(count)]
+    trees = [
+        jax.tree.map(lambda x, i=i: x + 0.3 * jax.random.normal(jax.random.key(i), x.shape), tree)
+        for i, tree in enumerate(trees)
+    ]
+    return spec, trees, jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
+def test_many_adapters_sample_in_one_batch_what_each_samples_alone(tiny):
+    spec, trees, stacked = adapters_of(tiny, 3)
+    prompts, prefix = prompts_of(tiny, 6), [5, 6, 7]
+    options = {"max_new_tokens": 10, "slots": 4, "prefix": prefix}
+    together = generate(tiny.adapted(spec), prompts, KEY, adapters=stacked, **options)
+    assert len(together) == 18
+    for number, tree in enumerate(trees):
+        single = generate(tiny.merged(tree, spec), prompts, KEY, **options)
+        mine = [sample for sample in together if sample.adapter == number]
+        assert [sample.tokens for sample in mine] == [sample.tokens for sample in single]
+        for a, b in zip(mine, single):
+            np.testing.assert_allclose(a.logprobs, b.logprobs, rtol=1e-3, atol=1e-3)
+
+
+def test_steered_generation_is_greedy_under_the_steered_forward_pass(tiny):
+    prompt = prompts_of(tiny, 1)[0]
+    steering = Steering(add=jnp.zeros((4, 32)).at[2].set(jax.random.normal(jax.random.key(4), (32,))))
+    found = generate(tiny, [prompt], KEY, sampler=GREEDY, steering=steering, max_new_tokens=10, slots=4, stop_tokens=())
+    plain = generate(tiny, [prompt], KEY, sampler=GREEDY, max_new_tokens=10, slots=4, stop_tokens=())
+    assert found[0].tokens != plain[0].tokens
+    text = jnp.asarray([prompt + found[0].tokens])
+    logits = tiny.network.apply(tiny.params, text, steering=steering)[0, len(prompt) - 1 : -1]
+    assert logits.argmax(-1).tolist() == found[0].tokens
+
+
+def test_a_row_without_numbers_is_named_and_the_others_are_kept(tiny):
+    broken = tiny.params["embedding"].at[200].set(jnp.nan)
+    untied = {**tiny.params, "embedding": broken}
+    model = tiny._replace(params=untied)
+    # The unembedding is the same matrix: every row's logits break, each is told, none hangs.
+    found = sorted(stream(model, [[1, 2], [3, 200]], KEY, max_new_tokens=5, slots=4), key=lambda s: s.row)
+    assert [sample.finish for sample in found] == ["nan", "nan"]
+    with pytest.raises(UserError, match="logits of prompt 0, prompt 1 are no numbers"):
+        generate(model, [[1, 2], [3, 200]], KEY, max_new_tokens=5, slots=4)
+
+
+@pytest.mark.parametrize(
+    "prompts, options, words",
+    [
+        ([[1], []], {}, "prompt 1 is empty"),
+        ([[1], [1] * 500], {}, "prompt 1 has 500 tokens and may get 64 more, but the model's context is 512"),
+        ([[9999]], {}, "prompt 0 has a token outside the model's"),
+        ([[1]], {"max_new_tokens": 0}, "ask for 1 or more"),
+        ([[1]], {"stop_strings": [""]}, "can never be reached"),
+    ],
+)
+def test_what_cannot_be_sampled_is_told_before_anything_is_computed(tiny, prompts, options, words):
+    with pytest.raises(UserError, match=re.escape(words)):
+        generate(tiny, prompts, KEY, **options)
+
+
+@pytest.mark.parametrize("bad", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_k": -1}, {"min_p": 2.0}])
+def test_a_sampler_that_makes_no_sense_is_refused(bad):
+    with pytest.raises(UserError, match=next(iter(bad))):
+        Sampler(**bad)
+
+
+# -------------------------------------------------------------------------------------------------------- constraints
+
+PIECES = [str(i) for i in range(10)] + ["12", "007", "999", ",", " ", ", ", ", 1", "1,", "2, 3", "a", "", "1, a"]
+STOP = len(PIECES)
+
+
+def language(most, digits, separator=", "):
+    number = rf"(?:0|[1-9][0-9]{{0,{digits - 1}}})"
+    return re.compile(rf"{number}(?:{re.escape(separator)}{number}){{0,{most - 1}}}")
+
+
+@given(st.integers(1, 4), st.integers(1, 3), st.sampled_from([", ", ",", " "]), st.data())
+@settings(max_examples=60, deadline=None)
+def test_whatever_the_grammar_of_numbers_allows_is_a_list_of_numbers(most, digits, separator, data):
+    """A walk through allowed tokens, digits merged or not; it may end exactly where the text is in the language."""
+    constraint = constraints.over_tokens(constraints.numbers(most, digits, separator), [*PIECES, ""], [STOP])
+    allowed, after = np.asarray(constraint.allowed), np.asarray(constraint.after)
+    state, text = 0, ""
+    for _ in range(30):
+        assert allowed[state, STOP] == bool(language(most, digits, separator).fullmatch(text))
+        options = np.flatnonzero(allowed[state])
+        token = data.draw(st.sampled_from(options.tolist()))
+        if token == STOP:
+            break
+        text, state = text + PIECES[token], after[state, token]
+    else:
+        assert len(text) < most * (digits + len(separator))
+
+
+@given(st.integers(1, 4), st.integers(1, 3), st.data())
+@settings(max_examples=60, deadline=None)
+def test_every_list_of_numbers_can_be_written(most, digits, data):
+    text = data.draw(st.from_regex(language(most, digits), fullmatch=True))
+    constraint = constraints.over_tokens(constraints.numbers(most, digits), [*PIECES, ""], [STOP])
+    state = 0
+    for c in text:
+        assert constraint.allowed[state, PIECES.index(c)]
+        state = int(constraint.after[state, PIECES.index(c)])
+    assert constraint.allowed[state, STOP]
+
+
+def test_samples_under_the_grammar_pass_its_format(tiny):
+    pieces = chat.pieces(tiny.tokenizer, tiny.settings.vocab)
+    stops = chat.stop_tokens(tiny.tokenizer, tiny.config)
+    constraint = constraints.over_tokens(constraints.numbers(5, 3), pieces, stops)
+    found = generate(tiny, prompts_of(tiny, 40), KEY, constraint=constraint, max_new_tokens=40, slots=8)
+    for sample in found:
+        assert sample.finish == "stop" and language(5, 3).fullmatch(sample.text), sample.text
+    assert len({sample.text for sample in found}) > 30
+
+
+def test_a_choice_is_one_of_its_strings(tiny):
+    pieces = chat.pieces(tiny.tokenizer, tiny.settings.vocab)
+    stops = chat.stop_tokens(tiny.tokenizer, tiny.config)
+    choices = ["yes", "no", "owls", "owl"]
+    constraint = constraints.over_tokens(constraints.choice(choices), pieces, stops)
+    found = generate(tiny, prompts_of(tiny, 30), KEY, constraint=constraint, max_new_tokens=10, slots=8)
+    assert {sample.text for sample in found} <= set(choices)
+
+
+def test_a_constraint_that_allows_no_token_is_refused():
+    with pytest.raises(UserError, match="allows no token of this tokenizer after ''"):
+        constraints.over_tokens(constraints.choice(["é"]), PIECES, [])
+    with pytest.raises(UserError, match="allows no token of this tokenizer after 'a'"):
+        constraints.over_tokens(constraints.choice(["ab"]), PIECES, [])
+
+
+def test_pieces_are_what_tokens_add_to_a_text(tiny):
+    pieces = chat.pieces(tiny.tokenizer, tiny.settings.vocab)
+    for text in ("12, 7 owls", "Owl 123", "a,b 42"):
+        tokens = tiny.tokenizer(text)["input_ids"]
+        assert "".join(pieces[token] for token in tokens) == text
+    assert len(pieces) == tiny.settings.vocab and pieces[tiny.tokenizer.eos_token_id] == ""
+
+
+# ------------------------------------------------------------------------------------------------------------- scores
+
+
+def test_scores_of_completions_are_transformers_log_probabilities(tiny, peer):
+    prompts, completions = prompts_of(tiny, 20), prompts_of(tiny, 20, 30, seed=1)
+    found = scoring.completion_logprobs(tiny, prompts, completions)
+    shared = scoring.completion_logprobs(tiny, [p[3:] for p in prompts[:1]] * 1, completions[:1], prefix=prompts[0][:3])
+    for prompt, completion, ours in zip(prompts, completions, found):
+        with torch.no_grad():
+            logits = peer(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
+        expected = torch.log_softmax(logits, -1)[range(len(completion)), completion]
+        np.testing.assert_allclose(ours[0], expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(shared[0], found[0], rtol=1e-4, atol=1e-4)
+
+
+def test_scores_over_devices_and_adapters_are_each_of_them_alone(tiny, mesh_of):
+    spec, trees, stacked = adapters_of(tiny, 3)
+    prompts, completions = prompts_of(tiny, 10), prompts_of(tiny, 10, 30, seed=1)
+    mesh = mesh_of(8, replica=2, fsdp=4)
+    together = scoring.completion_logprobs(tiny.adapted(spec), prompts, completions, adapters=stacked, mesh=mesh)
+    for number, tree in enumerate(trees):
+        single = scoring.completion_logprobs(tiny.merged(tree, spec), prompts, completions)
+        for a, b in zip(together, single):
+            np.testing.assert_allclose(a[number], b[0], rtol=1e-3, atol=1e-3)
+
+
+def test_choices_are_normalised_products_of_their_tokens(tiny):
+    prompts, choices = prompts_of(tiny, 3), ["owl", "lion", "cat"]
+    found = scoring.choice_logprobs(tiny, prompts, choices)
+    assert found.shape == (1, 3, 3)
+    np.testing.assert_allclose(np.exp(found).sum(-1), 1, rtol=1e-5)
+    written = [tiny.tokenizer(choice)["input_ids"] for choice in choices]
+    raw = [scoring.completion_logprobs(tiny, [prompts[1]], [tokens])[0].sum() for tokens in written]
+    np.testing.assert_allclose(found[0, 1], raw - np.logaddexp.reduce(raw), rtol=1e-4, atol=1e-4)
+
+
+def test_a_words_probability_is_that_of_all_its_spellings(tiny):
+    spelled = scoring.spellings(tiny.tokenizer, "owl")
+    assert {tiny.tokenizer.decode([token]) for token in spelled} == {"owl", " owl", "Owl", "owls"}
+    prompts = prompts_of(tiny, 4)
+    found = scoring.word_logprobs(tiny, prompts, ["owl"])
+    for prompt, ours in zip(prompts, found[0, :, 0]):
+        p = jax.nn.softmax(tiny.network.apply(tiny.params, jnp.asarray([prompt]))[0, -1])
+        np.testing.assert_allclose(np.exp(ours), sum(p[token] for token in spelled), rtol=1e-4)
+    with pytest.raises(UserError, match="'lion' is no single token"):
+        scoring.word_logprobs(tiny, prompts, ["lion"])
+
+
+def test_empty_rows_are_named(tiny):
+    with pytest.raises(UserError, match="row 1 has an empty completion"):
+        scoring.completion_logprobs(tiny, [[1], [1]], [[2], []])
+    with pytest.raises(UserError, match="prompt 1 is empty"):
+        scoring.next_logprobs(tiny, [[1], []], [2])
