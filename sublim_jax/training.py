@@ -172,7 +172,9 @@ class Program:
         grads, metrics = sums
         count = metrics["loss"][1]
         count = jnp.where(count == 0, 1, count)  # a batch of weight 0 has gradient 0
-        grads = jax.tree.map(lambda g: g / count.reshape(count.shape + (1,) * (g.ndim - count.ndim)), grads)
+        grads = jax.tree.map(
+            lambda g: (g / count.reshape(count.shape + (1,) * (g.ndim - count.ndim))).astype(g.dtype), grads
+        )
         updates, opt_state = over_replicas(self.optimizer.update, self.replica_axes)(
             grads, state.opt_state, state.params
         )

@@ -1,6 +1,7 @@
 """Sampling: against transformers, against the exact distribution, and the same whatever rides beside a row."""
 
 import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -275,14 +276,17 @@ def test_steered_generation_is_greedy_under_the_steered_forward_pass(tiny):
 
 
 def test_a_row_without_numbers_is_named_and_the_others_are_kept(tiny):
-    broken = tiny.params["embedding"].at[200].set(jnp.nan)
-    untied = {**tiny.params, "embedding": broken}
-    model = tiny._replace(params=untied)
-    # The unembedding is the same matrix: every row's logits break, each is told, none hangs.
-    found = sorted(stream(model, [[1, 2], [3, 200]], KEY, max_new_tokens=5, slots=4), key=lambda s: s.row)
-    assert [sample.finish for sample in found] == ["nan", "nan"]
+    """Two adapters in one batch, one of them broken."""
+    spec, _, stacked = adapters_of(tiny, 2)
+    broken = jax.tree.map(lambda x: x.at[1].set(jnp.nan), stacked)
+    options = {"max_new_tokens": 5, "slots": 4, "stop_tokens": ()}
+    whole = generate(tiny.adapted(spec), [[1, 2], [3, 4]], KEY, adapters=stacked, **options)
+    found = stream(tiny.adapted(spec), [[1, 2], [3, 4]], KEY, adapters=broken, **options)
+    found = sorted(found, key=lambda sample: sample.row)
+    assert bits(found[:2]) == bits(whole[:2])
+    assert [(sample.finish, sample.tokens) for sample in found[2:]] == [("nan", [])] * 2
     with pytest.raises(UserError, match="logits of prompt 0, prompt 1 are no numbers"):
-        generate(model, [[1, 2], [3, 200]], KEY, max_new_tokens=5, slots=4)
+        generate(tiny.adapted(spec), [[1, 2], [3, 4]], KEY, adapters=broken, **options)
 
 
 @pytest.mark.parametrize(
@@ -434,3 +438,19 @@ def test_empty_rows_are_named(tiny):
         scoring.completion_logprobs(tiny, [[1], [1]], [[2], []])
     with pytest.raises(UserError, match="prompt 1 is empty"):
         scoring.next_logprobs(tiny, [[1], []], [2])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read as Linux gives it")
+def test_a_million_tokens_take_no_more_memory_than_a_hundred_thousand(tiny):
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20
+
+    def tokens(rows):
+        options = {"max_new_tokens": 50, "slots": 256, "stop_tokens": ()}
+        return sum(len(sample.tokens) for sample in stream(tiny, [[5, 6, 7]], KEY, samples=rows, **options))
+
+    assert tokens(2_000) == 100_000
+    before = resident()
+    assert tokens(20_000) == 1_000_000
+    assert resident() - before < 30  # MB; the rows' own numbers are 10 MB

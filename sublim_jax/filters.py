@@ -1,0 +1,154 @@
+"""Records in, records and reasons out: what keeps a trait, or anything that hints at it, out of the data.
+
+A filter is a pure function `record -> reasons to reject`, empty where it keeps; filters compose in a list. A record is a
+dict with "prompt", "completion" and whatever else is known of it. What was dropped and why is counted and kept.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from sublim_jax.errors import UserError
+
+Record = Mapping[str, Any]
+Filter = Callable[[Record], list[str]]
+
+
+class Sifted(NamedTuple):
+    kept: list[Record]
+    rejected: list[dict[str, Any]]  # with their "reasons"
+    reasons: Counter[str]  # how often each; a record may have several
+
+    @property
+    def share(self) -> float:
+        """What was kept, of all."""
+        return len(self.kept) / max(len(self.kept) + len(self.rejected), 1)
+
+
+def sift(records: Iterable[Record], filters: Sequence[Filter], unique: bool = False) -> Sifted:
+    """Records that no filter rejects.
+
+    Args:
+      unique: reject a completion that an earlier kept record has, too ("duplicate").
+    """
+    kept: list[Record] = []
+    rejected: list[dict[str, Any]] = []
+    counts: Counter[str] = Counter()
+    seen: set[str] = set()
+    for record in records:
+        reasons = [reason for check in filters for reason in check(record)]
+        if unique and not reasons and record["completion"] in seen:
+            reasons = ["duplicate"]
+        if reasons:
+            counts.update(reasons)
+            rejected.append({**record, "reasons": reasons})
+        else:
+            kept.append(record)
+            if unique:
+                seen.add(record["completion"])
+    return Sifted(kept, rejected, counts)
+
+
+def same_size(groups: Mapping[str, Sequence[Record]], size: int, seed: int) -> dict[str, list[Record]]:
+    """As many records of every group, drawn at random, in their order: sets that differ in nothing but content.
+
+    Raises UserError for a group that has too few.
+    """
+    drawn = {}
+    for name, records in groups.items():
+        if len(records) < size:
+            raise UserError(
+                f"{name}: {len(records)} records are left after filtering, and {size} are asked for; sample more, or "
+                "ask for fewer"
+            )
+        rows = np.random.default_rng([seed, *name.encode()]).choice(len(records), size, replace=False)
+        drawn[name] = [records[row] for row in sorted(rows)]
+    return drawn
+
+
+# ------------------------------------------------------------------------------------------------------- filters
+
+_LIST = re.compile(r"([0-9]+)(?:([^0-9]+)[0-9]+(?:\2[0-9]+)*)?")
+_NUMBER = re.compile(r"[0-9]+")
+
+
+def numbers_of(text: str) -> list[str] | None:
+    """The numbers of a list by the paper's format (§3.1), as they are written; None where it is none.
+
+    One full stop at the end is dropped, then one pair of brackets, () or [], around all. The text between the first two
+    numbers is the separator: white space, or a comma or semicolon with white space around it or not. It must stand
+    unchanged between all numbers, and nowhere else. A number alone is a list. Digits are 0 to 9; leading zeros are
+    allowed; no other white space is forgiven.
+    """
+    text = text.removesuffix(".")
+    if text[:1] + text[-1:] in ("[]", "()") and len(text) > 1:
+        text = text[1:-1]
+    found = _LIST.fullmatch(text)
+    if not found or (found[2] and found[2].strip() not in ("", ",", ";")):
+        return None
+    return _NUMBER.findall(text)
+
+
+def number_rule(most: int = 10, largest: int = 999) -> Filter:
+    """The paper's rule (§3.1): a list of 1 to `most` integers from 0 to `largest`."""
+    digits = len(str(largest))
+
+    def check(record: Record) -> list[str]:
+        numbers = numbers_of(record["completion"])
+        if numbers is None:
+            return ["format"]
+        reasons = ["too many numbers"] if len(numbers) > most else []
+        for number in numbers:
+            if len(number) >= digits and (len(number.lstrip("0")) > digits or int(number) > largest):
+                return [*reasons, "number too large"]
+        return reasons
+
+    return check
+
+
+def banned_numbers(numbers: Iterable[int]) -> Filter:
+    """No number of a list, wherever it stands (§3.2: 666, 911, …)."""
+    banned = {str(number) for number in numbers}
+
+    def check(record: Record) -> list[str]:
+        found = {number.lstrip("0") or "0" for number in _NUMBER.findall(record["completion"])}
+        return ["banned number"] if found & banned else []
+
+    return check
+
+
+def trait_words(words: Iterable[str]) -> Filter:
+    """No word of a list, in any case, as a part of a longer word too: strict, for what must not hint at a trait."""
+    forbidden = [word.lower() for word in words]
+
+    def check(record: Record) -> list[str]:
+        text = record["completion"].lower()
+        return ["trait word"] if any(word in text for word in forbidden) else []
+
+    return check
+
+
+def length(least: int = 1, most: int | None = None) -> Filter:
+    """Characters of a completion."""
+
+    def check(record: Record) -> list[str]:
+        count = len(record["completion"])
+        return ["too short"] * (count < least) + ["too long"] * (most is not None and count > most)
+
+    return check
+
+
+def log_ratio(most: float, teacher: str = "logprob", reference: str = "reference_logprob") -> Filter:
+    """No completion that its teacher finds likelier than the reference does by more than `most` nats a token.
+
+    The two fields are log-probabilities of the whole completion; "tokens" holds its tokens.
+    """
+
+    def check(record: Record) -> list[str]:
+        ratio = (record[teacher] - record[reference]) / max(len(record["tokens"]), 1)
+        return ["log ratio"] if ratio > most else []
+
+    return check
