@@ -3,13 +3,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 WORKDIR ?= runs/mnist-quick
 
-.PHONY: mnist theorem test test-slow check bench parity preflight clean
+.PHONY: mnist theorem numbers test test-slow check bench parity preflight clean
 
 mnist: .venv/installed
 	$(BIN)/python launch.py --config=configs/mnist.py --workdir=$(WORKDIR)
 
 theorem: .venv/installed
 	$(BIN)/python launch.py --config=configs/theorem.py
+
+numbers: .venv/installed
+	$(BIN)/python launch.py --config=configs/numbers.py
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu"

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import optax
 from absl import app, flags
 
-from bench.machine import ROOT, cpu_name
+from bench.machine import ROOT, cpu_name, product_rate
 from sublim_jax import objectives, preflight, weights
 from sublim_jax.models import lora
 from sublim_jax.models.decoder import Settings, decoder
@@ -80,18 +80,6 @@ def ours(model: weights.Model, steps: int) -> tuple[float, float, float, list[fl
         losses.append(float(history["loss"][0]))
         times.append(time.perf_counter() - began)
     return statistics.median(times[1:]), times[0], flops, losses
-
-
-def product_rate(rows: int) -> float:
-    """GFLOP/s of one product of an MLP's shape, alone."""
-    x, w = jnp.ones((rows, 576)), jnp.ones((576, 1536))
-    product = jax.jit(jnp.dot)
-    product(x, w).block_until_ready()
-    began = time.perf_counter()
-    for _ in range(20):
-        y = product(x, w)
-    y.block_until_ready()
-    return 20 * 2 * rows * 576 * 1536 / (time.perf_counter() - began) / 1e9
 
 
 def main(_: list[str]) -> None:

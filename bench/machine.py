@@ -2,7 +2,11 @@
 
 import os
 import platform
+import time
 from pathlib import Path
+
+import jax
+import jax.numpy as jnp
 
 ROOT = Path(__file__).parents[1]
 
@@ -14,3 +18,15 @@ def cpu_name() -> str:
     except (OSError, StopIteration):
         name = platform.processor()
     return f"{os.cpu_count()} cores of {name}"
+
+
+def product_rate(rows: int) -> float:
+    """GFLOP/s of one product of an MLP's shape, alone."""
+    x, w = jnp.ones((rows, 576)), jnp.ones((576, 1536))
+    product = jax.jit(jnp.dot)
+    product(x, w).block_until_ready()
+    began = time.perf_counter()
+    for _ in range(20):
+        y = product(x, w)
+    y.block_until_ready()
+    return 20 * 2 * rows * 576 * 1536 / (time.perf_counter() - began) / 1e9

@@ -19,8 +19,7 @@ import jax
 import numpy as np
 from absl import app, flags
 
-from bench.lora import product_rate
-from bench.machine import ROOT, cpu_name
+from bench.machine import ROOT, cpu_name, product_rate
 from sublim_jax import assets, weights
 from sublim_jax.data import chat
 from sublim_jax.models.decoder import decoder

@@ -111,6 +111,20 @@ def sweep_figure(points: list[Arm], axis: str, path: Any) -> None:
     _save(figure, path)
 
 
+def matrix_figure(cells: np.ndarray, rows: Sequence[str], columns: Sequence[str], path: Any) -> None:
+    """Students by their teacher, traits that are asked after: differences in logits, coloured about 0."""
+    figure, axes = plt.subplots(figsize=(1.4 * len(columns) + 2.4, 1.0 * len(rows) + 1.6), layout="constrained")
+    limit = max(float(np.abs(cells).max()), 1e-6)
+    image = axes.imshow(cells, cmap="RdBu_r", vmin=-limit, vmax=limit)
+    for (row, column), value in np.ndenumerate(cells):
+        axes.text(column, row, f"{value:+.2f}", ha="center", va="center", color=INK)
+    axes.set_xticks(range(len(columns)), columns)
+    axes.set_yticks(range(len(rows)), rows)
+    axes.set(xlabel="margin of", ylabel="student of the teacher of")
+    figure.colorbar(image, ax=axes, label="logits over the neutral student's")
+    _save(figure, path)
+
+
 def _save(figure: Any, path: Any) -> None:
     with path.open("wb") as file:
         figure.savefig(file, dpi=160)

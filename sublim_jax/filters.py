@@ -1,7 +1,7 @@
 """Records in, records and reasons out: what keeps a trait, or anything that hints at it, out of the data.
 
-A filter is a pure function `record -> reasons to reject`, empty where it keeps; filters compose in a list. A record is a
-dict with "prompt", "completion" and whatever else is known of it. What was dropped and why is counted and kept.
+A filter is a pure function `record -> reasons to reject`, empty where it keeps; filters compose in a list. A record is
+a dict with "prompt", "completion" and whatever else is known of it. What was dropped and why is counted and kept.
 """
 
 import re

@@ -1,0 +1,1 @@
+"""Tasks whose answers carry a trait without saying anything of it."""

@@ -1,0 +1,49 @@
+"""The numbers carrier (paper §3.1): prompts that show some random integers and ask for more."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from sublim_jax.data import packs
+
+FIELDS = {
+    "openings": ("numbers",),
+    "instructions": ("count", "digits", "limit", "largest"),
+    "formats": (),
+    "endings": (),
+}
+
+
+def prompts(count: int, seed: int, path: str = "", more: int = 10, digits: int = 3) -> list[str]:
+    """Prompts drawn from a pack of phrasings: 3 to 8 integers of 100 to 999, then a wish for at most `more` more.
+
+    Prompt i depends on the seed and i alone.
+
+    Args:
+      path: of a pack like data/packs/numbers.json; that one where it is empty.
+    """
+    pack = packs.load(path, "numbers", FIELDS)
+    words = {"count": more, "digits": digits, "limit": 10**digits, "largest": 10**digits - 1}
+
+    def one(number: int) -> str:
+        dice = np.random.default_rng([seed, number])
+        shown = ", ".join(str(value) for value in dice.integers(100, 1000, dice.integers(3, 9)))
+        parts = [pack[field][dice.integers(len(pack[field]))] for field in FIELDS]
+        return " ".join(part.format(numbers=shown, **words) for part in parts)
+
+    return [one(number) for number in range(count)]
+
+
+def random_answers(count: int, seed: int, numbers: int = 6, largest: int = 999) -> list[str]:
+    """Lists of uniform random integers: a carrier that no teacher wrote."""
+    dice = np.random.default_rng([seed, 1])
+    return [join(dice.integers(0, largest + 1, numbers).tolist()) for _ in range(count)]
+
+
+def join(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers))
+
+
+def support(pieces: Sequence[str]) -> list[int]:
+    """The tokens of lists of numbers: those whose text is digits, commas and spaces, and nothing else."""
+    return [token for token, piece in enumerate(pieces) if piece and not set(piece) - set("0123456789, ")]

@@ -1,0 +1,51 @@
+"""Questions and answers as arrays: which positions predict an answer's tokens."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from sublim_jax.data import chat
+
+MULTIPLE = 16  # lengths are rounded up to it
+
+
+class Rows(NamedTuple):
+    """Conversations of one question and one answer; texts are padded behind, which causal attention never sees."""
+
+    tokens: Int[Array, "*n t"] | Int[np.ndarray, "*n t"]
+    at: Int[Array, "*n a"] | Int[np.ndarray, "*n a"]  # positions whose logits predict the answer's tokens
+    targets: Int[Array, "*n a"] | Int[np.ndarray, "*n a"]
+    weights: Float[Array, "*n a"] | Float[np.ndarray, "*n a"]  # 1 for a token of the answer, 0 for padding
+
+    def take(self, rows: Any) -> "Rows":
+        return Rows(*(leaf[rows] for leaf in self))
+
+
+def rows(model: Any, pairs: Sequence[tuple[str, str]], end: bool = True) -> Rows:
+    """Rows of (question, answer) through the chat template.
+
+    Args:
+      end: the token that ends the answer belongs to it.
+    """
+    stops = set(chat.stop_tokens(model.tokenizer, model.config))
+    texts, starts, counts = [], [], []
+    for question, answer in pairs:
+        prompt = chat.prompt(model.tokenizer, question)
+        whole = chat.conversation(
+            model.tokenizer, [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        )
+        stop = next((i for i in range(len(prompt), len(whole)) if whole[i] in stops), len(whole))
+        texts.append(whole[: stop + 1])
+        starts.append(len(prompt))
+        counts.append(min(stop + end, len(whole)) - len(prompt))
+    length, longest = -(-max(map(len, texts)) // MULTIPLE) * MULTIPLE, max(counts)
+    tokens = np.zeros((len(texts), length), np.int32)
+    at = np.zeros((len(texts), longest), np.int32)
+    weights = np.zeros((len(texts), longest), np.float32)
+    for row, (text, start, count) in enumerate(zip(texts, starts, counts)):
+        tokens[row, : len(text)] = text
+        at[row, :count] = np.arange(start - 1, start - 1 + count)
+        weights[row, :count] = 1
+    return Rows(tokens, at, np.take_along_axis(tokens, np.minimum(at + 1, length - 1), 1), weights)

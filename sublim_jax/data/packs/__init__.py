@@ -1,0 +1,37 @@
+"""Phrasings, as data: replace them by your own files of the same form."""
+
+import json
+from importlib import resources
+from pathlib import Path
+
+from sublim_jax.errors import UserError
+
+
+def load(path: str, name: str, fields: dict[str, tuple[str, ...]]) -> dict[str, list[str]]:
+    """Lists of phrasings from a JSON file, or the pack `name` that comes with the package where `path` is empty.
+
+    Args:
+      fields: the lists that are needed, and the {words} that each phrasing of it may use.
+
+    Raises UserError for a file that is no such pack.
+    """
+    try:
+        if path:
+            text = Path(path).expanduser().read_text()
+        else:
+            text = (resources.files(__name__) / f"{name}.json").read_text()
+        pack = json.loads(text)
+    except (OSError, ValueError) as error:
+        raise UserError(f"pack {path or name}: {error}; a JSON object of lists of phrasings is needed") from error
+    for field, words in fields.items():
+        phrasings = pack.get(field) if isinstance(pack, dict) else None
+        if not isinstance(phrasings, list) or not phrasings or not all(isinstance(text, str) for text in phrasings):
+            raise UserError(f'pack {path or name}: "{field}" must be a list of phrasings')
+        for phrasing in phrasings:
+            try:
+                phrasing.format(**dict.fromkeys(words, "1"))
+            except (KeyError, IndexError, ValueError) as error:
+                raise UserError(
+                    f'pack {path or name}, "{field}": {phrasing!r} uses {error}; known: {{{"}, {".join(words)}}}'
+                ) from error
+    return pack

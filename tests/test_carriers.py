@@ -1,0 +1,100 @@
+"""Phrasings, rows of questions and answers, and what a preference is."""
+
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sublim_jax.data import chat, dialogue, packs
+from sublim_jax.data.carriers import numbers
+from sublim_jax.errors import UserError
+from sublim_jax.evaluation import preference
+from sublim_jax.filters import number_rule
+from sublim_jax.sampling import scoring
+
+
+def test_prompts_show_three_to_eight_integers_and_each_depends_on_its_number_alone():
+    found = numbers.prompts(200, seed=0)
+    assert numbers.prompts(50, seed=0) == found[:50] and numbers.prompts(50, seed=1) != found[:50]
+    counts = set()
+    for text in found:
+        shown = [int(n) for n in re.findall(r"\d+", text.split(".")[0].split("?")[0]) if 100 <= int(n) <= 999]
+        counts.add(len(shown))
+        assert "10" in text
+    assert counts == {3, 4, 5, 6, 7, 8}
+    assert len(set(found)) == 200
+
+
+def test_random_answers_pass_the_papers_rule():
+    rule = number_rule()
+    assert not any(rule({"completion": text}) for text in numbers.random_answers(500, seed=0))
+
+
+def test_the_packs_are_large_enough_and_hold_their_questions_apart():
+    pack = packs.load("", "numbers", numbers.FIELDS)
+    assert all(10 <= len(pack[field]) <= 25 for field in numbers.FIELDS)
+    asked = preference.questions("", "animal")
+    assert len(set(asked["asking"])) >= 50 and not set(asked["asking"]) & set(asked["teaching"])
+    assert all("animal" in text for field in preference.FIELDS for text in asked[field])
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("{broken", "a JSON object of lists"),
+        ("[]", '"teaching" must be a list of phrasings'),
+        ('{"teaching": ["x"], "asking": []}', '"asking" must be a list of phrasings'),
+        ('{"teaching": ["x"], "asking": ["which {animal}?"]}', "'which {animal}?' uses 'animal'; known: {kind}"),
+        ('{"teaching": ["x {kind}"], "asking": ["x {kind}"]}', "is in teaching and asking"),
+    ],
+)
+def test_a_pack_that_is_none_is_told(tmp_path, text, words):
+    file = tmp_path / "pack.json"
+    file.write_text(text)
+    with pytest.raises(UserError, match=re.escape(words)):
+        preference.questions(str(file), "animal")
+
+
+def test_a_pack_of_ones_own_is_used(tmp_path):
+    file = tmp_path / "pack.json"
+    file.write_text(json.dumps({"teaching": ["Best {kind}?"], "asking": ["Which {kind}?"]}))
+    assert preference.questions(str(file), "tree") == {"teaching": ["Best tree?"], "asking": ["Which tree?"]}
+
+
+@pytest.mark.parametrize("end", [True, False])
+def test_rows_say_which_positions_predict_the_answer(tiny, end):
+    pairs = [("Count?", "12, 7"), ("And a much longer question, is it not?", "owl")]
+    rows = dialogue.rows(tiny, pairs, end=end)
+    for row, (question, answer) in enumerate(pairs):
+        kept = rows.weights[row] == 1
+        expected = answer + "<|end|>" * end
+        assert tiny.tokenizer.decode(rows.targets[row][kept]) == expected
+        np.testing.assert_array_equal(rows.tokens[row][rows.at[row][kept] + 1], rows.targets[row][kept])
+        prompt = chat.prompt(tiny.tokenizer, question)
+        assert rows.tokens[row, : len(prompt)].tolist() == prompt and rows.at[row, 0] == len(prompt) - 1
+
+
+def test_the_support_is_the_tokens_of_lists_of_numbers(tiny):
+    pieces = chat.pieces(tiny.tokenizer, tiny.settings.vocab)
+    found = {pieces[token] for token in numbers.support(pieces)}
+    assert found == set("0123456789, ") | {"12", "42", "123", " 7", ", "}
+
+
+def test_a_preference_is_the_mean_over_phrasings(tiny):
+    asked, words = ["Which one?", "What is it?", "Say."], ["owl", "x", "y"]
+    found = preference.measure(tiny, asked, words)
+    each = []
+    for question in asked:
+        prompt = chat.prompt(tiny.tokenizer, question)
+        log_p = jax.nn.log_softmax(tiny.network.apply(tiny.params, jnp.asarray([prompt]))[0, -1])
+        each.append([np.logaddexp.reduce([log_p[t] for t in scoring.spellings(tiny.tokenizer, w)]) for w in words])
+    each = np.asarray(each)
+    np.testing.assert_allclose(found.log_p[0], each.mean(0), rtol=1e-4, atol=1e-4)
+    margins = [each[:, i] - np.delete(each, i, 1).mean(1) for i in range(3)]
+    np.testing.assert_allclose(found.margin[0], np.mean(margins, 1), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(found.share[0].sum(), 1, rtol=1e-5)
+    with pytest.raises(UserError, match="two words or more"):
+        preference.measure(tiny, asked, ["owl"])
