@@ -50,7 +50,7 @@ def teachers_of(lab, count):
 def test_the_objective_is_kl_over_the_support_at_the_answers_positions(lab):
     start, teachers = teachers_of(lab, 2)
     rows = transmission.carrier_rows(lab).take(slice(4))
-    batch = transmission.Student(rows, jnp.ones((4, 9), int))
+    batch = transmission.Student(rows, jnp.ones(4, int))
     total, count = transmission.imitation(lab, start, lab.model.params, teachers, batch)
     second = jax.tree.map(lambda x: x[1], teachers)
 

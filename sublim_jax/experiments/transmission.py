@@ -4,7 +4,7 @@
 by run and in each run teacher by teacher, so that those of one run share their start, their data and its order.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -101,8 +101,11 @@ def preflight(config: ConfigDict, devices: Sequence[jax.Device]) -> list[Step]:
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape), x.dtype), one)
 
     whole = named(mesh)
-    shape = lambda columns, dtype: jax.ShapeDtypeStruct((config.carrier.count, columns), dtype, sharding=whole)  # noqa: E731
-    rows = Rows(shape(160, jnp.int32), shape(32, jnp.int32), shape(32, jnp.int32), shape(32, jnp.float32))
+    answer = np.zeros(32, np.int32)
+    columns = Rows(np.zeros(160, np.int32), answer, answer, np.zeros(32, np.float32))
+    rows = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((config.carrier.count, *x.shape), x.dtype, sharding=whole), columns
+    )
     teachers = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), stacked(who))
     frozen = {"base": on(base, jnp.dtype(config.model.dtype)), "teachers": teachers, "rows": rows}
     count = config.runs * who
@@ -114,7 +117,7 @@ def preflight(config: ConfigDict, devices: Sequence[jax.Device]) -> list[Step]:
 
 def spec_of(config: ConfigDict) -> lora.Lora:
     given = config.lora
-    return lora.Lora(given.rank, given.alpha, False, tuple(given.modules), tuple(given.layers))
+    return lora.Lora(given.rank, given.alpha, False, tuple(given.modules) or lora.EVERY_LINEAR, tuple(given.layers))
 
 
 def check(config: ConfigDict) -> None:
@@ -217,8 +220,8 @@ def teaching_program(lab: Lab, count: int) -> Program:
 
 def answers(lab: Lab, module: Any, rows: Rows) -> Float[Array, "n a width"]:
     """The last layer's output where it predicts the answers' tokens."""
-    output = module.features(rows.tokens, remat=lab.config.remat, **lab.where).output
-    return jnp.take_along_axis(output, rows.at[..., None], 1)
+    output = module.features(jnp.asarray(rows.tokens), remat=lab.config.remat, **lab.where).output
+    return jnp.take_along_axis(output, jnp.asarray(rows.at)[..., None], 1)
 
 
 def fresh(lab: Lab, key: Key[Array, ""]) -> Params:
