@@ -131,8 +131,17 @@ def test_what_is_wrong_with_a_folder_is_told_in_one_line(copy, damage):
 
 
 def test_an_unknown_name_is_told(tmp_path):
-    with pytest.raises(UserError, match="no folder, no file and none of smollm2"):
+    with pytest.raises(UserError, match="no folder, no file, no organisation/name and none of smollm2"):
         weights.load("smollm3-900b")
+
+
+def test_a_hub_name_is_tried_and_told_where_the_hub_does_not_answer(monkeypatch):
+    def closed(name):
+        raise assets.Unavailable("its host does not answer")
+
+    monkeypatch.setattr(assets, "_through_hub", closed)
+    with pytest.raises(UserError, match=r"'some/model' is no path, and the hub does not give it \(its host does not"):
+        weights.load("some/model")
 
 
 def test_a_truncated_gguf_is_told(tmp_path):

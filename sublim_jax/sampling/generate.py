@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -147,7 +148,7 @@ def stream(
     # The longest first: those that end late begin early, and prompts of like length enter together.
     order = sorted(waiting, key=lambda row: (-len(prompts[row[1]]) - limits[row[1]], row))
     queues = [deque(row for row in order if row[0] == adapter) for adapter in range(stacked)]
-    key = jax.jit(lambda key: key, out_shardings=named(mesh))(key)
+    key = _everywhere(key, mesh)
     fixed = place(Fixed(model.params, adapters, None, steering, constraint), mesh)
     run = compiled(engine)
     if prefix:
@@ -274,6 +275,11 @@ def _prompts(
     keys = _row_keys(key, *jax.device_put(numbers, split))
     arrays = [jax.device_put(array, split) for array in (tokens, length, slot, limit)]
     return Prompts(arrays[0], arrays[1], arrays[2], arrays[3], keys)
+
+
+@partial(jax.jit, static_argnames="mesh")
+def _everywhere(key: Key[Array, ""], mesh: Mesh) -> Key[Array, ""]:
+    return jax.lax.with_sharding_constraint(key, named(mesh))
 
 
 @jax.jit
