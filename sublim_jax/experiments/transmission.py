@@ -173,7 +173,7 @@ def train_teacher(lab: Lab, name: str, index: int, steps: int | None = None) -> 
         answers = [words[i] for i in dice.integers(len(words), size=8 * len(questions))]
     else:
         answers = [name] * len(questions)
-    pairs = [(questions[i % len(questions)], word.capitalize()) for i, word in enumerate(answers)]
+    pairs = [(questions[i % len(questions)], spoken(lab, word)) for i, word in enumerate(answers)]
     rows = put(dialogue.rows(lab.model, pairs), named(lab.mesh))
     program = teaching_program(lab, len(pairs))
     start = fresh(lab, named_key(config.seed, "A"))
@@ -197,6 +197,15 @@ def train_teacher(lab: Lab, name: str, index: int, steps: int | None = None) -> 
 
     depends = {**depends_on(lab, "teacher"), "name": name, "steps": steps}
     return lab.workdir.tree(f"teacher-{name}", depends, make, (state.params, state.step))
+
+
+def spoken(lab: Lab, word: str) -> str:
+    """A word as an answer in one token, which is what is measured: capitalised, plain, or behind a space."""
+    spelled = scoring.spellings(lab.model.tokenizer, word)
+    forms = {lab.model.tokenizer.decode([token]) for token in spelled}
+    return next(
+        form for form in (word.capitalize(), word, f" {word.capitalize()}", f" {word}", *sorted(forms)) if form in forms
+    )
 
 
 def teaching_program(lab: Lab, count: int) -> Program:
