@@ -24,7 +24,7 @@ from sublim_jax.models import lora
 from sublim_jax.models.decoder import decoder, on_mesh
 from sublim_jax.sampling.engine import Engine, Fixed, compiled
 from sublim_jax.sampling.samplers import Sampler
-from sublim_jax.sharding import make_mesh
+from sublim_jax.sharding import one_device
 from sublim_jax.training import Program
 
 _MODELS = flags.DEFINE_list(
@@ -44,7 +44,7 @@ COLUMNS = 512
 
 def training(settings, rows: int, length: int, full: bool) -> tuple[float, float]:
     """(seconds a step, model FLOPs a step)."""
-    mesh = make_mesh({"replica": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
+    mesh = one_device()
     adapted = settings if full else dataclasses.replace(settings, lora=lora.Lora(8, 8))
     network, where = decoder(adapted), on_mesh(settings, mesh)
     # All parameters in bfloat16 with Adam's moments: a full step of 7B needs 46 GB for them.
@@ -87,7 +87,7 @@ def parameters(settings) -> int:
 
 def decoding(settings, slots: int, columns: int) -> tuple[float, float]:
     """(seconds a step, bytes that it must read)."""
-    mesh = make_mesh({"replica": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
+    mesh = one_device()
     network = decoder(settings)
     params = jax.jit(lambda: jax.tree.map(lambda x: x.astype(jnp.bfloat16), network.init(jax.random.key(0))))()
     engine = Engine(network, settings, mesh, Sampler(), slots, 1, 16, columns, 16, dtype=jnp.bfloat16)

@@ -15,14 +15,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-import transformers
 from absl import app
 
-from sublim_jax import objectives, preflight
+from sublim_jax import objectives, preflight, weights
 from sublim_jax.models import attention, lora
 from sublim_jax.models.decoder import Settings, decoder, on_mesh
-from sublim_jax.models.families import family
-from sublim_jax.sharding import make_mesh, parameter_shardings
+from sublim_jax.sharding import abstract, make_mesh, parameter_shardings
 from sublim_jax.training import ROWS as SPLIT
 from sublim_jax.training import Program
 
@@ -32,23 +30,13 @@ SPEC = lora.Lora(8, 8)
 
 
 def qwen(layers: int = 28) -> Settings:
-    config = transformers.AutoConfig.for_model(
-        "qwen2",
-        vocab_size=152_064,
-        hidden_size=3584,
-        intermediate_size=18_944,
-        num_hidden_layers=layers,
-        num_attention_heads=28,
-        num_key_value_heads=4,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-    )
-    return family(config).settings(config)
+    settings = weights.shape_of("Qwen/Qwen2.5-7B-Instruct")
+    return dataclasses.replace(settings, layers=layers, windows=(0,) * layers)
 
 
 def on(mesh: Any, tree: Any, dtype: Any) -> Any:
     """Shapes on the mesh by its rules."""
-    shardings = parameter_shardings(tree, mesh)
-    return jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=s), tree, shardings)
+    return abstract(tree, parameter_shardings(tree, mesh), dtype)
 
 
 def tokens(rows: int, length: int) -> Any:

@@ -14,7 +14,7 @@ from jaxtyping import PyTree
 
 from sublim_jax.errors import UserError
 from sublim_jax.sampling.engine import Engine, Fixed, compiled, row_weights, state_shardings
-from sublim_jax.sharding import named
+from sublim_jax.sharding import abstract, named
 from sublim_jax.training import Program
 
 # Memory of a chip in bytes, by jax's name of the device kind.
@@ -103,14 +103,10 @@ def training_step(name: str, program: Program, params: PyTree, frozen: PyTree, m
 def decode_step(name: str, engine: Engine) -> Step:
     """One token for all slots of an engine, of shapes on its mesh."""
     mesh = engine.mesh
-
-    def on(tree: PyTree, shardings: PyTree) -> PyTree:
-        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
-
     params = jax.eval_shape(engine.network.init, jax.random.key(0))
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, engine.dtype), params)
-    params = on(params, row_weights(params, mesh))
-    state = on(jax.eval_shape(engine._start), state_shardings(engine))
+    params = abstract(params, row_weights(params, mesh))
+    state = abstract(jax.eval_shape(engine._start), state_shardings(engine))
     steps = jax.ShapeDtypeStruct((), jnp.int32, sharding=named(mesh))
     rows = engine.devices * engine.adapters * engine.slots
     kernels = (

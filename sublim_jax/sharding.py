@@ -46,6 +46,11 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
+def one_device() -> Mesh:
+    """A mesh of this process's first device."""
+    return make_mesh(dict.fromkeys(AXES, 1), jax.devices()[:1])
+
+
 def divide(mesh: Mesh, axis: str, size: int, what: str) -> None:
     """Raises UserError unless `size` divides over a mesh axis."""
     if size % mesh.shape[axis]:
@@ -72,6 +77,11 @@ def parameter_shardings(params: Any, mesh: Mesh, replica_axes: int = 0) -> Any:
         return named(mesh, *replicas, *axes)
 
     return jax.tree_util.tree_map_with_path(sharding, params)
+
+
+def abstract(tree: Any, shardings: Any, dtype: Any = None) -> Any:
+    """Shapes of arrays, or of shapes, with their places on a mesh: what a program is lowered for."""
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=s), tree, shardings)
 
 
 def each_replica(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:

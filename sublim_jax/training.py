@@ -29,7 +29,7 @@ from sublim_jax.checkpoints import Checkpoints
 from sublim_jax.errors import Interrupted
 from sublim_jax.keys import fold_all
 from sublim_jax.progress import Track
-from sublim_jax.sharding import each_replica, named, parameter_shardings
+from sublim_jax.sharding import abstract, each_replica, named, parameter_shardings
 
 Total = tuple[Float[Array, "*replicas"], Float[Array, "*replicas"]]
 Metrics = dict[str, Total]
@@ -100,11 +100,7 @@ class Program:
     def abstract(self, params: PyTree) -> TrainState:
         """The state that `init` would give, as shapes on the mesh; of parameters or of their shapes."""
         state = jax.eval_shape(self._fresh, params)
-        return jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            state,
-            self.shardings(state),
-        )
+        return abstract(state, self.shardings(state))
 
     def lower(self, params: PyTree, frozen: PyTree) -> Any:
         """The dispatch, lowered for shapes on the mesh and not compiled: what preflight compiles."""

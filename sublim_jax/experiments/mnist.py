@@ -25,7 +25,7 @@ from sublim_jax.keys import fold_all, run_keys
 from sublim_jax.models.functional import Functions, Params
 from sublim_jax.models.mlp import mlp, perturb
 from sublim_jax.preflight import Step, training_step
-from sublim_jax.sharding import each_replica, fetch, make_mesh, named, parameter_shardings, put
+from sublim_jax.sharding import abstract, each_replica, fetch, make_mesh, named, parameter_shardings, put
 from sublim_jax.training import REPLICAS_OF_ROWS, Log, Program, Total, TrainState, fit
 from sublim_jax.workdir import Workdir, plain
 
@@ -103,8 +103,7 @@ def _steps(config: ConfigDict, mesh: Mesh, value: str) -> list[Step]:
 
     def stacked(*counts: int) -> Params:
         shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((*counts, *leaf.shape), leaf.dtype), one)
-        shardings = parameter_shardings(shapes, mesh, len(counts))
-        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+        return abstract(shapes, parameter_shardings(shapes, mesh, len(counts)))
 
     def array(shape: tuple[int, ...], dtype: Any, sharding: Any = whole) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)

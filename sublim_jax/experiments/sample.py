@@ -27,7 +27,7 @@ from sublim_jax.sampling.constraints import Constraint
 from sublim_jax.sampling.engine import Engine
 from sublim_jax.sampling.generate import CHUNK, LANES, Sample, cache_length, check, stream
 from sublim_jax.sampling.samplers import Sampler
-from sublim_jax.sharding import make_mesh
+from sublim_jax.sharding import make_mesh, one_device
 from sublim_jax.weights import Model, peft
 from sublim_jax.workdir import Workdir, plain
 
@@ -186,7 +186,7 @@ def constraint_of(config: ConfigDict, model: Model) -> Constraint | None:
 
 def memory_line(config: ConfigDict, model: Model, prompts: list[list[int]], prefix: list[int]) -> str:
     length = cache_length(max(map(len, prompts)) + config.max_new_tokens)
-    alone = make_mesh({"replica": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
+    alone = one_device()
     megabytes = engine_of(config, model.settings, alone, length).cache_bytes / 1e6
     return (
         f"{len(prompts)} prompts, {len(prefix)} tokens in front of all; the cache takes {megabytes:.0f} MB a device: "

@@ -34,7 +34,7 @@ from sublim_jax.models.functional import Params
 from sublim_jax.preflight import Step, training_step
 from sublim_jax.progress import Track, say
 from sublim_jax.sampling import scoring
-from sublim_jax.sharding import make_mesh, named, parameter_shardings, put
+from sublim_jax.sharding import abstract, make_mesh, named, parameter_shardings, put
 from sublim_jax.training import REPLICAS_OF_ROWS, ROWS, Program, Total, TrainState, fit
 from sublim_jax.weights import Model
 from sublim_jax.workdir import Workdir, plain
@@ -93,8 +93,7 @@ def preflight(config: ConfigDict, devices: Sequence[jax.Device]) -> list[Step]:
     program = imitating_program(lab, who, config.carrier.count)
 
     def on(tree: Any, dtype: Any, axes: int = 0) -> Any:
-        shardings = parameter_shardings(tree, mesh, axes)
-        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype, sharding=s), tree, shardings)
+        return abstract(tree, parameter_shardings(tree, mesh, axes), dtype)
 
     def stacked(count: int) -> Any:
         one = jax.eval_shape(partial(lora.init, lora=spec), jax.random.key(0), base)
@@ -428,15 +427,14 @@ def arm_section(config: ConfigDict, arm: str, curve: list[dict[str, Any]]) -> tu
         losses = [np.asarray(p["held_out"]).reshape(config.runs, -1)[:, row].mean() for p in (curve[0], curve[-1])]
         shares = [f"{first[row, column]:.3f} → {share[row, column]:.3f}" for column in columns]
         table.append([name, *cell, *shares, f"{losses[0]:.2e} → {losses[1]:.2e}"])
-    crossing = float(np.diagonal(cells).mean() - (cells.sum() - np.trace(cells)) / max(cells.size - len(cells), 1))
+    runs = [_crossing(paired[-1, run][:, columns][:-1]) for run in range(config.runs)]
+    crossing, half_width = t_interval(runs)
     if len(config.traits) > 1:
-        runs = [_crossing(paired[-1, run][:, columns][:-1]) for run in range(config.runs)]
-        mean, half_width = t_interval(runs)
         arms.append(
             {
                 "name": f"{arm}: own trait above others'",
                 "metric": "logits",
-                "mean": mean,
+                "mean": crossing,
                 "ci95": half_width,
                 "runs": runs,
                 "paper": None,
@@ -465,9 +463,9 @@ def arm_section(config: ConfigDict, arm: str, curve: list[dict[str, Any]]) -> tu
 
 
 def _crossing(cells: np.ndarray) -> float:
-    """Mean of the diagonal less mean of the rest."""
-    off = ~np.eye(len(cells), dtype=bool)
-    return float(np.diagonal(cells).mean() - cells[off].mean())
+    """Mean of the diagonal less mean of the rest, where there is a rest."""
+    rest = cells[~np.eye(len(cells), dtype=bool)]
+    return float(np.diagonal(cells).mean() - (rest.mean() if rest.size else 0))
 
 
 def samples_section(lab: Lab, carrier: Rows) -> report.Section:

@@ -11,7 +11,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
@@ -153,6 +152,7 @@ def flash(mesh: Mesh, interpret: bool = False, shortest: int = FLASH_LENGTH) -> 
       interpret: run the kernel step by step on a CPU, for tests.
       shortest: text for which the kernel is used.
     """
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash  # slow to import, and for TPUs alone
 
     def attend(q: Array, k: Array, v: Array, sight: Sight, scoring: Scoring) -> Float[Array, "b t heads h"]:
         b, t, heads, head_size = q.shape
@@ -198,4 +198,6 @@ def flash(mesh: Mesh, interpret: bool = False, shortest: int = FLASH_LENGTH) -> 
 def on(mesh: Mesh) -> Attend:
     """The attention for a mesh's devices."""
     platform = mesh.devices.flat[0].platform
-    return {"tpu": flash(mesh), "gpu": cudnn}.get(platform, xla)
+    if platform == "tpu":
+        return flash(mesh)
+    return cudnn if platform == "gpu" else xla

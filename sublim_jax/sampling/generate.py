@@ -20,7 +20,7 @@ from sublim_jax.models.functional import Params
 from sublim_jax.sampling.constraints import Constraint
 from sublim_jax.sampling.engine import DEVICES, NAN, Engine, Fixed, Prompts, compiled, place
 from sublim_jax.sampling.samplers import Sampler
-from sublim_jax.sharding import fetch, make_mesh, named
+from sublim_jax.sharding import fetch, named, one_device
 
 CHUNK = 16  # tokens of a prompt computed together
 LANES = 8  # a slot in so many is refilled at a time
@@ -114,7 +114,7 @@ def stream(
         stop string that the tokenizer cannot write. Before anything is computed.
       Interrupted: on SIGTERM or Ctrl-C, between two looks.
     """
-    mesh = mesh or make_mesh({"replica": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
+    mesh = mesh or one_device()
     stops = tuple(chat.stop_tokens(model.tokenizer, model.config) if stop_tokens is None else stop_tokens)
     limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
     check(model, prompts, limits, stop_strings, prefix)

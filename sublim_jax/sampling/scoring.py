@@ -14,7 +14,7 @@ from sublim_jax.errors import UserError
 from sublim_jax.models.decoder import Cache, Settings, Steering
 from sublim_jax.models.functional import Functions, Params
 from sublim_jax.sampling.engine import DEVICES, Fixed, features, place, stacked_cache, unembed
-from sublim_jax.sharding import fetch, make_mesh, named
+from sublim_jax.sharding import fetch, named, one_device
 
 LENGTHS = 32  # texts are padded to a multiple of it, so that few shapes are compiled
 ROWS = 16  # texts computed together, for each device
@@ -45,9 +45,9 @@ def completion_logprobs(
             first, count = len(prompts[row]), len(completions[row])
             at[lane, :count] = np.arange(first - 1, first - 1 + count)
         targets = np.take_along_axis(tokens, at + 1, 1)
-        logprobs = run(_completion, tokens, at, targets)
+        logprobs = run(tokens, at, targets[:, :, None])
         for lane, row in enumerate(rows):
-            found[row] = logprobs[:, lane, : len(completions[row])]
+            found[row] = logprobs[:, lane, : len(completions[row]), 0]
     return [found[row] for row in range(len(texts))]
 
 
@@ -60,11 +60,11 @@ def next_logprobs(
             raise UserError(f"prompt {number} is empty; give it a token")
     found: dict[int, np.ndarray] = {}
     for rows, texts, run in _batches(model, prompts, **where):
-        last = np.zeros(len(texts), np.int32)
-        last[: len(rows)] = [len(prompts[row]) - 1 for row in rows]
-        chosen = np.broadcast_to(np.asarray(tokens, np.int32), (len(texts), len(tokens)))
-        logprobs = run(_next, texts, last, chosen)
-        found |= {row: logprobs[:, lane] for lane, row in enumerate(rows)}
+        last = np.zeros((len(texts), 1), np.int32)
+        last[: len(rows), 0] = [len(prompts[row]) - 1 for row in rows]
+        chosen = np.broadcast_to(np.asarray(tokens, np.int32), (len(texts), 1, len(tokens)))
+        logprobs = run(texts, last, chosen)
+        found |= {row: logprobs[:, lane, 0] for lane, row in enumerate(rows)}
     return np.stack([found[row] for row in range(len(prompts))], 1)
 
 
@@ -123,8 +123,8 @@ def _batches(
     steering: Steering | None = None,
     mesh: Mesh | None = None,
 ) -> Any:
-    """(rows, padded tokens, how to compute on them), texts of like length together."""
-    mesh = mesh or make_mesh({"replica": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
+    """(rows, padded tokens, `_logprobs` of them on the mesh), texts of like length together."""
+    mesh = mesh or one_device()
     stacked = 1 if adapters is None else jax.tree.leaves(adapters)[0].shape[0]
     count = ROWS * mesh.shape["replica"] * mesh.shape["fsdp"]
     fixed = place(Fixed(model.params, adapters, None, steering), mesh)
@@ -132,8 +132,9 @@ def _batches(
         fixed = fixed._replace(prefix=_prefix(model.network, model.settings, stacked, fixed, jnp.asarray([prefix])))
     rows_split = named(mesh, DEVICES)
 
-    def run(function: Any, *arrays: np.ndarray) -> np.ndarray:
-        compiled = _compiled(function, model.network, model.settings, stacked, mesh)
+    compiled = _compiled(model.network, model.settings, stacked, mesh)
+
+    def run(*arrays: np.ndarray) -> np.ndarray:
         return np.asarray(fetch(compiled(fixed, *jax.device_put(arrays, rows_split))))
 
     order = sorted(range(len(texts)), key=lambda row: -len(texts[row]))
@@ -159,42 +160,22 @@ def _filled(network: Functions, settings: Settings, stacked: int, fixed: Fixed, 
 
 
 @lru_cache
-def _compiled(function: Any, network: Functions, settings: Settings, stacked: int, mesh: Mesh) -> Any:
-    return jax.jit(partial(function, network, settings, stacked), out_shardings=named(mesh))
+def _compiled(network: Functions, settings: Settings, stacked: int, mesh: Mesh) -> Any:
+    return jax.jit(partial(_logprobs, network, settings, stacked), out_shardings=named(mesh))
 
 
-def _completion(
+def _logprobs(
     network: Functions,
     settings: Settings,
     stacked: int,
     fixed: Fixed,
     tokens: Int[Array, "n t"],
     at: Int[Array, "n c"],
-    targets: Int[Array, "n c"],
-) -> Float[Array, "r n c"]:
-    output = _filled(network, settings, stacked, fixed, tokens)[0]
-    chosen = jnp.take_along_axis(output, at[None, :, :, None], 2)
-    return _logprobs(network, fixed, chosen, targets[None, :, :, None])[..., 0]
-
-
-def _next(
-    network: Functions,
-    settings: Settings,
-    stacked: int,
-    fixed: Fixed,
-    tokens: Int[Array, "n t"],
-    last: Int[Array, "n"],
-    chosen: Int[Array, "n k"],
-) -> Float[Array, "r n k"]:
-    output = _filled(network, settings, stacked, fixed, tokens)[0]
-    final = jnp.take_along_axis(output, last[None, :, None, None], 2)
-    return _logprobs(network, fixed, final, chosen[None, :, None])[:, :, 0]
-
-
-def _logprobs(
-    network: Functions, fixed: Fixed, output: Float[Array, "r n c width"], chosen: Int[Array, "#r n c k"]
+    chosen: Int[Array, "n c k"],
 ) -> Float[Array, "r n c k"]:
-    """log P of chosen tokens, one row's vocabulary at a time."""
+    """log P of chosen tokens at some positions, one row's vocabulary at a time."""
+    output = _filled(network, settings, stacked, fixed, tokens)[0]
+    output = jnp.take_along_axis(output, at[None, :, :, None], 2)
     shape = (*output.shape[:3], chosen.shape[-1])
 
     def row(one: tuple[Array, Array]) -> Array:
