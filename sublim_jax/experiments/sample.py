@@ -237,7 +237,11 @@ def section(records: list[Record]) -> report.Section:
     finishes = Counter(record["finish"] for record in records)
     lengths = np.asarray([len(record["tokens"]) for record in records])
     table = [["finish", "completions"], *([name, str(count)] for name, count in finishes.most_common())]
-    values, counts = np.unique(lengths, return_counts=True)
-    panel = Panel("tokens of a completion", "completions", [Line("all", values, counts, {"drawstyle": "steps-mid"})])
+    counts = np.bincount(lengths)  # lengths that no completion has are drawn as 0
+    panel = Panel(
+        "tokens of a completion",
+        "completions",
+        [Line("all", np.arange(len(counts)), counts, {"drawstyle": "steps-mid", "marker": ""})],
+    )
     text = f"{len(records)} completions, {lengths.sum()} tokens, {lengths.mean():.1f} each. They are in samples.jsonl."
     return report.Section("Samples", text, table, {"lengths": partial(panels_figure, [panel])})
