@@ -1,7 +1,6 @@
 """Prompts in, completions out (`configs/sample.py`): finished rows are written as they come, and a rerun goes on."""
 
 import json
-import time
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
@@ -11,74 +10,59 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 from ml_collections import ConfigDict
 
 from sublim_jax import report, weights
-from sublim_jax.data import chat
+from sublim_jax.data import chat, records
+from sublim_jax.data.records import Record
 from sublim_jax.errors import UserError
 from sublim_jax.figures import Line, Panel, panels_figure
 from sublim_jax.keys import named_key
 from sublim_jax.models.decoder import decoder, on_mesh
 from sublim_jax.preflight import Step, decode_step
-from sublim_jax.progress import Track, say
+from sublim_jax.progress import say
 from sublim_jax.sampling import constraints
+from sublim_jax.sampling.collect import collect
 from sublim_jax.sampling.constraints import Constraint
 from sublim_jax.sampling.engine import Engine
-from sublim_jax.sampling.generate import CHUNK, LANES, Sample, cache_length, check, stream
+from sublim_jax.sampling.generate import CHUNK, LANES, cache_length, check
 from sublim_jax.sampling.samplers import Sampler
 from sublim_jax.sharding import make_mesh, one_device
 from sublim_jax.weights import Model, peft
 from sublim_jax.workdir import Workdir, plain
-
-Record = dict[str, Any]
 
 
 def run(config: ConfigDict, workdir: Workdir, *, update: bool = False) -> None:
     """Samples every prompt, and leaves samples.jsonl, results.json, report.md and a figure in `workdir`."""
     mesh = make_mesh(config.mesh)
     sampler = sampler_of(config)
-    records = read_prompts(config.prompts)
+    asked = read_prompts(config.prompts)
     model = load(config, mesh)
     on_mesh(model.settings, mesh)  # heads
-    prefix, prompts = tokens_of(config, model, records)
+    prefix, prompts = tokens_of(config, model, asked)
     check(model, prompts, [config.max_new_tokens] * len(prompts), config.stop_strings, prefix)
     constraint = constraint_of(config, model)
     workdir.open(config, update=update)
-    depends = {**plain(config), "mesh": None, "prompts": records}
+    depends = {**plain(config), "mesh": None, "prompts": asked}
     file = workdir.artefact("samples", depends).with_suffix(".jsonl")
-    found = read_samples(file)
-    total = len(records) * config.samples
-    if len(found) < total:
+    if not file.exists():
         say(memory_line(config, model, prompts, prefix))
-    began, fresh, done = time.monotonic(), 0, len(found)
-    write = file.open("a") if jax.process_index() == 0 else None
-    with Track("samples", total, done) as track:
-        for sample in stream(
-            model,
-            prompts,
-            named_key(config.seed, "sample"),
-            sampler=sampler,
-            max_new_tokens=config.max_new_tokens,
-            samples=config.samples,
-            stop_strings=config.stop_strings,
-            prefix=prefix,
-            constraint=constraint,
-            slots=config.slots,
-            mesh=mesh,
-            done=[(0, *row) for row in found],
-        ):
-            record = record_of(sample, records)
-            found[sample.prompt, sample.sample] = record
-            fresh, done = fresh + len(sample.logprobs), done + 1
-            if write:
-                write.write(json.dumps(record, ensure_ascii=False) + "\n")
-                write.flush()
-            track.update(done, f"{fresh / (time.monotonic() - began):.0f} tokens/s")
-    if write:
-        write.close()
-    ordered = [found[row] for row in sorted(found)]
-    write_lines(workdir.path / "samples.jsonl", ordered)
+    ordered = collect(
+        file,
+        model,
+        prompts,
+        named_key(config.seed, "sample"),
+        lambda number: asked[number],
+        samples=config.samples,
+        sampler=sampler,
+        max_new_tokens=config.max_new_tokens,
+        stop_strings=config.stop_strings,
+        prefix=prefix,
+        constraint=constraint,
+        slots=config.slots,
+        mesh=mesh,
+    )
+    records.write(workdir.path / "samples.jsonl", ordered)
     report.write(workdir, config, arms(ordered), [section(ordered)])
     if broken := [record["index"] for record in ordered if record["finish"] == "nan"]:
         raise UserError(
@@ -192,39 +176,6 @@ def memory_line(config: ConfigDict, model: Model, prompts: list[list[int]], pref
         f"{len(prompts)} prompts, {len(prefix)} tokens in front of all; the cache takes {megabytes:.0f} MB a device: "
         f"{config.slots} slots of {length} tokens"
     )
-
-
-def record_of(sample: Sample, records: list[Record]) -> Record:
-    return {
-        **records[sample.prompt],
-        "index": sample.prompt,
-        "sample": sample.sample,
-        "completion": sample.text,
-        "finish": sample.finish,
-        "tokens": sample.tokens,
-        "logprob": round(float(np.sum(sample.logprobs)), 4),
-    }
-
-
-def read_samples(path: epath.Path) -> dict[tuple[int, int], Record]:
-    """What an earlier run has written; a line that a power cut broke off is taken away."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    kept = []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            kept.append(json.loads(line))
-        except ValueError:
-            continue
-    write_lines(path, kept)
-    return {(record["index"], record["sample"]): record for record in kept}
-
-
-def write_lines(path: epath.Path, records: list[Record]) -> None:
-    """Whole or not at all, by the first process."""
-    if jax.process_index() == 0:
-        scratch = path.with_name(path.name + ".tmp")
-        scratch.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
-        scratch.replace(path)
 
 
 def arms(records: list[Record]) -> list[Record]:

@@ -1,0 +1,65 @@
+"""Samples kept in a file as they are finished, so that an interrupted run goes on with the rows that are missing."""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jaxtyping import Array, Key
+
+from sublim_jax.data import records
+from sublim_jax.data.records import Record
+from sublim_jax.progress import Track
+from sublim_jax.sampling.generate import Sample, stream
+
+
+def collect(
+    file: epath.Path,
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    key: Key[Array, ""],
+    fields: Callable[[int], Record],
+    *,
+    what: str = "samples",
+    samples: int = 1,
+    **options: Any,
+) -> list[Record]:
+    """Every sample of every prompt as a record, in their order.
+
+    Args:
+      file: JSON lines of what is finished; it grows while this works.
+      fields: what is known of a prompt, by its number; it becomes part of its records.
+      options: as for `generate.stream`.
+    """
+    found = {(record["index"], record["sample"]): record for record in records.mend(file)}
+    began, fresh, total = time.monotonic(), 0, len(prompts) * samples
+    write = file.open("a") if jax.process_index() == 0 else None
+    try:
+        with Track(what, total, len(found)) as track:
+            for sample in stream(model, prompts, key, samples=samples, done=[(0, *row) for row in found], **options):
+                record = record_of(sample, fields(sample.prompt))
+                found[sample.prompt, sample.sample] = record
+                fresh += len(sample.logprobs)
+                if write:
+                    write.write(json.dumps(record, ensure_ascii=False) + "\n")
+                    write.flush()
+                track.update(len(found), f"{fresh / (time.monotonic() - began):.0f} tokens/s")
+    finally:
+        if write:
+            write.close()
+    return [found[row] for row in sorted(found)]
+
+
+def record_of(sample: Sample, fields: Record) -> Record:
+    return {
+        **fields,
+        "index": sample.prompt,
+        "sample": sample.sample,
+        "completion": sample.text,
+        "finish": sample.finish,
+        "tokens": sample.tokens,
+        "logprob": round(float(np.sum(sample.logprobs)), 4),
+    }
