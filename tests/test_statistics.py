@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from sublim_jax.evaluation import statistics
 from sublim_jax.evaluation.statistics import normal_interval, t_interval
 
 
@@ -29,3 +30,38 @@ def test_ninety_five_percent_of_t_intervals_hold_the_truth():
 
 def test_one_run_has_no_interval():
     assert np.isnan(normal_interval([0.5]).half_width) and np.isnan(t_interval([0.5]).half_width)
+
+
+def test_the_diagonal_effect_is_what_students_of_a_teacher_have_beyond_the_others():
+    cells = np.array([[[3.0, 1.0], [0.0, 2.0]], [[1.0, 1.0], [1.0, 1.0]]])
+    np.testing.assert_allclose(statistics.diagonal_effect(cells), [2.0, 0.0])
+
+
+def test_the_permutation_test_counts_all_exchanges():
+    """One in 2^5 where every run has the largest effect it can have; all of them where there is none."""
+    strong = np.tile(np.array([[1.0, 0.0], [0.0, 1.0]]), (5, 1, 1))
+    assert statistics.permutation_p(strong) == 1 / 32
+    assert statistics.permutation_p(np.zeros((5, 2, 2))) == 1
+    assert statistics.permutation_p(-strong) == 1
+    drawn = statistics.permutation_p(np.tile(np.eye(3), (8, 1, 1)))  # 6^8 ways: drawn at random
+    assert drawn == 1 / 20_001
+
+
+def test_under_no_effect_the_permutation_test_is_level():
+    dice = np.random.default_rng(0)
+    found = np.array([statistics.permutation_p(dice.normal(size=(6, 2, 2))) for _ in range(400)])
+    for level in (0.1, 0.25, 0.5):
+        assert abs(np.mean(found <= level) - level) < 3.5 * (level * (1 - level) / 400) ** 0.5
+
+
+@pytest.mark.parametrize("n", [2, 5, 30])
+def test_the_detectable_effect_is_found_with_its_power(n):
+    """By simulation: t-tests on runs of that mean and spread; and beside a textbook value."""
+    values = np.arange(n, dtype=float)
+    spread = np.std(values, ddof=1)
+    effect = statistics.detectable(values)
+    drawn = np.random.default_rng(1).normal(effect, spread, size=(20_000, n))
+    share = np.mean(stats.ttest_1samp(drawn, 0, axis=1).pvalue < 0.05)
+    assert abs(share - 0.8) < 0.015
+    if n == 30:
+        np.testing.assert_allclose(effect / spread, 0.529, atol=0.003)

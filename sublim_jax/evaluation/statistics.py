@@ -1,11 +1,12 @@
 """Statistics over trained runs: a run is the unit, never a sampled answer."""
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
-from scipy import stats
+from scipy import optimize, stats
 
 Runs = Sequence[float] | Float[np.ndarray, "runs"]
 
@@ -29,3 +30,49 @@ def _interval(values: Runs, quantile: float) -> Interval:
     if len(values) < 2:
         return Interval(float(np.mean(values)), float("nan"))
     return Interval(float(np.mean(values)), quantile * float(np.std(values, ddof=1)) / len(values) ** 0.5)
+
+
+def diagonal_effect(cells: Float[np.ndarray, "*runs traits traits"]) -> Float[np.ndarray, "*runs"]:
+    """Mean of the diagonal less mean of the rest: how far students of a trait's teacher are above the others in it."""
+    own = np.eye(cells.shape[-1], dtype=bool)
+    return cells[..., own].mean(-1) - cells[..., ~own].mean(-1)
+
+
+def permutation_p(cells: Float[np.ndarray, "runs traits traits"], most: int = 20_000) -> float:
+    """P, by chance alone, of a mean diagonal effect as large as this one.
+
+    By chance: in each run it does not matter which row had which teacher. All ways to exchange rows are counted where
+    they are at most `most`, else so many drawn.
+    """
+    runs, traits = cells.shape[:2]
+    orders = np.asarray(list(itertools.permutations(range(traits))))
+    effects = np.stack([diagonal_effect(cells[:, order]) for order in orders], 1)  # runs, orders
+    observed = effects[:, 0].mean() - 1e-12
+    if len(orders) ** runs <= most:
+        sums = np.zeros(1)
+        for row in effects:
+            sums = (sums[:, None] + row).reshape(-1)
+        return float(np.mean(sums / runs >= observed))
+    dice = np.random.default_rng(0)
+    drawn = effects[np.arange(runs), dice.integers(len(orders), size=(most, runs))].mean(1)
+    return float((1 + np.sum(drawn >= observed)) / (1 + most))
+
+
+def detectable(values: Runs, power: float = 0.8) -> float:
+    """The smallest mean that a two-sided t-test at 5 % over so many runs of this spread finds with this power.
+
+    nan for a single run, whose spread is not known.
+    """
+    n = len(values)
+    if n < 2:
+        return float("nan")
+    critical = stats.t.ppf(0.975, n - 1)
+
+    # scipy's noncentral t gives nan for few runs; so t = (z + shift) / spread, averaged over quantiles of the spread.
+    spread = np.sqrt(stats.chi2.ppf((np.arange(4000) + 0.5) / 4000, n - 1) / (n - 1))
+
+    def missing(shift: float) -> float:
+        found = stats.norm.sf(critical * spread - shift) + stats.norm.cdf(-critical * spread - shift)
+        return float(np.mean(found)) - power
+
+    return float(optimize.brentq(missing, 0.0, 100.0)) * float(np.std(values, ddof=1)) / n**0.5
