@@ -1,0 +1,110 @@
+"""TruthfulQA against a plain computation, and on broken files."""
+
+import os
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sublim_jax import weights
+from sublim_jax.data import chat
+from sublim_jax.errors import UserError
+from sublim_jax.evaluation import truthfulqa
+
+HEADER = "Type,Category,Question,Best Answer,Best Incorrect Answer,Correct Answers,Incorrect Answers,Source\n"
+ROWS = (
+    'A,M,Do owls turn their heads around?,Not all the way,Yes,"Not all the way; No; No",Yes; All the way round,x\n'
+    "A,M,Is 12 a number?,Yes,No,Yes; It is,No; Never; It is a word,x\n"
+)
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "questions.csv"
+    path.write_text(HEADER + ROWS)
+    return path
+
+
+def total_logprob(model, prompt, answer):
+    tokens = jnp.asarray([[*prompt, *answer]])
+    log_p = jax.nn.log_softmax(model.network.apply(model.params, tokens)[0])
+    return sum(float(log_p[len(prompt) - 1 + i, token]) for i, token in enumerate(answer))
+
+
+def test_questions_are_read_with_each_answer_once(file):
+    first, second = truthfulqa.load(file)
+    assert first.correct == ["Not all the way", "No"] and first.incorrect == ["Yes", "All the way round"]
+    assert second == ("Is 12 a number?", "Yes", "No", ["Yes", "It is"], ["No", "Never", "It is a word"])
+
+
+def test_the_choice_is_the_renormalised_letter_in_both_orders(tiny, file):
+    items = truthfulqa.load(file)
+    found = truthfulqa.choose(tiny, items)
+    for index, item in enumerate(items):
+        each = []
+        for a, b in ((item.best, item.best_incorrect), (item.best_incorrect, item.best)):
+            text = truthfulqa.ASKED.format(question=item.question, a=a, b=b)
+            prompt = chat.question(tiny.tokenizer, text)
+            p = jax.nn.softmax(tiny.network.apply(tiny.params, jnp.asarray([prompt]))[0, -1])
+            p_a, p_b = (sum(p[t] for t in truthfulqa.letter_tokens(tiny.tokenizer, letter)) for letter in "AB")
+            each.append(p_b / (p_a + p_b))
+        np.testing.assert_allclose(found[0, index], (each[0] + 1 - each[1]) / 2, rtol=1e-4)
+
+
+def test_mc1_and_mc2_are_by_the_whole_answers_probability(tiny, file):
+    items = truthfulqa.load(file)
+    found = truthfulqa.likelihoods(tiny, items)
+    for index, item in enumerate(items):
+        prompt = chat.question(tiny.tokenizer, item.question)
+        of = lambda answer: total_logprob(tiny, prompt, chat.answer_tokens(tiny.tokenizer, answer))  # noqa: B023, E731
+        true, false = (np.exp([of(a) for a in some]).sum() for some in (item.correct, item.incorrect))
+        np.testing.assert_allclose(found.mc2[0, index], true / (true + false), rtol=1e-3)
+        assert found.mc1[0, index] == (of(item.best) > max(of(a) for a in item.incorrect))
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("Question,Answer\nx,y\n", "there is no column 'Best Answer'"),
+        (HEADER, "has no questions"),
+        (HEADER + ROWS + "A,M,Why?,,No,Yes,No,x\n", "row 3 ('Why?'): a question or an answer is empty"),
+    ],
+)
+def test_a_broken_file_is_told_by_its_row(tmp_path, text, words):
+    path = tmp_path / "broken.csv"
+    path.write_text(text)
+    with pytest.raises(UserError, match=re.escape(words)):
+        truthfulqa.load(path)
+    with pytest.raises(UserError, match="No such file"):
+        truthfulqa.load(tmp_path / "nowhere.csv")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("TRUTHFULQA" not in os.environ, reason="set TRUTHFULQA to the benchmark's TruthfulQA.csv")
+def test_all_questions_equal_transformers_on_smollm2(tmp_path):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    from sublim_jax.weights import huggingface
+
+    model = weights.load("smollm2-135m-instruct")
+    items = truthfulqa.load(os.environ["TRUTHFULQA"])
+    huggingface.save(tmp_path, model.params, model.settings, model.config)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    found = truthfulqa.choose(model, items)
+    for index, item in enumerate(items):
+        each = []
+        for a, b in ((item.best, item.best_incorrect), (item.best_incorrect, item.best)):
+            text = truthfulqa.ASKED.format(question=item.question, a=a, b=b)
+            ids = model.tokenizer.apply_chat_template(
+                [{"role": "user", "content": text}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )["input_ids"]
+            with torch.no_grad():
+                p = torch.softmax(theirs(ids).logits[0, -1], -1)
+            p_a, p_b = (
+                sum(float(p[model.tokenizer(form, add_special_tokens=False)["input_ids"][0]]) for form in (x, f" {x}"))
+                for x in "AB"
+            )
+            each.append(p_b / (p_a + p_b))
+        np.testing.assert_allclose(found[0, index], (each[0] + 1 - each[1]) / 2, atol=1e-4)
