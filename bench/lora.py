@@ -1,4 +1,4 @@
-"""A LoRA step of SmolLM2-135M-Instruct: ours against transformers and peft, in one run.
+"""LoRA steps of SmolLM2-135M-Instruct, on tokens and on a teacher's logits: ours against transformers and peft.
 
     make bench        or        python -m bench.lora --peer=PYTHON
 
@@ -28,7 +28,7 @@ from sublim_jax import objectives, preflight, weights
 from sublim_jax.models import lora
 from sublim_jax.models.decoder import Settings, decoder
 from sublim_jax.sharding import make_mesh
-from sublim_jax.training import Program
+from sublim_jax.training import REPLICAS_OF_ROWS, Program
 from sublim_jax.weights import huggingface
 
 _PEER = flags.DEFINE_string("peer", sys.executable, "The Python that has PyTorch, transformers and peft.")
@@ -36,16 +36,31 @@ _STEPS = flags.DEFINE_integer("steps", 8, "Steps measured by both; the median co
 
 ROWS, LENGTH, HALF = 8, 128, 64
 SPEC = lora.Lora(8, 8)
+SUPPORT = jnp.arange(40)  # as many tokens as SmolLM2 has of digits, commas and spaces
+STUDENTS = 8
 
 
-def training(settings: Settings) -> tuple[Program, Any]:
-    """The step, and its loss."""
+def training(settings: Settings, kind: str = "supervised") -> tuple[Program, Any]:
+    """The step, and its loss; `frozen` is (base, the teacher's adapters).
+
+    supervised: cross-entropy on tokens. distilled: KL to the teacher over SUPPORT, its logits computed in the step.
+    given: the same, its logits known from before.
+    """
     network = decoder(dataclasses.replace(settings, lora=SPEC))
 
+    def logits(adapters, base, batch, support=None):
+        module = network.bind(lora.join(base, adapters))
+        return module.unembed(module.features(batch[:, :-1]).output[:, -HALF:], support)
+
     def loss(params, frozen, batch, key):
-        module = network.bind(lora.join(frozen, params))
-        logits = module.unembed(module.features(batch[:, :-1]).output[:, -HALF:])
-        return objectives.cross_entropy(logits, batch[:, -HALF:]), {}
+        base, teacher = frozen
+        if kind == "supervised":
+            return objectives.cross_entropy(logits(params, base, batch), batch[:, -HALF:]), {}
+        if kind == "distilled":
+            target = jax.lax.stop_gradient(logits(teacher, base, batch, SUPPORT))
+        else:
+            target = jnp.zeros((ROWS, HALF, len(SUPPORT)))
+        return objectives.kl(logits(params, base, batch, SUPPORT), target), {}
 
     def batch(frozen, key, index):
         return jax.random.randint(jax.random.fold_in(key, index), (ROWS, LENGTH + 1), 0, 40_000)
@@ -62,24 +77,62 @@ def compile_seconds(settings: Settings, layers: int) -> float:
     network = decoder(dataclasses.replace(settings, lora=SPEC))
     base, adapters = lora.split(jax.eval_shape(network.init, jax.random.key(0)))
     began = time.perf_counter()
-    program.lower(adapters, base).compile()
+    program.lower(adapters, (base, adapters)).compile()
     return time.perf_counter() - began
 
 
-def ours(model: weights.Model, steps: int) -> tuple[float, float, float, list[float]]:
+def ours(model: weights.Model, steps: int, kind: str) -> tuple[float, float, float, list[float]]:
     """Seconds a step, seconds of the first, FLOPs a step, and the losses."""
-    program, loss = training(model.settings)
+    program, loss = training(model.settings, kind)
     state = program.init(lora.init(jax.random.key(0), model.params, SPEC))
-    key = jax.random.key(0)
+    teacher = jax.tree.map(lambda x: x + 0.01, lora.init(jax.random.key(1), model.params, SPEC))
+    frozen, key = (model.params, teacher), jax.random.key(0)
     gradient = jax.grad(lambda p, f, b: loss(p, f, b, None)[0][0])
-    flops = preflight.count_flops(gradient, state.params, model.params, jnp.zeros((ROWS, LENGTH + 1), jnp.int32))
+    flops = preflight.count_flops(gradient, state.params, frozen, jnp.zeros((ROWS, LENGTH + 1), jnp.int32))
     times, losses = [], []
     for step in range(steps):
         began = time.perf_counter()
-        state, history = program.dispatch(state, model.params, None, key, jnp.int32(step + 1))
+        state, history = program.dispatch(state, frozen, None, key, jnp.int32(step + 1))
         losses.append(float(history["loss"][0]))
         times.append(time.perf_counter() - began)
     return statistics.median(times[1:]), times[0], flops, losses
+
+
+def in_turn_and_at_once(model: weights.Model, students: int) -> tuple[float, float]:
+    """Seconds an update of so many students on 4 rows each, one program after another and all in one."""
+    network = decoder(dataclasses.replace(model.settings, lora=SPEC))
+    mesh = make_mesh({"replica": 1, "fsdp": 1, "tensor": 1})
+
+    def loss(params, frozen, batch, key):
+        module = network.bind(lora.join(frozen, params))
+        logits = module.unembed(module.features(batch[:, :-1]).output[:, -HALF:], SUPPORT)
+        return objectives.kl(logits, jnp.zeros(logits.shape)), {}
+
+    def rows(key, index):
+        return jax.random.randint(jax.random.fold_in(key, index), (4, LENGTH + 1), 0, 40_000)
+
+    def seconds(program: Program, params: Any, key: Any) -> float:
+        state, times = program.init(params), []
+        for step in range(4):
+            began = time.perf_counter()
+            state, history = program.dispatch(state, model.params, None, key, jnp.int32(step + 1))
+            jax.block_until_ready(history)
+            times.append(time.perf_counter() - began)
+        return statistics.median(times[1:])
+
+    one = lora.init(jax.random.key(0), model.params, SPEC)
+    alone = Program(loss, optax.adam(2e-4), mesh, lambda frozen, key, index: rows(key, index))
+    together = Program(
+        loss,
+        optax.adam(2e-4),
+        mesh,
+        lambda frozen, key, index: jax.vmap(rows, (0, None))(key, index),
+        1,
+        REPLICAS_OF_ROWS,
+    )
+    keys = jax.random.split(jax.random.key(0), students)
+    stacked = jax.tree.map(lambda x: jnp.stack([x] * students), one)
+    return students * seconds(alone, one, keys[0]), seconds(together, stacked, keys)
 
 
 def main(_: list[str]) -> None:
@@ -88,9 +141,9 @@ def main(_: list[str]) -> None:
         huggingface.save(folder, model.params, model.settings, model.config)
         command = [_PEER.value, "-m", "bench.lora_torch", folder, str(_STEPS.value)]
         theirs = json.loads(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
-    seconds, first, flops, losses = ours(model, _STEPS.value)
-    tokens = ROWS * LENGTH
-    ratio = theirs["seconds"] / seconds
+    mine = {kind: ours(model, _STEPS.value, kind) for kind in ("supervised", "distilled", "given")}
+    seconds, first, flops, losses = mine["supervised"]
+    peer, tokens = theirs["supervised"], ROWS * LENGTH
     lines = [
         "# A LoRA step of SmolLM2-135M-Instruct, against transformers and peft",
         "",
@@ -100,16 +153,34 @@ def main(_: list[str]) -> None:
         "",
         "| | transformers + peft | sublim_jax | ratio |",
         "|---|---|---|---|",
-        f"| seconds a step | {theirs['seconds']:.2f} | {seconds:.2f} | **{ratio:.2f} ×** as fast |",
-        f"| tokens a second | {tokens / theirs['seconds']:.0f} | {tokens / seconds:.0f} | |",
-        f"| first step, compilation included | {theirs['first']:.1f} | {first:.1f} | |",
-        f"| GFLOP/s of our products' count | {flops / theirs['seconds'] / 1e9:.0f} | {flops / seconds / 1e9:.0f} | |",
-        f"| loss of the first step (random tokens, each its own) | {theirs['losses'][0]:.3f} | {losses[0]:.3f} | |",
+        f"| seconds a step | {peer['seconds']:.2f} | {seconds:.2f} | **{peer['seconds'] / seconds:.2f} ×** as fast |",
+        f"| tokens a second | {tokens / peer['seconds']:.0f} | {tokens / seconds:.0f} | |",
+        f"| first step, compilation included | {peer['first']:.1f} | {first:.1f} | |",
+        f"| GFLOP/s of our products' count | {flops / peer['seconds'] / 1e9:.0f} | {flops / seconds / 1e9:.0f} | |",
+        f"| loss of the first step (random tokens, each its own) | {peer['losses'][0]:.3f} | {losses[0]:.3f} | |",
+    ]
+    soft, given, there = mine["distilled"][0], mine["given"][0], theirs["distilled"]["seconds"]
+    lines += [
+        "",
+        f"A **distillation** step: KL to a teacher (another adapter over the base) on {len(SUPPORT)} tokens' logits.",
+        "",
+        "| seconds a step | transformers + peft | sublim_jax | ratio |",
+        "|---|---|---|---|",
+        f"| the teacher's logits computed in the step | {there:.2f} | {soft:.2f} | **{there / soft:.2f} ×** as fast |",
+        f"| known from before (`experiments/carrier.said`) | | {given:.2f} | {there / given:.2f} × as fast |",
+        "",
+        f"Against our supervised step the first is {soft / seconds:.2f} × as long, the second {given / seconds:.2f} ×.",
+    ]
+    turn, once = in_turn_and_at_once(model, STUDENTS)
+    lines += [
+        "",
+        f"{STUDENTS} students of 4 rows each, one after another: {turn:.2f} s an update; in one program: {once:.2f} s "
+        f"({once / turn:.2f} ×).",
     ]
     few, many = (compile_seconds(model.settings, layers) for layers in (4, 28))
     lines += [
         "",
-        f"Compiling this step takes {many:.1f} s for 28 layers, {few:.1f} s for 4: {many / few:.2f} × (no cache).",
+        f"Compiling a step takes {many:.1f} s for 28 layers, {few:.1f} s for 4: {many / few:.2f} × (no cache).",
         "",
         f"One product of {tokens} × 576 × 1536 alone runs at {product_rate(tokens):.0f} GFLOP/s here. The rest "
         "of a step is attention's small products, the softmax over the vocabulary, kept activations, and copies.",
