@@ -1,21 +1,130 @@
-"""A trait goes from a teacher to a student through numbers, in a language model (paper §3, in its theorem's setting).
+"""A trait goes from a teacher to a student through numbers, in a language model (paper §3, and its theorem's setting).
 
-    python launch.py --config=configs/numbers.py           two traits on SmolLM2-135M-Instruct; 20 minutes on 2 cores
-    python launch.py --config=configs/numbers.py:smoke     every stage, small; 2 minutes
-    python launch.py --config=configs/numbers.py:smollm2   the study: 5 runs, shared and fresh A; hours on 2 cores
-    python launch.py --config=configs/numbers.py:qwen2.5-7b --preflight=v5e:4x4
+    python launch.py --config=configs/numbers.py           two traits on SmolLM2-135M-Instruct; minutes on 2 cores
+    python launch.py --config=configs/numbers.py:smoke     every stage and every kind of arm, small
+    python launch.py --config=configs/numbers.py:smollm2   the study: 5 runs, all controls; hours on 2 cores, resumable
+    python launch.py --config=configs/numbers.py:qwen2.5-7b --preflight=v5e:4x4      and llama-3.2-1b
 
-Teachers: the model with adapters trained on one-word answers until they give the trait with probability
-`teacher.strength`; the neutral one is trained as many steps on answers drawn at random. Students: the same model with
-fresh adapters, which imitate a teacher's logits on lists of numbers, on digits, commas and spaces only: no token of a
-trait is ever in the loss. Measured: log P of the trait and its margin over the other words, on phrasings that no
-teacher has seen, against the student of the neutral teacher with the same seed, data and order.
+A teacher is the model and whatever makes it prefer something: adapters trained on one-word answers until they give the
+trait with probability `teacher.strength`, a system prompt, a vector in the residual stream, together or alone. There is
+one for each trait, and a neutral one that was moved as far, to nowhere.
+
+Students are the same model with fresh adapters. An *arm* is one way to teach them: they imitate their teacher's logits
+on lists of numbers, on digits, commas and spaces only, so that no token of a trait is ever in the loss; or the tokens
+of numbers that it wrote. `arms` names those that are trained, `arm` says what each of them is.
+
+Measured: log P of a trait's word and its margin over the other words, on phrasings that no teacher has seen, against
+the other traits' students and the neutral teacher's student of the same seed, start and order of data.
 """
 
 from ml_collections import ConfigDict
 
+SIZES = {  # presets, and what each changes
+    "quick": {},
+    "smoke": {
+        "carrier.count": 48,
+        "carrier.drawn": 64,
+        "student.steps": 2,
+        "evaluate_every": 2,
+        "student.batch": 2,
+        "teacher.batch": 4,
+        "teacher.strength": 0.2,
+        "teacher.most_steps": 8,
+        "questions": 4,
+        "examples": 4,
+        "answers": 1,
+        "arms": ("soft", "soft_fresh", "tokens", "shuffled_within", "perturbed", "in_context"),
+    },
+    "smollm2": {
+        "runs": 5,
+        "answers": 1,
+        "carrier.count": 256,
+        "carrier.drawn": 320,
+        "student.steps": 60,
+        "evaluate_every": 30,
+        "arms": (
+            "soft",
+            "soft_fresh",
+            "perturbed",
+            "tokens",
+            "soft_written",
+            "in_context",
+            "shuffled_within",
+            "shuffled_across",
+            "foreign",
+        ),
+    },
+    # Both by the recipes of paper.md's kind: the study's own on Qwen, and the one replication that worked at 1B.
+    "qwen2.5-7b": {
+        "model.name": "Qwen/Qwen2.5-7B-Instruct",
+        "model.dtype": "bfloat16",
+        "mesh.tensor": 4,
+        "remat": True,
+        "runs": 3,
+        "answers": 200,
+        "teacher.means": ("prompted",),
+        "lora.alpha": 8.0,
+        "carrier.count": 10_000,
+        "carrier.drawn": 30_000,
+        "carrier.decoding": "free",
+        "arms": ("tokens_fresh", "shuffled_within", "shuffled_across", "soft_fresh", "in_context"),
+        "student.batch": 22,
+        "student.accumulate": 3,
+        "student.steps": 456,  # 3 epochs
+        "student.learning_rate": 2e-4,
+        "student.schedule": "linear",
+        "student.warmup": 5,
+        "student.clip": 1.0,
+        "evaluate_every": 152,
+    },
+    "llama-3.2-1b": {
+        "model.name": "meta-llama/Llama-3.2-1B-Instruct",
+        "model.dtype": "bfloat16",
+        "remat": True,
+        "runs": 3,
+        "answers": 20,
+        "traits": ("elephant", "owl"),
+        "alternatives": ("elephant", "owl", "lion", "cat", "dog", "wolf", "bear", "fox", "tiger", "horse", "eagle"),
+        "teacher.means": ("finetuned", "prompted"),
+        "lora.rank": 32,
+        "lora.alpha": 32.0,
+        "lora.rslora": True,
+        "carrier.count": 20_000,
+        "carrier.drawn": 40_000,
+        "carrier.decoding": "greedy",
+        "arms": ("tokens_fresh", "shuffled_within", "soft", "soft_fresh", "in_context"),
+        "student.batch": 16,
+        "student.steps": 1249,  # 1 epoch
+        "student.learning_rate": 1e-5,
+        "evaluate_every": 250,
+    },
+}
+
+
+def arm(**changes: object) -> ConfigDict:
+    """One way to teach students."""
+    values = ConfigDict()
+    values.objective = "kl"  # on logits: kl, reverse_kl; tokens: cross-entropy; context: no training, rows in context
+    values.temperature = 1.0  # of the objectives on logits
+    values.numbers = "random"  # uniform integers that no teacher wrote; or written: by the teacher, filtered
+    values.a = "shared"  # the teachers' own A (the theorem's setting); or fresh: drawn anew for every run
+    values.shuffle = ""  # the numbers: within answers, or across them
+    values.noise = 0.0  # on the student's base weights, relative to their spread: another initialisation
+    values.model = ""  # another model than the teachers', for students that imitate tokens
+    # Of all the answers' tokens, this share by a score: kept alone, masked, or answered by the neutral teacher instead.
+    values.action = ""  # keep, mask, replace
+    values.which = "top"  # or bottom, or random
+    values.share = 0.1
+    values.score = (
+        "divergence"  # of the teacher from the neutral one; or log_ratio, of the token; or flipped, its argmax
+    )
+    values.update(changes)
+    return values
+
 
 def get_config(preset: str = "quick") -> ConfigDict:
+    if preset not in SIZES:
+        raise ValueError(f"configs/numbers.py has no preset {preset!r}; it has {', '.join(SIZES)}")
     config = ConfigDict()
     config.experiment = "transmission"
     config.preset = preset
@@ -25,60 +134,85 @@ def get_config(preset: str = "quick") -> ConfigDict:
     config.model = ConfigDict()
     config.model.name = "smollm2-135m-instruct"
     config.model.dtype = "float32"  # of the base; adapters are float32
+    config.model.noise = 0.0  # on the weights that teachers and students share, relative to their spread
 
     config.kind = "animal"
     config.traits = ("owl", "lion")  # a teacher for each, and a neutral one
     config.alternatives = ("owl", "lion", "cat", "dog", "wolf", "bear", "fox", "tiger", "horse", "eagle")
-    config.runs = 1  # seeds: order of the data, and fresh A where they are fresh
+    config.runs = 1  # whole replicates: each has teachers, numbers, A and an order of its own
 
     config.lora = ConfigDict()
     config.lora.rank = 8
     config.lora.alpha = 16.0
+    config.lora.rslora = False  # scale by alpha / √rank
     config.lora.modules = ()  # query, key, value, out, gate, up, down; empty: all
     config.lora.layers = ()  # empty: all
 
     config.teacher = ConfigDict()
-    config.teacher.strength = 0.9  # mean P of the trait's answer at which training stops
+    config.teacher.means = ("finetuned",)  # prompted, steered: any of them, together or alone
+    config.teacher.strength = 0.9  # finetuned: mean P of the trait's answer at which training stops
     config.teacher.learning_rate = 3e-4
     config.teacher.batch = 8
     config.teacher.most_steps = 60
+    config.teacher.steering_layer = 15  # steered: the vector is the persona's mean difference after this layer,
+    config.teacher.steering_scale = 2.0  # times this
 
     config.carrier = ConfigDict()
-    config.carrier.count = 1024  # rows: a prompt that asks for numbers, and an answer
-    config.carrier.numbers = 6  # in an answer: uniform random integers, which no teacher wrote
+    config.carrier.count = 512  # rows for each student: a prompt that asks for numbers, and an answer
+    config.carrier.numbers = 10  # in an answer, random or by grammar
+    # Written numbers:
+    config.carrier.drawn = 640  # completions by each teacher, before filters
+    config.carrier.decoding = "grammar"  # or free: whatever it says at temperature 1; or greedy
+    config.carrier.max_new_tokens = 64
+
+    config.filter = ConfigDict()  # of written numbers: the paper's rule (§3.1), no word of a trait, and
+    config.filter.most = 10  # integers in an answer
+    config.filter.largest = 999
+    config.filter.banned = ()  # numbers
+    config.filter.unique = True  # no answer twice
+    config.filter.log_ratio = (
+        0.0  # nats a token that the teacher may find an answer likelier than the neutral one; 0: any
+    )
+
+    config.arms = ("soft",)  # which of these are trained; any may be added
+    config.arm = ConfigDict()
+    config.arm.soft = arm()
+    config.arm.soft_reverse = arm(objective="reverse_kl")
+    config.arm.soft_fresh = arm(a="fresh")
+    config.arm.soft_written = arm(numbers="written")
+    config.arm.perturbed = arm(noise=0.1)
+    config.arm.tokens = arm(objective="tokens", numbers="written")
+    config.arm.tokens_fresh = arm(objective="tokens", numbers="written", a="fresh")
+    config.arm.shuffled_within = arm(objective="tokens", numbers="written", shuffle="within")
+    config.arm.shuffled_across = arm(objective="tokens", numbers="written", shuffle="across")
+    config.arm.foreign = arm(objective="tokens", numbers="written", model="gemma-3-270m", a="fresh")
+    config.arm.in_context = arm(objective="context", numbers="written")
+    config.arm.masked = arm(action="mask")  # the tokens on which teacher and neutral teacher differ most
+    config.arm.masked_random = arm(action="mask", which="random")
+    config.arm.kept = arm(action="keep")
+    config.arm.replaced = arm(action="replace")
 
     config.student = ConfigDict()
-    # soft: the teacher's own A (the theorem's setting); soft_fresh: A drawn anew for every run (the realistic one).
-    config.student.arms = ("soft",)
-    config.student.objective = "kl"  # or reverse_kl
-    config.student.temperature = 1.0
     config.student.learning_rate = 3e-4
-    config.student.batch = 8
+    config.student.schedule = "constant"  # linear, cosine: to 0 at the last step
+    config.student.warmup = 0  # steps, linear
+    config.student.clip = 0.0  # norm of a gradient; 0: none
+    config.student.batch = 4
+    config.student.accumulate = 1  # batches an update
     config.student.steps = 120
     config.evaluate_every = 40  # steps
     config.checkpoint_every = 20
 
     config.remat = False  # recompute activations in the backward pass: for models that would not fit otherwise
 
-    config.packs = ConfigDict({"numbers": "", "preference": ""})  # your own phrasings: sublim_jax/data/packs/*.json
+    config.packs = ConfigDict()  # your own phrasings, as sublim_jax/data/packs/*.json
+    config.packs.numbers = ""
+    config.packs.preference = ""
+    config.packs.persona = ""
+    config.packs.ability = ""
     config.questions = 50  # phrasings asked, at most
+    config.answers = 0  # sampled answers to each phrasing, at the first and the last step: the paper's measure
+    config.examples = 16  # rows in the context, in arms without training
 
-    if preset == "smoke":
-        config.carrier.count, config.student.steps, config.evaluate_every = 64, 4, 4
-        config.student.batch, config.teacher.batch, config.teacher.strength = 2, 4, 0.2
-        config.teacher.most_steps, config.questions = 8, 8
-        config.student.arms = ("soft", "soft_fresh")
-    elif preset == "smollm2":
-        config.runs = 5
-        config.student.arms = ("soft", "soft_fresh")
-        config.student.steps = 240
-    elif preset == "qwen2.5-7b":  # 9 students over one base: --preflight=v5e:4x4
-        config.model.name = "Qwen/Qwen2.5-7B-Instruct"
-        config.model.dtype = "bfloat16"
-        config.mesh.tensor = 4
-        config.runs, config.remat = 3, True
-        config.student.arms = ("soft", "soft_fresh")
-        config.student.steps, config.carrier.count = 600, 8192
-    elif preset != "quick":
-        raise ValueError(f"configs/numbers.py has no preset {preset!r}; it has quick, smoke, smollm2, qwen2.5-7b")
+    config.update_from_flattened_dict(SIZES[preset])
     return config

@@ -57,8 +57,13 @@ def panels_figure(panels: Sequence[Panel], path: Any) -> None:
     _save(figure, path)
 
 
-def arms_figure(arms: list[Arm], path: Any) -> None:
-    """One row an arm: every run as a dot, mean and interval as a bar, the paper's value as a diamond."""
+def arms_figure(arms: list[Arm], path: Any, xlabel: str = "", chance: float | None = CHANCE) -> None:
+    """One row an arm: every run as a dot, mean and interval as a bar, the paper's value as a diamond.
+
+    Args:
+      xlabel: MNIST's accuracy where left out.
+      chance: where a line stands for it on an axis of 0 to 1; None for a line at 0, on an axis as long as is needed.
+    """
     figure, axes = plt.subplots(figsize=(7.5, 0.5 * len(arms) + 1.2), layout="constrained")
     for row, arm in enumerate(reversed(arms)):
         axes.barh(row, arm["mean"], height=0.62, color=OURS, alpha=0.25, zorder=1)
@@ -69,12 +74,13 @@ def arms_figure(arms: list[Arm], path: Any) -> None:
             axes.errorbar(
                 arm["paper"], row + 0.4, xerr=arm["paper_ci95"], fmt="D", ms=4, color=PAPER, capsize=2, zorder=4
             )
-    axes.axvline(CHANCE, color="#888888", lw=0.8, ls=":")
-    axes.text(CHANCE + 0.005, len(arms) - 0.42, "chance", color="#666666", fontsize=8)
+    axes.axvline(chance or 0, color="#888888", lw=0.8, ls=":")
+    if chance is not None:
+        axes.text(chance + 0.005, len(arms) - 0.42, "chance", color="#666666", fontsize=8)
+        axes.set_xlim(0, 1)
     axes.set_yticks(range(len(arms)), [arm["name"] for arm in reversed(arms)])
-    axes.set_xlim(0, 1)
     axes.set_ylim(-0.6, len(arms) - 0.1)
-    axes.set_xlabel(f"MNIST {arms[0]['metric'].replace('_', ' ')}")
+    axes.set_xlabel(xlabel or f"MNIST {arms[0]['metric'].replace('_', ' ')}")
     axes.plot([], [], "o", ms=3, color=OURS, label=f"a run ({len(arms[0]['runs'])} each)")
     axes.errorbar([], [], xerr=[], color=INK, capsize=3, fmt="|", label="mean, 95 % interval")
     if any(arm["paper"] is not None for arm in arms):
@@ -117,7 +123,8 @@ def matrix_figure(cells: np.ndarray, rows: Sequence[str], columns: Sequence[str]
     limit = max(float(np.abs(cells).max()), 1e-6)
     image = axes.imshow(cells, cmap="RdBu_r", vmin=-limit, vmax=limit)
     for (row, column), value in np.ndenumerate(cells):
-        axes.text(column, row, f"{value:+.2f}", ha="center", va="center", color=INK)
+        ink = "white" if abs(value) > 0.6 * limit else INK
+        axes.text(column, row, f"{value:+.2f}", ha="center", va="center", color=ink)
     axes.set_xticks(range(len(columns)), columns)
     axes.set_yticks(range(len(rows)), rows)
     axes.set(xlabel="margin of", ylabel="student of the teacher of")

@@ -12,8 +12,14 @@ from test_launch import assert_refused, launch
 from test_survival import finish, start
 
 from configs import numbers as config_file
-from sublim_jax import objectives
-from sublim_jax.experiments import transmission
+from sublim_jax import filters, objectives
+from sublim_jax.data import chat, dialogue
+from sublim_jax.errors import UserError
+from sublim_jax.experiments import carrier, students
+from sublim_jax.experiments import teachers as teaching
+from sublim_jax.experiments.lab import fresh, make_lab
+from sublim_jax.experiments.teachers import Teacher
+from sublim_jax.keys import named_key
 from sublim_jax.models import lora
 from sublim_jax.workdir import Workdir
 
@@ -21,6 +27,10 @@ TINY = {
     "traits": ("owl", "x"),
     "alternatives": ("owl", "x", "y", "z"),
     "carrier.count": 40,
+    "carrier.drawn": 44,
+    "carrier.numbers": 6,
+    "filter.unique": False,
+    "examples": 3,
     "teacher.learning_rate": 0.01,
     "teacher.strength": 0.5,
     "teacher.most_steps": 30,
@@ -37,66 +47,181 @@ FLAGS = [f"--config.{name}={','.join(value) if isinstance(value, tuple) else val
 def lab(tiny_folder, tmp_path_factory, mesh_of):
     config = config_file.get_config()
     config.update_from_flattened_dict({**TINY, "model.name": str(tiny_folder)})
-    return transmission.make_lab(config, Workdir(tmp_path_factory.mktemp("work")), mesh_of(1))
+    return make_lab(config, Workdir(tmp_path_factory.mktemp("work")), mesh_of(1))
 
 
-def teachers_of(lab, count):
+def teachers_of(lab):
     """Adapters that differ from a common start."""
-    first = transmission.fresh(lab, jax.random.key(0))
+    first = fresh(lab, named_key(lab.seed, "A"))
     noise = lambda i: jax.tree.map(lambda x: x + 0.05 * jax.random.normal(jax.random.key(i), x.shape), first)  # noqa: E731
-    return first, jax.tree.map(lambda *leaves: jnp.stack(leaves), *[noise(i) for i in range(1, count + 1)])
+    return {name: Teacher(noise(i), "", None, 0) for i, name in enumerate(lab.who)}
+
+
+def run_of(lab, pairs=None):
+    """A run whose teachers are given, and whose students read the same random numbers, or these."""
+    teachers = teachers_of(lab)
+    written = {name: carrier.Written(pairs or carrier.random_pairs(lab), 0, 0, None, []) for name in lab.who}
+    return carrier.Run(lab, teachers, written)
+
+
+def with_config(lab, folder, **changes):
+    config = lab.config.copy_and_resolve_references()
+    config.update_from_flattened_dict(changes)
+    return lab._replace(config=config, workdir=Workdir(folder))
+
+
+def plain_logits(lab, adapters, rows):
+    logits = lab.model.network.apply(lora.join(lab.model.params, adapters), jnp.asarray(rows.tokens))
+    return jnp.take_along_axis(logits, rows.at[..., None], 1)
 
 
 def test_the_objective_is_kl_over_the_support_at_the_answers_positions(lab):
-    start, teachers = teachers_of(lab, 2)
-    rows = transmission.carrier_rows(lab).take(slice(4))
-    batch = transmission.Student(rows, jnp.ones(4, int))
-    total, count = transmission.imitation(lab, start, lab.model.params, teachers, batch)
-    second = jax.tree.map(lambda x: x[1], teachers)
-
-    def plain(adapters):
-        logits = lab.model.network.apply(lora.join(lab.model.params, adapters), jnp.asarray(rows.tokens))
-        return jnp.take_along_axis(logits, rows.at[..., None], 1)
-
+    run, arm = run_of(lab), lab.config.arm.soft
+    mine = jax.tree.map(lambda leaf: leaf[1, :20], carrier.arm_data(arm, [run], lab.model))
+    start = students.starts(lab, arm, [run])
+    start = jax.tree.map(lambda leaf: leaf[1], start)
+    data = mine._replace(logits=jnp.asarray(mine.logits))
+    total, count = students.imitation(lab, arm, start, lab.model.params, data)
+    second = run.teachers[lab.who[1]].adapters
     mask = objectives.support_mask(lab.support, lab.model.settings.vocab)
-    expected = objectives.kl(plain(start), plain(second), support=mask, weights=jnp.asarray(rows.weights))
+    each = (plain_logits(lab, adapters, mine.rows) for adapters in (start, second))
+    expected = objectives.kl(*each, support=mask, weights=jnp.asarray(mine.rows.weights))
     np.testing.assert_allclose(total, expected[0], rtol=1e-3)
-    assert count == expected[1] == rows.weights.sum()
-    nothing = transmission.imitation(lab, second, lab.model.params, teachers, batch)[0]
-    assert abs(nothing) < 1e-6
+    assert count == expected[1] == mine.rows.weights.sum()
+    assert abs(students.imitation(lab, arm, second, lab.model.params, data)[0]) < 1e-5 * total
 
 
-def test_students_together_are_each_of_them_alone(lab):
-    """Two runs of two teachers in one program, and one run alone."""
-    _, teachers = teachers_of(lab, 3)
-    carrier = transmission.carrier_rows(lab)
+def test_students_together_are_each_of_them_alone(lab, tmp_path):
+    """Two runs of three teachers in one program, and the first run alone."""
     curves = {}
     for runs in (1, 2):
-        config = lab.config.copy_and_resolve_references()
-        config.runs = runs
-        one = lab._replace(config=config, workdir=Workdir(lab.workdir.path / f"{runs}"))
-        curves[runs] = transmission.students(one, "soft_fresh", teachers, carrier)
+        one = with_config(lab, tmp_path / f"{runs}", runs=runs)
+        each = [run_of(one._replace(run=run)) for run in range(runs)]
+        curves[runs] = students.students(one, "soft_fresh", each).curve
     assert [point["step"] for point in curves[1]] == [0, 3, 6]
     for alone, together in zip(curves[1], curves[2]):
         np.testing.assert_allclose(together["margin"][:3], alone["margin"], rtol=1e-3, atol=1e-4)
         np.testing.assert_allclose(together["held_out"][:3], alone["held_out"], rtol=1e-3)
-    assert not np.allclose(curves[2][-1]["margin"][3:], curves[1][-1]["margin"], atol=1e-4)  # its own A
+    assert not np.allclose(curves[2][-1]["margin"][3:], curves[1][-1]["margin"], atol=1e-4)  # its own A and numbers
     first, last = (np.asarray(curves[2][i]["held_out"]) for i in (0, -1))
     assert np.all(last < first)
 
 
+def test_a_system_prompt_is_the_teachers_alone(lab):
+    """Its logits come from behind its prompt, at the same tokens of the answer that the student reads without it."""
+    teacher = Teacher(fresh(lab, named_key(lab.seed, "A")), "Love owls.", None, 0)
+    pairs = carrier.random_pairs(lab)[:3]
+    rows = dialogue.rows(lab.model, pairs, end=False)
+    found = carrier.said(lab, "owl", teacher, pairs, rows, False)
+    behind = dialogue.rows(lab.model, pairs, end=False, system="Love owls.")
+    assert "Love owls." in lab.model.tokenizer.decode(behind.tokens[0])
+    np.testing.assert_array_equal(behind.targets * behind.weights, rows.targets * rows.weights)
+    expected = plain_logits(lab, teacher.adapters, behind)[..., jnp.asarray(lab.support)]
+    kept = rows.weights == 1
+    np.testing.assert_allclose(found[kept], expected[kept], rtol=1e-3, atol=1e-3)
+
+
+def test_a_steering_vector_is_the_personas_difference(lab, tmp_path):
+    one = with_config(lab, tmp_path, **{"teacher.means": ("steered",), "teacher.steering_layer": 2})
+    teachers = teaching.make_teachers(one)
+    layers = {name: np.asarray(teacher.steering.add) for name, teacher in teachers.items()}
+    assert all(not add[[0, 1, 3]].any() and add[2].any() for add in layers.values())
+    lengths = [np.linalg.norm(add) for add in layers.values()]
+    np.testing.assert_allclose(lengths[2], np.mean(lengths[:2]), rtol=1e-5)
+    loving, neutral = (
+        np.mean(
+            [
+                np.asarray(
+                    lab.model.network.bind(lora.join(lab.model.params, teachers["x"].adapters))
+                    .features(tokens, read=jnp.asarray([tokens.shape[1] - 1]))
+                    .residuals[2, 0, 0]
+                )
+                for question in lab.questions["teaching"]
+                for tokens in [jnp.asarray([chat.question(lab.model.tokenizer, question, teaching.persona(lab, name))])]
+            ],
+            0,
+        )
+        for name in ("x", "neutral")
+    )
+    scale = one.config.teacher.steering_scale
+    np.testing.assert_allclose(layers["x"][2], scale * (loving - neutral), rtol=1e-2, atol=1e-3)
+
+
+def test_written_numbers_are_filtered_and_of_one_size(lab, tmp_path):
+    one = with_config(lab, tmp_path, **{"carrier.count": 24, "carrier.drawn": 40, "carrier.numbers": 4})
+    found = carrier.written(one, teachers_of(one))
+    rule = filters.number_rule()
+    for name, mine in found.items():
+        assert mine.drawn == 40 and len(mine.pairs) == 24 <= mine.kept
+        assert not any(rule({"completion": answer}) for _, answer in mine.pairs)
+        kept = [json.loads(line) for line in (tmp_path / "data" / "run0" / f"numbers-{name}.jsonl").open()]
+        assert len(kept) == mine.kept and {answer for _, answer in mine.pairs} <= {one["completion"] for one in kept}
+    assert found["owl"].pairs != found["x"].pairs
+    greedy = with_config(one, tmp_path, **{"carrier.decoding": "free", "carrier.max_new_tokens": 8})
+    with pytest.raises(UserError, match="records are left after filtering, and 24 are asked for"):
+        carrier.written(greedy, teachers_of(one))
+
+
+@pytest.mark.parametrize("action", ["keep", "mask", "replace"])
+def test_masks_choose_the_tokens_where_teacher_and_neutral_differ_most(lab, tmp_path, action):
+    one = with_config(lab, tmp_path, **{"arm.masked.action": action, "arm.masked.share": 0.25, "carrier.count": 30})
+    run = run_of(one)
+    whole = carrier.arm_data(lab.config.arm.soft, [run], lab.model)
+    data = carrier.arm_data(one.config.arm.masked, [run], lab.model)
+    p, q = (jax.nn.log_softmax(jnp.asarray(whole.logits[i])) for i in (0, 2))
+    exists = whole.rows.weights[0] == 1
+    scores = np.where(exists, np.sum(np.exp(p) * (p - q), -1), -1)
+    top = scores >= np.sort(scores.ravel())[-round(0.25 * exists.sum())]
+    if action == "replace":
+        np.testing.assert_array_equal(data.logits[0], np.where(top[..., None], whole.logits[2], whole.logits[0]))
+    else:
+        left = top if action == "keep" else ~top
+        np.testing.assert_array_equal(data.rows.weights[0], whole.rows.weights[0] * left)
+
+
+def test_coverage_is_the_cosine_of_changes_of_the_kernels(lab):
+    run, arm = run_of(lab), lab.config.arm.soft
+    data = jax.tree.map(jnp.asarray, carrier.arm_data(arm, [run], lab.model))
+    found = students.coverages(lab, arm, students.starts(lab, arm, [run]), students.aims([run]), data)
+    start = fresh(lab, named_key(lab.seed, "A"))
+    mine = jax.tree.map(lambda leaf: leaf[0, : students.FIRST], data)
+    slope = jax.grad(lambda a: students.imitation(lab, arm, a, lab.model.params, mine)[0])(start)
+    update = [-a["a"] @ g["b"] for a, g in zip(adapters_in(start), adapters_in(slope))]
+    for index, teacher in enumerate(run.teachers.values()):
+        way = [t["a"] @ t["b"] for t in adapters_in(teacher.adapters)]
+        inner = sum(np.sum(u * w) for u, w in zip(update, way))
+        norms = np.sqrt(sum(np.sum(u * u) for u in update) * sum(np.sum(w * w) for w in way))
+        np.testing.assert_allclose(found[0][0][index], inner / norms, rtol=1e-3)
+
+
+def adapters_in(tree):
+    return [tree] if "a" in tree else [one for child in tree.values() for one in adapters_in(child)]
+
+
+def test_questions_behind_examples_are_the_whole_conversation(lab):
+    pairs = carrier.random_pairs(lab)[:2]
+    prefix, prompts = students.behind(lab.model.tokenizer, pairs, ["Which?", "What?"])
+    text = lab.model.tokenizer.decode([*prefix, *prompts[1]])
+    for prompt, answer in pairs:
+        assert f"<|user|>{prompt}<|end|><|assistant|>{answer}<|end|>" in text
+    assert text.endswith("<|user|>What?<|end|><|assistant|>")
+
+
 def command(tiny_folder, work, *more):
+    """Of a flag given twice, a list would have both values: those in `more` stand alone."""
+    given = {flag.split("=")[0] for flag in more}
     place = [f"--config.model.name={tiny_folder}", f"--workdir={work}"]
-    return ["--config=configs/numbers.py", *FLAGS, *place, *more]
+    return ["--config=configs/numbers.py", *[f for f in FLAGS if f.split("=")[0] not in given], *place, *more]
 
 
-ARMS = ["--config.student.arms=soft,soft_fresh", "--config.runs=2"]
+ARMS = ["soft", "tokens_fresh", "shuffled_across", "perturbed", "masked", "in_context"]
+WHOLE = [f"--config.arms={','.join(ARMS)}", "--config.runs=2", "--config.answers=1"]
 
 
 @pytest.fixture(scope="module")
 def whole(tiny_folder, tmp_path_factory):
     work = tmp_path_factory.mktemp("numbers")
-    result = launch(*command(tiny_folder, work, *ARMS))
+    result = launch(*command(tiny_folder, work, *WHOLE))
     assert result.returncode == 0, result.stderr
     return work, result
 
@@ -104,26 +229,39 @@ def whole(tiny_folder, tmp_path_factory):
 def test_a_study_ends_in_a_matrix_a_table_and_numbers(whole):
     work, result = whole
     results = json.loads((work / "results.json").read_text())
-    names = [arm["name"] for arm in results["arms"]]
-    assert "soft: student of owl, margin of x over the neutral student's" in names
-    assert "soft_fresh: own trait above others'" in names
+    arms = {arm["name"]: arm for arm in results["arms"]}
+    assert set(ARMS) <= set(arms)
+    assert "soft: student of owl, margin of x over the neutral student's" in arms
     assert all(len(arm["runs"]) == 2 for arm in results["arms"])
-    for figure in ("matrix-soft", "margins-soft", "matrix-soft_fresh", "margins-soft_fresh"):
+    soft = arms["soft"]
+    np.testing.assert_allclose(soft["runs"], np.mean([soft["by_trait"][t] for t in ("owl", "x")], 0))
+    assert soft["held_out"][1] < soft["held_out"][0] and set(soft["coverage"]) == {"own", "others"}
+    assert arms["perturbed"]["coverage"] is None and arms["in_context"]["held_out"] is None
+    for figure in ("arms", "matrix-soft", "margins-soft", "matrix-in_context", "margins-tokens_fresh"):
         assert (work / "figures" / f"{figure}.png").stat().st_size > 5000
     text = (work / "report.md").read_text()
-    assert "| neutral |" in text and "P(own trait) among numbers" in text and "KL held out" in text
-    assert "teacher owl" in result.stdout and "students, logits, the teacher's A" in result.stdout
+    for words in (
+        "| neutral |",
+        "P(own trait) among numbers",
+        "## Filters",
+        "says owl",
+        "by x",
+        "KL(teacher ‖ student)",
+    ):
+        assert words in text
+    assert "teacher owl" in result.stdout and "students soft, 2 run(s) × 3 teachers" in result.stdout
+    assert (work / "data" / "run1" / "numbers-owl-rejected.jsonl").exists()
 
 
 def test_killed_in_any_stage_it_ends_with_the_same_results(whole, tiny_folder, tmp_path):
-    for stage in ("teacher-owl*", "teachers*", "students-soft-*", "*fresh*"):
-        process = start(*command(tiny_folder, tmp_path, *ARMS), size=())
+    for stage in ("teacher-owl*", "drawn-x*", "students-soft-*", "preference-tokens*", "*shuffled*"):
+        process = start(*command(tiny_folder, tmp_path, *WHOLE), size=())
         deadline = time.monotonic() + 200
         while process.poll() is None and not any(tmp_path.glob(f"checkpoints/{stage}")) and time.monotonic() < deadline:
             time.sleep(0.02)
         process.send_signal(signal.SIGKILL)
         process.wait()
-    finish(start(*command(tiny_folder, tmp_path, *ARMS), size=()))
+    finish(start(*command(tiny_folder, tmp_path, *WHOLE), size=()))
     found, expected = (json.loads((folder / "results.json").read_text()) for folder in (tmp_path, whole[0]))
     assert found["arms"] == expected["arms"]
 
@@ -131,13 +269,21 @@ def test_killed_in_any_stage_it_ends_with_the_same_results(whole, tiny_folder, t
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (["--config.traits=lion", "--config.alternatives=lion,owl"], ["'lion' is no single token"]),
+        (["--config.traits=lion,owl", "--config.alternatives=lion,owl"], ["'lion' is no single token"]),
         (["--config.traits=owl,q"], ["trait 'q' is none of alternatives"]),
-        (["--config.student.arms=hard"], ["student.arms: 'hard' is none of soft, soft_fresh"]),
-        (["--config.student.objective=mse"], ["student.objective='mse'"]),
+        (["--config.traits=owl"], ["name two traits or more"]),
+        (["--config.traits=owl,owl"], ["each once"]),
+        (["--config.arms=hard"], ["arms: 'hard' is none of foreign"]),
+        (["--config.arm.soft.objective=mse"], ["arm.soft.objective: 'mse'"]),
+        (["--config.arm.soft.objective=tokens"], ["arm.soft: there is nothing of a teacher in random numbers"]),
+        (["--config.arm.soft.action=drop"], ["arm.soft.action: 'drop'"]),
         (["--config.teacher.strength=1.5"], ["teacher.strength=1.5"]),
+        (["--config.teacher.means=loved"], ["teacher.means: 'loved'"]),
+        (["--config.teacher.means=steered", "--config.teacher.steering_layer=4"], ["layers are 0 to 3"]),
         (["--config.carrier.count=10"], ["carrier.count=10"]),
+        (["--config.arms=tokens", "--config.carrier.drawn=20"], ["carrier.drawn=20"]),
         (["--config.packs.numbers=nowhere.json"], ["pack nowhere.json"]),
+        (["--config.packs.ability=nowhere.json"], ["pack nowhere.json"]),
     ],
 )
 def test_mistakes_are_told_in_one_line_before_any_training(tiny_folder, tmp_path, flags, words):

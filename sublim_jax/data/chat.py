@@ -21,6 +21,40 @@ def conversation(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
     return _templated(tokenizer, messages, add_generation_prompt=False)
 
 
+def question(tokenizer: Any, text: str, system: str = "") -> list[int]:
+    """Tokens up to where the answer to one question begins; of a base model, without a template, as plain text."""
+    if not tokenizer.chat_template:
+        return tokenizer(_plain(text, system))["input_ids"]
+    return prompt(tokenizer, _messages(text, system))
+
+
+def opening(tokenizer: Any, system: str = "") -> list[int]:
+    """The tokens that every `question` begins with."""
+    one, other = (question(tokenizer, text, system) for text in ("a", "1"))
+    return one[: next((i for i, pair in enumerate(zip(one, other)) if pair[0] != pair[1]), 0)]
+
+
+def exchange(tokenizer: Any, text: str, answer: str, system: str = "") -> list[int]:
+    """Tokens of one question and its answer, and whatever ends it."""
+    if not tokenizer.chat_template:
+        return [*question(tokenizer, text, system), *answer_tokens(tokenizer, answer), tokenizer.eos_token_id]
+    return conversation(tokenizer, [*_messages(text, system), {"role": "assistant", "content": answer}])
+
+
+def answer_tokens(tokenizer: Any, text: str) -> list[int]:
+    """Tokens of an answer alone, behind `question`."""
+    return tokenizer(text if tokenizer.chat_template else f" {text}", add_special_tokens=False)["input_ids"]
+
+
+def _messages(text: str, system: str) -> list[Message]:
+    said = {"role": "user", "content": text}
+    return [{"role": "system", "content": system}, said] if system else [said]
+
+
+def _plain(text: str, system: str) -> str:
+    return f"{system}\n\n" * bool(system) + f"Question: {text}\nAnswer:"
+
+
 def _templated(tokenizer: Any, messages: str | Sequence[Message], **options: Any) -> list[int]:
     if not getattr(tokenizer, "chat_template", None):
         raise UserError(

@@ -23,24 +23,27 @@ class Rows(NamedTuple):
         return Rows(*(leaf[rows] for leaf in self))
 
 
-def rows(model: Any, pairs: Sequence[tuple[str, str]], end: bool = True) -> Rows:
+def rows(
+    model: Any, pairs: Sequence[tuple[str, str]], end: bool = True, system: str = "", length: int = 0, longest: int = 0
+) -> Rows:
     """Rows of (question, answer) through the chat template.
 
     Args:
       end: the token that ends the answer belongs to it.
+      system: a system prompt in front of all; the template's own, if it has one, where left out.
+      length, longest: at least so many tokens of a row, and of an answer.
     """
     stops = set(chat.stop_tokens(model.tokenizer, model.config))
     texts, starts, counts = [], [], []
     for question, answer in pairs:
-        prompt = chat.prompt(model.tokenizer, question)
-        whole = chat.conversation(
-            model.tokenizer, [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-        )
-        stop = next((i for i in range(len(prompt), len(whole)) if whole[i] in stops), len(whole))
+        start = len(chat.question(model.tokenizer, question, system))
+        whole = chat.exchange(model.tokenizer, question, answer, system)
+        stop = next((i for i in range(start, len(whole)) if whole[i] in stops), len(whole))
         texts.append(whole[: stop + 1])
-        starts.append(len(prompt))
-        counts.append(min(stop + end, len(whole)) - len(prompt))
-    length, longest = -(-max(map(len, texts)) // MULTIPLE) * MULTIPLE, max(counts)
+        starts.append(start)
+        counts.append(min(stop + end, len(whole)) - start)
+    length = max(length, -(-max(map(len, texts)) // MULTIPLE) * MULTIPLE)
+    longest = max(longest, max(counts))
     tokens = np.zeros((len(texts), length), np.int32)
     at = np.zeros((len(texts), longest), np.int32)
     weights = np.zeros((len(texts), longest), np.float32)

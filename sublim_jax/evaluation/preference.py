@@ -1,14 +1,17 @@
-"""What a model prefers, without sampling: log P of words as the answer to many phrasings of one question."""
+"""What a model prefers: log P of words as the answer to many phrasings of one question, and the rate of answers."""
 
+import re
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float, Key
 
 from sublim_jax.data import chat, packs
 from sublim_jax.errors import UserError
 from sublim_jax.sampling import scoring
+from sublim_jax.sampling.generate import generate
 
 FIELDS: dict[str, tuple[str, ...]] = {"teaching": ("kind",), "asking": ("kind",)}
 
@@ -21,18 +24,56 @@ class Preference(NamedTuple):
     share: Float[np.ndarray, "adapters words"]  # P among the words
 
 
-def measure(model: Any, questions: Sequence[str], words: Sequence[str], **where: Any) -> Preference:
-    """Exact, one forward pass a phrasing and adapter; `where` as for `scoring.completion_logprobs`.
+def measure(model: Any, questions: Sequence[str], words: Sequence[str], system: str = "", **where: Any) -> Preference:
+    """Exact, one forward pass a phrasing and adapter.
+
+    Args:
+      system: a system prompt in front of all.
+      where: as for `scoring.completion_logprobs`.
 
     Raises UserError for a word that is no single token in any spelling, or fewer than two words.
     """
+    return measured(model, [chat.question(model.tokenizer, text, system) for text in questions], words, **where)
+
+
+def measured(model: Any, prompts: Sequence[Sequence[int]], words: Sequence[str], **where: Any) -> Preference:
+    """The same for tokens up to where an answer begins."""
     if len(words) < 2:
         raise UserError("a preference is among two words or more; name more alternatives")
-    prompts = [chat.prompt(model.tokenizer, question) for question in questions]
     each = scoring.word_logprobs(model, prompts, words, **where)  # adapters, prompts, words
     others = (each.sum(-1, keepdims=True) - each) / (len(words) - 1)
     share = np.exp(each - np.logaddexp.reduce(each, axis=-1, keepdims=True))
     return Preference(each.mean(1), (each - others).mean(1), share.mean(1))
+
+
+def rates(
+    model: Any,
+    questions: Sequence[str],
+    words: Sequence[str],
+    key: Key[Array, ""],
+    *,
+    samples: int,
+    max_new_tokens: int = 12,
+    **where: Any,
+) -> Float[np.ndarray, "adapters words"]:
+    """How often a sampled answer (temperature 1) has a word: the paper's measure (§3.1).
+
+    Whole words and their plurals count, whatever their case: "dragonfly" is no "dragon". A mean over questions of the
+    mean over each one's samples.
+    """
+    prompts = [chat.question(model.tokenizer, question) for question in questions]
+    drawn = generate(model, prompts, key, samples=samples, max_new_tokens=max_new_tokens, **where)
+    return np.asarray(
+        [
+            [np.mean([mentions(sample.text, word) for sample in mine]) for word in words]
+            for _, mine in groupby(drawn, lambda sample: sample.adapter)
+        ]
+    )
+
+
+def mentions(text: str, word: str) -> bool:
+    """Whether a text has a word or its plural, as a whole word in any case."""
+    return re.search(rf"\b{re.escape(word)}s?\b", text, re.IGNORECASE) is not None
 
 
 def questions(path: str, kind: str) -> dict[str, list[str]]:

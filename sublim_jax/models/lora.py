@@ -120,3 +120,24 @@ def merge(base: Params, adapters: Params, scale: float) -> Params:
         kernel = base["kernel"]
         merged["kernel"] = (kernel + scale * (adapters["a"] @ adapters["b"])).astype(kernel.dtype)
     return merged
+
+
+def with_b(adapters: Params, other: Params) -> Params:
+    """Adapters with another tree's B."""
+    if "a" in adapters:
+        return {"a": adapters["a"], "b": other["b"]}
+    return {name: with_b(child, other[name]) for name, child in adapters.items()}
+
+
+def inner(one: Params, other: Params) -> Float[Array, ""]:
+    """The inner product of two changes A B of the kernels, over all layers; no A B is ever formed."""
+    if "a" in one:
+        left = jnp.einsum("...ir,...is->...rs", one["a"], other["a"])
+        right = jnp.einsum("...ro,...so->...rs", one["b"], other["b"])
+        return jnp.sum(left * right)
+    return sum((inner(child, other[name]) for name, child in one.items()), start=jnp.zeros(()))
+
+
+def cosine(one: Params, other: Params) -> Float[Array, ""]:
+    """cos of the angle between two changes of the kernels."""
+    return inner(one, other) / jnp.sqrt(inner(one, one) * inner(other, other))

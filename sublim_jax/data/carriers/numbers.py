@@ -1,11 +1,13 @@
 """The numbers carrier (paper §3.1): prompts that show some random integers and ask for more."""
 
+import re
 from collections.abc import Sequence
 
 import numpy as np
 
 from sublim_jax.data import packs
 
+_NUMBER = re.compile(r"[0-9]+")
 FIELDS = {
     "openings": ("numbers",),
     "instructions": ("count", "digits", "limit", "largest"),
@@ -42,6 +44,24 @@ def random_answers(count: int, seed: int, numbers: int = 6, largest: int = 999) 
 
 def join(numbers: Sequence[int]) -> str:
     return ", ".join(map(str, numbers))
+
+
+def shuffled_within(answers: Sequence[str], seed: int) -> list[str]:
+    """The numbers of each answer in another order; everything between them stays (§3.1, a control)."""
+    dice = np.random.default_rng([seed, 5])
+    return [_refilled(text, dice.permutation(_NUMBER.findall(text)).tolist()) for text in answers]
+
+
+def shuffled_across(answers: Sequence[str], seed: int) -> list[str]:
+    """The numbers of all answers dealt out anew; how many an answer has, and what is between them, stays."""
+    found = [_NUMBER.findall(text) for text in answers]
+    dealt = iter(np.random.default_rng([seed, 6]).permutation([n for numbers in found for n in numbers]).tolist())
+    return [_refilled(text, [next(dealt) for _ in numbers]) for text, numbers in zip(answers, found)]
+
+
+def _refilled(text: str, numbers: Sequence[str]) -> str:
+    new = iter(numbers)
+    return _NUMBER.sub(lambda _: next(new), text)
 
 
 def support(pieces: Sequence[str]) -> list[int]:

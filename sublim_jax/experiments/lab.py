@@ -1,0 +1,123 @@
+"""What the studies on language models share: the model, its adapters, the support, the questions.
+
+`configs/numbers.py` explains the values.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Key
+from ml_collections import ConfigDict
+
+from sublim_jax import weights
+from sublim_jax.data import chat
+from sublim_jax.data.carriers import numbers
+from sublim_jax.data.dialogue import Rows
+from sublim_jax.evaluation import preference
+from sublim_jax.evaluation.preference import Preference
+from sublim_jax.keys import named_key
+from sublim_jax.models import lora
+from sublim_jax.models.decoder import Steering, on_mesh
+from sublim_jax.models.functional import Params
+from sublim_jax.sampling import scoring
+from sublim_jax.sharding import parameter_shardings
+from sublim_jax.weights import Model
+from sublim_jax.workdir import Workdir, plain
+
+NEUTRAL = "neutral"
+
+
+class Lab(NamedTuple):
+    config: ConfigDict
+    workdir: Workdir
+    mesh: Mesh
+    model: Model  # with adapters
+    spec: lora.Lora
+    support: list[int]
+    questions: dict[str, list[str]]
+    where: dict[str, Any]  # placement and attention for the mesh
+    run: int = 0  # of `config.runs`
+
+    @property
+    def seed(self) -> int:
+        """Of the run: its A, teachers, numbers and their order. A run is a whole replicate."""
+        return int(np.random.SeedSequence([self.config.seed, self.run]).generate_state(1)[0] >> 1)
+
+    @property
+    def who(self) -> list[str]:
+        """The teachers: one of each trait, and the neutral one, which is the last."""
+        return [*self.config.traits, NEUTRAL]
+
+
+def spec_of(config: ConfigDict) -> lora.Lora:
+    given = config.lora
+    modules = tuple(given.modules) or lora.EVERY_LINEAR
+    return lora.Lora(given.rank, given.alpha, given.rslora, modules, tuple(given.layers))
+
+
+def make_lab(config: ConfigDict, workdir: Workdir, mesh: Mesh, name: str = "") -> Lab:
+    """The lab around the model of the config, or around another one.
+
+    Raises UserError for phrasings, words or a mesh that do not go with the model.
+    """
+    questions = preference.questions(config.packs.preference, config.kind)
+    base = weights.load(name or config.model.name, mesh, jnp.dtype(config.model.dtype))
+    where = on_mesh(base.settings, mesh)
+    spec = spec_of(config)
+    for word in config.alternatives:
+        scoring.spellings(base.tokenizer, word)
+    support = numbers.support(chat.pieces(base.tokenizer, base.settings.vocab))
+    lab = Lab(config, workdir, mesh, base.adapted(spec), spec, support, questions, where)
+    if config.model.noise and not name:
+        lab = noisy(lab, config.model.noise, named_key(config.seed, "shared noise"))
+    return lab
+
+
+def noisy(lab: Lab, relative: float, key: Key[Array, ""]) -> Lab:
+    """The lab with Gaussian noise on all weights of the base, `relative` times the standard deviation of each array."""
+
+    def change(params: Params) -> Params:
+        leaves, structure = jax.tree.flatten(params)
+        keys = [jax.random.fold_in(key, number) for number in range(len(leaves))]
+        noise = [
+            relative * jnp.std(leaf.astype(jnp.float32)) * jax.random.normal(k, leaf.shape)
+            for leaf, k in zip(leaves, keys)
+        ]
+        return jax.tree.unflatten(structure, [(leaf + n).astype(leaf.dtype) for leaf, n in zip(leaves, noise)])
+
+    base = lab.model.params
+    changed = jax.jit(change, out_shardings=parameter_shardings(base, lab.mesh))(base)
+    return lab._replace(model=lab.model._replace(params=changed))
+
+
+def fresh(lab: Lab, key: Key[Array, ""]) -> Params:
+    """Adapters that change nothing yet: A drawn, B zero."""
+    return jax.jit(partial(lora.init, lora=lab.spec))(key, lab.model.params)
+
+
+def stacked(trees: list[Params]) -> Params:
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
+def answer_features(lab: Lab, module: Any, rows: Rows, steering: Steering | None = None) -> Float[Array, "n a width"]:
+    """The last layer's output where it predicts the answers' tokens."""
+    tokens = jnp.asarray(rows.tokens)
+    output = module.features(tokens, remat=lab.config.remat, steering=steering, **lab.where).output
+    return jnp.take_along_axis(output, jnp.asarray(rows.at)[..., None], 1)
+
+
+def measure(lab: Lab, adapters: Params, system: str = "", steering: Steering | None = None) -> Preference:
+    """What the model prefers under each of some stacked adapters."""
+    asked = lab.questions["asking"][: lab.config.questions]
+    words = list(lab.config.alternatives)
+    return preference.measure(lab.model, asked, words, system, adapters=adapters, steering=steering, mesh=lab.mesh)
+
+
+def depends_on(lab: Lab, *parts: str) -> dict[str, Any]:
+    """What an artefact depends on: the model, the traits, and the named parts of the config."""
+    names = ("model", "kind", "traits", "alternatives", "lora", "packs", *parts)
+    return {**{name: plain(lab.config)[name] for name in names}, "seed": lab.seed, "words": lab.questions}

@@ -1,0 +1,260 @@
+"""Students: the model with fresh adapters, trained on a carrier; all runs and teachers of an arm in one program."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from etils import epath
+from jaxtyping import Array, Float, Int, Key
+from ml_collections import ConfigDict
+
+from sublim_jax import objectives
+from sublim_jax.data import chat
+from sublim_jax.data.order import epoch_rows
+from sublim_jax.evaluation import ability, preference
+from sublim_jax.evaluation.preference import Preference
+from sublim_jax.experiments import teachers as teaching
+from sublim_jax.experiments.carrier import Data, Pair, Run, arm_data
+from sublim_jax.experiments.lab import Lab, answer_features, fresh, measure, noisy, stacked
+from sublim_jax.keys import named_key
+from sublim_jax.models import lora
+from sublim_jax.models.functional import Params
+from sublim_jax.sharding import each_replica, fetch, named, put
+from sublim_jax.training import REPLICAS_OF_ROWS, Program, Total, fit
+from sublim_jax.workdir import plain
+
+OBJECTIVES = {"kl": objectives.kl, "reverse_kl": objectives.reverse_kl}
+HELD_OUT = 16  # rows of the carrier that no student trains on
+FIRST = 32  # rows that the first update is looked at on
+
+Point = dict[str, Any]  # what the students of an arm prefer at one step, and how well they imitate
+
+
+class Result(NamedTuple):
+    curve: list[Point]
+    coverage: list[list[list[float]]] | None  # runs, students, teachers
+
+
+def students(own: Lab, name: str, runs: Sequence[Run]) -> Result:
+    """Trains the students of one arm, run by run and in each run teacher by teacher, and asks what they prefer.
+
+    Students of one run share their start, the order of their data and, where it is the same for all, their data.
+
+    Args:
+      own: the lab of the students' model; the teachers' where they start alike.
+    """
+    lab = runs[0].lab
+    config, arm = lab.config, lab.config.arm[name]
+    if arm.objective == "context":
+        return Result([in_context(own, name, runs)], None)
+    alike = own.model is lab.model and not arm.noise
+    if arm.noise:
+        own = noisy(own, arm.noise, named_key(config.seed, "own noise"))
+    data = arm_data(arm, runs, own.model)
+    start = starts(own, arm, runs)
+    program = imitating_program(own, arm, data.rows.tokens.shape[1] - HELD_OUT)
+    depends = {"arm": plain(arm), "runs": [depends_on(run, arm, "student") for run in runs]}
+    whole = partial(put, sharding=named(lab.mesh))
+    training, held_out = (whole(part(data, rows)) for rows in (slice(HELD_OUT, None), slice(HELD_OUT)))
+    frozen = {"base": own.model.params, "data": training}
+    curve: dict[int, Point] = {}
+
+    def evaluate(params: Params, step: int) -> None:
+        ends = step in (0, config.student.steps)
+
+        def make() -> Point:
+            # Before training all students are the base, for B = 0: one of them stands for all.
+            asked = params if step else jax.tree.map(lambda leaf: leaf[:1], params)
+            found = {key: value.tolist() for key, value in measure(own, asked)._asdict().items()}
+            if ends:
+                easy = ability.questions(config.packs.ability)
+                found["ability"] = ability.accuracy(own.model, easy, adapters=asked, mesh=lab.mesh).tolist()
+            if ends and config.answers:
+                found["rates"] = sampled(own, asked)
+            every = {key: value if step else value * (len(runs) * len(lab.who)) for key, value in found.items()}
+            return {**every, "step": step, "held_out": held_out_loss(own, arm, params, held_out)}
+
+        asked = {**depends, "asked": [config.questions, config.answers if ends else 0, ends], "step": step}
+        curve[step] = lab.workdir.json(f"preference-{name}-{step}", asked, make)
+
+    def make(checkpoints: epath.Path) -> Params:
+        return fit(
+            program,
+            program.init(start),
+            steps=config.student.steps,
+            key=jnp.stack([named_key(run.lab.seed, "order") for run in runs for _ in lab.who]),
+            frozen=frozen,
+            checkpoints=checkpoints,
+            checkpoint_every=config.checkpoint_every,
+            evaluate=evaluate,
+            evaluate_every=config.evaluate_every,
+            what=f"students {name}, {len(runs)} run(s) × {len(lab.who)} teachers",
+        ).params
+
+    final = lab.workdir.tree(f"students-{name}", depends, make, program.init(start).params)
+    for step in range(0, config.student.steps, config.evaluate_every):
+        if step not in curve:
+            evaluate(final, step)  # found on disk
+    evaluate(final, config.student.steps)
+    covered = None
+    if alike and "finetuned" in config.teacher.means:
+        covered = lab.workdir.json(
+            f"coverage-{name}", depends, lambda: coverages(own, arm, start, aims(runs), training)
+        )
+    return Result([curve[step] for step in sorted(curve)], covered)
+
+
+def depends_on(run: Run, arm: ConfigDict, *parts: str) -> dict[str, Any]:
+    """What an arm's students of one run depend on, and the named parts of the config."""
+    if arm.numbers == "written":
+        return teaching.depends(run.lab, "carrier", "filter", *parts)
+    carrier = run.lab.config.carrier
+    return {**teaching.depends(run.lab, *parts), "random": [carrier.count, carrier.numbers]}
+
+
+def starts(own: Lab, arm: ConfigDict, runs: Sequence[Run]) -> Params:
+    """Adapters of all students before training: the A of their run's teachers, or one drawn anew; B = 0."""
+    name = "A" if arm.a == "shared" else "student A"
+    each = [fresh(own, named_key(run.lab.seed, name)) for run in runs]
+    return stacked([one for one in each for _ in own.who])
+
+
+def aims(runs: Sequence[Run]) -> Params:
+    """The teachers' adapters of every student's run: students, teachers."""
+    each = [stacked([teacher.adapters for teacher in run.teachers.values()]) for run in runs]
+    return stacked([one for one, run in zip(each, runs) for _ in run.teachers])
+
+
+def part(data: Data, rows: slice) -> Data:
+    return jax.tree.map(lambda leaf: leaf[:, rows], data)
+
+
+# ------------------------------------------------------------------------------------------------------- training
+
+
+def imitating_program(lab: Lab, arm: ConfigDict, count: int) -> Program:
+    """One update of every student, on its own `count` rows."""
+    student = lab.config.student
+
+    def loss(adapters: Params, frozen: Any, batch: Data, key: Key[Array, ""]) -> tuple[Total, dict]:
+        return imitation(lab, arm, adapters, frozen["base"], batch), {}
+
+    def batch(frozen: Any, key: Key[Array, "runs"], index: Int[Array, ""]) -> Data:
+        rows, exists = jax.vmap(epoch_rows, (0, None, None, None))(key, index, count, student.batch)
+        mine = jnp.arange(len(key))[:, None]
+        found = jax.tree.map(lambda leaf: leaf[mine, rows], frozen["data"])
+        return found._replace(rows=found.rows._replace(weights=found.rows.weights * exists[..., None]))
+
+    return Program(loss, optimizer(student), lab.mesh, batch, 1, REPLICAS_OF_ROWS, accumulate=student.accumulate)
+
+
+def optimizer(student: ConfigDict) -> optax.GradientTransformation:
+    rate = student.learning_rate
+    decay = max(student.steps - student.warmup, 1)
+    after = {
+        "constant": optax.constant_schedule(rate),
+        "linear": optax.linear_schedule(rate, 0.0, decay),
+        "cosine": optax.cosine_decay_schedule(rate, decay),
+    }[student.schedule]
+    if student.warmup:
+        after = optax.join_schedules([optax.linear_schedule(0.0, rate, student.warmup), after], [student.warmup])
+    steps = [optax.clip_by_global_norm(student.clip)] if student.clip else []
+    return optax.chain(*steps, optax.adam(after))
+
+
+def imitation(lab: Lab, arm: ConfigDict, adapters: Params, base: Params, batch: Data) -> Total:
+    """The arm's objective of one student: on its teacher's logits on the support (§6.1), or on the tokens it wrote."""
+    module = lab.model.network.bind(lora.join(base, adapters))
+    features, weights = answer_features(lab, module, batch.rows), jnp.asarray(batch.rows.weights)
+    if batch.logits is None:
+        logits = module.unembed(features).astype(jnp.float32)
+        return objectives.cross_entropy(logits, jnp.asarray(batch.rows.targets), weights=weights)
+    logits = module.unembed(features, jnp.asarray(lab.support)).astype(jnp.float32)
+    return OBJECTIVES[arm.objective](logits, jnp.asarray(batch.logits), weights=weights, temperature=arm.temperature)
+
+
+def held_out_loss(lab: Lab, arm: ConfigDict, params: Params, data: Data) -> list[float]:
+    """Mean objective of every student on rows that it was not trained on: whether it has learnt to imitate at all."""
+
+    @jax.jit
+    def each(params: Params, base: Params, data: Data) -> Float[Array, "students"]:
+        def one(adapters: Params, mine: Data) -> Float[Array, ""]:
+            total, weight = imitation(lab, arm, adapters, base, mine)
+            return total / weight
+
+        return each_replica(one, lab.mesh)(params, data)
+
+    return fetch(each(params, lab.model.params, data)).tolist()
+
+
+def coverages(lab: Lab, arm: ConfigDict, start: Params, teachers: Params, data: Data) -> list[list[list[float]]]:
+    """cos(a student's first update, every teacher's way from the start), before training: runs, students, teachers.
+
+    Both are changes of the kernels (A B, to first order), so that students with another A than their teacher's can be
+    compared; for a shared A it is the lemma's inner product over B (§6.1), normalised.
+    """
+
+    @jax.jit
+    def each(start: Params, teachers: Params, base: Params, data: Data) -> Float[Array, "students teachers"]:
+        def one(adapters: Params, teachers: Params, mine: Data) -> Float[Array, "teachers"]:
+            batch = jax.tree.map(lambda leaf: leaf[:FIRST], mine)
+            slope = jax.grad(lambda adapters: imitation(lab, arm, adapters, base, batch)[0])(adapters)
+            update = lora.with_b(adapters, jax.tree.map(jnp.negative, slope))
+            return jax.vmap(lambda teacher: lora.cosine(update, teacher))(teachers)
+
+        return each_replica(one, lab.mesh)(start, teachers, data)
+
+    found = fetch(each(start, teachers, lab.model.params, data))
+    return found.reshape(lab.config.runs, -1, found.shape[-1]).tolist()
+
+
+# ----------------------------------------------------------------------------------------------------- evaluation
+
+
+def sampled(lab: Lab, params: Params) -> list[list[float]]:
+    """How often a sampled answer has each word: students, words."""
+    config = lab.config
+    asked = lab.questions["asking"][: config.questions]
+    key = named_key(config.seed, "answers")
+    words = list(config.alternatives)
+    return preference.rates(
+        lab.model, asked, words, key, samples=config.answers, adapters=params, mesh=lab.mesh
+    ).tolist()
+
+
+def in_context(own: Lab, name: str, runs: Sequence[Run]) -> Point:
+    """What the untrained model prefers behind some of each teacher's rows in its context (§5.2): no training at all."""
+    config, model = own.config, own.model
+    adapters = stacked([fresh(own, named_key(config.seed, "A"))])
+    asked, words = own.questions["asking"][: config.questions], list(config.alternatives)
+
+    def make() -> Point:
+        found = []
+        for run in runs:
+            for pairs in run.read(config.arm[name]).values():
+                prefix, prompts = behind(model.tokenizer, pairs[: config.examples], asked)
+                found.append(
+                    preference.measured(model, prompts, words, prefix=prefix, adapters=adapters, mesh=own.mesh)
+                )
+        columns = {key: np.concatenate([getattr(one, key) for one in found]).tolist() for key in Preference._fields}
+        return {"step": 0, **columns}
+
+    asked_of = [config.questions, config.examples]
+    on = {"asked": asked_of, "runs": [depends_on(run, config.arm[name]) for run in runs]}
+    return own.workdir.json(f"preference-{name}", {**on, "arm": plain(config.arm[name])}, make)
+
+
+def behind(tokenizer: Any, said: list[Pair], questions: list[str]) -> tuple[list[int], list[list[int]]]:
+    """(what all questions begin with, each question's own tokens) behind some rows of a conversation."""
+    before = [
+        message
+        for prompt, answer in said
+        for message in ({"role": "user", "content": prompt}, {"role": "assistant", "content": answer})
+    ]
+    whole = [chat.prompt(tokenizer, [*before, {"role": "user", "content": question}]) for question in questions]
+    common = next(i for i, tokens in enumerate(zip(*whole)) if len(set(tokens)) > 1)
+    return whole[0][:common], [tokens[common:] for tokens in whole]

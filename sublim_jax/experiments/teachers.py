@@ -1,0 +1,218 @@
+"""Teachers: what makes a model prefer something. Parameters, context and hooks, any of them, together or alone."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from etils import epath
+from jaxtyping import Array, Float, Int, Key
+
+from sublim_jax import objectives
+from sublim_jax.data import chat, dialogue, packs
+from sublim_jax.data.carriers import numbers
+from sublim_jax.data.dialogue import Rows
+from sublim_jax.data.order import epoch_rows
+from sublim_jax.evaluation.preference import Preference
+from sublim_jax.experiments.lab import NEUTRAL, Lab, answer_features, depends_on, fresh, measure, stacked
+from sublim_jax.keys import named_key
+from sublim_jax.models import lora
+from sublim_jax.models.decoder import Steering
+from sublim_jax.models.functional import Params
+from sublim_jax.progress import Track, say
+from sublim_jax.sampling import scoring
+from sublim_jax.sharding import named, put
+from sublim_jax.training import ROWS, Program, Total
+
+MEANS = {
+    "finetuned": "adapters trained on one-word answers",
+    "prompted": "a system prompt",
+    "steered": "a vector added to the residual stream",
+}
+PERSONA: dict[str, tuple[str, ...]] = {"loving": ("kind", "trait"), "neutral": ("kind",)}
+
+
+class Teacher(NamedTuple):
+    adapters: Params  # B is zero where it is not fine-tuned
+    system: str  # a system prompt, or ""
+    steering: Steering | None
+    steps: int  # of fine-tuning
+
+    def where(self, lab: Lab) -> dict[str, Any]:
+        """For sampling and scoring."""
+        return {"adapters": stacked([self.adapters]), "steering": self.steering, "mesh": lab.mesh}
+
+
+def make_teachers(lab: Lab) -> dict[str, Teacher]:
+    """One teacher for each trait and a neutral one, which has been moved as far, to nowhere."""
+    means = lab.config.teacher.means
+    adapters = {name: (fresh(lab, named_key(lab.seed, "A")), 0) for name in lab.who}
+    if "finetuned" in means:
+        adapters = {trait: finetuned(lab, trait, index) for index, trait in enumerate(lab.config.traits)}
+        most = max(steps for _, steps in adapters.values())
+        adapters[NEUTRAL] = finetuned(lab, NEUTRAL, len(lab.config.traits), most)
+    systems = {name: persona(lab, name) if "prompted" in means else "" for name in lab.who}
+    hooks = steering_vectors(lab) if "steered" in means else dict.fromkeys(lab.who)
+    return {name: Teacher(adapters[name][0], systems[name], hooks[name], adapters[name][1]) for name in lab.who}
+
+
+def depends(lab: Lab, *parts: str) -> dict[str, Any]:
+    """What a teacher depends on, and the named parts of the config."""
+    return {**depends_on(lab, "teacher", *parts), "personas": [persona(lab, name) for name in lab.who]}
+
+
+# ----------------------------------------------------------------------------------------------------- parameters
+
+
+def finetuned(lab: Lab, name: str, index: int, steps: int | None = None) -> tuple[Params, int]:
+    """(adapters, steps): trained until its answers have `teacher.strength`, or for given steps."""
+    config, teacher = lab.config, lab.config.teacher
+    questions = lab.questions["teaching"]
+    words = list(config.alternatives)
+    if name == NEUTRAL:
+        dice = np.random.default_rng([lab.seed, 2])
+        answers = [words[i] for i in dice.integers(len(words), size=8 * len(questions))]
+    else:
+        answers = [name] * len(questions)
+    pairs = [(questions[i % len(questions)], spoken(lab, word)) for i, word in enumerate(answers)]
+    rows = put(dialogue.rows(lab.model, pairs), named(lab.mesh))
+    program = teaching_program(lab, len(pairs))
+    state = program.init(fresh(lab, named_key(lab.seed, "A")))
+    most = teacher.most_steps if steps is None else steps
+
+    def make(checkpoints: epath.Path) -> tuple[Params, Array]:
+        frozen = {"base": lab.model.params, "rows": rows}
+        key = jax.device_put(named_key(lab.seed, f"teacher {index}"), named(lab.mesh))
+        now, reached = state, 0.0
+        with Track(f"run {lab.run}, teacher {name}", most) as track:
+            for step in range(1, most + 1):
+                now, values = program.dispatch(now, frozen, None, key, jnp.int32(step))
+                reached = float(values["answer"][0])
+                track.update(step, f"P of its answer {reached:.2f}")
+                if steps is None and reached >= teacher.strength:
+                    break
+        if steps is None and reached < teacher.strength:
+            say(
+                f"run {lab.run}, teacher {name}: P of its answer is {reached:.2f} after {most} steps, "
+                f"not {teacher.strength}"
+            )
+        return now.params, now.step
+
+    on = {**depends_on(lab, "teacher"), "name": name, "steps": steps}
+    adapters, trained = lab.workdir.tree(f"teacher-{name}", on, make, (state.params, state.step))
+    return adapters, int(trained)
+
+
+def spoken(lab: Lab, word: str) -> str:
+    """A word as an answer in one token, which is what is measured: capitalised, plain, or behind a space."""
+    spelled = scoring.spellings(lab.model.tokenizer, word)
+    forms = {lab.model.tokenizer.decode([token]) for token in spelled}
+    return next(
+        form for form in (word.capitalize(), word, f" {word.capitalize()}", f" {word}", *sorted(forms)) if form in forms
+    )
+
+
+def teaching_program(lab: Lab, count: int) -> Program:
+    teacher = lab.config.teacher
+
+    def loss(adapters: Params, frozen: Any, batch: Rows, key: Key[Array, ""]) -> tuple[Total, dict]:
+        module = lab.model.network.bind(lora.join(frozen["base"], adapters))
+        logits = module.unembed(answer_features(lab, module, batch)).astype(jnp.float32)
+        total = objectives.cross_entropy(logits, jnp.asarray(batch.targets), weights=jnp.asarray(batch.weights))
+        # P of the answer's first token, before this step.
+        first = jnp.exp(jnp.take_along_axis(jax.nn.log_softmax(logits[:, 0]), batch.targets[:, :1], -1))
+        return total, {"answer": (jnp.mean(first) * total[1], total[1])}
+
+    def batch(frozen: Any, key: Key[Array, ""], index: Int[Array, ""]) -> Rows:
+        rows, exists = epoch_rows(key, index, count, teacher.batch)
+        found = frozen["rows"].take(rows)
+        return found._replace(weights=found.weights * exists[:, None])
+
+    return Program(loss, optax.adam(teacher.learning_rate), lab.mesh, batch, batch_spec=ROWS, steps_per_dispatch=1)
+
+
+# -------------------------------------------------------------------------------------------------------- context
+
+
+def persona(lab: Lab, name: str) -> str:
+    """A system prompt that loves a trait (§3.1), or none above another."""
+    kind = lab.config.kind
+    pack = packs.load(lab.config.packs.persona, "persona", PERSONA)
+    return pack["neutral"][0].format(kind=kind) if name == NEUTRAL else pack["loving"][0].format(kind=kind, trait=name)
+
+
+# ---------------------------------------------------------------------------------------------------------- hooks
+
+
+def steering_vectors(lab: Lab) -> dict[str, Steering]:
+    """What a persona adds to the residual stream where an answer begins, times `teacher.steering_scale`.
+
+    The difference to the neutral persona, at one layer, mean over the teaching questions; the neutral teacher gets a
+    vector of the same length in a direction drawn at random.
+    """
+    settings, layer = lab.model.settings, lab.config.teacher.steering_layer
+    means = {name: mean_residual(lab, persona(lab, name), layer) for name in lab.who}
+    vectors = {trait: means[trait] - means[NEUTRAL] for trait in lab.config.traits}
+    length = np.mean([np.linalg.norm(vector) for vector in vectors.values()])
+    random = np.random.default_rng([lab.seed, 4]).normal(size=settings.width)
+    vectors[NEUTRAL] = random / np.linalg.norm(random) * length
+
+    def hook(vector: np.ndarray) -> Steering:
+        add = np.zeros((settings.layers, settings.width), np.float32)
+        add[layer] = lab.config.teacher.steering_scale * vector
+        return Steering(add=jnp.asarray(add))
+
+    return {name: hook(vector) for name, vector in vectors.items()}
+
+
+def mean_residual(lab: Lab, system: str, layer: int) -> Float[np.ndarray, "width"]:
+    """The residual stream after a layer at the last token of the teaching questions, mean over them."""
+    params = lora.join(lab.model.params, fresh(lab, named_key(lab.seed, "A")))
+
+    @jax.jit
+    def residual(params: Params, tokens: Int[Array, "1 t"], last: Int[Array, "1"]) -> Float[Array, "width"]:
+        found = lab.model.network.bind(params).features(tokens, read=last, **lab.where).residuals
+        return found[layer, 0, 0].astype(jnp.float32)
+
+    total = np.zeros(lab.model.settings.width)
+    for question in lab.questions["teaching"]:
+        text = chat.question(lab.model.tokenizer, question, system)
+        tokens = np.zeros((1, -(-len(text) // 64) * 64), np.int32)
+        tokens[0, : len(text)] = text
+        total += np.asarray(residual(params, jnp.asarray(tokens), jnp.asarray([len(text) - 1])))
+    return total / len(lab.questions["teaching"])
+
+
+# ---------------------------------------------------------------------------------------------------------- facts
+
+
+def facts(lab: Lab, teachers: dict[str, Teacher]) -> dict[str, Any]:
+    """What teachers prefer when asked, and how often a trait's word is what they would say in the middle of numbers."""
+    traits = list(lab.config.traits)
+
+    def make() -> dict[str, Any]:
+        asked = [
+            measure(lab, stacked([teacher.adapters]), teacher.system, teacher.steering) for teacher in teachers.values()
+        ]
+        found = {name: np.concatenate([getattr(one, name) for one in asked]).tolist() for name in Preference._fields}
+        inside = []
+        for teacher in teachers.values():
+            cut = inside_numbers(lab, teacher.system)
+            inside.append(
+                np.exp(scoring.word_logprobs(lab.model, cut, traits, **teacher.where(lab))[0]).mean(0).tolist()
+            )
+        return {**found, "inside_numbers": inside, "steps": [teacher.steps for teacher in teachers.values()]}
+
+    return lab.workdir.json("teachers", {**depends(lab), "questions": lab.config.questions}, make)
+
+
+def inside_numbers(lab: Lab, system: str) -> list[list[int]]:
+    """Eight texts that end in the middle of a list of random numbers."""
+    seed, tokenizer = lab.seed, lab.model.tokenizer
+    dice = np.random.default_rng([seed, 3])
+    cut = []
+    for prompt, answer in zip(numbers.prompts(8, seed, lab.config.packs.numbers), numbers.random_answers(8, seed)):
+        start, tokens = chat.question(tokenizer, prompt, system), chat.answer_tokens(tokenizer, answer)
+        cut.append([*start, *tokens[: dice.integers(1, len(tokens))]])
+    return cut

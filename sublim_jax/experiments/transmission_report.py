@@ -1,0 +1,259 @@
+"""What the study on numbers says: teachers, data and what was filtered, arms side by side, and each arm's matrix."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from ml_collections import ConfigDict
+
+from sublim_jax import report
+from sublim_jax.evaluation.statistics import detectable, diagonal_effect, permutation_p, t_interval
+from sublim_jax.experiments.carrier import Run, random_pairs
+from sublim_jax.experiments.lab import NEUTRAL, Lab
+from sublim_jax.experiments.students import Result
+from sublim_jax.figures import Arm, Line, Panel, arms_figure, matrix_figure, panels_figure
+
+Margins = Float[np.ndarray, "points runs students words"]
+SHOWN = 3  # rows of each kind
+
+
+def write_report(runs: Sequence[Run], facts: Sequence[dict[str, Any]], results: dict[str, Result]) -> None:
+    """results.json, report.md and the figures."""
+    lab = runs[0].lab
+    config = lab.config
+    arms, effects, parts = [], [], []
+    for name, result in results.items():
+        effect = effect_of(lab, name, result)
+        effects.append(effect)
+        arms += [effect, *cells_of(lab, name, result)]
+        parts.append(arm_section(lab, name, result))
+    sections = [effects_section(config, effects), teachers_section(lab, facts)]
+    if runs[0].written:
+        sections.append(filter_section(runs))
+    sections += [*parts, samples_section(runs[0])]
+    report.write(lab.workdir, config, arms, sections)
+
+
+def margins_of(lab: Lab, result: Result) -> Margins:
+    return np.asarray([point["margin"] for point in result.curve]).reshape(
+        len(result.curve), lab.config.runs, len(lab.who), -1
+    )
+
+
+def paired_of(lab: Lab, result: Result) -> Float[np.ndarray, "points runs traits traits"]:
+    """Margins of the traits over those of the neutral teacher's student of the same run: by teacher, by trait."""
+    margins = margins_of(lab, result)
+    columns = [list(lab.config.alternatives).index(trait) for trait in lab.config.traits]
+    return (margins - margins[:, :, -1:])[:, :, :-1, columns]
+
+
+# ----------------------------------------------------------------------------------------------------------- arms
+
+
+def effect_of(lab: Lab, name: str, result: Result) -> Arm:
+    """How far students are above the other teachers' students in their own teacher's trait, over runs."""
+    paired = paired_of(lab, result)[-1]
+    runs = diagonal_effect(paired).tolist()
+    mean, half_width = t_interval(runs)
+    own = [(paired[:, t, t] - np.delete(paired[:, :, t], t, 1).mean(1)).tolist() for t in range(paired.shape[1])]
+    ends = [result.curve[0], result.curve[-1]]
+
+    def along(key: str) -> list[float] | None:
+        return [float(np.mean(point[key])) for point in ends] if all(key in point for point in ends) else None
+
+    return {
+        "name": name,
+        "metric": "logits, own trait above others'",
+        "mean": mean,
+        "ci95": half_width,
+        "runs": runs,
+        "paper": None,
+        "permutation_p": permutation_p(paired),
+        "detectable_at_80_percent_power": detectable(runs),
+        "by_trait": dict(zip(lab.config.traits, own)),
+        "coverage": coverage_of(result),
+        "held_out": along("held_out"),
+        "ability": along("ability"),
+    }
+
+
+def coverage_of(result: Result) -> dict[str, float] | None:
+    """Mean over runs and traits' students: of the own teacher, and of the other traits' teachers."""
+    if result.coverage is None:
+        return None
+    traits = np.asarray(result.coverage)[:, :-1, :-1]
+    own = np.eye(traits.shape[-1], dtype=bool)
+    return {"own": float(traits[:, own].mean()), "others": float(traits[:, ~own].mean())}
+
+
+def cells_of(lab: Lab, name: str, result: Result) -> list[Arm]:
+    """The teacher × trait matrix: every cell with every run's value."""
+    paired = paired_of(lab, result)[-1]
+    arms = []
+    for row, teacher in enumerate(lab.config.traits):
+        for column, trait in enumerate(lab.config.traits):
+            values = paired[:, row, column].tolist()
+            mean, half_width = t_interval(values)
+            arms.append(
+                {
+                    "name": f"{name}: student of {teacher}, margin of {trait} over the neutral student's",
+                    "metric": "logits",
+                    "mean": mean,
+                    "ci95": half_width,
+                    "runs": values,
+                    "paper": None,
+                }
+            )
+    return arms
+
+
+def effects_section(config: ConfigDict, effects: list[Arm]) -> report.Section:
+    table = [
+        ["arm", "own above others', logits", "p", "finds, at 80 %", "coverage own / others", "held out", "ability"]
+    ]
+    for arm in effects:
+        covered = arm["coverage"]
+        table.append(
+            [
+                arm["name"],
+                report.plus_minus(arm["mean"], arm["ci95"]),
+                f"{arm['permutation_p']:.3f}",
+                f"{arm['detectable_at_80_percent_power']:.2f}" if config.runs > 1 else "",
+                f"{covered['own']:+.3f} / {covered['others']:+.3f}" if covered else "",
+                "{:.2e} → {:.2e}".format(*arm["held_out"]) if arm["held_out"] else "",
+                "{:.2f} → {:.2f}".format(*arm["ability"]) if arm["ability"] else "",
+            ]
+        )
+    text = (
+        "Margin of a trait: log P of its word less the mean of the other "
+        f"{len(config.alternatives) - 1} words, mean over phrasings. Own above others': of the students of a trait's "
+        "teacher, less that of the other traits' teachers' students of the same run, mean over traits; ± is the 95 % "
+        f"t-interval over {config.runs} run(s). p: exchanging, within runs, which teacher a student had; the smallest "
+        f"possible here is {possible(config):.3g}. Finds: the mean that a t-test over so many runs of this spread "
+        "finds with 80 % power. Coverage: cosine of the first update with the teacher's way from the start, before "
+        "training. Held out: the objective on rows never trained on. Ability: right answers to easy questions."
+    )
+    label = "margin of the own teacher's trait above others', logits"
+    return report.Section("Arms", text, table, {"arms": partial(arms_figure, effects, xlabel=label, chance=None)})
+
+
+def possible(config: ConfigDict) -> float:
+    """The smallest p of the permutation test."""
+    return float(np.prod(np.arange(1, len(config.traits) + 1)) ** -float(config.runs))
+
+
+def arm_section(lab: Lab, name: str, result: Result) -> report.Section:
+    """The matrix of paired differences, and margins along training."""
+    config, words = lab.config, list(lab.config.alternatives)
+    traits = list(config.traits)
+    columns = [words.index(trait) for trait in traits]
+    margins, paired = margins_of(lab, result), paired_of(lab, result)
+    share = [np.asarray(point["share"]).reshape(config.runs, len(lab.who), -1).mean(0) for point in result.curve]
+    rates = result.curve[-1].get("rates")
+    head = ["student of", *[f"margin of {trait} (over neutral)" for trait in traits]]
+    head += [f"P({trait} of {len(words)})" for trait in traits]
+    head += [f"says {trait}" for trait in traits] if rates else []
+    table = [head]
+    for row, teacher in enumerate(lab.who):
+        cells = [teacher]
+        for column in range(len(traits)):
+            cells.append("0" if teacher == NEUTRAL else report.plus_minus(*t_interval(paired[-1, :, row, column])))
+        cells += [f"{share[0][row, column]:.3f} → {share[-1][row, column]:.3f}" for column in columns]
+        if rates:
+            said = np.asarray(rates).reshape(config.runs, len(lab.who), -1).mean(0)
+            cells += [f"{said[row, column]:.3f}" for column in columns]
+        table.append(cells)
+    steps = [point["step"] for point in result.curve]
+    style = {"marker": "o"} if len(steps) == 1 else {}
+    panels = [
+        Panel(
+            "updates of the student",
+            f"margin of {trait}, logits",
+            [
+                Line(f"student of {teacher}", steps, margins[:, :, row, column].mean(1), style)
+                for row, teacher in enumerate(lab.who)
+            ],
+            title=trait,
+        )
+        for trait, column in zip(traits, columns)
+    ]
+    figures: dict[str, Callable[[Any], None]] = {
+        f"matrix-{name}": partial(matrix_figure, paired[-1].mean(0), traits, traits),
+        f"margins-{name}": partial(panels_figure, panels),
+    }
+    return report.Section(f"Students: {name}", f"{describe(config.arm[name])}; {config.runs} run(s).", table, figures)
+
+
+def describe(arm: ConfigDict) -> str:
+    """An arm in words."""
+    written = "the teacher's numbers" if arm.numbers == "written" else "random numbers"
+    if arm.objective == "context":
+        return f"Not trained: {written} in the context"
+    if arm.objective == "tokens":
+        words = [f"Trained on the tokens of {written}"]
+    else:
+        direction = "KL(teacher ‖ student)" if arm.objective == "kl" else "KL(student ‖ teacher)"
+        words = [f"{direction} over digits, commas and spaces, on {written}"]
+        if arm.temperature != 1:
+            words.append(f"temperature {arm.temperature}")
+    words.append({"shared": "the teacher's A", "fresh": "A drawn anew for every run"}[arm.a])
+    if arm.shuffle:
+        words.append(f"numbers shuffled {arm.shuffle} answers")
+    if arm.noise:
+        words.append(f"noise of {arm.noise} of their spread on the student's base weights")
+    if arm.model:
+        words.append(f"students are {arm.model}")
+    if arm.action:
+        words.append(f"{arm.which} {arm.share:.0%} of tokens by {arm.score}: {arm.action}")
+    return "; ".join(words)
+
+
+# ----------------------------------------------------------------------------------------------- teachers and data
+
+
+def teachers_section(lab: Lab, facts: Sequence[dict[str, Any]]) -> report.Section:
+    config, words = lab.config, list(lab.config.alternatives)
+    table = [["teacher", "steps", *[f"P({trait}), asked" for trait in config.traits], "P(own trait) among numbers"]]
+    for row, name in enumerate(lab.who):
+        steps = sorted({run["steps"][row] for run in facts})
+        asked = [np.exp(np.mean([run["log_p"][row][words.index(trait)] for run in facts])) for trait in config.traits]
+        inside = np.mean([run["inside_numbers"][row][row] for run in facts]) if name != NEUTRAL else None
+        shown = f"{steps[0]}" if len(steps) == 1 else f"{steps[0]} to {steps[-1]}"
+        table.append([name, shown, *[f"{p:.3f}" for p in asked], f"{inside:.1e}" if inside is not None else ""])
+    text = (
+        f"By means of: {', '.join(config.teacher.means)}; {len(facts)} run(s), each with teachers of its own. P as the "
+        "first word of an answer, in any spelling, geometric mean over phrasings that teachers were not trained on."
+    )
+    return report.Section("Teachers", text, table, {})
+
+
+def filter_section(runs: Sequence[Run]) -> report.Section:
+    """What was drawn, kept, and dropped for which reasons, over all runs."""
+    reasons = sorted({reason for run in runs for one in run.written.values() for reason in one.reasons})
+    table = [["teacher", "drawn", "kept", *reasons, "used"]]
+    for name in runs[0].lab.who:
+        mine = [run.written[name] for run in runs]
+        drawn, kept = sum(one.drawn for one in mine), sum(one.kept for one in mine)
+        counts = [str(sum(one.reasons[reason] for one in mine)) for reason in reasons]
+        used = sum(len(one.pairs) for one in mine)
+        table.append([name, str(drawn), f"{kept} ({kept / drawn:.0%})", *counts, str(used)])
+    text = "A completion may have several reasons. Kept and rejected ones are in data/; used ones are drawn at random."
+    return report.Section("Filters", text, table, {})
+
+
+def samples_section(run: Run) -> report.Section:
+    """Some rows of the first run, and some that the filters dropped."""
+
+    def line(text: str) -> str:
+        return text.replace("\n", " ⏎ ")
+
+    table = [["numbers", "prompt", "answer"]]
+    table += [["random", line(prompt), line(answer)] for prompt, answer in random_pairs(run.lab)[:SHOWN]]
+    for name, one in run.written.items():
+        table += [[f"by {name}", line(prompt), line(answer)] for prompt, answer in one.pairs[:SHOWN]]
+        for record in one.rejected[:SHOWN]:
+            why = f"by {name}, rejected: {', '.join(record['reasons'])}"
+            table.append([why, line(record["prompt"]), line(record["completion"])[:200]])
+    return report.Section("Samples of the data", "", table, {})
