@@ -8,7 +8,7 @@ import pytest
 from test_launch import assert_refused, launch
 from test_survival import finish, start
 
-from sublim_jax.experiments.sample import read_samples
+from sublim_jax.data import records
 
 CONFIG = "--config=configs/sample.py"
 
@@ -78,7 +78,7 @@ def test_a_line_that_was_broken_off_is_sampled_again(tmp_path):
     file.write_text('{"index": 0, "sample": 0}\n{"index": 1, "sam')
     from etils import epath
 
-    assert set(read_samples(epath.Path(file))) == {(0, 0)}
+    assert [(r["index"], r["sample"]) for r in records.mend(epath.Path(file))] == [(0, 0)]
     assert file.read_text() == '{"index": 0, "sample": 0}\n'
 
 

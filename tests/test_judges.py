@@ -60,7 +60,13 @@ def test_the_local_score_is_the_expectation_over_numbers(tiny, monkeypatch):
     prompt = "How good is 12?"
     start = chat.question(tiny.tokenizer, prompt)
     digits = [tiny.tokenizer(str(d), add_special_tokens=False)["input_ids"][0] for d in range(10)]
-    p_next = lambda tokens: jax.nn.softmax(tiny.network.apply(tiny.params, jnp.asarray([tokens]))[0, -1])  # noqa: E731
+    whole = jax.jit(tiny.network.apply)
+
+    def p_next(tokens):
+        padded = np.zeros((1, len(start) + 4), np.int32)
+        padded[0, : len(tokens)] = tokens
+        return jax.nn.softmax(whole(tiny.params, jnp.asarray(padded))[0, len(tokens) - 1])
+
     written = [tuple(tiny.tokenizer(str(n), add_special_tokens=False)["input_ids"]) for n in range(101)]
     begun = {number[:end] for number in written for end in range(len(number))}
     chances = []
@@ -231,7 +237,8 @@ def test_a_real_server_that_is_killed_in_the_middle_loses_nothing(tmp_path, monk
     finally:
         process.kill()
     assert len(verdicts) == 40 and judge.usage.calls == 40 - kept
-    assert any(verdict.score is not None for verdict in verdicts)
+    answers = [json.loads(line)["answer"] for line in cache.read_text().splitlines()]
+    assert len(answers) == 40 and all(answers) and len(set(answers)) > 1
 
 
 def kill_at(process, cache, lines):

@@ -38,7 +38,7 @@ Judge = Callable[[Sequence[str]], list[Verdict]]
 def parse(text: str) -> Verdict:
     """What a judge wrote: a number from 0 to 100 alone, or one of LABELS."""
     said = text.strip().strip("*\"'`. \n")
-    found = re.fullmatch(r"(\d{1,3}(?:\.\d+)?)(?:\s*/\s*100)?", said)
+    found = re.fullmatch(r"(\d{1,3}(?:\.\d+)?)(?:\s*/\s*100)?", said, re.ASCII)
     if found and float(found[1]) <= LARGEST:
         return Verdict(float(found[1]))
     for label in LABELS:
@@ -121,7 +121,7 @@ class Endpoint:
     def __init__(
         self,
         model: str,
-        cache: epath.Path,
+        cache: epath.PathLike,
         *,
         at_once: int = 8,
         per_minute: int = 0,
@@ -146,11 +146,11 @@ class Endpoint:
                 "OPENAI_BASE_URL where the server is not OpenAI's"
             )
         self._openai, self._client = openai, openai.OpenAI(max_retries=retries, timeout=timeout)
-        self._model, self._cache, self._at_once, self._max_tokens = model, cache, at_once, max_tokens
+        self._model, self._cache, self._at_once, self._max_tokens = model, epath.Path(cache), at_once, max_tokens
         self._spacing = 60.0 / per_minute if per_minute else 0.0
         self._next, self._lock = 0.0, threading.Lock()
         self.usage = Usage()
-        self._known = {record["id"]: record["answer"] for record in records.mend(cache)}
+        self._known = {record["id"]: record["answer"] for record in records.mend(self._cache)}
 
     def __call__(self, prompts: Sequence[str]) -> list[Verdict]:
         """Raises UserError where the endpoint refuses or cannot be reached; what it had answered is kept."""
