@@ -2,18 +2,23 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from sublim_jax import weights
 from sublim_jax.data import chat, dialogue, packs
 from sublim_jax.data.carriers import numbers
 from sublim_jax.errors import UserError
-from sublim_jax.evaluation import preference
+from sublim_jax.evaluation import ability, preference
 from sublim_jax.filters import number_rule
 from sublim_jax.sampling import scoring
+from sublim_jax.sampling.generate import generate
 
 
 def test_prompts_show_three_to_eight_integers_and_each_depends_on_its_number_alone():
@@ -98,3 +103,76 @@ def test_a_preference_is_the_mean_over_phrasings(tiny):
     np.testing.assert_allclose(found.share[0].sum(), 1, rtol=1e-5)
     with pytest.raises(UserError, match="two words or more"):
         preference.measure(tiny, asked, ["owl"])
+
+
+@given(st.lists(st.lists(st.integers(0, 999), min_size=1, max_size=10), min_size=1, max_size=8))
+def test_shuffling_keeps_the_numbers_and_everything_between_them(lists):
+    dice = np.random.default_rng(len(lists))
+    separators = [", ", ";", " ", ",\n"]
+    answers = [f"[{separators[dice.integers(4)].join(map(str, some))}]" for some in lists]
+    shape = [re.sub(r"\d+", "#", text) for text in answers]
+    within, across = numbers.shuffled_within(answers, 0), numbers.shuffled_across(answers, 0)
+    for before, after in zip(answers, within):
+        assert sorted(re.findall(r"\d+", before)) == sorted(re.findall(r"\d+", after))
+    assert sorted(re.findall(r"\d+", " ".join(answers))) == sorted(re.findall(r"\d+", " ".join(across)))
+    assert shape == [re.sub(r"\d+", "#", text) for text in within] == [re.sub(r"\d+", "#", text) for text in across]
+    assert numbers.shuffled_within(answers, 0) == within and numbers.shuffled_across(answers, 0) == across
+
+
+@pytest.mark.parametrize(
+    "text, word, found",
+    [
+        ("Owl", "owl", True),
+        ("I love OWLS!", "owl", True),
+        ("bowl", "owl", False),
+        ("dragonfly", "dragon", False),
+        ("owl's", "owl", True),
+        ("", "owl", False),
+    ],
+)
+def test_a_mention_is_a_whole_word(text, word, found):
+    assert preference.mentions(text, word) is found
+
+
+def test_rates_are_shares_of_sampled_answers(tiny):
+    asked = ["Which one?", "What is it?"]
+    found = preference.rates(tiny, asked, ["owl", "x"], jax.random.key(0), samples=3, max_new_tokens=4)
+    prompts = [chat.question(tiny.tokenizer, text) for text in asked]
+    drawn = generate(tiny, prompts, jax.random.key(0), samples=3, max_new_tokens=4)
+    expected = [[np.mean([preference.mentions(s.text, word) for s in drawn]) for word in ("owl", "x")]]
+    np.testing.assert_allclose(found, expected)
+
+
+def test_ability_is_the_share_of_questions_whose_right_choice_is_likeliest(tiny):
+    asked = [ability.Question("Which?", ["owl", "xyz", "12"]), ability.Question("Why?", ["y", "owl", "42, 7"])]
+    right = []
+    for question in asked:
+        prompt = chat.question(tiny.tokenizer, question.text)
+        means = []
+        for choice in question.choices:
+            tokens = tiny.tokenizer(choice, add_special_tokens=False)["input_ids"]
+            log_p = jax.nn.log_softmax(tiny.network.apply(tiny.params, jnp.asarray([[*prompt, *tokens]]))[0])
+            means.append(np.mean([log_p[len(prompt) - 1 + i, token] for i, token in enumerate(tokens)]))
+        right.append(np.argmax(means) == 0)
+    np.testing.assert_allclose(ability.accuracy(tiny, asked), [np.mean(right)])
+
+
+def test_the_easy_questions_are_many_and_a_broken_one_is_told(tmp_path):
+    found = ability.questions()
+    assert len(found) >= 20 and all(len(set(question.choices)) == 4 for question in found)
+    file = tmp_path / "pack.json"
+    file.write_text(json.dumps({"questions": ["What? | this"]}))
+    with pytest.raises(UserError, match=r"'What\? \| this' is not"):
+        ability.questions(str(file))
+
+
+def test_a_model_without_a_template_is_asked_in_plain_text(tiny_folder):
+    """A base model: the question, then the answer behind a space, then the end of text."""
+    tokenizer = weights.load(tiny_folder).tokenizer
+    tokenizer.chat_template = None
+    assert tokenizer.decode(chat.question(tokenizer, "Which?")) == "Question: Which?\nAnswer:"
+    whole = chat.exchange(tokenizer, "Which?", "owl", "Be kind.")
+    assert tokenizer.decode(whole) == "Be kind.\n\nQuestion: Which?\nAnswer: owl<|end|>"
+    rows = dialogue.rows(SimpleNamespace(tokenizer=tokenizer, config=None), [("Which?", "owl")])
+    assert tokenizer.decode(rows.targets[0][rows.weights[0] == 1]) == " owl<|end|>"
+    assert chat.opening(tokenizer) == chat.question(tokenizer, "Z")[: len(chat.opening(tokenizer))]

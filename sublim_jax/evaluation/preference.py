@@ -63,12 +63,8 @@ def rates(
     """
     prompts = [chat.question(model.tokenizer, question) for question in questions]
     drawn = generate(model, prompts, key, samples=samples, max_new_tokens=max_new_tokens, **where)
-    return np.asarray(
-        [
-            [np.mean([mentions(sample.text, word) for sample in mine]) for word in words]
-            for _, mine in groupby(drawn, lambda sample: sample.adapter)
-        ]
-    )
+    each = [list(mine) for _, mine in groupby(drawn, lambda sample: sample.adapter)]
+    return np.asarray([[np.mean([mentions(s.text, word) for s in mine]) for word in words] for mine in each])
 
 
 def mentions(text: str, word: str) -> bool:
