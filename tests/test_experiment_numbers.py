@@ -1,8 +1,10 @@
 """A trait through numbers, on a tiny model: the parts against plain computations, the whole as a user runs it."""
 
 import json
+import shutil
 import signal
 import time
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +17,7 @@ from configs import numbers as config_file
 from sublim_jax import filters, objectives
 from sublim_jax.data import chat, dialogue
 from sublim_jax.errors import UserError
-from sublim_jax.experiments import carrier, students
+from sublim_jax.experiments import carrier, students, transmission
 from sublim_jax.experiments import teachers as teaching
 from sublim_jax.experiments.lab import fresh, make_lab
 from sublim_jax.experiments.teachers import Teacher
@@ -105,6 +107,45 @@ def test_students_together_are_each_of_them_alone(lab, tmp_path):
     assert not np.allclose(curves[2][-1]["margin"][3:], curves[1][-1]["margin"], atol=1e-4)  # its own A and numbers
     first, last = (np.asarray(curves[2][i]["held_out"]) for i in (0, -1))
     assert np.all(last < first)
+
+
+def test_students_on_several_devices_are_those_on_one(lab, tiny_folder, tmp_path, mesh_of):
+    """Replicas over two devices, rows over two: teachers' logits, training, evaluation."""
+    found = []
+    for devices, shape in ((1, {}), (4, {"replica": 2, "fsdp": 2})):
+        placed = make_lab(lab.config, Workdir(tmp_path / f"{devices}"), mesh_of(devices, **shape))
+        one = with_config(placed, tmp_path / f"{devices}", runs=2, **{"student.steps": 3})
+        found.append(students.students(one, "soft", [run_of(one._replace(run=run)) for run in range(2)]))
+    for alone, together in zip(found[0].curve, found[1].curve):
+        np.testing.assert_allclose(together["margin"], alone["margin"], rtol=1e-3, atol=1e-3)
+        np.testing.assert_allclose(together["held_out"], alone["held_out"], rtol=1e-3)
+    np.testing.assert_allclose(found[1].coverage, found[0].coverage, rtol=1e-3, atol=1e-4)
+
+
+def test_a_student_of_another_family_reads_the_same_text_in_its_own_tokens(lab, tiny_folder, tmp_path):
+    """A base model without a template; and it cannot be asked for logits of tokens that it does not have."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny_folder, base)
+    for name in ("tokenizer_config.json", "chat_template.jinja"):
+        file = base / name
+        if name.endswith("json"):
+            kept = {key: value for key, value in json.loads(file.read_text()).items() if key != "chat_template"}
+            file.write_text(json.dumps(kept))
+        elif file.exists():
+            file.unlink()
+    one = with_config(lab, tmp_path / "work", **{"arm.foreign.model": str(base), "student.steps": 2})
+    own = make_lab(one.config, one.workdir, one.mesh, str(base))
+    assert not own.model.tokenizer.chat_template
+    pairs = carrier.random_pairs(one)
+    result = students.students(own, "foreign", [run_of(one, pairs)])
+    assert result.coverage is None and np.all(np.isfinite(result.curve[-1]["margin"]))
+    rows = carrier.arm_data(one.config.arm.foreign, [run_of(one, pairs)], own.model).rows
+    assert own.model.tokenizer.decode(rows.tokens[0, 0]).startswith(f"Question: {pairs[0][0]}\nAnswer: {pairs[0][1]}")
+    transmission.check_models(one, {"": lab, str(base): own})
+    asked = with_config(one, tmp_path, **{"arms": ("foreign",), "arm.foreign.objective": "kl"})
+    other = own._replace(model=own.model._replace(tokenizer=SimpleNamespace(get_vocab=lambda: {"x": 0})))
+    with pytest.raises(UserError, match="has another tokenizer than"):
+        transmission.check_models(asked, {"": asked, str(base): other})
 
 
 def test_a_system_prompt_is_the_teachers_alone(lab):
