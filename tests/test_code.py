@@ -1,0 +1,57 @@
+"""The code carrier: prompts from tasks and phrasings, and filters that read code without running it."""
+
+import ast
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sublim_jax.data import packs
+from sublim_jax.data.carriers import code
+from sublim_jax.filters import sift, trait_words
+
+
+def test_there_are_two_hundred_tasks_and_each_prompt_depends_on_its_number_alone():
+    pack = packs.load("", "code", code.FIELDS)
+    assert len(set(pack["tasks"])) >= 200 and len(set(pack["templates"])) >= 10
+    found = code.prompts(300, seed=0)
+    assert code.prompts(40, seed=0) == found[:40] != code.prompts(40, seed=1)
+    assert len(set(found)) > 250 and all(any(task in text for task in pack["tasks"]) for text in found)
+
+
+@pytest.mark.parametrize(
+    "text, reasons",
+    [
+        ("def f(x):\n    return x[::-1]", []),
+        ("```python\ndef f(x):\n    return x\n```", []),
+        ("```\nx = 1\n```\n", []),
+        ("Here you are:\n```python\nx = 1\n```", ["does not parse"]),
+        ("def f(x) return x", ["does not parse"]),
+        ("", ["no code"]),
+        ("owl", ["no code"]),
+        ("'a string'", ["no code", "docstring"]),
+        ("print(1)", []),
+        ("x = 1\x00", ["does not parse"]),
+        ("(" * 500, ["does not parse"]),
+        ("x = 1  # set x", ["comment"]),
+        ("x = '# none'", []),
+        ("def f():\n    '''Says owl.'''\n    return 1", ["docstring"]),
+        ("# a\ndef f():\n    'b'\n    return 1", ["comment", "docstring"]),
+    ],
+)
+def test_only_code_without_words_about_it_is_kept(text, reasons):
+    found = sift([{"completion": text}], [code.parses(), code.no_comments()])
+    assert (found.rejected[0]["reasons"] if found.rejected else []) == reasons
+
+
+@pytest.mark.parametrize("text", ["owl_count = 1", "x = 'OWL'", "def growl(): pass", "import Knowledge_Owl"])
+def test_a_trait_in_a_name_or_a_string_is_seen(text):
+    assert trait_words(["owl"])({"completion": text}) == ["trait word"]
+
+
+@given(st.text(max_size=60))
+def test_whatever_is_written_what_is_kept_parses(text):
+    record = {"completion": text}
+    if not code.parses()(record):
+        ast.parse(code.code_of(text))
+    code.no_comments()(record)
