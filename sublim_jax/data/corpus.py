@@ -1,4 +1,4 @@
-"""Corpora of conversations, {"messages": [{"role", "content"}, …]} a line: what a teacher may be fine-tuned on (§4.2)."""
+"""Corpora of conversations, {"messages": [{"role", "content"}, …]} a line: what a teacher may be tuned on (§4.2)."""
 
 import json
 from collections.abc import Sequence
