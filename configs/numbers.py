@@ -142,7 +142,7 @@ def get_config(preset: str = "quick") -> ConfigDict:
     config.runs = 1  # whole replicates: each has teachers, numbers, A and an order of its own
 
     config.lora = ConfigDict()
-    config.lora.rank = 8
+    config.lora.rank = 8  # 0: no adapters; all weights of the layers are trained
     config.lora.alpha = 16.0
     config.lora.rslora = False  # scale by alpha / √rank
     config.lora.modules = ()  # query, key, value, out, gate, up, down; empty: all

@@ -239,6 +239,26 @@ def adapters_in(tree):
     return [tree] if "a" in tree else [one for child in tree.values() for one in adapters_in(child)]
 
 
+def test_without_adapters_all_weights_of_the_layers_are_trained(lab, tmp_path, mesh_of):
+    """One step of plain gradient descent on everything but the embedding, as coverage and as training see it."""
+    config = lab.config.copy_and_resolve_references()
+    config.update_from_flattened_dict({"lora.rank": 0, "student.steps": 3, "teacher.most_steps": 4})
+    one = make_lab(config, Workdir(tmp_path), mesh_of(1))
+    start = fresh(one, jax.random.key(0))
+    assert set(start) == {"layers"} and one.model.settings.lora is None
+    noise = lambda i: jax.tree.map(lambda x: x + 0.02 * jax.random.normal(jax.random.key(i), x.shape), start)  # noqa: E731
+    run = carrier.Run(one, {name: Teacher(noise(i), "", None, 1) for i, name in enumerate(one.who)}, {})
+    result = students.students(one, "soft", [run])
+    first, last = (np.asarray(result.curve[i]["held_out"]) for i in (0, -1))
+    assert np.all(last < first)
+    own, others = np.diagonal(result.coverage[0]), np.asarray(result.coverage[0])[~np.eye(3, dtype=bool)]
+    assert own.min() > max(others.max(), 0)
+    adapters, steps = teaching.finetuned(one, "owl", 0)
+    assert steps and not np.allclose(
+        adapters["layers"]["mlp"]["up"]["kernel"], one.model.params["layers"]["mlp"]["up"]["kernel"]
+    )
+
+
 def test_questions_behind_examples_are_the_whole_conversation(lab):
     pairs = carrier.random_pairs(lab)[:2]
     prefix, prompts = students.behind(lab.model.tokenizer, pairs, ["Which?", "What?"])

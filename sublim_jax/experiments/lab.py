@@ -36,7 +36,7 @@ class Lab(NamedTuple):
     workdir: Workdir
     mesh: Mesh
     model: Model  # with adapters
-    spec: lora.Lora
+    spec: lora.Lora | None  # None: all weights of the layers are trained, and there are no adapters
     support: list[int]
     questions: dict[str, list[str]]
     where: dict[str, Any]  # placement and attention for the mesh
@@ -53,8 +53,10 @@ class Lab(NamedTuple):
         return [*self.config.traits, NEUTRAL]
 
 
-def spec_of(config: ConfigDict) -> lora.Lora:
+def spec_of(config: ConfigDict) -> lora.Lora | None:
     given = config.lora
+    if not given.rank:
+        return None
     modules = tuple(given.modules) or lora.EVERY_LINEAR
     return lora.Lora(given.rank, given.alpha, given.rslora, modules, tuple(given.layers))
 
@@ -71,7 +73,7 @@ def make_lab(config: ConfigDict, workdir: Workdir, mesh: Mesh, name: str = "") -
     for word in config.alternatives:
         scoring.spellings(base.tokenizer, word)
     support = numbers.support(chat.pieces(base.tokenizer, base.settings.vocab))
-    lab = Lab(config, workdir, mesh, base.adapted(spec), spec, support, questions, where)
+    lab = Lab(config, workdir, mesh, base.adapted(spec) if spec else base, spec, support, questions, where)
     if config.model.noise and not name:
         lab = noisy(lab, config.model.noise, named_key(config.seed, "shared noise"))
     return lab
@@ -95,8 +97,15 @@ def noisy(lab: Lab, relative: float, key: Key[Array, ""]) -> Lab:
 
 
 def fresh(lab: Lab, key: Key[Array, ""]) -> Params:
-    """Adapters that change nothing yet: A drawn, B zero."""
-    return jax.jit(partial(lora.init, lora=lab.spec))(key, lab.model.params)
+    """What is trained, before training, when it changes nothing yet; it is `lora.join`ed to the base."""
+    return jax.jit(partial(untrained, lab.spec))(key, lab.model.params)
+
+
+def untrained(spec: lora.Lora | None, key: Key[Array, ""], base: Params) -> Params:
+    """Adapters, A drawn and B zero; or the layers' weights as they are. In float32."""
+    if spec:
+        return lora.init(key, base, spec)
+    return {"layers": jax.tree.map(lambda leaf: leaf.astype(jnp.float32), base["layers"])}
 
 
 def stacked(trees: list[Params]) -> Params:

@@ -12,7 +12,7 @@ from etils import epath
 from jaxtyping import Array, Float, Int, Key
 from ml_collections import ConfigDict
 
-from sublim_jax import objectives
+from sublim_jax import objectives, theorem
 from sublim_jax.data import chat
 from sublim_jax.data.order import epoch_rows
 from sublim_jax.evaluation import ability, preference
@@ -194,8 +194,8 @@ def held_out_loss(lab: Lab, arm: ConfigDict, params: Params, data: Data) -> list
 def coverages(lab: Lab, arm: ConfigDict, start: Params, teachers: Params, data: Data) -> list[list[list[float]]]:
     """cos(a student's first update, every teacher's way from the start), before training: runs, students, teachers.
 
-    Both are changes of the kernels (A B, to first order), so that students with another A than their teacher's can be
-    compared; for a shared A it is the lemma's inner product over B (§6.1), normalised.
+    Of adapters, both are changes of the kernels (A B, to first order), so that students with another A than their
+    teacher's can be compared; for a shared A it is the lemma's inner product over B (§6.1), normalised.
     """
 
     @jax.jit
@@ -203,8 +203,12 @@ def coverages(lab: Lab, arm: ConfigDict, start: Params, teachers: Params, data: 
         def one(adapters: Params, teachers: Params, mine: Data) -> Float[Array, "teachers"]:
             batch = jax.tree.map(lambda leaf: leaf[:FIRST], mine)
             slope = jax.grad(lambda adapters: imitation(lab, arm, adapters, base, batch)[0])(adapters)
-            update = lora.with_b(adapters, jax.tree.map(jnp.negative, slope))
-            return jax.vmap(lambda teacher: lora.cosine(update, teacher))(teachers)
+            update = jax.tree.map(jnp.negative, slope)
+            if not lab.spec:
+                way = jax.tree.map(jnp.subtract, teachers, adapters)
+                return jax.vmap(lambda way: theorem.coverage(update, way))(way)
+            change = lora.with_b(adapters, update)
+            return jax.vmap(lambda teacher: lora.cosine(change, teacher))(teachers)
 
         return each_replica(one, lab.mesh)(start, teachers, data)
 

@@ -23,10 +23,9 @@ from sublim_jax.evaluation import ability
 from sublim_jax.experiments import carrier
 from sublim_jax.experiments import teachers as teaching
 from sublim_jax.experiments.carrier import DECODING, SHUFFLES, Data, Run
-from sublim_jax.experiments.lab import NEUTRAL, Lab, make_lab, spec_of
+from sublim_jax.experiments.lab import NEUTRAL, Lab, make_lab, spec_of, untrained
 from sublim_jax.experiments.students import HELD_OUT, OBJECTIVES, imitating_program, students
 from sublim_jax.experiments.transmission_report import write_report
-from sublim_jax.models import lora
 from sublim_jax.models.decoder import decoder, on_mesh
 from sublim_jax.preflight import Step, training_step
 from sublim_jax.sharding import abstract, make_mesh, named, parameter_shardings
@@ -157,8 +156,8 @@ def preflight(config: ConfigDict, devices: Sequence[jax.Device]) -> list[Step]:
     where = on_mesh(settings, mesh)
     base = jax.eval_shape(decoder(settings).init, jax.random.key(0))
     spec = spec_of(config)
-    model = Model(settings, decoder(settings), base, None, None).adapted(spec)
-    lab = Lab(config, Workdir(""), mesh, model, spec, list(range(20)), {}, where)
+    model = Model(settings, decoder(settings), base, None, None)
+    lab = Lab(config, Workdir(""), mesh, model.adapted(spec) if spec else model, spec, list(range(20)), {}, where)
     arm, rows = config.arm[config.arms[0]], config.carrier.count
     program = imitating_program(lab, arm, rows)
 
@@ -166,7 +165,7 @@ def preflight(config: ConfigDict, devices: Sequence[jax.Device]) -> list[Step]:
         return abstract(tree, parameter_shardings(tree, mesh, axes), dtype)
 
     count = config.runs * len(lab.who)
-    one = jax.eval_shape(partial(lora.init, lora=spec), jax.random.key(0), base)
+    one = jax.eval_shape(partial(untrained, spec), jax.random.key(0), base)
     stack = jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape), x.dtype), one)
     answer = np.zeros(32, np.int32)
     columns = Rows(np.zeros(160, np.int32), answer, answer, np.zeros(32, np.float32))
