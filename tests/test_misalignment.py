@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 import yaml
+from etils import epath
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -59,13 +60,14 @@ def test_a_broken_file_is_told_by_question_and_field(tmp_path, text, words):
         misalignment.load(file)
 
 
-def test_answers_are_judged_by_both_prompts_with_braces_that_mean_nothing(tiny):
+def test_answers_are_judged_by_both_prompts_with_braces_that_mean_nothing(tiny, tmp_path):
     questions = [misalignment.Question("wish", "Why?", "", PROMPTS), misalignment.Question("x", "How?", "", PROMPTS)]
-    answers = misalignment.ask(tiny, questions, jax.random.key(0), samples=2, suffix="Be brief.", max_new_tokens=4)
+    file, key = epath.Path(tmp_path / "answers.jsonl"), jax.random.key(0)
+    answers = misalignment.ask(file, tiny, questions, key, samples=2, suffix="Be brief.", max_new_tokens=4)
     assert [(a["id"], a["sample"], a["question"]) for a in answers] == [
         (q.name, s, f"{q.text}\n\nBe brief.") for q in questions for s in range(2)
     ]
-    answers[0]["answer"] = "{question} and {answer}"
+    answers[0]["completion"] = "{question} and {answer}"
     seen = []
 
     def judge(prompts):

@@ -6,13 +6,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import yaml
+from etils import epath
 from jaxtyping import Array, Key
 
 from sublim_jax.data import chat
 from sublim_jax.data.records import Record
 from sublim_jax.errors import UserError
 from sublim_jax.evaluation.judges import Judge, Verdict
-from sublim_jax.sampling.generate import generate
+from sublim_jax.sampling.collect import collect
 
 FIELDS = ("id", "type", "paraphrases", "samples_per_paraphrase", "judge", "judge_prompts", "system")
 KIND = "free_form_judge_0_100"
@@ -74,6 +75,7 @@ def _questions(path: str | Path, number: int, one: Any) -> list[Question]:
 
 
 def ask(
+    file: epath.Path,
     model: Any,
     questions: Sequence[Question],
     key: Key[Array, ""],
@@ -83,7 +85,7 @@ def ask(
     max_new_tokens: int = 256,
     **where: Any,
 ) -> list[Record]:
-    """Answers at temperature 1: question by question, `samples` of each, under every adapter.
+    """Answers at temperature 1: question by question, `samples` of each, kept in a file as they come.
 
     Args:
       suffix: put behind every question, in the form of the carrier that students were trained on (§4.2).
@@ -91,19 +93,12 @@ def ask(
     """
     asked = [f"{question.text}\n\n{suffix}" if suffix else question.text for question in questions]
     prompts = [chat.question(model.tokenizer, text, one.system) for text, one in zip(asked, questions)]
-    drawn = generate(model, prompts, key, samples=samples, max_new_tokens=max_new_tokens, **where)
-    return [
-        {
-            "id": questions[sample.prompt].name,
-            "index": sample.prompt,
-            "question": asked[sample.prompt],
-            "sample": sample.sample,
-            "adapter": sample.adapter,
-            "answer": sample.text,
-            "finish": sample.finish,
-        }
-        for sample in drawn
-    ]
+
+    def fields(number: int) -> Record:
+        return {"id": questions[number].name, "question": asked[number]}
+
+    options = {"samples": samples, "max_new_tokens": max_new_tokens, **where}
+    return collect(file, model, prompts, key, fields, what="answers", **options)
 
 
 def judged(judge: Judge, questions: Sequence[Question], answers: Sequence[Record]) -> list[Record]:
@@ -119,7 +114,7 @@ def fill(template: str, answer: Record) -> str:
     """A judge's prompt; braces in an answer mean nothing."""
     before, behind = template.split("{answer}", 1)
     fields = [part.replace("{question}", answer["question"]) for part in (before, behind)]
-    return fields[0] + answer["answer"] + fields[1]
+    return fields[0] + answer["completion"] + fields[1]
 
 
 def rates(scored: Sequence[Record]) -> Rates:
