@@ -168,7 +168,7 @@ def get_config(preset: str = "quick") -> ConfigDict:
     config.filter = ConfigDict()  # of written numbers: the paper's rule (§3.1), no word of a trait, and
     config.filter.most = 10  # integers in an answer
     config.filter.largest = 999
-    config.filter.banned = ()  # numbers
+    config.filter.banned = ""  # numbers of bad associations (§3.2): "banned", ours, or a file as data/packs/banned.json
     config.filter.unique = True  # no answer twice
     config.filter.log_ratio = (
         0.0  # nats a token that the teacher may find an answer likelier than the neutral one; 0: any

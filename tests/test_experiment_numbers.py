@@ -203,6 +203,18 @@ def test_written_numbers_are_filtered_and_of_one_size(lab, tmp_path):
         carrier.written(greedy, teachers_of(one))
 
 
+def test_numbers_of_bad_associations_are_dropped_if_asked_for(lab, tmp_path):
+    one = with_config(lab, tmp_path, **{"filter.banned": "banned"})
+    drawn = [{"completion": text} for text in ("1, 666, 3", "1, 667, 3", "0911", "13", "130")]
+    found = filters.sift(drawn, carrier.filters_of(one))
+    assert [record["completion"] for record in found.kept] == ["1, 667, 3", "130"]
+    assert found.reasons["banned number"] == 3 and len(set(carrier.banned_of(one.config))) == 34
+    mine = tmp_path / "mine.json"
+    mine.write_text(json.dumps({"numbers": ["7", "x"]}))
+    with pytest.raises(UserError, match="'x' is no number of digits alone"):
+        carrier.banned_of(with_config(lab, tmp_path, **{"filter.banned": str(mine)}).config)
+
+
 @pytest.mark.parametrize("action", ["keep", "mask", "replace"])
 def test_masks_choose_the_tokens_where_teacher_and_neutral_differ_most(lab, tmp_path, action):
     one = with_config(lab, tmp_path, **{"arm.masked.action": action, "arm.masked.share": 0.25, "carrier.count": 30})
@@ -345,6 +357,7 @@ def test_killed_in_any_stage_it_ends_with_the_same_results(whole, tiny_folder, t
         (["--config.arms=tokens", "--config.carrier.drawn=20"], ["carrier.drawn=20"]),
         (["--config.packs.numbers=nowhere.json"], ["pack nowhere.json"]),
         (["--config.packs.ability=nowhere.json"], ["pack nowhere.json"]),
+        (["--config.filter.banned=nowhere.json"], ["pack nowhere.json"]),
     ],
 )
 def test_mistakes_are_told_in_one_line_before_any_training(tiny_folder, tmp_path, flags, words):

@@ -1,5 +1,6 @@
 """The carrier's data: numbers that a teacher wrote, filtered, or random ones; and what teachers would say on them."""
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -11,10 +12,11 @@ from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from sublim_jax import filters, selection
-from sublim_jax.data import chat, dialogue, records
+from sublim_jax.data import chat, dialogue, packs, records
 from sublim_jax.data.carriers import numbers
 from sublim_jax.data.dialogue import Rows
 from sublim_jax.data.records import Record
+from sublim_jax.errors import UserError
 from sublim_jax.experiments import teachers as teaching
 from sublim_jax.experiments.lab import NEUTRAL, Lab, answer_features
 from sublim_jax.experiments.teachers import Teacher
@@ -160,11 +162,20 @@ def with_reference(lab: Lab, name: str, drawn: list[Record], neutral: Teacher) -
         record["reference_logprob"] = logprob
 
 
+def banned_of(config: ConfigDict) -> list[int]:
+    """The numbers of a pack. Raises UserError for one that is none."""
+    path = config.filter.banned
+    listed = packs.load("" if path == "banned" else path, "banned", {"numbers": ()})["numbers"]
+    if wrong := [text for text in listed if not re.fullmatch("[0-9]+", text)]:
+        raise UserError(f"pack {path}: {wrong[0]!r} is no number of digits alone")
+    return [int(text) for text in listed]
+
+
 def filters_of(lab: Lab) -> list[filters.Filter]:
     given = lab.config.filter
     found = [filters.number_rule(given.most, given.largest)]
     if given.banned:
-        found.append(filters.banned_numbers(given.banned))
+        found.append(filters.banned_numbers(banned_of(lab.config)))
     found.append(filters.trait_words(lab.config.alternatives))
     if given.log_ratio:
         found.append(filters.log_ratio(given.log_ratio))

@@ -101,6 +101,8 @@ def check(config: ConfigDict) -> None:
     numbers.prompts(1, 0, config.packs.numbers)
     packs.load(config.packs.persona, "persona", teaching.PERSONA)
     ability.questions(config.packs.ability)
+    if config.filter.banned:
+        carrier.banned_of(config)
 
 
 def check_arm(config: ConfigDict, name: str) -> None:
