@@ -106,6 +106,11 @@ class Workdir:
         write_json(path, value)
         return value
 
+    def known(self, name: str, depends: Any) -> bool:
+        """Whether an artefact of JSON values is there."""
+        path = self.artefact(name, depends)
+        return _agreed(path.with_name(path.name + ".json").exists())
+
     def artefact(self, name: str, depends: Any) -> epath.Path:
         """Where an artefact lies, by a hash of what it depends on."""
         digest = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:12]

@@ -148,6 +148,18 @@ def test_a_student_of_another_family_reads_the_same_text_in_its_own_tokens(lab, 
         transmission.check_models(asked, {"": asked, str(base): other})
 
 
+def test_other_questions_afterwards_are_asked_of_what_is_still_there(lab, tmp_path):
+    """The start and the end, never the end in place of a step between."""
+    first = with_config(lab, tmp_path)
+    students.students(first, "soft", [run_of(first)])
+    again = with_config(lab, tmp_path, questions=2)
+    found = students.students(again, "soft", [run_of(again)]).curve
+    assert [point["step"] for point in found] == [0, 6]
+    whole = students.students(again._replace(workdir=Workdir(tmp_path / "new")), "soft", [run_of(again)]).curve
+    for point, expected in zip(found, (whole[0], whole[-1])):
+        np.testing.assert_allclose(point["margin"], expected["margin"], rtol=1e-4, atol=1e-4)
+
+
 def test_a_system_prompt_is_the_teachers_alone(lab):
     """Its logits come from behind its prompt, at the same tokens of the answer that the student reads without it."""
     teacher = Teacher(fresh(lab, named_key(lab.seed, "A")), "Love owls.", None, 0)

@@ -63,23 +63,25 @@ def students(own: Lab, name: str, runs: Sequence[Run]) -> Result:
     frozen = {"base": own.model.params, "data": training}
     curve: dict[int, Point] = {}
 
-    def evaluate(params: Params, step: int) -> None:
+    def evaluate(params: Params | None, step: int) -> None:
+        """Without parameters: what an earlier run has found, if it has."""
         ends = step in (0, config.student.steps)
+        file, on = f"preference-{name}-{step}", [config.questions, config.answers if ends else 0, ends]
+        asked = {**depends, "asked": on, "step": step}
+        if params is not None or lab.workdir.known(file, asked):
+            curve[step] = lab.workdir.json(file, asked, partial(look, params, step, ends))
 
-        def make() -> Point:
-            # Before training all students are the base, for B = 0: one of them stands for all.
-            asked = params if step else jax.tree.map(lambda leaf: leaf[:1], params)
-            found = {key: value.tolist() for key, value in measure(own, asked)._asdict().items()}
-            if ends:
-                easy = ability.questions(config.packs.ability)
-                found["ability"] = ability.accuracy(own.model, easy, adapters=asked, mesh=lab.mesh).tolist()
-            if ends and config.answers:
-                found["rates"] = sampled(own, asked)
-            every = {key: value if step else value * (len(runs) * len(lab.who)) for key, value in found.items()}
-            return {**every, "step": step, "held_out": held_out_loss(own, arm, params, held_out)}
-
-        asked = {**depends, "asked": [config.questions, config.answers if ends else 0, ends], "step": step}
-        curve[step] = lab.workdir.json(f"preference-{name}-{step}", asked, make)
+    def look(params: Any, step: int, ends: bool) -> Point:
+        # Before training all students are the base, for B = 0: one of them stands for all.
+        shown = params if step else jax.tree.map(lambda leaf: leaf[:1], params)
+        found = {key: value.tolist() for key, value in measure(own, shown)._asdict().items()}
+        if ends:
+            easy = ability.questions(config.packs.ability)
+            found["ability"] = ability.accuracy(own.model, easy, adapters=shown, mesh=lab.mesh).tolist()
+        if ends and config.answers:
+            found["rates"] = sampled(own, shown)
+        every = {key: value if step else value * (len(runs) * len(lab.who)) for key, value in found.items()}
+        return {**every, "step": step, "held_out": held_out_loss(own, arm, params, held_out)}
 
     def make(checkpoints: epath.Path) -> Params:
         return fit(
@@ -96,9 +98,9 @@ def students(own: Lab, name: str, runs: Sequence[Run]) -> Result:
         ).params
 
     final = lab.workdir.tree(f"students-{name}", depends, make, program.init(start).params)
-    for step in range(0, config.student.steps, config.evaluate_every):
-        if step not in curve:
-            evaluate(final, step)  # found on disk
+    evaluate(start, 0)
+    for step in range(config.evaluate_every, config.student.steps, config.evaluate_every):
+        evaluate(None, step)
     evaluate(final, config.student.steps)
     covered = None
     if alike and "finetuned" in config.teacher.means:
