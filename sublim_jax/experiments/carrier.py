@@ -128,7 +128,11 @@ def draw(lab: Lab, name: str, teacher: Teacher) -> list[Record]:
         automaton = constraints.numbers(carrier.numbers, 3, least=carrier.numbers)
         pieces = chat.pieces(model.tokenizer, model.settings.vocab)
         constraint = constraints.over_tokens(automaton, pieces, chat.stop_tokens(model.tokenizer, model.config))
-    on = {**teaching.depends(lab), "name": name, "drawn": [carrier.drawn, carrier.decoding, carrier.numbers]}
+    on = {
+        **teaching.depends(lab),
+        "name": name,
+        "drawn": [carrier.drawn, carrier.decoding, carrier.numbers, carrier.max_new_tokens],
+    }
     file = lab.workdir.artefact(f"drawn-{name}", on).with_suffix(".jsonl")
     return collect(
         file,
