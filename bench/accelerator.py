@@ -3,8 +3,9 @@
     python -m bench.accelerator [--models=NAME,…] [--tiny]
 
 Training: LoRA and full steps in bfloat16, model FLOPs (2 N a token forward, 4 N backward, 2 N where the base is frozen)
-over the peak of the card. Decoding: bytes that a step must read (weights once, the cache) over time and memory
-bandwidth, at batch 1, 64 and 256. Weights are random: only shapes count. Writes docs/bench-accelerator.md.
+over the peak of the card. Students: eight in one program beside eight in turn. Decoding: bytes that a step must read
+(weights once, the cache) over time and memory bandwidth, at batch 1, 64 and 256. Weights are random: only shapes count.
+Writes docs/bench-accelerator.md.
 """
 
 import dataclasses
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 import optax
 from absl import app, flags
 
+from bench.lora import STUDENTS, in_turn_and_at_once
 from bench.machine import ROOT
 from sublim_jax import objectives, weights
 from sublim_jax.models import lora
@@ -133,6 +135,16 @@ def main(_: list[str]) -> None:
                 f"{share(amount, seconds, flops)} |"
             )
             print(lines[-1], flush=True)
+        base = jax.jit(
+            lambda: jax.tree.map(lambda x: x.astype(jnp.bfloat16), decoder(settings).init(jax.random.key(0)))  # noqa: B023
+        )()
+        turn, once = in_turn_and_at_once(settings, base, STUDENTS)
+        del base
+        lines.append(
+            f"| {name} | {STUDENTS} LoRA students of 4 × 128 tokens, in turn | {turn * 1e3:.1f} | | |\n"
+            f"| {name} | the same in one program | {once * 1e3:.1f} | | {once / turn:.2f} × the time in turn |"
+        )
+        print(lines[-1], flush=True)
         for slots in batches:
             seconds, amount = decoding(settings, slots, columns)
             lines.append(

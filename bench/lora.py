@@ -27,7 +27,7 @@ from bench.machine import ROOT, cpu_name, product_rate
 from sublim_jax import objectives, preflight, weights
 from sublim_jax.models import lora
 from sublim_jax.models.decoder import Settings, decoder
-from sublim_jax.sharding import make_mesh
+from sublim_jax.sharding import make_mesh, one_device
 from sublim_jax.training import REPLICAS_OF_ROWS, Program
 from sublim_jax.weights import huggingface
 
@@ -98,15 +98,15 @@ def ours(model: weights.Model, steps: int, kind: str) -> tuple[float, float, flo
     return statistics.median(times[1:]), times[0], flops, losses
 
 
-def in_turn_and_at_once(model: weights.Model, students: int) -> tuple[float, float]:
+def in_turn_and_at_once(settings: Settings, base: Any, students: int) -> tuple[float, float]:
     """Seconds an update of so many students on 4 rows each, one program after another and all in one."""
-    network = decoder(dataclasses.replace(model.settings, lora=SPEC))
-    mesh = make_mesh({"replica": 1, "fsdp": 1, "tensor": 1})
+    network = decoder(dataclasses.replace(settings, lora=SPEC))
+    mesh = one_device()
 
     def loss(params, frozen, batch, key):
         module = network.bind(lora.join(frozen, params))
         logits = module.unembed(module.features(batch[:, :-1]).output[:, -HALF:], SUPPORT)
-        return objectives.kl(logits, jnp.zeros(logits.shape)), {}
+        return objectives.kl(logits.astype(jnp.float32), jnp.zeros(logits.shape)), {}
 
     def rows(key, index):
         return jax.random.randint(jax.random.fold_in(key, index), (4, LENGTH + 1), 0, 40_000)
@@ -115,12 +115,12 @@ def in_turn_and_at_once(model: weights.Model, students: int) -> tuple[float, flo
         state, times = program.init(params), []
         for step in range(4):
             began = time.perf_counter()
-            state, history = program.dispatch(state, model.params, None, key, jnp.int32(step + 1))
+            state, history = program.dispatch(state, base, None, key, jnp.int32(step + 1))
             jax.block_until_ready(history)
             times.append(time.perf_counter() - began)
         return statistics.median(times[1:])
 
-    one = lora.init(jax.random.key(0), model.params, SPEC)
+    one = lora.init(jax.random.key(0), base, SPEC)
     alone = Program(loss, optax.adam(2e-4), mesh, lambda frozen, key, index: rows(key, index))
     together = Program(
         loss,
@@ -171,7 +171,7 @@ def main(_: list[str]) -> None:
         "",
         f"Against our supervised step the first is {soft / seconds:.2f} × as long, the second {given / seconds:.2f} ×.",
     ]
-    turn, once = in_turn_and_at_once(model, STUDENTS)
+    turn, once = in_turn_and_at_once(model.settings, model.params, STUDENTS)
     lines += [
         "",
         f"{STUDENTS} students of 4 rows each, one after another: {turn:.2f} s an update; in one program: {once:.2f} s "
