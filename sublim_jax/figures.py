@@ -85,7 +85,7 @@ def arms_figure(arms: list[Arm], path: Any, xlabel: str = "", chance: float | No
     axes.errorbar([], [], xerr=[], color=INK, capsize=3, fmt="|", label="mean, 95 % interval")
     if any(arm["paper"] is not None for arm in arms):
         axes.errorbar([], [], xerr=[], fmt="D", ms=4, color=PAPER, capsize=2, label="paper")
-    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    figure.legend(frameon=False, fontsize=8, loc="outside upper right", ncols=3)
     axes.spines[["top", "right"]].set_visible(False)
     _save(figure, path)
 
