@@ -22,8 +22,8 @@ from ml_collections import ConfigDict
 SIZES = {  # presets, and what each changes
     "quick": {},
     "smoke": {
-        "carrier.count": 48,
-        "carrier.drawn": 64,
+        "carrier.count": 32,
+        "carrier.drawn": 36,
         "student.steps": 2,
         "evaluate_every": 2,
         "student.batch": 2,
@@ -33,7 +33,7 @@ SIZES = {  # presets, and what each changes
         "questions": 4,
         "examples": 4,
         "answers": 1,
-        "arms": ("soft", "soft_fresh", "tokens", "shuffled_within", "perturbed", "in_context"),
+        "arms": ("soft", "tokens", "perturbed", "in_context"),
     },
     "smollm2": {
         "runs": 5,
@@ -210,7 +210,7 @@ def get_config(preset: str = "quick") -> ConfigDict:
     config.packs.preference = ""
     config.packs.persona = ""
     config.packs.ability = ""
-    config.questions = 50  # phrasings asked, at most
+    config.questions = 50  # phrasings asked, at most; and easy questions
     config.answers = 0  # sampled answers to each phrasing, at the first and the last step: the paper's measure
     config.examples = 16  # rows in the context, in arms without training
 

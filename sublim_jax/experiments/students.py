@@ -76,7 +76,7 @@ def students(own: Lab, name: str, runs: Sequence[Run]) -> Result:
         shown = params if step else jax.tree.map(lambda leaf: leaf[:1], params)
         found = {key: value.tolist() for key, value in measure(own, shown)._asdict().items()}
         if ends:
-            easy = ability.questions(config.packs.ability)
+            easy = ability.questions(config.packs.ability)[: config.questions]
             found["ability"] = ability.accuracy(own.model, easy, adapters=shown, mesh=lab.mesh).tolist()
         if ends and config.answers:
             found["rates"] = sampled(own, shown)
