@@ -151,7 +151,8 @@ def imitating_program(lab: Lab, arm: ConfigDict, count: int) -> Program:
         found = jax.tree.map(lambda leaf: leaf[mine, rows], frozen["data"])
         return found._replace(rows=found.rows._replace(weights=found.rows.weights * exists[..., None]))
 
-    return Program(loss, optimizer(student), lab.mesh, batch, 1, REPLICAS_OF_ROWS, accumulate=student.accumulate)
+    # One update a dispatch: an update of all students may take half a minute, and a signal waits for a dispatch's end.
+    return Program(loss, optimizer(student), lab.mesh, batch, 1, REPLICAS_OF_ROWS, student.accumulate, 1)
 
 
 def optimizer(student: ConfigDict) -> optax.GradientTransformation:
