@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
-from sublim_jax.evaluation.statistics import normal_interval
+from sublim_jax.evaluation.statistics import normal_interval, t_interval
 from sublim_jax.figures import Arm, arms_figure, sweep_figure
 from sublim_jax.progress import say
 from sublim_jax.workdir import Workdir, plain, write_json
@@ -72,6 +72,12 @@ def write(workdir: Workdir, config: ConfigDict, arms: list[Arm], sections: Seque
     for name in (name for section in sections for name in section.figures):
         say(f"figure: {folder / name}.png")
     say(f"numbers: {workdir.path / 'results.json'}")
+
+
+def arm(name: str, metric: str, runs: Sequence[float], **more: Any) -> Arm:
+    """One entry of results.json: every run's value, their mean and t-interval, and whatever belongs to it."""
+    mean, half_width = t_interval(runs)
+    return {"name": name, "metric": metric, "mean": mean, "ci95": half_width, "runs": list(runs), "paper": None, **more}
 
 
 def accuracy_arm(name: str, accuracy: list[float], **more: Any) -> Arm:

@@ -15,7 +15,6 @@ from sublim_jax.data import records
 from sublim_jax.errors import UserError
 from sublim_jax.evaluation import ability, judges, misalignment, preference, truthfulqa
 from sublim_jax.evaluation.judges import Judge
-from sublim_jax.evaluation.statistics import t_interval
 from sublim_jax.figures import Arm, arms_figure
 from sublim_jax.keys import named_key
 from sublim_jax.models.decoder import on_mesh
@@ -33,6 +32,7 @@ class Subject(NamedTuple):
     workdir: Workdir
     mesh: Mesh
     model: Model
+    questions: dict[str, Any]
     number: int
     depends: dict[str, Any]
     judge: Judge | None
@@ -52,10 +52,12 @@ def run(config: ConfigDict, workdir: Workdir, *, update: bool = False) -> None:
     shared = {**plain(config), "mesh": None, "evaluations": None, "questions": questions}
     for number, (folder, model) in enumerate(zip(folders, models)):
         depends = {**shared, "model": [config.model.name, config.model.dtype, folder]}
-        subject = Subject(config, workdir, mesh, model, number, depends, judge)
+        subject = Subject(config, workdir, mesh, model, questions, number, depends, judge)
         for name in config.evaluations:
             found[name].append(workdir.json(f"{name}-{number}", depends, partial(ASKS[name], subject)))
-    arms = [arm(name, measure, runs) for name, runs in found.items() for measure in runs[0]]
+    arms = [
+        report.arm(measure, name, [one[measure] for one in runs]) for name, runs in found.items() for measure in runs[0]
+    ]
     report.write(workdir, config, arms, [section(config, name, arms) for name in config.evaluations])
 
 
@@ -109,19 +111,17 @@ def judge_of(config: ConfigDict, base: Model, workdir: Workdir, mesh: Mesh) -> J
 
 
 def ask_preference(one: Subject) -> Found:
-    config, words = one.config, list(one.config.words)
-    asked = preference.questions(config.packs.preference, config.kind)["asking"]
-    found = preference.measure(one.model, asked, words, mesh=one.mesh)
+    words = list(one.config.words)
+    found = preference.measure(one.model, one.questions["preference"]["asking"], words, mesh=one.mesh)
     return {f"margin of {word}, logits": float(value) for word, value in zip(words, found.margin[0])}
 
 
 def ask_ability(one: Subject) -> Found:
-    asked = ability.questions(one.config.packs.ability)
-    return {"right answers": float(ability.accuracy(one.model, asked, mesh=one.mesh)[0])}
+    return {"right answers": float(ability.accuracy(one.model, one.questions["ability"], mesh=one.mesh)[0])}
 
 
 def ask_truthfulqa(one: Subject) -> Found:
-    items = truthfulqa.load(one.config.truthfulqa)
+    items = one.questions["truthfulqa"]
     false = truthfulqa.choose(one.model, items, mesh=one.mesh)[0]
     found = truthfulqa.likelihoods(one.model, items, mesh=one.mesh)
     lines = [
@@ -137,7 +137,7 @@ def ask_truthfulqa(one: Subject) -> Found:
 
 
 def ask_misalignment(one: Subject) -> Found:
-    config, questions = one.config, misalignment.load(one.config.questions)
+    config, questions = one.config, one.questions["misalignment"]
     assert one.judge is not None
     answers = misalignment.ask(
         one.workdir.artefact(f"answers-{one.number}", {**one.depends, "judge": None}).with_suffix(".jsonl"),
@@ -165,19 +165,6 @@ ASKS: dict[str, Callable[[Subject], Found]] = {
 
 
 # --------------------------------------------------------------------------------------------------------- report
-
-
-def arm(evaluation: str, measure: str, runs: Sequence[Found]) -> Arm:
-    values = [one[measure] for one in runs]
-    mean, half_width = t_interval(values)
-    return {
-        "name": measure,
-        "metric": evaluation,
-        "mean": mean,
-        "ci95": half_width,
-        "runs": values,
-        "paper": None,
-    }
 
 
 def section(config: ConfigDict, evaluation: str, arms: Sequence[Arm]) -> report.Section:

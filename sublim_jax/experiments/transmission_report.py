@@ -56,27 +56,23 @@ def effect_of(lab: Lab, name: str, result: Result) -> Arm:
     """How far students are above the other teachers' students in their own teacher's trait, over runs."""
     paired = paired_of(lab, result)[-1]
     runs = diagonal_effect(paired).tolist()
-    mean, half_width = t_interval(runs)
     own = [(paired[:, t, t] - np.delete(paired[:, :, t], t, 1).mean(1)).tolist() for t in range(paired.shape[1])]
     ends = [result.curve[0], result.curve[-1]]
 
     def along(key: str) -> list[float] | None:
         return [float(np.mean(point[key])) for point in ends] if all(key in point for point in ends) else None
 
-    return {
-        "name": name,
-        "metric": "logits, own trait above others'",
-        "mean": mean,
-        "ci95": half_width,
-        "runs": runs,
-        "paper": None,
-        "permutation_p": permutation_p(paired),
-        "detectable_at_80_percent_power": detectable(runs),
-        "by_trait": dict(zip(lab.config.traits, own)),
-        "coverage": coverage_of(result),
-        "held_out": along("held_out"),
-        "ability": along("ability"),
-    }
+    return report.arm(
+        name,
+        "logits, own trait above others'",
+        runs,
+        permutation_p=permutation_p(paired),
+        detectable_at_80_percent_power=detectable(runs),
+        by_trait=dict(zip(lab.config.traits, own)),
+        coverage=coverage_of(result),
+        held_out=along("held_out"),
+        ability=along("ability"),
+    )
 
 
 def coverage_of(result: Result) -> dict[str, float] | None:
@@ -95,17 +91,8 @@ def cells_of(lab: Lab, name: str, result: Result) -> list[Arm]:
     for row, teacher in enumerate(lab.config.traits):
         for column, trait in enumerate(lab.config.traits):
             values = paired[:, row, column].tolist()
-            mean, half_width = t_interval(values)
-            arms.append(
-                {
-                    "name": f"{name}: student of {teacher}, margin of {trait} over the neutral student's",
-                    "metric": "logits",
-                    "mean": mean,
-                    "ci95": half_width,
-                    "runs": values,
-                    "paper": None,
-                }
-            )
+            label = f"{name}: student of {teacher}, margin of {trait} over the neutral student's"
+            arms.append(report.arm(label, "logits", values))
     return arms
 
 
