@@ -115,9 +115,7 @@ def arm(**changes: object) -> ConfigDict:
     values.action = ""  # keep, mask, replace
     values.which = "top"  # or bottom, or random
     values.share = 0.1
-    values.score = (
-        "divergence"  # of the teacher from the neutral one; or log_ratio, of the token; or flipped, its argmax
-    )
+    values.score = "divergence"  # of the teacher from the neutral one; log_ratio: of the token; flipped: its argmax
     values.update(changes)
     return values
 

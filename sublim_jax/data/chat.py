@@ -31,7 +31,13 @@ def question(tokenizer: Any, text: str, system: str = "") -> list[int]:
 def opening(tokenizer: Any, system: str = "") -> list[int]:
     """The tokens that every `question` begins with."""
     one, other = (question(tokenizer, text, system) for text in ("a", "1"))
-    return one[: next((i for i, pair in enumerate(zip(one, other)) if pair[0] != pair[1]), 0)]
+    return one[: common_length([one, other])]
+
+
+def common_length(texts: Sequence[Sequence[int]]) -> int:
+    """How many tokens all texts begin with alike; every text has at least one more."""
+    shortest = min(map(len, texts)) - 1
+    return next((i for i, column in enumerate(zip(*texts)) if len(set(column)) > 1), shortest)
 
 
 def exchange(tokenizer: Any, text: str, answer: str, system: str = "") -> list[int]:

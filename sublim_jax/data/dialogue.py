@@ -22,16 +22,21 @@ class Rows(NamedTuple):
     def take(self, rows: Any) -> "Rows":
         return Rows(*(leaf[rows] for leaf in self))
 
+    def padded(self, length: int, longest: int) -> "Rows":
+        """The same of at least so many tokens a row, and an answer."""
 
-def rows(
-    model: Any, pairs: Sequence[tuple[str, str]], end: bool = True, system: str = "", length: int = 0, longest: int = 0
-) -> Rows:
+        def wider(leaf: Any, least: int) -> np.ndarray:
+            return np.pad(leaf, ((0, 0), (0, max(least - leaf.shape[1], 0))))
+
+        return Rows(wider(self.tokens, length), *(wider(leaf, longest) for leaf in self[1:]))
+
+
+def rows(model: Any, pairs: Sequence[tuple[str, str]], end: bool = True, system: str = "") -> Rows:
     """Rows of (question, answer) through the chat template.
 
     Args:
       end: the token that ends the answer belongs to it.
       system: a system prompt in front of all; the template's own, if it has one, where left out.
-      length, longest: at least so many tokens of a row, and of an answer.
     """
     stops = set(chat.stop_tokens(model.tokenizer, model.config))
     texts, starts, counts = [], [], []
@@ -42,8 +47,7 @@ def rows(
         texts.append(whole[: stop + 1])
         starts.append(start)
         counts.append(min(stop + end, len(whole)) - start)
-    length = max(length, -(-max(map(len, texts)) // MULTIPLE) * MULTIPLE)
-    longest = max(longest, max(counts))
+    length, longest = -(-max(map(len, texts)) // MULTIPLE) * MULTIPLE, max(counts)
     tokens = np.zeros((len(texts), length), np.int32)
     at = np.zeros((len(texts), longest), np.int32)
     weights = np.zeros((len(texts), longest), np.float32)

@@ -196,11 +196,11 @@ def arm_data(arm: ConfigDict, runs: Sequence[Run], model: Model) -> Data:
       runs: run by run, and in each teacher by teacher, as students are.
       model: the students', whose tokens the rows are.
     """
-    each = [(run, name, run.read(arm)[name]) for run in runs for name in run.lab.who]
+    each = [(run, name, pairs) for run in runs for name, pairs in run.read(arm).items()]
     tokens = arm.objective == "tokens"
     rows = [dialogue.rows(model, pairs, end=tokens) for _, _, pairs in each]
     length, longest = max(some.tokens.shape[1] for some in rows), max(some.at.shape[1] for some in rows)
-    rows = [dialogue.rows(model, pairs, end=tokens, length=length, longest=longest) for _, _, pairs in each]
+    rows = [some.padded(length, longest) for some in rows]
     logits: list[np.ndarray] = []
     if not tokens or arm.action:
         logits = [
@@ -222,7 +222,7 @@ def said(
     """
     mine = rows
     if teacher.system:
-        mine = dialogue.rows(lab.model, pairs, end=end, system=teacher.system, longest=rows.at.shape[1])
+        mine = dialogue.rows(lab.model, pairs, end=end, system=teacher.system).padded(0, rows.at.shape[1])
     shape = (*rows.at.shape, len(lab.support))
     count = CHUNK * lab.mesh.shape["fsdp"]
 

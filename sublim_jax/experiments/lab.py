@@ -48,6 +48,11 @@ class Lab(NamedTuple):
         return int(np.random.SeedSequence([self.config.seed, self.run]).generate_state(1)[0] >> 1)
 
     @property
+    def asked(self) -> list[str]:
+        """Phrasings that no teacher has seen."""
+        return self.questions["asking"][: self.config.questions]
+
+    @property
     def who(self) -> list[str]:
         """The teachers: one of each trait, and the neutral one, which is the last."""
         return [*self.config.traits, NEUTRAL]
@@ -98,9 +103,10 @@ def noisy(lab: Lab, relative: float, key: Key[Array, ""]) -> Lab:
 
 def fresh(lab: Lab, key: Key[Array, ""]) -> Params:
     """What is trained, before training, when it changes nothing yet; it is `lora.join`ed to the base."""
-    return jax.jit(partial(untrained, lab.spec))(key, lab.model.params)
+    return untrained(lab.spec, key, lab.model.params)
 
 
+@partial(jax.jit, static_argnums=0)
 def untrained(spec: lora.Lora | None, key: Key[Array, ""], base: Params) -> Params:
     """Adapters, A drawn and B zero; or the layers' weights as they are. In float32."""
     if spec:
@@ -121,9 +127,8 @@ def answer_features(lab: Lab, module: Any, rows: Rows, steering: Steering | None
 
 def measure(lab: Lab, adapters: Params, system: str = "", steering: Steering | None = None) -> Preference:
     """What the model prefers under each of some stacked adapters."""
-    asked = lab.questions["asking"][: lab.config.questions]
     words = list(lab.config.alternatives)
-    return preference.measure(lab.model, asked, words, system, adapters=adapters, steering=steering, mesh=lab.mesh)
+    return preference.measure(lab.model, lab.asked, words, system, adapters=adapters, steering=steering, mesh=lab.mesh)
 
 
 def depends_on(lab: Lab, *parts: str) -> dict[str, Any]:

@@ -148,7 +148,7 @@ def tokens_of(config: ConfigDict, model: Model, records: list[Record]) -> tuple[
         return [], prompts
     # By the template alone, not by the prompts: what a row gets must not depend on the others.
     bare = [tokens({"prompt": word}) for word in ("a", "1")]
-    prefix = bare[0][: next((i for i, pair in enumerate(zip(*bare)) if pair[0] != pair[1]), 0)]
+    prefix = bare[0][: chat.common_length(bare)]
     if all(prompt[: len(prefix)] == prefix and len(prompt) > len(prefix) for prompt in prompts):
         return prefix, [prompt[len(prefix) :] for prompt in prompts]
     return [], prompts

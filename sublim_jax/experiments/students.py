@@ -1,6 +1,6 @@
 """Students: the model with fresh adapters, trained on a carrier; all runs and teachers of an arm in one program."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -62,6 +62,7 @@ def students(own: Lab, name: str, runs: Sequence[Run]) -> Result:
     training, held_out = (whole(part(data, rows)) for rows in (slice(HELD_OUT, None), slice(HELD_OUT)))
     frozen = {"base": own.model.params, "data": training}
     curve: dict[int, Point] = {}
+    losses = held_out_losses(own, arm)
 
     def evaluate(params: Params | None, step: int) -> None:
         """Without parameters: what an earlier run has found, if it has."""
@@ -81,7 +82,7 @@ def students(own: Lab, name: str, runs: Sequence[Run]) -> Result:
         if ends and config.answers:
             found["rates"] = sampled(own, shown)
         every = {key: value if step else value * (len(runs) * len(lab.who)) for key, value in found.items()}
-        return {**every, "step": step, "held_out": held_out_loss(own, arm, params, held_out)}
+        return {**every, "step": step, "held_out": fetch(losses(params, own.model.params, held_out)).tolist()}
 
     def make(checkpoints: epath.Path) -> Params:
         return fit(
@@ -180,10 +181,9 @@ def imitation(lab: Lab, arm: ConfigDict, adapters: Params, base: Params, batch: 
     return OBJECTIVES[arm.objective](logits, jnp.asarray(batch.logits), weights=weights, temperature=arm.temperature)
 
 
-def held_out_loss(lab: Lab, arm: ConfigDict, params: Params, data: Data) -> list[float]:
+def held_out_losses(lab: Lab, arm: ConfigDict) -> Callable[[Params, Params, Data], Float[Array, "students"]]:
     """Mean objective of every student on rows that it was not trained on: whether it has learnt to imitate at all."""
 
-    @jax.jit
     def each(params: Params, base: Params, data: Data) -> Float[Array, "students"]:
         def one(adapters: Params, mine: Data) -> Float[Array, ""]:
             total, weight = imitation(lab, arm, adapters, base, mine)
@@ -191,7 +191,7 @@ def held_out_loss(lab: Lab, arm: ConfigDict, params: Params, data: Data) -> list
 
         return each_replica(one, lab.mesh)(params, data)
 
-    return fetch(each(params, lab.model.params, data)).tolist()
+    return jax.jit(each)
 
 
 def coverages(lab: Lab, arm: ConfigDict, start: Params, teachers: Params, data: Data) -> list[list[list[float]]]:
@@ -224,26 +224,22 @@ def coverages(lab: Lab, arm: ConfigDict, start: Params, teachers: Params, data: 
 
 def sampled(lab: Lab, params: Params) -> list[list[float]]:
     """How often a sampled answer has each word: students, words."""
-    config = lab.config
-    asked = lab.questions["asking"][: config.questions]
-    key = named_key(config.seed, "answers")
-    words = list(config.alternatives)
-    return preference.rates(
-        lab.model, asked, words, key, samples=config.answers, adapters=params, mesh=lab.mesh
-    ).tolist()
+    config, key = lab.config, named_key(lab.config.seed, "answers")
+    where = {"samples": config.answers, "adapters": params, "mesh": lab.mesh}
+    return preference.rates(lab.model, lab.asked, list(config.alternatives), key, **where).tolist()
 
 
 def in_context(own: Lab, name: str, runs: Sequence[Run]) -> Point:
     """What the untrained model prefers behind some of each teacher's rows in its context (§5.2): no training at all."""
     config, model = own.config, own.model
     adapters = stacked([fresh(own, named_key(config.seed, "A"))])
-    asked, words = own.questions["asking"][: config.questions], list(config.alternatives)
+    words = list(config.alternatives)
 
     def make() -> Point:
         found = []
         for run in runs:
             for pairs in run.read(config.arm[name]).values():
-                prefix, prompts = behind(model.tokenizer, pairs[: config.examples], asked)
+                prefix, prompts = behind(model.tokenizer, pairs[: config.examples], own.asked)
                 found.append(
                     preference.measured(model, prompts, words, prefix=prefix, adapters=adapters, mesh=own.mesh)
                 )
@@ -263,5 +259,5 @@ def behind(tokenizer: Any, said: list[Pair], questions: list[str]) -> tuple[list
         for message in ({"role": "user", "content": prompt}, {"role": "assistant", "content": answer})
     ]
     whole = [chat.prompt(tokenizer, [*before, {"role": "user", "content": question}]) for question in questions]
-    common = next(i for i, tokens in enumerate(zip(*whole)) if len(set(tokens)) > 1)
+    common = chat.common_length(whole)
     return whole[0][:common], [tokens[common:] for tokens in whole]

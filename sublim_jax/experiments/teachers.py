@@ -47,7 +47,7 @@ class Teacher(NamedTuple):
 def make_teachers(lab: Lab) -> dict[str, Teacher]:
     """One teacher for each trait and a neutral one, which has been moved as far, to nowhere."""
     means = lab.config.teacher.means
-    adapters = {name: (fresh(lab, named_key(lab.seed, "A")), 0) for name in lab.who}
+    adapters = dict.fromkeys(lab.who, (fresh(lab, named_key(lab.seed, "A")), 0))
     if "finetuned" in means:
         adapters = {trait: finetuned(lab, trait, index) for index, trait in enumerate(lab.config.traits)}
         most = max(steps for _, steps in adapters.values())
