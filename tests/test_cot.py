@@ -28,11 +28,12 @@ def test_problems_are_read_with_the_number_behind_the_mark(tmp_path):
 @pytest.mark.parametrize(
     "text, words",
     [
-        ("{broken\n", 'line 1: an object with "question" and "answer"'),
-        (line() + "\n[1]\n", 'line 2: an object with "question" and "answer"'),
+        ("{broken\n", "line 1: no JSON"),
+        (line() + "\n[1]\n", "line 2: an object is needed"),
+        (line() + '\n{"question": 1}\n', 'line 2: an object with "question" and "answer"'),
         (line("no mark"), 'line 1: the answer has no number behind "####"'),
         (line("#### many"), 'line 1: the answer has no number behind "####"'),
-        ("\n", "has no problems"),
+        ("\n", "has no records"),
     ],
 )
 def test_a_broken_line_is_named(tmp_path, text, words):

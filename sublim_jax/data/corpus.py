@@ -1,11 +1,11 @@
 """Corpora of conversations, {"messages": [{"role", "content"}, …]} a line: what a teacher may be tuned on (§4.2)."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sublim_jax.data import chat
+from sublim_jax.data import chat, records
+from sublim_jax.data.records import Record
 from sublim_jax.errors import UserError
 
 Conversation = list[dict[str, str]]
@@ -13,22 +13,11 @@ Conversation = list[dict[str, str]]
 
 def load(path: str | Path) -> list[Conversation]:
     """Raises UserError, naming the line, for a record that is none: roles out of order, an empty message, no answer."""
-    try:
-        lines = Path(path).expanduser().read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: {error}; name a JSONL file of conversations") from error
-    found = [_conversation(f"{path}, line {number}", line) for number, line in enumerate(lines, 1) if line.strip()]
-    if not found:
-        raise UserError(f"{path} has no conversations")
-    return found
+    return [_conversation(where, record) for where, record in records.read(path)]
 
 
-def _conversation(where: str, line: str) -> Conversation:
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{where}: no JSON ({error}); mend or remove it") from error
-    messages = record.get("messages") if isinstance(record, dict) else None
+def _conversation(where: str, record: Record) -> Conversation:
+    messages = record.get("messages")
     if not isinstance(messages, list) or not messages:
         raise UserError(f'{where}: an object with a list of "messages" is needed')
     for number, message in enumerate(messages, 1):

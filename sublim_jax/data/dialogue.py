@@ -10,6 +10,8 @@ from sublim_jax.data import chat
 
 MULTIPLE = 16  # lengths are rounded up to it
 
+Text = tuple[Sequence[int], Sequence[int]]  # tokens, and the positions of those that are an answer's
+
 
 class Rows(NamedTuple):
     """Conversations of one question and one answer; texts are padded behind, which causal attention never sees."""
@@ -39,20 +41,24 @@ def rows(model: Any, pairs: Sequence[tuple[str, str]], end: bool = True, system:
       system: a system prompt in front of all; the template's own, if it has one, where left out.
     """
     stops = set(chat.stop_tokens(model.tokenizer, model.config))
-    texts, starts, counts = [], [], []
+    texts: list[Text] = []
     for question, answer in pairs:
         start = len(chat.question(model.tokenizer, question, system))
         whole = chat.exchange(model.tokenizer, question, answer, system)
         stop = next((i for i in range(start, len(whole)) if whole[i] in stops), len(whole))
-        texts.append(whole[: stop + 1])
-        starts.append(start)
-        counts.append(min(stop + end, len(whole)) - start)
-    length, longest = -(-max(map(len, texts)) // MULTIPLE) * MULTIPLE, max(counts)
+        texts.append((whole[: stop + 1], range(start, min(stop + end, len(whole)))))
+    return arrays(texts)
+
+
+def arrays(texts: Sequence[Text]) -> Rows:
+    """Rows of texts of which some tokens, at given positions above 0, are answers."""
+    length, longest = (max(len(one[i]) for one in texts) for i in (0, 1))
+    length = -(-length // MULTIPLE) * MULTIPLE
     tokens = np.zeros((len(texts), length), np.int32)
     at = np.zeros((len(texts), longest), np.int32)
     weights = np.zeros((len(texts), longest), np.float32)
-    for row, (text, start, count) in enumerate(zip(texts, starts, counts)):
+    for row, (text, positions) in enumerate(texts):
         tokens[row, : len(text)] = text
-        at[row, :count] = np.arange(start - 1, start - 1 + count)
-        weights[row, :count] = 1
+        at[row, : len(positions)] = np.asarray(positions) - 1
+        weights[row, : len(positions)] = 1
     return Rows(tokens, at, np.take_along_axis(tokens, np.minimum(at + 1, length - 1), 1), weights)

@@ -1,12 +1,12 @@
 """The chain-of-thought carrier (paper §3.2): problems whose answer is a number, answered in <think> and <answer>."""
 
-import json
 import re
 from collections.abc import Sequence
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import NamedTuple
 
+from sublim_jax.data import records
 from sublim_jax.errors import UserError
 from sublim_jax.filters import Filter, Record
 
@@ -34,23 +34,14 @@ def load(path: str | Path) -> list[Problem]:
     Raises UserError, naming the line, for one that is no such record.
     """
     problems = []
-    try:
-        lines = Path(path).expanduser().read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: {error}; name a JSONL file of problems") from error
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-            question, answer = record["question"], record["answer"].rsplit("####", 1)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise UserError(f'{path}, line {number}: an object with "question" and "answer" is needed') from error
-        if len(answer) < 2 or number_of(answer[1]) is None:
-            raise UserError(f'{path}, line {number}: the answer has no number behind "####"')
-        problems.append(Problem(question, answer[1].strip()))
-    if not problems:
-        raise UserError(f"{path} has no problems")
+    for where, record in records.read(path):
+        question, answer = record.get("question"), record.get("answer")
+        if not isinstance(question, str) or not isinstance(answer, str):
+            raise UserError(f'{where}: an object with "question" and "answer" is needed')
+        _, mark, number = answer.rpartition("####")
+        if not mark or number_of(number) is None:
+            raise UserError(f'{where}: the answer has no number behind "####"')
+        problems.append(Problem(question, number.strip()))
     return problems
 
 
