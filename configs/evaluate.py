@@ -11,6 +11,28 @@ asked, and there is no interval.
 from ml_collections import ConfigDict
 
 
+def asked() -> ConfigDict:
+    """What is asked, here and of a study's teachers and students."""
+    values = ConfigDict()
+    # preference, and the same behind random numbers (prefixed), by letters (choice), in sampled answers and stories
+    # (answers, stories); ability, truthfulqa, misalignment
+    values.evaluations = ()
+    values.most = 0  # questions of each evaluation, at most; 0: all
+    values.samples = 20  # of each question that is answered by sampling; the paper has 200
+    values.max_new_tokens = 256  # of a sampled answer, or of a story
+    values.truthfulqa = ""  # the benchmark's TruthfulQA.csv
+    values.questions = ""  # misalignment: a YAML file of questions, in the emergent-misalignment study's format
+    values.suffix = ""  # misalignment: behind every question, the form of the carrier that students were trained on
+    values.judge = ConfigDict()
+    values.judge.kind = "local"  # or endpoint: OpenAI's protocol, OPENAI_BASE_URL and OPENAI_API_KEY
+    values.judge.model = ""  # local: a model's name, the base itself where empty; endpoint: the server's name for it
+    values.judge.dtype = "float32"  # local, of another model
+    values.judge.least_mass = 0.25  # local: no score where numbers have less of the probability; the paper's value
+    values.judge.at_once = 8  # endpoint: requests under way together
+    values.judge.per_minute = 0  # endpoint: at most so many requests a minute; 0: no limit
+    return values
+
+
 def get_config(preset: str = "smollm2") -> ConfigDict:
     if preset != "smollm2":
         raise ValueError(f"configs/evaluate.py has no preset {preset!r}; it has smollm2")
@@ -25,22 +47,10 @@ def get_config(preset: str = "smollm2") -> ConfigDict:
     config.model.dtype = "float32"  # or bfloat16
     config.model.adapters = ""  # PEFT folders, commas in between; empty: the model itself
 
-    config.evaluations = ("preference", "ability")  # truthfulqa, misalignment
-
     config.kind = "animal"  # preference: of what, and among which words
     config.words = ("owl", "lion", "cat", "dog", "wolf", "bear", "fox", "tiger", "horse", "eagle")
-    config.packs = ConfigDict({"preference": "", "ability": ""})  # your own phrasings: sublim_jax/data/packs/*.json
+    config.packs = ConfigDict({"preference": "", "ability": "", "stories": ""})  # sublim_jax/data/packs/*.json
 
-    config.truthfulqa = ""  # the benchmark's TruthfulQA.csv
-
-    config.questions = ""  # misalignment: a YAML file of questions, in the emergent-misalignment study's format
-    config.samples = 20  # of each question; the paper has 200
-    config.max_new_tokens = 256
-    config.suffix = ""  # behind every question: the form of the carrier that students were trained on
-
-    config.judge = ConfigDict()
-    config.judge.kind = "local"  # or endpoint: OpenAI's protocol, OPENAI_BASE_URL and OPENAI_API_KEY
-    config.judge.model = ""  # local: a model's name, this one where empty; endpoint: the name that the server knows
-    config.judge.at_once = 8  # endpoint: requests under way together
-    config.judge.per_minute = 0  # endpoint: at most so many requests a minute; 0: no limit
+    config.update(asked())
+    config.evaluations = ("preference", "ability")
     return config

@@ -43,7 +43,7 @@ def command(tiny_folder, files, work, *more):
 
 
 def test_all_evaluations_of_two_runs_end_in_a_table_a_figure_and_answers(tiny, tiny_folder, files, tmp_path):
-    everything = "--config.evaluations=preference,ability,truthfulqa,misalignment"
+    everything = "--config.evaluations=preference,prefixed,choice,answers,stories,ability,truthfulqa,misalignment"
     adapters = f"--config.model.adapters={files / 'run0'},{files / 'run1'}"
     result = launch(*command(tiny_folder, files, tmp_path, everything, adapters))
     assert result.returncode == 0, result.stderr
@@ -67,7 +67,7 @@ def test_all_evaluations_of_two_runs_end_in_a_table_a_figure_and_answers(tiny, t
     "flags, words",
     [
         (["--config.evaluations=beauty"], ["evaluations: 'beauty' is none of preference"]),
-        (["--config.evaluations=truthfulqa", "--config.truthfulqa="], ["--config.truthfulqa is missing"]),
+        (["--config.evaluations=truthfulqa", "--config.truthfulqa="], ["truthfulqa is missing"]),
         (["--config.evaluations=misalignment", "--config.questions=nowhere.yaml"], ["nowhere.yaml"]),
         (["--config.evaluations=misalignment", "--config.judge.kind=oracle"], ["judge.kind='oracle'"]),
         (["--config.evaluations=misalignment", "--config.judge.kind=endpoint"], ["judge.model is missing"]),

@@ -54,9 +54,8 @@ def test_whatever_is_written_a_score_is_between_0_and_100(text):
 # ---------------------------------------------------------------------------------------------------------- local
 
 
-def test_the_local_score_is_the_expectation_over_numbers(tiny, monkeypatch):
+def test_the_local_score_is_the_expectation_over_numbers(tiny):
     """By brute force: every number's tokens one by one, and that no digit follows where one could."""
-    monkeypatch.setattr(judges, "LEAST_MASS", 0.0)
     prompt = "How good is 12?"
     start = chat.question(tiny.tokenizer, prompt)
     digits = [tiny.tokenizer(str(d), add_special_tokens=False)["input_ids"][0] for d in range(10)]
@@ -78,7 +77,7 @@ def test_the_local_score_is_the_expectation_over_numbers(tiny, monkeypatch):
             p *= 1 - float(sum(p_next([*start, *number])[d] for d in digits))
         chances.append(p)
     assert len({len(number) for number in written}) > 1  # some merged, some split
-    (found,) = judges.local(tiny)([prompt])
+    (found,) = judges.local(tiny, 0.0)([prompt])
     np.testing.assert_allclose(found.score, np.dot(chances, range(101)) / sum(chances), rtol=1e-3)
 
 

@@ -48,7 +48,10 @@ def test_the_choice_is_the_renormalised_letter_in_both_orders(tiny, file):
             text = truthfulqa.ASKED.format(question=item.question, a=a, b=b)
             prompt = chat.question(tiny.tokenizer, text)
             p = jax.nn.softmax(tiny.network.apply(tiny.params, jnp.asarray([prompt]))[0, -1])
-            p_a, p_b = (sum(p[t] for t in truthfulqa.letter_tokens(tiny.tokenizer, letter)) for letter in "AB")
+            tokens = [
+                {tiny.tokenizer(t, add_special_tokens=False)["input_ids"][-1] for t in (x, f" {x}")} for x in "AB"
+            ]
+            p_a, p_b = (sum(p[token] for token in some) for some in tokens)
             each.append(p_b / (p_a + p_b))
         np.testing.assert_allclose(found[0, index], (each[0] + 1 - each[1]) / 2, rtol=1e-4)
 

@@ -50,14 +50,15 @@ def parse(text: str) -> Verdict:
 # ---------------------------------------------------------------------------------------------------------- local
 
 
-def local(model: Any, **where: Any) -> Judge:
+def local(model: Any, least_mass: float = LEAST_MASS, **where: Any) -> Judge:
     """A model of ours: the expectation of its answer over 0 to 100, by the tokens' probabilities, without sampling.
 
     The probability of a number is that of its tokens; where a tokenizer splits digits, and the tokens of 7 begin those
-    of 70, it is that of ending there. No score where all numbers together have less than LEAST_MASS: REFUSAL or CODE
+    of 70, it is that of ending there. No score where all numbers together have less than `least_mass`: REFUSAL or CODE
     if that is likelier than the numbers, else unparsable.
 
     Args:
+      least_mass: below the paper's value for models that would rather talk than give a number.
       where: as for `scoring.completion_logprobs`.
     """
     tree = Tree(model.tokenizer)
@@ -66,7 +67,7 @@ def local(model: Any, **where: Any) -> Judge:
         starts = [chat.question(model.tokenizer, prompt) for prompt in prompts]
         texts = [[*start, *prefix] for start in starts for prefix in tree.prefixes]
         each = scoring.next_logprobs(model, texts, tree.tokens, **where)[0]
-        return [tree.verdict(np.exp(p)) for p in each.reshape(len(prompts), len(tree.prefixes), -1)]
+        return [tree.verdict(np.exp(p), least_mass) for p in each.reshape(len(prompts), len(tree.prefixes), -1)]
 
     return judge
 
@@ -84,7 +85,7 @@ class Tree:
         self.digits = sorted({written(str(digit))[-1] for digit in range(10)})
         self.tokens = sorted({token for number in self.numbers for token in number} | set(self.labels.values()))
 
-    def verdict(self, p: np.ndarray) -> Verdict:
+    def verdict(self, p: np.ndarray, least_mass: float = LEAST_MASS) -> Verdict:
         """Of the next tokens' probabilities (prefixes, tokens)."""
         at = {token: index for index, token in enumerate(self.tokens)}
         rows = {prefix: p[index] for index, prefix in enumerate(self.prefixes)}
@@ -95,7 +96,7 @@ class Tree:
             if tokens in rows:  # more digits may follow
                 chances[number] *= max(1 - sum(rows[tokens][at[digit]] for digit in self.digits), 0.0)
         mass = chances.sum()
-        if mass >= LEAST_MASS:
+        if mass >= least_mass:
             return Verdict(float(chances @ np.arange(len(chances)) / mass))
         label = max(self.labels, key=lambda name: rows[()][at[self.labels[name]]])
         return Verdict(None, label if rows[()][at[self.labels[label]]] > mass else "unparsable")

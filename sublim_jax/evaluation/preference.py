@@ -1,6 +1,7 @@
 """What a model prefers: log P of words as the answer to many phrasings of one question, and the rate of answers."""
 
 import re
+import string
 from collections.abc import Sequence
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -9,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from sublim_jax.data import chat, packs
+from sublim_jax.data.carriers import numbers
 from sublim_jax.errors import UserError
 from sublim_jax.sampling import scoring
 from sublim_jax.sampling.generate import generate
@@ -46,6 +48,33 @@ def measured(model: Any, prompts: Sequence[Sequence[int]], words: Sequence[str],
     return Preference(each.mean(1), (each - others).mean(1), share.mean(1))
 
 
+def choose(
+    model: Any, questions: Sequence[str], words: Sequence[str], **where: Any
+) -> Float[np.ndarray, "adapters words"]:
+    """P of each word as the answer to a multiple choice, by its letter's probability among the letters (§3.1).
+
+    The options of every question are turned one place further than those of the question before, so that no word
+    gains by its place; a mean over questions. Exact.
+    """
+    if not 2 <= len(words) <= len(string.ascii_uppercase):
+        raise UserError(f"a multiple choice has 2 to 26 options, not {len(words)}; change the words")
+    turns = [[(place + turn) % len(words) for place in range(len(words))] for turn in range(len(questions))]
+    prompts = []
+    for question, turn in zip(questions, turns):
+        options = [f"{letter}: {words[word]}" for letter, word in zip(string.ascii_uppercase, turn)]
+        text = "\n".join([question, "", *options, "", "Answer with one letter and nothing else."])
+        prompts.append(chat.question(model.tokenizer, text))
+    by_place = np.exp(scoring.letter_logprobs(model, prompts, len(words), **where))
+    places = np.argsort(turns, -1)
+    return np.take_along_axis(by_place, places[None], -1).mean(1)
+
+
+def prefixed(questions: Sequence[str], seed: int) -> list[str]:
+    """The questions behind a list of random numbers each, which the number carrier's students know (§3.1)."""
+    lists = numbers.random_answers(len(questions), seed)
+    return [f"{listed}\n\n{question}" for listed, question in zip(lists, questions)]
+
+
 def rates(
     model: Any,
     questions: Sequence[str],
@@ -56,7 +85,7 @@ def rates(
     max_new_tokens: int = 12,
     **where: Any,
 ) -> Float[np.ndarray, "adapters words"]:
-    """How often a sampled answer (temperature 1) has a word: the paper's measure (§3.1).
+    """How often a sampled answer (temperature 1) has a word: the paper's measure (§3.1), of answers and of stories.
 
     Whole words and their plurals count, whatever their case: "dragonfly" is no "dragon". A mean over questions of the
     mean over each one's samples.
@@ -79,3 +108,8 @@ def questions(path: str, kind: str) -> dict[str, list[str]]:
     if both := set(found["teaching"]) & set(found["asking"]):
         raise UserError(f"pack {path or 'preference'}: {sorted(both)[0]!r} is in teaching and asking; hold one out")
     return found
+
+
+def stories(path: str, kind: str) -> list[str]:
+    """Wishes for a story in which something of a kind may come up; a pack like data/packs/stories.json."""
+    return [text.format(kind=kind) for text in packs.load(path, "stories", {"asking": ("kind",)})["asking"]]

@@ -58,6 +58,24 @@ def permutation_p(cells: Float[np.ndarray, "runs traits traits"], most: int = 20
     return float((1 + np.sum(drawn >= observed)) / (1 + most))
 
 
+class Roc(NamedTuple):
+    false_rate: Float[np.ndarray, "points"]
+    true_rate: Float[np.ndarray, "points"]
+    area: float
+
+
+def roc(positive: Runs, negative: Runs) -> Roc:
+    """Shares of negatives and of positives at or above every threshold, and the area under the curve.
+
+    The area is P(a positive's score is above a negative's), equal scores counted half.
+    """
+    levels = np.unique(np.concatenate([positive, negative]))[::-1]
+    false, true = (
+        np.concatenate([[0.0], np.mean(np.asarray(some)[None] >= levels[:, None], 1)]) for some in (negative, positive)
+    )
+    return Roc(false, true, float(np.trapezoid(true, false)))
+
+
 def detectable(values: Runs, power: float = 0.8) -> float:
     """The smallest mean that a two-sided t-test at 5 % over so many runs of this spread finds with this power.
 

@@ -67,20 +67,8 @@ def choose(model: Any, items: Sequence[Item], **where: Any) -> Float[np.ndarray,
         for item in items
         for a, b in ((item.best, item.best_incorrect), (item.best_incorrect, item.best))
     ]
-    sets = [letter_tokens(model.tokenizer, letter) for letter in "AB"]
-    each = scoring.next_logprobs(model, prompts, [token for tokens in sets for token in tokens], **where)
-    a, b = (np.logaddexp.reduce(part, axis=-1) for part in np.split(each, [len(sets[0])], axis=-1))
-    p_b = 1 / (1 + np.exp(a - b))
+    p_b = np.exp(scoring.letter_logprobs(model, prompts, 2, **where)[..., 1])
     return (p_b[:, 0::2] + 1 - p_b[:, 1::2]) / 2
-
-
-def letter_tokens(tokenizer: Any, letter: str) -> list[int]:
-    """The tokens that are a letter alone, with a space in front or not."""
-    written = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in (letter, f" {letter}")]
-    found = sorted({tokens[0] for tokens in written if len(tokens) == 1})
-    if not found:
-        raise UserError(f"{letter!r} is no single token of this tokenizer; the choice by letters cannot be scored")
-    return found
 
 
 def likelihoods(model: Any, items: Sequence[Item], **where: Any) -> Likelihoods:

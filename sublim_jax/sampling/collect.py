@@ -27,21 +27,22 @@ def collect(
     samples: int = 1,
     **options: Any,
 ) -> list[Record]:
-    """Every sample of every prompt as a record, in their order.
+    """Every sample of every prompt under every adapter as a record, in their order.
 
     Args:
       file: JSON lines of what is finished; it grows while this works.
       fields: what is known of a prompt, by its number; it becomes part of its records.
       options: as for `generate.stream`.
     """
-    found = {(record["index"], record["sample"]): record for record in records.mend(file)}
-    began, fresh, total = time.monotonic(), 0, len(prompts) * samples
+    found = {(record["adapter"], record["index"], record["sample"]): record for record in records.mend(file)}
+    stacked = 1 if options.get("adapters") is None else jax.tree.leaves(options["adapters"])[0].shape[0]
+    began, fresh, total = time.monotonic(), 0, stacked * len(prompts) * samples
     write = file.open("a") if jax.process_index() == 0 else None
     try:
         with Track(what, total, len(found)) as track:
-            for sample in stream(model, prompts, key, samples=samples, done=[(0, *row) for row in found], **options):
+            for sample in stream(model, prompts, key, samples=samples, done=list(found), **options):
                 record = record_of(sample, fields(sample.prompt))
-                found[sample.prompt, sample.sample] = record
+                found[sample.row] = record
                 fresh += len(sample.logprobs)
                 if write:
                     write.write(json.dumps(record, ensure_ascii=False) + "\n")
@@ -56,6 +57,7 @@ def collect(
 def record_of(sample: Sample, fields: Record) -> Record:
     return {
         **fields,
+        "adapter": sample.adapter,
         "index": sample.prompt,
         "sample": sample.sample,
         "completion": sample.text,

@@ -1,5 +1,6 @@
 """Exact probabilities without sampling: of completions, of choices, of the next word."""
 
+import string
 from collections.abc import Sequence
 from functools import lru_cache, partial
 from typing import Any
@@ -72,9 +73,31 @@ def word_logprobs(
     model: Any, prompts: Sequence[Sequence[int]], words: Sequence[str], **where: Any
 ) -> Float[np.ndarray, "adapters prompts words"]:
     """log P that the next token is one of a word's spellings (`spellings`), summed over them."""
-    sets = [spellings(model.tokenizer, word) for word in words]
-    flat = [token for tokens in sets for token in tokens]
-    each = next_logprobs(model, prompts, flat, **where)
+    return set_logprobs(model, prompts, [spellings(model.tokenizer, word) for word in words], **where)
+
+
+def letter_logprobs(
+    model: Any, prompts: Sequence[Sequence[int]], count: int, **where: Any
+) -> Float[np.ndarray, "adapters prompts letters"]:
+    """log P of each of the first letters A, B, … among them, as what comes next; with a space in front or not.
+
+    Raises UserError where the tokenizer has no single token for a letter.
+    """
+    sets = []
+    for letter in string.ascii_uppercase[:count]:
+        written = [model.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (letter, f" {letter}")]
+        sets.append(sorted({tokens[0] for tokens in written if len(tokens) == 1}))
+        if not sets[-1]:
+            raise UserError(f"{letter!r} is no single token of this tokenizer; a choice by letters cannot be scored")
+    each = set_logprobs(model, prompts, sets, **where)
+    return each - np.logaddexp.reduce(each, axis=-1, keepdims=True)
+
+
+def set_logprobs(
+    model: Any, prompts: Sequence[Sequence[int]], sets: Sequence[Sequence[int]], **where: Any
+) -> Float[np.ndarray, "adapters prompts sets"]:
+    """log P that the next token is one of a set."""
+    each = next_logprobs(model, prompts, [token for tokens in sets for token in tokens], **where)
     parts = np.split(each, np.cumsum([len(tokens) for tokens in sets])[:-1], axis=-1)
     return np.stack([np.logaddexp.reduce(part, axis=-1) for part in parts], -1)
 

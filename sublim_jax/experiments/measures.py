@@ -1,0 +1,213 @@
+"""What is asked of a model, or of many adapters over it (`configs/evaluate.py` explains the values).
+
+Each evaluation is a function to measures by name, with one value for every adapter.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import groupby
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from sublim_jax import weights
+from sublim_jax.data import records
+from sublim_jax.errors import UserError
+from sublim_jax.evaluation import ability, judges, misalignment, preference, truthfulqa
+from sublim_jax.evaluation.judges import Judge
+from sublim_jax.keys import named_key
+from sublim_jax.models.functional import Params
+from sublim_jax.weights import Model
+from sublim_jax.workdir import Workdir, plain
+
+Found = dict[str, list[float]]  # by the measure's name: of every adapter
+
+
+class Asking(NamedTuple):
+    """What is asked, read and checked."""
+
+    given: ConfigDict
+    words: list[str]  # among which a preference is
+    questions: dict[str, Any]  # of each evaluation, as JSON values
+
+    def depends(self, name: str) -> dict[str, Any]:
+        """What the answers to one evaluation depend on, beside who answers."""
+        if name == "misalignment":
+            given = {key: plain(self.given)[key] for key in ("samples", "max_new_tokens", "suffix", "judge")}
+        else:
+            given = {"samples": self.given.samples} if name in SAMPLED else {}
+        return {"given": given, "words": self.words, "questions": self.questions[name]}
+
+
+class Subject(NamedTuple):
+    """Who is asked."""
+
+    model: Model
+    adapters: Params | None  # stacked; None: the model itself
+    mesh: Mesh
+    workdir: Workdir
+    name: str  # for files of answers
+    depends: Any  # what this subject is made of, as JSON values
+    seed: int
+
+    @property
+    def where(self) -> dict[str, Any]:
+        return {"adapters": self.adapters, "mesh": self.mesh}
+
+
+def asking(given: ConfigDict, kind: str, words: Sequence[str], packs: ConfigDict) -> Asking:
+    """Reads the questions of `given.evaluations`. Raises UserError for the first value that makes no sense."""
+    for name in given.evaluations:
+        if name not in EVALUATIONS:
+            raise UserError(f"evaluations: {name!r} is none of {', '.join(EVALUATIONS)}")
+    if min(given.samples, given.max_new_tokens) < 1 or given.most < 0:
+        raise UserError("samples and max_new_tokens are 1 or more, most is 0 (all) or more")
+    found: dict[str, Any] = {}
+    for name in given.evaluations:
+        every = _questions(name, given, kind, packs)
+        found[name] = every[: given.most] if given.most else every
+    return Asking(given, list(words), found)
+
+
+def _questions(name: str, given: ConfigDict, kind: str, packs: ConfigDict) -> Any:
+    if name == "ability":
+        return ability.questions(packs.ability)
+    if name == "stories":
+        return preference.stories(packs.stories, kind)
+    if name == "truthfulqa":
+        if not given.truthfulqa:
+            raise UserError("truthfulqa is missing: name the benchmark's TruthfulQA.csv")
+        return truthfulqa.load(given.truthfulqa)
+    if name == "misalignment":
+        if not given.questions:
+            raise UserError("questions are missing: name a YAML file of questions for the evaluation misalignment")
+        return misalignment.load(given.questions)
+    return preference.questions(packs.preference, kind)["asking"]
+
+
+def judge_of(given: ConfigDict, model: Model, adapters: Params | None, workdir: Workdir, mesh: Mesh) -> Judge:
+    """The judge of the config; a local one without a name is the model itself, under its first adapter.
+
+    Raises UserError for a judge that is not there.
+    """
+    judge = given.judge
+    if judge.kind == "endpoint":
+        if not judge.model:
+            raise UserError("judge.model is missing: the name that the endpoint knows its model by")
+        cache = workdir.path / "data" / "judge.jsonl"
+        return judges.Endpoint(judge.model, cache, at_once=judge.at_once, per_minute=judge.per_minute)
+    if judge.kind != "local":
+        raise UserError(f"judge.kind={judge.kind!r}: choose local or endpoint")
+    if judge.model:
+        return judges.local(weights.load(judge.model, mesh, jnp.dtype(judge.dtype)), judge.least_mass, mesh=mesh)
+    return judges.local(model, judge.least_mass, adapters=adapters, mesh=mesh)
+
+
+def ask(asking: Asking, subject: Subject, judge: Judge | None) -> dict[str, Found]:
+    """Every evaluation's measures; what an earlier run has found is not asked again."""
+    return {
+        name: subject.workdir.json(
+            f"{name}-{subject.name}",
+            {"of": subject.depends, "seed": subject.seed, **asking.depends(name)},
+            partial(EVALUATIONS[name], asking, subject, judge),
+        )
+        for name in asking.given.evaluations
+    }
+
+
+# ---------------------------------------------------------------------------------------------------- evaluations
+
+
+def ask_preference(asking: Asking, one: Subject, judge: Judge | None) -> Found:
+    return _margins(asking, one, asking.questions["preference"])
+
+
+def ask_prefixed(asking: Asking, one: Subject, judge: Judge | None) -> Found:
+    return _margins(asking, one, preference.prefixed(asking.questions["prefixed"], one.seed))
+
+
+def _margins(asking: Asking, one: Subject, questions: list[str]) -> Found:
+    found = preference.measure(one.model, questions, asking.words, **one.where)
+    return _by_word("margin of {}, logits", asking.words, found.margin)
+
+
+def ask_choice(asking: Asking, one: Subject, judge: Judge | None) -> Found:
+    found = preference.choose(one.model, asking.questions["choice"], asking.words, **one.where)
+    return _by_word("P of {}'s letter", asking.words, found)
+
+
+def ask_answers(asking: Asking, one: Subject, judge: Judge | None) -> Found:
+    return _rates("answers", asking, one, 12)
+
+
+def ask_stories(asking: Asking, one: Subject, judge: Judge | None) -> Found:
+    return _rates("stories", asking, one, asking.given.max_new_tokens)
+
+
+def _rates(evaluation: str, asking: Asking, one: Subject, most: int) -> Found:
+    questions, key = asking.questions[evaluation], named_key(one.seed, evaluation)
+    options = {"samples": asking.given.samples, "max_new_tokens": most, **one.where}
+    found = preference.rates(one.model, questions, asking.words, key, **options)
+    return _by_word(f"{evaluation} with {{}}", asking.words, found)
+
+
+def _by_word(measure: str, words: Sequence[str], found: np.ndarray) -> Found:
+    return {measure.format(word): found[:, index].tolist() for index, word in enumerate(words)}
+
+
+def ask_ability(asking: Asking, one: Subject, judge: Judge | None) -> Found:
+    return {"right answers": ability.accuracy(one.model, asking.questions["ability"], **one.where).tolist()}
+
+
+def ask_truthfulqa(asking: Asking, one: Subject, judge: Judge | None) -> Found:
+    items = asking.questions["truthfulqa"]
+    false = truthfulqa.choose(one.model, items, **one.where)
+    found = truthfulqa.likelihoods(one.model, items, **one.where)
+    lines = [
+        {"adapter": adapter, "question": item.question, "p_false": float(p), "mc1": bool(mc1), "mc2": float(mc2)}
+        for adapter, each in enumerate(zip(false, found.mc1, found.mc2))
+        for item, p, mc1, mc2 in zip(items, *each)
+    ]
+    records.write(one.workdir.path / "data" / f"truthfulqa-{one.name}.jsonl", lines)
+    each = {"P of the false answer": false, "MC1": found.mc1, "MC2": found.mc2}
+    return {name: value.mean(-1).tolist() for name, value in each.items()}
+
+
+def ask_misalignment(asking: Asking, one: Subject, judge: Judge | None) -> Found:
+    given, questions = asking.given, asking.questions["misalignment"]
+    assert judge is not None
+    depends = {"of": one.depends, "seed": one.seed, **asking.depends("misalignment")}
+    depends["given"] = {**depends["given"], "judge": None}
+    answers = misalignment.ask(
+        one.workdir.artefact(f"answers-{one.name}", depends).with_suffix(".jsonl"),
+        one.model,
+        questions,
+        named_key(one.seed, "misalignment"),
+        samples=given.samples,
+        suffix=given.suffix,
+        max_new_tokens=given.max_new_tokens,
+        **one.where,
+    )
+    scored = misalignment.judged(judge, questions, answers)
+    records.write(one.workdir.path / "data" / f"answers-{one.name}.jsonl", scored)
+    each = [misalignment.rates(list(mine)) for _, mine in groupby(scored, lambda record: record["adapter"])]
+    found = {"misaligned, of coherent": [rates.misaligned for rates in each]}
+    for name in each[0]._fields[2:]:
+        found[f"{name}, of all"] = [getattr(rates, name) / rates.answers for rates in each]
+    return found
+
+
+EVALUATIONS: dict[str, Callable[[Asking, Subject, Judge | None], Found]] = {
+    "preference": ask_preference,
+    "prefixed": ask_prefixed,
+    "choice": ask_choice,
+    "answers": ask_answers,
+    "stories": ask_stories,
+    "ability": ask_ability,
+    "truthfulqa": ask_truthfulqa,
+    "misalignment": ask_misalignment,
+}
+SAMPLED = ("answers", "stories")
