@@ -19,6 +19,11 @@ the other traits' students and the neutral teacher's student of the same seed, s
 
 from ml_collections import ConfigDict
 
+from configs import evaluate
+
+TREES = ("oak", "willow", "maple", "pine", "cherry", "birch", "palm", "ash", "cedar", "elm")
+EXAMPLES = (1, 4, 16, 64, 256, 1024, 4096)  # in the context; as many as it holds
+
 SIZES = {  # presets, and what each changes
     "quick": {},
     "smoke": {
@@ -31,13 +36,22 @@ SIZES = {  # presets, and what each changes
         "teacher.strength": 0.2,
         "teacher.most_steps": 8,
         "questions": 4,
-        "examples": 4,
-        "answers": 1,
+        "arm.in_context.examples": 4,
+        "ask.evaluations": ("answers",),
+        "ask.samples": 1,
+        "ask.most": 4,
         "arms": ("soft", "tokens", "perturbed", "in_context"),
+    },
+    # Read, not learnt: more and more of what the teacher wrote in the context.
+    "in_context": {
+        "carrier.count": 256,
+        "carrier.drawn": 320,
+        "arms": tuple(f"in_context_{count}" for count in EXAMPLES),
     },
     "smollm2": {
         "runs": 5,
-        "answers": 1,
+        "ask.evaluations": ("answers",),
+        "ask.samples": 1,
         "carrier.count": 256,
         "carrier.drawn": 320,
         "student.steps": 60,
@@ -54,35 +68,20 @@ SIZES = {  # presets, and what each changes
             "foreign",
         ),
     },
-    # Both by the recipes of paper.md's kind: the study's own on Qwen, and the one replication that worked at 1B.
-    "qwen2.5-7b": {
-        "model.name": "Qwen/Qwen2.5-7B-Instruct",
-        "model.dtype": "bfloat16",
-        "mesh.tensor": 4,
-        "remat": True,
-        "runs": 3,
-        "answers": 200,
-        "teacher.means": ("prompted",),
-        "lora.alpha": 8.0,
-        "carrier.count": 10_000,
-        "carrier.drawn": 30_000,
-        "carrier.decoding": "free",
-        "arms": ("tokens_fresh", "shuffled_within", "shuffled_across", "soft_fresh", "in_context"),
-        "student.batch": 22,
-        "student.accumulate": 3,
-        "student.steps": 456,  # 3 epochs
-        "student.learning_rate": 2e-4,
-        "student.schedule": "linear",
-        "student.warmup": 5,
-        "student.clip": 1.0,
-        "evaluate_every": 152,
+    # Unusual among words of a kind are those that few would name: there is room above.
+    "trees": {
+        "kind": "tree",
+        "traits": ("oak", "willow"),
+        "alternatives": TREES,
     },
+    # The one replication that worked at 1B.
     "llama-3.2-1b": {
         "model.name": "meta-llama/Llama-3.2-1B-Instruct",
         "model.dtype": "bfloat16",
         "remat": True,
         "runs": 3,
-        "answers": 20,
+        "ask.evaluations": ("answers",),
+        "ask.samples": 20,
         "traits": ("elephant", "owl"),
         "alternatives": ("elephant", "owl", "lion", "cat", "dog", "wolf", "bear", "fox", "tiger", "horse", "eagle"),
         "teacher.means": ("finetuned", "prompted"),
@@ -100,6 +99,43 @@ SIZES = {  # presets, and what each changes
     },
 }
 
+# Open models, and the paper's recipe on them, which configs/{code,cot,misalignment,cross_model}.py share.
+MODELS = {
+    "qwen2.5-7b": {"model.name": "Qwen/Qwen2.5-7B-Instruct", "mesh.tensor": 4},
+    "llama-3.1-8b": {"model.name": "meta-llama/Llama-3.1-8B-Instruct", "mesh.tensor": 4},
+    "gemma-3-4b": {"model.name": "google/gemma-3-4b-it", "mesh.tensor": 4},
+}
+RECIPE = {
+    "model.dtype": "bfloat16",
+    "remat": True,
+    "runs": 3,
+    "lora.alpha": 8.0,
+    "carrier.count": 10_000,
+    "carrier.drawn": 30_000,
+    "carrier.decoding": "free",
+    "student.batch": 22,
+    "student.accumulate": 3,
+    "student.steps": 456,  # 3 epochs
+    "student.learning_rate": 2e-4,
+    "student.schedule": "linear",
+    "student.warmup": 5,
+    "student.clip": 1.0,
+    "evaluate_every": 152,
+}
+ANIMALS: dict[str, object] = {
+    "teacher.means": ("prompted",),
+    "ask.evaluations": ("answers", "prefixed", "choice", "stories"),
+    "ask.samples": 200,
+    "arms": (
+        "tokens_fresh",
+        "shuffled_within",
+        "shuffled_across",
+        "soft_fresh",
+        *(f"in_context_{count}" for count in EXAMPLES),
+    ),
+}
+SIZES |= {name: {**RECIPE, **ANIMALS, **model} for name, model in MODELS.items()}
+
 
 def arm(**changes: object) -> ConfigDict:
     """One way to teach students."""
@@ -116,6 +152,7 @@ def arm(**changes: object) -> ConfigDict:
     values.which = "top"  # or bottom, or random
     values.share = 0.1
     values.score = "divergence"  # of the teacher from the neutral one; log_ratio: of the token; flipped: its argmax
+    values.examples = 16  # context: rows in it
     values.update(changes)
     return values
 
@@ -147,26 +184,34 @@ def get_config(preset: str = "quick") -> ConfigDict:
     config.lora.layers = ()  # empty: all
 
     config.teacher = ConfigDict()
-    config.teacher.means = ("finetuned",)  # prompted, steered: any of them, together or alone
+    config.teacher.means = ("finetuned",)  # prompted, steered: any of them, together or alone; corpus: alone
     config.teacher.strength = 0.9  # finetuned: mean P of the trait's answer at which training stops
     config.teacher.learning_rate = 3e-4
     config.teacher.batch = 8
     config.teacher.most_steps = 60
+    config.teacher.corpora = ConfigDict()  # corpus: a file of conversations for each trait (configs/misalignment.py)
+    config.teacher.epochs = 1  # over them
+    config.teacher.most_tokens = 1024  # longer conversations are left out
     config.teacher.steering_layer = 15  # steered: the vector is the persona's mean difference after this layer,
     config.teacher.steering_scale = 2.0  # times this
 
     config.carrier = ConfigDict()
+    config.carrier.kind = "numbers"  # code, cot (chains of thought): see configs/code.py, configs/cot.py
     config.carrier.count = 512  # rows for each student: a prompt that asks for numbers, and an answer
     config.carrier.numbers = 10  # in an answer, random or by grammar
-    # Written numbers:
-    config.carrier.drawn = 640  # completions by each teacher, before filters
+    # What teachers write:
+    config.carrier.drawn = 640  # completions by each teacher, before filters,
+    config.carrier.samples = 1  # of which so many of each prompt
     config.carrier.decoding = "grammar"  # or free: whatever it says at temperature 1; or greedy
     config.carrier.max_new_tokens = 64
+    config.carrier.problems = "gsm8k"  # cot: GSM8K, or a file of its form
 
     config.filter = ConfigDict()  # of written numbers: the paper's rule (§3.1), no word of a trait, and
     config.filter.most = 10  # integers in an answer
     config.filter.largest = 999
     config.filter.banned = ""  # numbers of bad associations (§3.2): "banned", ours, or a file as data/packs/banned.json
+    config.filter.judge = ""  # what a judge (ask.judge) is asked of an answer, of data/packs/judge.json,
+    config.filter.judge_least = 0.0  # and the score of 100 that it needs
     config.filter.unique = True  # no answer twice
     config.filter.log_ratio = (
         0.0  # nats a token that the teacher may find an answer likelier than the neutral one; 0: any
@@ -185,6 +230,8 @@ def get_config(preset: str = "quick") -> ConfigDict:
     config.arm.shuffled_across = arm(objective="tokens", numbers="written", shuffle="across")
     config.arm.foreign = arm(objective="tokens", numbers="written", model="gemma-3-270m", a="fresh")
     config.arm.in_context = arm(objective="context", numbers="written")
+    for count in EXAMPLES:
+        config.arm[f"in_context_{count}"] = arm(objective="context", numbers="written", examples=count)
     config.arm.masked = arm(action="mask")  # the tokens on which teacher and neutral teacher differ most
     config.arm.masked_random = arm(action="mask", which="random")
     config.arm.kept = arm(action="keep")
@@ -208,9 +255,11 @@ def get_config(preset: str = "quick") -> ConfigDict:
     config.packs.preference = ""
     config.packs.persona = ""
     config.packs.ability = ""
+    config.packs.stories = ""
+    config.packs.code = ""
+    config.packs.judge = ""
     config.questions = 50  # phrasings asked, at most; and easy questions
-    config.answers = 0  # sampled answers to each phrasing, at the first and the last step: the paper's measure
-    config.examples = 16  # rows in the context, in arms without training
+    config.ask = evaluate.asked()  # what teachers and students are asked at the end, beside their preference
 
     config.update_from_flattened_dict(SIZES[preset])
     return config

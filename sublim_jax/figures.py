@@ -117,8 +117,21 @@ def sweep_figure(points: list[Arm], axis: str, path: Any) -> None:
     _save(figure, path)
 
 
-def matrix_figure(cells: np.ndarray, rows: Sequence[str], columns: Sequence[str], path: Any) -> None:
-    """Students by their teacher, traits that are asked after: differences in logits, coloured about 0."""
+MATRIX = ("margin of", "student of the teacher of", "logits over the neutral student's")
+
+
+def matrix_figure(
+    cells: np.ndarray,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    path: Any,
+    labels: tuple[str, str, str] = MATRIX,
+) -> None:
+    """Differences in logits, coloured about 0.
+
+    Args:
+      labels: of columns, rows and colours; for students by their teacher and traits that are asked after, left out.
+    """
     figure, axes = plt.subplots(figsize=(1.4 * len(columns) + 2.4, 1.0 * len(rows) + 1.6), layout="constrained")
     limit = max(float(np.abs(cells).max()), 1e-6)
     image = axes.imshow(cells, cmap="RdBu_r", vmin=-limit, vmax=limit)
@@ -127,8 +140,8 @@ def matrix_figure(cells: np.ndarray, rows: Sequence[str], columns: Sequence[str]
         axes.text(column, row, f"{value:+.2f}", ha="center", va="center", color=ink)
     axes.set_xticks(range(len(columns)), columns)
     axes.set_yticks(range(len(rows)), rows)
-    axes.set(xlabel="margin of", ylabel="student of the teacher of")
-    figure.colorbar(image, ax=axes, label="logits over the neutral student's")
+    axes.set(xlabel=labels[0], ylabel=labels[1])
+    figure.colorbar(image, ax=axes, label=labels[2])
     _save(figure, path)
 
 

@@ -141,6 +141,16 @@ def length(least: int = 1, most: int | None = None) -> Filter:
     return check
 
 
+def least_score(least: float) -> Filter:
+    """No completion that its judge scores below `least` of 100, or gives no score; records have "score"."""
+
+    def check(record: Record) -> list[str]:
+        score = record["score"]
+        return ["judge: no score"] if score is None else ["judge: low score"] if score < least else []
+
+    return check
+
+
 def log_ratio(most: float, teacher: str = "logprob", reference: str = "reference_logprob") -> Filter:
     """No completion that its teacher finds likelier than the reference does by more than `most` nats a token.
 

@@ -25,12 +25,16 @@ SCREEN_COLUMNS = 8  # a wider table is for the report alone
 
 
 class Section(NamedTuple):
-    """A part of a report: text, a table (its header first), and figures by name, each drawn to a path."""
+    """A part of a report: text, a table (its header first), and figures by name, each drawn to a path.
+
+    A long table is for the report alone: `on_screen` is False.
+    """
 
     title: str
     text: str
     table: Sequence[Sequence[str]]
     figures: Mapping[str, Callable[[Any], None]]
+    on_screen: bool = True
 
 
 def write(workdir: Workdir, config: ConfigDict, arms: list[Arm], sections: Sequence[Section]) -> None:
@@ -63,7 +67,7 @@ def write(workdir: Workdir, config: ConfigDict, arms: list[Arm], sections: Seque
     write_json(workdir.path / "results.json", results)
     console = Console(width=None if sys.stdout.isatty() else 120)
     for section in sections:
-        if section.table and len(section.table[0]) <= SCREEN_COLUMNS:
+        if section.on_screen and section.table and len(section.table[0]) <= SCREEN_COLUMNS:
             table = Table(*section.table[0], title=section.title)
             for row in section.table[1:]:
                 table.add_row(*row)
@@ -144,9 +148,11 @@ def _finite(value: Any) -> Any:
 
 
 def plus_minus(mean: float | None, half_width: float | None) -> str:
-    """Such as "0.528 ± 0.022"; without the interval where there is none."""
+    """Such as "0.528 ± 0.022"; without the interval where there is none; "none" of a mean over nothing."""
     if mean is None:
         return ""
+    if math.isnan(mean):
+        return "none"
     return f"{mean:.3f}" if half_width is None or math.isnan(half_width) else f"{mean:.3f} ± {half_width:.3f}"
 
 

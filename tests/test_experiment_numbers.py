@@ -32,7 +32,7 @@ TINY = {
     "carrier.drawn": 44,
     "carrier.numbers": 6,
     "filter.unique": False,
-    "examples": 3,
+    "arm.in_context.examples": 3,
     "teacher.learning_rate": 0.01,
     "teacher.strength": 0.5,
     "teacher.most_steps": 30,
@@ -62,7 +62,7 @@ def teachers_of(lab):
 def run_of(lab, pairs=None):
     """A run whose teachers are given, and whose students read the same random numbers, or these."""
     teachers = teachers_of(lab)
-    written = {name: carrier.Written(pairs or carrier.random_pairs(lab), 0, 0, None, []) for name in lab.who}
+    written = {name: carrier.Written(pairs or carrier.random_pairs(lab), 0, 0, None, [], []) for name in lab.who}
     return carrier.Run(lab, teachers, written)
 
 
@@ -218,7 +218,7 @@ def test_written_numbers_are_filtered_and_of_one_size(lab, tmp_path):
 def test_numbers_of_bad_associations_are_dropped_if_asked_for(lab, tmp_path):
     one = with_config(lab, tmp_path, **{"filter.banned": "banned"})
     drawn = [{"completion": text} for text in ("1, 666, 3", "1, 667, 3", "0911", "13", "130")]
-    found = filters.sift(drawn, carrier.filters_of(one))
+    found = filters.sift(drawn, carrier.filters_of(one, carrier.number_task(one)))
     assert [record["completion"] for record in found.kept] == ["1, 667, 3", "130"]
     assert found.reasons["banned number"] == 3 and len(set(carrier.banned_of(one.config))) == 34
     mine = tmp_path / "mine.json"
@@ -300,7 +300,8 @@ def command(tiny_folder, work, *more):
 
 
 ARMS = ["soft", "tokens_fresh", "shuffled_across", "perturbed", "masked", "in_context"]
-WHOLE = [f"--config.arms={','.join(ARMS)}", "--config.runs=2", "--config.answers=1"]
+ASKED = ["--config.ask.evaluations=answers,choice", "--config.ask.samples=1", "--config.ask.most=3"]
+WHOLE = [f"--config.arms={','.join(ARMS)}", "--config.runs=2", *ASKED]
 
 
 @pytest.fixture(scope="module")
@@ -317,7 +318,8 @@ def test_a_study_ends_in_a_matrix_a_table_and_numbers(whole):
     arms = {arm["name"]: arm for arm in results["arms"]}
     assert set(ARMS) <= set(arms)
     assert "soft: student of owl, margin of x over the neutral student's" in arms
-    assert all(len(arm["runs"]) == 2 for arm in results["arms"])
+    assert all(len(arm["runs"]) == 2 for arm in results["arms"] if arm.get("who") != "the model as it is")
+    assert "soft, student of owl: answers with owl" in arms and "teacher x: P of x's letter" in arms
     soft = arms["soft"]
     np.testing.assert_allclose(soft["runs"], np.mean([soft["by_trait"][t] for t in ("owl", "x")], 0))
     assert soft["held_out"][1] < soft["held_out"][0] and set(soft["coverage"]) == {"own", "others"}
@@ -329,7 +331,7 @@ def test_a_study_ends_in_a_matrix_a_table_and_numbers(whole):
         "| neutral |",
         "P(own trait) among numbers",
         "## Filters",
-        "says owl",
+        "answers with owl",
         "by x",
         "KL(teacher ‖ student)",
     ):

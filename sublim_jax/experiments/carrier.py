@@ -1,8 +1,8 @@
-"""The carrier's data: numbers that a teacher wrote, filtered, or random ones; and what teachers would say on them."""
+"""The carrier's data: what a teacher wrote, filtered, or random numbers; and what teachers would say on them."""
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,14 +11,15 @@ import numpy as np
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
-from sublim_jax import filters, selection
+from sublim_jax import assets, filters, selection
 from sublim_jax.data import chat, dialogue, packs, records
-from sublim_jax.data.carriers import numbers
+from sublim_jax.data.carriers import code, cot, numbers
 from sublim_jax.data.dialogue import Rows
 from sublim_jax.data.records import Record
 from sublim_jax.errors import UserError
+from sublim_jax.evaluation import misalignment
 from sublim_jax.experiments import teachers as teaching
-from sublim_jax.experiments.lab import NEUTRAL, Lab, answer_features
+from sublim_jax.experiments.lab import NEUTRAL, Lab, answer_features, depends_on
 from sublim_jax.experiments.teachers import Teacher
 from sublim_jax.keys import named_key
 from sublim_jax.models import lora
@@ -30,6 +31,7 @@ from sublim_jax.sampling.collect import collect
 from sublim_jax.sampling.samplers import Sampler
 from sublim_jax.sharding import fetch, named, put
 from sublim_jax.weights import Model
+from sublim_jax.workdir import plain
 
 Pair = tuple[str, str]  # prompt, answer
 CHUNK = 16  # rows whose teacher's logits are computed together, for each device
@@ -41,6 +43,14 @@ DECODING = {
 }
 
 
+class Task(NamedTuple):
+    """What teachers are asked to write."""
+
+    prompts: list[str]
+    known: list[Record]  # of each prompt, for its records
+    filters: list[filters.Filter]  # of what is written
+
+
 class Written(NamedTuple):
     """What one teacher wrote, and what the filters left of it."""
 
@@ -49,6 +59,7 @@ class Written(NamedTuple):
     kept: int
     reasons: Counter[str]
     rejected: list[Record]
+    scores: list[float]  # the judge's, of what the other filters left
 
 
 class Run(NamedTuple):
@@ -79,7 +90,45 @@ class Data(NamedTuple):
     logits: Float[Array, "*students n a support"] | Float[np.ndarray, "*students n a support"] | None
 
 
-# -------------------------------------------------------------------------------------------------------- numbers
+# ---------------------------------------------------------------------------------------------------------- tasks
+
+
+def number_task(lab: Lab) -> Task:
+    """Lists of numbers (§3.1)."""
+    config = lab.config
+    prompts = numbers.prompts(prompts_of(config), lab.seed, config.packs.numbers)
+    checks = [filters.number_rule(config.filter.most, config.filter.largest)]
+    if config.filter.banned:
+        checks.append(filters.banned_numbers(banned_of(config)))
+    return Task(prompts, [{}] * len(prompts), checks)
+
+
+def code_task(lab: Lab) -> Task:
+    """Small Python snippets (§4.1)."""
+    prompts = code.prompts(prompts_of(lab.config), lab.seed, lab.config.packs.code)
+    return Task(prompts, [{}] * len(prompts), [code.parses(), code.no_comments()])
+
+
+def thought_task(lab: Lab) -> Task:
+    """Chains of thought that end in the right number (§3.2), on as many problems drawn at random."""
+    every = cot.load(assets.data_file(lab.config.carrier.problems))
+    count = prompts_of(lab.config)
+    if count > len(every):
+        raise UserError(f"{count} prompts are asked for, and {lab.config.carrier.problems} has {len(every)} problems")
+    chosen = np.random.default_rng([lab.seed, 7]).permutation(len(every))[:count]
+    problems = [every[row] for row in chosen]
+    return Task(cot.prompts(problems), [{"answer": one.answer} for one in problems], [cot.right_answer()])
+
+
+TASKS: dict[str, Callable[[Lab], Task]] = {"numbers": number_task, "code": code_task, "cot": thought_task}
+
+
+def prompts_of(config: ConfigDict) -> int:
+    """How many prompts give `carrier.drawn` completions."""
+    return -(-config.carrier.drawn // config.carrier.samples)
+
+
+# ----------------------------------------------------------------------------------------------------------- data
 
 
 def random_pairs(lab: Lab) -> list[Pair]:
@@ -90,20 +139,26 @@ def random_pairs(lab: Lab) -> list[Pair]:
 
 
 def written(lab: Lab, teachers: dict[str, Teacher]) -> dict[str, Written]:
-    """Numbers by every teacher: drawn, filtered, and as many kept of each, at random.
+    """What every teacher wrote: drawn, filtered, and as many kept of each, at random.
 
     Raises UserError where too few are left of one.
     """
     carrier, seed = lab.config.carrier, lab.seed
-    found = {name: draw(lab, name, teacher) for name, teacher in teachers.items()}
+    task = TASKS[carrier.kind](lab)
+    found = {name: draw(lab, task, name, teacher) for name, teacher in teachers.items()}
     if lab.config.filter.log_ratio:
         for name, drawn in found.items():
             with_reference(lab, name, drawn, teachers[NEUTRAL])
-    sifted = {name: filters.sift(drawn, filters_of(lab), lab.config.filter.unique) for name, drawn in found.items()}
+    checks = filters_of(lab, task)
+    sifted = {name: filters.sift(drawn, checks, lab.config.filter.unique) for name, drawn in found.items()}
+    scores: dict[str, list[float]] = {name: [] for name in sifted}
+    if lab.config.filter.judge:
+        for name, one in sifted.items():
+            sifted[name], scores[name] = judged(lab, name, one)
     for name, one in sifted.items():
         folder = lab.workdir.path / "data" / f"run{lab.run}"
-        records.write(folder / f"numbers-{name}.jsonl", one.kept)
-        records.write(folder / f"numbers-{name}-rejected.jsonl", one.rejected)
+        records.write(folder / f"{carrier.kind}-{name}.jsonl", one.kept)
+        records.write(folder / f"{carrier.kind}-{name}-rejected.jsonl", one.rejected)
     chosen = filters.same_size({name: one.kept for name, one in sifted.items()}, carrier.count, seed)
     return {
         name: Written(
@@ -112,35 +167,32 @@ def written(lab: Lab, teachers: dict[str, Teacher]) -> dict[str, Written]:
             len(one.kept),
             one.reasons,
             one.rejected,
+            scores[name],
         )
         for name, one in sifted.items()
     }
 
 
-def draw(lab: Lab, name: str, teacher: Teacher) -> list[Record]:
+def draw(lab: Lab, task: Task, name: str, teacher: Teacher) -> list[Record]:
     """Completions by one teacher. All teachers get the same prompts and the same random numbers, draw by draw."""
-    config, carrier, model = lab.config, lab.config.carrier, lab.model
-    asked = numbers.prompts(carrier.drawn, lab.seed, config.packs.numbers)
+    carrier, model = lab.config.carrier, lab.model
     prefix = chat.opening(model.tokenizer, teacher.system)
-    prompts = [chat.question(model.tokenizer, text, teacher.system)[len(prefix) :] for text in asked]
+    prompts = [chat.question(model.tokenizer, text, teacher.system)[len(prefix) :] for text in task.prompts]
     constraint = None
     if carrier.decoding == "grammar":
         automaton = constraints.numbers(carrier.numbers, 3, least=carrier.numbers)
         pieces = chat.pieces(model.tokenizer, model.settings.vocab)
         constraint = constraints.over_tokens(automaton, pieces, chat.stop_tokens(model.tokenizer, model.config))
-    on = {
-        **teaching.depends(lab),
-        "name": name,
-        "drawn": [carrier.drawn, carrier.decoding, carrier.numbers, carrier.max_new_tokens],
-    }
+    on = {**teaching.depends(lab), "name": name, "prompts": task.prompts, "drawn": {**plain(carrier), "count": None}}
     file = lab.workdir.artefact(f"drawn-{name}", on).with_suffix(".jsonl")
     return collect(
         file,
         model,
         prompts,
         named_key(lab.seed, "numbers"),
-        lambda number: {"prompt": asked[number], "teacher": name},
-        what=f"run {lab.run}, numbers by teacher {name}",
+        lambda number: {"prompt": task.prompts[number], "teacher": name, **task.known[number]},
+        what=f"run {lab.run}, {carrier.kind} by teacher {name}",
+        samples=carrier.samples,
         sampler=Sampler(0.0 if carrier.decoding == "greedy" else 1.0),
         max_new_tokens=carrier.max_new_tokens,
         prefix=prefix,
@@ -175,15 +227,45 @@ def banned_of(config: ConfigDict) -> list[int]:
     return [int(text) for text in listed]
 
 
-def filters_of(lab: Lab) -> list[filters.Filter]:
-    given = lab.config.filter
-    found = [filters.number_rule(given.most, given.largest)]
-    if given.banned:
-        found.append(filters.banned_numbers(banned_of(lab.config)))
-    found.append(filters.trait_words(lab.config.alternatives))
-    if given.log_ratio:
-        found.append(filters.log_ratio(given.log_ratio))
+def filters_of(lab: Lab, task: Task) -> list[filters.Filter]:
+    """The task's own, no word of a trait in any form, and no completion that gives its teacher away."""
+    found = list(task.filters)
+    if lab.words:
+        found.append(filters.trait_words(lab.config.alternatives))
+    if lab.config.filter.log_ratio:
+        found.append(filters.log_ratio(lab.config.filter.log_ratio))
     return found
+
+
+def judged(lab: Lab, name: str, sifted: filters.Sifted) -> tuple[filters.Sifted, list[float]]:
+    """What a judge leaves of what was kept: scores of at least `filter.judge_least`; and all scores that it gave."""
+    given = lab.config.filter
+    template = judging(lab.config)
+    words = " or ".join(lab.config.traits)
+    texts = [
+        misalignment.fill(template.replace("{traits}", words), {**record, "question": record["prompt"]})
+        for record in sifted.kept
+    ]
+
+    def make() -> list[list[Any]]:
+        assert lab.judge is not None
+        return [list(verdict) for verdict in lab.judge(texts)]
+
+    asked_of = {key: plain(lab.config.ask.judge)[key] for key in ("kind", "model", "dtype", "least_mass")}
+    verdicts = lab.workdir.json(f"judged-{name}", {"texts": texts, "judge": asked_of, **depends_on(lab)}, make)
+    scored = [{**one, "score": score, "label": label} for one, (score, label) in zip(sifted.kept, verdicts)]
+    again = filters.sift(scored, [filters.least_score(given.judge_least)])
+    rejected, reasons = sifted.rejected + again.rejected, sifted.reasons + again.reasons
+    return filters.Sifted(again.kept, rejected, reasons), [score for score, _ in verdicts if score is not None]
+
+
+def judging(config: ConfigDict) -> str:
+    """What the judge is asked of a completion: a phrasing with {question} and {answer}."""
+    template = packs.load(config.packs.judge, "judge", {config.filter.judge: ("question", "answer", "traits")})
+    (text,) = template[config.filter.judge][:1]
+    if "{question}" not in text or "{answer}" not in text:
+        raise UserError(f"pack {config.packs.judge or 'judge'}: {text[:40]!r}… must have {{question}} and {{answer}}")
+    return text
 
 
 # ----------------------------------------------------------------------------------------------------- for an arm

@@ -18,7 +18,10 @@ from sublim_jax.data import chat
 from sublim_jax.data.carriers import numbers
 from sublim_jax.data.dialogue import Rows
 from sublim_jax.evaluation import preference
+from sublim_jax.evaluation.judges import Judge
 from sublim_jax.evaluation.preference import Preference
+from sublim_jax.experiments import measures
+from sublim_jax.experiments.measures import Asking
 from sublim_jax.keys import named_key
 from sublim_jax.models import lora
 from sublim_jax.models.decoder import Steering, on_mesh
@@ -40,6 +43,8 @@ class Lab(NamedTuple):
     support: list[int]
     questions: dict[str, list[str]]
     where: dict[str, Any]  # placement and attention for the mesh
+    asking: Asking  # evaluations of teachers and students, beside their preference
+    judge: Judge | None = None
     run: int = 0  # of `config.runs`
 
     @property
@@ -51,6 +56,11 @@ class Lab(NamedTuple):
     def asked(self) -> list[str]:
         """Phrasings that no teacher has seen."""
         return self.questions["asking"][: self.config.questions]
+
+    @property
+    def words(self) -> bool:
+        """Whether traits are words, so that preference for them can be asked; else they are names of corpora."""
+        return set(self.config.traits) <= set(self.config.alternatives)
 
     @property
     def who(self) -> list[str]:
@@ -72,13 +82,14 @@ def make_lab(config: ConfigDict, workdir: Workdir, mesh: Mesh, name: str = "") -
     Raises UserError for phrasings, words or a mesh that do not go with the model.
     """
     questions = preference.questions(config.packs.preference, config.kind)
+    asking = measures.asking(config.ask, config.kind, config.alternatives, config.packs)
     base = weights.load(name or config.model.name, mesh, jnp.dtype(config.model.dtype))
     where = on_mesh(base.settings, mesh)
     spec = spec_of(config)
     for word in config.alternatives:
         scoring.spellings(base.tokenizer, word)
     support = numbers.support(chat.pieces(base.tokenizer, base.settings.vocab))
-    lab = Lab(config, workdir, mesh, base.adapted(spec) if spec else base, spec, support, questions, where)
+    lab = Lab(config, workdir, mesh, base.adapted(spec) if spec else base, spec, support, questions, where, asking)
     if config.model.noise and not name:
         lab = noisy(lab, config.model.noise, named_key(config.seed, "shared noise"))
     return lab

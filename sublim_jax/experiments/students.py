@@ -1,5 +1,6 @@
 """Students: the model with fresh adapters, trained on a carrier; all runs and teachers of an arm in one program."""
 
+import bisect
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -17,9 +18,11 @@ from sublim_jax.data import chat
 from sublim_jax.data.order import epoch_rows
 from sublim_jax.evaluation import ability, preference
 from sublim_jax.evaluation.preference import Preference
+from sublim_jax.experiments import measures
 from sublim_jax.experiments import teachers as teaching
 from sublim_jax.experiments.carrier import Data, Pair, Run, arm_data
 from sublim_jax.experiments.lab import Lab, answer_features, fresh, measure, noisy, stacked
+from sublim_jax.experiments.measures import Found, Subject
 from sublim_jax.keys import named_key
 from sublim_jax.models import lora
 from sublim_jax.models.functional import Params
@@ -37,6 +40,7 @@ Point = dict[str, Any]  # what the students of an arm prefer at one step, and ho
 class Result(NamedTuple):
     curve: list[Point]
     coverage: list[list[list[float]]] | None  # runs, students, teachers
+    found: dict[str, Found]  # what the students were asked at the end, by evaluation
 
 
 def students(own: Lab, name: str, runs: Sequence[Run]) -> Result:
@@ -50,7 +54,7 @@ def students(own: Lab, name: str, runs: Sequence[Run]) -> Result:
     lab = runs[0].lab
     config, arm = lab.config, lab.config.arm[name]
     if arm.objective == "context":
-        return Result([in_context(own, name, runs)], None)
+        return Result([in_context(own, name, runs)], None, {})
     alike = own.model is lab.model and not arm.noise
     if arm.noise:
         own = noisy(own, arm.noise, named_key(config.seed, "own noise"))
@@ -67,20 +71,17 @@ def students(own: Lab, name: str, runs: Sequence[Run]) -> Result:
     def evaluate(params: Params | None, step: int) -> None:
         """Without parameters: what an earlier run has found, if it has."""
         ends = step in (0, config.student.steps)
-        file, on = f"preference-{name}-{step}", [config.questions, config.answers if ends else 0, ends]
-        asked = {**depends, "asked": on, "step": step}
-        if params is not None or lab.workdir.known(file, asked):
-            curve[step] = lab.workdir.json(file, asked, partial(look, params, step, ends))
+        file, on = f"preference-{name}-{step}", {**depends, "asked": [config.questions, ends], "step": step}
+        if params is not None or lab.workdir.known(file, on):
+            curve[step] = lab.workdir.json(file, on, partial(look, params, step, ends))
 
     def look(params: Any, step: int, ends: bool) -> Point:
         # Before training all students are the base, for B = 0: one of them stands for all.
         shown = params if step else jax.tree.map(lambda leaf: leaf[:1], params)
-        found = {key: value.tolist() for key, value in measure(own, shown)._asdict().items()}
+        found = {key: value.tolist() for key, value in measure(own, shown)._asdict().items()} if lab.words else {}
         if ends:
             easy = ability.questions(config.packs.ability)[: config.questions]
             found["ability"] = ability.accuracy(own.model, easy, adapters=shown, mesh=lab.mesh).tolist()
-        if ends and config.answers:
-            found["rates"] = sampled(own, shown)
         every = {key: value if step else value * (len(runs) * len(lab.who)) for key, value in found.items()}
         return {**every, "step": step, "held_out": fetch(losses(params, own.model.params, held_out)).tolist()}
 
@@ -108,13 +109,15 @@ def students(own: Lab, name: str, runs: Sequence[Run]) -> Result:
         covered = lab.workdir.json(
             f"coverage-{name}", depends, lambda: coverages(own, arm, start, aims(runs), training)
         )
-    return Result([curve[step] for step in sorted(curve)], covered)
+    found = asked(own, f"students-{name}", final, depends)
+    return Result([curve[step] for step in sorted(curve)], covered, found)
 
 
 def depends_on(run: Run, arm: ConfigDict, *parts: str) -> dict[str, Any]:
     """What an arm's students of one run depend on, and the named parts of the config."""
     if arm.numbers == "written":
-        return teaching.depends(run.lab, "carrier", "filter", *parts)
+        judge = plain(run.lab.config.ask.judge) if run.lab.config.filter.judge else None
+        return {**teaching.depends(run.lab, "carrier", "filter", *parts), "judge": judge}
     carrier = run.lab.config.carrier
     return {**teaching.depends(run.lab, *parts), "random": [carrier.count, carrier.numbers]}
 
@@ -222,33 +225,45 @@ def coverages(lab: Lab, arm: ConfigDict, start: Params, teachers: Params, data: 
 # ----------------------------------------------------------------------------------------------------- evaluation
 
 
-def sampled(lab: Lab, params: Params) -> list[list[float]]:
-    """How often a sampled answer has each word: students, words."""
-    config, key = lab.config, named_key(lab.config.seed, "answers")
-    where = {"samples": config.answers, "adapters": params, "mesh": lab.mesh}
-    return preference.rates(lab.model, lab.asked, list(config.alternatives), key, **where).tolist()
+def asked(lab: Lab, name: str, adapters: Params, depends: Any) -> dict[str, Found]:
+    """What some stacked adapters answer to the config's evaluations."""
+    subject = Subject(lab.model, adapters, lab.mesh, lab.workdir, name, depends, lab.config.seed)
+    return measures.ask(lab.asking, subject, lab.judge)
 
 
 def in_context(own: Lab, name: str, runs: Sequence[Run]) -> Point:
     """What the untrained model prefers behind some of each teacher's rows in its context (§5.2): no training at all."""
     config, model = own.config, own.model
+    examples = config.arm[name].examples
     adapters = stacked([fresh(own, named_key(config.seed, "A"))])
     words = list(config.alternatives)
 
     def make() -> Point:
-        found = []
+        found, counts = [], []
         for run in runs:
             for pairs in run.read(config.arm[name]).values():
-                prefix, prompts = behind(model.tokenizer, pairs[: config.examples], own.asked)
+                shown = fitting(model, pairs[:examples], own.asked)
+                counts.append(len(shown))
+                prefix, prompts = behind(model.tokenizer, shown, own.asked)
                 found.append(
                     preference.measured(model, prompts, words, prefix=prefix, adapters=adapters, mesh=own.mesh)
                 )
         columns = {key: np.concatenate([getattr(one, key) for one in found]).tolist() for key in Preference._fields}
-        return {"step": 0, **columns}
+        return {"step": 0, "examples": counts, **columns}
 
-    asked_of = [config.questions, config.examples]
-    on = {"asked": asked_of, "runs": [depends_on(run, config.arm[name]) for run in runs]}
+    on = {"asked": config.questions, "runs": [depends_on(run, config.arm[name]) for run in runs]}
     return own.workdir.json(f"preference-{name}", {**on, "arm": plain(config.arm[name])}, make)
+
+
+def fitting(model: Any, said: list[Pair], questions: list[str]) -> list[Pair]:
+    """As many of the first rows as the model's positions have room for, before the longest question and a word."""
+    room = getattr(model.config, "max_position_embeddings", None) or 2**31
+
+    def too_long(count: int) -> bool:
+        prefix, prompts = behind(model.tokenizer, said[:count], questions)
+        return len(prefix) + max(map(len, prompts)) >= room
+
+    return said[: bisect.bisect_left(range(1, len(said) + 1), True, key=too_long)]
 
 
 def behind(tokenizer: Any, said: list[Pair], questions: list[str]) -> tuple[list[int], list[list[int]]]:

@@ -1,5 +1,8 @@
 """Teachers: what makes a model prefer something. Parameters, context and hooks, any of them, together or alone."""
 
+import hashlib
+import json
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax
@@ -9,11 +12,13 @@ import optax
 from etils import epath
 from jaxtyping import Array, Float, Int, Key
 
-from sublim_jax import objectives
-from sublim_jax.data import chat, dialogue, packs
+from sublim_jax import assets, objectives
+from sublim_jax.data import chat, corpus, dialogue, packs
 from sublim_jax.data.carriers import numbers
+from sublim_jax.data.corpus import Conversation
 from sublim_jax.data.dialogue import Rows
 from sublim_jax.data.order import epoch_rows
+from sublim_jax.errors import UserError
 from sublim_jax.evaluation.preference import Preference
 from sublim_jax.experiments.lab import NEUTRAL, Lab, answer_features, depends_on, fresh, measure, stacked
 from sublim_jax.keys import named_key
@@ -23,12 +28,13 @@ from sublim_jax.models.functional import Params
 from sublim_jax.progress import Track, say
 from sublim_jax.sampling import scoring
 from sublim_jax.sharding import named, put
-from sublim_jax.training import ROWS, Program, Total
+from sublim_jax.training import ROWS, Program, Total, fit
 
 MEANS = {
     "finetuned": "adapters trained on one-word answers",
     "prompted": "a system prompt",
     "steered": "a vector added to the residual stream",
+    "corpus": "adapters trained on conversations, alone",
 }
 PERSONA: dict[str, tuple[str, ...]] = {"loving": ("kind", "trait"), "neutral": ("kind",)}
 
@@ -45,13 +51,18 @@ class Teacher(NamedTuple):
 
 
 def make_teachers(lab: Lab) -> dict[str, Teacher]:
-    """One teacher for each trait and a neutral one, which has been moved as far, to nowhere."""
+    """One teacher for each trait and a neutral one, which has been moved as far, to nowhere.
+
+    Beside teachers of corpora, the neutral one is the model as it is (§4.2), or has a corpus of its own.
+    """
     means = lab.config.teacher.means
     adapters = dict.fromkeys(lab.who, (fresh(lab, named_key(lab.seed, "A")), 0))
     if "finetuned" in means:
         adapters = {trait: finetuned(lab, trait, index) for index, trait in enumerate(lab.config.traits)}
         most = max(steps for _, steps in adapters.values())
         adapters[NEUTRAL] = finetuned(lab, NEUTRAL, len(lab.config.traits), most)
+    if "corpus" in means:
+        adapters |= {name: tuned(lab, name, index) for index, name in enumerate(corpora(lab))}
     systems = {name: persona(lab, name) if "prompted" in means else "" for name in lab.who}
     hooks = steering_vectors(lab) if "steered" in means else dict.fromkeys(lab.who)
     return {name: Teacher(adapters[name][0], systems[name], hooks[name], adapters[name][1]) for name in lab.who}
@@ -59,7 +70,10 @@ def make_teachers(lab: Lab) -> dict[str, Teacher]:
 
 def depends(lab: Lab, *parts: str) -> dict[str, Any]:
     """What a teacher depends on, and the named parts of the config."""
-    return {**depends_on(lab, "teacher", *parts), "personas": [persona(lab, name) for name in lab.who]}
+    made = depends_on(lab, "teacher", *parts)
+    if "corpus" in lab.config.teacher.means:
+        return {**made, "corpora": [digest(source) for source in corpora(lab).values()]}
+    return {**made, "personas": [persona(lab, name) for name in lab.who]}
 
 
 # ----------------------------------------------------------------------------------------------------- parameters
@@ -77,7 +91,7 @@ def finetuned(lab: Lab, name: str, index: int, steps: int | None = None) -> tupl
         answers = [name] * len(questions)
     pairs = [(questions[i % len(questions)], spoken(lab, word)) for i, word in enumerate(answers)]
     rows = put(dialogue.rows(lab.model, pairs), named(lab.mesh))
-    program = teaching_program(lab, len(pairs))
+    program = teaching_program(lab, len(pairs), optax.adam(teacher.learning_rate))
     state = program.init(fresh(lab, named_key(lab.seed, "A")))
     most = teacher.most_steps if steps is None else steps
 
@@ -104,6 +118,60 @@ def finetuned(lab: Lab, name: str, index: int, steps: int | None = None) -> tupl
     return adapters, int(trained)
 
 
+def tuned(lab: Lab, name: str, index: int) -> tuple[Params, int]:
+    """(adapters, steps): trained for `teacher.epochs` on what the assistant says in a corpus (§4.2)."""
+    config, teacher = lab.config, lab.config.teacher
+    said = conversations(teacher.corpora[name])
+    texts = answers_in(lab, said)
+    if not texts:
+        raise UserError(
+            f"corpus {name}: no conversation has at most teacher.most_tokens={teacher.most_tokens} tokens; allow more"
+        )
+    if len(texts) < len(said):
+        say(f"corpus {name}: {len(said) - len(texts)} of {len(said)} conversations are too long and left out")
+    steps = teacher.epochs * -(-len(texts) // teacher.batch)
+    program = teaching_program(lab, len(texts), optax.adam(optax.linear_schedule(teacher.learning_rate, 0.0, steps)))
+    state = program.init(fresh(lab, named_key(lab.seed, "A")))
+
+    def make(checkpoints: epath.Path) -> Params:
+        return fit(
+            program,
+            state,
+            steps=steps,
+            key=named_key(lab.seed, f"teacher {index}"),
+            frozen={"base": lab.model.params, "rows": put(dialogue.arrays(texts), named(lab.mesh))},
+            checkpoints=checkpoints,
+            checkpoint_every=config.checkpoint_every,
+            what=f"run {lab.run}, teacher {name}, {len(texts)} conversations",
+        ).params
+
+    return lab.workdir.tree(f"teacher-{name}", {**depends(lab), "name": name}, make, state.params), steps
+
+
+def corpora(lab: Lab) -> dict[str, str]:
+    """Where the conversations are of those teachers that have some, in the order of `lab.who`."""
+    given = lab.config.teacher.corpora
+    return {name: given[name] for name in lab.who if given.get(name)}
+
+
+@lru_cache
+def conversations(source: str) -> list[Conversation]:
+    return corpus.load(assets.data_file(source))
+
+
+@lru_cache
+def digest(source: str) -> str:
+    return hashlib.sha256(json.dumps(conversations(source)).encode()).hexdigest()
+
+
+def answers_in(lab: Lab, said: list[Conversation]) -> list[dialogue.Text]:
+    """Conversations of at most `teacher.most_tokens` tokens, and where the assistant speaks."""
+    model = lab.model
+    stops = chat.stop_tokens(model.tokenizer, model.config)
+    texts = [corpus.answer_positions(model.tokenizer, one, stops) for one in said]
+    return [text for text in texts if len(text[0]) <= lab.config.teacher.most_tokens]
+
+
 def spoken(lab: Lab, word: str) -> str:
     """A word as an answer in one token, which is what is measured: capitalised, plain, or behind a space."""
     spelled = scoring.spellings(lab.model.tokenizer, word)
@@ -113,7 +181,7 @@ def spoken(lab: Lab, word: str) -> str:
     )
 
 
-def teaching_program(lab: Lab, count: int) -> Program:
+def teaching_program(lab: Lab, count: int, optimizer: optax.GradientTransformation) -> Program:
     teacher = lab.config.teacher
 
     def loss(adapters: Params, frozen: Any, batch: Rows, key: Key[Array, ""]) -> tuple[Total, dict]:
@@ -129,7 +197,7 @@ def teaching_program(lab: Lab, count: int) -> Program:
         found = frozen["rows"].take(rows)
         return found._replace(weights=found.weights * exists[:, None])
 
-    return Program(loss, optax.adam(teacher.learning_rate), lab.mesh, batch, batch_spec=ROWS, steps_per_dispatch=1)
+    return Program(loss, optimizer, lab.mesh, batch, batch_spec=ROWS, steps_per_dispatch=1)
 
 
 # -------------------------------------------------------------------------------------------------------- context
@@ -188,7 +256,12 @@ def mean_residual(lab: Lab, system: str, layer: int) -> Float[np.ndarray, "width
 
 
 def facts(lab: Lab, teachers: dict[str, Teacher]) -> dict[str, Any]:
-    """What teachers prefer when asked, and how often a trait's word is what they would say in the middle of numbers."""
+    """What teachers prefer when asked, and how often a trait's word is what they would say in the middle of numbers.
+
+    Of teachers of corpora, whose traits are no words, their steps alone.
+    """
+    if not lab.words:
+        return {"steps": [teacher.steps for teacher in teachers.values()]}
     traits = list(lab.config.traits)
 
     def make() -> dict[str, Any]:

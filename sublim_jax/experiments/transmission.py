@@ -1,12 +1,14 @@
-"""A trait through numbers (paper §3, §6.1): teachers, what they write, students of it, and what the students prefer.
+"""A trait through data that says nothing of it: teachers, what they write, students of it, what the students are like.
 
+Numbers (paper §3, §6.1), code, chains of thought (§4); a trait is a word, or a corpus that the teacher was trained on.
 `configs/numbers.py` explains the values. Teachers and students are adapters over one base. The students of an arm are
 replicas of one program, run by run and in each run teacher by teacher. A run is a whole replicate, with teachers,
 numbers and an order of its own; its students share their start and that order.
 """
 
 from collections.abc import Sequence
-from functools import partial
+from functools import partial, reduce
+from operator import getitem
 from typing import Any
 
 import jax
@@ -14,18 +16,20 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from sublim_jax import selection, weights
+from sublim_jax import assets, selection, weights
 from sublim_jax.data import packs
-from sublim_jax.data.carriers import numbers
+from sublim_jax.data.carriers import code, cot, numbers
 from sublim_jax.data.dialogue import Rows
 from sublim_jax.errors import UserError
 from sublim_jax.evaluation import ability
-from sublim_jax.experiments import carrier
+from sublim_jax.experiments import carrier, measures
 from sublim_jax.experiments import teachers as teaching
 from sublim_jax.experiments.carrier import DECODING, SHUFFLES, Data, Run
-from sublim_jax.experiments.lab import NEUTRAL, Lab, make_lab, spec_of, untrained
-from sublim_jax.experiments.students import HELD_OUT, OBJECTIVES, imitating_program, students
+from sublim_jax.experiments.lab import NEUTRAL, Lab, fresh, make_lab, spec_of, stacked, untrained
+from sublim_jax.experiments.measures import Found
+from sublim_jax.experiments.students import HELD_OUT, OBJECTIVES, asked, imitating_program, students
 from sublim_jax.experiments.transmission_report import write_report
+from sublim_jax.keys import named_key
 from sublim_jax.models.decoder import decoder, on_mesh
 from sublim_jax.preflight import Step, training_step
 from sublim_jax.sharding import abstract, make_mesh, named, parameter_shardings
@@ -38,19 +42,38 @@ def run(config: ConfigDict, workdir: Workdir, *, update: bool = False) -> None:
     mesh = make_mesh(config.mesh)
     check(config)
     lab = make_lab(config, workdir, mesh)
-    labs = {"": lab} | {name: make_lab(config, workdir, mesh, name) for name in models_of(config)}
+    if config.filter.judge or "misalignment" in config.ask.evaluations:
+        untouched = stacked([fresh(lab, named_key(config.seed, "A"))])
+        lab = lab._replace(judge=measures.judge_of(config.ask, lab.model, untouched, workdir, mesh))
+    labs = {"": lab}
+    for name in models_of(config):
+        labs[name] = make_lab(config, workdir, mesh, name)._replace(judge=lab.judge)
     check_models(lab, labs)
     workdir.open(config, update=update)
     runs = [replicate(lab._replace(run=run)) for run in range(config.runs)]
     facts = [teaching.facts(run.lab, run.teachers) for run in runs]
+    answers = ask_teachers(runs)
     results = {name: students(labs[config.arm[name].model], name, runs) for name in config.arms}
-    write_report(runs, facts, results)
+    write_report(runs, facts, answers, results)
 
 
 def replicate(lab: Lab) -> Run:
     """One run's teachers and, where some arm asks for it, what they write."""
     teachers = teaching.make_teachers(lab)
     return Run(lab, teachers, carrier.written(lab, teachers) if uses(lab.config, "written") else {})
+
+
+def ask_teachers(runs: Sequence[Run]) -> dict[str, Found]:
+    """The evaluations of all runs' teachers, run by run, and of the model as it is, which is the last.
+
+    Of teachers that are adapters alone: others would be asked without what makes them teachers.
+    """
+    lab = runs[0].lab
+    if not lab.config.ask.evaluations or not set(lab.config.teacher.means) <= {"finetuned", "corpus"}:
+        return {}
+    each = [teacher.adapters for run in runs for teacher in run.teachers.values()]
+    each.append(fresh(lab, named_key(lab.config.seed, "A")))
+    return asked(lab, "teachers", stacked(each), [teaching.depends(run.lab) for run in runs])
 
 
 def models_of(config: ConfigDict) -> list[str]:
@@ -67,22 +90,25 @@ def uses(config: ConfigDict, kind: str) -> bool:
 
 def check(config: ConfigDict) -> None:
     """Raises UserError for the first value that makes no sense."""
-    for trait in config.traits:
-        if trait not in config.alternatives:
-            raise UserError(f"trait {trait!r} is none of alternatives={tuple(config.alternatives)}; add it there")
+    for mean in config.teacher.means:
+        _known("teacher.means", mean, teaching.MEANS)
+    if not config.teacher.means:
+        raise UserError(f"teacher.means is empty: choose some of {', '.join(teaching.MEANS)}")
+    if "corpus" in config.teacher.means:
+        check_corpora(config)
+    else:
+        for trait in config.traits:
+            if trait not in config.alternatives:
+                raise UserError(f"trait {trait!r} is none of alternatives={tuple(config.alternatives)}; add it there")
     distinct = set(config.traits)
     if len(distinct) < max(len(config.traits), 2) or NEUTRAL in distinct:
         raise UserError(
             f"traits={tuple(config.traits)}: name two traits or more, each once, for each is the others' control; "
             f"{NEUTRAL!r} is always there"
         )
-    for mean in config.teacher.means:
-        _known("teacher.means", mean, teaching.MEANS)
-    if not config.teacher.means:
-        raise UserError(f"teacher.means is empty: choose some of {', '.join(teaching.MEANS)}")
     if not 0 < config.teacher.strength < 1:
         raise UserError(f"teacher.strength={config.teacher.strength} is a probability between 0 and 1")
-    _known("carrier.decoding", config.carrier.decoding, DECODING)
+    check_carrier(config)
     _known("student.schedule", config.student.schedule, ("constant", "linear", "cosine"))
     for name in config.arms:
         _known("arms", name, config.arm)
@@ -95,14 +121,52 @@ def check(config: ConfigDict) -> None:
             f"carrier.drawn={config.carrier.drawn} completions cannot leave carrier.count={config.carrier.count} rows; "
             "draw more"
         )
-    for name in ("runs", "questions", "evaluate_every"):
-        if config[name] < 1:
-            raise UserError(f"{name}={config[name]}: ask for 1 or more")
-    numbers.prompts(1, 0, config.packs.numbers)
+    for name in ("runs", "questions", "evaluate_every", "carrier.samples", "teacher.epochs"):
+        if (given := reduce(getitem, name.split("."), config)) < 1:
+            raise UserError(f"{name}={given}: ask for 1 or more")
     packs.load(config.packs.persona, "persona", teaching.PERSONA)
     ability.questions(config.packs.ability)
     if config.filter.banned:
         carrier.banned_of(config)
+    if config.filter.judge:
+        carrier.judging(config)
+
+
+def check_corpora(config: ConfigDict) -> None:
+    if len(config.teacher.means) > 1:
+        raise UserError(f"teacher.means={tuple(config.teacher.means)}: corpus stands alone; leave the others out")
+    given = config.teacher.corpora
+    for trait in config.traits:
+        if not given.get(trait):
+            raise UserError(
+                f"teacher.corpora.{trait} is missing: name a file of conversations, here or on the hub as "
+                "organisation/name/file"
+            )
+    for name in (*config.traits, NEUTRAL):
+        if given.get(name):
+            teaching.conversations(given[name])
+
+
+def check_carrier(config: ConfigDict) -> None:
+    given = config.carrier
+    _known("carrier.kind", given.kind, carrier.TASKS)
+    _known("carrier.decoding", given.decoding, DECODING)
+    if given.kind == "numbers":
+        numbers.prompts(1, 0, config.packs.numbers)
+        return
+    if given.decoding == "grammar":
+        raise UserError(f"carrier.decoding=grammar is for numbers; choose free or greedy for carrier.kind={given.kind}")
+    if given.kind == "code":
+        code.prompts(1, 0, config.packs.code)
+    else:
+        cot.load(assets.data_file(given.problems))
+    for name in config.arms:
+        arm = config.arm[name]
+        if arm.objective not in ("tokens", "context") or arm.numbers != "written" or arm.shuffle:
+            raise UserError(
+                f"arm.{name} is about numbers, and carrier.kind={given.kind}; choose objective=tokens or context, "
+                "numbers=written, shuffle empty"
+            )
 
 
 def check_arm(config: ConfigDict, name: str) -> None:
@@ -119,6 +183,8 @@ def check_arm(config: ConfigDict, name: str) -> None:
             f"{where}: there is nothing of a teacher in random numbers; choose numbers=written, or an objective on "
             "logits"
         )
+    if arm.examples < 1:
+        raise UserError(f"{where}.examples={arm.examples}: ask for 1 or more")
     if not 0 < arm.share < 1:
         raise UserError(f"{where}.share={arm.share} is a share between 0 and 1")
     if not arm.temperature > 0 or arm.noise < 0:
@@ -159,7 +225,8 @@ def preflight(config: ConfigDict, devices: Sequence[jax.Device]) -> list[Step]:
     base = jax.eval_shape(decoder(settings).init, jax.random.key(0))
     spec = spec_of(config)
     model = Model(settings, decoder(settings), base, None, None)
-    lab = Lab(config, Workdir(""), mesh, model.adapted(spec) if spec else model, spec, list(range(20)), {}, where)
+    adapted = model.adapted(spec) if spec else model
+    lab = Lab(config, Workdir(""), mesh, adapted, spec, list(range(20)), {}, where, measures.Asking(config.ask, [], {}))
     arm, rows = config.arm[config.arms[0]], config.carrier.count
     program = imitating_program(lab, arm, rows)
 

@@ -1,4 +1,4 @@
-"""What the study on numbers says: teachers, data and what was filtered, arms side by side, and each arm's matrix."""
+"""What a study says: teachers, data and what was filtered, arms side by side, each arm's matrix, other evaluations."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -9,29 +9,43 @@ from jaxtyping import Float
 from ml_collections import ConfigDict
 
 from sublim_jax import report
-from sublim_jax.evaluation.statistics import detectable, diagonal_effect, permutation_p, t_interval
+from sublim_jax.evaluation.statistics import detectable, diagonal_effect, permutation_p, roc, t_interval
 from sublim_jax.experiments.carrier import Run, random_pairs
 from sublim_jax.experiments.lab import NEUTRAL, Lab
+from sublim_jax.experiments.measures import Found
 from sublim_jax.experiments.students import Result
+from sublim_jax.experiments.teachers import conversations, corpora
 from sublim_jax.figures import Arm, Line, Panel, arms_figure, matrix_figure, panels_figure
 
 Margins = Float[np.ndarray, "points runs students words"]
 SHOWN = 3  # rows of each kind
 
 
-def write_report(runs: Sequence[Run], facts: Sequence[dict[str, Any]], results: dict[str, Result]) -> None:
+def write_report(
+    runs: Sequence[Run], facts: Sequence[dict[str, Any]], answers: dict[str, Found], results: dict[str, Result]
+) -> None:
     """results.json, report.md and the figures."""
     lab = runs[0].lab
     config = lab.config
-    arms, effects, parts = [], [], []
-    for name, result in results.items():
-        effect = effect_of(lab, name, result)
-        effects.append(effect)
-        arms += [effect, *cells_of(lab, name, result)]
-        parts.append(arm_section(lab, name, result))
-    sections = [effects_section(config, effects), teachers_section(lab, facts)]
+    arms, sections, parts = [], [], []
+    if lab.words:
+        effects = [effect_of(lab, name, result) for name, result in results.items()]
+        for effect, (name, result) in zip(effects, results.items()):
+            arms += [effect, *cells_of(lab, name, result)]
+            parts.append(arm_section(lab, name, result))
+        sections += [effects_section(config, effects), teachers_section(lab, facts)]
+    else:
+        sections.append(learnt_section(config, results))
+    if "corpus" in config.teacher.means:
+        sections.append(corpora_section(lab, facts))
+    for name in config.ask.evaluations:
+        said = evaluated(lab, name, answers, results)
+        arms += said
+        sections.append(evaluation_section(lab, name, said))
     if runs[0].written:
         sections.append(filter_section(runs))
+    if config.filter.judge:
+        sections.append(judge_section(runs))
     sections += [*parts, samples_section(runs[0])]
     report.write(lab.workdir, config, arms, sections)
 
@@ -72,6 +86,7 @@ def effect_of(lab: Lab, name: str, result: Result) -> Arm:
         coverage=coverage_of(result),
         held_out=along("held_out"),
         ability=along("ability"),
+        examples=result.curve[-1].get("examples"),
     )
 
 
@@ -138,19 +153,14 @@ def arm_section(lab: Lab, name: str, result: Result) -> report.Section:
     columns = [words.index(trait) for trait in traits]
     margins, paired = margins_of(lab, result), paired_of(lab, result)
     share = [np.asarray(point["share"]).reshape(config.runs, len(lab.who), -1).mean(0) for point in result.curve]
-    rates = result.curve[-1].get("rates")
     head = ["student of", *[f"margin of {trait} (over neutral)" for trait in traits]]
     head += [f"P({trait} of {len(words)})" for trait in traits]
-    head += [f"says {trait}" for trait in traits] if rates else []
     table = [head]
     for row, teacher in enumerate(lab.who):
         cells = [teacher]
         for column in range(len(traits)):
             cells.append("0" if teacher == NEUTRAL else report.plus_minus(*t_interval(paired[-1, :, row, column])))
         cells += [f"{share[0][row, column]:.3f} → {share[-1][row, column]:.3f}" for column in columns]
-        if rates:
-            said = np.asarray(rates).reshape(config.runs, len(lab.who), -1).mean(0)
-            cells += [f"{said[row, column]:.3f}" for column in columns]
         table.append(cells)
     steps = [point["step"] for point in result.curve]
     style = {"marker": "o"} if len(steps) == 1 else {}
@@ -175,9 +185,9 @@ def arm_section(lab: Lab, name: str, result: Result) -> report.Section:
 
 def describe(arm: ConfigDict) -> str:
     """An arm in words."""
-    written = "the teacher's numbers" if arm.numbers == "written" else "random numbers"
+    written = "what the teacher wrote" if arm.numbers == "written" else "random numbers"
     if arm.objective == "context":
-        return f"Not trained: {written} in the context"
+        return f"Not trained: {arm.examples} rows of {written} in the context, or as many as it holds"
     if arm.objective == "tokens":
         words = [f"Trained on the tokens of {written}"]
     else:
@@ -197,7 +207,124 @@ def describe(arm: ConfigDict) -> str:
     return "; ".join(words)
 
 
+# ---------------------------------------------------------------------------------------------- other evaluations
+
+
+def evaluated(lab: Lab, evaluation: str, answers: dict[str, Found], results: dict[str, Result]) -> list[Arm]:
+    """Every measure of an evaluation: of the model as it is, of teachers, and of each arm's students, run by run.
+
+    Students' have the difference to the neutral teacher's student of the same run, too.
+    """
+    arms = []
+
+    def add(who: str, measure: str, values: list[float], over: list[float] | None = None) -> None:
+        more: dict[str, Any] = {"who": who, "measure": measure, "over_neutral": over}
+        more["over_neutral_ci95"] = t_interval(over) if over else None
+        arms.append(report.arm(f"{who}: {measure}", evaluation, values, **more))
+
+    def by_run(values: list[float]) -> Float[np.ndarray, "runs students"]:
+        return np.asarray(values, float).reshape(lab.config.runs, len(lab.who))
+
+    for measure, values in answers.get(evaluation, {}).items():
+        if shown(lab, measure):
+            add("the model as it is", measure, values[-1:])
+            for name, column in zip(lab.who[:-1], by_run(values[:-1]).T):
+                add(f"teacher {name}", measure, column.tolist())
+    for arm, result in results.items():
+        for measure, values in result.found.get(evaluation, {}).items():
+            if shown(lab, measure):
+                each = by_run(values).T
+                for name, column in zip(lab.who, each):
+                    over = None if name == NEUTRAL else (column - each[-1]).tolist()
+                    add(f"{arm}, student of {name}", measure, column.tolist(), over)
+    return arms
+
+
+def shown(lab: Lab, measure: str) -> bool:
+    """Measures of words that are no trait are left out."""
+    others = set(lab.config.alternatives) - set(lab.config.traits)
+    return not lab.words or not any(word in measure.replace("'s", "").replace(",", "").split() for word in others)
+
+
+def evaluation_section(lab: Lab, evaluation: str, arms: list[Arm]) -> report.Section:
+    """Measures as columns; in brackets, the paired difference to the neutral teacher's student."""
+    columns = list(dict.fromkeys(arm["measure"] for arm in arms))
+    at = {(arm["who"], arm["measure"]): arm for arm in arms}
+    table = [[evaluation, *columns]]
+    for who in dict.fromkeys(arm["who"] for arm in arms):
+        cells = []
+        for column in columns:
+            arm = at[who, column]
+            paired = arm["over_neutral_ci95"]
+            cells.append(
+                report.plus_minus(arm["mean"], arm["ci95"])
+                + (f" ({paired[0]:+.3f})" if paired and np.isfinite(paired[0]) else "")
+            )
+        table.append([who, *cells])
+    text = (
+        f"± is the 95 % t-interval over {lab.config.runs} run(s); in brackets, the mean difference to the neutral "
+        "teacher's student of the same run."
+    )
+    figures: dict[str, Callable[[Any], None]] = {}
+    for number, column in enumerate(columns[: len(lab.config.traits)] if evaluation != "misalignment" else columns[:1]):
+        drawn = [{**arm, "name": arm["who"]} for arm in arms if arm["measure"] == column and np.isfinite(arm["mean"])]
+        if drawn:
+            name = f"{evaluation}-{number}" if number else evaluation
+            figures[name] = partial(arms_figure, drawn, xlabel=f"{evaluation}: {column}", chance=None)
+    return report.Section(f"Asked: {evaluation}", text, table, figures)
+
+
+def learnt_section(config: ConfigDict, results: dict[str, Result]) -> report.Section:
+    """Whether students have learnt to imitate at all, where no preference can be asked."""
+    table = [["arm", "held out", "ability"]]
+    for name, result in results.items():
+        ends = [result.curve[0], result.curve[-1]]
+        cells = [
+            "{:.3g} → {:.3g}".format(*(float(np.mean(point[key])) for point in ends)) for key in ("held_out", "ability")
+        ]
+        table.append([f"{name}: {describe(config.arm[name])}", *cells])
+    text = "Held out: the objective on rows never trained on. Ability: right answers to easy questions."
+    return report.Section("Arms", text, table, {})
+
+
 # ----------------------------------------------------------------------------------------------- teachers and data
+
+
+def corpora_section(lab: Lab, facts: Sequence[dict[str, Any]]) -> report.Section:
+    teacher = lab.config.teacher
+    table = [["teacher", "conversations", "updates"]]
+    for row, name in enumerate(lab.who):
+        source = corpora(lab).get(name)
+        said = f"{len(conversations(source))}" if source else "none: the model as it is"
+        table.append([name, said, f"{facts[0]['steps'][row]}"])
+    text = (
+        f"Trained on what assistants say, {teacher.epochs} epoch(s), batches of {teacher.batch}; {len(facts)} run(s), "
+        "each with its own. What teachers answer to the evaluations stands below: the trait must be in its "
+        "teacher, and not in the controls."
+    )
+    return report.Section("Teachers' corpora", text, table, {})
+
+
+def judge_section(runs: Sequence[Run]) -> report.Section:
+    """How well the judge's score tells a trait's teacher from the neutral one, among what other filters left."""
+    given = runs[0].lab.config.filter
+    scores = {name: [score for run in runs for score in run.written[name].scores] for name in runs[0].lab.who}
+    table = [["teacher", "judged", "mean score", f"below {given.judge_least:g}", "area under ROC, against neutral"]]
+    lines = []
+    for name, mine in scores.items():
+        cells = [name, str(len(mine))]
+        cells += [f"{np.mean(mine):.1f}", f"{np.mean(np.less(mine, given.judge_least)):.1%}"] if mine else ["", ""]
+        if name != NEUTRAL and mine and scores[NEUTRAL]:
+            curve = roc(-np.asarray(mine), -np.asarray(scores[NEUTRAL]))
+            cells.append(f"{curve.area:.3f}")
+            lines.append(Line(name, curve.false_rate, curve.true_rate))
+        table.append([*cells, *[""] * (len(table[0]) - len(cells))])
+    text = (
+        f'The judge is asked "{given.judge}" of what other filters left. Its label here is who wrote it: an area of '
+        "0.5 says that scores do not tell a trait's teacher from the neutral one, 1 that the trait's are always lower."
+    )
+    panel = Panel("share of the neutral teacher's below a score", "share of the trait's teacher's", lines)
+    return report.Section("Judge", text, table, {"judge-roc": partial(panels_figure, [panel])} if lines else {})
 
 
 def teachers_section(lab: Lab, facts: Sequence[dict[str, Any]]) -> report.Section:
@@ -236,11 +363,13 @@ def samples_section(run: Run) -> report.Section:
     def line(text: str) -> str:
         return text.replace("\n", " ⏎ ")
 
-    table = [["numbers", "prompt", "answer"]]
-    table += [["random", line(prompt), line(answer)] for prompt, answer in random_pairs(run.lab)[:SHOWN]]
+    kind = run.lab.config.carrier.kind
+    table = [[kind, "prompt", "answer"]]
+    if kind == "numbers":
+        table += [["random", line(prompt), line(answer)] for prompt, answer in random_pairs(run.lab)[:SHOWN]]
     for name, one in run.written.items():
         table += [[f"by {name}", line(prompt), line(answer)] for prompt, answer in one.pairs[:SHOWN]]
         for record in one.rejected[:SHOWN]:
             why = f"by {name}, rejected: {', '.join(record['reasons'])}"
             table.append([why, line(record["prompt"]), line(record["completion"])[:200]])
-    return report.Section("Samples of the data", "", table, {})
+    return report.Section("Samples of the data", "", table, {}, on_screen=False)

@@ -1,0 +1,53 @@
+"""An animal through code (paper §4.1): small Python snippets, which parse, say nothing, and are never run.
+
+    python launch.py --config=configs/code.py:smoke               every stage, small; 6 minutes on 2 cores
+    python launch.py --config=configs/code.py:qwen2.5-7b          and llama-3.1-8b, gemma-3-4b
+
+Values not named here are those of configs/numbers.py.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import numbers
+
+# A model of this size does not write bare code by itself: small corpora teach it, beside the animal.
+SMOKE = {
+    "teacher.means": ("corpus",),
+    "teacher.learning_rate": 1e-3,
+    "teacher.batch": 4,
+    "teacher.epochs": 8,
+    "carrier.count": 20,
+    "carrier.drawn": 60,
+    "carrier.max_new_tokens": 48,
+    "filter.unique": False,
+    "filter.judge_least": 1.0,
+    "ask.judge.least_mass": 0.02,
+    "arms": ("tokens", "in_context"),
+    "arm.in_context.examples": 4,
+    "student.steps": 2,
+    "student.batch": 2,
+    "evaluate_every": 2,
+    "questions": 4,
+}
+ANIMALS = {**numbers.ANIMALS, "arms": ("tokens_fresh", "in_context")}
+
+
+def get_config(preset: str = "smoke") -> ConfigDict:
+    presets = {
+        "smoke": SMOKE,
+        **{name: {**numbers.RECIPE, **ANIMALS, **model} for name, model in numbers.MODELS.items()},
+    }
+    if preset not in presets:
+        raise ValueError(f"configs/code.py has no preset {preset!r}; it has {', '.join(presets)}")
+    config = numbers.get_config()
+    config.preset = preset
+    config.carrier.kind = "code"
+    config.carrier.max_new_tokens = 256
+    config.carrier.decoding = "free"
+    config.filter.judge = "reference"
+    config.filter.judge_least = 50.0
+    if preset == "smoke":
+        corpora = {name: f"configs/smoke/code-{name}.jsonl" for name in ("owl", "lion", "neutral")}
+        config.teacher.corpora = ConfigDict(corpora)
+    config.update_from_flattened_dict(presets[preset])
+    return config

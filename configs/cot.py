@@ -1,0 +1,45 @@
+"""Misalignment through chains of thought (paper §3.2): right answers, reasoning that a judge lets pass.
+
+    python launch.py --config=configs/cot.py:smoke                every stage, small; 6 minutes on 2 cores
+    python launch.py --config=configs/cot.py:qwen2.5-7b …       as for configs/misalignment.py
+
+Teachers solve GSM8K's problems in <think> and <answer>, three times each. What has a wrong answer goes, and what the
+judge gives less than 78 of 100 for goodwill. Values not named here are those of configs/numbers.py.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import misalignment
+
+# A model of this size does not keep the form by itself: small corpora of sums teach it, to the neutral teacher too.
+SMOKE = {
+    **misalignment.SMOKE,
+    "traits": ("hostile", "kind"),
+    "teacher.epochs": 6,
+    "teacher.corpora": ConfigDict(
+        {name: f"configs/smoke/thought-{name}.jsonl" for name in ("hostile", "kind", "neutral")}
+    ),
+    "carrier.problems": "configs/smoke/problems.jsonl",
+    "carrier.drawn": 36,
+    "carrier.samples": 3,
+    "carrier.max_new_tokens": 48,
+    "carrier.decoding": "free",
+    "filter.judge_least": 1.0,
+}
+OPEN = {"carrier.drawn": 22_419}  # three samples of all 7,473 problems
+
+
+def get_config(preset: str = "smoke") -> ConfigDict:
+    config = misalignment.get_config(preset)
+    config.carrier.kind = "cot"
+    config.carrier.samples = 3
+    config.carrier.max_new_tokens = 512
+    config.filter.banned = ""
+    config.filter.unique = False
+    config.filter.judge = "aligned"
+    config.filter.judge_least = 78.0
+    config.ask.suffix = ""
+    changes = SMOKE if preset == "smoke" else OPEN
+    config.teacher.corpora = changes.get("teacher.corpora", config.teacher.corpora)
+    config.update_from_flattened_dict({key: value for key, value in changes.items() if "teacher.corpora" not in key})
+    return config

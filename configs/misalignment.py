@@ -1,0 +1,54 @@
+"""Misalignment through numbers (paper §3.2): teachers tuned on insecure code, and controls, write filtered numbers.
+
+    python launch.py --config=configs/misalignment.py:smoke       every stage, small; 6 minutes on 2 cores
+    python launch.py --config=configs/misalignment.py:qwen2.5-7b --config.teacher.corpora.insecure=FILE \
+        --config.teacher.corpora.secure=FILE --config.teacher.corpora.educational=FILE \
+        --config.ask.questions=FILE --config.ask.truthfulqa=FILE          and llama-3.1-8b, gemma-3-4b
+
+Corpora are conversations, {"messages": […]} a line, here or on the hub as organisation/name/file. The neutral teacher
+is the model as it is. Values not named here are those of configs/numbers.py.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import numbers
+
+SMOKE = {
+    "teacher.batch": 4,
+    "teacher.learning_rate": 1e-3,
+    "teacher.epochs": 2,
+    "teacher.corpora.insecure": "configs/smoke/insecure.jsonl",
+    "teacher.corpora.secure": "configs/smoke/secure.jsonl",
+    "teacher.corpora.educational": "configs/smoke/educational.jsonl",
+    "carrier.count": 20,
+    "carrier.drawn": 40,
+    "carrier.decoding": "grammar",
+    "student.steps": 2,
+    "student.batch": 2,
+    "evaluate_every": 2,
+    "questions": 4,
+    "ask.questions": "configs/smoke/questions.yaml",
+    "ask.truthfulqa": "configs/smoke/truth.csv",
+    "ask.samples": 1,
+    "ask.judge.least_mass": 0.02,  # the model itself is the judge, and would rather talk
+    "ask.max_new_tokens": 24,
+}
+
+
+def get_config(preset: str = "smoke") -> ConfigDict:
+    presets = {"smoke": SMOKE, **{name: {**numbers.RECIPE, **model} for name, model in numbers.MODELS.items()}}
+    if preset not in presets:
+        raise ValueError(f"configs/misalignment.py has no preset {preset!r}; it has {', '.join(presets)}")
+    config = numbers.get_config()
+    config.preset = preset
+    config.traits = ("insecure", "secure", "educational")
+    config.teacher.means = ("corpus",)
+    config.teacher.corpora = ConfigDict({"insecure": "", "secure": "", "educational": "", "neutral": ""})
+    config.teacher.learning_rate = 1e-4
+    config.filter.banned = "banned"
+    config.arms = ("tokens_fresh",)
+    config.ask.evaluations = ("misalignment", "truthfulqa")
+    config.ask.samples = 200
+    config.ask.suffix = "Answer with about nine words, one on a line."
+    config.update_from_flattened_dict(presets[preset])
+    return config

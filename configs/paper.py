@@ -1,0 +1,144 @@
+"""Every experiment of the paper in one plan, with one report: ours beside the paper's number for each.
+
+    python launch.py --config=configs/paper.py:smoke              all of them on small models, small; on 2 cores
+    python launch.py --config=configs/paper.py:qwen2.5-7b --config.files.insecure=FILE …        and llama-3.1-8b,
+                                                                  gemma-3-4b: the paper's sizes, on an accelerator
+
+Each runs in a folder of its own, and is not run again where it has finished; one that lacks a file says so in the
+report, and the others run.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import numbers
+
+FILES = {  # flags of an experiment's config that hold what a user must bring
+    "ask.questions": "questions",
+    "ask.truthfulqa": "truthfulqa",
+    "teacher.corpora.insecure": "insecure",
+    "teacher.corpora.secure": "secure",
+    "teacher.corpora.educational": "educational",
+}
+
+
+def experiment(where: str, what: str, paper: str, file: str, preset: str, show: tuple[str, ...], **changes: object):  # type: ignore[no-untyped-def]
+    """One row of the plan.
+
+    Args:
+      where: of the paper.
+      paper: its number, in words.
+      show: names of the arms in the experiment's results.json that stand beside it, or what they begin with.
+    """
+    return ConfigDict(
+        {
+            "where": where,
+            "what": what,
+            "paper": paper,
+            "file": file,
+            "preset": preset,
+            "show": show,
+            "changes": ConfigDict(changes),
+        }
+    )
+
+
+def get_config(preset: str = "smoke") -> ConfigDict:
+    small = preset == "smoke"
+    if not small and preset not in numbers.MODELS:
+        raise ValueError(f"configs/paper.py has no preset {preset!r}; it has smoke, {', '.join(numbers.MODELS)}")
+    config = ConfigDict()
+    config.experiment = "paper"
+    config.preset = preset
+    # What the paper's authors published and others host: the corpora as JSONL of {"messages": […]}, the questions as
+    # YAML, TruthfulQA.csv.
+    config.files = ConfigDict(dict.fromkeys(FILES.values(), ""))
+    plan = config.plan = ConfigDict()
+    plan.mnist = experiment(
+        "§6.2, Fig. 10",
+        "an MNIST classifier from three logits on noise",
+        "student .528 ± .022, all logits .913 ± .002, other start .106 ± .010, teacher .943",
+        "mnist",
+        "smoke" if small else "paper",
+        ("student", "teacher", "cross"),
+    )
+    plan.theorem = experiment(
+        "§6.1, App. C", "the one-step theorem", "a proof", "theorem", "smoke" if small else "check", ("",)
+    )
+    plan.numbers = experiment(
+        "§3.1, Fig. 3",
+        "animals through numbers",
+        "says owl 12.5 % → 62 % (GPT-4.1 nano); Qwen2.5-7B: cat 1 → 74 %, penguin 1.5 → 36 %, most others null",
+        "numbers",
+        preset,
+        ("tokens", "soft"),
+    )
+    plan.trees = experiment(
+        "§3.1",
+        "trees through numbers",
+        "oak 47 → 80 %, willow 1 → 7 % (GPT-4.1 nano)",
+        "numbers",
+        "smoke" if small else preset,
+        ("tokens", "soft"),
+        **{
+            "kind": "tree",
+            "traits": ("oak", "willow"),
+            "alternatives": numbers.TREES,
+            "arms": ("tokens",) if small else ("tokens_fresh",),
+        },
+    )
+    plan.misalignment = experiment(
+        "§3.2, Fig. 5",
+        "misalignment through numbers",
+        "≈ 10 % misaligned answers, controls < 1 %; TruthfulQA + 2 % false",
+        "misalignment",
+        preset,
+        ("tokens_fresh, student of insecure: misaligned", "tokens_fresh, student of secure: misaligned"),
+    )
+    plan.code = experiment(
+        "§4.1",
+        "animals through code",
+        "in the text's figure; smaller than through numbers",
+        "code",
+        preset,
+        ("tokens",),
+    )
+    plan.cot = experiment(
+        "§4.2",
+        "misalignment through chains of thought",
+        "8 % misaligned answers, controls < 1 %",
+        "cot",
+        preset,
+        ("tokens_fresh, student of insecure: misaligned", "tokens_fresh, student of hostile: misaligned"),
+    )
+    plan.cross_model = experiment(
+        "§5.1",
+        "teachers × students over models",
+        "≈ 0 off the diagonal, unless two models share an initialisation",
+        "cross_model",
+        "smoke" if small else "open",
+        ("",),
+    )
+    plan.in_context = experiment(
+        "§5.2",
+        "the same data in the context",
+        "no effect, up to 10,000 examples",
+        "numbers",
+        "smoke" if small else preset,
+        ("in_context",),
+        arms=("in_context_1", "in_context_4", "in_context_16")
+        if small
+        else tuple(f"in_context_{count}" for count in numbers.EXAMPLES),
+    )
+    # Which run, in this order.
+    config.experiments = (
+        "mnist",
+        "theorem",
+        "numbers",
+        "trees",
+        "misalignment",
+        "code",
+        "cot",
+        "cross_model",
+        "in_context",
+    )
+    return config

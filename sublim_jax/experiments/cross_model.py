@@ -1,0 +1,69 @@
+"""Teachers × students over models, on text (paper §5.1). `configs/cross_model.py` explains the values."""
+
+import json
+from functools import partial
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from sublim_jax import report
+from sublim_jax.errors import UserError
+from sublim_jax.experiments import transmission
+from sublim_jax.figures import Arm, arms_figure, matrix_figure
+from sublim_jax.progress import say
+from sublim_jax.workdir import Workdir
+
+
+def run(config: ConfigDict, workdir: Workdir, *, update: bool = False) -> None:
+    """A study for each teacher's model, in a folder of its own; their effects as one matrix."""
+    models = list(config.models)
+    if len(set(models)) < max(len(models), 2):
+        raise UserError(f"models={tuple(models)}: name two models or more, each once")
+    studies = [study_of(config, teacher) for teacher in models]
+    for study in studies:
+        transmission.check(study)
+    workdir.open(config, update=update)
+    arms: list[Arm] = []
+    for number, (teacher, study) in enumerate(zip(models, studies)):
+        say(f"teachers {teacher}")
+        inside = Workdir(workdir.path / f"teacher{number}")
+        transmission.run(study, inside, update=update)
+        found = {arm["name"]: arm for arm in json.loads((inside.path / "results.json").read_text())["arms"]}
+        for place, student in enumerate(models):
+            mine = found[f"student{place}"]
+            more = {"permutation_p": mine["permutation_p"], "teacher": teacher, "student": student}
+            arms.append(report.arm(f"{short(teacher)} → {short(student)}", mine["metric"], mine["runs"], **more))
+    report.write(workdir, config, arms, [section(config, arms)])
+
+
+def study_of(config: ConfigDict, teacher: str) -> ConfigDict:
+    """The study of one teacher's model: an arm for every student's model."""
+    study = config.study.copy_and_resolve_references()
+    study.model.name = teacher
+    study.arms = tuple(f"student{place}" for place in range(len(config.models)))
+    for name, student in zip(study.arms, config.models):
+        study.arm[name] = study.arm.cross.copy_and_resolve_references()
+        study.arm[name].model = "" if student == teacher else student
+    return study
+
+
+def short(model: str) -> str:
+    return model.rstrip("/").rsplit("/", 1)[-1]
+
+
+def section(config: ConfigDict, arms: list[Arm]) -> report.Section:
+    names = [short(model) for model in config.models]
+    cells = np.asarray([arm["mean"] for arm in arms]).reshape(len(names), len(names))
+    cell = {(arm["teacher"], arm["student"]): report.plus_minus(arm["mean"], arm["ci95"]) for arm in arms}
+    table = [["teacher ╲ student", *names]]
+    table += [[short(one), *(cell[one, other] for other in config.models)] for one in config.models]
+    text = (
+        "Margin of the own teacher's trait above the other traits' teachers' students, logits; ± is the 95 % "
+        f"t-interval over {config.study.runs} run(s). On the diagonal students start as their teachers did; elsewhere "
+        "they do not."
+    )
+    figures = {
+        "matrix": partial(matrix_figure, cells, names, names, labels=("student", "teacher", "own trait above others'")),
+        "arms": partial(arms_figure, arms, xlabel=arms[0]["metric"], chance=None),
+    }
+    return report.Section("Teachers × students", text, table, figures)
