@@ -17,7 +17,7 @@ SMOKE = {
     "teacher.batch": 4,
     "teacher.epochs": 8,
     "carrier.count": 20,
-    "carrier.drawn": 60,
+    "carrier.drawn": 110,
     "carrier.max_new_tokens": 48,
     "filter.unique": False,
     "filter.judge_least": 1.0,
