@@ -3,9 +3,9 @@
     python launch.py --config=configs/cross_model.py:smoke        SmolLM2 and Gemma 3 270M, small; 6 minutes on 2 cores
     python launch.py --config=configs/cross_model.py:open         Qwen2.5-7B, Llama-3.1-8B, Gemma-3-4B
 
-Every model of `models` teaches all of them, each by the study `study` on its numbers as text. Names, folders: two
-fine-tunes of one base beside each other show what a shared initialisation does. Values of `study` are those of
-configs/numbers.py.
+Every model of `models` (names or folders, commas in between) teaches all of them, each by the study `study`, on its
+numbers as text. Two fine-tunes of one base beside each other show what a shared initialisation does. Values of `study`
+are those of configs/numbers.py.
 """
 
 from ml_collections import ConfigDict
@@ -18,7 +18,7 @@ def get_config(preset: str = "smoke") -> ConfigDict:
     config.experiment = "cross_model"
     config.preset = preset
     if preset == "smoke":
-        config.models = ("smollm2-135m-instruct", "gemma-3-270m")
+        config.models = "smollm2-135m-instruct,gemma-3-270m"
         config.study = numbers.get_config("smoke")
         config.study.student.steps = config.study.evaluate_every = 1
         config.study.carrier.count = 20
@@ -26,7 +26,7 @@ def get_config(preset: str = "smoke") -> ConfigDict:
         config.study.teacher.most_steps = 4
         config.study.ask.evaluations = ()
     elif preset == "open":
-        config.models = tuple(model["model.name"] for model in numbers.MODELS.values())
+        config.models = ",".join(str(model["model.name"]) for model in numbers.MODELS.values())
         config.study = numbers.get_config("qwen2.5-7b")
     else:
         raise ValueError(f"configs/cross_model.py has no preset {preset!r}; it has smoke, open")

@@ -21,13 +21,13 @@ FILES = {  # flags of an experiment's config that hold what a user must bring
 }
 
 
-def experiment(where: str, what: str, paper: str, file: str, preset: str, show: tuple[str, ...], **changes: object):  # type: ignore[no-untyped-def]
+def experiment(where: str, what: str, paper: str, file: str, preset: str, show: str, **changes: object):  # type: ignore[no-untyped-def]
     """One row of the plan.
 
     Args:
       where: of the paper.
       paper: its number, in words.
-      show: names of the arms in the experiment's results.json that stand beside it, or what they begin with.
+      show: arms of the experiment's results.json that stand beside it, as file patterns, "; " in between.
     """
     return ConfigDict(
         {
@@ -59,10 +59,10 @@ def get_config(preset: str = "smoke") -> ConfigDict:
         "student .528 ± .022, all logits .913 ± .002, other start .106 ± .010, teacher .943",
         "mnist",
         "smoke" if small else "paper",
-        ("student", "teacher", "cross"),
+        "student (*; cross-init student (*; teacher",
     )
     plan.theorem = experiment(
-        "§6.1, App. C", "the one-step theorem", "a proof", "theorem", "smoke" if small else "check", ("",)
+        "§6.1, App. C", "the one-step theorem", "a proof", "theorem", "smoke" if small else "check", "*"
     )
     plan.numbers = experiment(
         "§3.1, Fig. 3",
@@ -70,7 +70,7 @@ def get_config(preset: str = "smoke") -> ConfigDict:
         "says owl 12.5 % → 62 % (GPT-4.1 nano); Qwen2.5-7B: cat 1 → 74 %, penguin 1.5 → 36 %, most others null",
         "numbers",
         preset,
-        ("tokens", "soft"),
+        "tokens; tokens_fresh; soft; soft_fresh; shuffled_within; shuffled_across",
     )
     plan.trees = experiment(
         "§3.1",
@@ -78,7 +78,7 @@ def get_config(preset: str = "smoke") -> ConfigDict:
         "oak 47 → 80 %, willow 1 → 7 % (GPT-4.1 nano)",
         "numbers",
         "smoke" if small else preset,
-        ("tokens", "soft"),
+        "tokens; tokens_fresh",
         **{
             "kind": "tree",
             "traits": ("oak", "willow"),
@@ -92,7 +92,7 @@ def get_config(preset: str = "smoke") -> ConfigDict:
         "≈ 10 % misaligned answers, controls < 1 %; TruthfulQA + 2 % false",
         "misalignment",
         preset,
-        ("tokens_fresh, student of insecure: misaligned", "tokens_fresh, student of secure: misaligned"),
+        "tokens_fresh, student of *: misaligned, of coherent; tokens_fresh, student of *: P of the false answer",
     )
     plan.code = experiment(
         "§4.1",
@@ -100,7 +100,7 @@ def get_config(preset: str = "smoke") -> ConfigDict:
         "in the text's figure; smaller than through numbers",
         "code",
         preset,
-        ("tokens",),
+        "tokens; tokens_fresh",
     )
     plan.cot = experiment(
         "§4.2",
@@ -108,7 +108,7 @@ def get_config(preset: str = "smoke") -> ConfigDict:
         "8 % misaligned answers, controls < 1 %",
         "cot",
         preset,
-        ("tokens_fresh, student of insecure: misaligned", "tokens_fresh, student of hostile: misaligned"),
+        "tokens_fresh, student of *: misaligned, of coherent",
     )
     plan.cross_model = experiment(
         "§5.1",
@@ -116,7 +116,7 @@ def get_config(preset: str = "smoke") -> ConfigDict:
         "≈ 0 off the diagonal, unless two models share an initialisation",
         "cross_model",
         "smoke" if small else "open",
-        ("",),
+        "*",
     )
     plan.in_context = experiment(
         "§5.2",
@@ -124,7 +124,7 @@ def get_config(preset: str = "smoke") -> ConfigDict:
         "no effect, up to 10,000 examples",
         "numbers",
         "smoke" if small else preset,
-        ("in_context",),
+        "in_context_?; in_context_??; in_context_???; in_context_????",
         arms=("in_context_1", "in_context_4", "in_context_16")
         if small
         else tuple(f"in_context_{count}" for count in numbers.EXAMPLES),

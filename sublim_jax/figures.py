@@ -132,9 +132,10 @@ def matrix_figure(
     Args:
       labels: of columns, rows and colours; for students by their teacher and traits that are asked after, left out.
     """
-    figure, axes = plt.subplots(figsize=(1.4 * len(columns) + 2.4, 1.0 * len(rows) + 1.6), layout="constrained")
+    wide = max(1.4, 0.11 * max(map(len, columns)))
+    figure, axes = plt.subplots(figsize=(wide * len(columns) + 2.4, 1.0 * len(rows) + 1.6), layout="constrained")
     limit = max(float(np.abs(cells).max()), 1e-6)
-    image = axes.imshow(cells, cmap="RdBu_r", vmin=-limit, vmax=limit)
+    image = axes.imshow(cells, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
     for (row, column), value in np.ndenumerate(cells):
         ink = "white" if abs(value) > 0.6 * limit else INK
         axes.text(column, row, f"{value:+.2f}", ha="center", va="center", color=ink)

@@ -16,9 +16,9 @@ from sublim_jax.workdir import Workdir
 
 def run(config: ConfigDict, workdir: Workdir, *, update: bool = False) -> None:
     """A study for each teacher's model, in a folder of its own; their effects as one matrix."""
-    models = list(config.models)
+    models = models_of(config)
     if len(set(models)) < max(len(models), 2):
-        raise UserError(f"models={tuple(models)}: name two models or more, each once")
+        raise UserError(f"models={config.models}: name two models or more, each once, commas in between")
     studies = [study_of(config, teacher) for teacher in models]
     for study in studies:
         transmission.check(study)
@@ -40,11 +40,16 @@ def study_of(config: ConfigDict, teacher: str) -> ConfigDict:
     """The study of one teacher's model: an arm for every student's model."""
     study = config.study.copy_and_resolve_references()
     study.model.name = teacher
-    study.arms = tuple(f"student{place}" for place in range(len(config.models)))
-    for name, student in zip(study.arms, config.models):
-        study.arm[name] = study.arm.cross.copy_and_resolve_references()
-        study.arm[name].model = "" if student == teacher else student
+    study.arms = tuple(f"student{place}" for place in range(len(models_of(config))))
+    with study.unlocked():
+        for name, student in zip(study.arms, models_of(config)):
+            study.arm[name] = study.arm.cross.copy_and_resolve_references()
+            study.arm[name].model = "" if student == teacher else student
     return study
+
+
+def models_of(config: ConfigDict) -> list[str]:
+    return [model for model in config.models.split(",") if model]
 
 
 def short(model: str) -> str:
@@ -52,11 +57,12 @@ def short(model: str) -> str:
 
 
 def section(config: ConfigDict, arms: list[Arm]) -> report.Section:
-    names = [short(model) for model in config.models]
+    models = models_of(config)
+    names = [short(model) for model in models]
     cells = np.asarray([arm["mean"] for arm in arms]).reshape(len(names), len(names))
     cell = {(arm["teacher"], arm["student"]): report.plus_minus(arm["mean"], arm["ci95"]) for arm in arms}
     table = [["teacher ╲ student", *names]]
-    table += [[short(one), *(cell[one, other] for other in config.models)] for one in config.models]
+    table += [[short(one), *(cell[one, other] for other in models)] for one in models]
     text = (
         "Margin of the own teacher's trait above the other traits' teachers' students, logits; ± is the 95 % "
         f"t-interval over {config.study.runs} run(s). On the diagonal students start as their teachers did; elsewhere "

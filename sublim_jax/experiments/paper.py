@@ -1,8 +1,10 @@
 """The paper's experiments, one after the other, and one report. `configs/paper.py` explains the values."""
 
+import fnmatch
 import importlib
 import json
 import shutil
+from collections import Counter
 from functools import partial
 from typing import Any
 
@@ -13,8 +15,6 @@ from sublim_jax import report
 from sublim_jax.errors import UserError
 from sublim_jax.progress import say
 from sublim_jax.workdir import Workdir, plain
-
-SHOWN = 4  # arms beside the paper's number
 
 
 def run(config: ConfigDict, workdir: Workdir, *, update: bool = False) -> None:
@@ -74,7 +74,7 @@ def table_section(config: ConfigDict, found: dict[str, Any]) -> report.Section:
     table = [["experiment", "of the paper", "its number", "ours"]]
     for name, result in found.items():
         row = config.plan[name]
-        ours = f"not run: {result}" if isinstance(result, str) else "; ".join(told(arm) for arm in shown(row, result))
+        ours = f"not run: {result}" if isinstance(result, str) else ours_of(row, result)
         table.append([f"{name}: {row.what}", row.where, row.paper, ours])
     text = (
         f"Preset {config.preset}. Ours are of its models and sizes, which are not the paper's: the paper's "
@@ -84,8 +84,13 @@ def table_section(config: ConfigDict, found: dict[str, Any]) -> report.Section:
     return report.Section("The paper's experiments", text, table, {})
 
 
-def shown(row: ConfigDict, arms: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [arm for arm in arms if arm["name"].startswith(tuple(row.show))][:SHOWN]
+def ours_of(row: ConfigDict, arms: list[dict[str, Any]]) -> str:
+    """What stands beside the paper's number: verdicts counted, or the arms that the plan names."""
+    if "verdict" in arms[0]:
+        counts = Counter(arm["verdict"] for arm in arms)
+        return "; ".join(f"{count} of {len(arms)} rows {verdict}" for verdict, count in counts.most_common())
+    patterns = row.show.split("; ")
+    return "; ".join(told(arm) for arm in arms if any(fnmatch.fnmatchcase(arm["name"], one) for one in patterns))
 
 
 def told(arm: dict[str, Any]) -> str:

@@ -323,8 +323,9 @@ def judge_section(runs: Sequence[Run]) -> report.Section:
         f'The judge is asked "{given.judge}" of what other filters left. Its label here is who wrote it: an area of '
         "0.5 says that scores do not tell a trait's teacher from the neutral one, 1 that the trait's are always lower."
     )
+    lines.append(Line("chance", [0, 1], [0, 1], {"ls": ":", "marker": "", "color": "grey"}))
     panel = Panel("share of the neutral teacher's below a score", "share of the trait's teacher's", lines)
-    return report.Section("Judge", text, table, {"judge-roc": partial(panels_figure, [panel])} if lines else {})
+    return report.Section("Judge", text, table, {"judge-roc": partial(panels_figure, [panel])})
 
 
 def teachers_section(lab: Lab, facts: Sequence[dict[str, Any]]) -> report.Section:

@@ -1,0 +1,80 @@
+"""The plan of the paper's experiments, and teachers × students over models."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from test_experiment_numbers import FLAGS
+from test_launch import assert_refused, launch
+
+from configs import paper as paper_config
+from sublim_jax.experiments import paper
+from sublim_jax.experiments.transmission import check
+
+
+def test_a_plan_runs_what_it_can_says_what_it_lacks_and_repeats_nothing(tmp_path):
+    command = ["--config=configs/paper.py:smoke", "--config.experiments=theorem,misalignment", f"--workdir={tmp_path}"]
+    command.append("--config.files.insecure=nowhere.jsonl")
+    assert launch(*command).returncode == 0
+    text = (tmp_path / "report.md").read_text()
+    assert "| theorem: the one-step theorem | §6.1, App. C | a proof |" in text and "rows as predicted" in text
+    assert "not run: 'nowhere.jsonl' is no file here" in text
+    assert (tmp_path / "figures" / "theorem.png").stat().st_size > 5000
+    arms = json.loads((tmp_path / "results.json").read_text())["arms"]
+    assert arms and all(arm["name"].startswith("theorem: ") for arm in arms)
+    before = (tmp_path / "theorem" / "results.json").stat().st_mtime_ns
+    assert launch(*command).returncode == 0
+    assert (tmp_path / "theorem" / "results.json").stat().st_mtime_ns == before
+    assert (tmp_path / "report.md").read_text() == text
+
+
+@pytest.mark.parametrize("preset", ["smoke", "qwen2.5-7b", "llama-3.1-8b", "gemma-3-4b"])
+def test_every_experiment_of_the_plan_is_a_config_that_passes_its_checks(tmp_path, preset, monkeypatch):
+    """With the files that a user brings; and each of those reaches the experiments that ask for it."""
+    config = paper_config.get_config(preset)
+    assert set(config.experiments) == set(config.plan)
+    given = {"questions": "questions.yaml", "truthfulqa": "truth.csv"}
+    given |= {name: f"{name}.jsonl" for name in ("insecure", "secure", "educational")}
+    for name, file in given.items():
+        config.files[name] = f"configs/smoke/{file}"
+    for name in config.experiments:
+        one = paper.config_of(config, name)
+        if one.experiment == "transmission":
+            one.carrier.problems = "configs/smoke/problems.jsonl"
+            check(one)
+            if "misalignment" in one.ask.evaluations:
+                assert one.ask.questions == "configs/smoke/questions.yaml"
+
+
+def test_an_unknown_experiment_is_told_in_one_line(tmp_path):
+    result = launch("--config=configs/paper.py:smoke", "--config.experiments=owls", f"--workdir={tmp_path / 'work'}")
+    assert_refused(result, "experiments: 'owls' is none of")
+    assert not (tmp_path / "work").exists()
+
+
+def test_a_model_under_two_names_is_one_model_in_the_matrix(tiny_folder, tmp_path):
+    """Cells off the diagonal equal those on it, for the second model has the first one's weights."""
+    other = tmp_path / "other"
+    shutil.copytree(tiny_folder, other)
+    models = (str(tiny_folder), str(other))
+    study = [flag.replace("--config.", "--config.study.") for flag in FLAGS if "steps=6" not in flag]
+    work = f"--workdir={tmp_path / 'work'}"
+    result = launch("--config=configs/cross_model.py:smoke", f"--config.models={','.join(models)}", *study, work)
+    assert result.returncode == 0, result.stderr
+    arms = json.loads((tmp_path / "work" / "results.json").read_text())["arms"]
+    assert len(arms) == 4 and {arm["teacher"] for arm in arms} == set(models)
+    own, foreign = arms[0]["mean"], arms[1]["mean"]
+    assert own != 0
+    np.testing.assert_allclose([arm["mean"] for arm in arms], [own] * 4, rtol=1e-3, atol=1e-5)
+    assert foreign == pytest.approx(own, rel=1e-3)
+    assert (tmp_path / "work" / "figures" / "matrix.png").stat().st_size > 5000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["misalignment", "code", "cot", "cross_model"])
+def test_smoke_runs_every_stage_on_real_models(tmp_path, name):
+    result = launch(f"--config=configs/{name}.py:smoke", f"--workdir={tmp_path}", timeout=1200)
+    assert result.returncode == 0, result.stderr
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert len(results["arms"]) >= 4 and list((tmp_path / "figures").glob("*.png"))
