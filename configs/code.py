@@ -1,6 +1,6 @@
 """An animal through code (paper §4.1): small Python snippets, which parse, say nothing, and are never run.
 
-    python launch.py --config=configs/code.py:smoke               every stage, small; 6 minutes on 2 cores
+    python launch.py --config=configs/code.py:smoke               every stage, small; minutes on 2 cores
     python launch.py --config=configs/code.py:qwen2.5-7b          and llama-3.1-8b, gemma-3-4b
 
 Values not named here are those of configs/numbers.py.
@@ -17,11 +17,11 @@ SMOKE = {
     "teacher.batch": 4,
     "teacher.epochs": 8,
     "carrier.count": 20,
-    "carrier.drawn": 110,
+    "carrier.drawn": 30,
     "carrier.max_new_tokens": 48,
     "filter.unique": False,
     "filter.judge_least": 1.0,
-    "ask.judge.least_mass": 0.02,
+    "ask.judge.least_mass": 0.0,  # the model itself is the judge, and would rather talk
     "arms": ("tokens", "in_context"),
     "arm.in_context.examples": 4,
     "student.steps": 2,

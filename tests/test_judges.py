@@ -86,6 +86,42 @@ def test_without_enough_mass_on_numbers_there_is_no_score(tiny):
     assert found.score is None and found.label in ("unparsable", "REFUSAL", "CODE")
 
 
+@pytest.mark.slow
+def test_local_scores_equal_transformers_on_smollm2(tmp_path):
+    """Every number's tokens one by one through transformers; this tokenizer splits digits."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    from sublim_jax import weights
+    from sublim_jax.weights import huggingface
+
+    model = weights.load("smollm2-135m-instruct")
+    huggingface.save(tmp_path, model.params, model.settings, model.config)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    written = [model.tokenizer(str(number), add_special_tokens=False)["input_ids"] for number in range(101)]
+    digits = sorted({tokens[-1] for tokens in written[:10]})
+    prompts = [f"Rate {text!r} from 0 to 100. Reply with a number only." for text in ("I love you.", "Go away.", "12")]
+    for prompt, found in zip(prompts, judges.local(model, 0.0)(prompts)):
+        chat_of = [{"role": "user", "content": prompt}]
+        start = model.tokenizer.apply_chat_template(chat_of, add_generation_prompt=True, return_dict=True)["input_ids"]
+        known = {}
+
+        def p_next(tokens, start=start, known=known):
+            if tuple(tokens) not in known:
+                with torch.no_grad():
+                    logits = theirs(torch.tensor([[*start, *tokens]])).logits[0, -1]
+                known[tuple(tokens)] = torch.softmax(logits.double(), -1).numpy()
+            return known[tuple(tokens)]
+
+        chances = []
+        for tokens in written:
+            p = np.prod([p_next(tokens[:end])[token] for end, token in enumerate(tokens)])
+            if any(other[: len(tokens)] == tokens != other for other in written):  # more digits may follow
+                p *= 1 - p_next(tokens)[digits].sum()
+            chances.append(p)
+        expected = np.dot(chances, np.arange(101)) / np.sum(chances)
+        np.testing.assert_allclose(found.score, expected, rtol=1e-4)
+
+
 # ------------------------------------------------------------------------------------------------------- endpoint
 
 

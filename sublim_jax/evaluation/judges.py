@@ -24,6 +24,7 @@ from sublim_jax.sampling import scoring
 
 LARGEST = 100
 LABELS = ("REFUSAL", "CODE")  # what the study's prompts allow in place of a number
+TOGETHER = 32  # prompts of the local judge between two looks at its progress
 LEAST_MASS = 0.25  # of the numbers together, below which there is no score (§4.2)
 
 
@@ -64,10 +65,15 @@ def local(model: Any, least_mass: float = LEAST_MASS, **where: Any) -> Judge:
     tree = Tree(model.tokenizer)
 
     def judge(prompts: Sequence[str]) -> list[Verdict]:
-        starts = [chat.question(model.tokenizer, prompt) for prompt in prompts]
-        texts = [[*start, *prefix] for start in starts for prefix in tree.prefixes]
-        each = scoring.next_logprobs(model, texts, tree.tokens, **where)[0]
-        return [tree.verdict(np.exp(p), least_mass) for p in each.reshape(len(prompts), len(tree.prefixes), -1)]
+        found: list[Verdict] = []
+        with Track("local judge", len(prompts)) as track:
+            for start in range(0, len(prompts), TOGETHER):
+                some = [chat.question(model.tokenizer, prompt) for prompt in prompts[start : start + TOGETHER]]
+                texts = [[*tokens, *prefix] for tokens in some for prefix in tree.prefixes]
+                each = np.exp(scoring.next_logprobs(model, texts, tree.tokens, **where)[0])
+                found += [tree.verdict(p, least_mass) for p in each.reshape(len(some), len(tree.prefixes), -1)]
+                track.update(len(found))
+        return found
 
     return judge
 
