@@ -238,6 +238,8 @@ def test_a_study_of_corpora_ends_in_rates_for_teachers_students_and_controls(tin
         (["--config.filter.judge=taste"], ['"taste" must be a list']),
         (["--config.carrier.kind=poems"], ["carrier.kind: 'poems'"]),
         (["--config.carrier.kind=code"], ["carrier.decoding=grammar is for numbers"]),
+        (["--config.carrier.kind=code", "--config.carrier.decoding=free", "--config.arms=owls"], ["arms: 'owls'"]),
+        (["--config.arms=in_context"], ["arm.in_context asks for preferences, and traits=('insecure', 'secure'"]),
         (
             ["--config.carrier.kind=code", "--config.carrier.decoding=free", "--config.arms=soft"],
             ["arm.soft is about numbers"],

@@ -160,13 +160,6 @@ def check_carrier(config: ConfigDict) -> None:
         code.prompts(1, 0, config.packs.code)
     else:
         cot.load(assets.data_file(given.problems))
-    for name in config.arms:
-        arm = config.arm[name]
-        if arm.objective not in ("tokens", "context") or arm.numbers != "written" or arm.shuffle:
-            raise UserError(
-                f"arm.{name} is about numbers, and carrier.kind={given.kind}; choose objective=tokens or context, "
-                "numbers=written, shuffle empty"
-            )
 
 
 def check_arm(config: ConfigDict, name: str) -> None:
@@ -182,6 +175,12 @@ def check_arm(config: ConfigDict, name: str) -> None:
         raise UserError(
             f"{where}: there is nothing of a teacher in random numbers; choose numbers=written, or an objective on "
             "logits"
+        )
+    of_numbers = arm.objective not in ("tokens", "context") or arm.numbers == "random" or arm.shuffle
+    if of_numbers and config.carrier.kind != "numbers":
+        raise UserError(
+            f"{where} is about numbers, and carrier.kind={config.carrier.kind}; choose objective=tokens or context, "
+            "numbers=written, shuffle empty"
         )
     if arm.examples < 1:
         raise UserError(f"{where}.examples={arm.examples}: ask for 1 or more")
@@ -205,6 +204,15 @@ def check_models(lab: Lab, labs: dict[str, Lab]) -> None:
         )
     for name in config.arms:
         arm = config.arm[name]
+        if arm.objective == "context":
+            if not labs[arm.model].model.tokenizer.chat_template:
+                raise UserError(
+                    f"arm.{name}: {arm.model or config.model.name} is a base model, which holds no conversation"
+                )
+            if not lab.words:
+                raise UserError(
+                    f"arm.{name} asks for preferences, and traits={tuple(config.traits)} are no alternatives"
+                )
         alike = labs[arm.model].model.tokenizer.get_vocab() == lab.model.tokenizer.get_vocab()
         if not alike and (arm.objective in OBJECTIVES or arm.action):
             raise UserError(
