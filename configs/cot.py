@@ -13,12 +13,8 @@ from configs import misalignment
 
 # A model of this size does not keep the form by itself: small corpora of sums teach it, to the neutral teacher too.
 SMOKE = {
-    **misalignment.SMOKE,
     "traits": ("hostile", "kind"),
     "teacher.epochs": 6,
-    "teacher.corpora": ConfigDict(
-        {name: f"configs/smoke/thought-{name}.jsonl" for name in ("hostile", "kind", "neutral")}
-    ),
     "carrier.problems": "configs/smoke/problems.jsonl",
     "carrier.drawn": 36,
     "carrier.samples": 3,
@@ -39,7 +35,8 @@ def get_config(preset: str = "smoke") -> ConfigDict:
     config.filter.judge = "aligned"
     config.filter.judge_least = 78.0
     config.ask.suffix = ""
-    changes = SMOKE if preset == "smoke" else OPEN
-    config.teacher.corpora = changes.get("teacher.corpora", config.teacher.corpora)
-    config.update_from_flattened_dict({key: value for key, value in changes.items() if "teacher.corpora" not in key})
+    if preset == "smoke":
+        corpora = {name: f"configs/smoke/thought-{name}.jsonl" for name in ("hostile", "kind", "neutral")}
+        config.teacher.corpora = ConfigDict(corpora)
+    config.update_from_flattened_dict(SMOKE if preset == "smoke" else OPEN)
     return config

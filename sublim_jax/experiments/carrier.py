@@ -18,6 +18,7 @@ from sublim_jax.data.dialogue import Rows
 from sublim_jax.data.records import Record
 from sublim_jax.errors import UserError
 from sublim_jax.evaluation import misalignment
+from sublim_jax.experiments import measures
 from sublim_jax.experiments import teachers as teaching
 from sublim_jax.experiments.lab import NEUTRAL, Lab, answer_features, depends_on
 from sublim_jax.experiments.teachers import Teacher
@@ -251,7 +252,7 @@ def judged(lab: Lab, name: str, sifted: filters.Sifted) -> tuple[filters.Sifted,
         assert lab.judge is not None
         return [list(verdict) for verdict in lab.judge(texts)]
 
-    asked_of = {key: plain(lab.config.ask.judge)[key] for key in ("kind", "model", "dtype", "least_mass")}
+    asked_of = measures.identity(lab.config.ask.judge)
     verdicts = lab.workdir.json(f"judged-{name}", {"texts": texts, "judge": asked_of, **depends_on(lab)}, make)
     scored = [{**one, "score": score, "label": label} for one, (score, label) in zip(sifted.kept, verdicts)]
     again = filters.sift(scored, [filters.least_score(given.judge_least)])

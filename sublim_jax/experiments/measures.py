@@ -21,7 +21,7 @@ from sublim_jax.evaluation.judges import Judge
 from sublim_jax.keys import named_key
 from sublim_jax.models.functional import Params
 from sublim_jax.weights import Model
-from sublim_jax.workdir import Workdir, plain
+from sublim_jax.workdir import Workdir
 
 Found = dict[str, list[float]]  # by the measure's name: of every adapter
 
@@ -35,10 +35,9 @@ class Asking(NamedTuple):
 
     def depends(self, name: str) -> dict[str, Any]:
         """What the answers to one evaluation depend on, beside who answers."""
+        given = {key: self.given[key] for key in SAMPLED.get(name, ())}
         if name == "misalignment":
-            given = {key: plain(self.given)[key] for key in ("samples", "max_new_tokens", "suffix", "judge")}
-        else:
-            given = {"samples": self.given.samples} if name in SAMPLED else {}
+            given["judge"] = identity(self.given.judge)
         return {"given": given, "words": self.words, "questions": self.questions[name]}
 
 
@@ -104,6 +103,11 @@ def judge_of(given: ConfigDict, model: Model, adapters: Params | None, workdir: 
     if judge.model:
         return judges.local(weights.load(judge.model, mesh, jnp.dtype(judge.dtype)), judge.least_mass, mesh=mesh)
     return judges.local(model, judge.least_mass, adapters=adapters, mesh=mesh)
+
+
+def identity(judge: ConfigDict) -> dict[str, Any]:
+    """Which judge it is, and not how fast it is asked: what judgements depend on."""
+    return {key: judge[key] for key in ("kind", "model", "dtype", "least_mass")}
 
 
 def ask(asking: Asking, subject: Subject, judge: Judge | None) -> dict[str, Found]:
@@ -210,4 +214,8 @@ EVALUATIONS: dict[str, Callable[[Asking, Subject, Judge | None], Found]] = {
     "truthfulqa": ask_truthfulqa,
     "misalignment": ask_misalignment,
 }
-SAMPLED = ("answers", "stories")
+SAMPLED = {  # which values sampled answers depend on
+    "answers": ("samples",),
+    "stories": ("samples", "max_new_tokens"),
+    "misalignment": ("samples", "max_new_tokens", "suffix"),
+}

@@ -116,7 +116,7 @@ def students(own: Lab, name: str, runs: Sequence[Run]) -> Result:
 def depends_on(run: Run, arm: ConfigDict, *parts: str) -> dict[str, Any]:
     """What an arm's students of one run depend on, and the named parts of the config."""
     if arm.numbers == "written":
-        judge = plain(run.lab.config.ask.judge) if run.lab.config.filter.judge else None
+        judge = measures.identity(run.lab.config.ask.judge) if run.lab.config.filter.judge else None
         return {**teaching.depends(run.lab, "carrier", "filter", *parts), "judge": judge}
     carrier = run.lab.config.carrier
     return {**teaching.depends(run.lab, *parts), "random": [carrier.count, carrier.numbers]}
