@@ -15,10 +15,10 @@ numbers: .venv/installed
 	$(BIN)/python launch.py --config=configs/numbers.py
 
 test: .venv/installed-dev
-	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu"
 
 test-slow: .venv/installed-dev
-	$(BIN)/python -m pytest -n 2 -m "slow and not gpu"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "slow and not gpu"
 
 check: .venv/installed-dev
 	$(BIN)/ruff check .
@@ -42,10 +42,17 @@ parity: .venv/installed-dev
 	$(BIN)/pip install --quiet --editable ".[dev]"
 	touch $@
 
-# Compiles steps for TPU pods that are not there; libtpu stays out of the default environment.
-preflight: .venv/installed
-	$(BIN)/pip install --quiet "jax[tpu]"
-	JAX_PLATFORMS=cpu $(BIN)/python -m bench.preflight
+# Compiles steps for TPU pods and GPUs that are not there. Their compilers stay out of the environment, where jax would
+# look for such devices at every start.
+preflight: .compilers/installed
+	PYTHONPATH=.compilers JAX_PLATFORMS=cpu $(BIN)/python -m bench.preflight
+	PYTHONPATH=.compilers JAX_PLATFORMS=cpu $(BIN)/python -m bench.presets
+
+.compilers/installed: .venv/installed
+	version=$$($(BIN)/python -c "import jaxlib; print(jaxlib.__version__)"); \
+	$(BIN)/pip install --quiet --no-deps --target .compilers libtpu jax-cuda12-pjrt==$$version \
+		jax-cuda12-plugin==$$version nvidia-cuda-nvcc-cu12
+	touch $@
 
 # Peers have an environment of their own: each side is measured as its users have it.
 .venv-peers/installed:
@@ -54,4 +61,4 @@ preflight: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv .venv-peers runs
+	rm -rf .venv .venv-peers .compilers runs

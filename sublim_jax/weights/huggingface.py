@@ -23,6 +23,7 @@ from sublim_jax.sharding import parameter_shardings
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 4 << 30
 REOPEN_BYTES = 8 << 20
+HELD = 256 << 20  # bytes read, after which copies on the host are let go of
 FLOATS = ("F64", "F32", "F16", "BF16")
 
 # A tensor by name: its shape, and the part of it that an index asks for.
@@ -131,7 +132,7 @@ def place(
         _check_shape(settings, rule, dict(zip(paths, (leaf for _, leaf in leaves))), shape, what)
     shardings = jax.tree.leaves(parameter_shardings(abstract, mesh)) if mesh else [None] * len(paths)
     with Track(f"parameters of {what}", len(paths)) as track:
-        arrays = []
+        arrays, held = [], 0
         for number, (path, (_, leaf), sharding) in enumerate(zip(paths, leaves, shardings), 1):
             rule, part = found[path]
 
@@ -143,7 +144,10 @@ def place(
             else:
                 array = jax.make_array_from_callback(leaf.shape, sharding, fill)
             arrays.append(jax.block_until_ready(array))
-            gc.collect()  # jax lets go of the host's copy then; otherwise all of them pile up
+            held += array.nbytes
+            if held > HELD:  # jax lets go of the host's copies then; otherwise all of them pile up
+                gc.collect()
+                held = 0
             track.update(number)
     return jax.tree.unflatten(structure, arrays)
 
