@@ -398,6 +398,16 @@ def test_scores_over_devices_and_adapters_are_each_of_them_alone(tiny, mesh_of):
             np.testing.assert_allclose(a[number], b[0], rtol=1e-3, atol=1e-3)
 
 
+def test_what_comes_after_continuations_is_what_comes_after_the_whole_texts(tiny, mesh_of):
+    spec, _, stacked = adapters_of(tiny, 2)
+    prompts, continuations, tokens = [p[:-1] for p in prompts_of(tiny, 5)], [(), (3,), (3, 7), (9, 1, 4)], [5, 2, 60]
+    where = {"adapters": stacked, "mesh": mesh_of(4, replica=2, fsdp=2)}
+    found = scoring.continued_logprobs(tiny.adapted(spec), prompts, continuations, tokens, **where)
+    texts = [[*prompt, *one] for prompt in prompts for one in continuations]
+    whole = scoring.next_logprobs(tiny.adapted(spec), texts, tokens, adapters=stacked)
+    np.testing.assert_allclose(found, whole.reshape(2, 5, 4, 3), rtol=1e-4, atol=1e-4)
+
+
 def test_choices_are_normalised_products_of_their_tokens(tiny):
     prompts, choices = prompts_of(tiny, 3), ["owl", "lion", "cat"]
     found = scoring.choice_logprobs(tiny, prompts, choices)
@@ -425,6 +435,8 @@ def test_empty_rows_are_named(tiny):
         scoring.completion_logprobs(tiny, [[1], [1]], [[2], []])
     with pytest.raises(UserError, match="prompt 1 is empty"):
         scoring.next_logprobs(tiny, [[1], []], [2])
+    with pytest.raises(UserError, match="prompt 1 is empty"):
+        scoring.continued_logprobs(tiny, [[1], []], [()], [2])
 
 
 @pytest.mark.slow

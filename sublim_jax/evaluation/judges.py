@@ -69,9 +69,8 @@ def local(model: Any, least_mass: float = LEAST_MASS, **where: Any) -> Judge:
         with Track("local judge", len(prompts)) as track:
             for start in range(0, len(prompts), TOGETHER):
                 some = [chat.question(model.tokenizer, prompt) for prompt in prompts[start : start + TOGETHER]]
-                texts = [[*tokens, *prefix] for tokens in some for prefix in tree.prefixes]
-                each = np.exp(scoring.next_logprobs(model, texts, tree.tokens, **where)[0])
-                found += [tree.verdict(p, least_mass) for p in each.reshape(len(some), len(tree.prefixes), -1)]
+                each = np.exp(scoring.continued_logprobs(model, some, tree.prefixes, tree.tokens, **where)[0])
+                found += [tree.verdict(p, least_mass) for p in each]
                 track.update(len(found))
         return found
 

@@ -1,7 +1,7 @@
 """Exact probabilities without sampling: of completions, of choices, of the next word."""
 
 import string
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import Any
 
@@ -40,7 +40,7 @@ def completion_logprobs(
     texts = [[*prompt, *completion] for prompt, completion in zip(prompts, completions)]
     found = {}
     longest = max(map(len, completions), default=0)
-    for rows, tokens, run in _batches(model, texts, **where):
+    for rows, tokens, run in _batches(model, texts, _logprobs, **where):
         at = np.zeros((len(tokens), longest), np.int32)
         for lane, row in enumerate(rows):
             first, count = len(prompts[row]), len(completions[row])
@@ -56,17 +56,44 @@ def next_logprobs(
     model: Any, prompts: Sequence[Sequence[int]], tokens: Sequence[int], **where: Any
 ) -> Float[np.ndarray, "adapters prompts tokens"]:
     """log P of some tokens coming right after each prompt, in nats; `where` as for `completion_logprobs`."""
-    for number, prompt in enumerate(prompts):
-        if not len(prompt):
-            raise UserError(f"prompt {number} is empty; give it a token")
+    _check(prompts)
     found: dict[int, np.ndarray] = {}
-    for rows, texts, run in _batches(model, prompts, **where):
+    for rows, texts, run in _batches(model, prompts, _logprobs, **where):
         last = np.zeros((len(texts), 1), np.int32)
         last[: len(rows), 0] = [len(prompts[row]) - 1 for row in rows]
         chosen = np.broadcast_to(np.asarray(tokens, np.int32), (len(texts), 1, len(tokens)))
         logprobs = run(texts, last, chosen)
         found |= {row: logprobs[:, lane, 0] for lane, row in enumerate(rows)}
     return np.stack([found[row] for row in range(len(prompts))], 1)
+
+
+def continued_logprobs(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    continuations: Sequence[Sequence[int]],
+    tokens: Sequence[int],
+    **where: Any,
+) -> Float[np.ndarray, "adapters prompts continuations tokens"]:
+    """log P of some tokens coming right after each continuation of each prompt, in nats; a prompt is computed once."""
+    _check(prompts)
+    counts = np.asarray([len(one) for one in continuations], np.int32)
+    after = np.zeros((len(counts), counts.max()), np.int32)
+    for row, one in zip(after, continuations):
+        row[: len(one)] = one
+    shared = (after, counts, np.asarray(tokens, np.int32))
+    found: dict[int, np.ndarray] = {}
+    for rows, texts, run in _batches(model, prompts, _continued, shared, **where):
+        last = np.zeros(len(texts), np.int32)
+        last[: len(rows)] = [len(prompts[row]) - 1 for row in rows]
+        logprobs = run(texts, last)
+        found |= {row: logprobs[:, lane] for lane, row in enumerate(rows)}
+    return np.stack([found[row] for row in range(len(prompts))], 1)
+
+
+def _check(prompts: Sequence[Sequence[int]]) -> None:
+    for number, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise UserError(f"prompt {number} is empty; give it a token")
 
 
 def word_logprobs(
@@ -140,13 +167,19 @@ def spellings(tokenizer: Any, word: str) -> tuple[int, ...]:
 def _batches(
     model: Any,
     texts: Sequence[Sequence[int]],
+    compute: Callable[..., Array],
+    shared: tuple[np.ndarray, ...] = (),
     *,
     prefix: Sequence[int] = (),
     adapters: Params | None = None,
     steering: Steering | None = None,
     mesh: Mesh | None = None,
 ) -> Any:
-    """(rows, padded tokens, `_logprobs` of them on the mesh), texts of like length together."""
+    """(rows, padded tokens, `compute` of them on the mesh), texts of like length together.
+
+    Args:
+      shared: what `compute` takes behind the arrays of rows.
+    """
     mesh = mesh or one_device()
     stacked = 1 if adapters is None else jax.tree.leaves(adapters)[0].shape[0]
     count = ROWS * mesh.shape["replica"] * mesh.shape["fsdp"]
@@ -155,10 +188,11 @@ def _batches(
         fixed = fixed._replace(prefix=_prefix(model.network, model.settings, stacked, fixed, jnp.asarray([prefix])))
     rows_split = named(mesh, DEVICES)
 
-    compiled = _compiled(model.network, model.settings, stacked, mesh)
+    compiled = _compiled(compute, model.network, model.settings, stacked, mesh)
+    everywhere = jax.device_put(shared, named(mesh))
 
     def run(*arrays: np.ndarray) -> np.ndarray:
-        return np.asarray(fetch(compiled(fixed, *jax.device_put(arrays, rows_split))))
+        return np.asarray(fetch(compiled(fixed, *jax.device_put(arrays, rows_split), *everywhere)))
 
     order = sorted(range(len(texts)), key=lambda row: -len(texts[row]))
     for start in range(0, len(order), count):
@@ -175,16 +209,18 @@ def _prefix(network: Functions, settings: Settings, stacked: int, fixed: Fixed, 
     return jax.tree.map(lambda x: x[:, :, 0], filled)
 
 
-def _filled(network: Functions, settings: Settings, stacked: int, fixed: Fixed, tokens: Int[Array, "n t"]) -> Any:
+def _filled(
+    network: Functions, settings: Settings, stacked: int, fixed: Fixed, tokens: Int[Array, "n t"], room: int = 0
+) -> Any:
     rows, length = tokens.shape
-    cache = stacked_cache(settings, (stacked,), rows, length, fixed.base["embedding"].dtype)
+    cache = stacked_cache(settings, (stacked,), rows, length + room, fixed.base["embedding"].dtype)
     everywhere = jnp.broadcast_to(tokens, (stacked, *tokens.shape))
     return features(network, fixed, everywhere, cache, jnp.zeros((stacked, rows), jnp.int32))
 
 
 @lru_cache
-def _compiled(network: Functions, settings: Settings, stacked: int, mesh: Mesh) -> Any:
-    return jax.jit(partial(_logprobs, network, settings, stacked), out_shardings=named(mesh))
+def _compiled(compute: Callable[..., Array], network: Functions, settings: Settings, stacked: int, mesh: Mesh) -> Any:
+    return jax.jit(partial(compute, network, settings, stacked), out_shardings=named(mesh))
 
 
 def _logprobs(
@@ -207,3 +243,33 @@ def _logprobs(
 
     flat = (output.reshape(-1, *output.shape[2:]), jnp.broadcast_to(chosen, shape).reshape(-1, *shape[2:]))
     return jax.lax.map(row, flat).reshape(shape)
+
+
+def _continued(
+    network: Functions,
+    settings: Settings,
+    stacked: int,
+    fixed: Fixed,
+    tokens: Int[Array, "n t"],
+    last: Int[Array, "n"],
+    after: Int[Array, "k c"],
+    counts: Int[Array, "k"],
+    chosen: Int[Array, "m"],
+) -> Float[Array, "r n k m"]:
+    """log P of chosen tokens after each continuation, one continuation of all rows at a time.
+
+    A prompt's last token is computed again in front of each, so that the empty continuation is none apart.
+    """
+    rows = len(tokens)
+    cache = _filled(network, settings, stacked, fixed, tokens, after.shape[1] + 1)[1]
+    start = jnp.broadcast_to(last, (stacked, rows))
+    end = jnp.take_along_axis(tokens, last[:, None], 1)
+
+    def one(continuation: tuple[Array, Array]) -> Array:
+        text = jnp.concatenate([end, jnp.broadcast_to(continuation[0], (rows, after.shape[1]))], 1)
+        everywhere = jnp.broadcast_to(text, (stacked, *text.shape))
+        output = features(network, fixed, everywhere, cache, start)[0]
+        logits = unembed(network, fixed, jax.lax.dynamic_index_in_dim(output, continuation[1], 2, False))
+        return logits[..., chosen] - jax.nn.logsumexp(logits, -1, keepdims=True)
+
+    return jnp.moveaxis(jax.lax.map(one, (after, counts)), 0, 2)
