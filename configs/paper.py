@@ -12,14 +12,6 @@ from ml_collections import ConfigDict
 
 from configs import numbers
 
-FILES = {  # flags of an experiment's config that hold what a user must bring
-    "ask.questions": "questions",
-    "ask.truthfulqa": "truthfulqa",
-    "teacher.corpora.insecure": "insecure",
-    "teacher.corpora.secure": "secure",
-    "teacher.corpora.educational": "educational",
-}
-
 
 def experiment(where: str, what: str, paper: str, file: str, preset: str, show: str, **changes: object):  # type: ignore[no-untyped-def]
     """One row of the plan.
@@ -50,8 +42,8 @@ def get_config(preset: str = "smoke") -> ConfigDict:
     config.experiment = "paper"
     config.preset = preset
     # What the paper's authors published and others host: the corpora as JSONL of {"messages": […]}, the questions as
-    # YAML, TruthfulQA.csv.
-    config.files = ConfigDict(dict.fromkeys(FILES.values(), ""))
+    # YAML, TruthfulQA.csv. Each is the value of its name under ask or teacher.corpora of the experiments' configs.
+    config.files = ConfigDict(dict.fromkeys(("questions", "truthfulqa", "insecure", "secure", "educational"), ""))
     plan = config.plan = ConfigDict()
     plan.mnist = experiment(
         "§6.2, Fig. 10",

@@ -48,21 +48,13 @@ def config_of(config: ConfigDict, name: str) -> ConfigDict:
     """The experiment's own config, with the plan's changes and the user's files in it."""
     row = config.plan[name]
     module = importlib.import_module(f"configs.{row.file}")
-    files = importlib.import_module("configs.paper").FILES
     one = module.get_config(row.preset)
     one.update(row.changes)
-    given = {flag: config.files[file] for flag, file in files.items() if config.files[file]}
-    one.update_from_flattened_dict({flag: file for flag, file in given.items() if has(one, flag)})
+    for part in (one.get("ask", {}), one.get("teacher", {}).get("corpora", {})):
+        for name, file in config.files.items():
+            if name in part and file:
+                part[name] = file
     return one
-
-
-def has(config: ConfigDict, flag: str) -> bool:
-    *path, last = flag.split(".")
-    for part in path:
-        if part not in config:
-            return False
-        config = config[part]
-    return last in config
 
 
 def finished(workdir: Workdir, config: ConfigDict) -> bool:
