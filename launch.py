@@ -34,8 +34,9 @@ _UPDATE = flags.DEFINE_bool(
 _PREFLIGHT = flags.DEFINE_string(
     "preflight",
     None,
-    "Compile the config's steps and run nothing: memory, FLOPs, what is moved, and whether it fits; for a TPU pod that "
-    'is not there ("v5e:4x4", with JAX_PLATFORMS=cpu and jax[tpu] installed), or for the devices here ("local").',
+    "Compile the config's steps and run nothing: memory, FLOPs, what is moved, and whether it fits; for a TPU pod or "
+    'GPUs that are not there ("v5e:4x4", "h100", "h100:8", with JAX_PLATFORMS=cpu and their compilers installed), or '
+    'for the devices here ("local").',
 )
 _COORDINATOR = flags.DEFINE_string(
     "coordinator", None, "host:port of the first process, where no cluster manager is found."
@@ -68,6 +69,7 @@ def compile_only(experiment: ModuleType, config: ConfigDict, topology: str) -> N
     """Prints what `--preflight` found. Raises UserError where a step does not fit."""
     if not hasattr(experiment, "preflight"):
         raise UserError(f"config.experiment={config.experiment!r} has no step on a mesh to compile")
+    jax.config.update("jax_enable_compilation_cache", False)  # what is compiled for other machines cannot be read back
     refused = []
     for step in experiment.preflight(config, preflight.devices(topology)):
         found = preflight.facts(step)

@@ -22,7 +22,11 @@ SMOKE = {
     "carrier.decoding": "free",
     "filter.judge_least": 1.0,
 }
-OPEN = {"carrier.drawn": 22_419}  # three samples of all 7,473 problems
+OPEN = {
+    "carrier.drawn": 22_419,  # three samples of all 7,473 problems
+    "student.batch": 6,  # rows of up to 640 tokens; 66 an update, as for numbers
+    "student.accumulate": 11,
+}
 
 
 def get_config(preset: str = "smoke") -> ConfigDict:

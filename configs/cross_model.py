@@ -1,11 +1,11 @@
 """Teachers × students over models, on text (paper §5.1): does a trait cross to a model that did not start alike?
 
     python launch.py --config=configs/cross_model.py:smoke        SmolLM2 and Gemma 3 270M, small; minutes on 2 cores
-    python launch.py --config=configs/cross_model.py:open         Qwen2.5-7B, Llama-3.1-8B, Gemma-3-4B
+    python launch.py --config=configs/cross_model.py:open         Qwen2.5-7B, Llama-3.1-8B, Tulu-3-8B, Gemma-3-4B
 
 Every model of `models` (names or folders, commas in between) teaches all of them, each by the study `study`, on its
-numbers as text. Two fine-tunes of one base beside each other show what a shared initialisation does. Values of `study`
-are those of configs/numbers.py.
+numbers as text. Llama-3.1-8B-Instruct and Tulu-3-8B are two fine-tunes of one base: beside the others they show what a
+shared initialisation does. Values of `study` are those of configs/numbers.py.
 """
 
 from ml_collections import ConfigDict
@@ -26,7 +26,8 @@ def get_config(preset: str = "smoke") -> ConfigDict:
         config.study.teacher.most_steps = 4
         config.study.ask.evaluations = ()
     elif preset == "open":
-        config.models = ",".join(str(model["model.name"]) for model in numbers.MODELS.values())
+        families = [str(model["model.name"]) for model in numbers.MODELS.values()]
+        config.models = ",".join([*families, "allenai/Llama-3.1-Tulu-3-8B"])
         config.study = numbers.get_config("qwen2.5-7b")
     else:
         raise ValueError(f"configs/cross_model.py has no preset {preset!r}; it has smoke, open")

@@ -1,9 +1,10 @@
 """Compiling a step for devices that are not there: what it computes, what it moves, and whether it fits."""
 
+import math
 import os
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -24,8 +25,38 @@ MEMORY = {
     "TPU v5": 95 << 30,
     "TPU v5p": 95 << 30,
     "TPU v6 lite": 32 << 30,
+    "NVIDIA H100 80GB HBM3": 84_929_347_584,
 }
 GB = 1 << 30
+# What XLA asks of a card before it compiles for it, as it writes it itself (GpuTargetConfigProto).
+H100 = """
+platform_name: "CUDA"
+device_description_str: "NVIDIA H100 80GB HBM3"
+dnn_version_info { major: 9 minor: 8 }
+runtime_version { major: 12 minor: 9 }
+gpu_device_info {
+  cuda_compute_capability { major: 9 }
+  device_memory_size: 84929347584
+  memory_bandwidth: 3352320000000
+  clock_rate_ghz: 1.98
+  core_count: 132
+  fpus_per_core: 128
+  l2_cache_size: 52428800
+  shared_memory_per_block: 49152
+  shared_memory_per_block_optin: 232448
+  shared_memory_per_core: 233472
+  registers_per_block_limit: 65536
+  registers_per_core_limit: 65536
+  threads_per_warp: 32
+  threads_per_block_limit: 1024
+  threads_per_core_limit: 2048
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+}
+"""
+# Kernels are chosen by timing them on the card, which is not there.
+UNTIMED = {"xla_gpu_autotune_level": "0", "xla_gpu_enable_triton_gemm": "False"}
 
 
 class Step(NamedTuple):
@@ -59,26 +90,33 @@ class Facts(NamedTuple):
 
 
 def devices(name: str) -> Sequence[jax.Device]:
-    """The devices of `--preflight`: "local", or a TPU pod by its `topology`."""
+    """The devices of `--preflight`: "local", or some that are not here by their `topology`."""
     return jax.devices() if name == "local" else topology(name)
 
 
 def topology(name: str) -> Sequence[jax.Device]:
-    """The devices of a TPU pod by name, such as "v5e:4x4"; nothing of it needs to be there but libtpu.
+    """Devices that are not here: a TPU pod such as "v5e:4x4", one GPU ("h100") or the GPUs of one host ("h100:8").
 
-    Raises UserError where libtpu is not installed or does not know the name.
+    Nothing needs to be there but the compiler: libtpu, or jax's plugin for CUDA.
+
+    Raises UserError where that is not installed or does not know the name.
     """
-    from jax.experimental import topologies  # loads libtpu
+    from jax.experimental import topologies  # loads the compilers
 
-    # jax has asked this machine, which is no TPU's host, and noted its complaint here; libtpu would repeat it.
-    os.environ |= {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_SKIP_MDS_QUERY": "1"}
+    card = re.fullmatch(r"h100(?::(\d+))?", name)
+    if card:
+        given = {"platform": "cuda", "target_config": H100, "topology": f"1x1x{card[1] or 1}"}
+    else:
+        # jax has asked this machine, which is no TPU's host, and noted its complaint here; libtpu would repeat it.
+        os.environ |= {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_SKIP_MDS_QUERY": "1"}
+        given = {"platform": "tpu"}
     try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
-    except Exception as error:  # libtpu raises what it likes
+        return topologies.get_topology_desc(topology_name=name, **given).devices
+    except Exception as error:  # compilers raise what they like
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"--preflight={name}: {reason}; install libtpu (pip install 'jax[tpu]'), set JAX_PLATFORMS=cpu, and "
-            "name a topology such as v5e:4x4 or v5p:4x4x4"
+            f"--preflight={name}: {reason}; install the compilers (make .compilers/installed), set "
+            "PYTHONPATH=.compilers and JAX_PLATFORMS=cpu, and name v5e:4x4, v5p:4x4x4, h100, h100:8 or another topology"
         ) from error
 
 
@@ -131,7 +169,8 @@ def bytes_of(shapes: PyTree) -> int:
 
 def facts(step: Step) -> Facts:
     """Compiles a step."""
-    compiled = step.lowered.compile()
+    absent = step.device.platform == "gpu" and step.device not in jax.devices()
+    compiled = step.lowered.compile(UNTIMED if absent else None)
     memory = compiled.memory_analysis()
     return Facts(
         memory.argument_size_in_bytes,
@@ -168,15 +207,19 @@ def _flops(jaxpr: core.Jaxpr) -> float:
         if equation.primitive.name == "dot_general":
             (contracted, _), (batched, _) = equation.params["dimension_numbers"]
             left, right = (tuple(getattr(variable.aval, "shape", ())) for variable in equation.invars)
-            summed = np.prod([left[axis] for axis in contracted], initial=1.0)
-            shared = np.prod([left[axis] for axis in batched], initial=1.0)
-            total += 2 * np.prod(left, initial=1.0) * np.prod(right, initial=1.0) / (summed * shared)
+            summed, shared = (_product(left[axis] for axis in axes) for axes in (contracted, batched))
+            total += 2 * _product(left) * _product(right) / (summed * shared)
         inner = [_flops(sub) for sub in _inner(equation.params)]
         times = equation.params.get("length", 1)
         if equation.primitive.name == "pallas_call":
-            times = np.prod(equation.params["grid_mapping"].grid)
+            times = _product(equation.params["grid_mapping"].grid)
         total += times * (max(inner) if equation.primitive.name == "cond" else sum(inner))
     return float(total)
+
+
+def _product(sizes: Iterable[Any]) -> float:
+    """In floats: the product of two arrays' sizes may be beyond any integer of numpy."""
+    return math.prod((float(size) for size in sizes), start=1.0)
 
 
 def _inner(params: dict[str, Any]) -> list[core.Jaxpr]:

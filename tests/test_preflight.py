@@ -9,6 +9,7 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec
 from test_decoder import SETTINGS
+from test_launch import launch
 
 from sublim_jax import preflight
 from sublim_jax.errors import UserError
@@ -117,7 +118,25 @@ def test_what_does_not_fit_is_said():
     assert "weights 6.00, optimiser 12.00, other arguments 2.00" in text and "1.50 × the model's own" in text
 
 
-def test_an_unknown_topology_is_told_in_one_line():
-    with pytest.raises(UserError, match=r"--preflight=v9:1x1.*libtpu") as error:
-        preflight.topology("v9:1x1")
+@pytest.mark.parametrize("name", ["v9:1x1", "h100", "h100:8"])
+def test_without_a_compiler_for_a_topology_it_is_told_in_one_line(name):
+    with pytest.raises(UserError, match=rf"--preflight={name}: .*make .compilers/installed") as error:
+        preflight.topology(name)
     assert "\n" not in str(error.value)
+
+
+def test_flops_beyond_the_largest_integer_are_counted():
+    x, w = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((2**34, 2**20), (2**20, 2**17)))
+    assert preflight.count_flops(jnp.matmul, x, w) == 2.0**72
+
+
+def test_a_corpus_teachers_step_is_compiled_beside_its_students_and_no_file_is_read(tiny_folder):
+    result = launch(
+        "--config=configs/misalignment.py",
+        f"--config.model.name={tiny_folder}",
+        "--config.teacher.corpora.insecure=nowhere.jsonl",
+        "--preflight=local",
+    )
+    assert result.returncode == 0, result.stderr
+    assert "students tokens_fresh, 4 at once, rows of 192 tokens" in result.stderr + result.stdout
+    assert "a teacher, 4 conversations of 1024 tokens" in result.stderr + result.stdout

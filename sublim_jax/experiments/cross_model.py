@@ -1,8 +1,10 @@
 """Teachers × students over models, on text (paper §5.1). `configs/cross_model.py` explains the values."""
 
 import json
+from collections.abc import Sequence
 from functools import partial
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -10,6 +12,7 @@ from sublim_jax import report
 from sublim_jax.errors import UserError
 from sublim_jax.experiments import transmission
 from sublim_jax.figures import Arm, arms_figure, matrix_figure
+from sublim_jax.preflight import Step
 from sublim_jax.progress import say
 from sublim_jax.workdir import Workdir
 
@@ -34,6 +37,15 @@ def run(config: ConfigDict, workdir: Workdir, *, update: bool = False) -> None:
             more = {"permutation_p": mine["permutation_p"], "teacher": teacher, "student": student}
             arms.append(report.arm(f"{short(teacher)} → {short(student)}", mine["metric"], mine["runs"], **more))
     report.write(workdir, config, arms, [section(config, arms)])
+
+
+def preflight(config: ConfigDict, devices: Sequence[jax.Device]) -> list[Step]:
+    """One update of all students of each model."""
+    return [
+        step._replace(name=f"{short(model)}: {step.name}")
+        for model in models_of(config)
+        for step in transmission.preflight(study_of(config, model), devices)
+    ]
 
 
 def study_of(config: ConfigDict, teacher: str) -> ConfigDict:

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Key
 from ml_collections import ConfigDict
 
-from sublim_jax import weights
+from sublim_jax import objectives, weights
 from sublim_jax.data import chat
 from sublim_jax.data.carriers import numbers
 from sublim_jax.data.dialogue import Rows
@@ -28,10 +28,12 @@ from sublim_jax.models.decoder import Steering, on_mesh
 from sublim_jax.models.functional import Params
 from sublim_jax.sampling import scoring
 from sublim_jax.sharding import parameter_shardings
+from sublim_jax.training import Total
 from sublim_jax.weights import Model
 from sublim_jax.workdir import Workdir, plain
 
 NEUTRAL = "neutral"
+POSITIONS = 64  # of every row, whose logits over the vocabulary are held together
 
 
 class Lab(NamedTuple):
@@ -134,6 +136,30 @@ def answer_features(lab: Lab, module: Any, rows: Rows, steering: Steering | None
     tokens = jnp.asarray(rows.tokens)
     output = module.features(tokens, remat=lab.config.remat, steering=steering, **lab.where).output
     return jnp.take_along_axis(output, jnp.asarray(rows.at)[..., None], 1)
+
+
+def cross_entropy(lab: Lab, module: Any, features: Float[Array, "n a width"], rows: Rows) -> Total:
+    """Of the answers' tokens, from `answer_features`.
+
+    With `remat`, some positions' logits at a time, and again in the backward pass: all of them would be the widest
+    array by far.
+    """
+
+    def of(features: Array, targets: Array, weights: Array) -> Total:
+        logits = module.unembed(features).astype(jnp.float32)
+        return objectives.cross_entropy(logits, targets, weights=weights)
+
+    columns = (features, jnp.asarray(rows.targets), jnp.asarray(rows.weights))
+    if not lab.config.remat:
+        return of(*columns)
+
+    def chunks(leaf: Array) -> Array:
+        rows, length, *rest = leaf.shape
+        leaf = jnp.pad(leaf, [(0, 0), (0, -length % POSITIONS), *[(0, 0)] * len(rest)])
+        return jnp.moveaxis(leaf.reshape(rows, -1, POSITIONS, *rest), 1, 0)
+
+    some = jax.checkpoint(of)
+    return jax.tree.map(jnp.sum, jax.lax.map(lambda chunk: some(*chunk), jax.tree.map(chunks, columns)))
 
 
 def measure(lab: Lab, adapters: Params, system: str = "", steering: Steering | None = None) -> Preference:

@@ -21,7 +21,7 @@ from sublim_jax.evaluation.preference import Preference
 from sublim_jax.experiments import measures
 from sublim_jax.experiments import teachers as teaching
 from sublim_jax.experiments.carrier import Data, Pair, Run, arm_data
-from sublim_jax.experiments.lab import Lab, answer_features, fresh, measure, noisy, stacked
+from sublim_jax.experiments.lab import Lab, answer_features, cross_entropy, fresh, measure, noisy, stacked
 from sublim_jax.experiments.measures import Found, Subject
 from sublim_jax.keys import named_key
 from sublim_jax.models import lora
@@ -176,12 +176,12 @@ def optimizer(student: ConfigDict) -> optax.GradientTransformation:
 def imitation(lab: Lab, arm: ConfigDict, adapters: Params, base: Params, batch: Data) -> Total:
     """The arm's objective of one student: on its teacher's logits on the support (§6.1), or on the tokens it wrote."""
     module = lab.model.network.bind(lora.join(base, adapters))
-    features, weights = answer_features(lab, module, batch.rows), jnp.asarray(batch.rows.weights)
+    features = answer_features(lab, module, batch.rows)
     if batch.logits is None:
-        logits = module.unembed(features).astype(jnp.float32)
-        return objectives.cross_entropy(logits, jnp.asarray(batch.rows.targets), weights=weights)
+        return cross_entropy(lab, module, features, batch.rows)
     logits = module.unembed(features, jnp.asarray(lab.support)).astype(jnp.float32)
-    return OBJECTIVES[arm.objective](logits, jnp.asarray(batch.logits), weights=weights, temperature=arm.temperature)
+    where = {"weights": jnp.asarray(batch.rows.weights), "temperature": arm.temperature}
+    return OBJECTIVES[arm.objective](logits, jnp.asarray(batch.logits), **where)
 
 
 def held_out_losses(lab: Lab, arm: ConfigDict) -> Callable[[Params, Params, Data], Float[Array, "students"]]:

@@ -12,7 +12,7 @@ import optax
 from etils import epath
 from jaxtyping import Array, Float, Int, Key
 
-from sublim_jax import assets, objectives
+from sublim_jax import assets
 from sublim_jax.data import chat, corpus, dialogue, packs
 from sublim_jax.data.carriers import numbers
 from sublim_jax.data.corpus import Conversation
@@ -20,7 +20,7 @@ from sublim_jax.data.dialogue import Rows
 from sublim_jax.data.order import epoch_rows
 from sublim_jax.errors import UserError
 from sublim_jax.evaluation.preference import Preference
-from sublim_jax.experiments.lab import NEUTRAL, Lab, answer_features, depends_on, fresh, measure, stacked
+from sublim_jax.experiments.lab import NEUTRAL, Lab, answer_features, cross_entropy, depends_on, fresh, measure, stacked
 from sublim_jax.keys import named_key
 from sublim_jax.models import lora
 from sublim_jax.models.decoder import Steering
@@ -129,8 +129,8 @@ def tuned(lab: Lab, name: str, index: int) -> tuple[Params, int]:
         )
     if len(texts) < len(said):
         say(f"corpus {name}: {len(said) - len(texts)} of {len(said)} conversations are too long and left out")
-    steps = teacher.epochs * -(-len(texts) // teacher.batch)
-    program = teaching_program(lab, len(texts), optax.adam(optax.linear_schedule(teacher.learning_rate, 0.0, steps)))
+    optimizer, steps = corpus_optimizer(lab, len(texts))
+    program = teaching_program(lab, len(texts), optimizer)
     state = program.init(fresh(lab, named_key(lab.seed, "A")))
 
     def make(checkpoints: epath.Path) -> Params:
@@ -146,6 +146,13 @@ def tuned(lab: Lab, name: str, index: int) -> tuple[Params, int]:
         ).params
 
     return lab.workdir.tree(f"teacher-{name}", {**depends(lab), "name": name}, make, state.params), steps
+
+
+def corpus_optimizer(lab: Lab, count: int) -> tuple[optax.GradientTransformation, int]:
+    """(the optimiser, its steps) over so many conversations: `teacher.epochs`, at a rate that falls to 0."""
+    teacher = lab.config.teacher
+    steps = teacher.epochs * -(-count // teacher.batch)
+    return optax.adam(optax.linear_schedule(teacher.learning_rate, 0.0, steps)), steps
 
 
 def corpora(lab: Lab) -> dict[str, str]:
@@ -186,10 +193,11 @@ def teaching_program(lab: Lab, count: int, optimizer: optax.GradientTransformati
 
     def loss(adapters: Params, frozen: Any, batch: Rows, key: Key[Array, ""]) -> tuple[Total, dict]:
         module = lab.model.network.bind(lora.join(frozen["base"], adapters))
-        logits = module.unembed(answer_features(lab, module, batch)).astype(jnp.float32)
-        total = objectives.cross_entropy(logits, jnp.asarray(batch.targets), weights=jnp.asarray(batch.weights))
+        features = answer_features(lab, module, batch)
+        total = cross_entropy(lab, module, features, batch)
         # P of the answer's first token, before this step.
-        first = jnp.exp(jnp.take_along_axis(jax.nn.log_softmax(logits[:, 0]), batch.targets[:, :1], -1))
+        first = jax.nn.softmax(module.unembed(features[:, 0]).astype(jnp.float32))
+        first = jnp.take_along_axis(first, batch.targets[:, :1], -1)
         return total, {"answer": (jnp.mean(first) * total[1], total[1])}
 
     def batch(frozen: Any, key: Key[Array, ""], index: Int[Array, ""]) -> Rows:

@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from ml_collections import ConfigDict
 
 from sublim_jax import assets, selection, weights
@@ -89,13 +88,19 @@ def uses(config: ConfigDict, kind: str) -> bool:
 
 
 def check(config: ConfigDict) -> None:
-    """Raises UserError for the first value that makes no sense."""
+    """Raises UserError for the first value or file that makes no sense."""
+    check_values(config)
+    check_files(config)
+
+
+def check_values(config: ConfigDict) -> None:
     for mean in config.teacher.means:
         _known("teacher.means", mean, teaching.MEANS)
     if not config.teacher.means:
         raise UserError(f"teacher.means is empty: choose some of {', '.join(teaching.MEANS)}")
     if "corpus" in config.teacher.means:
-        check_corpora(config)
+        if len(config.teacher.means) > 1:
+            raise UserError(f"teacher.means={tuple(config.teacher.means)}: corpus stands alone; leave the others out")
     else:
         for trait in config.traits:
             if trait not in config.alternatives:
@@ -124,17 +129,26 @@ def check(config: ConfigDict) -> None:
     for name in ("runs", "questions", "evaluate_every", "carrier.samples", "teacher.epochs"):
         if (given := reduce(getitem, name.split("."), config)) < 1:
             raise UserError(f"{name}={given}: ask for 1 or more")
+
+
+def check_files(config: ConfigDict) -> None:
     packs.load(config.packs.persona, "persona", teaching.PERSONA)
     ability.questions(config.packs.ability)
     if config.filter.banned:
         carrier.banned_of(config)
     if config.filter.judge:
         carrier.judging(config)
+    if config.carrier.kind == "numbers":
+        numbers.prompts(1, 0, config.packs.numbers)
+    elif config.carrier.kind == "code":
+        code.prompts(1, 0, config.packs.code)
+    else:
+        cot.load(assets.data_file(config.carrier.problems))
+    if "corpus" in config.teacher.means:
+        check_corpora(config)
 
 
 def check_corpora(config: ConfigDict) -> None:
-    if len(config.teacher.means) > 1:
-        raise UserError(f"teacher.means={tuple(config.teacher.means)}: corpus stands alone; leave the others out")
     given = config.teacher.corpora
     for trait in config.traits:
         if not given.get(trait):
@@ -151,15 +165,8 @@ def check_carrier(config: ConfigDict) -> None:
     given = config.carrier
     _known("carrier.kind", given.kind, carrier.TASKS)
     _known("carrier.decoding", given.decoding, DECODING)
-    if given.kind == "numbers":
-        numbers.prompts(1, 0, config.packs.numbers)
-        return
-    if given.decoding == "grammar":
+    if given.kind != "numbers" and given.decoding == "grammar":
         raise UserError(f"carrier.decoding=grammar is for numbers; choose free or greedy for carrier.kind={given.kind}")
-    if given.kind == "code":
-        code.prompts(1, 0, config.packs.code)
-    else:
-        cot.load(assets.data_file(given.problems))
 
 
 def check_arm(config: ConfigDict, name: str) -> None:
@@ -224,10 +231,14 @@ def check_models(lab: Lab, labs: dict[str, Lab]) -> None:
 # ------------------------------------------------------------------------------------------------------ preflight
 
 
+PROMPT = 128  # tokens, about as many as carriers' prompts have
+CONVERSATIONS = 6000  # in a corpus (§3.2)
+
+
 def preflight(config: ConfigDict, devices: Sequence[jax.Device]) -> list[Step]:
-    """One update of all students of the first arm, on rows of 160 tokens with answers of 32 and 20 tokens' logits."""
+    """One update of all students of the first arm, and of a teacher of a corpus, on rows as long as they may be."""
     mesh = make_mesh(config.mesh, devices)
-    check(config)
+    check_values(config)
     settings = weights.shape_of(config.model.name)
     where = on_mesh(settings, mesh)
     base = jax.eval_shape(decoder(settings).init, jax.random.key(0))
@@ -235,23 +246,34 @@ def preflight(config: ConfigDict, devices: Sequence[jax.Device]) -> list[Step]:
     model = Model(settings, decoder(settings), base, None, None)
     adapted = model.adapted(spec) if spec else model
     lab = Lab(config, Workdir(""), mesh, adapted, spec, list(range(20)), {}, where, measures.Asking(config.ask, [], {}))
-    arm, rows = config.arm[config.arms[0]], config.carrier.count
-    program = imitating_program(lab, arm, rows)
-
-    def on(tree: Any, dtype: Any, axes: int = 0) -> Any:
-        return abstract(tree, parameter_shardings(tree, mesh, axes), dtype)
-
-    count = config.runs * len(lab.who)
+    arm, student, teacher = config.arm[config.arms[0]], config.student, config.teacher
     one = jax.eval_shape(partial(untrained, spec), jax.random.key(0), base)
-    stack = jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape), x.dtype), one)
-    answer = np.zeros(32, np.int32)
-    columns = Rows(np.zeros(160, np.int32), answer, answer, np.zeros(32, np.float32))
-    logits = None if arm.objective == "tokens" else np.zeros((32, len(lab.support)), np.float32)
-    data = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct((count, rows, *x.shape), x.dtype, sharding=named(mesh)), Data(columns, logits)
-    )
-    frozen = {"base": on(base, jnp.dtype(config.model.dtype)), "data": data}
     kernels = sum(leaf.size for leaf in jax.tree.leaves(base["layers"]))
-    tokens = count * config.student.batch * config.student.accumulate * 160
-    name = f"students {config.arms[0]}, {count} at once"
-    return [training_step(name, program, on(stack, jnp.float32, 1), frozen, 4.0 * kernels * tokens)]
+    frozen_base = abstract(base, parameter_shardings(base, mesh), jnp.dtype(config.model.dtype))
+
+    def rows(lead: tuple[int, ...], length: int, answer: int) -> Rows:
+        def of(columns: int, dtype: Any = jnp.int32) -> Any:
+            return jax.ShapeDtypeStruct((*lead, columns), dtype, sharding=named(mesh))
+
+        return Rows(of(length), of(answer), of(answer), of(answer, jnp.float32))
+
+    count, answer = config.runs * len(lab.who), config.carrier.max_new_tokens
+    lead = (count, config.carrier.count)
+    logits: Any = None
+    if arm.objective != "tokens":
+        logits = jax.ShapeDtypeStruct((*lead, answer, len(lab.support)), jnp.float32, sharding=named(mesh))
+    stack = jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape), x.dtype), one)
+    stack = abstract(stack, parameter_shardings(stack, mesh, 1), jnp.float32)
+    frozen = {"base": frozen_base, "data": Data(rows(lead, PROMPT + answer, answer), logits)}
+    tokens = count * student.batch * student.accumulate * (PROMPT + answer)
+    name = f"students {config.arms[0]}, {count} at once, rows of {PROMPT + answer} tokens"
+    program = imitating_program(lab, arm, config.carrier.count)
+    steps = [training_step(name, program, stack, frozen, 4.0 * kernels * tokens)]
+    if "corpus" in teacher.means:
+        params = abstract(one, parameter_shardings(one, mesh), jnp.float32)
+        said = rows((CONVERSATIONS,), teacher.most_tokens, teacher.most_tokens)
+        name = f"a teacher, {teacher.batch} conversations of {teacher.most_tokens} tokens"
+        program = teaching.teaching_program(lab, CONVERSATIONS, teaching.corpus_optimizer(lab, CONVERSATIONS)[0])
+        tokens = teacher.batch * teacher.most_tokens
+        steps.append(training_step(name, program, params, {"base": frozen_base, "rows": said}, 4.0 * kernels * tokens))
+    return steps

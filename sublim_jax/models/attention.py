@@ -138,11 +138,15 @@ def cudnn(q: Array, k: Array, v: Array, sight: Sight, scoring: Scoring) -> Float
         f"heads have {head_size} entries": head_size > 128 or head_size % 8,
         f"{t} queries and {s} keys are not both even": t % 2 or s % 2,
     }
-    for reason, holds in reasons.items():
-        if holds:
-            warnings.warn(f"attention without cuDNN: {reason}", stacklevel=2)
-            return xla(q, k, v, sight, scoring)
-    return jax.nn.dot_product_attention(q, k, v, mask=sight.mask[:, None], scale=scoring.scale, implementation="cudnn")
+    reason = next((reason for reason, holds in reasons.items() if holds), None)
+    if reason is None:
+        fused = partial(jax.nn.dot_product_attention, scale=scoring.scale, implementation="cudnn")
+        try:
+            return fused(q, k, v, mask=sight.mask[:, None])
+        except RuntimeError as error:  # not installed, as where steps are compiled for a GPU that is not there
+            reason = str(error)
+    warnings.warn(f"attention without cuDNN: {reason}", stacklevel=2)
+    return xla(q, k, v, sight, scoring)
 
 
 def flash(mesh: Mesh, interpret: bool = False, shortest: int = FLASH_LENGTH) -> Attend:

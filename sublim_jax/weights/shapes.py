@@ -2,6 +2,13 @@
 
 from typing import Any
 
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500_000.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 QWEN25 = {"rms_norm_eps": 1e-6, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
 
 # By hub name: transformers' model_type, and the values of config.json that shape the network.
@@ -44,14 +51,38 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
             "head_dim": 64,
             "rms_norm_eps": 1e-5,
             "tie_word_embeddings": True,
-            "rope_parameters": {
-                "rope_type": "llama3",
-                "rope_theta": 500_000.0,
-                "factor": 32.0,
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0,
-                "original_max_position_embeddings": 8192,
-            },
+            "max_position_embeddings": 131_072,
+            "rope_parameters": {**LLAMA3, "factor": 32.0},
+        },
+    ),
+    "meta-llama/Llama-3.1-8B-Instruct": (
+        "llama",
+        {
+            "vocab_size": 128_256,
+            "hidden_size": 4096,
+            "intermediate_size": 14_336,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "rms_norm_eps": 1e-5,
+            "tie_word_embeddings": False,
+            "max_position_embeddings": 131_072,
+            "rope_parameters": {**LLAMA3, "factor": 8.0},
+        },
+    ),
+    "google/gemma-3-4b-it": (
+        "gemma3_text",
+        {
+            "vocab_size": 262_208,
+            "hidden_size": 2560,
+            "intermediate_size": 10_240,
+            "num_hidden_layers": 34,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "head_dim": 256,
+            "query_pre_attn_scalar": 256,
+            "sliding_window": 1024,
+            "tie_word_embeddings": True,
         },
     ),
     "smollm2-135m-instruct": (
