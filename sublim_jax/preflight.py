@@ -254,7 +254,9 @@ def collectives(hlo: str) -> dict[str, tuple[int, int]]:
     counts: dict[str, list[int]] = defaultdict(lambda: [0, 0])
 
     def trips(line: str) -> int:
-        """How often a while loop runs, by the constant of its condition."""
+        """How often a while loop runs: as the compiler notes it, or by the constant of its condition."""
+        if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', line):
+            return int(known[1])
         condition = re.search(r" while\(.*condition=%?([\w.\-]+)", line)
         limits = re.findall(r"s32\[\]\S* constant\((\d+)\)", "\n".join(bodies[condition[1]])) if condition else []
         return int(limits[0]) if len(limits) == 1 else 1

@@ -160,12 +160,15 @@ class Program:
             return self._gradients(state.params, frozen, batch, fold_all(keys[1], index))
 
         index = state.step * self.accumulate
-        sums = micro(index)
-        if self.accumulate > 1:
-            sums = jax.lax.fori_loop(
-                1, self.accumulate, lambda i, sums: jax.tree.map(jnp.add, sums, micro(index + i)), sums
+        if self.accumulate == 1:
+            grads, metrics = micro(index)
+        else:  # in one loop: a second copy of the step beside it takes compilers for pods many times as long
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(micro, index))
+            where = parameter_shardings(state.params, self.mesh, self.replica_axes)
+            zeros = (jax.lax.with_sharding_constraint(zeros[0], where), zeros[1])
+            grads, metrics = jax.lax.fori_loop(
+                0, self.accumulate, lambda i, sums: jax.tree.map(jnp.add, sums, micro(index + i)), zeros
             )
-        grads, metrics = sums
         count = metrics["loss"][1]
         count = jnp.where(count == 0, 1, count)  # a batch of weight 0 has gradient 0
         grads = jax.tree.map(
