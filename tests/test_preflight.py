@@ -9,7 +9,7 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec
 from test_decoder import SETTINGS
-from test_launch import launch
+from test_launch import assert_refused, launch
 
 from sublim_jax import preflight
 from sublim_jax.errors import UserError
@@ -140,3 +140,8 @@ def test_a_corpus_teachers_step_is_compiled_beside_its_students_and_no_file_is_r
     assert result.returncode == 0, result.stderr
     assert "students tokens_fresh, 4 at once, rows of 192 tokens" in result.stderr + result.stdout
     assert "a teacher, 4 conversations of 1024 tokens" in result.stderr + result.stdout
+
+
+def test_arms_that_train_nothing_have_no_step():
+    command = ["--config=configs/numbers.py", "--config.arms=in_context,in_context_4", "--preflight=local"]
+    assert_refused(launch(*command), "train nothing")

@@ -236,9 +236,14 @@ CONVERSATIONS = 6000  # in a corpus (§3.2)
 
 
 def preflight(config: ConfigDict, devices: Sequence[jax.Device]) -> list[Step]:
-    """One update of all students of the first arm, and of a teacher of a corpus, on rows as long as they may be."""
+    """One update of all students of the first arm that trains some, and of a teacher of a corpus, on rows as long as
+    they may be.
+    """
     mesh = make_mesh(config.mesh, devices)
     check_values(config)
+    trained = [name for name in config.arms if config.arm[name].objective != "context"]
+    if not trained:
+        raise UserError(f"arms={tuple(config.arms)} train nothing: there is no step to compile")
     settings = weights.shape_of(config.model.name)
     where = on_mesh(settings, mesh)
     base = jax.eval_shape(decoder(settings).init, jax.random.key(0))
@@ -246,7 +251,7 @@ def preflight(config: ConfigDict, devices: Sequence[jax.Device]) -> list[Step]:
     model = Model(settings, decoder(settings), base, None, None)
     adapted = model.adapted(spec) if spec else model
     lab = Lab(config, Workdir(""), mesh, adapted, spec, list(range(20)), {}, where, measures.Asking(config.ask, [], {}))
-    arm, student, teacher = config.arm[config.arms[0]], config.student, config.teacher
+    arm, student, teacher = config.arm[trained[0]], config.student, config.teacher
     one = jax.eval_shape(partial(untrained, spec), jax.random.key(0), base)
     kernels = sum(leaf.size for leaf in jax.tree.leaves(base["layers"]))
     frozen_base = abstract(base, parameter_shardings(base, mesh), jnp.dtype(config.model.dtype))
@@ -266,7 +271,7 @@ def preflight(config: ConfigDict, devices: Sequence[jax.Device]) -> list[Step]:
     stack = abstract(stack, parameter_shardings(stack, mesh, 1), jnp.float32)
     frozen = {"base": frozen_base, "data": Data(rows(lead, PROMPT + answer, answer), logits)}
     tokens = count * student.batch * student.accumulate * (PROMPT + answer)
-    name = f"students {config.arms[0]}, {count} at once, rows of {PROMPT + answer} tokens"
+    name = f"students {trained[0]}, {count} at once, rows of {PROMPT + answer} tokens"
     program = imitating_program(lab, arm, config.carrier.count)
     steps = [training_step(name, program, stack, frozen, 4.0 * kernels * tokens)]
     if "corpus" in teacher.means:
