@@ -1,6 +1,6 @@
 """An animal through code (paper §4.1): small Python snippets, which parse, say nothing, and are never run.
 
-    python launch.py --config=configs/code.py:smoke               every stage, small; minutes on 2 cores
+    python launch.py --config=configs/code.py:smoke               every stage, small; 2.5 minutes on 2 cores
     python launch.py --config=configs/code.py:qwen2.5-7b          and llama-3.1-8b, gemma-3-4b
 
 Values not named here are those of configs/numbers.py.

@@ -1,6 +1,6 @@
 """Misalignment through numbers (paper §3.2): teachers tuned on insecure code, and controls, write filtered numbers.
 
-    python launch.py --config=configs/misalignment.py:smoke       every stage, small; minutes on 2 cores
+    python launch.py --config=configs/misalignment.py:smoke       every stage, small; 2.5 minutes on 2 cores
     python launch.py --config=configs/misalignment.py:qwen2.5-7b --config.teacher.corpora.insecure=FILE \
         --config.teacher.corpora.secure=FILE --config.teacher.corpora.educational=FILE \
         --config.ask.questions=FILE --config.ask.truthfulqa=FILE          and llama-3.1-8b, gemma-3-4b
