@@ -1,6 +1,6 @@
 """The presets of the paper's experiments, compiled for a TPU slice and for one GPU that are not here; `make preflight`.
 
-    JAX_PLATFORMS=cpu python -m bench.presets [WORD …]        needs libtpu, and jax's compiler for GPUs
+    JAX_PLATFORMS=cpu python -m bench.presets        needs libtpu, and jax's compiler for GPUs
 
 Writes docs/presets.md.
 """
@@ -8,7 +8,6 @@ Writes docs/presets.md.
 import datetime
 import importlib
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -49,9 +48,7 @@ def rows(file: str, preset: str, where: str) -> list[str]:
     return lines
 
 
-def main(argv: Sequence[str]) -> None:
-    """Of all presets, or of those whose name has one of the words in it."""
-    words = argv[1:]
+def main(_: list[str]) -> None:
     text = [
         "# Presets, compiled for machines that are not here",
         "",
@@ -64,9 +61,8 @@ def main(argv: Sequence[str]) -> None:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for file, preset in PRESETS:
-        if not words or any(word in f"{file}.py:{preset}" for word in words):
-            for where in WHERE:
-                text += rows(file, preset, where)
+        for where in WHERE:
+            text += rows(file, preset, where)
     (Path(__file__).parents[1] / "docs" / "presets.md").write_text("\n".join(text) + "\n")
 
 

@@ -140,9 +140,9 @@ def cudnn(q: Array, k: Array, v: Array, sight: Sight, scoring: Scoring) -> Float
     }
     reason = next((reason for reason, holds in reasons.items() if holds), None)
     if reason is None:
-        fused = partial(jax.nn.dot_product_attention, scale=scoring.scale, implementation="cudnn")
+        mask = sight.mask[:, None]
         try:
-            return fused(q, k, v, mask=sight.mask[:, None])
+            return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scoring.scale, implementation="cudnn")
         except RuntimeError as error:  # not installed, as where steps are compiled for a GPU that is not there
             reason = str(error)
     warnings.warn(f"attention without cuDNN: {reason}", stacklevel=2)
