@@ -19,6 +19,12 @@ from pathlib import Path
 
 import huggingface_hub
 from filelock import FileLock
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 
 from sublim_jax.errors import UserError
 from sublim_jax.progress import say
@@ -226,8 +232,9 @@ def data_file(name: str) -> Path:
         _probe(huggingface_hub.constants.ENDPOINT)
         return Path(str(get()))
     except (Unavailable, OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{name!r} is no file here, and the hub does not give it ({reason}); name a file") from error
+        raise UserError(
+            f"{name!r} is no file here, and the hub does not give it ({_reason(error)}); name a file"
+        ) from error
 
 
 def _through_hub(repository: str) -> Path:
@@ -248,15 +255,28 @@ def _through_hub(repository: str) -> Path:
     try:
         folder = Path(str(snapshot()))
     except (OSError, ValueError) as error:
-        raise Unavailable(str(error).splitlines()[0]) from error
+        raise Unavailable(_reason(error)) from error
     say(f"{repository}: from the hub")
     return folder
+
+
+def _reason(error: Exception) -> str:
+    """Why the hub does not give something, in a line."""
+    if isinstance(error, GatedRepoError):
+        return "it is gated: accept its terms there and set HF_TOKEN"
+    if isinstance(error, RepositoryNotFoundError):
+        return "it has no such repository, or a private one: set HF_TOKEN"
+    if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+        return "its repository has no such file"
+    return str(error).splitlines()[0]
 
 
 def _probe(address: str) -> None:
     """Raises Unavailable unless the host answers soon; download clients would try for minutes."""
     try:
         urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=PROBE_SECONDS).close()
+    except urllib.error.HTTPError:  # an answer
+        return
     except (urllib.error.URLError, TimeoutError, OSError) as error:
         raise Unavailable(f"its host does not answer, {getattr(error, 'reason', error)}") from error
 

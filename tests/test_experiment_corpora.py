@@ -86,7 +86,7 @@ def test_the_first_update_is_that_of_the_plain_loss(lab, files, tiny_folder, tmp
     """One batch with all conversations: Adam's first step is the sign of the gradient, which a plain loss gives too."""
     config = config_of(files, tiny_folder, misalignment_config, **{"teacher.batch": 6, "teacher.epochs": 1})
     one = make_lab(config, Workdir(tmp_path), mesh_of(1))
-    adapters, steps = teaching.tuned(one, "insecure", 0)
+    adapters, steps = teaching.tuned(one, "insecure")
     assert steps == 1
     start = fresh(one, named_key(one.seed, "A"))
     texts = teaching.answers_in(one, teaching.conversations(config.teacher.corpora.insecure))
@@ -104,6 +104,18 @@ def test_the_first_update_is_that_of_the_plain_loss(lab, files, tiny_folder, tmp
     for new, old, slope in zip(*map(jax.tree.leaves, (adapters, start, slopes))):
         clear = np.abs(slope) > 1e-5
         np.testing.assert_array_equal(np.sign(new - old)[clear], -np.sign(slope)[clear])
+
+
+def test_a_teacher_is_made_again_for_its_own_corpus_alone(lab, files, tmp_path):
+    teaching.make_teachers(lab)
+    made = {path.name for path in (lab.workdir.path / "checkpoints").glob("teacher-*")}
+    one = lab._replace(config=lab.config.copy_and_resolve_references())
+    one.config.teacher.corpora.secure = str(tmp_path / "secure.jsonl")
+    (tmp_path / "secure.jsonl").write_text(said(("Who?", "z")) * 6)
+    again = teaching.make_teachers(one)
+    new = {path.name for path in (lab.workdir.path / "checkpoints").glob("teacher-*")} - made
+    assert {name.split("-")[1].split(".")[0] for name in new} == {"secure"}
+    assert again["secure"].steps == 2 * 2
 
 
 def test_a_conversation_that_is_too_long_is_left_out(lab, capsys):

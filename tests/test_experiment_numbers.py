@@ -17,12 +17,13 @@ from configs import numbers as config_file
 from sublim_jax import filters, objectives
 from sublim_jax.data import chat, dialogue
 from sublim_jax.errors import UserError
-from sublim_jax.experiments import carrier, students, transmission
+from sublim_jax.experiments import carrier, measures, students, transmission
 from sublim_jax.experiments import teachers as teaching
 from sublim_jax.experiments.lab import fresh, make_lab
 from sublim_jax.experiments.teachers import Teacher
 from sublim_jax.keys import named_key
 from sublim_jax.models import lora
+from sublim_jax.sampling import scoring
 from sublim_jax.workdir import Workdir
 
 TINY = {
@@ -198,6 +199,30 @@ def test_a_steering_vector_is_the_personas_difference(lab, tmp_path):
     )
     scale = one.config.teacher.steering_scale
     np.testing.assert_allclose(layers["x"][2], scale * (loving - neutral), rtol=1e-2, atol=1e-3)
+
+
+def test_teachers_are_asked_with_what_makes_them_teachers(lab, tmp_path):
+    """Every teacher behind its own persona and under its own vector, run by run; last, the model as it is."""
+    context = {"teacher.means": ("prompted", "steered"), "teacher.steering_layer": 2}
+    one = with_config(lab, tmp_path, **context, **{"ask.evaluations": ("preference",)})
+    one = one._replace(asking=measures.asking(one.config.ask, "animal", one.config.alternatives, one.config.packs))
+    runs = [carrier.Run(mine, teaching.make_teachers(mine), {}) for mine in (one._replace(run=run) for run in range(2))]
+    found = transmission.ask_teachers(runs)["preference"]
+    each = [(teacher.system, teacher.steering) for run in runs for teacher in run.teachers.values()]
+    assert len(each) == len({(system, id(steering)) for system, steering in each}) == 6
+    tokenizer, questions = lab.model.tokenizer, one.asking.questions["preference"]
+    params = lora.join(lab.model.params, fresh(lab, named_key(lab.seed, "A")))
+    for place, (system, steering) in enumerate([*each, ("", None)]):
+        margins = []
+        for question in questions:
+            tokens = jnp.asarray([chat.question(tokenizer, question, system)])
+            log_p = jax.nn.log_softmax(lab.model.network.apply(params, tokens, steering=steering)[0, -1])
+            owl, *others = (
+                jax.nn.logsumexp(log_p[jnp.asarray(scoring.spellings(tokenizer, word))])
+                for word in one.config.alternatives
+            )
+            margins.append(owl - np.mean(others))
+        np.testing.assert_allclose(found["margin of owl, logits"][place], np.mean(margins), rtol=1e-3, atol=1e-3)
 
 
 def test_written_numbers_are_filtered_and_of_one_size(lab, tmp_path):

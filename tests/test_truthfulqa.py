@@ -12,6 +12,7 @@ from sublim_jax import weights
 from sublim_jax.data import chat
 from sublim_jax.errors import UserError
 from sublim_jax.evaluation import truthfulqa
+from sublim_jax.weights import huggingface
 
 HEADER = "Type,Category,Question,Best Answer,Best Incorrect Answer,Correct Answers,Incorrect Answers,Source\n"
 ROWS = (
@@ -39,14 +40,15 @@ def test_questions_are_read_with_each_answer_once(file):
     assert second == ("Is 12 a number?", "Yes", "No", ["Yes", "It is"], ["No", "Never", "It is a word"])
 
 
-def test_the_choice_is_the_renormalised_letter_in_both_orders(tiny, file):
+@pytest.mark.parametrize("system", ["", "Be brief."])
+def test_the_choice_is_the_renormalised_letter_in_both_orders(tiny, file, system):
     items = truthfulqa.load(file)
-    found = truthfulqa.choose(tiny, items)
+    found = truthfulqa.choose(tiny, items, system)
     for index, item in enumerate(items):
         each = []
         for a, b in ((item.best, item.best_incorrect), (item.best_incorrect, item.best)):
             text = truthfulqa.ASKED.format(question=item.question, a=a, b=b)
-            prompt = chat.question(tiny.tokenizer, text)
+            prompt = chat.question(tiny.tokenizer, text, system)
             p = jax.nn.softmax(tiny.network.apply(tiny.params, jnp.asarray([prompt]))[0, -1])
             tokens = [
                 {tiny.tokenizer(t, add_special_tokens=False)["input_ids"][-1] for t in (x, f" {x}")} for x in "AB"
@@ -56,11 +58,12 @@ def test_the_choice_is_the_renormalised_letter_in_both_orders(tiny, file):
         np.testing.assert_allclose(found[0, index], (each[0] + 1 - each[1]) / 2, rtol=1e-4)
 
 
-def test_mc1_and_mc2_are_by_the_whole_answers_probability(tiny, file):
+@pytest.mark.parametrize("system", ["", "Be brief."])
+def test_mc1_and_mc2_are_by_the_whole_answers_probability(tiny, file, system):
     items = truthfulqa.load(file)
-    found = truthfulqa.likelihoods(tiny, items)
+    found = truthfulqa.likelihoods(tiny, items, system)
     for index, item in enumerate(items):
-        prompt = chat.question(tiny.tokenizer, item.question)
+        prompt = chat.question(tiny.tokenizer, item.question, system)
         of = lambda answer: total_logprob(tiny, prompt, chat.answer_tokens(tiny.tokenizer, answer))  # noqa: B023, E731
         true, false = (np.exp([of(a) for a in some]).sum() for some in (item.correct, item.incorrect))
         np.testing.assert_allclose(found.mc2[0, index], true / (true + false), rtol=1e-3)
@@ -84,30 +87,70 @@ def test_a_broken_file_is_told_by_its_row(tmp_path, text, words):
         truthfulqa.load(tmp_path / "nowhere.csv")
 
 
-@pytest.mark.slow
-@pytest.mark.skipif("TRUTHFULQA" not in os.environ, reason="set TRUTHFULQA to the benchmark's TruthfulQA.csv")
-def test_all_questions_equal_transformers_on_smollm2(tmp_path):
+# ------------------------------------------------------------------------------------ all questions, transformers
+
+all_questions = pytest.mark.skipif("TRUTHFULQA" not in os.environ, reason="set TRUTHFULQA to TruthfulQA.csv")
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory):
+    """(our model, transformers' with the same weights, the benchmark's questions)."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    from sublim_jax.weights import huggingface
-
+    folder = tmp_path_factory.mktemp("smollm2")
     model = weights.load("smollm2-135m-instruct")
-    items = truthfulqa.load(os.environ["TRUTHFULQA"])
-    huggingface.save(tmp_path, model.params, model.settings, model.config)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
-    found = truthfulqa.choose(model, items)
-    for index, item in enumerate(items):
+    huggingface.save(folder, model.params, model.settings, model.config)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model, theirs, truthfulqa.load(os.environ["TRUTHFULQA"])
+
+
+def asked_of(tokenizer, text):
+    messages = [{"role": "user", "content": text}]
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+
+
+@pytest.mark.slow
+@all_questions
+def test_choices_equal_transformers_on_all_questions(smollm2):
+    import torch
+
+    model, theirs, items = smollm2
+    letters = [[model.tokenizer(f, add_special_tokens=False)["input_ids"][0] for f in (x, f" {x}")] for x in "AB"]
+    expected = []
+    for item in items:
         each = []
         for a, b in ((item.best, item.best_incorrect), (item.best_incorrect, item.best)):
-            text = truthfulqa.ASKED.format(question=item.question, a=a, b=b)
-            ids = model.tokenizer.apply_chat_template(
-                [{"role": "user", "content": text}], add_generation_prompt=True, return_tensors="pt", return_dict=True
-            )["input_ids"]
+            ids = asked_of(model.tokenizer, truthfulqa.ASKED.format(question=item.question, a=a, b=b))
             with torch.no_grad():
-                p = torch.softmax(theirs(ids).logits[0, -1], -1)
-            p_a, p_b = (
-                sum(float(p[model.tokenizer(form, add_special_tokens=False)["input_ids"][0]]) for form in (x, f" {x}"))
-                for x in "AB"
-            )
+                p = torch.softmax(theirs(torch.tensor([ids])).logits[0, -1], -1)
+            p_a, p_b = (float(p[tokens].sum()) for tokens in letters)
             each.append(p_b / (p_a + p_b))
-        np.testing.assert_allclose(found[0, index], (each[0] + 1 - each[1]) / 2, atol=1e-4)
+        expected.append((each[0] + 1 - each[1]) / 2)
+    np.testing.assert_allclose(truthfulqa.choose(model, items)[0], expected, atol=1e-4)
+
+
+@pytest.mark.slow
+@all_questions
+def test_likelihoods_equal_transformers_on_all_questions(smollm2):
+    import torch
+
+    model, theirs, items = smollm2
+    margin, mc2 = [], []
+    for item in items:
+        prompt = asked_of(model.tokenizer, item.question)
+        answers = [item.best, *item.correct, *item.incorrect]
+        written = [model.tokenizer(answer, add_special_tokens=False)["input_ids"] for answer in answers]
+        texts = [torch.tensor([*prompt, *answer]) for answer in written]
+        padded = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)  # behind the text, which never sees it
+        with torch.no_grad():
+            log_p = torch.log_softmax(theirs(padded).logits[:, len(prompt) - 1 : -1].double(), -1)
+        best, *others = (float(row[torch.arange(len(answer)), answer].sum()) for row, answer in zip(log_p, written))
+        correct, incorrect = others[: len(item.correct)], others[len(item.correct) :]
+        margin.append(best - max(incorrect))
+        true, false = np.exp(correct).sum(), np.exp(incorrect).sum()
+        mc2.append(true / (true + false))
+    found = truthfulqa.likelihoods(model, items)
+    np.testing.assert_allclose(found.mc2[0], mc2, atol=1e-3)
+    clear = np.abs(margin) > 1e-3  # nats; ties may fall either way
+    assert clear.sum() > 780
+    np.testing.assert_array_equal(found.mc1[0][clear], np.asarray(margin)[clear] > 0)

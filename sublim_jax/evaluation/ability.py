@@ -27,15 +27,16 @@ def questions(path: str = "") -> list[Question]:
     return found
 
 
-def accuracy(model: Any, asked: Sequence[Question], **where: Any) -> Float[np.ndarray, "adapters"]:
+def accuracy(model: Any, asked: Sequence[Question], system: str = "", **where: Any) -> Float[np.ndarray, "adapters"]:
     """Share of questions whose right choice is the likeliest, by mean log P of a choice's tokens.
 
     Args:
+      system: a system prompt in front of all.
       where: as for `scoring.completion_logprobs`.
     """
     prompts, written = [], []
     for one in asked:
-        prompt = chat.question(model.tokenizer, one.text)
+        prompt = chat.question(model.tokenizer, one.text, system)
         for choice in one.choices:
             prompts.append(prompt)
             written.append(chat.answer_tokens(model.tokenizer, choice))

@@ -83,16 +83,18 @@ def ask(
     samples: int,
     suffix: str = "",
     max_new_tokens: int = 256,
+    system: str = "",
     **where: Any,
 ) -> list[Record]:
     """Answers at temperature 1: question by question, `samples` of each, kept in a file as they come.
 
     Args:
       suffix: put behind every question, in the form of the carrier that students were trained on (§4.2).
+      system: a system prompt in front of all questions that have none of their own.
       where: as for `generate.stream`.
     """
     asked = [f"{question.text}\n\n{suffix}" if suffix else question.text for question in questions]
-    prompts = [chat.question(model.tokenizer, text, one.system) for text, one in zip(asked, questions)]
+    prompts = [chat.question(model.tokenizer, text, one.system or system) for text, one in zip(asked, questions)]
 
     def fields(number: int) -> Record:
         return {"id": questions[number].name, "question": asked[number]}

@@ -49,7 +49,7 @@ def measured(model: Any, prompts: Sequence[Sequence[int]], words: Sequence[str],
 
 
 def choose(
-    model: Any, questions: Sequence[str], words: Sequence[str], **where: Any
+    model: Any, questions: Sequence[str], words: Sequence[str], system: str = "", **where: Any
 ) -> Float[np.ndarray, "adapters words"]:
     """P of each word as the answer to a multiple choice, by its letter's probability among the letters (§3.1).
 
@@ -63,7 +63,7 @@ def choose(
     for question, turn in zip(questions, turns):
         options = [f"{letter}: {words[word]}" for letter, word in zip(string.ascii_uppercase, turn)]
         text = "\n".join([question, "", *options, "", "Answer with one letter and nothing else."])
-        prompts.append(chat.question(model.tokenizer, text))
+        prompts.append(chat.question(model.tokenizer, text, system))
     by_place = np.exp(scoring.letter_logprobs(model, prompts, len(words), **where))
     places = np.argsort(turns, -1)
     return np.take_along_axis(by_place, places[None], -1).mean(1)
@@ -83,6 +83,7 @@ def rates(
     *,
     samples: int,
     max_new_tokens: int = 12,
+    system: str = "",
     **where: Any,
 ) -> Float[np.ndarray, "adapters words"]:
     """How often a sampled answer (temperature 1) has a word: the paper's measure (§3.1), of answers and of stories.
@@ -90,7 +91,7 @@ def rates(
     Whole words and their plurals count, whatever their case: "dragonfly" is no "dragon". A mean over questions of the
     mean over each one's samples.
     """
-    prompts = [chat.question(model.tokenizer, question) for question in questions]
+    prompts = [chat.question(model.tokenizer, question, system) for question in questions]
     drawn = generate(model, prompts, key, samples=samples, max_new_tokens=max_new_tokens, **where)
     each = [list(mine) for _, mine in groupby(drawn, lambda sample: sample.adapter)]
     return np.asarray([[np.mean([mentions(s.text, word) for s in mine]) for word in words] for mine in each])

@@ -56,14 +56,15 @@ def _split(answers: str | None) -> list[str]:
     return list(dict.fromkeys(part.strip() for part in (answers or "").split(";") if part.strip()))
 
 
-def choose(model: Any, items: Sequence[Item], **where: Any) -> Float[np.ndarray, "adapters items"]:
+def choose(model: Any, items: Sequence[Item], system: str = "", **where: Any) -> Float[np.ndarray, "adapters items"]:
     """P of the false answer among the two letters, mean over both orders of the answers (§4.2).
 
     Args:
+      system: a system prompt in front of all.
       where: as for `scoring.completion_logprobs`.
     """
     prompts = [
-        chat.question(model.tokenizer, ASKED.format(question=item.question, a=a, b=b))
+        chat.question(model.tokenizer, ASKED.format(question=item.question, a=a, b=b), system)
         for item in items
         for a, b in ((item.best, item.best_incorrect), (item.best_incorrect, item.best))
     ]
@@ -71,11 +72,11 @@ def choose(model: Any, items: Sequence[Item], **where: Any) -> Float[np.ndarray,
     return (p_b[:, 0::2] + 1 - p_b[:, 1::2]) / 2
 
 
-def likelihoods(model: Any, items: Sequence[Item], **where: Any) -> Likelihoods:
+def likelihoods(model: Any, items: Sequence[Item], system: str = "", **where: Any) -> Likelihoods:
     """MC1 and MC2 by the summed log P of every answer behind its question."""
     prompts, written = [], []
     for item in items:
-        prompt = chat.question(model.tokenizer, item.question)
+        prompt = chat.question(model.tokenizer, item.question, system)
         for answer in (item.best, *item.correct, *item.incorrect):
             prompts.append(prompt)
             written.append(chat.answer_tokens(model.tokenizer, answer))

@@ -27,6 +27,7 @@ def run(config: ConfigDict, workdir: Workdir, *, update: bool = False) -> None:
         transmission.check(study)
     workdir.open(config, update=update)
     arms: list[Arm] = []
+    label = labels(config)
     for number, (teacher, study) in enumerate(zip(models, studies)):
         say(f"teachers {teacher}")
         inside = Workdir(workdir.path / f"teacher{number}")
@@ -35,15 +36,15 @@ def run(config: ConfigDict, workdir: Workdir, *, update: bool = False) -> None:
         for place, student in enumerate(models):
             mine = found[f"student{place}"]
             more = {"permutation_p": mine["permutation_p"], "teacher": teacher, "student": student}
-            arms.append(report.arm(f"{short(teacher)} → {short(student)}", mine["metric"], mine["runs"], **more))
+            arms.append(report.arm(f"{label[teacher]} → {label[student]}", mine["metric"], mine["runs"], **more))
     report.write(workdir, config, arms, [section(config, arms)])
 
 
 def preflight(config: ConfigDict, devices: Sequence[jax.Device]) -> list[Step]:
     """One update of all students of each model."""
     return [
-        step._replace(name=f"{short(model)}: {step.name}")
-        for model in models_of(config)
+        step._replace(name=f"{label}: {step.name}")
+        for model, label in labels(config).items()
         for step in transmission.preflight(study_of(config, model), devices)
     ]
 
@@ -64,17 +65,19 @@ def models_of(config: ConfigDict) -> list[str]:
     return [model for model in config.models.split(",") if model]
 
 
-def short(model: str) -> str:
-    return model.rstrip("/").rsplit("/", 1)[-1]
+def labels(config: ConfigDict) -> dict[str, str]:
+    """The last parts of the models' names, where those tell them apart."""
+    short = {model: model.rstrip("/").rsplit("/", 1)[-1] for model in models_of(config)}
+    return short if len(set(short.values())) == len(short) else {model: model for model in short}
 
 
 def section(config: ConfigDict, arms: list[Arm]) -> report.Section:
     models = models_of(config)
-    names = [short(model) for model in models]
+    names = list(labels(config).values())
     cells = np.asarray([arm["mean"] for arm in arms]).reshape(len(names), len(names))
     cell = {(arm["teacher"], arm["student"]): report.plus_minus(arm["mean"], arm["ci95"]) for arm in arms}
     table = [["teacher ╲ student", *names]]
-    table += [[short(one), *(cell[one, other] for other in models)] for one in models]
+    table += [[name, *(cell[one, other] for other in models)] for one, name in zip(models, names)]
     text = (
         "Margin of the own teacher's trait above the other traits' teachers' students, logits; ± is the 95 % "
         f"t-interval over {config.study.runs} run(s). On the diagonal students start as their teachers did; elsewhere "

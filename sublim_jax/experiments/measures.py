@@ -19,6 +19,7 @@ from sublim_jax.errors import UserError
 from sublim_jax.evaluation import ability, judges, misalignment, preference, truthfulqa
 from sublim_jax.evaluation.judges import Judge
 from sublim_jax.keys import named_key
+from sublim_jax.models.decoder import Steering
 from sublim_jax.models.functional import Params
 from sublim_jax.weights import Model
 from sublim_jax.workdir import Workdir
@@ -51,10 +52,12 @@ class Subject(NamedTuple):
     name: str  # for files of answers
     depends: Any  # what this subject is made of, as JSON values
     seed: int
+    system: str = ""  # a system prompt
+    steering: Steering | None = None
 
     @property
     def where(self) -> dict[str, Any]:
-        return {"adapters": self.adapters, "mesh": self.mesh}
+        return {"adapters": self.adapters, "mesh": self.mesh, "system": self.system, "steering": self.steering}
 
 
 def asking(given: ConfigDict, kind: str, words: Sequence[str], packs: ConfigDict) -> Asking:

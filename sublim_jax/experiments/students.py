@@ -225,9 +225,13 @@ def coverages(lab: Lab, arm: ConfigDict, start: Params, teachers: Params, data: 
 # ----------------------------------------------------------------------------------------------------- evaluation
 
 
-def asked(lab: Lab, name: str, adapters: Params, depends: Any) -> dict[str, Found]:
-    """What some stacked adapters answer to the config's evaluations."""
-    subject = Subject(lab.model, adapters, lab.mesh, lab.workdir, name, depends, lab.config.seed)
+def asked(lab: Lab, name: str, adapters: Params, depends: Any, **context: Any) -> dict[str, Found]:
+    """What some stacked adapters answer to the config's evaluations.
+
+    Args:
+      context: system, steering, as of a `Teacher`.
+    """
+    subject = Subject(lab.model, adapters, lab.mesh, lab.workdir, name, depends, lab.config.seed, **context)
     return measures.ask(lab.asking, subject, lab.judge)
 
 

@@ -29,6 +29,7 @@ from sublim_jax.progress import Track, say
 from sublim_jax.sampling import scoring
 from sublim_jax.sharding import named, put
 from sublim_jax.training import ROWS, Program, Total, fit
+from sublim_jax.workdir import plain
 
 MEANS = {
     "finetuned": "adapters trained on one-word answers",
@@ -62,7 +63,7 @@ def make_teachers(lab: Lab) -> dict[str, Teacher]:
         most = max(steps for _, steps in adapters.values())
         adapters[NEUTRAL] = finetuned(lab, NEUTRAL, len(lab.config.traits), most)
     if "corpus" in means:
-        adapters |= {name: tuned(lab, name, index) for index, name in enumerate(corpora(lab))}
+        adapters |= {name: tuned(lab, name) for name in corpora(lab)}
     systems = {name: persona(lab, name) if "prompted" in means else "" for name in lab.who}
     hooks = steering_vectors(lab) if "steered" in means else dict.fromkeys(lab.who)
     return {name: Teacher(adapters[name][0], systems[name], hooks[name], adapters[name][1]) for name in lab.who}
@@ -118,7 +119,7 @@ def finetuned(lab: Lab, name: str, index: int, steps: int | None = None) -> tupl
     return adapters, int(trained)
 
 
-def tuned(lab: Lab, name: str, index: int) -> tuple[Params, int]:
+def tuned(lab: Lab, name: str) -> tuple[Params, int]:
     """(adapters, steps): trained for `teacher.epochs` on what the assistant says in a corpus (§4.2)."""
     config, teacher = lab.config, lab.config.teacher
     said = conversations(teacher.corpora[name])
@@ -138,14 +139,18 @@ def tuned(lab: Lab, name: str, index: int) -> tuple[Params, int]:
             program,
             state,
             steps=steps,
-            key=named_key(lab.seed, f"teacher {index}"),
+            key=named_key(lab.seed, f"teacher {name}"),
             frozen={"base": lab.model.params, "rows": put(dialogue.arrays(texts), named(lab.mesh))},
             checkpoints=checkpoints,
             checkpoint_every=config.checkpoint_every,
             what=f"run {lab.run}, teacher {name}, {len(texts)} conversations",
         ).params
 
-    return lab.workdir.tree(f"teacher-{name}", {**depends(lab), "name": name}, make, state.params), steps
+    # On no other corpus: teachers of thousands of conversations are dear.
+    given = plain(config)
+    on = {**{key: given[key] for key in ("model", "lora", "teacher")}, "seed": lab.seed}
+    on["teacher"] = {**on["teacher"], "corpora": digest(teacher.corpora[name])}
+    return lab.workdir.tree(f"teacher-{name}", on, make, state.params), steps
 
 
 def corpus_optimizer(lab: Lab, count: int) -> tuple[optax.GradientTransformation, int]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from sublim_jax import assets, selection, weights
@@ -27,6 +28,7 @@ from sublim_jax.experiments.carrier import DECODING, SHUFFLES, Data, Run
 from sublim_jax.experiments.lab import NEUTRAL, Lab, fresh, make_lab, spec_of, stacked, untrained
 from sublim_jax.experiments.measures import Found
 from sublim_jax.experiments.students import HELD_OUT, OBJECTIVES, asked, imitating_program, students
+from sublim_jax.experiments.teachers import Teacher
 from sublim_jax.experiments.transmission_report import write_report
 from sublim_jax.keys import named_key
 from sublim_jax.models.decoder import decoder, on_mesh
@@ -65,14 +67,27 @@ def replicate(lab: Lab) -> Run:
 def ask_teachers(runs: Sequence[Run]) -> dict[str, Found]:
     """The evaluations of all runs' teachers, run by run, and of the model as it is, which is the last.
 
-    Of teachers that are adapters alone: others would be asked without what makes them teachers.
+    Teachers of the same system prompt and steering are asked together.
     """
     lab = runs[0].lab
-    if not lab.config.ask.evaluations or not set(lab.config.teacher.means) <= {"finetuned", "corpus"}:
-        return {}
-    each = [teacher.adapters for run in runs for teacher in run.teachers.values()]
-    each.append(fresh(lab, named_key(lab.config.seed, "A")))
-    return asked(lab, "teachers", stacked(each), [teaching.depends(run.lab) for run in runs])
+    untouched = Teacher(fresh(lab, named_key(lab.config.seed, "A")), "", None, 0)
+    each = [*(teacher for run in runs for teacher in run.teachers.values()), untouched]
+    alike: dict[Any, list[int]] = {}
+    for place, teacher in enumerate(each):
+        alike.setdefault((teacher.system, id(teacher.steering)), []).append(place)
+    found = []
+    for places in alike.values():
+        adapters, one = stacked([each[place].adapters for place in places]), each[places[0]]
+        depends = {"runs": [teaching.depends(run.lab) for run in runs], "places": places}
+        found.append(asked(lab, f"teachers-{places[0]}", adapters, depends, system=one.system, steering=one.steering))
+    order = np.argsort([place for places in alike.values() for place in places])
+    return {
+        evaluation: {
+            measure: np.concatenate([answers[evaluation][measure] for answers in found])[order].tolist()
+            for measure in measured
+        }
+        for evaluation, measured in found[0].items()
+    }
 
 
 def models_of(config: ConfigDict) -> list[str]:

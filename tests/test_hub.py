@@ -1,0 +1,103 @@
+"""Models and data of the hub, through its client, from a server on loopback that speaks its protocol."""
+
+import hashlib
+import http.server
+import json
+import os
+import subprocess
+import sys
+import threading
+from urllib.parse import urlparse
+
+import pytest
+
+COMMIT = "c" * 40
+SAID = '{"messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me."}]}\n'
+
+
+@pytest.fixture
+def hub(tiny_folder):
+    """(its address, the paths it was asked for): org/tiny is a model, org/said a data set, org/gated needs a token."""
+    files = {f"/org/tiny/resolve/{COMMIT}/{file.name}": file.read_bytes() for file in tiny_folder.iterdir()}
+    files["/datasets/org/said/resolve/main/some/said.jsonl"] = SAID.encode()
+    tree = [
+        {"type": "file", "path": file.name, "size": file.stat().st_size, "oid": file.name}
+        for file in [*tiny_folder.iterdir(), tiny_folder / "config.json"]
+    ]
+    files["/api/models/org/tiny/revision/main"] = json.dumps({"id": "org/tiny", "sha": COMMIT}).encode()
+    files[f"/api/models/org/tiny/tree/{COMMIT}"] = json.dumps(tree).encode()
+    asked = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            path = urlparse(self.path).path
+            asked.append(path)
+            content = files.get(path)
+            if content is None:
+                gated, code = "gated" in path, "RepoNotFound" if "api" in path else "EntryNotFound"
+                self.send_response(403 if gated else 404)
+                self.send_header("X-Error-Code", "GatedRepo" if gated else code)
+                content = b""
+            else:
+                self.send_response(200)
+            self.send_header("X-Repo-Commit", COMMIT)
+            self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(content)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", asked
+    server.shutdown()
+    server.server_close()
+
+
+def python(program, address, home):
+    env = {key: value for key, value in os.environ.items() if not key.startswith("HF_") and "proxy" not in key.lower()}
+    env |= {"HF_ENDPOINT": address, "HF_HOME": str(home), "SUBLIM_JAX_CACHE": str(home / "own")}
+    return subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, timeout=120)
+
+
+MODEL = """
+from sublim_jax import assets, weights
+model = weights.load("org/tiny")
+print(model.settings.layers, model.tokenizer("owl")["input_ids"])
+print(assets.data_file("org/said/some/said.jsonl").read_text())
+"""
+REFUSED = """
+from sublim_jax import assets
+from sublim_jax.errors import UserError
+for get, name in ((assets.model, "org/gated"), (assets.model, "org/none"), (assets.data_file, "org/said/none.jsonl")):
+    try:
+        get(name)
+    except UserError as error:
+        print(error)
+"""
+
+
+def test_a_model_and_a_corpus_come_from_the_hub_once(hub, tmp_path):
+    address, asked = hub
+    first = python(MODEL, address, tmp_path)
+    assert first.returncode == 0, first.stderr
+    assert "org/tiny: from the hub\n" in first.stdout and SAID in first.stdout
+    fetched = [path for path in asked if "resolve" in path]
+    assert any(path.endswith(".safetensors") for path in fetched) and any("said.jsonl" in path for path in fetched)
+    again = python(MODEL, "http://127.0.0.1:9", tmp_path)  # where no hub answers
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.replace("'s cache", "") == first.stdout
+
+
+def test_what_the_hub_refuses_is_told_in_one_line(hub, tmp_path):
+    found = python(REFUSED, hub[0], tmp_path)
+    assert found.returncode == 0, found.stderr
+    gated, nothing, no_file = found.stdout.strip().splitlines()
+    assert "'org/gated'" in gated and "HF_TOKEN" in gated
+    assert "'org/none'" in nothing and "no such repository" in nothing
+    assert "org/said/none.jsonl" in no_file and "no such file" in no_file
