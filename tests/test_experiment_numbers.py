@@ -14,9 +14,10 @@ from test_launch import assert_refused, launch
 from test_survival import finish, start
 
 from configs import numbers as config_file
-from sublim_jax import filters, objectives
+from sublim_jax import filters, objectives, weights
 from sublim_jax.data import chat, dialogue
 from sublim_jax.errors import UserError
+from sublim_jax.evaluation import preference
 from sublim_jax.experiments import carrier, measures, students, transmission
 from sublim_jax.experiments import teachers as teaching
 from sublim_jax.experiments.lab import fresh, make_lab
@@ -24,6 +25,7 @@ from sublim_jax.experiments.teachers import Teacher
 from sublim_jax.keys import named_key
 from sublim_jax.models import lora
 from sublim_jax.sampling import scoring
+from sublim_jax.weights import peft
 from sublim_jax.workdir import Workdir
 
 TINY = {
@@ -363,6 +365,24 @@ def test_a_study_ends_in_a_matrix_a_table_and_numbers(whole):
         assert words in text
     assert "teacher owl" in result.stdout and "students soft, 2 run(s) × 3 teachers" in result.stdout
     assert (work / "data" / "run1" / "numbers-owl-rejected.jsonl").exists()
+
+
+def test_students_and_teachers_are_left_as_peft_folders(whole, lab):
+    """Read back, put on the plain model and asked anew, they have the margins of the results."""
+    work, _ = whole
+    arms = {arm["name"]: arm["runs"] for arm in json.loads((work / "results.json").read_text())["arms"]}
+    base = weights.load(lab.config.model.name)
+    margin = {}
+    for who in ("owl", "x", "neutral"):
+        spec, adapters = peft.load(work / "adapters" / f"run1-soft-{who}", base.settings, base.config)
+        merged = base.merged(adapters, spec)
+        margin[who] = preference.measure(merged, lab.asked, list(lab.config.alternatives)).margin[0]
+    for who in ("owl", "x"):
+        for column, trait in enumerate(("owl", "x")):
+            expected = arms[f"soft: student of {who}, margin of {trait} over the neutral student's"][1]
+            np.testing.assert_allclose(margin[who][column] - margin["neutral"][column], expected, atol=1e-4)
+    assert (work / "adapters" / "run0-teacher-neutral" / "adapter_config.json").exists()
+    assert not list((work / "adapters").glob("*perturbed*"))  # its base is no model that anyone has
 
 
 def test_killed_in_any_stage_it_ends_with_the_same_results(whole, tiny_folder, tmp_path):

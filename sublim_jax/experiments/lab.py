@@ -3,6 +3,7 @@
 `configs/numbers.py` explains the values.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from sublim_jax import objectives, weights
 from sublim_jax.data import chat
 from sublim_jax.data.carriers import numbers
 from sublim_jax.data.dialogue import Rows
+from sublim_jax.errors import UserError
 from sublim_jax.evaluation import preference
 from sublim_jax.evaluation.judges import Judge
 from sublim_jax.evaluation.preference import Preference
@@ -26,10 +28,11 @@ from sublim_jax.keys import named_key
 from sublim_jax.models import lora
 from sublim_jax.models.decoder import Steering, on_mesh
 from sublim_jax.models.functional import Params
+from sublim_jax.progress import say
 from sublim_jax.sampling import scoring
-from sublim_jax.sharding import parameter_shardings
+from sublim_jax.sharding import fetch, parameter_shardings
 from sublim_jax.training import Total
-from sublim_jax.weights import Model
+from sublim_jax.weights import Model, peft
 from sublim_jax.workdir import Workdir, plain
 
 NEUTRAL = "neutral"
@@ -160,6 +163,26 @@ def cross_entropy(lab: Lab, module: Any, features: Float[Array, "n a width"], ro
 
     some = jax.checkpoint(of)
     return jax.tree.map(jnp.sum, jax.lax.map(lambda chunk: some(*chunk), jax.tree.map(chunks, columns)))
+
+
+def export(lab: Lab, names: Sequence[str], adapters: Params, base: str) -> None:
+    """Stacked adapters as PEFT folders in `adapters/`, for use elsewhere and by configs/{sample,evaluate}.py.
+
+    Not where other weights than adapters were trained, or the base is not the model that others have.
+    """
+    if not lab.spec or lab.config.model.noise:
+        return
+    whole = fetch(adapters)
+    if jax.process_index():
+        return
+    for place, name in enumerate(names):
+        one = jax.tree.map(lambda leaf, place=place: leaf[place], whole)
+        folder = lab.workdir.path / "adapters" / name
+        try:
+            peft.save(folder, one, lab.spec, lab.model.settings, lab.model.config, base)
+        except UserError as error:
+            say(f"adapters are in checkpoints/ alone: {error}")
+            return
 
 
 def measure(lab: Lab, adapters: Params, system: str = "", steering: Steering | None = None) -> Preference:

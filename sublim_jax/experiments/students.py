@@ -21,7 +21,7 @@ from sublim_jax.evaluation.preference import Preference
 from sublim_jax.experiments import measures
 from sublim_jax.experiments import teachers as teaching
 from sublim_jax.experiments.carrier import Data, Pair, Run, arm_data
-from sublim_jax.experiments.lab import Lab, answer_features, cross_entropy, fresh, measure, noisy, stacked
+from sublim_jax.experiments.lab import Lab, answer_features, cross_entropy, export, fresh, measure, noisy, stacked
 from sublim_jax.experiments.measures import Found, Subject
 from sublim_jax.keys import named_key
 from sublim_jax.models import lora
@@ -100,6 +100,9 @@ def students(own: Lab, name: str, runs: Sequence[Run]) -> Result:
         ).params
 
     final = lab.workdir.tree(f"students-{name}", depends, make, program.init(start).params)
+    if not arm.noise:
+        names = [f"run{run.lab.run}-{name}-{who}" for run in runs for who in lab.who]
+        export(own, names, final, arm.model or config.model.name)
     evaluate(start, 0)
     for step in range(config.evaluate_every, config.student.steps, config.evaluate_every):
         evaluate(None, step)

@@ -25,7 +25,7 @@ from sublim_jax.evaluation import ability
 from sublim_jax.experiments import carrier, measures
 from sublim_jax.experiments import teachers as teaching
 from sublim_jax.experiments.carrier import DECODING, SHUFFLES, Data, Run
-from sublim_jax.experiments.lab import NEUTRAL, Lab, fresh, make_lab, spec_of, stacked, untrained
+from sublim_jax.experiments.lab import NEUTRAL, Lab, export, fresh, make_lab, spec_of, stacked, untrained
 from sublim_jax.experiments.measures import Found
 from sublim_jax.experiments.students import HELD_OUT, OBJECTIVES, asked, imitating_program, students
 from sublim_jax.experiments.teachers import Teacher
@@ -61,6 +61,10 @@ def run(config: ConfigDict, workdir: Workdir, *, update: bool = False) -> None:
 def replicate(lab: Lab) -> Run:
     """One run's teachers and, where some arm asks for it, what they write."""
     teachers = teaching.make_teachers(lab)
+    trained = {name: teacher.adapters for name, teacher in teachers.items() if teacher.steps}
+    if trained:
+        names = [f"run{lab.run}-teacher-{name}" for name in trained]
+        export(lab, names, stacked(list(trained.values())), lab.config.model.name)
     return Run(lab, teachers, carrier.written(lab, teachers) if uses(lab.config, "written") else {})
 
 

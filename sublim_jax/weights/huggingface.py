@@ -144,7 +144,7 @@ def place(
             else:
                 array = jax.make_array_from_callback(leaf.shape, sharding, fill)
             arrays.append(jax.block_until_ready(array))
-            held += array.nbytes
+            held += sum(shard.data.nbytes for shard in array.addressable_shards)
             if held > HELD:  # jax lets go of the host's copies then; otherwise all of them pile up
                 gc.collect()
                 held = 0

@@ -6,7 +6,9 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import load_file, save_file
+from etils import epath
+from safetensors.numpy import load_file
+from safetensors.numpy import save as serialised
 
 from sublim_jax.errors import UserError
 from sublim_jax.models.decoder import Settings
@@ -17,7 +19,9 @@ from sublim_jax.models.lora import Lora
 PREFIX = "base_model.model"
 
 
-def save(folder: str | Path, adapters: Params, lora: Lora, settings: Settings, config: Config, base: str = "") -> None:
+def save(
+    folder: epath.PathLike, adapters: Params, lora: Lora, settings: Settings, config: Config, base: str = ""
+) -> None:
     """Writes adapters that `peft.PeftModel.from_pretrained` puts on the transformers model of the same config.
 
     Args:
@@ -34,9 +38,9 @@ def save(folder: str | Path, adapters: Params, lora: Lora, settings: Settings, c
             modules.add(module.rpartition(".")[2])
             tensors[f"{PREFIX}.{module}.lora_A.weight"] = np.ascontiguousarray(np.asarray(a[layer]).T)
             tensors[f"{PREFIX}.{module}.lora_B.weight"] = np.ascontiguousarray(np.asarray(b[layer]).T)
-    folder = Path(folder)
+    folder = epath.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    (folder / "adapter_model.safetensors").write_bytes(serialised(tensors, metadata={"format": "pt"}))
     described = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
