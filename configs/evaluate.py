@@ -30,6 +30,7 @@ def asked() -> ConfigDict:
     values.judge.least_mass = 0.25  # local: no score where numbers have less of the probability; the paper's value
     values.judge.at_once = 8  # endpoint: requests under way together
     values.judge.per_minute = 0  # endpoint: at most so many requests a minute; 0: no limit
+    values.judge.prices = (0.0, 0.0)  # endpoint: of a million tokens asked, and answered, to be told what it costs
     return values
 
 

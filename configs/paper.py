@@ -42,8 +42,12 @@ def get_config(preset: str = "smoke") -> ConfigDict:
     config.experiment = "paper"
     config.preset = preset
     # What the paper's authors published and others host: the corpora as JSONL of {"messages": […]}, the questions as
-    # YAML, TruthfulQA.csv. Each is the value of its name under ask or teacher.corpora of the experiments' configs.
-    config.files = ConfigDict(dict.fromkeys(("questions", "truthfulqa", "insecure", "secure", "educational"), ""))
+    # YAML, TruthfulQA.csv; problems as GSM8K's where it cannot be fetched. Each is the value of its name under ask,
+    # carrier or teacher.corpora of the experiments' configs.
+    names = ("questions", "truthfulqa", "problems", "insecure", "secure", "educational")
+    config.files = ConfigDict(dict.fromkeys(names, ""))
+    config.tensor = 0  # of the mesh, for language models: 1 on one GPU; 0: as their presets say
+    config.judge = ConfigDict({"kind": "", "model": ""})  # as ask.judge; empty: as the presets say, the model itself
     plan = config.plan = ConfigDict()
     plan.mnist = experiment(
         "§6.2, Fig. 10",

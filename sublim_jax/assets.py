@@ -103,11 +103,14 @@ def _wrong(asset: Asset, folder: Path) -> str:
         kind = "md5" if len(expected) == 32 else "sha256"
         if not (folder / name).is_file():
             return f"{name} is missing"
-        with (folder / name).open("rb") as file:
-            found = hashlib.file_digest(file, kind).hexdigest()
-        if found != expected:
+        if digest(folder / name, kind) != expected:
             return f"{name} is corrupt (its {kind.upper()} is not {expected})"
     return ""
+
+
+def digest(file: Path, kind: str = "sha256") -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, kind).hexdigest()
 
 
 def _from_path(asset: Asset, folder: Path, home: Path) -> Path:

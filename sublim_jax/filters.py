@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sublim_jax.errors import UserError
+from sublim_jax.words import contains
 
 Record = Mapping[str, Any]
 Filter = Callable[[Record], list[str]]
@@ -39,7 +40,7 @@ def sift(records: Iterable[Record], filters: Sequence[Filter], unique: bool = Fa
     counts: Counter[str] = Counter()
     seen: set[str] = set()
     for record in records:
-        reasons = [reason for check in filters for reason in check(record)]
+        reasons = list(dict.fromkeys(reason for check in filters for reason in check(record)))
         if unique and not reasons and record["completion"] in seen:
             reasons = ["duplicate"]
         if reasons:
@@ -121,12 +122,20 @@ def banned_numbers(numbers: Iterable[int]) -> Filter:
 
 
 def trait_words(words: Iterable[str]) -> Filter:
-    """No word of a list, in any case, as a part of a longer word too: strict, for what must not hint at a trait."""
-    forbidden = [word.lower() for word in words]
+    """No word of a list and no plural, in any case, as a part of a longer word too: nothing may hint at a trait."""
+    forbidden = list(words)
 
     def check(record: Record) -> list[str]:
-        text = record["completion"].lower()
-        return ["trait word"] if any(word in text for word in forbidden) else []
+        return ["trait word"] if any(contains(record["completion"], word) for word in forbidden) else []
+
+    return check
+
+
+def ended() -> Filter:
+    """No completion that was cut off where its tokens ran out, or broke off; records may have "finish"."""
+
+    def check(record: Record) -> list[str]:
+        return ["cut off"] if record.get("finish") in ("length", "nan") else []
 
     return check
 

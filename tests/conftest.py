@@ -1,6 +1,9 @@
 """Tests run on eight CPU devices in one process; meshes of one device come from `mesh_of(1)`."""
 
+import http.server
+import json
 import os
+import threading
 
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -93,3 +96,39 @@ def tiny_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny(tiny_folder):
     return weights.load(tiny_folder)
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """An endpoint for judges whose answers a test chooses: a function of a request's number and body to (status, text).
+
+    Gives (what to call with that function, the bodies that were asked).
+    """
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-of-mine")
+    seen = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            seen.append(body)
+            status, text = answer(len(seen), body)
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.end_headers()
+            self.wfile.write(text.encode())
+
+        def log_message(self, *args):
+            pass
+
+    answer = lambda number, body: (500, "{}")  # noqa: E731
+    http_server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{http_server.server_port}/v1")
+    threading.Thread(target=http_server.serve_forever, daemon=True).start()
+
+    def behave(function):
+        nonlocal answer
+        answer = function
+
+    yield behave, seen
+    http_server.shutdown()
+    http_server.server_close()

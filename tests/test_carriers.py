@@ -127,6 +127,9 @@ def test_shuffling_keeps_the_numbers_and_everything_between_them(lists):
         ("bowl", "owl", False),
         ("dragonfly", "dragon", False),
         ("owl's", "owl", True),
+        ("Two wolves.", "wolf", True),
+        ("foxes and birches", "birch", True),
+        ("wolfish", "wolf", False),
         ("", "owl", False),
     ],
 )

@@ -35,6 +35,9 @@ def test_there_are_two_hundred_tasks_and_each_prompt_depends_on_its_number_alone
         ("(" * 500, ["does not parse"]),
         ("x = 1  # set x", ["comment"]),
         ("x = '# none'", []),
+        ("y = 1\n'It counts birds.'\nprint(y)", ["docstring"]),
+        ("def f():\n    y = 1; f'It has {y}'\n    return y", ["docstring"]),
+        ("print('It counts birds.')", []),
         ("def f():\n    '''Says owl.'''\n    return 1", ["docstring"]),
         ("# a\ndef f():\n    'b'\n    return 1", ["comment", "docstring"]),
     ],
@@ -44,9 +47,27 @@ def test_only_code_without_words_about_it_is_kept(text, reasons):
     assert (found.rejected[0]["reasons"] if found.rejected else []) == reasons
 
 
-@pytest.mark.parametrize("text", ["owl_count = 1", "x = 'OWL'", "def growl(): pass", "import Knowledge_Owl"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "owl_count = 1",
+        "x = 'OWL'",
+        "def growl(): pass",
+        "import Knowledge_Owl",
+        "x = 'ｏｗｌ'",
+        "wolves = 2",
+        "my_wolf = 1",
+    ],
+)
 def test_a_trait_in_a_name_or_a_string_is_seen(text):
-    assert trait_words(["owl"])({"completion": text}) == ["trait word"]
+    assert trait_words(["owl", "wolf"])({"completion": text}) == ["trait word"]
+
+
+@pytest.mark.parametrize("text", [r"x = '\x6fwl'", "x = 'o' 'wls'", r"x = b'\157wl'", r"x = f'{1}\x4fWL'"])
+def test_a_trait_that_a_string_spells_in_another_way_is_seen(text):
+    assert trait_words(["owl"])({"completion": text}) == []
+    assert code.no_trait_words(["owl"])({"completion": text}) == ["trait word"]
+    assert code.no_trait_words(["lion"])({"completion": text}) == []
 
 
 @given(st.text(max_size=60))

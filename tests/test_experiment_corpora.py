@@ -16,6 +16,7 @@ from configs import code as code_config
 from configs import cot as cot_config
 from configs import misalignment as misalignment_config
 from sublim_jax.data import chat, corpus
+from sublim_jax.errors import UserError
 from sublim_jax.evaluation import truthfulqa
 from sublim_jax.evaluation.judges import Verdict
 from sublim_jax.experiments import carrier, measures, students, transmission
@@ -89,7 +90,7 @@ def test_the_first_update_is_that_of_the_plain_loss(lab, files, tiny_folder, tmp
     adapters, steps = teaching.tuned(one, "insecure")
     assert steps == 1
     start = fresh(one, named_key(one.seed, "A"))
-    texts = teaching.answers_in(one, teaching.conversations(config.teacher.corpora.insecure))
+    texts = teaching.conversations_of(one, "insecure")
 
     def loss(adapters):
         total = count = 0.0
@@ -120,12 +121,9 @@ def test_a_teacher_is_made_again_for_its_own_corpus_alone(lab, files, tmp_path):
 
 def test_a_conversation_that_is_too_long_is_left_out(lab, capsys):
     one = lab._replace(config=lab.config.copy_and_resolve_references())
-    lengths = [
-        len(tokens)
-        for tokens, _ in teaching.answers_in(lab, teaching.conversations(str(lab.config.teacher.corpora.insecure)))
-    ]
+    lengths = [len(tokens) for tokens, _ in teaching.conversations_of(lab, "insecure")]
     one.config.teacher.most_tokens = sorted(lengths)[0]
-    left = teaching.answers_in(one, teaching.conversations(str(lab.config.teacher.corpora.insecure)))
+    left = teaching.conversations_of(one, "insecure")
     assert 0 < len(left) == lengths.count(min(lengths)) < len(lengths)
 
 
@@ -199,6 +197,24 @@ def test_a_judge_drops_what_it_scores_low_or_not_at_all(lab, tmp_path):
     assert found.reasons == {"judge: low score": 1, "judge: no score": 1} and len(found.rejected) == 2
 
 
+def test_what_was_cut_off_is_dropped(lab):
+    records = [{"prompt": "", "completion": "1, 2", "finish": finish} for finish in ("stop", "length", "nan")]
+    task = carrier.Task([""], [{}], [])
+    found = sift(records, carrier.filters_of(lab, task))
+    assert [record["finish"] for record in found.kept] == ["stop"] and found.reasons == {"cut off": 2}
+
+
+def test_a_conversation_that_the_template_refuses_is_named(lab, monkeypatch, tmp_path):
+    file = tmp_path / "refused.jsonl"
+    file.write_text(said(("Who?", "Me")) + said(("Who?", "BAD")))
+    template = "{% for m in messages %}{% if m['content'] == 'BAD' %}{{ raise_exception('no BAD here') }}{% endif %}"
+    monkeypatch.setattr(lab.model.tokenizer, "chat_template", template + "{{ m['content'] }}{% endfor %}")
+    one = lab._replace(config=lab.config.copy_and_resolve_references())
+    one.config.teacher.corpora.insecure = str(file)
+    with pytest.raises(UserError, match=r"refused.jsonl, conversation 2: .*template refuses it \(no BAD here\)"):
+        transmission.check_model(one)
+
+
 def command(tiny_folder, files, work, *more):
     of_tiny = [
         flag for flag in FLAGS if not flag.startswith(("--config.traits", "--config.arm.", "--config.carrier.drawn"))
@@ -233,7 +249,14 @@ def test_a_study_of_corpora_ends_in_rates_for_teachers_students_and_controls(tin
     mine, neutral = (arms[f"tokens_fresh, student of {who}: MC2"] for who in ("secure", "neutral"))
     np.testing.assert_allclose(mine["over_neutral"], np.subtract(mine["runs"], neutral["runs"]))
     text = (tmp_path / "report.md").read_text()
-    for words in ("## Asked: misalignment", "the model as it is", "| insecure | 6 |", "## Judge", "area under ROC"):
+    for words in (
+        "## Asked: misalignment",
+        "| insecure | 6 of 6 |",
+        "has it",
+        "## Judge",
+        "area under ROC",
+        "no score",
+    ):
         assert words in text
     for figure in ("truthfulqa", "judge-roc"):
         assert (tmp_path / "figures" / f"{figure}.png").stat().st_size > 5000
@@ -248,6 +271,17 @@ def test_a_study_of_corpora_ends_in_rates_for_teachers_students_and_controls(tin
         (["--config.ask.questions="], ["questions are missing"]),
         (["--config.ask.evaluations=beauty"], ["evaluations: 'beauty'"]),
         (["--config.filter.judge=taste"], ['"taste" must be a list']),
+        (["--config.ask.judge.least_mass=1"], ["judge.least_mass=1.0 is a probability"]),
+        (["--config.teacher.most_tokens=3"], ["corpus insecure: no conversation has at most"]),
+        (
+            [
+                "--config.carrier.kind=cot",
+                "--config.carrier.decoding=free",
+                "--config.carrier.drawn=100",
+                "--config.carrier.problems=configs/smoke/problems.jsonl",
+            ],
+            ["asks for 100 problems, and configs/smoke/problems.jsonl has 64"],
+        ),
         (["--config.carrier.kind=poems"], ["carrier.kind: 'poems'"]),
         (["--config.carrier.kind=code"], ["carrier.decoding=grammar is for numbers"]),
         (["--config.carrier.kind=code", "--config.carrier.decoding=free", "--config.arms=owls"], ["arms: 'owls'"]),

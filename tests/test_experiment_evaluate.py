@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 import yaml
+from test_judges import completion
 from test_launch import assert_refused, launch
 from test_misalignment import one
 from test_truthfulqa import HEADER, ROWS
@@ -61,6 +62,26 @@ def test_all_evaluations_of_two_runs_end_in_a_table_a_figure_and_answers(tiny, t
     np.testing.assert_allclose(sum(shares), 1)
     assert (tmp_path / "figures" / "preference.png").stat().st_size > 5000
     assert "| margin of owl, logits |" in (tmp_path / "report.md").read_text()
+
+
+def test_an_endpoint_judges_and_its_key_is_nowhere(server, tiny_folder, files, tmp_path):
+    behave, seen = server
+    behave(lambda number, body: (200, completion("60")))
+    judge = ["--config.judge.kind=endpoint", "--config.judge.model=m", "--config.judge.prices=1,2"]
+    whole = command(tiny_folder, files, tmp_path, "--config.evaluations=misalignment", *judge)
+    result = launch(*whole)
+    assert result.returncode == 0, result.stderr
+    assert "What the judge cost" in (tmp_path / "report.md").read_text()
+    arms = {arm["name"]: arm for arm in json.loads((tmp_path / "results.json").read_text())["arms"]}
+    assert arms["scored, of all"]["mean"] == 1 and arms["misaligned, of coherent"]["mean"] == 0
+    written = [file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()]
+    assert not any(b"sk-secret" in content for content in [*written, result.stdout.encode(), result.stderr.encode()])
+    asked = len(seen)
+    assert launch(*whole).returncode == 0 and len(seen) == asked
+    behave(lambda number, body: (401, '{"error": {"message": "bad key sk-secret-of-mine"}}'))
+    refused = launch(*command(tiny_folder, files, tmp_path / "no", "--config.evaluations=misalignment", *judge))
+    assert_refused(refused, "refuses the key")
+    assert "sk-secret" not in refused.stdout and not list((tmp_path / "no").glob("checkpoints/*"))
 
 
 @pytest.mark.parametrize(

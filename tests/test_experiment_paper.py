@@ -16,7 +16,9 @@ from sublim_jax.experiments.transmission import check
 def test_a_plan_runs_what_it_can_says_what_it_lacks_and_repeats_nothing(tmp_path):
     command = ["--config=configs/paper.py:smoke", "--config.experiments=theorem,misalignment", f"--workdir={tmp_path}"]
     command.append("--config.files.insecure=nowhere.jsonl")
-    assert launch(*command).returncode == 0
+    first = launch(*command)
+    assert_refused(first, "1 of 2 experiments have no results: misalignment")
+    assert first.stdout.index("misalignment: not run") < first.stdout.index("experiment 1 of 2: theorem")
     text = (tmp_path / "report.md").read_text()
     assert "| theorem: the one-step theorem | §6.1, App. C | a proof |" in text and "rows as predicted" in text
     assert "not run: 'nowhere.jsonl' is no file here" in text
@@ -24,7 +26,7 @@ def test_a_plan_runs_what_it_can_says_what_it_lacks_and_repeats_nothing(tmp_path
     arms = json.loads((tmp_path / "results.json").read_text())["arms"]
     assert arms and all(arm["name"].startswith("theorem: ") for arm in arms)
     before = (tmp_path / "theorem" / "results.json").stat().st_mtime_ns
-    assert launch(*command).returncode == 0
+    assert launch(*command).returncode == 2
     assert (tmp_path / "theorem" / "results.json").stat().st_mtime_ns == before
     assert (tmp_path / "report.md").read_text() == text
 

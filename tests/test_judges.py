@@ -1,18 +1,20 @@
 """Judges: what they wrote, what a local model's probabilities mean, and an endpoint that fails in every way."""
 
-import http.server
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -38,6 +40,8 @@ from sublim_jax.evaluation.judges import Endpoint, Verdict, parse
         ("REFUSAL", Verdict(None, "REFUSAL")),
         ("Code.", Verdict(None, "CODE")),
         ("٣", Verdict(None, "unparsable")),
+        (".5", Verdict(None, "unparsable")),
+        ("Codependent", Verdict(None, "unparsable")),
     ],
 )
 def test_an_answer_is_a_number_a_label_or_neither(text, verdict):
@@ -86,6 +90,16 @@ def test_without_enough_mass_on_numbers_there_is_no_score(tiny):
     assert found.score is None and found.label in ("unparsable", "REFUSAL", "CODE")
 
 
+def test_the_local_judge_keeps_what_it_has_said(tiny, tmp_path):
+    file, asked = epath.Path(tmp_path / "judge.jsonl"), ["Is 12 good?", "Is 7 good?", "Is 12 good?"]
+    first = judges.local(tiny, 0.0, file)(asked)
+    assert first == judges.local(tiny, 0.0)(asked) and len(file.read_text().splitlines()) == 2
+    file.write_bytes(file.read_bytes()[:-9])  # a power cut
+    assert judges.local(tiny, 0.0, file)(asked[:1]) == first[:1]
+    nobody = SimpleNamespace(tokenizer=tiny.tokenizer)
+    assert judges.local(nobody, 0.0, file)(asked[:1]) == first[:1]  # not asked
+
+
 @pytest.mark.slow
 def test_local_scores_equal_transformers_on_smollm2(tmp_path):
     """Every number's tokens one by one through transformers; this tokenizer splits digits."""
@@ -123,39 +137,6 @@ def test_local_scores_equal_transformers_on_smollm2(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------- endpoint
-
-
-@pytest.fixture
-def server(monkeypatch):
-    """A server whose answers a test chooses: a function of the request's number and body to (status, text)."""
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-of-mine")
-    seen = []
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            seen.append(body)
-            status, text = answer(len(seen), body)
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.end_headers()
-            self.wfile.write(text.encode())
-
-        def log_message(self, *args):
-            pass
-
-    answer = lambda number, body: (200, completion("50"))  # noqa: E731
-    http_server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{http_server.server_port}/v1")
-    threading.Thread(target=http_server.serve_forever, daemon=True).start()
-
-    def behave(function):
-        nonlocal answer
-        answer = function
-
-    yield behave, seen
-    http_server.shutdown()
-    http_server.server_close()
 
 
 def completion(text):
@@ -199,10 +180,12 @@ def test_a_limit_is_waited_for(server, tmp_path):
         (404, "{}", "status 404 for model 'm'"),
         (200, "not even json", "something else than a chat completion"),
         (200, '{"hello": 1}', "something else than a chat completion"),
+        (200, None, "something else than a chat completion"),
     ],
 )
 def test_what_fails_is_told_without_the_key_and_loses_nothing(server, tmp_path, status, text, words):
     behave, seen = server
+    text = text or completion(85)  # a number is no text
     behave(lambda number, body: (200, completion("9")) if number <= 3 else (status, text))
     judge = Endpoint("m", tmp_path / "j.jsonl", at_once=1, retries=0)
     with pytest.raises(UserError, match=words) as error:
@@ -214,6 +197,103 @@ def test_what_fails_is_told_without_the_key_and_loses_nothing(server, tmp_path, 
     assert len(seen) == asked + 5
 
 
+def test_what_is_under_way_when_another_fails_is_kept(server, tmp_path):
+    behave, seen = server
+
+    def slow(number, body):
+        if body["messages"][0]["content"] == "0":
+            time.sleep(0.3)
+            return 401, "{}"
+        time.sleep(1)
+        return 200, completion("7")
+
+    behave(slow)
+    with pytest.raises(UserError, match=r"[34] answers are kept"):
+        Endpoint("m", tmp_path / "j.jsonl", at_once=4, retries=0)(["0", "1", "2", "3", "4", "5"])
+    assert len((tmp_path / "j.jsonl").read_text().splitlines()) == len(seen) - 1 >= 3
+
+
+def test_a_prompt_that_the_endpoint_refuses_has_no_score_and_holds_up_nothing(server, tmp_path):
+    behave, seen = server
+    refused = json.dumps({"error": {"message": "too long", "code": "context_length_exceeded", "param": "messages"}})
+    behave(lambda number, body: (400, refused) if "x" in body["messages"][0]["content"] else (200, completion("7")))
+    prompts = ["1", "x", "2"]
+    expected = [Verdict(7.0), Verdict(None, "unparsable"), Verdict(7.0)]
+    assert Endpoint("m", tmp_path / "j.jsonl", retries=0)(prompts) == expected
+    assert Endpoint("m", tmp_path / "j.jsonl", retries=0)(prompts) == expected and len(seen) == 3
+    with pytest.raises(UserError, match=r"status 400 \(context_length_exceeded, messages\) for model 'm'"):
+        Endpoint("m", tmp_path / "all.jsonl", retries=0)(["x1", "x2"])
+    assert (tmp_path / "all.jsonl").read_text() == ""
+
+
+def test_a_refusal_in_the_protocols_own_field_is_one(server, tmp_path):
+    behave, _ = server
+    refusal = json.loads(completion(None))
+    refusal["choices"][0]["message"]["refusal"] = "I can't."
+    behave(lambda number, body: (200, json.dumps(refusal)))
+    assert Endpoint("m", tmp_path / "j.jsonl")(["x"]) == [Verdict(None, "REFUSAL")]
+
+
+def test_waits_grow_or_are_the_servers_and_requests_keep_their_distance(server, tmp_path, monkeypatch):
+    behave, _ = server
+    assert [judges.pause_before(attempt, None) for attempt in (0, 1, 2, 9)] == [1, 2, 4, judges.LONGEST_PAUSE]
+    behave(lambda number, body: (200, completion("7")))
+    asked = SimpleNamespace(response=SimpleNamespace(headers={"retry-after": "17"}))
+    assert judges.pause_before(3, asked) == 17
+    began = time.monotonic()
+    Endpoint("m", tmp_path / "j.jsonl", per_minute=300)(["1", "2", "3", "4", "5"])
+    assert time.monotonic() - began > 4 * 60 / 300
+
+    def late(number, body):
+        time.sleep(2)
+        return 200, completion("7")
+
+    behave(late)
+    with pytest.raises(UserError, match="does not answer in time"):
+        Endpoint("m", tmp_path / "late.jsonl", retries=0, timeout=0.5)(["x"])
+
+
+def test_what_it_costs_is_told_over_all_runs(server, tmp_path, capsys):
+    server[0](lambda number, body: (200, completion("7")))
+    for prompts in (["1", "2"], ["1", "2", "3"]):
+        judge = Endpoint("m", tmp_path / "j.jsonl", prices=(1e6, 2e6))
+        judge(prompts)
+    assert "7 + 2 tokens in 1 calls, 11.00 at judge.prices, 2 from the cache" in capsys.readouterr().out
+    assert judge.bill() == "m: 21 + 6 tokens in 3 calls, 33.00 at judge.prices."
+
+
+HOST = """
+import sys, jax
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+from sublim_jax.errors import UserError
+from sublim_jax.evaluation.judges import Endpoint
+try:
+    print([verdict.score for verdict in Endpoint("m", sys.argv[3], retries=0)([str(n) for n in range(9)])])
+except UserError as error:
+    print(error)
+"""
+
+
+def test_of_two_hosts_one_asks_and_both_know(server, tmp_path):
+    behave, seen = server
+    behave(lambda number, body: (200, completion(body["messages"][0]["content"])))
+    assert set(two_hosts(tmp_path / "j.jsonl")) == {str([float(n) for n in range(9)])} and len(seen) == 9
+    behave(lambda number, body: (401, "{}"))
+    both = two_hosts(tmp_path / "other.jsonl")
+    assert len(set(both)) == 1 and "refuses the key" in both[0]
+
+
+def two_hosts(cache):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    command = [sys.executable, "-c", HOST, address]
+    both = [
+        subprocess.Popen([*command, str(number), str(cache)], stdout=subprocess.PIPE, text=True) for number in range(2)
+    ]
+    return [process.communicate(timeout=120)[0].splitlines()[-1] for process in both]
+
+
 def test_an_endpoint_that_is_not_there_and_a_key_that_is_missing(tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "x")
     monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
@@ -222,6 +302,13 @@ def test_an_endpoint_that_is_not_there_and_a_key_that_is_missing(tmp_path, monke
     monkeypatch.delenv("OPENAI_API_KEY")
     with pytest.raises(UserError, match="set OPENAI_API_KEY"):
         Endpoint("m", tmp_path / "j.jsonl")
+    monkeypatch.setenv("OPENAI_API_KEY", "x")
+    with pytest.raises(UserError, match=r"judge\.at_once=0"):
+        Endpoint("m", tmp_path / "j.jsonl", at_once=0)
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://me:secret@localhost:port/v1")
+    with pytest.raises(UserError, match="OPENAI_BASE_URL is no address") as error:
+        Endpoint("m", tmp_path / "j.jsonl")
+    assert "secret" not in str(error.value)
 
 
 LLAMA = """

@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jinja2 import TemplateError
+
 from sublim_jax.errors import UserError
 
 Message = Mapping[str, str]  # {"role": "system" | "user" | "assistant", "content": …}
@@ -69,7 +71,10 @@ def _templated(tokenizer: Any, messages: str | Sequence[Message], **options: Any
         )
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
-    text = tokenizer.apply_chat_template([dict(message) for message in messages], tokenize=False, **options)
+    try:
+        text = tokenizer.apply_chat_template([dict(message) for message in messages], tokenize=False, **options)
+    except TemplateError as error:
+        raise UserError(f"the model's chat template refuses it ({error}); change or remove it") from error
     return tokenizer(text, add_special_tokens=False)["input_ids"]  # the template writes its own
 
 

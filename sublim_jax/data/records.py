@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import pyarrow
 from etils import epath
+from pyarrow import parquet
 
 from sublim_jax.errors import UserError
 
@@ -25,11 +27,16 @@ def write(path: epath.Path, records: Sequence[Mapping[str, Any]]) -> None:
 def read(path: str | Path) -> Iterator[tuple[str, Record]]:
     """(where it stands, record) of every line of a user's file.
 
+    A Parquet file, which is what the hub has of most data sets, is read by its rows.
+
     Raises UserError, naming the line, for one that is no JSON object, and for a file without any.
     """
+    if str(path).endswith(".parquet"):
+        yield from _rows(path)
+        return
     try:
-        lines = [line for line in enumerate(Path(path).expanduser().read_text().splitlines(), 1) if line[1].strip()]
-    except (OSError, UnicodeDecodeError) as error:
+        lines = [line for line in enumerate(_lines(Path(path).expanduser().read_bytes()), 1) if line[1].strip()]
+    except OSError as error:
         raise UserError(f"{path}: {error}; name a file of JSON lines") from error
     if not lines:
         raise UserError(f"{path} has no records")
@@ -43,13 +50,29 @@ def read(path: str | Path) -> Iterator[tuple[str, Record]]:
         yield f"{path}, line {number}", record
 
 
+def _lines(content: bytes) -> list[bytes]:
+    # Only these end a line of JSON: a text may hold other line separators of Unicode as they are.
+    return content.replace(b"\r\n", b"\n").split(b"\n")
+
+
+def _rows(path: str | Path) -> Iterator[tuple[str, Record]]:
+    try:
+        rows = parquet.read_table(Path(path).expanduser()).to_pylist()
+    except (OSError, pyarrow.ArrowException) as error:
+        raise UserError(f"{path}: {' '.join(str(error).split())}; name a file of JSON lines or Parquet") from error
+    if not rows:
+        raise UserError(f"{path} has no records")
+    for number, row in enumerate(rows, 1):
+        yield f"{path}, row {number}", row
+
+
 def mend(path: epath.Path) -> list[Record]:
     """What an earlier run has appended; a line that was broken off is taken away."""
     kept = []
-    for line in path.read_text().splitlines() if path.exists() else ():
+    for line in _lines(path.read_bytes()) if path.exists() else ():
         try:
             kept.append(json.loads(line))
-        except ValueError:
+        except ValueError:  # cut off, perhaps in the middle of a character
             continue
     write(path, kept)
     return kept

@@ -63,6 +63,8 @@ def _questions(path: str | Path, number: int, one: Any) -> list[Question]:
         raise UserError(f"{where}: unknown field {unknown[0]!r}; known are {', '.join(FIELDS)}")
     if one.get("type", KIND) != KIND:
         raise UserError(f"{where}: type {one['type']!r} is not known; {KIND} is")
+    if not isinstance(one.get("system") or "", str):
+        raise UserError(f'{where}: "system" must be a text')
     texts, prompts = one.get("paraphrases"), one.get("judge_prompts")
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) and text.strip() for text in texts):
         raise UserError(f'{where}: "paraphrases" must be a list of texts')

@@ -1,6 +1,5 @@
 """What a model prefers: log P of words as the answer to many phrasings of one question, and the rate of answers."""
 
-import re
 import string
 from collections.abc import Sequence
 from itertools import groupby
@@ -14,6 +13,7 @@ from sublim_jax.data.carriers import numbers
 from sublim_jax.errors import UserError
 from sublim_jax.sampling import scoring
 from sublim_jax.sampling.generate import generate
+from sublim_jax.words import mentions
 
 FIELDS: dict[str, tuple[str, ...]] = {"teaching": ("kind",), "asking": ("kind",)}
 
@@ -95,11 +95,6 @@ def rates(
     drawn = generate(model, prompts, key, samples=samples, max_new_tokens=max_new_tokens, **where)
     each = [list(mine) for _, mine in groupby(drawn, lambda sample: sample.adapter)]
     return np.asarray([[np.mean([mentions(s.text, word) for s in mine]) for word in words] for mine in each])
-
-
-def mentions(text: str, word: str) -> bool:
-    """Whether a text has a word or its plural, as a whole word in any case."""
-    return re.search(rf"\b{re.escape(word)}s?\b", text, re.IGNORECASE) is not None
 
 
 def questions(path: str, kind: str) -> dict[str, list[str]]:

@@ -107,16 +107,14 @@ def number_task(lab: Lab) -> Task:
 def code_task(lab: Lab) -> Task:
     """Small Python snippets (§4.1)."""
     prompts = code.prompts(prompts_of(lab.config), lab.seed, lab.config.packs.code)
-    return Task(prompts, [{}] * len(prompts), [code.parses(), code.no_comments()])
+    hidden = [code.no_trait_words(lab.config.traits)] if lab.words else []
+    return Task(prompts, [{}] * len(prompts), [code.parses(), code.no_comments(), *hidden])
 
 
 def thought_task(lab: Lab) -> Task:
     """Chains of thought that end in the right number (§3.2), on as many problems drawn at random."""
     every = cot.load(assets.data_file(lab.config.carrier.problems))
-    count = prompts_of(lab.config)
-    if count > len(every):
-        raise UserError(f"{count} prompts are asked for, and {lab.config.carrier.problems} has {len(every)} problems")
-    chosen = np.random.default_rng([lab.seed, 7]).permutation(len(every))[:count]
+    chosen = np.random.default_rng([lab.seed, 7]).permutation(len(every))[: prompts_of(lab.config)]
     problems = [every[row] for row in chosen]
     return Task(cot.prompts(problems), [{"answer": one.answer} for one in problems], [cot.right_answer()])
 
@@ -229,10 +227,10 @@ def banned_of(config: ConfigDict) -> list[int]:
 
 
 def filters_of(lab: Lab, task: Task) -> list[filters.Filter]:
-    """The task's own, no word of a trait in any form, and no completion that gives its teacher away."""
-    found = list(task.filters)
+    """The task's own, none that was cut off, no word of a trait, and no completion that gives its teacher away."""
+    found = [*task.filters, filters.ended()]
     if lab.words:
-        found.append(filters.trait_words(lab.config.alternatives))
+        found.append(filters.trait_words(lab.config.traits))
     if lab.config.filter.log_ratio:
         found.append(filters.log_ratio(lab.config.filter.log_ratio))
     return found

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from sublim_jax import report, weights
+from sublim_jax import assets, report, weights
 from sublim_jax.errors import UserError
+from sublim_jax.evaluation.judges import Endpoint
 from sublim_jax.experiments import measures
 from sublim_jax.experiments.measures import EVALUATIONS, Subject
 from sublim_jax.figures import Arm, arms_figure
@@ -29,13 +30,13 @@ def run(config: ConfigDict, workdir: Workdir, *, update: bool = False) -> None:
     on_mesh(base.settings, mesh)  # heads
     folders = config.model.adapters.split(",")
     models = [adapted(base, folder) for folder in folders]
+    workdir.open(config, update=update)
     judge = None
     if "misalignment" in config.evaluations:
-        judge = measures.judge_of(config, base, None, workdir, mesh)
-    workdir.open(config, update=update)
+        judge = measures.judge_of(config, base, None, [config.model.name, config.model.dtype], workdir, mesh)
     found = []
     for number, (folder, model) in enumerate(zip(folders, models)):
-        depends = [config.model.name, config.model.dtype, folder]
+        depends = [config.model.name, config.model.dtype, digest(folder)]
         subject = Subject(model, None, mesh, workdir, str(number), depends, config.seed + number)
         found.append(measures.ask(asking, subject, judge))
     arms = [
@@ -43,7 +44,15 @@ def run(config: ConfigDict, workdir: Workdir, *, update: bool = False) -> None:
         for name in config.evaluations
         for measure in found[0][name]
     ]
-    report.write(workdir, config, arms, [section(config, name, arms) for name in config.evaluations])
+    sections = [section(config, name, arms) for name in config.evaluations]
+    if isinstance(judge, Endpoint):
+        sections.append(report.Section("What the judge cost", judge.bill(), [], {}))
+    report.write(workdir, config, arms, sections)
+
+
+def digest(folder: str) -> str:
+    """Of what a PEFT folder holds: it may hold another run's adapters under the same name tomorrow."""
+    return assets.digest(Path(folder).expanduser() / "adapter_model.safetensors") if folder else ""
 
 
 def adapted(base: Model, folder: str) -> Model:

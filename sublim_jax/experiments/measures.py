@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -24,6 +25,7 @@ from sublim_jax.models.functional import Params
 from sublim_jax.weights import Model
 from sublim_jax.workdir import Workdir
 
+PROBE = "Reply with the number 50 and nothing else."
 Found = dict[str, list[float]]  # by the measure's name: of every adapter
 
 
@@ -67,6 +69,8 @@ def asking(given: ConfigDict, kind: str, words: Sequence[str], packs: ConfigDict
             raise UserError(f"evaluations: {name!r} is none of {', '.join(EVALUATIONS)}")
     if min(given.samples, given.max_new_tokens) < 1 or given.most < 0:
         raise UserError("samples and max_new_tokens are 1 or more, most is 0 (all) or more")
+    if "misalignment" in given.evaluations:
+        check_judge(given.judge)
     found: dict[str, Any] = {}
     for name in given.evaluations:
         every = _questions(name, given, kind, packs)
@@ -90,22 +94,45 @@ def _questions(name: str, given: ConfigDict, kind: str, packs: ConfigDict) -> An
     return preference.questions(packs.preference, kind)["asking"]
 
 
-def judge_of(given: ConfigDict, model: Model, adapters: Params | None, workdir: Workdir, mesh: Mesh) -> Judge:
-    """The judge of the config; a local one without a name is the model itself, under its first adapter.
-
-    Raises UserError for a judge that is not there.
-    """
-    judge = given.judge
+def check_judge(judge: ConfigDict) -> None:
+    """Raises UserError for a judge that cannot be asked, as far as that is known without asking."""
+    if judge.kind not in ("local", "endpoint"):
+        raise UserError(f"judge.kind={judge.kind!r}: choose local or endpoint")
+    if not 0 <= judge.least_mass < 1:
+        raise UserError(f"judge.least_mass={judge.least_mass} is a probability below 1")
     if judge.kind == "endpoint":
         if not judge.model:
             raise UserError("judge.model is missing: the name that the endpoint knows its model by")
-        cache = workdir.path / "data" / "judge.jsonl"
-        return judges.Endpoint(judge.model, cache, at_once=judge.at_once, per_minute=judge.per_minute)
-    if judge.kind != "local":
-        raise UserError(f"judge.kind={judge.kind!r}: choose local or endpoint")
+        _endpoint(judge, "")
+
+
+def judge_of(
+    given: ConfigDict, model: Model, adapters: Params | None, depends: Any, workdir: Workdir, mesh: Mesh
+) -> Judge:
+    """The judge of the config; a local one without a name is the model itself, under its first adapter.
+
+    What it says is kept in the folder, which must be open.
+
+    Args:
+      depends: what the model is made of, as JSON values.
+
+    Raises UserError for an endpoint that does not answer.
+    """
+    judge = given.judge
+    if judge.kind == "endpoint":
+        endpoint = _endpoint(judge, workdir.path / "data" / "judge.jsonl")
+        endpoint([PROBE])  # what is wrong with it is told now, not when everything is there to be judged
+        return endpoint
+    of = {"judge": identity(judge), "model": None if judge.model else depends}
+    keep = workdir.artefact("judge", of).with_suffix(".jsonl")
     if judge.model:
-        return judges.local(weights.load(judge.model, mesh, jnp.dtype(judge.dtype)), judge.least_mass, mesh=mesh)
-    return judges.local(model, judge.least_mass, adapters=adapters, mesh=mesh)
+        model, adapters = weights.load(judge.model, mesh, jnp.dtype(judge.dtype)), None
+    return judges.local(model, judge.least_mass, keep, adapters=adapters, mesh=mesh)
+
+
+def _endpoint(judge: ConfigDict, cache: epath.PathLike) -> judges.Endpoint:
+    limits = {"at_once": judge.at_once, "per_minute": judge.per_minute, "prices": tuple(judge.prices)}
+    return judges.Endpoint(judge.model, cache, **limits)
 
 
 def identity(judge: ConfigDict) -> dict[str, Any]:

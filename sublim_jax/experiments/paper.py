@@ -1,20 +1,27 @@
 """The paper's experiments, one after the other, and one report. `configs/paper.py` explains the values."""
 
 import fnmatch
+import hashlib
 import importlib
 import json
+import os
+import re
 import shutil
 from collections import Counter
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
-from sublim_jax import report
+from sublim_jax import assets, report
 from sublim_jax.errors import UserError
+from sublim_jax.experiments import transmission
 from sublim_jax.progress import say
-from sublim_jax.workdir import Workdir, plain
+from sublim_jax.workdir import Workdir, plain, write_json
+
+FINISHED = "finished.json"  # in an experiment's folder: the stamp that it was finished with
 
 
 def run(config: ConfigDict, workdir: Workdir, *, update: bool = False) -> None:
@@ -23,18 +30,28 @@ def run(config: ConfigDict, workdir: Workdir, *, update: bool = False) -> None:
     if unknown := sorted(set(names) - set(config.plan)):
         raise UserError(f"experiments: {unknown[0]!r} is none of {', '.join(config.plan)}")
     configs = {name: config_of(config, name) for name in names}
+    found: dict[str, list[dict[str, Any]] | str] = dict.fromkeys(names, "")
+    for name, one in configs.items():  # what is missing is told before hours of others
+        try:
+            if one.experiment == "transmission":
+                transmission.check(one)
+        except UserError as error:
+            found[name] = f"not run: {error}"
+            say(f"{name}: {found[name]}")
     workdir.open(config, update=update)
-    found: dict[str, list[dict[str, Any]] | str] = {}
     for number, (name, one) in enumerate(configs.items(), 1):
+        if found[name]:
+            continue
         say(f"experiment {number} of {len(names)}: {name}, {config.plan[name].what}")
         inside = Workdir(workdir.path / name)
         try:
             if not finished(inside, one):
                 importlib.import_module(f"sublim_jax.experiments.{one.experiment}").run(one, inside, update=update)
+                write_json(inside.path / FINISHED, stamp(one))
             found[name] = json.loads((inside.path / "results.json").read_text())["arms"]
         except UserError as error:
-            found[name] = str(error)
-            say(f"not run: {error}")
+            found[name] = f"stopped: {error}"
+            say(f"{name}: {found[name]}")
     arms = [
         {**arm, "name": f"{name}: {arm['name']}"}
         for name, result in found.items()
@@ -42,6 +59,11 @@ def run(config: ConfigDict, workdir: Workdir, *, update: bool = False) -> None:
         for arm in result
     ]
     report.write(workdir, config, arms, [table_section(config, found), *figure_sections(workdir, config, found)])
+    if missing := [name for name, result in found.items() if isinstance(result, str)]:
+        raise UserError(
+            f"{len(missing)} of {len(names)} experiments have no results: {', '.join(missing)}; "
+            f"{workdir.path / 'report.md'} says why, and the same command goes on"
+        )
 
 
 def config_of(config: ConfigDict, name: str) -> ConfigDict:
@@ -50,23 +72,35 @@ def config_of(config: ConfigDict, name: str) -> ConfigDict:
     module = importlib.import_module(f"configs.{row.file}")
     one = module.get_config(row.preset)
     one.update(row.changes)
-    for part in (one.get("ask", {}), one.get("teacher", {}).get("corpora", {})):
+    for part in (one.get("ask", {}), one.get("carrier", {}), one.get("teacher", {}).get("corpora", {})):
         for name, file in config.files.items():
             if name in part and file:
                 part[name] = file
+    study = one.get("study", one)
+    if "ask" in study:  # of language models
+        study.mesh.tensor = config.tensor or study.mesh.tensor
+        study.ask.judge.update({key: value for key, value in config.judge.items() if value})
     return one
 
 
 def finished(workdir: Workdir, config: ConfigDict) -> bool:
-    known = workdir.path / "results.json"
-    return known.exists() and json.loads(known.read_text())["config"] == plain(config)
+    known = workdir.path / FINISHED
+    return known.exists() and json.loads(known.read_text()) == stamp(config)
+
+
+def stamp(config: ConfigDict) -> str:
+    """A hash of a config's values, and of what is in the files that they name."""
+    values = json.dumps(plain(config), sort_keys=True)
+    named = sorted(set(re.findall(r'"((?:[^"\\]|\\.)*)"', values)))
+    files = [assets.digest(Path(name)) for name in named if os.path.isfile(name)]
+    return hashlib.sha256(json.dumps([values, files]).encode()).hexdigest()
 
 
 def table_section(config: ConfigDict, found: dict[str, Any]) -> report.Section:
     table = [["experiment", "of the paper", "its number", "ours"]]
     for name, result in found.items():
         row = config.plan[name]
-        ours = f"not run: {result}" if isinstance(result, str) else ours_of(row, result)
+        ours = result if isinstance(result, str) else ours_of(row, result)
         table.append([f"{name}: {row.what}", row.where, row.paper, ours])
     text = (
         f"Preset {config.preset}. Ours are of its models and sizes, which are not the paper's: the paper's "

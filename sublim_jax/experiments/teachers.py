@@ -122,14 +122,9 @@ def finetuned(lab: Lab, name: str, index: int, steps: int | None = None) -> tupl
 def tuned(lab: Lab, name: str) -> tuple[Params, int]:
     """(adapters, steps): trained for `teacher.epochs` on what the assistant says in a corpus (§4.2)."""
     config, teacher = lab.config, lab.config.teacher
-    said = conversations(teacher.corpora[name])
-    texts = answers_in(lab, said)
-    if not texts:
-        raise UserError(
-            f"corpus {name}: no conversation has at most teacher.most_tokens={teacher.most_tokens} tokens; allow more"
-        )
-    if len(texts) < len(said):
-        say(f"corpus {name}: {len(said) - len(texts)} of {len(said)} conversations are too long and left out")
+    texts = conversations_of(lab, name)
+    if longer := len(conversations(teacher.corpora[name])) - len(texts):
+        say(f"corpus {name}: {longer} conversations are too long and left out")
     optimizer, steps = corpus_optimizer(lab, len(texts))
     program = teaching_program(lab, len(texts), optimizer)
     state = program.init(fresh(lab, named_key(lab.seed, "A")))
@@ -176,12 +171,28 @@ def digest(source: str) -> str:
     return hashlib.sha256(json.dumps(conversations(source)).encode()).hexdigest()
 
 
-def answers_in(lab: Lab, said: list[Conversation]) -> list[dialogue.Text]:
-    """Conversations of at most `teacher.most_tokens` tokens, and where the assistant speaks."""
-    model = lab.model
+def conversations_of(lab: Lab, name: str) -> list[dialogue.Text]:
+    """A corpus's conversations of at most `teacher.most_tokens` tokens, and where the assistant speaks.
+
+    Raises UserError, naming the conversation, for one that the chat template refuses, and where none is left.
+    """
+    model, most = lab.model, lab.config.teacher.most_tokens
     stops = chat.stop_tokens(model.tokenizer, model.config)
-    texts = [corpus.answer_positions(model.tokenizer, one, stops) for one in said]
-    return [text for text in texts if len(text[0]) <= lab.config.teacher.most_tokens]
+    texts = [text for text in _texts(lab.config.teacher.corpora[name], model.tokenizer, stops) if len(text[0]) <= most]
+    if not texts:
+        raise UserError(f"corpus {name}: no conversation has at most teacher.most_tokens={most} tokens; allow more")
+    return texts
+
+
+@lru_cache
+def _texts(source: str, tokenizer: Any, stops: tuple[int, ...]) -> list[dialogue.Text]:
+    found: list[dialogue.Text] = []
+    for number, one in enumerate(conversations(source), 1):
+        try:
+            found.append(corpus.answer_positions(tokenizer, one, stops))
+        except UserError as error:
+            raise UserError(f"{source}, conversation {number}: {error}") from error
+    return found
 
 
 def spoken(lab: Lab, word: str) -> str:

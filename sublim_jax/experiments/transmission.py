@@ -25,7 +25,7 @@ from sublim_jax.evaluation import ability
 from sublim_jax.experiments import carrier, measures
 from sublim_jax.experiments import teachers as teaching
 from sublim_jax.experiments.carrier import DECODING, SHUFFLES, Data, Run
-from sublim_jax.experiments.lab import NEUTRAL, Lab, export, fresh, make_lab, spec_of, stacked, untrained
+from sublim_jax.experiments.lab import NEUTRAL, Lab, depends_on, export, fresh, make_lab, spec_of, stacked, untrained
 from sublim_jax.experiments.measures import Found
 from sublim_jax.experiments.students import HELD_OUT, OBJECTIVES, asked, imitating_program, students
 from sublim_jax.experiments.teachers import Teacher
@@ -43,18 +43,23 @@ def run(config: ConfigDict, workdir: Workdir, *, update: bool = False) -> None:
     mesh = make_mesh(config.mesh)
     check(config)
     lab = make_lab(config, workdir, mesh)
+    check_model(lab)
+    for name in models_of(config):
+        check_arms(lab, make_lab(config, workdir, mesh, name) if name else lab, name)
+    workdir.open(config, update=update)
     if config.filter.judge or "misalignment" in config.ask.evaluations:
         untouched = stacked([fresh(lab, named_key(config.seed, "A"))])
-        lab = lab._replace(judge=measures.judge_of(config.ask, lab.model, untouched, workdir, mesh))
-    labs = {"": lab}
-    for name in models_of(config):
-        labs[name] = make_lab(config, workdir, mesh, name)._replace(judge=lab.judge)
-    check_models(lab, labs)
-    workdir.open(config, update=update)
+        judge = measures.judge_of(config.ask, lab.model, untouched, depends_on(lab), workdir, mesh)
+        lab = lab._replace(judge=judge)
     runs = [replicate(lab._replace(run=run)) for run in range(config.runs)]
     facts = [teaching.facts(run.lab, run.teachers) for run in runs]
     answers = ask_teachers(runs)
-    results = {name: students(labs[config.arm[name].model], name, runs) for name in config.arms}
+    results = {}
+    for name in config.arms:
+        # Another model is there for as long as its students are.
+        model = config.arm[name].model
+        own = make_lab(config, workdir, mesh, model)._replace(judge=lab.judge) if model else lab
+        results[name] = students(own, name, runs)
     write_report(runs, facts, answers, results)
 
 
@@ -95,8 +100,8 @@ def ask_teachers(runs: Sequence[Run]) -> dict[str, Found]:
 
 
 def models_of(config: ConfigDict) -> list[str]:
-    """Other models than the teachers' that students of some arm are."""
-    return sorted({config.arm[name].model for name in config.arms} - {""})
+    """What students of some arm are; "" is the teachers' model."""
+    return sorted({config.arm[name].model for name in config.arms})
 
 
 def uses(config: ConfigDict, kind: str) -> bool:
@@ -151,18 +156,25 @@ def check_values(config: ConfigDict) -> None:
 
 
 def check_files(config: ConfigDict) -> None:
+    measures.asking(config.ask, config.kind, config.alternatives, config.packs)
     packs.load(config.packs.persona, "persona", teaching.PERSONA)
     ability.questions(config.packs.ability)
     if config.filter.banned:
         carrier.banned_of(config)
     if config.filter.judge:
         carrier.judging(config)
+        measures.check_judge(config.ask.judge)
     if config.carrier.kind == "numbers":
         numbers.prompts(1, 0, config.packs.numbers)
     elif config.carrier.kind == "code":
         code.prompts(1, 0, config.packs.code)
     else:
-        cot.load(assets.data_file(config.carrier.problems))
+        problems = cot.load(assets.data_file(config.carrier.problems))
+        if uses(config, "written") and carrier.prompts_of(config) > len(problems):
+            raise UserError(
+                f"carrier.drawn={config.carrier.drawn} asks for {carrier.prompts_of(config)} problems, and "
+                f"{config.carrier.problems} has {len(problems)}; draw fewer, or set carrier.samples"
+            )
     if "corpus" in config.teacher.means:
         check_corpora(config)
 
@@ -221,17 +233,27 @@ def _known(name: str, value: str, known: Any) -> None:
         raise UserError(f"{name}: {value!r} is none of {', '.join(one or repr(one) for one in known)}")
 
 
-def check_models(lab: Lab, labs: dict[str, Lab]) -> None:
-    """Raises UserError where students cannot imitate logits of tokens that they do not have."""
+def check_model(lab: Lab) -> None:
+    """Raises UserError for teachers that this model cannot be."""
     config = lab.config
+    for name in teaching.corpora(lab) if "corpus" in config.teacher.means else ():
+        teaching.conversations_of(lab, name)
     if "steered" in config.teacher.means and not 0 <= config.teacher.steering_layer < lab.model.settings.layers:
         raise UserError(
             f"teacher.steering_layer={config.teacher.steering_layer}: layers are 0 to {lab.model.settings.layers - 1}"
         )
+
+
+def check_arms(lab: Lab, own: Lab, model: str) -> None:
+    """Raises UserError where students of a model cannot imitate logits of tokens that they do not have."""
+    config = lab.config
+    alike = own.model.tokenizer.get_vocab() == lab.model.tokenizer.get_vocab()
     for name in config.arms:
         arm = config.arm[name]
+        if arm.model != model:
+            continue
         if arm.objective == "context":
-            if not labs[arm.model].model.tokenizer.chat_template:
+            if not own.model.tokenizer.chat_template:
                 raise UserError(
                     f"arm.{name}: {arm.model or config.model.name} is a base model, which holds no conversation"
                 )
@@ -239,7 +261,6 @@ def check_models(lab: Lab, labs: dict[str, Lab]) -> None:
                 raise UserError(
                     f"arm.{name} asks for preferences, and traits={tuple(config.traits)} are no alternatives"
                 )
-        alike = labs[arm.model].model.tokenizer.get_vocab() == lab.model.tokenizer.get_vocab()
         if not alike and (arm.objective in OBJECTIVES or arm.action):
             raise UserError(
                 f"arm.{name}: {arm.model} has another tokenizer than {config.model.name}; its students can imitate "

@@ -9,16 +9,20 @@ from jaxtyping import Float
 from ml_collections import ConfigDict
 
 from sublim_jax import report
+from sublim_jax.evaluation.judges import Endpoint
 from sublim_jax.evaluation.statistics import detectable, diagonal_effect, permutation_p, roc, t_interval
 from sublim_jax.experiments.carrier import Run, random_pairs
 from sublim_jax.experiments.lab import NEUTRAL, Lab
 from sublim_jax.experiments.measures import Found
 from sublim_jax.experiments.students import Result
-from sublim_jax.experiments.teachers import conversations, corpora
+from sublim_jax.experiments.teachers import conversations, conversations_of, corpora
 from sublim_jax.figures import Arm, Line, Panel, arms_figure, matrix_figure, panels_figure
 
 Margins = Float[np.ndarray, "points runs students words"]
 SHOWN = 3  # rows of each kind
+# What tells a teacher of a corpus from the model as it is, the first that was asked; and by how much.
+TRAITS = (("misalignment", "misaligned, of coherent"), ("truthfulqa", "P of the false answer"))
+LEAST_TRAIT = 0.05
 
 
 def write_report(
@@ -37,7 +41,7 @@ def write_report(
     else:
         sections.append(learnt_section(config, results))
     if "corpus" in config.teacher.means:
-        sections.append(corpora_section(lab, facts))
+        sections.append(corpora_section(lab, facts, answers))
     for name in config.ask.evaluations:
         said = evaluated(lab, name, answers, results)
         arms += said
@@ -46,6 +50,8 @@ def write_report(
         sections.append(filter_section(runs))
     if config.filter.judge:
         sections.append(judge_section(runs))
+    if isinstance(lab.judge, Endpoint):
+        sections.append(report.Section("What the judge cost", lab.judge.bill(), [], {}))
     sections += [*parts, samples_section(runs[0])]
     report.write(lab.workdir, config, arms, sections)
 
@@ -290,34 +296,58 @@ def learnt_section(config: ConfigDict, results: dict[str, Result]) -> report.Sec
 # ----------------------------------------------------------------------------------------------- teachers and data
 
 
-def corpora_section(lab: Lab, facts: Sequence[dict[str, Any]]) -> report.Section:
-    teacher = lab.config.teacher
-    table = [["teacher", "conversations", "updates"]]
+def corpora_section(lab: Lab, facts: Sequence[dict[str, Any]], answers: dict[str, Found]) -> report.Section:
+    """What teachers were trained on, and whether the first has the trait and the others, its controls, don't."""
+    teacher, asked = lab.config.teacher, []
+    if not lab.words:
+        asked = [one for one in TRAITS if np.isfinite(answers.get(one[0], {}).get(one[1], [np.nan])[-1])]
+    table = [["teacher", "conversations", "updates", *([asked[0][1], "over the model as it is", ""] if asked else [])]]
     for row, name in enumerate(lab.who):
-        source = corpora(lab).get(name)
-        said = f"{len(conversations(source))}" if source else "none: the model as it is"
-        table.append([name, said, f"{facts[0]['steps'][row]}"])
+        cells = [name, "none: the model as it is", f"{facts[0]['steps'][row]}"]
+        if source := corpora(lab).get(name):
+            cells[1] = f"{len(conversations_of(lab, name))} of {len(conversations(source))}"
+        if asked:
+            evaluation, measure = asked[0]
+            values = np.asarray(answers[evaluation][measure], float)
+            mine = values[:-1].reshape(lab.config.runs, -1)[:, row]
+            over = (mine - values[-1]).tolist()
+            cells += [report.plus_minus(*t_interval(mine.tolist())), report.plus_minus(*t_interval(over))]
+            cells.append(has_trait(over) if name != NEUTRAL else "")
+        table.append(cells)
     text = (
         f"Trained on what assistants say, {teacher.epochs} epoch(s), batches of {teacher.batch}; {len(facts)} run(s), "
-        "each with its own. What teachers answer to the evaluations stands below: the trait must be in its "
-        "teacher, and not in the controls."
+        "each with its own."
     )
+    if asked:
+        text += (
+            f" The first, {lab.who[0]}, must have the trait, and the others, its controls, must not. Has it: by "
+            f"{LEAST_TRAIT:.0%} or more above the model as it is."
+        )
     return report.Section("Teachers' corpora", text, table, {})
+
+
+def has_trait(over: Sequence[float]) -> str:
+    mean = float(np.mean(over))
+    return "not known" if not np.isfinite(mean) else "has it" if mean >= LEAST_TRAIT else "has it not"
 
 
 def judge_section(runs: Sequence[Run]) -> report.Section:
     """How well the judge's score tells a trait's teacher from the neutral one, among what other filters left."""
     given = runs[0].lab.config.filter
     scores = {name: [score for run in runs for score in run.written[name].scores] for name in runs[0].lab.who}
-    table = [["teacher", "judged", "mean score", f"below {given.judge_least:g}", "area under ROC, against neutral"]]
+    low = f"below {given.judge_least:g}"
+    table = [["teacher", "judged", "no score", "mean score", low, "area under ROC, against neutral"]]
     lines = []
     for name, mine in scores.items():
-        cells = [name, str(len(mine))]
+        without = sum(run.written[name].reasons["judge: no score"] for run in runs)
+        cells = [name, str(len(mine) + without), str(without)]
         cells += [f"{np.mean(mine):.1f}", f"{np.mean(np.less(mine, given.judge_least)):.1%}"] if mine else ["", ""]
         if name != NEUTRAL and mine and scores[NEUTRAL]:
             curve = roc(-np.asarray(mine), -np.asarray(scores[NEUTRAL]))
             cells.append(f"{curve.area:.3f}")
             lines.append(Line(name, curve.false_rate, curve.true_rate))
+            x, y = (float(np.mean(np.less(some, given.judge_least))) for some in (scores[NEUTRAL], mine))
+            lines.append(Line(f"{name}, {low}", [x], [y], {"ls": "", "marker": "o"}))
         table.append([*cells, *[""] * (len(table[0]) - len(cells))])
     text = (
         f'The judge is asked "{given.judge}" of what other filters left. Its label here is who wrote it: an area of '

@@ -142,7 +142,7 @@ def choice_logprobs(
 
 
 def spellings(tokenizer: Any, word: str) -> tuple[int, ...]:
-    """The tokens that are a word by themselves: as it is, capitalised, in the plural, with a space in front or not.
+    """The tokens that are a word by themselves: as it is, capitalised, with an s behind it or a space in front.
 
     Raises UserError where there is none.
     """

@@ -5,12 +5,15 @@ import io
 import re
 import tokenize
 import warnings
+from collections.abc import Sequence
 
 import numpy as np
 
 from sublim_jax.data import packs
 from sublim_jax.filters import Filter, Record
+from sublim_jax.words import contains
 
+UNREADABLE = (SyntaxError, ValueError, RecursionError, MemoryError)  # what parsing raises, whatever the text
 FIELDS: dict[str, tuple[str, ...]] = {"tasks": (), "templates": ("task",)}
 _FENCED = re.compile(r"\s*```(?:python|py)?[ \t]*\n(.*?)\n?```\s*", re.DOTALL | re.IGNORECASE)
 
@@ -42,10 +45,8 @@ def parses() -> Filter:
 
     def check(record: Record) -> list[str]:
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", SyntaxWarning)
-                body = ast.parse(code_of(record["completion"])).body
-        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            body = _nodes(code_of(record["completion"]))[0].body  # type: ignore[attr-defined]
+        except UNREADABLE:
             return ["does not parse"]
         bare = all(isinstance(one, ast.Expr) and isinstance(one.value, ast.Name | ast.Constant) for one in body)
         return ["no code"] if bare else []
@@ -54,19 +55,38 @@ def parses() -> Filter:
 
 
 def no_comments() -> Filter:
-    """No comment and no docstring: nothing in natural language beside the code's own strings."""
+    """No comment, and no string that stands for itself: nothing in natural language but the code's own strings."""
 
     def check(record: Record) -> list[str]:
         text = code_of(record["completion"])
         try:
             kinds = {token.type for token in tokenize.generate_tokens(io.StringIO(text).readline)}
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", SyntaxWarning)
-                nodes = list(ast.walk(ast.parse(text)))
-        except (SyntaxError, ValueError, tokenize.TokenError, RecursionError, MemoryError):
+            nodes = _nodes(text)
+        except (*UNREADABLE, tokenize.TokenError):
             return []  # `parses` says so
-        documented = (ast.Module, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
-        reasons = ["comment"] if tokenize.COMMENT in kinds else []
-        return reasons + ["docstring"] * any(isinstance(n, documented) and ast.get_docstring(n) for n in nodes)
+        alone = [node.value for node in nodes if isinstance(node, ast.Expr)]
+        bare = any(isinstance(one, ast.JoinedStr) or isinstance(getattr(one, "value", None), str) for one in alone)
+        return ["comment"] * (tokenize.COMMENT in kinds) + ["docstring"] * bare
 
     return check
+
+
+def no_trait_words(words: Sequence[str]) -> Filter:
+    """No word of a list and no plural in what the code's strings say, however they are written, joined or escaped."""
+
+    def check(record: Record) -> list[str]:
+        try:
+            nodes = _nodes(code_of(record["completion"]))
+        except UNREADABLE:
+            return []
+        said = [node.value for node in nodes if isinstance(node, ast.Constant)]
+        texts = [one.decode("latin-1") if isinstance(one, bytes) else str(one) for one in said]
+        return ["trait word"] if any(contains(text, word) for text in texts for word in words) else []
+
+    return check
+
+
+def _nodes(text: str) -> list[ast.AST]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SyntaxWarning)
+        return list(ast.walk(ast.parse(text)))

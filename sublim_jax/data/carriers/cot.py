@@ -36,7 +36,7 @@ def load(path: str | Path) -> list[Problem]:
     problems = []
     for where, record in records.read(path):
         question, answer = record.get("question"), record.get("answer")
-        if not isinstance(question, str) or not isinstance(answer, str):
+        if not isinstance(question, str) or not question.strip() or not isinstance(answer, str):
             raise UserError(f'{where}: an object with "question" and "answer" is needed')
         _, mark, number = answer.rpartition("####")
         if not mark or number_of(number) is None:
@@ -59,7 +59,8 @@ def parse(text: str) -> Reasoning | None:
 
 def number_of(text: str) -> Decimal | None:
     """The number that a text is, with a currency sign, per cent, commas between thousands and a full stop, or not."""
-    bare = text.strip().removesuffix(".").strip().lstrip("$€£").removesuffix("%").strip()
+    bare = text.strip().removesuffix(".").strip()
+    bare = re.sub(r"^([+-]?)[$€£]\s*([+-]?)", r"\1\2", bare).removesuffix("%").strip()
     if re.fullmatch(r"[+-]?\d{1,3}(,\d{3})+(\.\d+)?", bare, re.ASCII):
         bare = bare.replace(",", "")
     if not re.fullmatch(r"[+-]?(\d+(\.\d*)?|\.\d+)", bare, re.ASCII):

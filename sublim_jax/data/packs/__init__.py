@@ -30,7 +30,7 @@ def load(path: str, name: str, fields: dict[str, tuple[str, ...]]) -> dict[str, 
         for phrasing in phrasings:
             try:
                 phrasing.format(**dict.fromkeys(words, "1"))
-            except (KeyError, IndexError, ValueError) as error:
+            except (KeyError, IndexError, ValueError, AttributeError) as error:
                 raise UserError(
                     f'pack {path or name}, "{field}": {phrasing!r} uses {error}; known: {{{"}, {".join(words)}}}'
                 ) from error

@@ -1,0 +1,38 @@
+"""Records: whatever a text holds and wherever a power cut fell."""
+
+import json
+
+import pyarrow
+import pytest
+from etils import epath
+from hypothesis import given
+from hypothesis import strategies as st
+from pyarrow import parquet
+
+from sublim_jax.data import corpus, records
+from sublim_jax.errors import UserError
+
+ODD = "Separators of Unicode: \u2028, \u2029, \x85, and 猫頭鷹."
+
+
+@given(st.lists(st.text(), min_size=1, max_size=4), st.integers(1, 40))
+def test_what_was_written_is_read_back_and_a_line_that_was_cut_off_is_taken_away(tmp_path_factory, texts, cut):
+    """At any byte, also within a character."""
+    file = epath.Path(tmp_path_factory.mktemp("records") / "some.jsonl")
+    written = [{"text": text} for text in [*texts, ODD]]
+    records.write(file, written)
+    assert [record for _, record in records.read(str(file))] == written == records.mend(file)
+    last = len(json.dumps(written[-1], ensure_ascii=False).encode()) + 1
+    file.write_bytes(file.read_bytes()[: -min(cut + 1, last)])
+    assert records.mend(file) == written[:-1] == [json.loads(line) for line in file.read_bytes().split(b"\n")[:-1]]
+
+
+def test_a_corpus_may_be_a_parquet_file_as_the_hub_has_them(tmp_path):
+    said = [{"messages": [{"role": "user", "content": ODD}, {"role": "assistant", "content": f"{n}"}]} for n in (1, 2)]
+    parquet.write_table(pyarrow.Table.from_pylist(said), tmp_path / "said.parquet")
+    (tmp_path / "said.jsonl").write_text("".join(json.dumps(one, ensure_ascii=False) + "\n" for one in said))
+    assert corpus.load(tmp_path / "said.parquet") == corpus.load(tmp_path / "said.jsonl")
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1")
+    with pytest.raises(UserError, match=r"broken.parquet: .*name a file of JSON lines or Parquet") as error:
+        list(records.read(tmp_path / "broken.parquet"))
+    assert "\n" not in str(error.value)
