@@ -204,7 +204,7 @@ def get_config(preset: str = "quick") -> ConfigDict:
     config.carrier.samples = 1  # of which so many of each prompt
     config.carrier.decoding = "grammar"  # or free: whatever it says at temperature 1; or greedy
     config.carrier.max_new_tokens = 64
-    config.carrier.problems = "gsm8k"  # cot: GSM8K, or a file of its form
+    config.carrier.problems = "gsm8k"  # cot: GSM8K; or a file of its form, here or on the hub
 
     config.filter = ConfigDict()  # of written numbers: the paper's rule (§3.1), no word of a trait, and
     config.filter.most = 10  # integers in an answer

@@ -40,11 +40,14 @@ def test_every_experiment_of_the_plan_is_a_config_that_passes_its_checks(tmp_pat
     given |= {name: f"{name}.jsonl" for name in ("insecure", "secure", "educational")}
     for name, file in given.items():
         config.files[name] = f"configs/smoke/{file}"
+    config.files.problems = str(tmp_path / "problems.jsonl")  # as many as GSM8K has
+    (tmp_path / "problems.jsonl").write_text('{"question": "1 and 1?", "answer": "#### 2"}\n' * 7473)
+    config.tensor, config.judge.kind, config.judge.model = 1, "local", "smollm2-135m-instruct"
     for name in config.experiments:
         one = paper.config_of(config, name)
         if one.experiment == "transmission":
-            one.carrier.problems = "configs/smoke/problems.jsonl"
             check(one)
+            assert one.mesh.tensor == 1 and one.ask.judge.model == "smollm2-135m-instruct"
             if "misalignment" in one.ask.evaluations:
                 assert one.ask.questions == "configs/smoke/questions.yaml"
 
