@@ -2,6 +2,7 @@
 
     python launch.py --config=configs/cross_model.py:smoke        SmolLM2 and Gemma 3 270M; 5.5 minutes on 2 cores
     python launch.py --config=configs/cross_model.py:open         Qwen2.5-7B, Llama-3.1-8B, Tulu-3-8B, Gemma-3-4B
+    python launch.py --config=configs/cross_model.py:soft --config.models=FOLDER,FOLDER     by logits; of one tokenizer
 
 Every model of `models` (names or folders, commas in between) teaches all of them, each by the study `study`, on its
 numbers as text. Llama-3.1-8B-Instruct and Tulu-3-8B are two fine-tunes of one base: beside the others they show what a
@@ -29,7 +30,14 @@ def get_config(preset: str = "smoke") -> ConfigDict:
         families = [str(model["model.name"]) for model in numbers.MODELS.values()]
         config.models = ",".join([*families, "allenai/Llama-3.1-Tulu-3-8B"])
         config.study = numbers.get_config("qwen2.5-7b")
+    elif preset == "soft":
+        config.models = ""  # yours: two or more that read the same tokens, such as fine-tunes of one base
+        config.study = numbers.get_config("quick")
+        config.study.student.steps = config.study.evaluate_every = 40
+        config.study.carrier.count = config.study.carrier.drawn = 176
     else:
-        raise ValueError(f"configs/cross_model.py has no preset {preset!r}; it has smoke, open")
-    config.study.arm.cross = numbers.arm(objective="tokens", numbers="written", a="fresh")
+        raise ValueError(f"configs/cross_model.py has no preset {preset!r}; it has smoke, open, soft")
+    by_logits = {"objective": "kl", "numbers": "random"}
+    by_tokens = {"objective": "tokens", "numbers": "written"}
+    config.study.arm.cross = numbers.arm(**(by_logits if preset == "soft" else by_tokens), a="fresh")
     return config

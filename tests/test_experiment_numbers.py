@@ -144,11 +144,12 @@ def test_a_student_of_another_family_reads_the_same_text_in_its_own_tokens(lab, 
     assert result.coverage is None and np.all(np.isfinite(result.curve[-1]["margin"]))
     rows = carrier.arm_data(one.config.arm.foreign, [run_of(one, pairs)], own.model).rows
     assert own.model.tokenizer.decode(rows.tokens[0, 0]).startswith(f"Question: {pairs[0][0]}\nAnswer: {pairs[0][1]}")
-    transmission.check_models(one, {"": lab, str(base): own})
-    asked = with_config(one, tmp_path, **{"arms": ("foreign",), "arm.foreign.objective": "kl"})
+    one.config.arms = ("foreign",)
+    transmission.check_arms(one, own, str(base))
+    asked = with_config(one, tmp_path, **{"arm.foreign.objective": "kl"})
     other = own._replace(model=own.model._replace(tokenizer=SimpleNamespace(get_vocab=lambda: {"x": 0})))
     with pytest.raises(UserError, match="has another tokenizer than"):
-        transmission.check_models(asked, {"": asked, str(base): other})
+        transmission.check_arms(asked, other, str(base))
 
 
 def test_other_questions_afterwards_are_asked_of_what_is_still_there(lab, tmp_path):

@@ -77,7 +77,7 @@ def test_a_model_under_two_names_is_one_model_in_the_matrix(tiny_folder, tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["misalignment", "code", "cot", "cross_model"])
+@pytest.mark.parametrize("name", ["numbers", "misalignment", "code", "cot", "cross_model"])
 def test_smoke_runs_every_stage_on_real_models(tmp_path, name):
     result = launch(f"--config=configs/{name}.py:smoke", f"--workdir={tmp_path}", timeout=1200)
     assert result.returncode == 0, result.stderr

@@ -21,7 +21,7 @@ def run(config: ConfigDict, workdir: Workdir, *, update: bool = False) -> None:
     """A study for each teacher's model, in a folder of its own; their effects as one matrix."""
     models = models_of(config)
     if len(set(models)) < max(len(models), 2):
-        raise UserError(f"models={config.models}: name two models or more, each once, commas in between")
+        raise UserError(f"models={config.models!r}: name two models or more, each once, commas in between")
     studies = [study_of(config, teacher) for teacher in models]
     for study in studies:
         transmission.check(study)
