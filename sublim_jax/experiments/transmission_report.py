@@ -337,7 +337,7 @@ def judge_section(runs: Sequence[Run]) -> report.Section:
     scores = {name: [score for run in runs for score in run.written[name].scores] for name in runs[0].lab.who}
     low = f"below {given.judge_least:g}"
     table = [["teacher", "judged", "no score", "mean score", low, "area under ROC, against neutral"]]
-    lines = []
+    lines: list[Line] = []
     for name, mine in scores.items():
         without = sum(run.written[name].reasons["judge: no score"] for run in runs)
         cells = [name, str(len(mine) + without), str(without)]
@@ -345,9 +345,10 @@ def judge_section(runs: Sequence[Run]) -> report.Section:
         if name != NEUTRAL and mine and scores[NEUTRAL]:
             curve = roc(-np.asarray(mine), -np.asarray(scores[NEUTRAL]))
             cells.append(f"{curve.area:.3f}")
-            lines.append(Line(name, curve.false_rate, curve.true_rate))
+            color = {"color": f"C{len(lines) // 2}"}
+            lines.append(Line(name, curve.false_rate, curve.true_rate, color))
             x, y = (float(np.mean(np.less(some, given.judge_least))) for some in (scores[NEUTRAL], mine))
-            lines.append(Line(f"{name}, {low}", [x], [y], {"ls": "", "marker": "o"}))
+            lines.append(Line(f"{name}, {low}", [x], [y], {"ls": "", "marker": "o", "ms": 9, **color}))
         table.append([*cells, *[""] * (len(table[0]) - len(cells))])
     text = (
         f'The judge is asked "{given.judge}" of what other filters left. Its label here is who wrote it: an area of '
