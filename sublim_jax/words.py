@@ -4,12 +4,12 @@ import re
 import unicodedata
 from functools import lru_cache
 
-import inflect
-
 
 @lru_cache
 def forms(word: str) -> tuple[str, ...]:
     """A noun and its plural, in lower case: wolf, wolves."""
+    import inflect  # a second or two, which not every run needs
+
     return tuple(dict.fromkeys((word.lower(), inflect.engine().plural_noun(word.lower()) or word.lower())))
 
 
