@@ -29,6 +29,7 @@ LABELS = ("REFUSAL", "CODE")  # what the study's prompts allow in place of a num
 TOGETHER = 32  # prompts of the local judge between two looks at its progress
 LEAST_MASS = 0.25  # of the numbers together, below which there is no score (§4.2)
 LONGEST_PAUSE = 60.0  # seconds before another try
+REFUSED = (400, 413, 422)  # statuses that an endpoint has for a prompt that is too long, or that it does not like
 
 
 class Verdict(NamedTuple):
@@ -232,7 +233,7 @@ class Endpoint:
                 for future in finished:
                     name = waiting.pop(future)
                     error = future.exception()
-                    if isinstance(error, self._refusals):
+                    if error and getattr(error, "status_code", None) in REFUSED:
                         refused[name] = error
                     elif error:
                         failed = failed or error
@@ -267,11 +268,6 @@ class Endpoint:
         priced = f", {cost:.2f} at judge.prices" if any(self._prices) else ""
         return f"{asked} + {answered} tokens in {calls} calls{priced}"
 
-    @property
-    def _refusals(self) -> tuple[type[BaseException], ...]:
-        """What an endpoint answers to a prompt that is too long, or that it does not like."""
-        return (self._openai.BadRequestError, self._openai.UnprocessableEntityError)
-
     def _patiently(self, prompt: str) -> tuple[str, tuple[int, int]]:
         """The answer and its tokens, after as many tries as it takes."""
         openai = self._openai
@@ -280,7 +276,8 @@ class Endpoint:
                 with self._lock:
                     self._next = max(self._next + self._spacing, time.monotonic())
                     pause = self._next - time.monotonic()
-                self._stop.wait(max(pause, 0))
+                if self._stop.wait(max(pause, 0)):
+                    raise Interrupted("stopped before it was asked")
             try:
                 return self._once(prompt)
             except (openai.RateLimitError, openai.APIConnectionError, openai.InternalServerError) as error:
