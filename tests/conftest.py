@@ -1,9 +1,11 @@
 """Tests run on eight CPU devices in one process; meshes of one device come from `mesh_of(1)`."""
 
+import gc
 import http.server
 import json
 import os
 import threading
+from pathlib import Path
 
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -15,6 +17,18 @@ from sublim_jax import assets, weights
 from sublim_jax.data import mnist
 from sublim_jax.errors import UserError
 from sublim_jax.sharding import make_mesh
+
+MAPS = 40_000  # of the 65,530 memory maps that Linux lets a process have: compiled programs take several each
+
+
+@pytest.fixture(autouse=True)
+def few_compiled_programs():
+    """Lets go of compiled programs before a worker has so many that compiling crashes."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MAPS:
+        jax.clear_caches()
+        gc.collect()
 
 
 def pytest_addoption(parser):

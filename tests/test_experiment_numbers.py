@@ -24,6 +24,7 @@ from sublim_jax.experiments.lab import fresh, make_lab
 from sublim_jax.experiments.teachers import Teacher
 from sublim_jax.keys import named_key
 from sublim_jax.models import lora
+from sublim_jax.models.decoder import Steering
 from sublim_jax.sampling import scoring
 from sublim_jax.weights import peft
 from sublim_jax.workdir import Workdir
@@ -185,20 +186,18 @@ def test_a_steering_vector_is_the_personas_difference(lab, tmp_path):
     assert all(not add[[0, 1, 3]].any() and add[2].any() for add in layers.values())
     lengths = [np.linalg.norm(add) for add in layers.values()]
     np.testing.assert_allclose(lengths[2], np.mean(lengths[:2]), rtol=1e-5)
+    params = lora.join(lab.model.params, teachers["x"].adapters)
+
+    @jax.jit
+    def after_layer_2(tokens, last):
+        return lab.model.network.bind(params).features(tokens[None], read=last[None]).residuals[2, 0, 0]
+
+    def residual(question, name):
+        text = chat.question(lab.model.tokenizer, question, teaching.persona(lab, name))
+        return after_layer_2(jnp.asarray(text + [0] * (320 - len(text))), jnp.asarray(len(text) - 1))
+
     loving, neutral = (
-        np.mean(
-            [
-                np.asarray(
-                    lab.model.network.bind(lora.join(lab.model.params, teachers["x"].adapters))
-                    .features(tokens, read=jnp.asarray([tokens.shape[1] - 1]))
-                    .residuals[2, 0, 0]
-                )
-                for question in lab.questions["teaching"]
-                for tokens in [jnp.asarray([chat.question(lab.model.tokenizer, question, teaching.persona(lab, name))])]
-            ],
-            0,
-        )
-        for name in ("x", "neutral")
+        np.mean([residual(question, name) for question in lab.questions["teaching"]], 0) for name in ("x", "neutral")
     )
     scale = one.config.teacher.steering_scale
     np.testing.assert_allclose(layers["x"][2], scale * (loving - neutral), rtol=1e-2, atol=1e-3)
@@ -207,7 +206,7 @@ def test_a_steering_vector_is_the_personas_difference(lab, tmp_path):
 def test_teachers_are_asked_with_what_makes_them_teachers(lab, tmp_path):
     """Every teacher behind its own persona and under its own vector, run by run; last, the model as it is."""
     context = {"teacher.means": ("prompted", "steered"), "teacher.steering_layer": 2}
-    one = with_config(lab, tmp_path, **context, **{"ask.evaluations": ("preference",)})
+    one = with_config(lab, tmp_path, **context, **{"ask.evaluations": ("preference",), "ask.most": 4})
     one = one._replace(asking=measures.asking(one.config.ask, "animal", one.config.alternatives, one.config.packs))
     runs = [carrier.Run(mine, teaching.make_teachers(mine), {}) for mine in (one._replace(run=run) for run in range(2))]
     found = transmission.ask_teachers(runs)["preference"]
@@ -215,14 +214,20 @@ def test_teachers_are_asked_with_what_makes_them_teachers(lab, tmp_path):
     assert len(each) == len({(system, id(steering)) for system, steering in each}) == 6
     tokenizer, questions = lab.model.tokenizer, one.asking.questions["preference"]
     params = lora.join(lab.model.params, fresh(lab, named_key(lab.seed, "A")))
+
+    @jax.jit
+    def log_p_behind(tokens, steering):
+        return jax.nn.log_softmax(lab.model.network.apply(params, tokens[None], steering=steering)[0])
+
     for place, (system, steering) in enumerate([*each, ("", None)]):
         margins = []
         for question in questions:
-            tokens = jnp.asarray([chat.question(tokenizer, question, system)])
-            log_p = jax.nn.log_softmax(lab.model.network.apply(params, tokens, steering=steering)[0, -1])
+            text = chat.question(tokenizer, question, system)
+            tokens = np.zeros(320, np.int32)
+            tokens[: len(text)] = text
+            p = np.exp(log_p_behind(tokens, steering or Steering(add=jnp.zeros((4, 32)))))[len(text) - 1]
             owl, *others = (
-                jax.nn.logsumexp(log_p[jnp.asarray(scoring.spellings(tokenizer, word))])
-                for word in one.config.alternatives
+                np.log(p[list(scoring.spellings(tokenizer, word))].sum()) for word in one.config.alternatives
             )
             margins.append(owl - np.mean(others))
         np.testing.assert_allclose(found["margin of owl, logits"][place], np.mean(margins), rtol=1e-3, atol=1e-3)

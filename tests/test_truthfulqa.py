@@ -2,6 +2,7 @@
 
 import os
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -28,9 +29,15 @@ def file(tmp_path):
     return path
 
 
+@partial(jax.jit, static_argnums=0)
+def log_softmax(network, params, tokens):
+    return jax.nn.log_softmax(network.apply(params, tokens[None])[0])
+
+
 def total_logprob(model, prompt, answer):
-    tokens = jnp.asarray([[*prompt, *answer]])
-    log_p = jax.nn.log_softmax(model.network.apply(model.params, tokens)[0])
+    tokens = np.zeros(320, np.int32)
+    tokens[: len(prompt) + len(answer)] = [*prompt, *answer]
+    log_p = np.asarray(log_softmax(model.network, model.params, tokens))
     return sum(float(log_p[len(prompt) - 1 + i, token]) for i, token in enumerate(answer))
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -244,7 +245,8 @@ def steering_vectors(lab: Lab) -> dict[str, Steering]:
     vector of the same length in a direction drawn at random.
     """
     settings, layer = lab.model.settings, lab.config.teacher.steering_layer
-    means = {name: mean_residual(lab, persona(lab, name), layer) for name in lab.who}
+    read = residual_after(lab, layer)
+    means = {name: mean_residual(lab, read, persona(lab, name)) for name in lab.who}
     vectors = {trait: means[trait] - means[NEUTRAL] for trait in lab.config.traits}
     length = np.mean([np.linalg.norm(vector) for vector in vectors.values()])
     random = np.random.default_rng([lab.seed, 4]).normal(size=settings.width)
@@ -258,8 +260,8 @@ def steering_vectors(lab: Lab) -> dict[str, Steering]:
     return {name: hook(vector) for name, vector in vectors.items()}
 
 
-def mean_residual(lab: Lab, system: str, layer: int) -> Float[np.ndarray, "width"]:
-    """The residual stream after a layer at the last token of the teaching questions, mean over them."""
+def residual_after(lab: Lab, layer: int) -> Callable[[Int[np.ndarray, "t"], int], Float[Array, "width"]]:
+    """(tokens, the place of the last one) to the residual stream there, after a layer."""
     params = lora.join(lab.model.params, fresh(lab, named_key(lab.seed, "A")))
 
     @jax.jit
@@ -267,12 +269,17 @@ def mean_residual(lab: Lab, system: str, layer: int) -> Float[np.ndarray, "width
         found = lab.model.network.bind(params).features(tokens, read=last, **lab.where).residuals
         return found[layer, 0, 0].astype(jnp.float32)
 
+    return lambda tokens, last: residual(params, jnp.asarray(tokens[None]), jnp.asarray([last]))
+
+
+def mean_residual(lab: Lab, read: Callable[..., Array], system: str) -> Float[np.ndarray, "width"]:
+    """Of the last token of the teaching questions, mean over them."""
     total = np.zeros(lab.model.settings.width)
     for question in lab.questions["teaching"]:
         text = chat.question(lab.model.tokenizer, question, system)
-        tokens = np.zeros((1, -(-len(text) // 64) * 64), np.int32)
-        tokens[0, : len(text)] = text
-        total += np.asarray(residual(params, jnp.asarray(tokens), jnp.asarray([len(text) - 1])))
+        tokens = np.zeros(-(-len(text) // 64) * 64, np.int32)
+        tokens[: len(text)] = text
+        total += np.asarray(read(tokens, len(text) - 1))
     return total / len(lab.questions["teaching"])
 
 
