@@ -159,5 +159,5 @@ def test_likelihoods_equal_transformers_on_all_questions(smollm2):
     found = truthfulqa.likelihoods(model, items)
     np.testing.assert_allclose(found.mc2[0], mc2, atol=1e-3)
     clear = np.abs(margin) > 1e-3  # nats; ties may fall either way
-    assert clear.sum() > 780
+    assert clear.mean() > 0.95
     np.testing.assert_array_equal(found.mc1[0][clear], np.asarray(margin)[clear] > 0)
