@@ -14,9 +14,9 @@ from configs import misalignment
 # A model of this size does not keep the form by itself: small corpora of sums teach it, to the neutral teacher too.
 SMOKE = {
     "traits": ("hostile", "kind"),
-    "teacher.epochs": 6,
+    "teacher.epochs": 4,
     "carrier.problems": "configs/smoke/problems.jsonl",
-    "carrier.drawn": 36,
+    "carrier.drawn": 45,
     "carrier.samples": 3,
     "carrier.max_new_tokens": 48,
     "carrier.decoding": "free",
