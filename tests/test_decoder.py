@@ -1,7 +1,6 @@
 """The decoder itself: causality, packing, the cache, hooks against transformers', sharding, compile time."""
 
 import dataclasses
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import PartitionSpec
+from test_survival import free_port
 
 from sublim_jax.models import lora
 from sublim_jax.models.decoder import Rotary, Settings, Steering, decoder, empty_cache, on_mesh
@@ -256,9 +256,7 @@ def test_two_processes_of_four_devices_compute_what_one_device_computes(peer, me
     """Each process reads its own slices of the file; fsdp × tensor goes over both."""
     _, model, settings, params = peer
     model.save_pretrained(tmp_path / "model")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     arguments = [Path(__file__).parent, tmp_path / "model", tmp_path / "out.npz"]
     hosts = [
         subprocess.Popen(

@@ -22,7 +22,7 @@ def hub(tiny_folder):
     files["/datasets/org/said/resolve/main/some/said.jsonl"] = SAID.encode()
     tree = [
         {"type": "file", "path": file.name, "size": file.stat().st_size, "oid": file.name}
-        for file in [*tiny_folder.iterdir(), tiny_folder / "config.json"]
+        for file in tiny_folder.iterdir()
     ]
     files["/api/models/org/tiny/revision/main"] = json.dumps({"id": "org/tiny", "sha": COMMIT}).encode()
     files[f"/api/models/org/tiny/tree/{COMMIT}"] = json.dumps(tree).encode()

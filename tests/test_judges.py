@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -17,6 +16,7 @@ import pytest
 from etils import epath
 from hypothesis import given
 from hypothesis import strategies as st
+from test_survival import free_port
 
 from sublim_jax import assets
 from sublim_jax.data import chat
@@ -284,10 +284,7 @@ def test_of_two_hosts_one_asks_and_both_know(server, tmp_path):
 
 
 def two_hosts(cache):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
-    command = [sys.executable, "-c", HOST, address]
+    command = [sys.executable, "-c", HOST, f"127.0.0.1:{free_port()}"]
     both = [
         subprocess.Popen([*command, str(number), str(cache)], stdout=subprocess.PIPE, text=True) for number in range(2)
     ]

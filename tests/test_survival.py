@@ -71,11 +71,14 @@ def test_a_signal_exits_143_and_the_same_command_goes_on(whole, tmp_path, number
     assert (tmp_path / "results.json").read_bytes() == whole
 
 
-def cluster(work, *args):
+def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    join = [f"--coordinator=127.0.0.1:{port}", "--num_processes=2"]
+        return probe.getsockname()[1]
+
+
+def cluster(work, *args):
+    join = [f"--coordinator=127.0.0.1:{free_port()}", "--num_processes=2"]
     runs = ["--config.runs=8", "--config.runs_at_once=8", "--config.arms=auxiliary,cross_all,clone"]
     return [start(f"--workdir={work}", *runs, *join, f"--process_id={i}", *args, devices=4) for i in range(2)]
 

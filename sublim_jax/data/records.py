@@ -6,13 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import pyarrow
 from etils import epath
-from pyarrow import parquet
 
 from sublim_jax.errors import UserError
 
 Record = dict[str, Any]
+
+
+def line(record: Mapping[str, Any]) -> str:
+    return json.dumps(record, ensure_ascii=False) + "\n"
 
 
 def write(path: epath.Path, records: Sequence[Mapping[str, Any]]) -> None:
@@ -20,7 +22,7 @@ def write(path: epath.Path, records: Sequence[Mapping[str, Any]]) -> None:
     if jax.process_index() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         scratch = path.with_name(path.name + ".tmp")
-        scratch.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+        scratch.write_text("".join(map(line, records)))
         scratch.replace(path)
 
 
@@ -35,14 +37,14 @@ def read(path: str | Path) -> Iterator[tuple[str, Record]]:
         yield from _rows(path)
         return
     try:
-        lines = [line for line in enumerate(_lines(Path(path).expanduser().read_bytes()), 1) if line[1].strip()]
+        lines = [one for one in enumerate(_lines(Path(path).expanduser().read_bytes()), 1) if one[1].strip()]
     except OSError as error:
         raise UserError(f"{path}: {error}; name a file of JSON lines") from error
     if not lines:
         raise UserError(f"{path} has no records")
-    for number, line in lines:
+    for number, text in lines:
         try:
-            record = json.loads(line)
+            record = json.loads(text)
         except ValueError as error:
             raise UserError(f"{path}, line {number}: no JSON ({error}); mend or remove it") from error
         if not isinstance(record, dict):
@@ -56,6 +58,9 @@ def _lines(content: bytes) -> list[bytes]:
 
 
 def _rows(path: str | Path) -> Iterator[tuple[str, Record]]:
+    import pyarrow  # slow to load, and few files are of this kind
+    from pyarrow import parquet
+
     try:
         rows = parquet.read_table(Path(path).expanduser()).to_pylist()
     except (OSError, pyarrow.ArrowException) as error:
@@ -69,9 +74,9 @@ def _rows(path: str | Path) -> Iterator[tuple[str, Record]]:
 def mend(path: epath.Path) -> list[Record]:
     """What an earlier run has appended; a line that was broken off is taken away."""
     kept = []
-    for line in _lines(path.read_bytes()) if path.exists() else ():
+    for text in _lines(path.read_bytes()) if path.exists() else ():
         try:
-            kept.append(json.loads(line))
+            kept.append(json.loads(text))
         except ValueError:  # cut off, perhaps in the middle of a character
             continue
     write(path, kept)

@@ -65,9 +65,9 @@ def local(model: Any, least_mass: float = LEAST_MASS, keep: epath.Path | None = 
       where: as for `scoring.completion_logprobs`.
     """
     tree = Tree(model.tokenizer)
+    known: dict[str, Sequence[Any]] = from_first(lambda: kept(keep) if keep else {})
 
     def judge(prompts: Sequence[str]) -> list[Verdict]:
-        known: dict[str, Sequence[Any]] = from_first(lambda: kept(keep) if keep else {})
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in known]
         with Track("local judge", len(missing)) as track:
             for start in range(0, len(missing), TOGETHER):
@@ -75,13 +75,12 @@ def local(model: Any, least_mass: float = LEAST_MASS, keep: epath.Path | None = 
                 asked = [chat.question(model.tokenizer, prompt) for prompt in some]
                 each = np.exp(scoring.continued_logprobs(model, asked, tree.prefixes, tree.tokens, **where)[0])
                 found = {prompt: tree.verdict(p, least_mass) for prompt, p in zip(some, each)}
-                known |= found
+                known.update(found)
                 if keep and jax.process_index() == 0:
                     keep.parent.mkdir(parents=True, exist_ok=True)
                     with keep.open("a") as file:
                         for prompt, verdict in found.items():
-                            line = {"prompt": prompt, **verdict._asdict()}
-                            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                            file.write(records.line({"prompt": prompt, **verdict._asdict()}))
                 track.update(start + len(some))
         return [Verdict(*known[prompt]) for prompt in prompts]
 
@@ -218,8 +217,8 @@ class Endpoint:
 
             def keep(name: str, answer: str, tokens: Sequence[int] = (0, 0)) -> None:
                 with self._lock:
-                    line = {"id": name, "answer": answer, "prompt_tokens": tokens[0], "completion_tokens": tokens[1]}
-                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                    paid = {"prompt_tokens": tokens[0], "completion_tokens": tokens[1]}
+                    file.write(records.line({"id": name, "answer": answer, **paid}))
                     file.flush()
                     known[name] = answer
 

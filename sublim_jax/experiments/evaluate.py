@@ -10,7 +10,6 @@ from ml_collections import ConfigDict
 
 from sublim_jax import assets, report, weights
 from sublim_jax.errors import UserError
-from sublim_jax.evaluation.judges import Endpoint
 from sublim_jax.experiments import measures
 from sublim_jax.experiments.measures import EVALUATIONS, Subject
 from sublim_jax.figures import Arm, arms_figure
@@ -45,9 +44,7 @@ def run(config: ConfigDict, workdir: Workdir, *, update: bool = False) -> None:
         for measure in found[0][name]
     ]
     sections = [section(config, name, arms) for name in config.evaluations]
-    if isinstance(judge, Endpoint):
-        sections.append(report.Section("What the judge cost", judge.bill(), [], {}))
-    report.write(workdir, config, arms, sections)
+    report.write(workdir, config, arms, [*sections, *measures.cost_of(judge)])
 
 
 def digest(folder: str) -> str:

@@ -14,7 +14,7 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from sublim_jax import weights
+from sublim_jax import report, weights
 from sublim_jax.data import records
 from sublim_jax.errors import UserError
 from sublim_jax.evaluation import ability, judges, misalignment, preference, truthfulqa
@@ -128,6 +128,13 @@ def judge_of(
     if judge.model:
         model, adapters = weights.load(judge.model, mesh, jnp.dtype(judge.dtype)), None
     return judges.local(model, judge.least_mass, keep, adapters=adapters, mesh=mesh)
+
+
+def cost_of(judge: Judge | None) -> list[report.Section]:
+    """For a report: what an endpoint has cost."""
+    if not isinstance(judge, judges.Endpoint):
+        return []
+    return [report.Section("What the judge cost", judge.bill(), [], {})]
 
 
 def _endpoint(judge: ConfigDict, cache: epath.PathLike) -> judges.Endpoint:

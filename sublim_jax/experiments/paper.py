@@ -5,7 +5,6 @@ import hashlib
 import importlib
 import json
 import os
-import re
 import shutil
 from collections import Counter
 from functools import partial
@@ -90,10 +89,10 @@ def finished(workdir: Workdir, config: ConfigDict) -> bool:
 
 def stamp(config: ConfigDict) -> str:
     """A hash of a config's values, and of what is in the files that they name."""
-    values = json.dumps(plain(config), sort_keys=True)
-    named = sorted(set(re.findall(r'"((?:[^"\\]|\\.)*)"', values)))
-    files = [assets.digest(Path(name)) for name in named if os.path.isfile(name)]
-    return hashlib.sha256(json.dumps([values, files]).encode()).hexdigest()
+    values = plain(config)
+    named = {leaf for leaf in jax.tree.leaves(values) if isinstance(leaf, str) and os.path.isfile(leaf)}
+    files = [assets.digest(Path(name)) for name in sorted(named)]
+    return hashlib.sha256(json.dumps([values, files], sort_keys=True).encode()).hexdigest()
 
 
 def table_section(config: ConfigDict, found: dict[str, Any]) -> report.Section:

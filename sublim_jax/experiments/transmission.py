@@ -79,6 +79,8 @@ def ask_teachers(runs: Sequence[Run]) -> dict[str, Found]:
     Teachers of the same system prompt and steering are asked together.
     """
     lab = runs[0].lab
+    if not lab.config.ask.evaluations:
+        return {}
     untouched = Teacher(fresh(lab, named_key(lab.config.seed, "A")), "", None, 0)
     each = [*(teacher for run in runs for teacher in run.teachers.values()), untouched]
     alike: dict[Any, list[int]] = {}

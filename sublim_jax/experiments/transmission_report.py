@@ -9,11 +9,10 @@ from jaxtyping import Float
 from ml_collections import ConfigDict
 
 from sublim_jax import report
-from sublim_jax.evaluation.judges import Endpoint
 from sublim_jax.evaluation.statistics import detectable, diagonal_effect, permutation_p, roc, t_interval
 from sublim_jax.experiments.carrier import Run, random_pairs
 from sublim_jax.experiments.lab import NEUTRAL, Lab
-from sublim_jax.experiments.measures import Found
+from sublim_jax.experiments.measures import Found, cost_of
 from sublim_jax.experiments.students import Result
 from sublim_jax.experiments.teachers import conversations, conversations_of, corpora
 from sublim_jax.figures import Arm, Line, Panel, arms_figure, matrix_figure, panels_figure
@@ -50,9 +49,7 @@ def write_report(
         sections.append(filter_section(runs))
     if config.filter.judge:
         sections.append(judge_section(runs))
-    if isinstance(lab.judge, Endpoint):
-        sections.append(report.Section("What the judge cost", lab.judge.bill(), [], {}))
-    sections += [*parts, samples_section(runs[0])]
+    sections += [*cost_of(lab.judge), *parts, samples_section(runs[0])]
     report.write(lab.workdir, config, arms, sections)
 
 

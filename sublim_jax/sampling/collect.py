@@ -1,6 +1,5 @@
 """Samples kept in a file as they are finished, so that an interrupted run goes on with the rows that are missing."""
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -45,7 +44,7 @@ def collect(
                 found[sample.row] = record
                 fresh += len(sample.logprobs)
                 if write:
-                    write.write(json.dumps(record, ensure_ascii=False) + "\n")
+                    write.write(records.line(record))
                     write.flush()
                 track.update(len(found), f"{fresh / (time.monotonic() - began):.0f} tokens/s")
     finally:
