@@ -9,6 +9,18 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+LLAMA31_8B = {
+    "vocab_size": 128_256,
+    "hidden_size": 4096,
+    "intermediate_size": 14_336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+    "max_position_embeddings": 131_072,
+    "rope_parameters": {**LLAMA3, "factor": 8.0},
+}
 QWEN25 = {"rms_norm_eps": 1e-6, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
 
 # By hub name: transformers' model_type, and the values of config.json that shape the network.
@@ -55,21 +67,8 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
             "rope_parameters": {**LLAMA3, "factor": 32.0},
         },
     ),
-    "meta-llama/Llama-3.1-8B-Instruct": (
-        "llama",
-        {
-            "vocab_size": 128_256,
-            "hidden_size": 4096,
-            "intermediate_size": 14_336,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "rms_norm_eps": 1e-5,
-            "tie_word_embeddings": False,
-            "max_position_embeddings": 131_072,
-            "rope_parameters": {**LLAMA3, "factor": 8.0},
-        },
-    ),
+    "meta-llama/Llama-3.1-8B-Instruct": ("llama", LLAMA31_8B),
+    "allenai/Llama-3.1-Tulu-3-8B": ("llama", {**LLAMA31_8B, "vocab_size": 128_264}),
     "google/gemma-3-4b-it": (
         "gemma3_text",
         {
