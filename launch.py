@@ -46,6 +46,7 @@ _PROCESS = flags.DEFINE_integer("process_id", None, "This process's number, with
 
 
 def main(_: list[str]) -> None:
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it advises to install PyTorch
     if not flags.FLAGS["config"].present:
         raise UserError("--config is missing; try --config=configs/mnist.py")
     file = config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]
