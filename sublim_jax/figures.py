@@ -77,6 +77,7 @@ def arms_figure(arms: list[Arm], path: Any, xlabel: str = "", chance: float | No
     axes.axvline(chance or 0, color="#888888", lw=0.8, ls=":")
     if chance is not None:
         axes.text(chance + 0.005, len(arms) - 0.42, "chance", color="#666666", fontsize=8)
+    if chance is not None or not any(arm["mean"] for arm in arms):
         axes.set_xlim(0, 1)
     axes.set_yticks(range(len(arms)), [arm["name"] for arm in reversed(arms)])
     axes.set_ylim(-0.6, len(arms) - 0.1)

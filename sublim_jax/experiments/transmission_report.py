@@ -150,7 +150,7 @@ def possible(config: ConfigDict) -> float:
 
 
 def arm_section(lab: Lab, name: str, result: Result) -> report.Section:
-    """The matrix of paired differences, and margins along training."""
+    """The matrix of paired differences, and margins along training where there is some."""
     config, words = lab.config, list(lab.config.alternatives)
     traits = list(config.traits)
     columns = [words.index(trait) for trait in traits]
@@ -166,13 +166,12 @@ def arm_section(lab: Lab, name: str, result: Result) -> report.Section:
         cells += [f"{share[0][row, column]:.3f} → {share[-1][row, column]:.3f}" for column in columns]
         table.append(cells)
     steps = [point["step"] for point in result.curve]
-    style = {"marker": "o"} if len(steps) == 1 else {}
     panels = [
         Panel(
             "updates of the student",
             f"margin of {trait}, logits",
             [
-                Line(f"student of {teacher}", steps, margins[:, :, row, column].mean(1), style)
+                Line(f"student of {teacher}", steps, margins[:, :, row, column].mean(1))
                 for row, teacher in enumerate(lab.who)
             ],
             title=trait,
@@ -180,9 +179,10 @@ def arm_section(lab: Lab, name: str, result: Result) -> report.Section:
         for trait, column in zip(traits, columns)
     ]
     figures: dict[str, Callable[[Any], None]] = {
-        f"matrix-{name}": partial(matrix_figure, paired[-1].mean(0), traits, traits),
-        f"margins-{name}": partial(panels_figure, panels),
+        f"matrix-{name}": partial(matrix_figure, paired[-1].mean(0), traits, traits)
     }
+    if len(steps) > 1:
+        figures[f"margins-{name}"] = partial(panels_figure, panels)
     return report.Section(f"Students: {name}", f"{describe(config.arm[name])}; {config.runs} run(s).", table, figures)
 
 
