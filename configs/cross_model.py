@@ -22,7 +22,6 @@ def get_config(preset: str = "smoke") -> ConfigDict:
         config.models = "smollm2-135m-instruct,gemma-3-270m"
         config.study = numbers.get_config("smoke")
         config.study.student.steps = config.study.evaluate_every = 1
-        config.study.carrier.count = 20
         config.study.carrier.drawn = 22
         config.study.teacher.most_steps = 4
         config.study.ask.evaluations = ()

@@ -27,8 +27,8 @@ EXAMPLES = (1, 4, 16, 64, 256, 1024, 4096)  # in the context; as many as it hold
 SIZES = {  # presets, and what each changes
     "quick": {},
     "smoke": {
-        "carrier.count": 32,
-        "carrier.drawn": 36,
+        "carrier.count": 20,
+        "carrier.drawn": 24,
         "student.steps": 2,
         "evaluate_every": 2,
         "student.batch": 2,
@@ -40,7 +40,7 @@ SIZES = {  # presets, and what each changes
         "ask.evaluations": ("answers",),
         "ask.samples": 1,
         "ask.most": 4,
-        "arms": ("soft", "tokens", "perturbed", "in_context"),
+        "arms": ("soft", "tokens", "in_context"),
     },
     # Read, not learnt: more and more of what the teacher wrote in the context.
     "in_context": {

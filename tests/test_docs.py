@@ -36,7 +36,7 @@ def test_every_package_that_is_imported_is_installed_by_the_requirements():
         elif isinstance(node, ast.ImportFrom):
             imported.add(node.module.split(".")[0])
     ours = {"configs", "sublim_jax", "openai"}  # the last is the extra `judge`, and its absence is told
-    required = {normal(line.split("[")[0]) for line in (ROOT / "requirements.txt").read_text().split()}
+    required = {normal(re.split(r"[^\w-]", line)[0]) for line in (ROOT / "requirements.txt").read_text().split()}
     packages = importlib.metadata.packages_distributions()
     missing = {
         name

@@ -1,11 +1,13 @@
 """Weights in: real models from GGUF, sharded reading, and every way in which a file can be wrong."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import gguf
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -151,6 +153,39 @@ def test_a_truncated_gguf_is_told(tmp_path):
         weights.load(file)
 
 
+TOKENIZES = """
+import sys
+sys.modules["torch"] = None  # as where it is not installed, which is what the requirements install
+from sublim_jax.weights import gguf
+tokenizer = gguf.load_tokenizer(sys.argv[1])
+print(tokenizer("An owl, 123 <|end|>")["input_ids"], tokenizer.eos_token, tokenizer.chat_template)
+"""
+
+
+def test_a_ggufs_tokenizer_is_transformers_and_needs_no_torch(tiny, tmp_path):
+    words = json.loads(tiny.tokenizer.backend_tokenizer.to_str())["model"]
+    vocabulary = [*sorted(words["vocab"], key=words["vocab"].get), "<|end|>"]
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(vocabulary)
+    writer.add_token_types([1] * (len(vocabulary) - 1) + [3])
+    writer.add_token_merges([" ".join(pair) for pair in words["merges"]])
+    writer.add_eos_token_id(len(vocabulary) - 1)
+    writer.add_chat_template("a template")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file="model.gguf")
+    ids = theirs("An owl, 123 <|end|>")["input_ids"]
+    assert ids[-1] == len(vocabulary) - 1
+    command = [sys.executable, "-c", TOKENIZES, str(tmp_path / "model.gguf")]
+    where = {**os.environ, "SUBLIM_JAX_CACHE": str(tmp_path / "cache")}
+    said = subprocess.run(command, capture_output=True, text=True, check=True, env=where).stdout
+    assert said == f"{ids} <|end|> a template\n"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", assets.MODELS)
 def test_real_models_are_those_of_transformers(name, tmp_path):
@@ -184,6 +219,7 @@ def test_real_models_are_those_of_transformers(name, tmp_path):
 LOADS = """
 import sys
 from pathlib import Path
+import gguf
 import jax
 from sublim_jax.models.decoder import decoder
 from sublim_jax.models.families import family

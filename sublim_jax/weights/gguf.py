@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import transformers
 from jax.sharding import Mesh
+from transformers.integrations import gguf as converter
 
 from sublim_jax import assets
 from sublim_jax.errors import UserError
@@ -72,12 +73,31 @@ def load_tokenizer(path: str | Path) -> Any:
     status = path.stat()
     kept = assets.cache_folder() / "tokenizers" / f"{path.name}-{status.st_size}-{status.st_mtime_ns}"
     if not kept.exists():
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        tokenizer = _tokenizer(_open(path))
         kept.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=kept.parent) as scratch:
             tokenizer.save_pretrained(Path(scratch) / "whole")
             (Path(scratch) / "whole").replace(kept)
     return transformers.AutoTokenizer.from_pretrained(kept)
+
+
+def _tokenizer(reader: gguf.GGUFReader) -> Any:
+    """As AutoTokenizer makes it, by the same converter; AutoTokenizer's reader of GGUF files needs PyTorch."""
+
+    def fields(names: dict[str, str]) -> dict[str, Any]:
+        present = {ours: reader.fields.get(f"tokenizer.{name}") for name, ours in names.items()}
+        return {ours: field.contents() for ours, field in present.items() if field is not None}
+
+    vocabulary = fields(converter.GGUF_TOKENIZER_MAPPING["tokenizer"])
+    settings = fields(converter.GGUF_TOKENIZER_MAPPING["tokenizer_config"])
+    if vocabulary["tokenizer_type"] == "llama":
+        settings.setdefault("add_bos_token", True)  # as llama.cpp does where a file says nothing
+    for name in ("bos", "eos", "unk", "pad"):
+        if (token := vocabulary.get(f"{name}_token_id")) is not None:
+            settings[f"{name}_token"] = vocabulary["tokens"][token]
+    architecture = reader.fields["general.architecture"].contents()
+    fast, more = converter.convert_gguf_tokenizer(architecture, vocabulary)
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=fast, **settings, **more)
 
 
 def _unpaired(weight: np.ndarray, heads: int) -> np.ndarray:
