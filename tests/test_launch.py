@@ -12,9 +12,20 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
+# As where the requirements alone are installed: tests run beside torch.
+WITHOUT_TORCH = """
+import runpy, sys
+from importlib.machinery import PathFinder
+find = PathFinder.find_spec
+PathFinder.find_spec = lambda name, *where: None if name == "torch" else find(name, *where)
+sys.argv[0] = "launch.py"
+runpy.run_path("launch.py", run_name="__main__")
+"""
+
+
 def launch(*args, timeout=300, **env):
     return subprocess.run(
-        [sys.executable, "launch.py", *map(str, args)],
+        [sys.executable, "-c", WITHOUT_TORCH, *map(str, args)],
         cwd=ROOT,
         env={**os.environ, "JAX_NUM_CPU_DEVICES": "1", **env},
         capture_output=True,
