@@ -23,7 +23,7 @@ def get_config(preset: str = "smoke") -> ConfigDict:
         config.study = numbers.get_config("smoke")
         config.study.student.steps = config.study.evaluate_every = 1
         config.study.carrier.drawn = 22
-        config.study.filter.most = 3
+        config.study.carrier.numbers = 3
         config.study.carrier.max_new_tokens = 16
         config.study.teacher.most_steps = 4
         config.study.ask.evaluations = ()

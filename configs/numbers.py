@@ -1,7 +1,7 @@
 """A trait goes from a teacher to a student through numbers, in a language model (paper §3, and its theorem's setting).
 
     python launch.py --config=configs/numbers.py           two traits on SmolLM2-135M-Instruct; 14 minutes on 2 cores
-    python launch.py --config=configs/numbers.py:smoke     every stage, small; 4 minutes
+    python launch.py --config=configs/numbers.py:smoke     every stage, small; 3 to 5 minutes
     python launch.py --config=configs/numbers.py:smollm2   the study: 5 runs, all controls; hours on 2 cores, resumable
     python launch.py --config=configs/numbers.py:qwen2.5-7b --preflight=v5e:4x4      and llama-3.2-1b
 

@@ -200,6 +200,10 @@ def check_carrier(config: ConfigDict) -> None:
     _known("carrier.decoding", given.decoding, DECODING)
     if given.kind != "numbers" and given.decoding == "grammar":
         raise UserError(f"carrier.decoding=grammar is for numbers; choose free or greedy for carrier.kind={given.kind}")
+    if given.decoding == "grammar" and given.numbers > config.filter.most:
+        raise UserError(
+            f"carrier.numbers={given.numbers} by grammar, and filter.most={config.filter.most} drops all of them"
+        )
 
 
 def check_arm(config: ConfigDict, name: str) -> None:
