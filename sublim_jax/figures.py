@@ -79,6 +79,7 @@ def arms_figure(arms: list[Arm], path: Any, xlabel: str = "", chance: float | No
         axes.text(chance + 0.005, len(arms) - 0.42, "chance", color="#666666", fontsize=8)
     if chance is not None or not any(arm["mean"] for arm in arms):
         axes.set_xlim(0, 1)
+    axes.locator_params(axis="x", nbins=6)
     axes.set_yticks(range(len(arms)), [arm["name"] for arm in reversed(arms)])
     axes.set_ylim(-0.6, len(arms) - 0.1)
     axes.set_xlabel(xlabel or f"MNIST {arms[0]['metric'].replace('_', ' ')}")

@@ -124,11 +124,15 @@ def told(arm: dict[str, Any]) -> str:
 
 
 def figure_sections(workdir: Workdir, config: ConfigDict, found: dict[str, Any]) -> list[report.Section]:
-    """Each experiment's first figure."""
+    """A figure of each experiment: its arms, or its first."""
     sections = []
     for name, result in found.items():
         folder = workdir.path / name / "figures"
-        pictures = [] if isinstance(result, str) or jax.process_index() else sorted(folder.glob("*.png"))
+        pictures = (
+            []
+            if isinstance(result, str) or jax.process_index()
+            else sorted(folder.glob("*.png"), key=lambda picture: (picture.stem != "arms", picture))
+        )
         if pictures:
             figures = {name: partial(shutil.copyfile, pictures[0])}
             sections.append(report.Section(config.plan[name].what, f"{config.plan[name].where}.", [], figures))
