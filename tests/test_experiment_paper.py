@@ -64,6 +64,7 @@ def test_a_model_under_two_names_is_one_model_in_the_matrix(tiny_folder, tmp_pat
     shutil.copytree(tiny_folder, other)
     models = (str(tiny_folder), str(other))
     study = [flag.replace("--config.", "--config.study.") for flag in FLAGS if "steps=6" not in flag]
+    study.append("--config.study.carrier.max_new_tokens=64")
     work = f"--workdir={tmp_path / 'work'}"
     result = launch("--config=configs/cross_model.py:smoke", f"--config.models={','.join(models)}", *study, work)
     assert result.returncode == 0, result.stderr
