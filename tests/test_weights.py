@@ -219,7 +219,6 @@ def test_real_models_are_those_of_transformers(name, tmp_path):
 LOADS = """
 import sys
 from pathlib import Path
-import gguf
 import jax
 from sublim_jax.models.decoder import decoder
 from sublim_jax.models.families import family
