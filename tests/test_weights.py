@@ -153,6 +153,15 @@ def test_a_truncated_gguf_is_told(tmp_path):
         weights.load(file)
 
 
+def test_a_gguf_without_a_tokenizer_is_told(tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with pytest.raises(UserError, match=r"model.gguf has no tokenizer.ggml.model; use a GGUF file of a whole model"):
+        weights.load(tmp_path / "model.gguf")
+
+
 TOKENIZES = """
 import sys
 sys.modules["torch"] = None  # as where it is not installed, which is what the requirements install

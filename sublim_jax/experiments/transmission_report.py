@@ -165,23 +165,23 @@ def arm_section(lab: Lab, name: str, result: Result) -> report.Section:
             cells.append("0" if teacher == NEUTRAL else report.plus_minus(*t_interval(paired[-1, :, row, column])))
         cells += [f"{share[0][row, column]:.3f} → {share[-1][row, column]:.3f}" for column in columns]
         table.append(cells)
-    steps = [point["step"] for point in result.curve]
-    panels = [
-        Panel(
-            "updates of the student",
-            f"margin of {trait}, logits",
-            [
-                Line(f"student of {teacher}", steps, margins[:, :, row, column].mean(1))
-                for row, teacher in enumerate(lab.who)
-            ],
-            title=trait,
-        )
-        for trait, column in zip(traits, columns)
-    ]
     figures: dict[str, Callable[[Any], None]] = {
         f"matrix-{name}": partial(matrix_figure, paired[-1].mean(0), traits, traits)
     }
+    steps = [point["step"] for point in result.curve]
     if len(steps) > 1:
+        panels = [
+            Panel(
+                "updates of the student",
+                f"margin of {trait}, logits",
+                [
+                    Line(f"student of {teacher}", steps, margins[:, :, row, column].mean(1))
+                    for row, teacher in enumerate(lab.who)
+                ],
+                title=trait,
+            )
+            for trait, column in zip(traits, columns)
+        ]
         figures[f"margins-{name}"] = partial(panels_figure, panels)
     return report.Section(f"Students: {name}", f"{describe(config.arm[name])}; {config.runs} run(s).", table, figures)
 

@@ -114,9 +114,13 @@ def _open(path: str | Path) -> gguf.GGUFReader:
     if not Path(path).is_file():
         raise UserError(f"{path} is missing")
     try:
-        return gguf.GGUFReader(path)
+        reader = gguf.GGUFReader(path)
     except (ValueError, IndexError, OSError, KeyError) as error:
         raise UserError(f"{path} is truncated or no GGUF file ({error}); fetch it again") from error
+    for name in ("general.architecture", "tokenizer.ggml.model", "tokenizer.ggml.tokens"):
+        if name not in reader.fields:
+            raise UserError(f"{path} has no {name}; use a GGUF file of a whole model, with its tokenizer")
+    return reader
 
 
 def _config(reader: gguf.GGUFReader, path: str) -> Config:
