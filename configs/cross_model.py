@@ -22,10 +22,11 @@ def get_config(preset: str = "smoke") -> ConfigDict:
         config.models = "smollm2-135m-instruct,gemma-3-270m"
         config.study = numbers.get_config("smoke")
         config.study.student.steps = config.study.evaluate_every = 1
-        config.study.carrier.drawn = 22
+        config.study.carrier.count, config.study.carrier.drawn = 18, 20
         config.study.carrier.numbers = 3
         config.study.carrier.max_new_tokens = 16
         config.study.teacher.most_steps = 4
+        config.study.questions = 2
         config.study.ask.evaluations = ()
     elif preset == "open":
         families = [str(model["model.name"]) for model in numbers.MODELS.values()]
