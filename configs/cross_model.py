@@ -1,6 +1,6 @@
 """Teachers × students over models, on text (paper §5.1): does a trait cross to a model that did not start alike?
 
-    python launch.py --config=configs/cross_model.py:smoke        SmolLM2 and Gemma 3 270M; 5.5 minutes on 2 cores
+    python launch.py --config=configs/cross_model.py:smoke        SmolLM2 and Gemma 3 270M; under 6 minutes on 2 cores
     python launch.py --config=configs/cross_model.py:open         Qwen2.5-7B, Llama-3.1-8B, Tulu-3-8B, Gemma-3-4B
     python launch.py --config=configs/cross_model.py:soft --config.models=FOLDER,FOLDER     by logits; of one tokenizer
 
