@@ -25,6 +25,7 @@ def get_config(preset: str = "smoke") -> ConfigDict:
         config.study.carrier.count, config.study.carrier.drawn = 18, 20
         config.study.carrier.numbers = 3
         config.study.carrier.max_new_tokens = 16
+        config.study.teacher.learning_rate = 1e-3
         config.study.teacher.most_steps = 4
         config.study.questions = 2
         config.study.ask.evaluations = ()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from etils import epath
 from ml_collections import ConfigDict
 
 from sublim_jax import assets, report
@@ -124,15 +125,15 @@ def told(arm: dict[str, Any]) -> str:
 
 
 def figure_sections(workdir: Workdir, config: ConfigDict, found: dict[str, Any]) -> list[report.Section]:
-    """A figure of each experiment: its arms, or its first."""
+    """A figure of each experiment: its arms, or what its first evaluation found, or whatever else it has."""
+
+    def order(picture: epath.Path) -> tuple[bool, bool, str]:
+        return picture.stem != "arms", picture.stem == "judge-roc", picture.stem
+
     sections = []
     for name, result in found.items():
         folder = workdir.path / name / "figures"
-        pictures = (
-            []
-            if isinstance(result, str) or jax.process_index()
-            else sorted(folder.glob("*.png"), key=lambda picture: (picture.stem != "arms", picture))
-        )
+        pictures = [] if isinstance(result, str) or jax.process_index() else sorted(folder.glob("*.png"), key=order)
         if pictures:
             figures = {name: partial(shutil.copyfile, pictures[0])}
             sections.append(report.Section(config.plan[name].what, f"{config.plan[name].where}.", [], figures))
