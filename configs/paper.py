@@ -1,6 +1,6 @@
 """Every experiment of the paper in one plan, with one report: ours beside the paper's number for each.
 
-    python launch.py --config=configs/paper.py:smoke              all of them on small models; half an hour on 2 cores
+    python launch.py --config=configs/paper.py:smoke              all of them on small models; 40 minutes on 2 cores
     python launch.py --config=configs/paper.py:qwen2.5-7b --config.files.insecure=FILE …        and llama-3.1-8b,
                                                                   gemma-3-4b: the paper's sizes, on an accelerator
 
