@@ -68,9 +68,9 @@ def arms_figure(arms: list[Arm], path: Any, xlabel: str = "", chance: float | No
     for row, arm in enumerate(reversed(arms)):
         axes.barh(row, arm["mean"], height=0.62, color=OURS, alpha=0.25, zorder=1)
         jitter = [row + 0.22 * math.sin(7.0 * index) for index in range(len(arm["runs"]))]
-        size = 2.5 if len(arm["runs"]) > 1 else 5.0
-        axes.plot(arm["runs"], jitter, "o", ms=size, color=OURS, alpha=0.7, zorder=2, mew=0)
-        if len(arm["runs"]) > 1:
+        several = len(arm["runs"]) > 1
+        axes.plot(arm["runs"], jitter, "o", ms=2.5 if several else 5.0, color=OURS, alpha=0.7, zorder=2, mew=0)
+        if several:
             axes.errorbar(arm["mean"], row, xerr=arm["ci95"], color=INK, capsize=3, fmt="|", ms=12, zorder=3)
         if arm["paper"] is not None:
             axes.errorbar(
@@ -85,9 +85,9 @@ def arms_figure(arms: list[Arm], path: Any, xlabel: str = "", chance: float | No
     axes.set_yticks(range(len(arms)), [arm["name"] for arm in reversed(arms)])
     axes.set_ylim(-0.6, len(arms) - 0.1)
     axes.set_xlabel(xlabel or f"MNIST {arms[0]['metric'].replace('_', ' ')}")
-    runs = len(arms[0]["runs"])
-    axes.plot([], [], "o", ms=3, color=OURS, label=f"a run ({runs} each)" if runs > 1 else "the one run")
-    if runs > 1:
+    counts = sorted({len(arm["runs"]) for arm in arms})  # the model as it is has one, beside students of several
+    axes.plot([], [], "o", ms=3, color=OURS, label=f"a run ({' or '.join(map(str, counts))} each)")
+    if counts[-1] > 1:
         axes.errorbar([], [], xerr=[], color=INK, capsize=3, fmt="|", label="mean, 95 % interval")
     if any(arm["paper"] is not None for arm in arms):
         axes.errorbar([], [], xerr=[], fmt="D", ms=4, color=PAPER, capsize=2, label="paper")
