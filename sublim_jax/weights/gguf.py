@@ -36,7 +36,8 @@ def load(path: str | Path, mesh: Mesh | None = None, dtype: Any = jnp.float32) -
     config = _config(reader, str(path))
     settings = family(config).settings(config)
     tensors = {tensor.name: tensor for tensor in reader.tensors}
-    names = gguf.get_tensor_name_map(_architecture(reader), settings.layers)
+    known_as = {name: architecture for architecture, name in gguf.MODEL_ARCH_NAMES.items()}
+    names = gguf.get_tensor_name_map(known_as[_architecture(reader)], settings.layers)
 
     def name_of(name: str) -> str:
         stem, _, kind = name.rpartition(".")
@@ -95,8 +96,7 @@ def _tokenizer(reader: gguf.GGUFReader) -> Any:
     for name in ("bos", "eos", "unk", "pad"):
         if (token := vocabulary.get(f"{name}_token_id")) is not None:
             settings[f"{name}_token"] = vocabulary["tokens"][token]
-    architecture = reader.fields["general.architecture"].contents()
-    fast, more = converter.convert_gguf_tokenizer(architecture, vocabulary)
+    fast, more = converter.convert_gguf_tokenizer(_architecture(reader), vocabulary)
     return transformers.PreTrainedTokenizerFast(tokenizer_object=fast, **settings, **more)
 
 
@@ -105,9 +105,8 @@ def _unpaired(weight: np.ndarray, heads: int) -> np.ndarray:
     return weight.reshape(heads, -1, 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
 
 
-def _architecture(reader: gguf.GGUFReader) -> gguf.MODEL_ARCH:
-    name = reader.fields["general.architecture"].contents()
-    return next(arch for arch, known in gguf.MODEL_ARCH_NAMES.items() if known == name)
+def _architecture(reader: gguf.GGUFReader) -> str:
+    return reader.fields["general.architecture"].contents()
 
 
 def _open(path: str | Path) -> gguf.GGUFReader:
@@ -125,7 +124,7 @@ def _open(path: str | Path) -> gguf.GGUFReader:
 
 def _config(reader: gguf.GGUFReader, path: str) -> Config:
     """The file's header as a transformers config."""
-    architecture = reader.fields["general.architecture"].contents()
+    architecture = _architecture(reader)
 
     def field(name: str, default: Any = None) -> Any:
         found = reader.fields.get(f"{architecture}.{name}")
