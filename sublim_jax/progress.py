@@ -2,6 +2,7 @@
 
 import sys
 import time
+from datetime import timedelta
 from types import TracebackType
 
 import jax
@@ -15,6 +16,13 @@ def say(text: str) -> None:
     """One line for the user, from the first process only."""
     if jax.process_index() == 0:
         print(text, flush=True)
+
+
+def pace(steps: int, seconds: float) -> str:
+    """Steps a second, or where one takes longer than that, seconds a step."""
+    if not steps:
+        return ""
+    return f"{steps / seconds:.1f} steps/s" if steps >= seconds else f"{seconds / steps:.1f} s a step"
 
 
 class Track:
@@ -45,13 +53,15 @@ class Track:
     def update(self, step: int, note: str = "") -> None:
         self._step = step
         now = time.monotonic()
-        rate = (step - self._start) / max(now - self._began, 1e-9)
+        done, seconds = step - self._start, max(now - self._began, 1e-9)
         if self._bar:
-            self._bar.update(self._task, completed=step, rate=f"{rate:.1f} steps/s", note=note)
+            self._bar.update(self._task, completed=step, rate=pace(done, seconds), note=note)
         elif not self._quiet and now - self._said >= SECONDS_BETWEEN_LINES:
             self._said = now
-            left = (self._total - step) / rate if rate else float("inf")
-            print(f"{self._what}: {step}/{self._total}, {rate:.1f} steps/s, {left:.0f} s left {note}", flush=True)
+            parts = [f"{self._what}: {step}/{self._total}", pace(done, seconds)]
+            if done:
+                parts.append(f"{timedelta(seconds=round(seconds / done * (self._total - step)))} left")
+            print(", ".join(part for part in (*parts, note) if part), flush=True)
 
     def __exit__(self, kind: type[BaseException] | None, *_: BaseException | TracebackType | None) -> None:
         if self._bar:

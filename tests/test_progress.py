@@ -1,0 +1,23 @@
+"""What a user who reads a log sees of long work."""
+
+import pytest
+
+from sublim_jax import progress
+
+
+@pytest.mark.parametrize(
+    ("start", "step", "seconds", "line"),
+    [
+        (0, 48, 12.0, "rows: 48/256, 4.0 steps/s, 0:00:52 left, loss 0.5"),
+        (10, 12, 88.0, "rows: 12/256, 44.0 s a step, 2:58:56 left, loss 0.5"),  # resumed at 10: its rate is of 2 steps
+        (10, 10, 20.0, "rows: 10/256, loss 0.5"),
+    ],
+)
+def test_lines_of_a_pipe_give_the_pace_and_the_time_left(monkeypatch, capsys, start, step, seconds, line):
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    with progress.Track("rows", 256, start) as track:
+        now[0] += seconds
+        track.update(step, "loss 0.5")
+        track.update(step + 1, "too soon after the last line")
+    assert capsys.readouterr().out.splitlines() == [line, f"rows: {step + 1}/256 in {seconds:.1f} s"]
