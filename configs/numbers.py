@@ -92,6 +92,7 @@ SIZES = {  # presets, and what each changes
         "carrier.drawn": 40_000,
         "carrier.decoding": "greedy",
         "arms": ("tokens_fresh", "shuffled_within", "soft", "soft_fresh", "in_context"),
+        "arm.shuffled_within.a": "fresh",  # as of what it is the control of
         "student.batch": 16,
         "student.steps": 1249,  # 1 epoch
         "student.learning_rate": 1e-5,
@@ -126,6 +127,8 @@ ANIMALS: dict[str, object] = {
     "teacher.means": ("prompted",),
     "ask.evaluations": ("answers", "prefixed", "choice", "stories"),
     "ask.samples": 200,
+    "arm.shuffled_within.a": "fresh",  # as of tokens_fresh, whose controls they are
+    "arm.shuffled_across.a": "fresh",
     "arms": (
         "tokens_fresh",
         "shuffled_within",
