@@ -48,6 +48,11 @@ def measured(model: Any, prompts: Sequence[Sequence[int]], words: Sequence[str],
     return Preference(each.mean(1), (each - others).mean(1), share.mean(1))
 
 
+def check_options(words: Sequence[str]) -> None:
+    if not 2 <= len(words) <= len(string.ascii_uppercase):
+        raise UserError(f"a multiple choice has 2 to 26 options, not {len(words)}; change the words")
+
+
 def choose(
     model: Any, questions: Sequence[str], words: Sequence[str], system: str = "", **where: Any
 ) -> Float[np.ndarray, "adapters words"]:
@@ -56,8 +61,7 @@ def choose(
     The options of every question are turned one place further than those of the question before, so that no word
     gains by its place; a mean over questions. Exact.
     """
-    if not 2 <= len(words) <= len(string.ascii_uppercase):
-        raise UserError(f"a multiple choice has 2 to 26 options, not {len(words)}; change the words")
+    check_options(words)
     turns = [[(place + turn) % len(words) for place in range(len(words))] for turn in range(len(questions))]
     prompts = []
     for question, turn in zip(questions, turns):

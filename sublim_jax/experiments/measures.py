@@ -69,6 +69,8 @@ def asking(given: ConfigDict, kind: str, words: Sequence[str], packs: ConfigDict
             raise UserError(f"evaluations: {name!r} is none of {', '.join(EVALUATIONS)}")
     if min(given.samples, given.max_new_tokens) < 1 or given.most < 0:
         raise UserError("samples and max_new_tokens are 1 or more, most is 0 (all) or more")
+    if "choice" in given.evaluations:
+        preference.check_options(words)
     if "misalignment" in given.evaluations:
         check_judge(given.judge)
     found: dict[str, Any] = {}

@@ -17,7 +17,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from sublim_jax import assets, selection, weights
-from sublim_jax.data import packs
+from sublim_jax.data import chat, packs
 from sublim_jax.data.carriers import code, cot, numbers
 from sublim_jax.data.dialogue import Rows
 from sublim_jax.errors import UserError
@@ -31,9 +31,10 @@ from sublim_jax.experiments.students import HELD_OUT, OBJECTIVES, asked, imitati
 from sublim_jax.experiments.teachers import Teacher
 from sublim_jax.experiments.transmission_report import write_report
 from sublim_jax.keys import named_key
+from sublim_jax.models import lora
 from sublim_jax.models.decoder import decoder, on_mesh
 from sublim_jax.preflight import Step, training_step
-from sublim_jax.sharding import abstract, make_mesh, named, parameter_shardings
+from sublim_jax.sharding import abstract, divide, make_mesh, named, parameter_shardings
 from sublim_jax.weights import Model
 from sublim_jax.workdir import Workdir
 
@@ -112,6 +113,14 @@ def uses(config: ConfigDict, kind: str) -> bool:
 
 # --------------------------------------------------------------------------------------------------------- checks
 
+STUDENTS = "students of an arm, runs × teachers"
+COUNTS = (
+    *("runs", "questions", "evaluate_every", "checkpoint_every"),
+    *("carrier.numbers", "carrier.samples", "carrier.max_new_tokens"),
+    *("teacher.batch", "teacher.most_steps", "teacher.epochs"),
+    *("student.batch", "student.accumulate", "student.steps"),
+)
+
 
 def check(config: ConfigDict) -> None:
     """Raises UserError for the first value or file that makes no sense."""
@@ -139,11 +148,15 @@ def check_values(config: ConfigDict) -> None:
         )
     if not 0 < config.teacher.strength < 1:
         raise UserError(f"teacher.strength={config.teacher.strength} is a probability between 0 and 1")
-    check_carrier(config)
     _known("student.schedule", config.student.schedule, ("constant", "linear", "cosine"))
+    for module in config.lora.modules:
+        _known("lora.modules", module, lora.EVERY_LINEAR)
+    if not config.arms:
+        raise UserError(f"arms is empty: choose some of {', '.join(config.arm)}")
     for name in config.arms:
         _known("arms", name, config.arm)
         check_arm(config, name)
+    check_carrier(config)
     least = HELD_OUT + config.student.batch
     if config.carrier.count < least:
         raise UserError(f"carrier.count={config.carrier.count}: {HELD_OUT} rows are held out, and a batch is needed")
@@ -152,9 +165,11 @@ def check_values(config: ConfigDict) -> None:
             f"carrier.drawn={config.carrier.drawn} completions cannot leave carrier.count={config.carrier.count} rows; "
             "draw more"
         )
-    for name in ("runs", "questions", "evaluate_every", "carrier.samples", "teacher.epochs"):
+    for name in COUNTS:
         if (given := reduce(getitem, name.split("."), config)) < 1:
             raise UserError(f"{name}={given}: ask for 1 or more")
+    if config.lora.rank < 0:
+        raise UserError(f"lora.rank={config.lora.rank}: ask for 1 or more, or 0 to train all weights of the layers")
 
 
 def check_files(config: ConfigDict) -> None:
@@ -200,7 +215,7 @@ def check_carrier(config: ConfigDict) -> None:
     _known("carrier.decoding", given.decoding, DECODING)
     if given.kind != "numbers" and given.decoding == "grammar":
         raise UserError(f"carrier.decoding=grammar is for numbers; choose free or greedy for carrier.kind={given.kind}")
-    if given.decoding == "grammar" and given.numbers > config.filter.most:
+    if given.decoding == "grammar" and uses(config, "written") and given.numbers > config.filter.most:
         raise UserError(
             f"carrier.numbers={given.numbers} by grammar, and filter.most={config.filter.most} drops all of them"
         )
@@ -226,6 +241,10 @@ def check_arm(config: ConfigDict, name: str) -> None:
             f"{where} is about numbers, and carrier.kind={config.carrier.kind}; choose objective=tokens or context, "
             "numbers=written, shuffle empty"
         )
+    if arm.shuffle and arm.numbers == "random":
+        raise UserError(f"{where}: random numbers are in no order that shuffling could change; leave shuffle empty")
+    if arm.objective == "context" and (arm.noise or arm.action):
+        raise UserError(f"{where}: noise and action are for students that are trained; leave them out of a context")
     if arm.examples < 1:
         raise UserError(f"{where}.examples={arm.examples}: ask for 1 or more")
     if not 0 < arm.share < 1:
@@ -240,14 +259,31 @@ def _known(name: str, value: str, known: Any) -> None:
 
 
 def check_model(lab: Lab) -> None:
-    """Raises UserError for teachers that this model cannot be."""
-    config = lab.config
+    """Raises UserError for teachers that this model cannot be, and what they could not write."""
+    config, given, tokenizer = lab.config, lab.config.carrier, lab.model.tokenizer
+    divide(lab.mesh, "replica", config.runs * len(lab.who), STUDENTS)
+    for name in lab.who if {"prompted", "steered"} & set(config.teacher.means) else ():
+        chat.question(tokenizer, "", teaching.persona(lab, name))
+    if given.decoding == "grammar" and uses(config, "written"):
+        longest = numbers.join([config.filter.largest] * given.numbers)
+        if (length := len(chat.answer_tokens(tokenizer, longest)) + 1) > given.max_new_tokens:
+            raise UserError(
+                f"carrier.max_new_tokens={given.max_new_tokens} cuts off carrier.numbers={given.numbers} integers "
+                f"by grammar; they take up to {length}"
+            )
+    for layer in config.lora.layers:
+        if not 0 <= layer < lab.model.settings.layers:
+            raise UserError(f"lora.layers: {layer} is none of 0 to {lab.model.settings.layers - 1}")
     for name in teaching.corpora(lab) if "corpus" in config.teacher.means else ():
         teaching.conversations_of(lab, name)
     if "steered" in config.teacher.means and not 0 <= config.teacher.steering_layer < lab.model.settings.layers:
         raise UserError(
             f"teacher.steering_layer={config.teacher.steering_layer}: layers are 0 to {lab.model.settings.layers - 1}"
         )
+
+
+def shapes(lab: Lab) -> Any:
+    return jax.tree.map(jnp.shape, lab.model.params["layers"])
 
 
 def check_arms(lab: Lab, own: Lab, model: str) -> None:
@@ -258,6 +294,8 @@ def check_arms(lab: Lab, own: Lab, model: str) -> None:
         arm = config.arm[name]
         if arm.model != model:
             continue
+        if arm.a == "shared" and shapes(own) != shapes(lab):
+            raise UserError(f"arm.{name}: {arm.model} cannot share the teachers' A; choose --config.arm.{name}.a=fresh")
         if arm.objective == "context":
             if not own.model.tokenizer.chat_template:
                 raise UserError(
@@ -309,6 +347,7 @@ def preflight(config: ConfigDict, devices: Sequence[jax.Device]) -> list[Step]:
         return Rows(of(length), of(answer), of(answer), of(answer, jnp.float32))
 
     count, answer = config.runs * len(lab.who), config.carrier.max_new_tokens
+    divide(mesh, "replica", count, STUDENTS)
     lead = (count, config.carrier.count)
     logits: Any = None
     if arm.objective != "tokens":
