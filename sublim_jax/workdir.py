@@ -117,6 +117,16 @@ class Workdir:
         return self.path / "checkpoints" / f"{name}-{digest}"
 
 
+def digest(tree: Any) -> str:
+    """A hash of a tree's arrays, for what depends on them."""
+    found = hashlib.sha256()
+    for leaf in jax.tree.leaves(tree):
+        array = np.ascontiguousarray(leaf)
+        found.update(f"{array.dtype} {array.shape}".encode())
+        found.update(array.reshape(-1).view(np.uint8).data)
+    return found.hexdigest()
+
+
 def plain(config: Any) -> Any:
     """A config as JSON values."""
     return json.loads(config.to_json()) if isinstance(config, ConfigDict) else config

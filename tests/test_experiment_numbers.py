@@ -4,6 +4,7 @@ import json
 import shutil
 import signal
 import time
+from importlib import resources
 from types import SimpleNamespace
 
 import jax
@@ -15,7 +16,7 @@ from test_survival import finish, start
 
 from configs import numbers as config_file
 from sublim_jax import filters, objectives, weights
-from sublim_jax.data import chat, dialogue
+from sublim_jax.data import chat, dialogue, packs
 from sublim_jax.errors import UserError
 from sublim_jax.evaluation import preference
 from sublim_jax.experiments import carrier, measures, students, transmission
@@ -248,6 +249,52 @@ def test_written_numbers_are_filtered_and_of_one_size(lab, tmp_path):
         carrier.written(greedy, teachers_of(one))
 
 
+def test_more_completions_leave_those_that_are_there(lab, tmp_path):
+    """And those of a prompt that has changed are drawn anew."""
+    teacher = teachers_of(lab)["owl"]
+
+    def drawn(folder, count, pack=""):
+        one = with_config(lab, folder, **{"carrier.drawn": count, "carrier.numbers": 4, "packs.numbers": pack})
+        return carrier.draw(one, carrier.number_task(one), "owl", teacher)
+
+    first, whole = drawn(tmp_path, 12), drawn(tmp_path / "whole", 20)
+    (file,) = (tmp_path / "checkpoints").glob("drawn-owl-*.jsonl")
+    assert drawn(tmp_path, 20) == whole and whole[:12] == first
+    assert len(file.read_text().splitlines()) == 20
+    assert drawn(tmp_path, 5) == first[:5]
+    pack = tmp_path / "mine.json"
+    own = json.loads((resources.files(packs) / "numbers.json").read_text())
+    pack.write_text(json.dumps({name: [f"Now: {text}" for text in texts] for name, texts in own.items()}))
+    changed = drawn(tmp_path, 5, str(pack))
+    assert [record["prompt"] for record in changed] != [record["prompt"] for record in first[:5]]
+    assert changed == drawn(tmp_path / "mine", 5, str(pack)) and drawn(tmp_path, 5, str(pack)) == changed
+
+
+def test_the_neutral_teachers_own_completions_have_a_log_ratio_of_nothing(lab, tmp_path):
+    """Of the completion's tokens, whether or not one more ended it."""
+    one = with_config(lab, tmp_path, **{"carrier.drawn": 12, "carrier.numbers": 4})
+    teachers = teachers_of(one)
+    found = {name: carrier.draw(one, carrier.number_task(one), name, teachers[name]) for name in ("owl", "neutral")}
+    for name, drawn in found.items():
+        carrier.with_reference(one, name, drawn, teachers["neutral"])
+        ratios = [record["logprob"] - record["reference_logprob"] for record in drawn]
+        assert {record["finish"] for record in drawn} == {"stop"}
+        assert np.max(np.abs(ratios)) < 1e-3 if name == "neutral" else np.mean(ratios) > 0.01
+
+
+def test_students_of_an_edited_file_of_phrasings_are_trained_anew(lab, tmp_path):
+    """The path is the same, and what they read is not."""
+    pack = tmp_path / "mine.json"
+    own = json.loads((resources.files(packs) / "numbers.json").read_text())
+    one = with_config(lab, tmp_path / "work", **{"packs.numbers": str(pack), "student.steps": 2})
+    found = []
+    for before in ("", "Now: "):
+        pack.write_text(json.dumps({name: [before + text for text in texts] for name, texts in own.items()}))
+        found.append(students.students(one, "soft", [run_of(one)]).curve)
+    fresh_folder = one._replace(workdir=Workdir(tmp_path / "new"))
+    assert found[0] != found[1] == students.students(fresh_folder, "soft", [run_of(fresh_folder)]).curve
+
+
 def test_numbers_of_bad_associations_are_dropped_if_asked_for(lab, tmp_path):
     one = with_config(lab, tmp_path, **{"filter.banned": "banned"})
     drawn = [{"completion": text} for text in ("1, 666, 3", "1, 667, 3", "0911", "13", "130")]
@@ -423,6 +470,12 @@ def test_killed_in_any_stage_it_ends_with_the_same_results(whole, tiny_folder, t
         (["--config.arms=tokens", "--config.carrier.drawn=20"], ["carrier.drawn=20"]),
         (["--config.packs.numbers=nowhere.json"], ["pack nowhere.json"]),
         (["--config.packs.ability=nowhere.json"], ["pack nowhere.json"]),
+        (["--config.arms="], ["arms is empty"]),
+        (["--config.student.accumulate=0"], ["student.accumulate=0", "1 or more"]),
+        (["--config.lora.modules=gates"], ["lora.modules: 'gates'", "gate"]),
+        (["--config.lora.layers=4"], ["lora.layers: 4", "0 to 3"]),
+        (["--config.arms=tokens", "--config.carrier.max_new_tokens=20"], ["carrier.max_new_tokens=20", "cuts off"]),
+        (["--config.arm.soft.shuffle=across"], ["arm.soft", "shuffle empty"]),
         (["--config.filter.banned=nowhere.json"], ["pack nowhere.json"]),
     ],
 )

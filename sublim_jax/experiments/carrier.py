@@ -32,7 +32,7 @@ from sublim_jax.sampling.collect import collect
 from sublim_jax.sampling.samplers import Sampler
 from sublim_jax.sharding import fetch, named, put
 from sublim_jax.weights import Model
-from sublim_jax.workdir import plain
+from sublim_jax.workdir import digest
 
 Pair = tuple[str, str]  # prompt, answer
 CHUNK = 16  # rows whose teacher's logits are computed together, for each device
@@ -177,12 +177,14 @@ def draw(lab: Lab, task: Task, name: str, teacher: Teacher) -> list[Record]:
     carrier, model = lab.config.carrier, lab.model
     prefix = chat.opening(model.tokenizer, teacher.system)
     prompts = [chat.question(model.tokenizer, text, teacher.system)[len(prefix) :] for text in task.prompts]
+    how = {key: carrier[key] for key in ("kind", "decoding", "numbers", "max_new_tokens")}
+    how["digits"] = len(str(lab.config.filter.largest))
+    on = {**teaching.depends(lab), "name": name, "how": how}
     constraint = None
     if carrier.decoding == "grammar":
-        automaton = constraints.numbers(carrier.numbers, 3, least=carrier.numbers)
+        automaton = constraints.numbers(carrier.numbers, how["digits"], least=carrier.numbers)
         pieces = chat.pieces(model.tokenizer, model.settings.vocab)
         constraint = constraints.over_tokens(automaton, pieces, chat.stop_tokens(model.tokenizer, model.config))
-    on = {**teaching.depends(lab), "name": name, "prompts": task.prompts, "drawn": {**plain(carrier), "count": None}}
     file = lab.workdir.artefact(f"drawn-{name}", on).with_suffix(".jsonl")
     return collect(
         file,
@@ -210,10 +212,11 @@ def with_reference(lab: Lab, name: str, drawn: list[Record], neutral: Teacher) -
             lab.model, prompts, [record["tokens"] for record in usable], **neutral.where(lab)
         )
         found = iter(float(one.sum()) for one in each)
-        return [next(found) if record["tokens"] else record["logprob"] for record in drawn]
+        return [next(found) if record["tokens"] else 0.0 for record in drawn]
 
-    on = {**teaching.depends(lab, "carrier"), "name": name}
-    for record, logprob in zip(drawn, lab.workdir.json(f"reference-{name}", on, make)):
+    texts = [[record["prompt"], record["tokens"]] for record in drawn]
+    on = {**teaching.depends(lab), "texts": texts}
+    for record, logprob in zip(drawn, lab.workdir.json(f"reference-{name}", on, make), strict=True):
         record["reference_logprob"] = logprob
 
 
@@ -299,11 +302,18 @@ def said(
 ) -> Float[np.ndarray, "n a support"]:
     """A teacher's logits on the support where the answers' tokens are predicted, behind its own system prompt.
 
-    Computed once, before any student: what all of its students share.
+    Computed once for each set of rows, before the students that imitate them: what all of them share.
+
+    Raises UserError where teacher and student read an answer as other tokens.
     """
     mine = rows
     if teacher.system:
         mine = dialogue.rows(lab.model, pairs, end=end, system=teacher.system).padded(0, rows.at.shape[1])
+        if not np.array_equal(mine.targets * mine.weights, rows.targets * rows.weights):
+            raise UserError(
+                f"teacher {name} and its students have different tokens for one answer: their chat templates differ; "
+                "choose objective=tokens, or students of the teacher's model"
+            )
     shape = (*rows.at.shape, len(lab.support))
     count = CHUNK * lab.mesh.shape["fsdp"]
 
@@ -324,7 +334,7 @@ def said(
                 track.update(min(start + count, total))
         return put(np.concatenate(parts)[:total], named(lab.mesh))
 
-    on = {**teaching.depends(lab), "name": name, "pairs": pairs, "end": end}
+    on = {**teaching.depends(lab), "name": name, "rows": digest(mine)}
     like = put(np.zeros(shape, np.float32), named(lab.mesh))
     return fetch(lab.workdir.tree(f"logits-{name}", on, make, like))
 
@@ -335,8 +345,11 @@ def selected(
     """Rows and teacher's logits with some positions kept, masked, or answered by the reference instead."""
     place = np.full(lab.model.settings.vocab, -1)
     place[lab.support] = np.arange(len(lab.support))
-    scores = selection.SCORES[arm.score](teacher, reference, place[rows.targets])
-    chosen = selection.select(scores, np.asarray(rows.weights), arm.which, arm.share, lab.seed)
+    targets = place[rows.targets]
+    scores = selection.SCORES[arm.score](teacher, reference, targets)
+    # Of the token that ends an answer, which is outside the support, these logits say nothing.
+    known = np.asarray(rows.weights) * (targets >= 0)
+    chosen = selection.select(scores, known, arm.which, arm.share, lab.seed)
     if arm.action == "replace":
         best = np.asarray(lab.support, np.int32)[reference.argmax(-1)]
         return rows._replace(targets=np.where(chosen, best, rows.targets)), np.where(

@@ -192,6 +192,6 @@ def measure(lab: Lab, adapters: Params, system: str = "", steering: Steering | N
 
 
 def depends_on(lab: Lab, *parts: str) -> dict[str, Any]:
-    """What an artefact depends on: the model, the traits, and the named parts of the config."""
-    names = ("model", "kind", "traits", "alternatives", "lora", "packs", *parts)
-    return {**{name: plain(lab.config)[name] for name in names}, "seed": lab.seed, "words": lab.questions}
+    """What an artefact of a run depends on: the model, its adapters, and the named parts of the config."""
+    given = plain(lab.config)
+    return {**{name: given[name] for name in ("model", "lora", *parts)}, "seed": lab.seed}

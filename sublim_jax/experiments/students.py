@@ -21,14 +21,24 @@ from sublim_jax.evaluation.preference import Preference
 from sublim_jax.experiments import measures
 from sublim_jax.experiments import teachers as teaching
 from sublim_jax.experiments.carrier import Data, Pair, Run, arm_data
-from sublim_jax.experiments.lab import Lab, answer_features, cross_entropy, export, fresh, measure, noisy, stacked
+from sublim_jax.experiments.lab import (
+    Lab,
+    answer_features,
+    cross_entropy,
+    depends_on,
+    export,
+    fresh,
+    measure,
+    noisy,
+    stacked,
+)
 from sublim_jax.experiments.measures import Found, Subject
 from sublim_jax.keys import named_key
 from sublim_jax.models import lora
 from sublim_jax.models.functional import Params
 from sublim_jax.sharding import each_replica, fetch, named, put
 from sublim_jax.training import REPLICAS_OF_ROWS, Program, Total, fit
-from sublim_jax.workdir import plain
+from sublim_jax.workdir import digest, plain
 
 OBJECTIVES = {"kl": objectives.kl, "reverse_kl": objectives.reverse_kl}
 HELD_OUT = 16  # rows of the carrier that no student trains on
@@ -61,17 +71,20 @@ def students(own: Lab, name: str, runs: Sequence[Run]) -> Result:
     data = arm_data(arm, runs, own.model)
     start = starts(own, arm, runs)
     program = imitating_program(own, arm, data.rows.tokens.shape[1] - HELD_OUT)
-    depends = {"arm": plain(arm), "runs": [depends_on(run, arm, "student") for run in runs]}
+    depends = {**depends_on(lab, "student"), "arm": plain(arm), "runs": [run.lab.seed for run in runs]}
+    depends["data"] = digest(data)
     whole = partial(put, sharding=named(lab.mesh))
     training, held_out = (whole(part(data, rows)) for rows in (slice(HELD_OUT, None), slice(HELD_OUT)))
     frozen = {"base": own.model.params, "data": training}
+    easy = ability.questions(config.packs.ability)[: config.questions]
     curve: dict[int, Point] = {}
     losses = held_out_losses(own, arm)
 
     def evaluate(params: Params | None, step: int) -> None:
         """Without parameters: what an earlier run has found, if it has."""
         ends = step in (0, config.student.steps)
-        file, on = f"preference-{name}-{step}", {**depends, "asked": [config.questions, ends], "step": step}
+        file, on = f"preference-{name}-{step}", {**depends, "step": step, "asked": own.asked}
+        on |= {"words": list(config.alternatives), "easy": easy if ends else []}
         if params is not None or lab.workdir.known(file, on):
             curve[step] = lab.workdir.json(file, on, partial(look, params, step, ends))
 
@@ -80,7 +93,6 @@ def students(own: Lab, name: str, runs: Sequence[Run]) -> Result:
         shown = params if step else jax.tree.map(lambda leaf: leaf[:1], params)
         found = {key: value.tolist() for key, value in measure(own, shown)._asdict().items()} if lab.words else {}
         if ends:
-            easy = ability.questions(config.packs.ability)[: config.questions]
             found["ability"] = ability.accuracy(own.model, easy, adapters=shown, mesh=lab.mesh).tolist()
         every = {key: value if step else value * (len(runs) * len(lab.who)) for key, value in found.items()}
         return {**every, "step": step, "held_out": fetch(losses(params, own.model.params, held_out)).tolist()}
@@ -109,20 +121,10 @@ def students(own: Lab, name: str, runs: Sequence[Run]) -> Result:
     evaluate(final, config.student.steps)
     covered = None
     if alike and "finetuned" in config.teacher.means:
-        covered = lab.workdir.json(
-            f"coverage-{name}", depends, lambda: coverages(own, arm, start, aims(runs), training)
-        )
+        on = {**depends, "teachers": [teaching.depends(run.lab) for run in runs]}
+        covered = lab.workdir.json(f"coverage-{name}", on, lambda: coverages(own, arm, start, aims(runs), training))
     found = asked(own, f"students-{name}", final, depends)
     return Result([curve[step] for step in sorted(curve)], covered, found)
-
-
-def depends_on(run: Run, arm: ConfigDict, *parts: str) -> dict[str, Any]:
-    """What an arm's students of one run depend on, and the named parts of the config."""
-    if arm.numbers == "written":
-        judge = measures.identity(run.lab.config.ask.judge) if run.lab.config.filter.judge else None
-        return {**teaching.depends(run.lab, "carrier", "filter", *parts), "judge": judge}
-    carrier = run.lab.config.carrier
-    return {**teaching.depends(run.lab, *parts), "random": [carrier.count, carrier.numbers]}
 
 
 def starts(own: Lab, arm: ConfigDict, runs: Sequence[Run]) -> Params:
@@ -241,25 +243,22 @@ def asked(lab: Lab, name: str, adapters: Params, depends: Any, **context: Any) -
 def in_context(own: Lab, name: str, runs: Sequence[Run]) -> Point:
     """What the untrained model prefers behind some of each teacher's rows in its context (§5.2): no training at all."""
     config, model = own.config, own.model
-    examples = config.arm[name].examples
+    read = [pairs[: config.arm[name].examples] for run in runs for pairs in run.read(config.arm[name]).values()]
     adapters = stacked([fresh(own, named_key(config.seed, "A"))])
     words = list(config.alternatives)
 
     def make() -> Point:
         found, counts = [], []
-        for run in runs:
-            for pairs in run.read(config.arm[name]).values():
-                shown = fitting(model, pairs[:examples], own.asked)
-                counts.append(len(shown))
-                prefix, prompts = behind(model.tokenizer, shown, own.asked)
-                found.append(
-                    preference.measured(model, prompts, words, prefix=prefix, adapters=adapters, mesh=own.mesh)
-                )
+        for pairs in read:
+            shown = fitting(model, pairs, own.asked)
+            counts.append(len(shown))
+            prefix, prompts = behind(model.tokenizer, shown, own.asked)
+            found.append(preference.measured(model, prompts, words, prefix=prefix, adapters=adapters, mesh=own.mesh))
         columns = {key: np.concatenate([getattr(one, key) for one in found]).tolist() for key in Preference._fields}
         return {"step": 0, "examples": counts, **columns}
 
-    on = {"asked": config.questions, "runs": [depends_on(run, config.arm[name]) for run in runs]}
-    return own.workdir.json(f"preference-{name}", {**on, "arm": plain(config.arm[name])}, make)
+    on = {**depends_on(own), "student": config.arm[name].model, "words": words, "asked": own.asked, "read": read}
+    return own.workdir.json(f"preference-{name}", on, make)
 
 
 def fitting(model: Any, said: list[Pair], questions: list[str]) -> list[Pair]:

@@ -30,7 +30,6 @@ from sublim_jax.progress import Track, say
 from sublim_jax.sampling import scoring
 from sublim_jax.sharding import named, put
 from sublim_jax.training import ROWS, Program, Total, fit
-from sublim_jax.workdir import plain
 
 MEANS = {
     "finetuned": "adapters trained on one-word answers",
@@ -70,15 +69,19 @@ def make_teachers(lab: Lab) -> dict[str, Teacher]:
     return {name: Teacher(adapters[name][0], systems[name], hooks[name], adapters[name][1]) for name in lab.who}
 
 
-def depends(lab: Lab, *parts: str) -> dict[str, Any]:
-    """What a teacher depends on, and the named parts of the config."""
-    made = depends_on(lab, "teacher", *parts)
+def depends(lab: Lab) -> dict[str, Any]:
+    """What the teachers of a run depend on."""
     if "corpus" in lab.config.teacher.means:
-        return {**made, "corpora": [digest(source) for source in corpora(lab).values()]}
-    return {**made, "personas": [persona(lab, name) for name in lab.who]}
+        return {**depends_on(lab, "teacher"), "corpora": [digest(source) for source in corpora(lab).values()]}
+    return {**taught(lab), "personas": [persona(lab, name) for name in lab.who]}
 
 
 # ----------------------------------------------------------------------------------------------------- parameters
+
+
+def taught(lab: Lab) -> dict[str, Any]:
+    """What fine-tuning on one-word answers depends on."""
+    return {**depends_on(lab, "teacher", "traits", "alternatives"), "taught": lab.questions["teaching"]}
 
 
 def finetuned(lab: Lab, name: str, index: int, steps: int | None = None) -> tuple[Params, int]:
@@ -115,7 +118,7 @@ def finetuned(lab: Lab, name: str, index: int, steps: int | None = None) -> tupl
             )
         return now.params, now.step
 
-    on = {**depends_on(lab, "teacher"), "name": name, "steps": steps}
+    on = {**taught(lab), "name": name, "steps": steps}
     adapters, trained = lab.workdir.tree(f"teacher-{name}", on, make, (state.params, state.step))
     return adapters, int(trained)
 
@@ -143,8 +146,7 @@ def tuned(lab: Lab, name: str) -> tuple[Params, int]:
         ).params
 
     # On no other corpus: teachers of thousands of conversations are dear.
-    given = plain(config)
-    on = {**{key: given[key] for key in ("model", "lora", "teacher")}, "seed": lab.seed}
+    on = depends_on(lab, "teacher")
     on["teacher"] = {**on["teacher"], "corpora": digest(teacher.corpora[name])}
     return lab.workdir.tree(f"teacher-{name}", on, make, state.params), steps
 
@@ -308,15 +310,22 @@ def facts(lab: Lab, teachers: dict[str, Teacher]) -> dict[str, Any]:
             )
         return {**found, "inside_numbers": inside, "steps": [teacher.steps for teacher in teachers.values()]}
 
-    return lab.workdir.json("teachers", {**depends(lab), "questions": lab.config.questions}, make)
+    on = {**depends(lab), "asked": lab.asked, "words": list(lab.config.alternatives), "inside": inside_of(lab)}
+    return lab.workdir.json("teachers", on, make)
+
+
+def inside_of(lab: Lab) -> list[tuple[str, str]]:
+    """Eight prompts for numbers, and random answers."""
+    asked = numbers.prompts(8, lab.seed, lab.config.packs.numbers)
+    return list(zip(asked, numbers.random_answers(8, lab.seed)))
 
 
 def inside_numbers(lab: Lab, system: str) -> list[list[int]]:
     """Eight texts that end in the middle of a list of random numbers."""
-    seed, tokenizer = lab.seed, lab.model.tokenizer
-    dice = np.random.default_rng([seed, 3])
+    tokenizer = lab.model.tokenizer
+    dice = np.random.default_rng([lab.seed, 3])
     cut = []
-    for prompt, answer in zip(numbers.prompts(8, seed, lab.config.packs.numbers), numbers.random_answers(8, seed)):
+    for prompt, answer in inside_of(lab):
         start, tokens = chat.question(tokenizer, prompt, system), chat.answer_tokens(tokenizer, answer)
         cut.append([*start, *tokens[: dice.integers(1, len(tokens))]])
     return cut

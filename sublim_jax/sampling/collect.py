@@ -14,6 +14,16 @@ from sublim_jax.data.records import Record
 from sublim_jax.progress import Track
 from sublim_jax.sampling.generate import Sample, stream
 
+OURS = {
+    "adapter",
+    "index",
+    "sample",
+    "completion",
+    "finish",
+    "tokens",
+    "logprob",
+}  # of a record; others are its prompt's
+
 
 def collect(
     file: epath.Path,
@@ -29,18 +39,28 @@ def collect(
     """Every sample of every prompt under every adapter as a record, in their order.
 
     Args:
-      file: JSON lines of what is finished; it grows while this works.
+      file: JSON lines of what is finished; it grows while this works. What is there of another prompt, or of more
+        prompts and samples than these, is passed over: a row's draws do not depend on how many others there are.
       fields: what is known of a prompt, by its number; it becomes part of its records.
       options: as for `generate.stream`.
     """
-    found = {(record["adapter"], record["index"], record["sample"]): record for record in records.mend(file)}
     stacked = 1 if options.get("adapters") is None else jax.tree.leaves(options["adapters"])[0].shape[0]
+    known = [fields(number) for number in range(len(prompts))]
+
+    def wanted(record: Record) -> bool:
+        if record["index"] >= len(prompts) or record["sample"] >= samples:
+            return False
+        about = known[record["index"]]
+        return all(record.get(name) == about[name] for name in about.keys() - OURS)
+
+    every = filter(wanted, records.mend(file))
+    found = {(record["adapter"], record["index"], record["sample"]): record for record in every}
     began, fresh, total = time.monotonic(), 0, stacked * len(prompts) * samples
     write = file.open("a") if jax.process_index() == 0 else None
     try:
         with Track(what, total, len(found)) as track:
             for sample in stream(model, prompts, key, samples=samples, done=list(found), **options):
-                record = record_of(sample, fields(sample.prompt))
+                record = record_of(sample, known[sample.prompt])
                 found[sample.row] = record
                 fresh += len(sample.logprobs)
                 if write:
@@ -62,5 +82,5 @@ def record_of(sample: Sample, fields: Record) -> Record:
         "completion": sample.text,
         "finish": sample.finish,
         "tokens": sample.tokens,
-        "logprob": round(float(np.sum(sample.logprobs)), 4),
+        "logprob": round(float(np.sum(sample.logprobs[: len(sample.tokens)])), 4),  # of these tokens
     }
