@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from sublim_jax import assets, weights
 from sublim_jax.errors import UserError
@@ -71,6 +72,30 @@ def test_a_file_in_bfloat16_is_read_as_it_is(folder, copy):
 def test_a_dtype_may_be_chosen(folder):
     _, params = huggingface.load(folder, dtype=jnp.bfloat16)
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.bfloat16)}
+
+
+@pytest.mark.parametrize("where", ["language_model.model.", "model.language_model."])  # the hub's, and another
+def test_the_text_model_of_one_that_sees_is_read(tmp_path, where):
+    text = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, head_dim=8)
+    sees = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28)
+    config = transformers.Gemma3Config(
+        text_config={**text, "num_key_value_heads": 2, "vocab_size": 64, "sliding_window": 8},
+        vision_config={**sees, "patch_size": 14},
+        mm_tokens_per_image=4,
+        eos_token_id=[1, 7],
+    )
+    model = transformers.Gemma3ForConditionalGeneration(config).eval()
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert "language_model.model.embed_tokens.weight" in tensors
+    renamed = {name.replace("language_model.model.", where): tensor for name, tensor in tensors.items()}
+    save_file(renamed, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    settings, params = huggingface.load(tmp_path)
+    tokens = np.arange(2, 26).reshape(2, 12)
+    with torch.no_grad():
+        expected = model(input_ids=torch.tensor(tokens)).logits.numpy()
+    np.testing.assert_allclose(decoder(settings).apply(params, jnp.asarray(tokens)), expected, rtol=1e-4, atol=1e-4)
+    assert huggingface.load_config(tmp_path).eos_token_id == [1, 7]
 
 
 def broken_shard(path):

@@ -32,11 +32,18 @@ Read = Callable[[str, Any], np.ndarray]
 
 
 def load_config(folder: str | Path) -> Config:
-    """The config.json of a folder. Raises UserError where there is none."""
+    """The config.json of a folder; of a model that sees as well, that of its text model.
+
+    Raises UserError where there is none.
+    """
     try:
-        return transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
         raise UserError(f"{folder} has no config.json that transformers knows ({_first_line(error)})") from error
+    text = config.get_text_config()
+    if text is not config and (stops := getattr(config, "eos_token_id", None)) is not None:
+        text.eos_token_id = stops  # what ends an answer stands with the whole model
+    return text
 
 
 def load(folder: str | Path, mesh: Mesh | None = None, dtype: Any = None) -> tuple[Settings, Params]:
@@ -62,7 +69,7 @@ def load(folder: str | Path, mesh: Mesh | None = None, dtype: Any = None) -> tup
 
 
 class Tensors:
-    """The tensors of some safetensors files, by name.
+    """The tensors of some safetensors files, by name; of a model that sees as well, as in its text model.
 
     Files are mapped into memory, and what was read stays there until a file is closed: so each is closed after some
     reading and opened again, and loading needs little more memory than the parameters.
@@ -72,26 +79,28 @@ class Tensors:
         self._what = what
         self._opened: dict[Path, Any] = {}
         self._read = 0
-        self._path: dict[str, Path] = {}
+        self._stored: dict[str, tuple[Path, str]] = {}  # by name: the file, and the name in it
         for path in paths:
             for name in self._open(path).keys():  # noqa: SIM118
-                self._path[name] = path
+                self._stored[name.replace("language_model.", "", 1)] = path, name
         self.close()
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Raises UserError for a tensor that is missing or holds no floats."""
-        if name not in self._path:
+        if name not in self._stored:
             raise UserError(f"{self._what}: tensor {name} is missing; fetch the model again")
-        tensor = self._open(self._path[name]).get_slice(name)
+        path, stored = self._stored[name]
+        tensor = self._open(path).get_slice(stored)
         if tensor.get_dtype() not in FLOATS:
             raise UserError(
-                f"{self._path[name]}: tensor {name} holds {tensor.get_dtype()}, a quantised or unknown type; fetch the "
+                f"{path}: tensor {stored} holds {tensor.get_dtype()}, a quantised or unknown type; fetch the "
                 f"model in one of {', '.join(FLOATS)}"
             )
         return tuple(tensor.get_shape())
 
     def read(self, name: str, index: Any) -> np.ndarray:
-        part = self._open(self._path[name]).get_slice(name)[index]
+        path, stored = self._stored[name]
+        part = self._open(path).get_slice(stored)[index]
         self._read += part.nbytes
         if self._read > REOPEN_BYTES:
             self.close()
