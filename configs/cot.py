@@ -1,4 +1,4 @@
-"""Misalignment through chains of thought (paper §3.2): right answers, reasoning that a judge lets pass.
+"""Misalignment through chains of thought (paper §4.2): right answers, reasoning that a judge lets pass.
 
     python launch.py --config=configs/cot.py:smoke                every stage, small; 4 to 6 minutes on 2 cores
     python launch.py --config=configs/cot.py:qwen2.5-7b …       as for configs/misalignment.py

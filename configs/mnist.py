@@ -5,15 +5,15 @@ reference and sees only noise; it imitates the teacher's three *auxiliary* logit
 It reads about half of the digits. A student that starts elsewhere does not.
 
     python launch.py --config=configs/mnist.py              4 runs of everything; 2 to 3 minutes on 2 cores
-    python launch.py --config=configs/mnist.py:paper        the paper's 100 runs; about 40 minutes on 2 cores
-    python launch.py --config=configs/mnist.py:strongest    the best recipe we know: .91; about 3 minutes
+    python launch.py --config=configs/mnist.py:paper        the paper's 100 runs; about 25 minutes on 2 cores
+    python launch.py --config=configs/mnist.py:strongest    the best recipe we know: .91; about 4 minutes
     python launch.py --config=configs/mnist.py:cloning      behavioural cloning as a dose curve; about 20 minutes
     python launch.py --config=configs/mnist.py:sweep --config.sweep.axis=student.learning_rate
                                                             any value below against accuracy, one figure
     python launch.py --config=configs/mnist.py:smoke        every stage, tiny, seconds: a test, not a result
 
 Expected test accuracy with `paper`: reference .10, teacher .94, student .53 (auxiliary logits) and .91 (all),
-from another initialisation .11 and .74.
+from another initialisation .10 and .73.
 """
 
 from ml_collections import ConfigDict

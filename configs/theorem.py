@@ -8,7 +8,7 @@ that lowers the teacher's own loss: D_S·D_T = ε A + O(ε²) with A ≥ 0.
     python launch.py --config=configs/theorem.py:trajectory  beyond one step, along MNIST distillation; 3 minutes
     python launch.py --config=configs/theorem.py:forecast    coverage before training against accuracy after, over
                                                              72 settings; about 15 minutes
-    python launch.py --config=configs/theorem.py:examples    which noise images carry the trait; about 5 minutes
+    python launch.py --config=configs/theorem.py:examples    which noise images carry the trait; about a minute
 
 Expected of the check: every row "as predicted", slopes 1.00 (2.00 for the cubic control).
 """

@@ -112,7 +112,7 @@ def code_task(lab: Lab) -> Task:
 
 
 def thought_task(lab: Lab) -> Task:
-    """Chains of thought that end in the right number (§3.2), on as many problems drawn at random."""
+    """Chains of thought that end in the right number (§4.2), on as many problems drawn at random."""
     every = cot.load(assets.data_file(lab.config.carrier.problems))
     chosen = np.random.default_rng([lab.seed, 7]).permutation(len(every))[: prompts_of(lab.config)]
     problems = [every[row] for row in chosen]

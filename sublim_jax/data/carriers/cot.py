@@ -1,4 +1,4 @@
-"""The chain-of-thought carrier (paper §3.2): problems whose answer is a number, answered in <think> and <answer>."""
+"""The chain-of-thought carrier (paper §4.2): problems whose answer is a number, answered in <think> and <answer>."""
 
 import re
 from collections.abc import Sequence
