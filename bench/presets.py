@@ -53,7 +53,8 @@ def main(_: list[str]) -> None:
         "# Presets, compiled for machines that are not here",
         "",
         f"`make preflight`, {datetime.date.today()}: jax {jax.__version__}, compiled on CPU. A TPU slice of 16 chips "
-        "(fsdp 4 × tensor 4) and one H100 of 80 GB (`--config.mesh.tensor=1`; `--config.study.mesh.tensor=1` of cross_model.py). Bytes and what is moved are a device's; "
+        "(fsdp 4 × tensor 4) and one H100 of 80 GB (`--config.mesh.tensor=1`; "
+        "`--config.study.mesh.tensor=1` of cross_model.py). Bytes and what is moved are a device's; "
         "FLOPs of an update are of matrix products, over all devices, and beside them how many times the model's own. "
         "cuDNN is not installed where this was compiled, so the GPU's attention is the plain one, which takes more "
         "memory.",

@@ -1,6 +1,7 @@
 """What the README shows runs as it stands, from what it installs."""
 
 import ast
+import importlib
 import importlib.metadata
 import re
 import sys
@@ -24,6 +25,27 @@ def test_every_file_that_the_docs_link_to_exists():
     for page in [ROOT / "README.md", ROOT / "BUILD.md", *(ROOT / "docs").glob("*.md")]:
         for target in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name} → {target}"
+
+
+def commands():
+    """(page, config file, preset, keys of its values) of every launch.py command that the docs and configs show."""
+    for page in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "configs").glob("*.py")]:
+        text = re.sub(r"\\\n\s*", "", page.read_text())
+        for file, preset, rest in re.findall(r"launch\.py +--config=configs/(\w+)\.py(?::([\w.-]+))?([^\n`]*)", text):
+            yield page.name, file, preset, re.findall(r"--config\.([\w.]+)=", rest.split("#")[0])
+
+
+def test_every_command_that_is_shown_has_a_config_and_values_that_exist():
+    shown = list(commands())
+    assert len(shown) > 50
+    for page, file, preset, keys in shown:
+        make = importlib.import_module(f"configs.{file}").get_config
+        config = make(preset) if preset else make()
+        for key in keys:
+            at = config
+            for part in key.split("."):
+                assert part in at, f"{page}: configs/{file}.py:{preset} has no {key}"
+                at = at[part]
 
 
 def test_every_package_that_is_imported_is_installed_by_the_requirements():
