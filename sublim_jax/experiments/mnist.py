@@ -76,8 +76,10 @@ def run(config: ConfigDict, workdir: Workdir, *, update: bool = False) -> None:
         check(variant, mesh)
     data = mnist.load(assets.fetch(assets.MNIST, config.data.path))
     workdir.open(config, update=update, bytes_needed=sum(map(artefact_bytes, configs.values())))
-    with jax.default_matmul_precision(config.precision):
-        values = {value: accuracies(make_lab(variant, workdir, mesh, data)) for value, variant in configs.items()}
+    values = {}
+    for value, variant in configs.items():
+        with jax.default_matmul_precision(variant.precision):
+            values[value] = accuracies(make_lab(variant, workdir, mesh, data))
     if not config.sweep.axis:
         arms = {name: arm(config, name, runs) for name, runs in values[""].items()}
         everything = list(arms.values())
@@ -109,7 +111,8 @@ def _steps(config: ConfigDict, mesh: Mesh, value: str) -> list[Step]:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
     labelled = (array((MNIST_ROWS, images.PIXELS), jnp.uint8), array((MNIST_ROWS,), jnp.uint8))
-    members = len([name for name in config.arms if name not in ("clone", "real")]) or 1
+    doses = len(config.clone.epochs) if "clone" in config.arms else 0
+    members = len([name for name in config.arms if name not in ("clone", "real")]) + doses or 1
     frozen: dict[str, Any] = {"supports": array((members, width), bool)}
     if config.inputs.fresh:
         frozen["teacher"] = stacked(runs)
@@ -242,7 +245,8 @@ def distil(
     config = lab.config
     stack = jax.jit(lambda trees: jax.tree.map(lambda *leaves: jnp.stack(leaves, 1), *trees))
     state = lab.distilling[kind].init(stack(list(starts.values())))
-    depends = depends_on(config, runs, "teacher", "student", "inputs", "clone", kind=kind, starts=list(starts))
+    how = {"kind": kind, "starts": list(starts), "others": derangement(config, runs)}
+    depends = depends_on(config, runs, "teacher", "student", "inputs", "clone", **how)
 
     def make(checkpoints: epath.Path) -> Params:
         epochs = config.student.epochs
@@ -261,7 +265,8 @@ def clone(lab: Lab, runs: range, codes: Array | None, reference: Params, foreign
     state = lab.distilling[kind].init(jax.tree.map(lambda leaf: leaf[:, None], foreign))
     clones = {}
     for epochs in config.clone.epochs:
-        depends = depends_on(config, runs, "student", "inputs", kind=kind, dose=epochs)
+        reads = {"kind": kind, "activation": config.teacher.activation}  # of the reference's logits
+        depends = depends_on(config, runs, "student", "inputs", dose=epochs, others=derangement(config, runs), **reads)
 
         def make(checkpoints: epath.Path, state: TrainState = state, epochs: int = epochs) -> TrainState:
             return imitate(lab, runs, kind, codes, reference, state, epochs, ["all"], "clones", checkpoints)
@@ -445,7 +450,7 @@ def tensorboard(lab: Lab, name: str, members: list[str]) -> Log | None:
 def depends_on(config: ConfigDict, runs: range, *parts: str, **more: Any) -> dict[str, Any]:
     """What an artefact depends on: the runs, the network, and the named parts of the config."""
     base = {name: plain(config)[name] for name in ("seed", "model", "precision", *parts)}
-    return {**base, **more, "run_numbers": list(runs), "others": derangement(config, runs)}
+    return {**base, **more, "run_numbers": list(runs)}
 
 
 def artefact_bytes(config: ConfigDict) -> int:

@@ -70,11 +70,15 @@ def check(config: ConfigDict, mesh: Mesh) -> None:
         raise UserError(f"student.init_distance={config.student.init_distance} must not be negative")
     if any(later <= earlier for earlier, later in zip((0, *config.clone.epochs), config.clone.epochs)):
         raise UserError(f"clone.epochs={config.clone.epochs} must be positive and rising, such as 5,20")
-    if config.runs < 2 and (foreign := [arm for arm in config.arms if arm.startswith(("cross", "clone"))]):
+    foreign = [arm for arm in config.arms if arm.startswith(("cross", "clone"))]
+    if config.student.shared_layers != "all":
+        foreign.append(f"student.shared_layers={config.student.shared_layers}")
+    if config.runs < 2 and foreign:
         raise UserError(f"runs={config.runs}, but {foreign[0]} starts from another run: at least 2 runs")
     if config.inputs.fresh and config.inputs.kind not in images.DRAWN:
         raise UserError(f"inputs.fresh draws noise anew; inputs.kind={config.inputs.kind} is no noise that is drawn")
-    if (config.inputs.kind in images.FROM_DATA or "real" in config.arms) and config.inputs.count > MNIST_ROWS:
+    on_digits = "real" in config.arms or ("clone" in config.arms and config.clone.inputs == "real")
+    if (config.inputs.kind in images.FROM_DATA or on_digits) and config.inputs.count > MNIST_ROWS:
         raise UserError(f"inputs.count={config.inputs.count}, but MNIST has {MNIST_ROWS} images")
     divide(mesh, "replica", min(config.runs, config.runs_at_once), "runs_at_once")
     divide(mesh, "replica", config.runs % config.runs_at_once, "the rest of runs over runs_at_once")
