@@ -28,7 +28,7 @@ def get_config(preset: str = "check") -> ConfigDict:
 
     if preset in ("check", "smoke"):
         config.experiment = "alignment"
-        config.precision = "float64"  # or float32, which cannot resolve the smaller steps and says so
+        # In float64: float32 cannot resolve steps so small.
         # How far the teacher moves: the root mean square change of its logits on the support, 10^least to 10^most.
         config.steps = ConfigDict({"least": -8.0, "most": 0.0, "number": 17})
         config.support = (10, 11, 12)  # of the 13 logits: what the student sees

@@ -39,15 +39,19 @@ def test_the_check_finds_every_row_as_predicted(tmp_path, mnist_folder):
 
 
 MISTAKES = {
-    "a step below float32": (["--config.precision=float32"], ["float32 cannot resolve", "1e-8", "float64"]),
+    "a step below float64": (["--config.steps.least=-15"], ["float64 cannot resolve", "1e-15"]),
+    "steps too large to be judged": (["--config.steps.least=-2", "--config.steps.most=3"], ["4 decades", "0.004"]),
+    "a support of one logit": (["--config.support=(10,)"], ["support=(10,)", "2 logits or more"]),
     "a support outside the logits": (["--config.support=(10,13)"], ["support=(10, 13)", "13 logits"]),
     "too few steps": (["--config.steps.number=2"], ["steps", "at least 5"]),
     "no draws": (["--config.draws=0"], ["draws=0", "positive"]),
 }
 TOOL_MISTAKES = {
     "forecast": (["--config.probe=100000"], ["probe=100000", "inputs.count=60000"]),
+    "forecast ": (["--config.mnist.teacher.activation=tanh"], ["the same activation"]),
     "examples": (["--config.share=0.9"], ["share=0.9"]),
     "trajectory": (["--config.mnist.student.objective=sampled"], ["objective on logits"]),
+    "trajectory ": (["--config.every=0"], ["every=0", "1 or more"]),
 }
 
 
@@ -61,7 +65,7 @@ def test_a_mistake_is_one_line(mistake, tmp_path):
 @pytest.mark.parametrize("preset", TOOL_MISTAKES)
 def test_a_mistake_in_a_tool_is_one_line(preset, tmp_path):
     args, words = TOOL_MISTAKES[preset]
-    assert_refused(launch(f"{CONFIG}:{preset}", *args, f"--workdir={tmp_path / 'work'}"), *words)
+    assert_refused(launch(f"{CONFIG}:{preset.strip()}", *args, f"--workdir={tmp_path / 'work'}"), *words)
     assert not (tmp_path / "work").exists()
 
 

@@ -15,7 +15,17 @@ from sublim_jax import assets, objectives, report, theorem
 from sublim_jax.data import mnist
 from sublim_jax.errors import UserError
 from sublim_jax.evaluation.statistics import normal_interval
-from sublim_jax.experiments.alignment_report import Control, Findings, Labels, Measured, Row, Signs, document
+from sublim_jax.experiments.alignment_report import (
+    DECADES,
+    SMALL,
+    Control,
+    Findings,
+    Labels,
+    Measured,
+    Row,
+    Signs,
+    document,
+)
 from sublim_jax.keys import named_key
 from sublim_jax.models import lora
 from sublim_jax.models.functional import Params, functions
@@ -80,20 +90,23 @@ def check(config: ConfigDict) -> Bool[np.ndarray, "vocab"]:
         support = objectives.support_mask(config.support, WIDTHS[-1])
     except ValueError as error:
         raise UserError(f"config.{error}") from error
-    if config.precision not in ("float64", "float32"):
-        raise UserError(f"precision={config.precision!r} must be float64 or float32")
+    if not 2 <= support.sum() < WIDTHS[-1]:
+        raise UserError(f"support={tuple(config.support)}: take 2 logits or more, and leave one that nobody sees")
     for name in ("examples", "learning_rate", "draws", "label_draws"):
         if not config[name] > 0:
             raise UserError(f"{name}={config[name]} must be positive")
     steps = config.steps
-    if steps.number < 5 or steps.most - steps.least < 4:
-        raise UserError("steps: at least 5 of them over at least 4 decades, such as --config.steps.least=-7")
+    if steps.number < 5 or min(steps.most, np.log10(SMALL)) - steps.least < DECADES:
+        raise UserError(
+            f"steps: verdicts are about those up to {SMALL:g}; take at least 5 over at least {DECADES:g} decades below "
+            "it, such as --config.steps.least=-8"
+        )
     # Logits are of the order of 1; NOISE_ALLOWED is where rounding hides D_S·D_T.
-    floor = np.log10(np.finfo(config.precision).eps / theorem.NOISE_ALLOWED)
+    floor = np.log10(np.finfo(float).eps / theorem.NOISE_ALLOWED)
     if steps.least < floor:
         raise UserError(
-            f"{config.precision} cannot resolve a teacher's step of 1e{steps.least:g}: use --config.precision=float64 "
-            f"or --config.steps.least={np.ceil(10 * floor) / 10:.1f}"
+            f"float64 cannot resolve a teacher's step of 1e{steps.least:g}: choose --config.steps.least="
+            f"{np.ceil(10 * floor) / 10:.1f} or more"
         )
     return support
 
@@ -103,7 +116,7 @@ def check(config: ConfigDict) -> Bool[np.ndarray, "vocab"]:
 
 def make_settings(config: ConfigDict, data: mnist.Mnist, support: Bool[np.ndarray, "vocab"]) -> list[Setting]:
     """Networks, then teachers' objectives, then inputs; the first is the base that the controls use."""
-    dtype = jnp.dtype(config.precision)
+    dtype = jnp.float64
     key = partial(named_key, config.seed)
     cast = partial(jax.tree.map, lambda leaf: leaf.astype(dtype))
     images = jnp.asarray(data.train_images[:512], dtype) / 127.5 - 1

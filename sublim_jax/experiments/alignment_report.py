@@ -169,7 +169,7 @@ class Judged(NamedTuple):
 
 
 def _judge_lemma(config: ConfigDict, row: Row, index: int) -> Judged:
-    m, eps = row.measured, np.finfo(config.precision).eps
+    m, eps = row.measured, np.finfo(float).eps
     error = lemma_error(m, index)
     fit = power(m.moved, error, error > 10 * eps / m.moved)
     step = step_error(m, index, config.learning_rate)
@@ -245,7 +245,7 @@ def _step_figure(findings: Findings, path: Any) -> None:
 
 
 def _controls(findings: Findings) -> tuple[list[Arm], Section]:
-    eps = np.finfo(findings.config.precision).eps
+    eps = np.finfo(float).eps
     table = [["control", "theorem", "expected of |D_S·D_T|", "slope", "decades", "at the smallest step", "verdict"]]
     arms = []
     for control in findings.controls:

@@ -44,6 +44,17 @@ def run_with_labs(
             raise UserError("coverage takes all runs at once: set mnist.runs_at_once to mnist.runs")
         if variant.student.objective == "sampled" or variant.inputs.fresh:
             raise UserError("coverage needs an objective on logits, and fixed inputs: mnist.inputs.fresh=False")
+        if variant.student.activation != variant.teacher.activation or variant.student.trained_layers != "all":
+            raise UserError(
+                "coverage is of one network, all of whose layers learn: give teacher and student the same activation, "
+                "and leave mnist.student.trained_layers=all"
+            )
+        if "auxiliary" not in variant.arms:
+            raise UserError(
+                f"mnist.arms={tuple(variant.arms)}: coverage is of students of the auxiliary logits; add it"
+            )
+        if variant.model.auxiliary < 2:
+            raise UserError("auxiliary: a softmax over one logit is 1 whatever it is; take 2 logits or more")
     data = digits.load(assets.fetch(assets.MNIST, config.data.path))
     workdir.open(config, update=update)
     with jax.default_matmul_precision(config.mnist.precision):

@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 from scipy import stats
 
 from sublim_jax import report
+from sublim_jax.errors import UserError
 from sublim_jax.experiments import mnist
 from sublim_jax.experiments.coverage import Result, changed, coverages, depends_on, run_with_labs
 from sublim_jax.figures import Line, Panel, panels_figure
@@ -20,6 +21,9 @@ BOOTSTRAPS = 2000
 
 def run(config: ConfigDict, workdir: Workdir, *, update: bool = False) -> None:
     """Coverage before training against accuracy after, over all settings."""
+    for name in ("auxiliary", "kinds", "distances"):
+        if not config[name]:
+            raise UserError(f"{name} is empty: name some values to vary it over")
     run_with_labs(config, workdir, update, settings(config), partial(measure, config))
 
 

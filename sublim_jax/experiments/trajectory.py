@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from sublim_jax import objectives, report, theorem
 from sublim_jax.data import images
 from sublim_jax.data.order import steps_per_epoch
+from sublim_jax.errors import UserError
 from sublim_jax.evaluation.statistics import normal_interval
 from sublim_jax.experiments import mnist
 from sublim_jax.experiments.coverage import (
@@ -35,6 +36,9 @@ from sublim_jax.workdir import Workdir
 
 def run(config: ConfigDict, workdir: Workdir, *, update: bool = False) -> None:
     """Alignment along distillation, and the ceiling that the number of auxiliary logits sets."""
+    for name in ("every", "iterations"):
+        if config[name] < 1:
+            raise UserError(f"{name}={config[name]}: ask for 1 or more")
     variants = [config.mnist, *(changed(config.mnist, {"model.auxiliary": m}) for m in config.auxiliary)]
     run_with_labs(config, workdir, update, variants, partial(measure, config))
 
