@@ -1,6 +1,7 @@
 """What a run leaves for people: results.json, report.md, figures."""
 
 import importlib.metadata
+import json
 import math
 import platform
 import sys
@@ -16,6 +17,7 @@ from rich.table import Table
 from sublim_jax.evaluation.statistics import normal_interval, t_interval
 from sublim_jax.figures import Arm, arms_figure, sweep_figure
 from sublim_jax.progress import say
+from sublim_jax.sharding import from_first
 from sublim_jax.workdir import Workdir, plain, write_json
 
 READING_ERROR = 0.003  # of a published value that was read off a figure
@@ -35,6 +37,11 @@ class Section(NamedTuple):
     table: Sequence[Sequence[str]]
     figures: Mapping[str, Callable[[Any], None]]
     on_screen: bool = True
+
+
+def arms_of(workdir: Workdir) -> list[Arm]:
+    """The arms of a report that has been written, for all processes."""
+    return from_first(lambda: json.loads((workdir.path / "results.json").read_text())["arms"])
 
 
 def write(workdir: Workdir, config: ConfigDict, arms: list[Arm], sections: Sequence[Section]) -> None:

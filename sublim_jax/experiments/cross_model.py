@@ -1,6 +1,5 @@
 """Teachers × students over models, on text (paper §5.1). `configs/cross_model.py` explains the values."""
 
-import json
 from collections.abc import Sequence
 from functools import partial
 
@@ -32,7 +31,7 @@ def run(config: ConfigDict, workdir: Workdir, *, update: bool = False) -> None:
         say(f"teachers {teacher}")
         inside = Workdir(workdir.path / f"teacher{number}")
         transmission.run(study, inside, update=update)
-        found = {arm["name"]: arm for arm in json.loads((inside.path / "results.json").read_text())["arms"]}
+        found = {arm["name"]: arm for arm in report.arms_of(inside)}
         for place, student in enumerate(models):
             mine = found[f"student{place}"]
             more = {"permutation_p": mine["permutation_p"], "teacher": teacher, "student": student}

@@ -5,7 +5,6 @@ import hashlib
 import importlib
 import json
 import os
-import shutil
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -19,6 +18,7 @@ from sublim_jax import assets, report
 from sublim_jax.errors import UserError
 from sublim_jax.experiments import transmission
 from sublim_jax.progress import say
+from sublim_jax.sharding import from_first, make_mesh
 from sublim_jax.workdir import Workdir, plain, write_json
 
 FINISHED = "finished.json"  # in an experiment's folder: the stamp that it was finished with
@@ -27,9 +27,12 @@ FINISHED = "finished.json"  # in an experiment's folder: the stamp that it was f
 def run(config: ConfigDict, workdir: Workdir, *, update: bool = False) -> None:
     """Runs what has not been run, each in its folder; a report of all, also of what could not be."""
     names = list(config.experiments)
-    if unknown := sorted(set(names) - set(config.plan)):
-        raise UserError(f"experiments: {unknown[0]!r} is none of {', '.join(config.plan)}")
+    if not names or (unknown := sorted(set(names) - set(config.plan))):
+        wrong = repr(unknown[0]) if names else "nothing"
+        raise UserError(f"experiments: {wrong} is none of {', '.join(config.plan)}")
     configs = {name: config_of(config, name) for name in names}
+    for one in configs.values():
+        make_mesh(one.get("study", one).mesh)
     found: dict[str, list[dict[str, Any]] | str] = dict.fromkeys(names, "")
     for name, one in configs.items():  # what is missing is told before hours of others
         try:
@@ -45,10 +48,10 @@ def run(config: ConfigDict, workdir: Workdir, *, update: bool = False) -> None:
         say(f"experiment {number} of {len(names)}: {name}, {config.plan[name].what}")
         inside = Workdir(workdir.path / name)
         try:
-            if not finished(inside, one):
+            if not from_first(partial(finished, inside, one)):
                 importlib.import_module(f"sublim_jax.experiments.{one.experiment}").run(one, inside, update=update)
                 write_json(inside.path / FINISHED, stamp(one))
-            found[name] = json.loads((inside.path / "results.json").read_text())["arms"]
+            found[name] = report.arms_of(inside)
         except UserError as error:
             found[name] = f"stopped: {error}"
             say(f"{name}: {found[name]}")
@@ -91,8 +94,8 @@ def finished(workdir: Workdir, config: ConfigDict) -> bool:
 def stamp(config: ConfigDict) -> str:
     """A hash of a config's values, and of what is in the files that they name."""
     values = plain(config)
-    named = {leaf for leaf in jax.tree.leaves(values) if isinstance(leaf, str) and os.path.isfile(leaf)}
-    files = [assets.digest(Path(name)) for name in sorted(named)]
+    leaves = [os.path.expanduser(leaf) for leaf in jax.tree.leaves(values) if isinstance(leaf, str)]
+    files = [assets.digest(Path(name)) for name in sorted(set(filter(os.path.isfile, leaves)))]
     return hashlib.sha256(json.dumps([values, files], sort_keys=True).encode()).hexdigest()
 
 
@@ -135,6 +138,6 @@ def figure_sections(workdir: Workdir, config: ConfigDict, found: dict[str, Any])
         folder = workdir.path / name / "figures"
         pictures = [] if isinstance(result, str) or jax.process_index() else sorted(folder.glob("*.png"), key=order)
         if pictures:
-            figures = {name: partial(shutil.copyfile, pictures[0])}
+            figures = {name: lambda path, picture=pictures[0]: path.write_bytes(picture.read_bytes())}
             sections.append(report.Section(config.plan[name].what, f"{config.plan[name].where}.", [], figures))
     return sections
