@@ -270,6 +270,8 @@ def fit(
                 if store and step > start and (stopping or (due(checkpoint_every) and step < steps)):
                     store.save(step, state, iterator.get_state() if iterator is not None else None)
                 if stopping:
+                    if pending:
+                        read(*pending)
                     raise Interrupted(f"stopped by {signal.heard} at step {step} of {what}")
                 if step >= steps:
                     break

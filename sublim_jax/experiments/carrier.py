@@ -177,17 +177,16 @@ def draw(lab: Lab, task: Task, name: str, teacher: Teacher) -> list[Record]:
     carrier, model = lab.config.carrier, lab.model
     prefix = chat.opening(model.tokenizer, teacher.system)
     prompts = [chat.question(model.tokenizer, text, teacher.system)[len(prefix) :] for text in task.prompts]
-    how = {key: carrier[key] for key in ("kind", "decoding", "numbers", "max_new_tokens")}
-    how["digits"] = len(str(lab.config.filter.largest))
-    on = {**teaching.depends(lab), "name": name, "how": how}
+    how = {key: carrier[key] for key in ("kind", "decoding", "max_new_tokens")}
     constraint = None
     if carrier.decoding == "grammar":
+        how |= {"numbers": carrier.numbers, "digits": len(str(lab.config.filter.largest))}
         automaton = constraints.numbers(carrier.numbers, how["digits"], least=carrier.numbers)
         pieces = chat.pieces(model.tokenizer, model.settings.vocab)
         constraint = constraints.over_tokens(automaton, pieces, chat.stop_tokens(model.tokenizer, model.config))
-    file = lab.workdir.artefact(f"drawn-{name}", on).with_suffix(".jsonl")
+    on = {**teaching.depends(lab), "name": name, "how": how}
     return collect(
-        file,
+        lab.workdir.artefact(f"drawn-{name}", on).with_suffix(".jsonl"),
         model,
         prompts,
         named_key(lab.seed, "numbers"),
