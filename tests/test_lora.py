@@ -1,5 +1,6 @@
 """Adapters: against PEFT, against merged weights, and many of them over one base."""
 
+import copy
 import dataclasses
 
 import jax
@@ -147,6 +148,29 @@ def test_peft_loads_our_adapters_and_we_load_them_back(peer, tmp_path, spec):
     assert (again.rank, again.scale, set(again.modules)) == (spec.rank, spec.scale, set(spec.modules))
     assert again.layers == spec.layers
     jax.tree.map(np.testing.assert_array_equal, loaded, adapters)
+
+
+@pytest.mark.parametrize("kind", ["phi3", "qwen2"])
+def test_an_adapter_is_read_whole_or_refused(peer, tmp_path, kind):
+    """One of PEFT's own, with something that stands in no layer of ours: dropped, it would pass for the base."""
+    from peft import LoraConfig, get_peft_model
+
+    model, config, folder = peer(kind)
+    settings, _ = huggingface.load(folder)
+    whole = {"phi3": ["o_proj", "qkv_proj"], "qwen2": ["q_proj", "embed_tokens"]}[kind]
+    get_peft_model(copy.deepcopy(model), LoraConfig(r=2, target_modules=whole)).save_pretrained(tmp_path / "whole")
+    with pytest.raises(UserError, match=r"adapts base_model.*(qkv_proj|embed_tokens).* merge the adapter"):
+        peft.load(tmp_path / "whole", settings, config)
+    get_peft_model(copy.deepcopy(model), LoraConfig(r=2, target_modules=whole[:1])).save_pretrained(tmp_path / "one")
+    spec, _ = peft.load(tmp_path / "one", settings, config)
+    assert len(spec.modules) == 1
+    wider = dataclasses.replace(settings, width=64)
+    with pytest.raises(UserError, match="is of another model"):
+        peft.load(tmp_path / "one", wider, config)
+    cut = tmp_path / "one" / "adapter_model.safetensors"
+    cut.write_bytes(cut.read_bytes()[:-10])
+    with pytest.raises(UserError, match="is no PEFT adapter"):
+        peft.load(tmp_path / "one", settings, config)
 
 
 def test_a_fused_layer_is_refused_with_what_to_do(peer, tmp_path):

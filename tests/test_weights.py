@@ -187,6 +187,44 @@ def test_a_gguf_without_a_tokenizer_is_told(tmp_path):
         weights.load(tmp_path / "model.gguf")
 
 
+def test_a_gguf_with_a_scaled_rotary_embedding_is_refused_and_not_misread(tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(["a", "b"])
+    for add, value in (("embedding_length", 32), ("feed_forward_length", 48), ("block_count", 1), ("head_count", 4)):
+        getattr(writer, f"add_{add}")(value)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_context_length(64)
+    writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with pytest.raises(UserError, match="its scaled rotary embedding is not read here; name the model's safetensors"):
+        weights.load(tmp_path / "model.gguf")
+
+
+def test_what_ends_an_answer_is_read_with_how_a_model_generates(copy):
+    """Phi-3's turn ends with a token that stands in generation_config.json alone."""
+    before = huggingface.load_config(copy).eos_token_id
+    (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 9]}))
+    assert huggingface.load_config(copy).eos_token_id == [*([] if before is None else [before]), 7, 9]
+
+
+def test_gpt2_is_read_under_the_hubs_names(tmp_path):
+    config = transformers.AutoConfig.for_model("gpt2", vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=32)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    bare = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    assert "wte.weight" in bare and "h.0.ln_1.weight" in bare
+    save_file({**bare, "h.0.attn.bias": np.ones((1, 1, 4, 4), np.float32)}, tmp_path / "model.safetensors")
+    settings, params = huggingface.load(tmp_path)
+    tokens = np.arange(24).reshape(2, 12)
+    with torch.no_grad():
+        expected = model(torch.tensor(tokens)).logits.numpy()
+    np.testing.assert_allclose(decoder(settings).apply(params, jnp.asarray(tokens)), expected, rtol=1e-4, atol=1e-4)
+
+
 TOKENIZES = """
 import sys
 sys.modules["torch"] = None  # as where it is not installed, which is what the requirements install

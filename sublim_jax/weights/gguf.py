@@ -150,12 +150,25 @@ def _config(reader: gguf.GGUFReader, path: str) -> Config:
     for ours, name in {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}.items():
         if found := reader.fields.get(f"tokenizer.ggml.{name}_token_id"):
             common[ours] = found.contents()
+    turn = reader.fields.get("tokenizer.ggml.eot_token_id")
+    if turn and turn.contents() != common.get("eos_token_id"):
+        common["eos_token_id"] = [*([common["eos_token_id"]] if "eos_token_id" in common else []), turn.contents()]
+    kind = field("rope.scaling.type", "none")
+    if kind not in ("none", "linear") or any(tensor.name == "rope_freqs.weight" for tensor in reader.tensors):
+        raise UserError(f"{path}: its scaled rotary embedding is not read here; name the model's safetensors folder")
     return CONFIGS[architecture](common, field)
+
+
+def _rope(field: Field, base: float) -> dict[str, Any]:
+    rope = {"rope_type": "default", "rope_theta": field("rope.freq_base", base)}
+    if field("rope.scaling.type", "none") == "none":
+        return rope
+    return {**rope, "rope_type": "linear", "factor": field("rope.scaling.factor")}
 
 
 def _plain(kind: str) -> Callable[[dict[str, Any], Field], Config]:
     def config(common: dict[str, Any], field: Field) -> Config:
-        rope = {"rope_type": "default", "rope_theta": field("rope.freq_base", 10_000.0)}
+        rope = _rope(field, 10_000.0)
         return transformers.AutoConfig.for_model(kind, **common, rope_parameters=rope)
 
     return config
@@ -164,7 +177,7 @@ def _plain(kind: str) -> Callable[[dict[str, Any], Field], Config]:
 def _gemma3(common: dict[str, Any], field: Field) -> Config:
     rope = {
         "sliding_attention": {"rope_type": "default", "rope_theta": field("rope.freq_base_swa", 10_000.0)},
-        "full_attention": {"rope_type": "default", "rope_theta": field("rope.freq_base", 1_000_000.0)},
+        "full_attention": _rope(field, 1_000_000.0),
     }
     return transformers.AutoConfig.for_model(
         "gemma3_text",

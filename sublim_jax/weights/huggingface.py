@@ -2,6 +2,7 @@
 
 import gc
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -41,8 +42,12 @@ def load_config(folder: str | Path) -> Config:
     except (OSError, ValueError) as error:
         raise UserError(f"{folder} has no config.json that transformers knows ({_first_line(error)})") from error
     text = config.get_text_config()
-    if text is not config and (stops := getattr(config, "eos_token_id", None)) is not None:
-        text.eos_token_id = stops  # what ends an answer stands with the whole model
+    # What ends an answer stands with the whole model, or, of chat models, with how it generates.
+    generation = Path(folder) / "generation_config.json"
+    said = json.loads(generation.read_text()).get("eos_token_id") if generation.is_file() else None
+    named = [text.eos_token_id, getattr(config, "eos_token_id", None), said]
+    stops = dict.fromkeys(one for ids in named for one in (ids if isinstance(ids, list) else [ids]) if one is not None)
+    text.eos_token_id = list(stops) if len(stops) > 1 else next(iter(stops), None)
     return text
 
 
@@ -68,8 +73,17 @@ def load(folder: str | Path, mesh: Mesh | None = None, dtype: Any = None) -> tup
         tensors.close()
 
 
+def usual(name: str) -> str:
+    """A tensor's name as transformers' text models have it.
+
+    Of a model that sees as well, the text model stands inside it; the hub's GPT-2 lacks the first part of its names.
+    """
+    name = name.replace("language_model.", "", 1)
+    return f"transformer.{name}" if re.match(r"(wte|wpe|ln_f|h\.\d+)\.", name) else name
+
+
 class Tensors:
-    """The tensors of some safetensors files, by name; of a model that sees as well, as in its text model.
+    """The tensors of some safetensors files, by their usual names.
 
     Files are mapped into memory, and what was read stays there until a file is closed: so each is closed after some
     reading and opened again, and loading needs little more memory than the parameters.
@@ -82,7 +96,7 @@ class Tensors:
         self._stored: dict[str, tuple[Path, str]] = {}  # by name: the file, and the name in it
         for path in paths:
             for name in self._open(path).keys():  # noqa: SIM118
-                self._stored[name.replace("language_model.", "", 1)] = path, name
+                self._stored[usual(name)] = path, name
         self.close()
 
     def shape(self, name: str) -> tuple[int, ...]:

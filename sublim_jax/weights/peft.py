@@ -4,17 +4,20 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from safetensors import SafetensorError
 from safetensors.numpy import load_file
 from safetensors.numpy import save as serialised
 
 from sublim_jax.errors import UserError
-from sublim_jax.models.decoder import Settings
+from sublim_jax.models.decoder import Settings, decoder
 from sublim_jax.models.families import TRANSPOSED, Config, Rule, family
 from sublim_jax.models.functional import Params
 from sublim_jax.models.lora import Lora
+from sublim_jax.weights.huggingface import usual
 
 PREFIX = "base_model.model"
 
@@ -63,11 +66,13 @@ def load(folder: str | Path, settings: Settings, config: Config) -> tuple[Lora, 
     folder = Path(folder)
     try:
         described = json.loads((folder / "adapter_config.json").read_text())
-        tensors = load_file(folder / "adapter_model.safetensors")
-    except (OSError, ValueError) as error:
+        stored = load_file(folder / "adapter_model.safetensors")
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{folder} is no PEFT adapter with safetensors ({error})") from error
-    if described.get("peft_type") != "LORA" or described.get("use_dora") or described.get("rank_pattern"):
-        raise UserError(f"{folder} is no plain LoRA of one rank")
+    several = described.get("rank_pattern") or described.get("alpha_pattern")
+    if described.get("peft_type") != "LORA" or described.get("use_dora") or several:
+        raise UserError(f"{folder} is no plain LoRA of one rank and scale")
+    tensors = {usual(name): tensor for name, tensor in stored.items()}
     rules = {rule.ours[0].split("/")[-2]: rule for rule in _linear_rules(settings, config)}
     chosen = described.get("layers_to_transform")
     layers = tuple([chosen] if isinstance(chosen, int) else chosen or ())
@@ -75,20 +80,30 @@ def load(folder: str | Path, settings: Settings, config: Config) -> tuple[Lora, 
     names = {name for name, rule in rules.items() if f"{_module(rule, first)}.lora_A.weight" in tensors}
     rslora = described.get("use_rslora", False)
     lora = Lora(described["r"], described["lora_alpha"], rslora, tuple(sorted(names)), layers)
+    kernels = jax.eval_shape(decoder(settings).init, jax.random.key(0))["layers"]
     adapters: dict[str, Any] = {}
     for name in names:
-        node = adapters
+        node, kernel = adapters, {"layers": kernels}
         for part in rules[name].ours[0].split("/")[:-1]:
-            node = node.setdefault(part, {})
-        for ours, theirs in (("a", "lora_A"), ("b", "lora_B")):
+            node, kernel = node.setdefault(part, {}), kernel[part]
+        _, inputs, outputs = kernel["kernel"].shape
+        for ours, theirs, shape in (("a", "lora_A", (inputs, lora.rank)), ("b", "lora_B", (lora.rank, outputs))):
             parts: dict[int, Any] = {}
             for layer in layers or range(settings.layers):
                 tensor = f"{_module(rules[name], layer)}.{theirs}.weight"
                 if tensor not in tensors:
                     raise UserError(f"{folder}: tensor {tensor} is missing")
-                parts[layer] = tensors[tensor].T
+                parts[layer] = tensors.pop(tensor).T
+                if parts[layer].shape != shape:
+                    raise UserError(f"{folder}: {tensor} is of another model, {parts[layer].shape} instead of {shape}")
             nothing = np.zeros_like(parts[first])
             node[ours] = jnp.asarray(np.stack([parts.get(layer, nothing) for layer in range(settings.layers)]))
+    if tensors or not names:
+        left = min(tensors, default="nothing")
+        raise UserError(
+            f"{folder} adapts {left}, which is no linear layer that stands alone in {config.model_type} here; merge "
+            "the adapter into its model with peft, and name the merged folder"
+        )
     return lora, adapters
 
 
