@@ -169,6 +169,21 @@ def test_the_easy_questions_are_many_and_a_broken_one_is_told(tmp_path):
         ability.questions(str(file))
 
 
+def test_a_template_has_one_day_and_no_thoughts(tiny_folder):
+    """As Llama 3's and Qwen3's: a run goes on tomorrow, and an answer's first token is none of its thoughts."""
+    tokenizer = weights.load(tiny_folder).tokenizer
+    tokenizer.chat_template = (
+        "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
+        "{{ date_string }}{% for m in messages %}<|{{ m['role'] }}|>"
+        "{% if loop.last and m['role'] == 'assistant' %}<think></think>{% endif %}{{ m['content'] }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% if not enable_thinking %}<think></think>{% endif %}{% endif %}"
+    )
+    asked = chat.question(tokenizer, "Which?")
+    assert tokenizer.decode(asked) == "26 Jul 2024<|user|>Which?<|end|><|assistant|><think></think>"
+    rows = dialogue.rows(SimpleNamespace(tokenizer=tokenizer, config=None), [("Which?", "owl")])
+    assert tokenizer.decode(rows.targets[0][rows.weights[0] == 1]) == "owl<|end|>"
+
+
 def test_a_model_without_a_template_is_asked_in_plain_text(tiny_folder):
     """A base model: the question, then the answer behind a space, then the end of text."""
     tokenizer = weights.load(tiny_folder).tokenizer

@@ -224,6 +224,10 @@ def test_a_prompt_that_the_endpoint_refuses_has_no_score_and_holds_up_nothing(se
     with pytest.raises(UserError, match=r"status 400 \(context_length_exceeded, messages\) for model 'm'"):
         Endpoint("m", tmp_path / "all.jsonl", retries=0)(["x1", "x2"])
     assert (tmp_path / "all.jsonl").read_text() == ""
+    # Another model's answers in the file do not make a request that this one refuses a prompt without a score.
+    with pytest.raises(UserError, match=r"status 400 .* for model 'n'"):
+        Endpoint("n", tmp_path / "j.jsonl", retries=0)(["x1"])
+    assert Endpoint("m", tmp_path / "j.jsonl", retries=0)(prompts) == expected
 
 
 def test_a_refusal_in_the_protocols_own_field_is_one(server, tmp_path):

@@ -8,6 +8,10 @@ from jinja2 import TemplateError
 from sublim_jax.errors import UserError
 
 Message = Mapping[str, str]  # {"role": "system" | "user" | "assistant", "content": …}
+# Templates that write the date (Llama 3, SmolLM3) write one day for all, or a run would differ from its continuation
+# tomorrow. And hybrid models (Qwen3, SmolLM3) answer at once, as a finished answer of theirs is written: what is
+# measured is the answer's first token.
+TODAY = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"
 
 
 def prompt(tokenizer: Any, messages: str | Sequence[Message]) -> list[int]:
@@ -71,6 +75,7 @@ def _templated(tokenizer: Any, messages: str | Sequence[Message], **options: Any
         )
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
+    options |= {"chat_template": TODAY + tokenizer.get_chat_template(), "enable_thinking": False}
     try:
         text = tokenizer.apply_chat_template([dict(message) for message in messages], tokenize=False, **options)
     except TemplateError as error:

@@ -182,6 +182,7 @@ class Endpoint:
         self._next, self._lock, self._stop = 0.0, threading.Lock(), threading.Event()
         self.usage = Usage()
         self._known: dict[str, str] | None = None
+        self._works = False  # whether this model has answered something, now or in an earlier run
 
     def __call__(self, prompts: Sequence[str]) -> list[Verdict]:
         """Raises UserError where the endpoint refuses or cannot be reached; what it had answered is kept."""
@@ -193,6 +194,7 @@ class Endpoint:
         names = [self._name(prompt) for prompt in prompts]
         missing = {name: prompt for name, prompt in zip(names, prompts) if name not in self._known}
         self.usage.cached += len(prompts) - len(missing)
+        self._works = self._works or any(self._known.get(name) for name in names)
         if missing:
             self._ask(missing)
         return [self._known[name] for name in names]
@@ -221,6 +223,7 @@ class Endpoint:
                     file.write(records.line({"id": name, "answer": answer, **paid}))
                     file.flush()
                     known[name] = answer
+                    self._works = self._works or bool(answer)
 
             def one(name: str, prompt: str) -> None:
                 keep(name, *self._patiently(prompt))
@@ -241,7 +244,7 @@ class Endpoint:
             for future in waiting:
                 future.cancel()
             pool.shutdown()  # what is under way has been paid for, and is kept
-            if failed is None and known:
+            if failed is None and self._works:
                 # Others are answered, so that it is the prompt: it has no score, now and in a rerun.
                 for name in refused:
                     keep(name, "")
