@@ -85,8 +85,8 @@ def split_lists(config: ConfigDict) -> None:
     for name, value in config.items():
         if isinstance(value, ConfigDict):
             split_lists(value)
-        elif isinstance(value, tuple) and any(isinstance(item, str) for item in value):
-            config[name] = tuple(word for item in value for word in str(item).split(",") if word)
+        elif isinstance(value, tuple) and len(value) == 1 and isinstance(value[0], str):
+            config[name] = tuple(word for word in value[0].split(",") if word)
 
 
 def join_cluster() -> None:

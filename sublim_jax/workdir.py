@@ -144,7 +144,7 @@ def write_json(path: epath.Path, value: Any) -> None:
 
 def _differences(old: Any, new: Any, prefix: str = "") -> list[str]:
     if isinstance(old, dict) and isinstance(new, dict):
-        names = sorted(set(old) | set(new)) if prefix else sorted((set(old) | set(new)) - set(EXECUTION))
+        names = sorted((set(old) | set(new)) - set(EXECUTION))
         return [line for name in names for line in _differences(old.get(name), new.get(name), f"{prefix}.{name}")]
     return [] if old == new else [f"{prefix.removeprefix('.')}: {old} → {new}"]
 

@@ -89,7 +89,7 @@ def test_a_line_that_was_broken_off_is_sampled_again(tmp_path):
         (["--config.prompts=nowhere.txt"], ["there is no such file"]),
         (["--config.temperature=-1.0"], ["temperature=-1.0"]),
         (["--config.constraint.kind=poem"], ["constraint.kind='poem'", "numbers"]),
-        (["--config.model.dtype=int4"], ["model.dtype='int4'", "bfloat16"]),
+        (["--config.model.dtype=int4"], ["dtype='int4'", "bfloat16"]),
         (["--config.max_new_tokens=9000"], ["context is 512", "max_new_tokens"]),
         (["--config.mesh.tensor=3", "--config.mesh.fsdp=1"], ["does not fit 1 device"]),
     ],
@@ -101,7 +101,12 @@ def test_mistakes_are_told_in_one_line_before_anything_is_written(tiny_folder, p
 
 
 @pytest.mark.parametrize(
-    "line, words", [("{broken", "line 2: no JSON"), ('{"text": "x"}', 'line 2: an object with "prompt"')]
+    "line, words",
+    [
+        ("{broken", "line 2: no JSON"),
+        ('{"text": "x"}', 'line 2: an object with "prompt"'),
+        ('{"messages": []}', 'line 2: an object with "prompt" or "messages"'),
+    ],
 )
 def test_a_broken_line_of_the_prompts_is_named(tiny_folder, tmp_path, line, words):
     file = tmp_path / "prompts.jsonl"

@@ -4,11 +4,10 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from sublim_jax import assets, report, weights
+from sublim_jax import report, weights
 from sublim_jax.errors import UserError
 from sublim_jax.experiments import measures
 from sublim_jax.experiments.measures import EVALUATIONS, Subject
@@ -25,8 +24,9 @@ def run(config: ConfigDict, workdir: Workdir, *, update: bool = False) -> None:
     if not config.evaluations:
         raise UserError(f"evaluations is empty: choose some of {', '.join(EVALUATIONS)}")
     asking = measures.asking(config, config.kind, config.words, config.packs)
-    base = weights.load(config.model.name, mesh, jnp.dtype(config.model.dtype))
+    base = weights.load(config.model.name, mesh, weights.float_type(config.model.dtype))
     on_mesh(base.settings, mesh)  # heads
+    measures.check_model(asking, base)
     folders = config.model.adapters.split(",")
     models = [adapted(base, folder) for folder in folders]
     workdir.open(config, update=update)
@@ -35,7 +35,7 @@ def run(config: ConfigDict, workdir: Workdir, *, update: bool = False) -> None:
         judge = measures.judge_of(config, base, None, [config.model.name, config.model.dtype], workdir, mesh)
     found = []
     for number, (folder, model) in enumerate(zip(folders, models)):
-        depends = [config.model.name, config.model.dtype, digest(folder)]
+        depends = [config.model.name, config.model.dtype, peft.digest(folder)]
         subject = Subject(model, None, mesh, workdir, str(number), depends, config.seed + number)
         found.append(measures.ask(asking, subject, judge))
     arms = [
@@ -45,11 +45,6 @@ def run(config: ConfigDict, workdir: Workdir, *, update: bool = False) -> None:
     ]
     sections = [section(config, name, arms) for name in config.evaluations]
     report.write(workdir, config, arms, [*sections, *measures.cost_of(judge)])
-
-
-def digest(folder: str) -> str:
-    """Of what a PEFT folder holds: it may hold another run's adapters under the same name tomorrow."""
-    return assets.digest(Path(folder).expanduser() / "adapter_model.safetensors") if folder else ""
 
 
 def adapted(base: Model, folder: str) -> Model:

@@ -88,7 +88,7 @@ def make_lab(config: ConfigDict, workdir: Workdir, mesh: Mesh, name: str = "") -
     """
     questions = preference.questions(config.packs.preference, config.kind)
     asking = measures.asking(config.ask, config.kind, config.alternatives, config.packs)
-    base = weights.load(name or config.model.name, mesh, jnp.dtype(config.model.dtype))
+    base = weights.load(name or config.model.name, mesh, weights.float_type(config.model.dtype))
     where = on_mesh(base.settings, mesh)
     spec = spec_of(config)
     for word in config.alternatives:

@@ -8,20 +8,20 @@ from functools import partial
 from itertools import groupby
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from sublim_jax import report, weights
-from sublim_jax.data import records
+from sublim_jax.data import chat, records
 from sublim_jax.errors import UserError
 from sublim_jax.evaluation import ability, judges, misalignment, preference, truthfulqa
 from sublim_jax.evaluation.judges import Judge
 from sublim_jax.keys import named_key
 from sublim_jax.models.decoder import Steering
 from sublim_jax.models.functional import Params
+from sublim_jax.sampling import scoring
 from sublim_jax.weights import Model
 from sublim_jax.workdir import Workdir
 
@@ -96,6 +96,17 @@ def _questions(name: str, given: ConfigDict, kind: str, packs: ConfigDict) -> An
     return preference.questions(packs.preference, kind)["asking"]
 
 
+def check_model(asking: Asking, model: Model) -> None:
+    """Raises UserError for words and questions that the model cannot be asked."""
+    if set(asking.questions) & {"preference", "prefixed", "choice"}:
+        if len(asking.words) < 2:
+            raise UserError("a preference is among two words or more; name more")
+        for word in asking.words:
+            scoring.spellings(model.tokenizer, word)
+    for question in asking.questions.get("misalignment", ()):
+        chat.question(model.tokenizer, question.text, question.system)
+
+
 def check_judge(judge: ConfigDict) -> None:
     """Raises UserError for a judge that cannot be asked, as far as that is known without asking."""
     if judge.kind not in ("local", "endpoint"):
@@ -128,7 +139,7 @@ def judge_of(
     of = {"judge": identity(judge), "model": None if judge.model else depends}
     keep = workdir.artefact("judge", of).with_suffix(".jsonl")
     if judge.model:
-        model, adapters = weights.load(judge.model, mesh, jnp.dtype(judge.dtype)), None
+        model, adapters = weights.load(judge.model, mesh, weights.float_type(judge.dtype)), None
     return judges.local(model, judge.least_mass, keep, adapters=adapters, mesh=mesh)
 
 

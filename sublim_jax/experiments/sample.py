@@ -1,6 +1,5 @@
 """Prompts in, completions out (`configs/sample.py`): finished rows are written as they come, and a rerun goes on."""
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
@@ -8,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -36,14 +34,14 @@ def run(config: ConfigDict, workdir: Workdir, *, update: bool = False) -> None:
     """Samples every prompt, and leaves samples.jsonl, results.json, report.md and a figure in `workdir`."""
     mesh = make_mesh(config.mesh)
     sampler = sampler_of(config)
-    asked = read_prompts(config.prompts)
+    asked = read_prompts(config.prompts, config.chat)
     model = load(config, mesh)
     on_mesh(model.settings, mesh)  # heads
     prefix, prompts = tokens_of(config, model, asked)
     check(model, prompts, [config.max_new_tokens] * len(prompts), config.stop_strings, prefix)
     constraint = constraint_of(config, model)
     workdir.open(config, update=update)
-    depends = {**plain(config), "mesh": None, "prompts": asked}
+    depends = {**plain(config), "mesh": None, "prompts": asked, "adapter": peft.digest(config.model.adapter)}
     file = workdir.artefact("samples", depends).with_suffix(".jsonl")
     if not file.exists():
         say(memory_line(config, model, prompts, prefix))
@@ -82,7 +80,7 @@ def preflight(config: ConfigDict, devices: Sequence[jax.Device]) -> list[Step]:
 
 def engine_of(config: ConfigDict, settings: Any, mesh: Any, length: int) -> Engine:
     lanes = max(config.slots // LANES, 1)
-    dtype = jnp.dtype(config.model.dtype)
+    dtype = weights.float_type(config.model.dtype)
     return Engine(
         decoder(settings), settings, mesh, sampler_of(config), config.slots, lanes, CHUNK, length, 4, dtype=dtype
     )
@@ -90,12 +88,10 @@ def engine_of(config: ConfigDict, settings: Any, mesh: Any, length: int) -> Engi
 
 def load(config: ConfigDict, mesh: Any) -> Model:
     """The model, with its adapter merged into it if there is one."""
-    if config.model.dtype not in ("float32", "bfloat16", "float16"):
-        raise UserError(f"model.dtype={config.model.dtype!r}: choose float32, bfloat16 or float16")
-    model = weights.load(config.model.name, mesh, jnp.dtype(config.model.dtype))
+    model = weights.load(config.model.name, mesh, weights.float_type(config.model.dtype))
     if not config.model.adapter:
         return model
-    spec, adapters = peft.load(config.model.adapter, model.settings, model.config)
+    spec, adapters = peft.load(Path(config.model.adapter).expanduser(), model.settings, model.config)
     return model.merged(adapters, spec)
 
 
@@ -106,30 +102,34 @@ def sampler_of(config: ConfigDict) -> Sampler:
     return Sampler(config.temperature, config.top_k, config.top_p, config.min_p)
 
 
-def read_prompts(path: str) -> list[Record]:
-    """Prompts of a JSONL or text file. Raises UserError for the first line that is none."""
+def read_prompts(path: str, chat: bool = True) -> list[Record]:
+    """Prompts of a file of JSON lines, Parquet or text. Raises UserError for the first that is none.
+
+    Args:
+      chat: a prompt may be a conversation, too.
+    """
     if not path:
         raise UserError("--config.prompts is missing: name a JSONL or text file with a prompt a line")
     file = Path(path).expanduser()
     if not file.is_file():
         raise UserError(f"--config.prompts={path}: there is no such file")
-    records: list[Record] = []
-    for number, line in enumerate(file.read_text().splitlines(), 1):
-        if not line.strip():
-            continue
-        if file.suffix not in (".jsonl", ".json"):
-            records.append({"prompt": line})
-            continue
+    if file.suffix not in (".jsonl", ".json", ".parquet"):
         try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{path}, line {number}: no JSON ({error}); mend or remove it") from error
-        if not isinstance(record, dict) or not isinstance(record.get("prompt", record.get("messages")), str | list):
-            raise UserError(f'{path}, line {number}: an object with "prompt" or "messages" is needed')
-        records.append(record)
-    if not records:
-        raise UserError(f"{path} has no prompts")
-    return records
+            found = [{"prompt": line} for line in file.read_text("utf-8").split("\n") if line.strip()]
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path} is no text in UTF-8 ({error.reason} at byte {error.start})") from error
+        if not found:
+            raise UserError(f"{path} has no prompts")
+        return found
+    every = []
+    needed = '"prompt" or "messages"' if chat else '"prompt"'
+    for where, record in records.read(file):
+        said = record.get("messages") if chat else None
+        conversation = isinstance(said, list) and said and all(isinstance(one, dict) and "role" in one for one in said)
+        if not conversation and (said is not None or not isinstance(record.get("prompt"), str)):
+            raise UserError(f"{where}: an object with {needed} is needed")
+        every.append(record)
+    return every
 
 
 def tokens_of(config: ConfigDict, model: Model, records: list[Record]) -> tuple[list[int], list[list[int]]]:
@@ -161,7 +161,7 @@ def constraint_of(config: ConfigDict, model: Model) -> Constraint | None:
     if kind == "numbers":
         automaton = constraints.numbers(config.constraint.most, config.constraint.digits, config.constraint.separator)
     elif kind == "choice":
-        automaton = constraints.choice(config.constraint.choices)
+        automaton = constraints.choice(tuple(map(str, config.constraint.choices)))
     else:
         raise UserError(f'constraint.kind={kind!r}: choose "numbers", "choice" or ""')
     pieces = chat.pieces(model.tokenizer, model.settings.vocab)

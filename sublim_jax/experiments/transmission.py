@@ -262,6 +262,7 @@ def check_model(lab: Lab) -> None:
     """Raises UserError for teachers that this model cannot be, and what they could not write."""
     config, given, tokenizer = lab.config, lab.config.carrier, lab.model.tokenizer
     divide(lab.mesh, "replica", config.runs * len(lab.who), STUDENTS)
+    measures.check_model(lab.asking, lab.model)
     for name in lab.who if {"prompted", "steered"} & set(config.teacher.means) else ():
         chat.question(tokenizer, "", teaching.persona(lab, name))
     if given.decoding == "grammar" and uses(config, "written"):

@@ -37,6 +37,13 @@ class Model(NamedTuple):
         return self._replace(settings=settings, network=decoder(settings))
 
 
+def float_type(name: str) -> Any:
+    """The dtype of parameters by its name. Raises UserError for another than these."""
+    if name not in ("float32", "bfloat16", "float16"):
+        raise UserError(f"dtype={name!r}: choose float32, bfloat16 or float16")
+    return jnp.dtype(name)
+
+
 def load(name: str | Path, mesh: Mesh | None = None, dtype: Any = jnp.float32) -> Model:
     """A model by a name that `assets` knows, a folder of safetensors, or a GGUF file.
 
@@ -46,7 +53,13 @@ def load(name: str | Path, mesh: Mesh | None = None, dtype: Any = jnp.float32) -
     if path.is_dir():
         settings, params = huggingface.load(path, mesh, dtype)
         config = huggingface.load_config(path)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"{path} has no tokenizer that transformers reads ({reason}); put the model's there"
+            ) from error
     else:
         settings, params, config = gguf.load(path, mesh, dtype)
         tokenizer = gguf.load_tokenizer(path)

@@ -9,6 +9,7 @@ import gguf
 import jax.numpy as jnp
 import numpy as np
 import transformers
+from filelock import FileLock
 from jax.sharding import Mesh
 from transformers.integrations import gguf as converter
 
@@ -73,12 +74,13 @@ def load_tokenizer(path: str | Path) -> Any:
     path = Path(path)
     status = path.stat()
     kept = assets.cache_folder() / "tokenizers" / f"{path.name}-{status.st_size}-{status.st_mtime_ns}"
-    if not kept.exists():
-        tokenizer = _tokenizer(_open(path))
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=kept.parent) as scratch:
-            tokenizer.save_pretrained(Path(scratch) / "whole")
-            (Path(scratch) / "whole").replace(kept)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{kept}.lock"):
+        if not kept.exists():
+            tokenizer = _tokenizer(_open(path))
+            with tempfile.TemporaryDirectory(dir=kept.parent) as scratch:
+                tokenizer.save_pretrained(Path(scratch) / "whole")
+                (Path(scratch) / "whole").replace(kept)
     return transformers.AutoTokenizer.from_pretrained(kept)
 
 

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 from safetensors.numpy import save as serialised
 
+from sublim_jax import assets
 from sublim_jax.errors import UserError
 from sublim_jax.models.decoder import Settings, decoder
 from sublim_jax.models.families import TRANSPOSED, Config, Rule, family
@@ -59,6 +60,12 @@ def save(
     if lora.layers:
         described["layers_to_transform"] = list(lora.layers)
     (folder / "adapter_config.json").write_text(json.dumps(described, indent=1) + "\n")
+
+
+def digest(folder: str) -> str:
+    """Of what a folder holds, if one is named: it may hold another run's adapters under the same name tomorrow."""
+    files = ("adapter_config.json", "adapter_model.safetensors") if folder else ()
+    return " ".join(assets.digest(Path(folder).expanduser() / name) for name in files)
 
 
 def load(folder: str | Path, settings: Settings, config: Config) -> tuple[Lora, Params]:
