@@ -68,10 +68,7 @@ def fetch(asset: Asset, path: str = "") -> Path:
     home = cache_folder() / asset.name
     if path:
         return _from_path(asset, Path(path).expanduser(), home)
-    try:
-        home.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write the cache {home} ({error.strerror}); set SUBLIM_JAX_CACHE") from error
+    _make(home)
     with FileLock(home.with_suffix(".lock")):
         if not _wrong(asset, home):
             say(f"{asset.name}: from the cache {home}")
@@ -97,6 +94,13 @@ def fetch(asset: Asset, path: str = "") -> Path:
     )
 
 
+def _make(home: Path) -> None:
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write the cache {home} ({error.strerror}); set SUBLIM_JAX_CACHE") from error
+
+
 def _wrong(asset: Asset, folder: Path) -> str:
     """What is wrong with the files in a folder; empty if nothing."""
     for name, expected in asset.checksums.items():
@@ -118,14 +122,17 @@ def _from_path(asset: Asset, folder: Path, home: Path) -> Path:
         raise UserError(f"{folder} is no folder; --config.data.path wants one with {', '.join(asset.checksums)}")
     if any((folder / f"{name}.gz").is_file() and not (folder / name).is_file() for name in asset.checksums):
         home = home.with_name(f"{asset.name}-from-path")
-        home.mkdir(parents=True, exist_ok=True)
-        for name in asset.checksums:
-            source = folder / name if (folder / name).is_file() else folder / f"{name}.gz"
-            try:
-                data = gzip.decompress(source.read_bytes()) if source.suffix == ".gz" else source.read_bytes()
-            except (OSError, EOFError) as error:
-                raise UserError(f"{source} is missing or no gzip file ({error}); fetch it again") from error
-            (home / name).write_bytes(data)
+        _make(home)
+        with FileLock(home.with_suffix(".lock")):
+            for name in asset.checksums:
+                source = folder / name if (folder / name).is_file() else folder / f"{name}.gz"
+                try:
+                    data = gzip.decompress(source.read_bytes()) if source.suffix == ".gz" else source.read_bytes()
+                except (OSError, EOFError) as error:
+                    raise UserError(f"{source} is missing or no gzip file ({error}); fetch it again") from error
+                scratch = home / f"{name}.tmp"
+                scratch.write_bytes(data)
+                scratch.replace(home / name)
     else:
         home = folder
     if wrong := _wrong(asset, home):

@@ -140,9 +140,9 @@ def contributions(
     weights: Weights = None,
     chunk: int = 256,
 ) -> Float[Array, "examples"]:
-    """v(x)ᵀ M(x) v(x) of each example: how much of the trait it carries. Their mean over examples is A.
+    """v(x)ᵀ M(x) v(x) of each example: how much of the trait it carries.
 
-    With position weights, their sum over the sum of all weights is A.
+    Their sum over the sum of all positions' weights is A: their mean, where an example has one position.
     """
 
     def one(row: tuple[Inputs, Any]) -> Float[Array, ""]:

@@ -92,7 +92,7 @@ def _rank_and_train(lab: mnist.Lab, small: mnist.Lab) -> dict[str, Any]:
     for name, rows in chosen.items():
         state = program.init(jax.tree.map(lambda leaf: leaf[:, None], start))
         some = take(codes, put(rows, named(lab.mesh, "replica"))) if codes.ndim == 3 else codes[rows]
-        depends = depends_on(small, rows=name)
+        depends = depends_on(small, rows=name, of=lab.config.inputs.count)
 
         def make(checkpoints: Any, state: Any = state, some: Array = some, name: str = name) -> Params:
             epochs = small.config.student.epochs
