@@ -194,6 +194,9 @@ def test_a_second_run_computes_nothing_and_a_changed_part_redoes_what_it_touches
     assert trained == []
     mnist.accuracies(lab_of(tiny(student__learning_rate=1e-3)))
     assert len(trained) == 4 and not any("teacher" in what for what in trained)
+    trained.clear()
+    mnist.accuracies(lab_of(tiny(teacher__activation="tanh")))
+    assert len(trained) == 5  # clones too: they imitate the reference, as that activation has it
 
 
 def test_a_sweep_is_one_config_for_each_value():
