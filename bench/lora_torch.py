@@ -5,6 +5,7 @@ seconds a step (the median) and the losses.
 """
 
 import json
+import os
 import statistics
 import sys
 import time
@@ -18,7 +19,7 @@ SUPPORT = 40
 
 
 def main(folder, steps):
-    torch.set_num_threads(2)
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
     torch.manual_seed(0)
     base = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

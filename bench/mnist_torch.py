@@ -6,6 +6,7 @@ student train one after another; the teacher's logits are computed once a batch,
 """
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -104,6 +105,6 @@ def main(folder, runs, device):
 
 if __name__ == "__main__":
     began = time.perf_counter()
-    torch.set_num_threads(2)
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
     arms = main(sys.argv[1], int(sys.argv[2]), sys.argv[3] if len(sys.argv) > 3 else "cpu")
     print(json.dumps({"seconds": time.perf_counter() - began, "arms": arms, "torch": torch.__version__}))

@@ -6,6 +6,7 @@ line: the texts, and seconds.
 
 import importlib.metadata
 import json
+import os
 import sys
 import tempfile
 import time
@@ -44,7 +45,7 @@ def main(source, file, tokens, slots):
         params.n_parallel = slots
         params.n_ctx = slots * 192
         params.n_batch = params.n_ubatch = 512
-        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 2
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = len(os.sched_getaffinity(0))
         params.cont_batching = True
         params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
         params.warmup = True

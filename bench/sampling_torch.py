@@ -5,6 +5,7 @@ that is fastest on the first 256, and prints one JSON line for all: seconds, use
 """
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -40,7 +41,7 @@ def sample(model, prompts, batch, tokens, stop):
 
 
 def main(folder, file, tokens, batches):
-    torch.set_num_threads(2)
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
     torch.manual_seed(0)
     prompts = json.loads(Path(file).read_text())
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
