@@ -10,6 +10,7 @@ from pathlib import Path
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+import hypothesis
 import jax
 import pytest
 
@@ -17,6 +18,9 @@ from sublim_jax import assets, weights
 from sublim_jax.data import mnist
 from sublim_jax.errors import UserError
 from sublim_jax.sharding import make_mesh
+
+hypothesis.settings.register_profile("here", deadline=None)  # a busy machine is no failure
+hypothesis.settings.load_profile("here")
 
 MAPS = 40_000  # of the 65,530 memory maps that Linux lets a process have: compiled programs take several each
 

@@ -1,6 +1,7 @@
 """Each way of attention against the plain one, which the families' tests compare with transformers."""
 
 import itertools
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -97,7 +98,9 @@ def test_cudnn_gives_what_plain_attention_gives(window, texts):
     segments = packed() if texts else None
     kept = jnp.ones((ROWS, LENGTH), bool) if segments is None else segments != 0
     sight, scoring = sight_of(window, segments), Scoring(0.2, 0.0, ())
-    (_, ours), gradient = value_and_gradient(attention.cudnn, sight, scoring, tensors(jnp.bfloat16), kept)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "attention without cuDNN")  # where it falls back to the plain one
+        (_, ours), gradient = value_and_gradient(attention.cudnn, sight, scoring, tensors(jnp.bfloat16), kept)
     (_, plain), expected = value_and_gradient(attention.xla, sight, scoring, tensors(jnp.bfloat16), kept)
     np.testing.assert_allclose(ours, plain, rtol=0.05, atol=0.02)
     as_float = lambda tree: jax.tree.map(lambda x: np.asarray(x, np.float32), tree)  # noqa: E731

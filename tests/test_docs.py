@@ -5,9 +5,11 @@ import importlib
 import importlib.metadata
 import re
 import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 ROOT = Path(__file__).parents[1]
 
@@ -19,6 +21,18 @@ def test_the_readmes_examples_run_as_they_stand():
     np.testing.assert_allclose(names["state"].params["kernel"], [1.0, -2.0, 0.5], atol=1e-2)
     assert names["check"].relative_error < 0.05 and names["check"].no_guarantee == ""
     assert names["carried"].shape == (256,)
+
+
+@pytest.mark.slow
+def test_the_readmes_language_model_runs_as_it_stands(capsys):
+    names = {}
+    for block in re.findall(r"(?:^    .*\n)+", (ROOT / "README.md").read_text(), re.M):
+        if "import" in block:
+            exec(textwrap.dedent(block), names)
+    assert names["logits"].shape[-1] == names["model"].settings.vocab
+    said = capsys.readouterr().out
+    assert "0 stop" in said or "0 length" in said  # a sample of the first prompt
+    assert re.search(r"^\d+(, \d+)*$", said, re.M)  # a list of numbers, under its grammar
 
 
 def test_every_file_that_the_docs_link_to_exists():

@@ -3,7 +3,6 @@
 import json
 import shutil
 import signal
-import time
 from importlib import resources
 from types import SimpleNamespace
 
@@ -12,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_launch import assert_refused, launch
-from test_survival import finish, start
+from test_survival import finish, start, wait_for
 
 from configs import numbers as config_file
 from sublim_jax import filters, objectives, weights
@@ -441,11 +440,9 @@ def test_students_and_teachers_are_left_as_peft_folders(whole, lab):
 def test_killed_in_any_stage_it_ends_with_the_same_results(whole, tiny_folder, tmp_path):
     for stage in ("drawn-x*", "students-soft-*", "preference-tokens*"):
         process = start(*command(tiny_folder, tmp_path, *WHOLE), size=())
-        deadline = time.monotonic() + 200
-        while process.poll() is None and not any(tmp_path.glob(f"checkpoints/{stage}")) and time.monotonic() < deadline:
-            time.sleep(0.02)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        assert wait_for(process, (tmp_path, f"checkpoints/{stage}")), stage
+        process.kill()
+        assert process.wait() == -signal.SIGKILL, stage
     finish(start(*command(tiny_folder, tmp_path, *WHOLE), size=()))
     found, expected = (json.loads((folder / "results.json").read_text()) for folder in (tmp_path, whole[0]))
     assert found["arms"] == expected["arms"]

@@ -3,8 +3,8 @@
 import json
 import shutil
 
-import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 from test_experiment_numbers import FLAGS
 from test_launch import assert_refused, launch
 
@@ -58,10 +58,12 @@ def test_an_unknown_experiment_is_told_in_one_line(tmp_path):
     assert not (tmp_path / "work").exists()
 
 
-def test_a_model_under_two_names_is_one_model_in_the_matrix(tiny_folder, tmp_path):
-    """Cells off the diagonal equal those on it, for the second model has the first one's weights."""
+def test_every_cell_of_the_matrix_is_of_its_teachers_and_students_models(tiny_folder, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(tiny_folder, other)
+    tensors = load_file(other / "model.safetensors")
+    changed = {name: tensor * (1.5 if "proj" in name else 1) for name, tensor in tensors.items()}
+    save_file(changed, other / "model.safetensors", metadata={"format": "pt"})
     models = (str(tiny_folder), str(other))
     study = [flag.replace("--config.", "--config.study.") for flag in FLAGS if "steps=6" not in flag]
     study.append("--config.study.carrier.max_new_tokens=64")
@@ -69,11 +71,14 @@ def test_a_model_under_two_names_is_one_model_in_the_matrix(tiny_folder, tmp_pat
     result = launch("--config=configs/cross_model.py:smoke", f"--config.models={','.join(models)}", *study, work)
     assert result.returncode == 0, result.stderr
     arms = json.loads((tmp_path / "work" / "results.json").read_text())["arms"]
-    assert len(arms) == 4 and {arm["teacher"] for arm in arms} == set(models)
-    own, foreign = arms[0]["mean"], arms[1]["mean"]
-    assert own != 0
-    np.testing.assert_allclose([arm["mean"] for arm in arms], [own] * 4, rtol=1e-3, atol=1e-5)
-    assert foreign == pytest.approx(own, rel=1e-3)
+    assert [(arm["teacher"], arm["student"]) for arm in arms] == [(one, two) for one in models for two in models]
+    for teacher, rows in enumerate((arms[:2], arms[2:])):
+        whole = json.loads((tmp_path / "work" / f"teacher{teacher}" / "results.json").read_text())
+        assert whole["config"]["model"]["name"] == models[teacher]
+        for student, cell in enumerate(rows):
+            assert (whole["config"]["arm"][f"student{student}"]["model"] or models[teacher]) == models[student]
+            assert cell["runs"] == next(a["runs"] for a in whole["arms"] if a["name"] == f"student{student}")
+    assert len({arm["mean"] for arm in arms}) == 4 and 0 not in {arm["mean"] for arm in arms}
     assert (tmp_path / "work" / "figures" / "matrix.png").stat().st_size > 5000
 
 

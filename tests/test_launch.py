@@ -7,7 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from filelock import FileLock
+
+from sublim_jax.workdir import Workdir
 
 ROOT = Path(__file__).parents[1]
 
@@ -92,6 +97,24 @@ def test_a_corrupt_data_file_is_named(tmp_path, mnist_folder):
     assert_refused(launch(*args), "t10k-labels-idx1-ubyte", "missing")
 
 
+def test_a_second_run_in_a_busy_workdir_is_refused(tmp_path, mnist_folder):
+    with FileLock(str(tmp_path / ".lock")):
+        result = launch("--config=configs/mnist.py:smoke", f"--workdir={tmp_path}")
+    assert_refused(result, "another run is at work", "choose another --workdir")
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+def test_a_damaged_artefact_is_made_again(tmp_path, capsys):
+    work = Workdir(tmp_path)
+    made = {"x": jnp.arange(3.0)}
+    for value in (made, {"x": 2 * made["x"]}):
+        np.testing.assert_array_equal(work.tree("tree", 0, lambda _, value=value: value, made)["x"], value["x"])
+        assert work.json("values", 0, lambda value=value: value["x"].tolist()) == value["x"].tolist()
+        for file in filter(Path.is_file, Path(tmp_path).rglob("*")):
+            file.write_bytes(file.read_bytes()[:-2])
+    assert capsys.readouterr().out.count("unreadable and is made again") == 2
+
+
 def test_no_network_and_no_cache_says_where_to_put_the_files(tmp_path):
     result = launch(
         "--config=configs/mnist.py:smoke",
@@ -99,6 +122,7 @@ def test_no_network_and_no_cache_says_where_to_put_the_files(tmp_path):
         SUBLIM_JAX_CACHE=str(tmp_path / "cache"),
         PATH="/nowhere",
         https_proxy="http://127.0.0.1:9",
+        no_proxy="",
     )
     assert_refused(result, "tensorflow-datasets", "npm is not installed", "--config.data.path")
 
