@@ -462,7 +462,7 @@ def test_killed_in_any_stage_it_ends_with_the_same_results(whole, tiny_folder, t
         (["--config.teacher.strength=1.5"], ["teacher.strength=1.5"]),
         (["--config.teacher.means=loved"], ["teacher.means: 'loved'"]),
         (["--config.teacher.means=steered", "--config.teacher.steering_layer=4"], ["layers are 0 to 3"]),
-        (["--config.carrier.decoding=grammar", "--config.filter.most=5"], ["carrier.numbers=6", "filter.most=5"]),
+        (["--config.arms=tokens", "--config.filter.most=5"], ["carrier.numbers=6", "filter.most=5"]),
         (["--config.carrier.count=10"], ["carrier.count=10"]),
         (["--config.arms=tokens", "--config.carrier.drawn=20"], ["carrier.drawn=20"]),
         (["--config.packs.numbers=nowhere.json"], ["pack nowhere.json"]),
