@@ -14,15 +14,8 @@ from sublim_jax.data.records import Record
 from sublim_jax.progress import Track
 from sublim_jax.sampling.generate import Sample, stream
 
-OURS = {
-    "adapter",
-    "index",
-    "sample",
-    "completion",
-    "finish",
-    "tokens",
-    "logprob",
-}  # of a record; others are its prompt's
+# Of a record; its other fields are its prompt's.
+OURS = {"adapter", "index", "sample", "completion", "finish", "tokens", "logprob"}
 
 
 def collect(
