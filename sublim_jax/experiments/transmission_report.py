@@ -127,7 +127,7 @@ def effects_section(config: ConfigDict, effects: list[Arm]) -> report.Section:
                 f"{arm['permutation_p']:.3f}",
                 f"{arm['detectable_at_80_percent_power']:.2f}" if config.runs > 1 else "",
                 f"{covered['own']:+.3f} / {covered['others']:+.3f}" if covered else "",
-                "{:.2e} → {:.2e}".format(*arm["held_out"]) if arm["held_out"] else "",
+                "{:.3g} → {:.3g}".format(*arm["held_out"]) if arm["held_out"] else "",
                 "{:.2f} → {:.2f}".format(*arm["ability"]) if arm["ability"] else "",
             ]
         )
