@@ -7,13 +7,14 @@ along it too) and `tensor` (the width of a layer).
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Key, PyTree
 
 from sublim_jax.errors import UserError
 
@@ -145,6 +146,12 @@ def put(tree: Any, sharding: NamedSharding) -> Any:
         return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
 
     return jax.tree.map(place, tree)
+
+
+@partial(jax.jit, static_argnames="sharding")
+def place_key(key: Key[Array, "*shape"], sharding: NamedSharding) -> Key[Array, "*shape"]:
+    """Typed keys, equal on every process, as a global array. (`device_put` refuses them on a mesh of several.)"""
+    return jax.lax.with_sharding_constraint(key, sharding)
 
 
 def fetch(tree: Any) -> Any:

@@ -29,7 +29,7 @@ from sublim_jax.checkpoints import Checkpoints
 from sublim_jax.errors import Interrupted
 from sublim_jax.keys import fold_all
 from sublim_jax.progress import Track
-from sublim_jax.sharding import abstract, each_replica, named, parameter_shardings
+from sublim_jax.sharding import abstract, each_replica, named, parameter_shardings, place_key
 
 Total = tuple[Float[Array, "*replicas"], Float[Array, "*replicas"]]
 Metrics = dict[str, Total]
@@ -240,7 +240,7 @@ def fit(
     Raises:
       Interrupted: on SIGTERM or Ctrl-C, after saving.
     """
-    key = jax.jit(lambda key: key, out_shardings=named(program.mesh, *["replica"][: key.ndim]))(key)
+    key = place_key(key, named(program.mesh, *["replica"][: key.ndim]))
     store = Checkpoints(checkpoints) if checkpoints else None
     try:
         if store and (restored := store.restore(state)):

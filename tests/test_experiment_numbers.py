@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_launch import assert_refused, launch
-from test_survival import finish, start, wait_for
+from test_survival import finish, free_port, start, wait_for
 
 from configs import numbers as config_file
 from sublim_jax import filters, objectives, weights
@@ -446,6 +446,27 @@ def test_killed_in_any_stage_it_ends_with_the_same_results(whole, tiny_folder, t
     finish(start(*command(tiny_folder, tmp_path, *WHOLE), size=()))
     found, expected = (json.loads((folder / "results.json").read_text()) for folder in (tmp_path, whole[0]))
     assert found["arms"] == expected["arms"]
+
+
+def test_two_processes_give_what_one_gives(tiny_folder, tmp_path):
+    """Teachers, what they write, their logits, students and evaluations, rows split over both."""
+    parts = ["--config.arms=soft,tokens", "--config.ask.evaluations=answers", *ASKED[1:], "--config.student.steps=3"]
+    parts += ["--config.carrier.count=20", "--config.carrier.drawn=20", "--config.teacher.most_steps=4"]
+    finish(start(*command(tiny_folder, tmp_path / "one", *parts), size=()))
+    join = [f"--coordinator=127.0.0.1:{free_port()}", "--num_processes=2"]
+    both = [
+        start(*command(tiny_folder, tmp_path / "two", *parts, *join, f"--process_id={i}"), size=()) for i in range(2)
+    ]
+    for process in both:
+        finish(process)
+    one, two = (json.loads((tmp_path / name / "results.json").read_text())["arms"] for name in ("one", "two"))
+    assert [arm["name"] for arm in two] == [arm["name"] for arm in one]
+    for arm, expected in zip(two, one):
+        np.testing.assert_allclose(arm["runs"], expected["runs"], rtol=1e-3, atol=1e-4, err_msg=arm["name"])
+    for name in ("owl", "x", "neutral"):
+        rows = [tmp_path / folder / "data" / "run0" / f"numbers-{name}.jsonl" for folder in ("one", "two")]
+        found, expected = ([json.loads(line)["completion"] for line in file.open()] for file in rows)
+        assert found == expected
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from sublim_jax.models.decoder import Steering
 from sublim_jax.models.functional import Params
 from sublim_jax.progress import Track, say
 from sublim_jax.sampling import scoring
-from sublim_jax.sharding import named, put
+from sublim_jax.sharding import named, place_key, put
 from sublim_jax.training import ROWS, Program, Total, fit
 
 MEANS = {
@@ -102,7 +102,7 @@ def finetuned(lab: Lab, name: str, index: int, steps: int | None = None) -> tupl
 
     def make(checkpoints: epath.Path) -> tuple[Params, Array]:
         frozen = {"base": lab.model.params, "rows": rows}
-        key = jax.device_put(named_key(lab.seed, f"teacher {index}"), named(lab.mesh))
+        key = place_key(named_key(lab.seed, f"teacher {index}"), named(lab.mesh))
         now, reached = state, 0.0
         with Track(f"run {lab.run}, teacher {name}", most) as track:
             for step in range(1, most + 1):

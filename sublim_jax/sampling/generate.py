@@ -2,7 +2,6 @@
 
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +19,7 @@ from sublim_jax.models.functional import Params
 from sublim_jax.sampling.constraints import Constraint
 from sublim_jax.sampling.engine import DEVICES, NAN, Engine, Fixed, Prompts, compiled, place
 from sublim_jax.sampling.samplers import Sampler
-from sublim_jax.sharding import fetch, named, one_device
+from sublim_jax.sharding import fetch, named, one_device, place_key
 
 CHUNK = 16  # tokens of a prompt computed together
 LANES = 8  # a slot in so many is refilled at a time
@@ -148,7 +147,7 @@ def stream(
     # The longest first: those that end late begin early, and prompts of like length enter together.
     order = sorted(waiting, key=lambda row: (-len(prompts[row[1]]) - limits[row[1]], row))
     queues = [deque(row for row in order if row[0] == adapter) for adapter in range(stacked)]
-    key = _everywhere(key, mesh)
+    key = place_key(key, named(mesh))
     fixed = place(Fixed(model.params, adapters, None, steering, constraint), mesh)
     run = compiled(engine)
     if prefix:
@@ -275,11 +274,6 @@ def _prompts(
     keys = _row_keys(key, *jax.device_put(numbers, split))
     arrays = [jax.device_put(array, split) for array in (tokens, length, slot, limit)]
     return Prompts(arrays[0], arrays[1], arrays[2], arrays[3], keys)
-
-
-@partial(jax.jit, static_argnames="mesh")
-def _everywhere(key: Key[Array, ""], mesh: Mesh) -> Key[Array, ""]:
-    return jax.lax.with_sharding_constraint(key, named(mesh))
 
 
 @jax.jit
