@@ -7,7 +7,7 @@ along it too) and `tensor` (the width of a layer).
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -148,10 +148,14 @@ def put(tree: Any, sharding: NamedSharding) -> Any:
     return jax.tree.map(place, tree)
 
 
-@partial(jax.jit, static_argnames="sharding")
 def place_key(key: Key[Array, "*shape"], sharding: NamedSharding) -> Key[Array, "*shape"]:
     """Typed keys, equal on every process, as a global array. (`device_put` refuses them on a mesh of several.)"""
-    return jax.lax.with_sharding_constraint(key, sharding)
+    return _placing(sharding)(key)
+
+
+@lru_cache
+def _placing(sharding: NamedSharding) -> Callable[[Array], Array]:
+    return jax.jit(lambda key: key, out_shardings=sharding)
 
 
 def fetch(tree: Any) -> Any:

@@ -13,7 +13,7 @@ arrays with `get_state()` and `set_state(state)` (grain's protocol), each proces
 
 import dataclasses
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cached_property
 from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 import jax
@@ -64,7 +64,7 @@ def over_replicas(function: Callable[..., Any], axes: int) -> Callable[..., Any]
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What one update does; compiled once for all runs that share its shapes.
+    """What one update does; compiled once for all runs that share its shapes, for as long as the program lives.
 
     Attributes:
       loss: see the module's docstring; its `batch` and `key` are those of one micro-batch.
@@ -111,7 +111,7 @@ class Program:
         )
         stop = jax.ShapeDtypeStruct((), jnp.int32, sharding=named(self.mesh))
         shardings, structure = jax.tree.flatten(jax.tree.map(lambda leaf: leaf.sharding, state))
-        return _compiled(self, structure, tuple(shardings)).lower(state, frozen, None, key, stop)
+        return self._compiled(structure, tuple(shardings)).lower(state, frozen, None, key, stop)
 
     def shardings(self, state: TrainState) -> PyTree:
         """A `TrainState` of shardings; optimiser moments lie where their parameters lie."""
@@ -130,7 +130,21 @@ class Program:
     ) -> tuple[TrainState, dict[str, Array]]:
         """The state at step `stop`, and {metric: (steps_per_dispatch, *replicas)}. Compiled; donates `state`."""
         shardings, structure = jax.tree.flatten(jax.tree.map(lambda x: x.sharding, state))
-        return _compiled(self, structure, tuple(shardings))(state, frozen, rows, key, stop)
+        return self._compiled(structure, tuple(shardings))(state, frozen, rows, key, stop)
+
+    def _compiled(self, structure: Any, shardings: tuple[NamedSharding, ...]) -> Any:
+        """`_dispatch` with explicit output shardings: a state that comes back fits in again as it is."""
+        if (structure, shardings) not in self._programs:
+            out_shardings = (jax.tree.unflatten(structure, shardings), named(self.mesh))
+            self._programs[structure, shardings] = jax.jit(
+                self._dispatch, donate_argnums=(0,), out_shardings=out_shardings
+            )
+        return self._programs[structure, shardings]
+
+    # The loss holds a whole model: what is kept beyond the program's life would keep that too.
+    @cached_property
+    def _programs(self) -> dict[Any, Any]:
+        return {}
 
     # A loop with traced bounds: one compilation, and the same bits, however many steps a dispatch takes.
     def _dispatch(
@@ -201,13 +215,6 @@ class Program:
         return jax.tree.map(
             lambda *leaves: jax.make_array_from_process_local_data(sharding, np.stack(leaves)), *batches
         )
-
-
-@lru_cache
-def _compiled(program: Program, structure: Any, shardings: tuple[NamedSharding, ...]) -> Any:
-    """`program._dispatch` with explicit output shardings: a state that comes back fits in again as it is."""
-    out_shardings = (jax.tree.unflatten(structure, shardings), named(program.mesh))
-    return jax.jit(program._dispatch, donate_argnums=(0,), out_shardings=out_shardings)
 
 
 def fit(

@@ -1,8 +1,10 @@
 """A trait through numbers, on a tiny model: the parts against plain computations, the whole as a user runs it."""
 
+import gc
 import json
 import shutil
 import signal
+import weakref
 from importlib import resources
 from types import SimpleNamespace
 
@@ -124,6 +126,23 @@ def test_students_on_several_devices_are_those_on_one(lab, tiny_folder, tmp_path
         np.testing.assert_allclose(together["margin"], alone["margin"], rtol=1e-3, atol=1e-3)
         np.testing.assert_allclose(together["held_out"], alone["held_out"], rtol=1e-3)
     np.testing.assert_allclose(found[1].coverage, found[0].coverage, rtol=1e-3, atol=1e-4)
+
+
+def test_an_arm_that_is_done_holds_no_model(lab, tmp_path):
+    """Trained, scored, sampled and asked; the base that it read is let go of."""
+
+    def run():
+        base = lab.model._replace(params=jax.tree.map(jnp.copy, lab.model.params))
+        one = with_config(lab._replace(model=base), tmp_path, **{"student.steps": 2})
+        one.config.ask.update({"evaluations": ("answers",), "samples": 1, "most": 2})
+        one = one._replace(asking=measures.asking(one.config.ask, "animal", ["owl", "x"], one.config.packs))
+        students.students(one, "tokens", [run_of(one)])
+        carrier.draw(one, carrier.number_task(one), "owl", teachers_of(one)["owl"])
+        return weakref.ref(base.params["embedding"])
+
+    reference = run()
+    gc.collect()
+    assert reference() is None
 
 
 def test_a_student_of_another_family_reads_the_same_text_in_its_own_tokens(lab, tiny_folder, tmp_path):
@@ -438,7 +457,7 @@ def test_students_and_teachers_are_left_as_peft_folders(whole, lab):
 
 
 def test_killed_in_any_stage_it_ends_with_the_same_results(whole, tiny_folder, tmp_path):
-    for stage in ("drawn-x*", "students-soft-*", "preference-tokens*"):
+    for stage in ("students-soft-*", "drawn-x*", "preference-tokens*"):
         process = start(*command(tiny_folder, tmp_path, *WHOLE), size=())
         assert wait_for(process, (tmp_path, f"checkpoints/{stage}")), stage
         process.kill()

@@ -1,9 +1,11 @@
 """The loop, shown on a tiny transformer, a least-squares fit with a closed form, and stacked replicas."""
 
 import dataclasses
+import gc
 import os
 import shutil
 import signal
+import weakref
 from functools import partial
 
 import jax
@@ -14,7 +16,6 @@ import pytest
 from etils import epath
 from jax.sharding import PartitionSpec
 
-from sublim_jax import training
 from sublim_jax.errors import Interrupted
 from sublim_jax.models.functional import functions
 from sublim_jax.models.small import Transformer
@@ -132,7 +133,28 @@ def test_nothing_is_compiled_twice(mesh_of, axes):
     fit(program, start(program), steps=11, key=jax.random.key(0), iterator=Rows())
     fit(program, start(program, 1), steps=6, key=jax.random.key(1), iterator=Rows(seed=1))
     shardings, structure = jax.tree.flatten(jax.tree.map(lambda x: x.sharding, start(program)))
-    assert training._compiled(program, structure, tuple(shardings))._cache_size() == 1
+    assert program._compiled(structure, tuple(shardings))._cache_size() == 1
+
+
+def test_what_a_loss_holds_is_let_go_of_with_its_program(mesh_of):
+    """A whole model, in the studies: three arms in one process kept three of them."""
+
+    class Held:
+        base = jnp.ones((4, 4))
+
+    def run():
+        held = Held()
+
+        def loss(params, frozen, batch, key):
+            return (jnp.sum((params["w"] @ held.base) ** 2), jnp.float32(1)), {}
+
+        program = Program(loss, optax.adam(0.1), mesh_of(1), lambda frozen, key, index: jnp.zeros(1))
+        fit(program, program.init({"w": jnp.ones((2, 4))}), steps=2, key=jax.random.key(0))
+        return weakref.ref(held), weakref.ref(program)
+
+    references = run()
+    gc.collect()
+    assert [reference() for reference in references] == [None, None]
 
 
 def test_a_hidden_host_sync_is_refused(mesh_of):

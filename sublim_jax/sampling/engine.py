@@ -259,7 +259,7 @@ class Compiled(NamedTuple):
     advance: jax.stages.Wrapped  # (Fixed, State, steps) -> (State, Drawn); donates the state
 
 
-@lru_cache
+@lru_cache(maxsize=8)  # a study has some engines; programs of many would fill the host's memory
 def compiled(engine: Engine) -> Compiled:
     """An engine's functions on its mesh.
 

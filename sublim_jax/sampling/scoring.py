@@ -218,7 +218,7 @@ def _filled(
     return features(network, fixed, everywhere, cache, jnp.zeros((stacked, rows), jnp.int32))
 
 
-@lru_cache
+@lru_cache(maxsize=16)
 def _compiled(compute: Callable[..., Array], network: Functions, settings: Settings, stacked: int, mesh: Mesh) -> Any:
     return jax.jit(partial(compute, network, settings, stacked), out_shardings=named(mesh))
 
