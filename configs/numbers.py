@@ -251,6 +251,9 @@ def get_config(preset: str = "quick") -> ConfigDict:
     config.evaluate_every = 40  # steps
     config.checkpoint_every = 20
 
+    config.sampling = ConfigDict()  # how completions and answers are computed, not what they are, to rounding
+    config.sampling.slots = 64  # rows decoded together, for each device and each adapter
+    config.sampling.steps = 4  # tokens between two looks of the host
     config.remat = False  # recompute activations in the backward pass: for models that would not fit otherwise
 
     config.packs = ConfigDict()  # your own phrasings, as sublim_jax/data/packs/*.json

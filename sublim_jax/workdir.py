@@ -24,7 +24,7 @@ from sublim_jax.progress import say
 Tree = TypeVar("Tree")
 
 # How a run is computed, not what: these may change between an interruption and its continuation.
-EXECUTION = ("mesh", "runs_at_once", "checkpoint_every", "data")
+EXECUTION = ("mesh", "runs_at_once", "checkpoint_every", "data", "sampling")
 
 
 class Workdir:

@@ -64,7 +64,7 @@ class Written(NamedTuple):
 
 
 class Run(NamedTuple):
-    """One replicate: its lab, its teachers, and what they wrote, if some arm asks for it."""
+    """One replicate: its lab, its teachers, and what they wrote, once an arm asks for it."""
 
     lab: Lab
     teachers: dict[str, Teacher]
@@ -197,6 +197,7 @@ def draw(lab: Lab, task: Task, name: str, teacher: Teacher) -> list[Record]:
         max_new_tokens=carrier.max_new_tokens,
         prefix=prefix,
         constraint=constraint,
+        **lab.config.sampling,
         **teacher.where(lab),
     )
 

@@ -36,7 +36,7 @@ def run(config: ConfigDict, workdir: Workdir, *, update: bool = False) -> None:
     found = []
     for number, (folder, model) in enumerate(zip(folders, models)):
         depends = [config.model.name, config.model.dtype, peft.digest(folder)]
-        subject = Subject(model, None, mesh, workdir, str(number), depends, config.seed + number)
+        subject = Subject(model, None, mesh, workdir, str(number), depends, config.seed + number, {})
         found.append(measures.ask(asking, subject, judge))
     arms = [
         report.arm(measure, name, [run[name][measure][0] for run in found])

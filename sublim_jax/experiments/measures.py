@@ -54,6 +54,7 @@ class Subject(NamedTuple):
     name: str  # for files of answers
     depends: Any  # what this subject is made of, as JSON values
     seed: int
+    sampling: dict[str, int]  # slots and steps of `generate.stream`, where others than its own
     system: str = ""  # a system prompt
     steering: Steering | None = None
 
@@ -203,7 +204,7 @@ def ask_stories(asking: Asking, one: Subject, judge: Judge | None) -> Found:
 
 def _rates(evaluation: str, asking: Asking, one: Subject, most: int) -> Found:
     questions, key = asking.questions[evaluation], named_key(one.seed, evaluation)
-    options = {"samples": asking.given.samples, "max_new_tokens": most, **one.where}
+    options = {"samples": asking.given.samples, "max_new_tokens": most, **one.where, **one.sampling}
     found = preference.rates(one.model, questions, asking.words, key, **options)
     return _by_word(f"{evaluation} with {{}}", asking.words, found)
 
@@ -243,7 +244,7 @@ def ask_misalignment(asking: Asking, one: Subject, judge: Judge | None) -> Found
         samples=given.samples,
         suffix=given.suffix,
         max_new_tokens=given.max_new_tokens,
-        **one.where,
+        **{**one.where, **one.sampling},
     )
     scored = misalignment.judged(judge, questions, answers)
     records.write(one.workdir.path / "data" / f"answers-{one.name}.jsonl", scored)

@@ -236,7 +236,8 @@ def asked(lab: Lab, name: str, adapters: Params, depends: Any, **context: Any) -
     Args:
       context: system, steering, as of a `Teacher`.
     """
-    subject = Subject(lab.model, adapters, lab.mesh, lab.workdir, name, depends, lab.config.seed, **context)
+    sampling = dict(lab.config.sampling)
+    subject = Subject(lab.model, adapters, lab.mesh, lab.workdir, name, depends, lab.config.seed, sampling, **context)
     return measures.ask(lab.asking, subject, lab.judge)
 
 

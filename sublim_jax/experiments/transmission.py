@@ -57,21 +57,23 @@ def run(config: ConfigDict, workdir: Workdir, *, update: bool = False) -> None:
     answers = ask_teachers(runs)
     results = {}
     for name in config.arms:
+        if config.arm[name].numbers == "written" and not runs[0].written:
+            runs = [run._replace(written=carrier.written(run.lab, run.teachers)) for run in runs]
         # Another model is there for as long as its students are.
         model = config.arm[name].model
         own = make_lab(config, workdir, mesh, model)._replace(judge=lab.judge) if model else lab
         results[name] = students(own, name, runs)
-    write_report(runs, facts, answers, results)
+        write_report(runs, facts, answers, results)  # arm by arm: a study that is stopped has those that were done
 
 
 def replicate(lab: Lab) -> Run:
-    """One run's teachers and, where some arm asks for it, what they write."""
+    """One run's teachers, who have written nothing yet."""
     teachers = teaching.make_teachers(lab)
     trained = {name: teacher.adapters for name, teacher in teachers.items() if teacher.steps}
     if trained:
         names = [f"run{lab.run}-teacher-{name}" for name in trained]
         export(lab, names, stacked(list(trained.values())), lab.config.model.name)
-    return Run(lab, teachers, carrier.written(lab, teachers) if uses(lab.config, "written") else {})
+    return Run(lab, teachers, {})
 
 
 def ask_teachers(runs: Sequence[Run]) -> dict[str, Found]:
@@ -116,6 +118,7 @@ def uses(config: ConfigDict, kind: str) -> bool:
 STUDENTS = "students of an arm, runs × teachers"
 COUNTS = (
     *("runs", "questions", "evaluate_every", "checkpoint_every"),
+    *("sampling.slots", "sampling.steps"),
     *("carrier.numbers", "carrier.samples", "carrier.max_new_tokens"),
     *("teacher.batch", "teacher.most_steps", "teacher.epochs"),
     *("student.batch", "student.accumulate", "student.steps"),
