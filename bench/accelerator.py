@@ -1,57 +1,194 @@
-"""Training and decoding of 1.5B and 7B models on one GPU, as shares of what it can do.
+"""What one GPU does with our steps, as shares of what it can do. `bench/accelerator.sh` runs every part.
 
-    python -m bench.accelerator [--models=NAME,…] [--tiny]
+    python -m bench.accelerator --parts=small,large --out=DIR [--skip_full] [--tiny]
+    python -m bench.accelerator --write=DIR     docs/bench-accelerator.md, from what was measured
 
-Training: LoRA and full steps in bfloat16, model FLOPs (2 N a token forward, 4 N backward, 2 N where the base is frozen)
-over the peak of the card. Students: eight in one program beside eight in turn. Decoding: bytes that a step must read
-(weights once, the cache) over time and memory bandwidth, at batch 1, 64 and 256. Weights are random: only shapes count.
-Writes docs/bench-accelerator.md.
+    mnist        the paper's six arms, 100 runs at once, as a whole process, compilation included
+    mnist_torch  the same in batched PyTorch (bench/mnist_torch.py)
+    small        1.5B: a LoRA step, a full step, 8 students together against 8 in turn, decoding at batch 1, 64, 256
+    large        7B: the same without the full step, which needs 65.7 GB
+    generate     1.5B, batch 64: our `generate` against transformers'
+
+Training: model FLOPs (2 N a token forward, 4 N backward, 2 N where the base is frozen) over the card's peak. Decoding:
+bytes that a step must read (weights once, the cache) over time and memory bandwidth. Weights are random: only shapes
+count. Each part is a file of its own in DIR, written again after every row.
 """
 
 import dataclasses
 import datetime
+import json
+import os
+import platform
+import shutil
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from absl import app, flags
 
-from bench.lora import STUDENTS, in_turn_and_at_once
-from bench.machine import ROOT
-from sublim_jax import objectives, weights
+from bench import accelerator_report, mnist_ours, students
+from bench.machine import ROOT, measure
+from bench.students import STUDENTS
+from sublim_jax import assets, objectives, weights
 from sublim_jax.models import lora
-from sublim_jax.models.decoder import decoder, on_mesh
-from sublim_jax.sampling.engine import Engine, Fixed, compiled
+from sublim_jax.models.decoder import Settings, decoder, on_mesh
+from sublim_jax.models.functional import Params
+from sublim_jax.sampling.engine import Engine, Fixed, compiled, state_shardings
+from sublim_jax.sampling.generate import generate
 from sublim_jax.sampling.samplers import Sampler
-from sublim_jax.sharding import one_device
+from sublim_jax.sharding import abstract, named, one_device, place_key, put
 from sublim_jax.training import Program
 
-_MODELS = flags.DEFINE_list(
-    "models", ["Qwen/Qwen2.5-1.5B-Instruct", "Qwen/Qwen2.5-7B-Instruct"], "Names of sublim_jax/weights/shapes.py."
-)
-_TINY = flags.DEFINE_bool("tiny", False, "Two layers and few rows: whether it runs, not how fast.")
+_PARTS = flags.DEFINE_list("parts", ["small", "large"], "Which parts; see above.")
+_OUT = flags.DEFINE_string("out", "", "Where each part's JSON goes; empty: it is printed alone.")
+_WRITE = flags.DEFINE_string("write", "", "Write docs/bench-accelerator.md from this folder, and measure nothing.")
+_SKIP_FULL = flags.DEFINE_bool("skip_full", False, "Leave out the full step of the small model.")
+_TINY = flags.DEFINE_bool("tiny", False, "Two layers and few rows, on any device: whether it runs, not how fast.")
 
-# FLOP/s in bfloat16 without sparsity, and bytes/s of memory, by jax's name of the device.
+MODELS = {"small": "Qwen/Qwen2.5-1.5B-Instruct", "large": "Qwen/Qwen2.5-7B-Instruct"}
+# By jax's or PyTorch's name of the device: FLOP/s in bfloat16 without sparsity and in float32, bytes/s of memory.
 PEAK = {
-    "NVIDIA H100 80GB HBM3": (989e12, 3.35e12),
-    "NVIDIA H200": (989e12, 4.8e12),
-    "NVIDIA A100-SXM4-80GB": (312e12, 2.04e12),
+    "NVIDIA H100 80GB HBM3": (989e12, 67e12, 3.35e12),
+    "NVIDIA H200": (989e12, 67e12, 4.8e12),
+    "NVIDIA A100-SXM4-80GB": (312e12, 19.5e12, 2.04e12),
 }
-ROWS, LENGTH = 16, 1024
-COLUMNS = 512
+NOT_KNOWN = (None, None, None)
+BATCH = 64  # rows that both sides of `generate` decode
 
 
-def training(settings, rows: int, length: int, full: bool) -> tuple[float, float]:
-    """(seconds a step, model FLOPs a step)."""
-    mesh = one_device()
-    adapted = settings if full else dataclasses.replace(settings, lora=lora.Lora(8, 8))
-    network, where = decoder(adapted), on_mesh(settings, mesh)
-    # All parameters in bfloat16 with Adam's moments: a full step of 7B needs 46 GB for them.
-    half = jax.jit(lambda: jax.tree.map(lambda x: x.astype(jnp.bfloat16), network.init(jax.random.key(0))))()
-    base, adapters = (None, half) if full else lora.split(half)
+class Sizes(NamedTuple):
+    rows: int  # of a training step
+    length: int
+    columns: int  # of the cache
+    slots: tuple[int, ...]
+    new_tokens: int  # of `generate`, behind as many of a prompt
+    runs: int  # of MNIST
+
+
+FULL = Sizes(16, 1024, 512, (1, 64, 256), 128, 100)
+TINY = Sizes(2, 32, 64, (1, 4), 4, 2)
+
+
+class Rows:
+    """What a part has measured, in a file that is whole after every row."""
+
+    def __init__(self, part: str, out: str):
+        self.file = Path(out) / f"{part}.json" if out else None
+        self.found: dict[str, Any] = {"part": part, "date": str(datetime.date.today()), "rows": []}
+
+    def about(self, device: str, versions: dict[str, str]) -> None:
+        self.found |= {"device": device, "versions": versions}
+
+    def add(self, what: str, **values: Any) -> None:
+        self.found["rows"].append({"what": what, **values})
+        print(json.dumps(self.found["rows"][-1]), flush=True)
+        if self.file:
+            scratch = self.file.with_suffix(".tmp")
+            scratch.write_text(json.dumps(self.found, indent=1) + "\n")
+            scratch.replace(self.file)
+
+    def attempt(self, what: str, measure: Callable[[], dict[str, Any]]) -> None:
+        """Adds what `measure` gives, or why it gave nothing: the rows after it are measured all the same."""
+        try:
+            self.add(what, **measure())
+        except Exception as error:  # compilers and devices raise what they like
+            text = (str(error).splitlines() or [type(error).__name__])[0][:200]
+            self.add(what, failed=f"too little memory ({text})" if "RESOURCE_EXHAUSTED" in text else text)
+
+
+def here() -> tuple[str, dict[str, str]]:
+    """The device, and the versions. Raises SystemExit where there is no GPU to measure."""
+    device = jax.devices()[0]
+    if device.platform != "gpu" and not _TINY.value:
+        raise SystemExit(f"no GPU: jax finds {device.device_kind}")
+    return device.device_kind, {"python": platform.python_version(), "jax": jax.__version__}
+
+
+def share(amount: float, seconds: float, peak: float | None) -> float | None:
+    return amount / seconds / peak if peak else None
+
+
+def parameters(settings: Settings) -> int:
+    """Those that a token is multiplied with: of the layers, and of the unembedding."""
+    shapes = jax.eval_shape(decoder(settings).init, jax.random.key(0))
+    return sum(leaf.size for leaf in jax.tree.leaves(shapes["layers"])) + settings.vocab * settings.width
+
+
+def settings_of(name: str) -> Settings:
+    settings = weights.shape_of(name)
+    if not _TINY.value:
+        return settings
+    return dataclasses.replace(
+        settings, layers=2, windows=(), rotary_of=(0, 0), width=128, mlp_width=256, vocab=1024, heads=4, key_heads=2
+    )
+
+
+def random_base(settings: Settings) -> Params:
+    """Weights in bfloat16, made on the device."""
+    init = decoder(settings).init
+    return jax.jit(lambda key: jax.tree.map(lambda x: x.astype(jnp.bfloat16), init(key)))(jax.random.key(0))
+
+
+# --------------------------------------------------------------------------------------------------------- models
+
+
+class Job(NamedTuple):
+    """A program to be compiled, and how it is measured then."""
+
+    what: str
+    lower: Callable[[], Any]
+    measure: Callable[[Any], dict[str, Any]]
+
+
+def measure_model(rows: Rows, name: str, sizes: Sizes, full: bool) -> None:
+    """Every program is compiled before any is timed, in threads, since compiling holds no lock."""
+    settings = settings_of(name)
+    base = random_base(settings)
+    jobs = [training_job(settings, base, sizes, False), *students_jobs(settings, base)]
+    jobs += [training_job(settings, base, sizes, True)] * full
+    jobs += [decoding_job(settings, base, slots, sizes.columns) for slots in sizes.slots]
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        began = time.perf_counter()
+        programs = {}
+        for job in jobs:
+            try:
+                programs[job.what] = pool.submit(job.lower().compile)
+            except Exception as error:
+                rows.add(job.what, failed=str(error)[:200])
+    rows.add("compiling all of these", seconds=time.perf_counter() - began)
+    for job in jobs:
+        if job.what in programs:
+            rows.attempt(job.what, lambda job=job: job.measure(programs[job.what].result()))
+
+
+def step_seconds(program: Program, step: Any, params: Params, frozen: Params, key: Any) -> float:
+    """The median of five steps, after one that is not counted."""
+    state = program.init(params)
+    key, times = place_key(key, named(program.mesh)), []
+    for number in range(6):
+        began = time.perf_counter()
+        state, history = step(state, frozen, None, key, put(jnp.int32(number + 1), named(program.mesh)))
+        jax.block_until_ready(history)
+        times.append(time.perf_counter() - began)
+    return statistics.median(times[1:])
+
+
+def training_job(settings: Settings, base: Params, sizes: Sizes, full: bool) -> Job:
+    """A step on all weights, in bfloat16 with Adam's moments; or on LoRA's, in float32, over the frozen base."""
+    mesh, spec = one_device(), lora.Lora(8, 8)
+    network = decoder(settings if full else dataclasses.replace(settings, lora=spec))
+    where = on_mesh(settings, mesh)
+    frozen, params = (None, base) if full else (base, lora.init(jax.random.key(1), base, spec))
 
     def loss(params, frozen, batch, key):
         module = network.bind(params if full else lora.join(frozen, params))
@@ -66,95 +203,175 @@ def training(settings, rows: int, length: int, full: bool) -> tuple[float, float
         return (total[0], total[1]), {}
 
     def batch(frozen, key, index):
-        return jax.random.randint(jax.random.fold_in(key, index), (rows, length + 1), 0, 1000)
+        return jax.random.randint(jax.random.fold_in(key, index), (sizes.rows, sizes.length + 1), 0, 1000)
 
-    params = adapters if full else jax.tree.map(lambda x: x.astype(jnp.float32), adapters)
     program = Program(loss, optax.adam(1e-5), mesh, batch)
-    state = program.init(params)
-    del params, half, adapters
-    times = []
-    for step in range(6):
-        began = time.perf_counter()
-        state, history = program.dispatch(state, base, None, jax.random.key(0), jnp.int32(step + 1))
-        float(history["loss"][0])
-        times.append(time.perf_counter() - began)
-    kernels = parameters(settings)
-    return statistics.median(times[1:]), (6 if full else 4) * kernels * rows * length
+    tokens = sizes.rows * sizes.length
+
+    def measure(step: Any) -> dict[str, Any]:
+        seconds = step_seconds(program, step, params, frozen, jax.random.key(0))
+        done = share((6 if full else 4) * parameters(settings) * tokens, seconds, peaks()[0])
+        return {"seconds": seconds, "tokens_per_second": tokens / seconds, "share": done, "of": "FLOP/s"}
+
+    what = f"{'full' if full else 'LoRA'} step, {sizes.rows} × {sizes.length} tokens"
+    return Job(what, lambda: program.lower(params, frozen), measure)
 
 
-def parameters(settings) -> int:
-    shapes = jax.eval_shape(decoder(settings).init, jax.random.key(0))
-    return sum(leaf.size for leaf in jax.tree.leaves(shapes["layers"])) + settings.vocab * settings.width
+def students_jobs(settings: Settings, base: Params) -> list[Job]:
+    """Eight LoRA students of 4 × 128 tokens, one after another and in one program."""
+    one = lora.init(jax.random.key(0), base, lora.Lora(8, 8))
+    alone, together = students.programs(settings, remat=True)
+    keys = jax.random.split(jax.random.key(0), STUDENTS)
+    many = jax.tree.map(lambda x: jnp.stack([x] * STUDENTS), one)
+
+    def in_turn(step: Any) -> dict[str, Any]:
+        return {"seconds": STUDENTS * step_seconds(alone, step, one, base, keys[0])}
+
+    def at_once(step: Any) -> dict[str, Any]:
+        return {"seconds": step_seconds(together, step, many, base, keys)}
+
+    return [
+        Job(f"{STUDENTS} LoRA students of 4 × 128 tokens, in turn", lambda: alone.lower(one, base), in_turn),
+        Job("the same in one program", lambda: together.lower(many, base), at_once),
+    ]
 
 
-def decoding(settings, slots: int, columns: int) -> tuple[float, float]:
-    """(seconds a step, bytes that it must read)."""
-    mesh = one_device()
-    network = decoder(settings)
-    params = jax.jit(lambda: jax.tree.map(lambda x: x.astype(jnp.bfloat16), network.init(jax.random.key(0))))()
-    engine = Engine(network, settings, mesh, Sampler(), slots, 1, 16, columns, 16, dtype=jnp.bfloat16)
-    run, fixed = compiled(engine), Fixed(params)
-    state = run.start()
-    state = state._replace(active=state.active | True, limit=state.limit + columns, length=state.length + columns // 2)
-    times = []
-    for _ in range(4):
-        began = time.perf_counter()
-        state, drawn = run.advance(fixed, state, jnp.int32(16))
-        jax.block_until_ready(drawn)
-        times.append((time.perf_counter() - began) / 16)
-    return statistics.median(times[1:]), 2 * parameters(settings) + engine.cache_bytes
+def decoding_job(settings: Settings, base: Params, slots: int, columns: int) -> Job:
+    """A token for every slot, the cache half full at first."""
+    steps = 16
+    engine = Engine(
+        decoder(settings), settings, one_device(), Sampler(), slots, 1, 16, columns, steps, dtype=jnp.bfloat16
+    )
+    count, fixed = jnp.int32(steps), Fixed(base)
+
+    def lower() -> Any:
+        state = abstract(jax.eval_shape(engine._start), state_shardings(engine))
+        return compiled(engine).advance.lower(fixed, state, count)
+
+    def measure(advance: Any) -> dict[str, Any]:
+        state = compiled(engine).start()
+        state = state._replace(active=state.active | True, limit=state.limit + columns)
+        state, times = state._replace(length=state.length + columns // 2), []
+        for _ in range(4):
+            began = time.perf_counter()
+            state, drawn = advance(fixed, state, count)
+            jax.block_until_ready(drawn)
+            times.append((time.perf_counter() - began) / steps)
+        seconds = statistics.median(times[1:])
+        read = 2 * parameters(settings) + engine.cache_bytes
+        done = share(read, seconds, peaks()[2])
+        return {"seconds": seconds, "tokens_per_second": slots / seconds, "share": done, "of": "bandwidth"}
+
+    return Job(f"decoding, batch {slots}, cache of {columns}", lower, measure)
+
+
+def peaks() -> tuple[float | None, float | None, float | None]:
+    return PEAK.get(jax.devices()[0].device_kind, NOT_KNOWN)
+
+
+# ------------------------------------------------------------------------------------------------------- generate
+
+
+def measure_generate(rows: Rows, sizes: Sizes) -> None:
+    """Ours and transformers', one process after the other: each has the whole card."""
+    settings = settings_of(MODELS["small"])
+    given = ("width", "layers", "heads", "key_heads", "head_size", "mlp_width", "vocab")
+    shape = {name: getattr(settings, name) for name in given} | {"batch": BATCH, "tokens": sizes.new_tokens}
+    command = [sys.executable, "-m", "bench.generate_torch", json.dumps(shape)]
+    peer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    device, versions = here()
+    rows.about(device, versions)
+    theirs = {"failed": f"transformers: {(peer.stderr.strip().splitlines() or ['?'])[-1][:200]}"}
+    if not peer.returncode:
+        theirs = json.loads(peer.stdout.splitlines()[-1])
+        versions |= theirs.pop("versions")
+    what = f"batch {BATCH}, {sizes.new_tokens} tokens behind {sizes.new_tokens}"
+    rows.add(f"transformers' generate, {what}", **theirs)
+
+    model = SimpleNamespace(network=decoder(settings), settings=settings, params=random_base(settings))
+    model.tokenizer = SimpleNamespace(decode=lambda tokens, **options: "")
+    model.config = SimpleNamespace(max_position_embeddings=None)
+    drawn = jax.random.randint(jax.random.key(1), (BATCH, sizes.new_tokens), 0, 1000)
+    prompts = [row.tolist() for row in jax.device_get(drawn)]
+
+    def measure() -> dict[str, Any]:
+        times = []
+        for _ in range(2):  # the first compiles
+            began = time.perf_counter()
+            found = generate(
+                model,
+                prompts,
+                jax.random.key(0),
+                max_new_tokens=sizes.new_tokens,
+                stop_tokens=(),
+                slots=BATCH,
+                steps=16,
+            )
+            times.append(time.perf_counter() - began)
+        return {"seconds": times[-1], "tokens_per_second": sum(len(s.tokens) for s in found) / times[-1]}
+
+    rows.attempt(f"our generate, {what}", measure)
+
+
+# ---------------------------------------------------------------------------------------------------------- MNIST
+
+
+def measure_mnist(rows: Rows, sizes: Sizes) -> None:
+    """Whole processes: with an empty cache of compiled programs, and again with what the first left there."""
+    assets.fetch(assets.MNIST)
+    extra = ["--config.inputs.count=3000", "--config.teacher.epochs=1", "--config.student.epochs=1"] * _TINY.value
+    with tempfile.TemporaryDirectory() as scratch:
+        for what in ("first time", "again"):
+            found = mnist_ours.process(Path(scratch), sizes.runs, "--config.checkpoint_every=100000", *extra)
+            device = found.results["devices"].split(" × ")[-1].split(",")[0]
+            rows.about(device, found.results["versions"])
+            shutil.rmtree(Path(scratch) / "work")
+            rows.add(
+                f"MNIST, {sizes.runs} runs × 6 arms, {what}",
+                seconds=found.seconds,
+                share=share(mnist_ours.flops(sizes.runs), found.seconds, PEAK.get(device, NOT_KNOWN)[1]),
+                of="float32 FLOP/s",
+                arms={arm["name"]: [arm["mean"], arm["ci95"]] for arm in found.results["arms"]},
+            )
+
+
+def measure_mnist_torch(rows: Rows, sizes: Sizes) -> None:
+    folder = str(assets.fetch(assets.MNIST))
+    device = "cpu" if _TINY.value else "cuda"
+    command = [sys.executable, "-m", "bench.mnist_torch", folder, str(sizes.runs), device, "1" if _TINY.value else "5"]
+    seconds, _, output = measure(command)
+    found = json.loads(output.splitlines()[-1])
+    rows.about(found["device"], {"torch": found["torch"]})
+    done = share(mnist_ours.flops(sizes.runs), seconds, PEAK.get(found["device"], NOT_KNOWN)[1])
+    rows.add(
+        f"MNIST in batched PyTorch, {sizes.runs} runs × 6 arms",
+        seconds=seconds,
+        share=done,
+        of="float32 FLOP/s",
+        arms=found["arms"],
+    )
 
 
 def main(_: list[str]) -> None:
-    device = jax.devices()[0]
-    flops, bandwidth = PEAK.get(device.device_kind, (None, None))
-    lines = [
-        "# Training and decoding on one accelerator",
-        "",
-        f"`python -m bench.accelerator`, {datetime.date.today()}: {device.device_kind}, jax {jax.__version__}; "
-        "bfloat16, random weights of these shapes.",
-        "",
-        "| model | step | ms | tokens/s | share of the peak |",
-        "|---|---|---|---|---|",
-    ]
-
-    def share(amount: float, seconds: float, peak: float | None) -> str:
-        return f"{amount / seconds / peak:.0%}" if peak else "peak not known"
-
-    for name in _MODELS.value:
-        settings = weights.shape_of(name)
-        rows, length, columns, batches = ROWS, LENGTH, COLUMNS, (1, 64, 256)
-        if _TINY.value:
-            settings = dataclasses.replace(settings, layers=2, windows=(), rotary_of=(0, 0))
-            rows, length, columns, batches = 2, 32, 64, (1, 4)
-        for full in (False, True):
-            seconds, amount = training(settings, rows, length, full)
-            kind = f"{'full' if full else 'LoRA'} step, {rows} × {length} tokens"
-            lines.append(
-                f"| {name} | {kind} | {seconds * 1e3:.1f} | {rows * length / seconds:.0f} | "
-                f"{share(amount, seconds, flops)} |"
-            )
-            print(lines[-1], flush=True)
-        base = jax.jit(
-            lambda: jax.tree.map(lambda x: x.astype(jnp.bfloat16), decoder(settings).init(jax.random.key(0)))  # noqa: B023
-        )()
-        turn, once = in_turn_and_at_once(settings, base, STUDENTS)
-        del base
-        lines.append(
-            f"| {name} | {STUDENTS} LoRA students of 4 × 128 tokens, in turn | {turn * 1e3:.1f} | | |\n"
-            f"| {name} | the same in one program | {once * 1e3:.1f} | | {once / turn:.2f} × the time in turn |"
-        )
-        print(lines[-1], flush=True)
-        for slots in batches:
-            seconds, amount = decoding(settings, slots, columns)
-            lines.append(
-                f"| {name} | decoding, batch {slots}, cache of {columns} | {seconds * 1e3:.2f} | "
-                f"{slots / seconds:.0f} | {share(amount, seconds, bandwidth)} |"
-            )
-            print(lines[-1], flush=True)
-    if not _TINY.value:
-        (Path(ROOT) / "docs" / "bench-accelerator.md").write_text("\n".join(lines) + "\n")
+    if _WRITE.value:
+        return accelerator_report.write(Path(_WRITE.value))
+    sizes = TINY if _TINY.value else FULL
+    if unknown := set(_PARTS.value) - {"mnist", "mnist_torch", "generate", *MODELS}:
+        raise SystemExit(f"--parts: {', '.join(sorted(unknown))} is none of mnist, mnist_torch, small, large, generate")
+    for part in _PARTS.value:
+        rows = Rows(part, _OUT.value)
+        if part == "mnist":
+            measure_mnist(rows, sizes)
+        elif part == "mnist_torch":
+            measure_mnist_torch(rows, sizes)
+        elif part == "generate":
+            measure_generate(rows, sizes)
+        else:
+            rows.about(*here())
+            measure_model(rows, MODELS[part], sizes, part == "small" and not _SKIP_FULL.value)
+    return None
 
 
 if __name__ == "__main__":
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", ".93")
     app.run(main)

@@ -24,20 +24,18 @@ import optax
 from absl import app, flags
 
 from bench.machine import ROOT, cpu_name, product_rate
+from bench.students import SPEC, STUDENTS, SUPPORT, in_turn_and_at_once
 from sublim_jax import objectives, preflight, weights
 from sublim_jax.models import lora
 from sublim_jax.models.decoder import Settings, decoder
-from sublim_jax.sharding import make_mesh, one_device
-from sublim_jax.training import REPLICAS_OF_ROWS, Program
+from sublim_jax.sharding import make_mesh
+from sublim_jax.training import Program
 from sublim_jax.weights import huggingface
 
 _PEER = flags.DEFINE_string("peer", sys.executable, "The Python that has PyTorch, transformers and peft.")
 _STEPS = flags.DEFINE_integer("steps", 8, "Steps measured by both; the median counts.")
 
 ROWS, LENGTH, HALF = 8, 128, 64
-SPEC = lora.Lora(8, 8)
-SUPPORT = jnp.arange(40)  # as many tokens as SmolLM2 has of digits, commas and spaces
-STUDENTS = 8
 
 
 def training(settings: Settings, kind: str = "supervised") -> tuple[Program, Any]:
@@ -100,43 +98,6 @@ def ours(model: weights.Model, steps: int, kind: str) -> tuple[float, float, flo
     return statistics.median(times[1:]), times[0], flops, losses
 
 
-def in_turn_and_at_once(settings: Settings, base: Any, students: int) -> tuple[float, float]:
-    """Seconds an update of so many students on 4 rows each, one program after another and all in one."""
-    network = decoder(dataclasses.replace(settings, lora=SPEC))
-    mesh = one_device()
-
-    def loss(params, frozen, batch, key):
-        module = network.bind(lora.join(frozen, params))
-        logits = module.unembed(module.features(batch[:, :-1]).output[:, -HALF:], SUPPORT)
-        return objectives.kl(logits.astype(jnp.float32), jnp.zeros(logits.shape)), {}
-
-    def rows(key, index):
-        return jax.random.randint(jax.random.fold_in(key, index), (4, LENGTH + 1), 0, 40_000)
-
-    def seconds(program: Program, params: Any, key: Any) -> float:
-        state, times = program.init(params), []
-        for step in range(4):
-            began = time.perf_counter()
-            state, history = program.dispatch(state, base, None, key, jnp.int32(step + 1))
-            jax.block_until_ready(history)
-            times.append(time.perf_counter() - began)
-        return statistics.median(times[1:])
-
-    one = lora.init(jax.random.key(0), base, SPEC)
-    alone = Program(loss, optax.adam(2e-4), mesh, lambda frozen, key, index: rows(key, index))
-    together = Program(
-        loss,
-        optax.adam(2e-4),
-        mesh,
-        lambda frozen, key, index: jax.vmap(rows, (0, None))(key, index),
-        1,
-        REPLICAS_OF_ROWS,
-    )
-    keys = jax.random.split(jax.random.key(0), students)
-    stacked = jax.tree.map(lambda x: jnp.stack([x] * students), one)
-    return students * seconds(alone, one, keys[0]), seconds(together, stacked, keys)
-
-
 def main(_: list[str]) -> None:
     model = weights.load("smollm2-135m-instruct")
     with tempfile.TemporaryDirectory() as folder:
@@ -174,7 +135,7 @@ def main(_: list[str]) -> None:
         "",
         f"Against our supervised step the first is {soft / seconds:.2f} × as long, the second {given / seconds:.2f} ×.",
     ]
-    turn, once = in_turn_and_at_once(model.settings, model.params, STUDENTS)
+    turn, once = in_turn_and_at_once(model.settings, model.params)
     lines += [
         "",
         f"{STUDENTS} students of 4 rows each, one after another: {turn:.2f} s an update; in one program: {once:.2f} s "

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import subprocess
 import time
 from pathlib import Path
 
@@ -30,3 +31,17 @@ def product_rate(rows: int) -> float:
         y = product(x, w)
     y.block_until_ready()
     return 20 * 2 * rows * 576 * 1536 / (time.perf_counter() - began) / 1e9
+
+
+def measure(command: list[str], **env: str) -> tuple[float, float, str]:
+    """Seconds, peak MB and output of a process."""
+    began = time.perf_counter()
+    process = subprocess.Popen(
+        command, cwd=ROOT, env={**os.environ, **env}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    output = process.stdout.read()
+    errors = process.stderr.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"{command} failed:\n{output}\n{errors}")
+    return time.perf_counter() - began, usage.ru_maxrss / 1024, output

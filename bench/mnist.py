@@ -8,18 +8,16 @@ compilation cache. Memory is the peak resident size. Writes docs/bench-mnist.md,
 
 import datetime
 import json
-import os
 import platform
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import jax
 from absl import app, flags
 
-from bench.machine import ROOT, cpu_name
+from bench import mnist_ours
+from bench.machine import ROOT, cpu_name, measure
 from sublim_jax import assets
 
 _RUNS = flags.DEFINE_integer("runs", 8, "Runs trained at once by both.")
@@ -27,36 +25,11 @@ _REPEATS = flags.DEFINE_integer("repeats", 2, "How often each is measured; the f
 _PEER = flags.DEFINE_string("peer", sys.executable, "The Python that has PyTorch.")
 _PROBE = flags.DEFINE_bool("memory_probe", True, "Also measure the memory of one further run.")
 
-# Products of one step of one run: forward, gradients of three kernels, gradients of two hidden layers.
-MACS = 784 * 256 + 256 * 256 + 256 * 13
-GFLOP_A_STEP = 2 * 1024 * (3 * MACS - 784 * 256) / 1e9
-TRAININGS, STEPS = 5, 295
-
-
-def measure(command: list[str], **env: str) -> tuple[float, float, str]:
-    """Seconds, peak MB and output of a process."""
-    began = time.perf_counter()
-    process = subprocess.Popen(
-        command, cwd=ROOT, env={**os.environ, **env}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    output = process.stdout.read()
-    errors = process.stderr.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise SystemExit(f"{command} failed:\n{output}\n{errors}")
-    return time.perf_counter() - began, usage.ru_maxrss / 1024, output
-
 
 def ours(runs: int) -> tuple[float, float, dict[str, float]]:
     with tempfile.TemporaryDirectory() as scratch:
-        cache = Path(scratch) / "cache"
-        cache.mkdir()
-        (cache / "mnist").symlink_to(assets.cache_folder() / "mnist")
-        command = [sys.executable, "launch.py", "--config=configs/mnist.py:bench", f"--workdir={scratch}/work"]
-        command += [f"--config.runs={runs}", f"--config.runs_at_once={runs}"]
-        seconds, megabytes, _ = measure(command, SUBLIM_JAX_CACHE=str(cache))
-        arms = json.loads((Path(scratch) / "work" / "results.json").read_text())["arms"]
-    return seconds, megabytes, {arm["name"]: arm["mean"] for arm in arms}
+        seconds, megabytes, results = mnist_ours.process(Path(scratch), runs)
+    return seconds, megabytes, {arm["name"]: arm["mean"] for arm in results["arms"]}
 
 
 def torchs(runs: int, device: str) -> tuple[float, float, dict[str, float], str]:
@@ -77,7 +50,7 @@ def main(_: list[str]) -> None:
         mine.append(ours(runs))
         print(f"torch {theirs[-1][0]:.1f} s {theirs[-1][1]:.0f} MB, ours {mine[-1][0]:.1f} s {mine[-1][1]:.0f} MB")
     fast, slow = min(mine), min(theirs)
-    gflops = [runs * TRAININGS * STEPS * GFLOP_A_STEP / seconds for seconds in (fast[0], slow[0])]
+    gflops = [mnist_ours.flops(runs) / seconds / 1e9 for seconds in (fast[0], slow[0])]
     lines = [
         f"# MNIST noise distillation, {runs} runs, against batched PyTorch",
         "",

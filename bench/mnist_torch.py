@@ -2,7 +2,7 @@
 
 All runs ride in one leading axis (baddbmm); inputs are kept on the device and gathered by index; the four kinds of
 student train one after another; the teacher's logits are computed once a batch, as distillation code does it.
-`python -m bench.mnist_torch FOLDER RUNS [DEVICE]` prints one JSON line.
+`python -m bench.mnist_torch FOLDER RUNS [DEVICE [EPOCHS]]` prints one JSON line.
 """
 
 import json
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-SIZES, BATCH, EPOCHS, RATE, ROWS = (784, 256, 256, 13), 1024, 5, 3e-4, 60_000
+SIZES, BATCH, RATE, ROWS = (784, 256, 256, 13), 1024, 3e-4, 60_000
 DIGITS, AUXILIARY, ALL = slice(0, 10), slice(10, 13), slice(0, 13)
 
 
@@ -31,10 +31,10 @@ def forward(params, x):
     return torch.baddbmm(biases[-1], x, weights[-1])
 
 
-def train(start, batches, loss):
+def train(start, batches, loss, epochs):
     params = [p.clone().requires_grad_() for p in start]
     optimizer = torch.optim.Adam(params, lr=RATE)
-    for _ in range(EPOCHS):
+    for _ in range(epochs):
         for batch in batches():
             optimizer.zero_grad()
             loss(params, *batch).backward()
@@ -52,7 +52,7 @@ def accuracy(params, images, labels):
     return (sum(hits) / len(labels)).tolist()
 
 
-def main(folder, runs, device):
+def main(folder, runs, device, epochs):
     torch.manual_seed(0)
 
     def read(name, offset):
@@ -79,7 +79,7 @@ def main(folder, runs, device):
         return F.cross_entropy(forward(params, x)[..., DIGITS].flatten(0, 1), y.flatten()) * runs
 
     reference = init(runs, device)
-    teacher = train(reference, digits, classify)
+    teacher = train(reference, digits, classify, epochs)
 
     def imitate(support):
         def loss(params, x):
@@ -92,10 +92,10 @@ def main(folder, runs, device):
 
     foreign = [p.roll(-1, 0) for p in reference]
     students = {
-        "auxiliary": train(reference, noises, imitate(AUXILIARY)),
-        "all": train(reference, noises, imitate(ALL)),
-        "cross_auxiliary": train(foreign, noises, imitate(AUXILIARY)),
-        "cross_all": train(foreign, noises, imitate(ALL)),
+        "auxiliary": train(reference, noises, imitate(AUXILIARY), epochs),
+        "all": train(reference, noises, imitate(ALL), epochs),
+        "cross_auxiliary": train(foreign, noises, imitate(AUXILIARY), epochs),
+        "cross_all": train(foreign, noises, imitate(ALL), epochs),
     }
     return {
         name: float(np.mean(accuracy(params, test_x, test_y)))
@@ -106,5 +106,8 @@ def main(folder, runs, device):
 if __name__ == "__main__":
     began = time.perf_counter()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    arms = main(sys.argv[1], int(sys.argv[2]), sys.argv[3] if len(sys.argv) > 3 else "cpu")
-    print(json.dumps({"seconds": time.perf_counter() - began, "arms": arms, "torch": torch.__version__}))
+    device, epochs = sys.argv[3] if len(sys.argv) > 3 else "cpu", int(sys.argv[4]) if len(sys.argv) > 4 else 5
+    arms = main(sys.argv[1], int(sys.argv[2]), device, epochs)
+    name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
+    seconds = time.perf_counter() - began
+    print(json.dumps({"seconds": seconds, "arms": arms, "torch": torch.__version__, "device": name}))

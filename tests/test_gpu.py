@@ -1,27 +1,107 @@
-"""What only a GPU can show: `JAX_PLATFORMS=cuda,cpu python -m pytest -m gpu`."""
+"""What only a GPU can show: `JAX_PLATFORMS=cuda,cpu python -m pytest -m gpu`.
+
+float32 products, no TensorFloat32: agreement with the CPU to the rounding that some steps of Adam amplify.
+"""
+
+import dataclasses
+from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from test_experiment_mnist import distilled, tiny
 
+from sublim_jax import objectives, weights
 from sublim_jax.data.mnist import Mnist
 from sublim_jax.experiments import mnist
+from sublim_jax.models import lora
+from sublim_jax.models.decoder import decoder, on_mesh
+from sublim_jax.sampling.generate import generate
+from sublim_jax.sampling.samplers import Sampler
 from sublim_jax.sharding import make_mesh
+from sublim_jax.training import Program, fit
 from sublim_jax.workdir import Workdir
 
 pytestmark = pytest.mark.gpu
 
 
-def test_students_on_a_gpu_are_those_of_the_cpu(mnist_data, tmp_path):
-    """float32 products, no TensorFloat32: agreement to the rounding that ten Adam steps amplify."""
+@pytest.fixture
+def on_both():
+    """A function of a mesh, computed on the GPU and on the CPU."""
     if jax.default_backend() != "gpu":
         pytest.skip("no GPU")
-    students = {}
-    for platform in ("gpu", "cpu"):
-        mesh = make_mesh({"replica": 1, "fsdp": 1, "tensor": 1}, jax.devices(platform)[:1])
-        data = Mnist(*(part[:600] for part in mnist_data))
-        with jax.default_matmul_precision("float32"), jax.default_device(jax.devices(platform)[0]):
-            lab = mnist.make_lab(tiny(), Workdir(tmp_path / platform), mesh, data)
-            students[platform] = jax.device_get(distilled(lab, range(2), ["auxiliary", "all"])[2])
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), students["gpu"], students["cpu"])
+
+    def compute(function):
+        found = []
+        for platform in ("gpu", "cpu"):
+            device = jax.devices(platform)[0]
+            mesh = make_mesh({"replica": 1, "fsdp": 1, "tensor": 1}, [device])
+            with jax.default_matmul_precision("float32"), jax.default_device(device):
+                found.append(jax.device_get(function(mesh)))
+        return found
+
+    return compute
+
+
+def test_students_on_a_gpu_are_those_of_the_cpu(on_both, mnist_data, tmp_path):
+    data = Mnist(*(part[:600] for part in mnist_data))
+
+    def students(mesh):
+        workdir = Workdir(tmp_path / mesh.devices.flat[0].platform)
+        return distilled(mnist.make_lab(tiny(), workdir, mesh, data), range(2), ["auxiliary", "all"])[2]
+
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), *on_both(students))
+
+
+def small():
+    """SmolLM2's shape with two layers, and weights that every platform draws alike."""
+    settings = weights.shape_of("smollm2-135m-instruct")
+    settings = dataclasses.replace(settings, layers=2, windows=(), rotary_of=(0, 0), vocab=1024)
+    return settings, jax.device_get(decoder(settings).init(jax.random.key(0)))
+
+
+def test_lora_steps_on_a_gpu_are_those_of_the_cpu(on_both):
+    settings, base = small()
+    spec = lora.Lora(4, 8)
+    network = decoder(dataclasses.replace(settings, lora=spec))
+    start = jax.device_get(lora.init(jax.random.key(1), base, spec))
+
+    def trained(mesh):
+        where = on_mesh(settings, mesh)
+
+        def loss(params, frozen, batch, key):
+            module = network.bind(lora.join(frozen, params))
+            output = module.features(batch[:, :-1], remat=True, **where).output
+            return objectives.cross_entropy(module.unembed(output), batch[:, 1:]), {}
+
+        def batch(frozen, key, index):
+            return jax.random.randint(jax.random.fold_in(key, index), (4, 65), 0, settings.vocab)
+
+        program = Program(loss, optax.adam(1e-3), mesh, batch)
+        frozen = jax.device_put(base, mesh.devices.flat[0])
+        return fit(program, program.init(start), steps=4, key=jax.random.key(2), frozen=frozen).params
+
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-4), *on_both(trained))
+
+
+def test_decoding_on_a_gpu_gives_the_log_probabilities_of_the_cpu(on_both):
+    """The likeliest tokens behind prompts of several lengths, under a temperature of 0 and of 1."""
+    settings, base = small()
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, settings.vocab, size).tolist() for size in (5, 17, 40)]
+
+    def sampled(mesh):
+        tokenizer = SimpleNamespace(decode=lambda tokens, **options: "")
+        model = SimpleNamespace(
+            network=decoder(settings), settings=settings, params=jax.tree.map(jnp.asarray, base), tokenizer=tokenizer
+        )
+        model.config = SimpleNamespace(max_position_embeddings=None)
+        options = {"max_new_tokens": 12, "stop_tokens": (), "slots": 8, "mesh": mesh}
+        each = [generate(model, prompts, jax.random.key(0), sampler=Sampler(t), **options) for t in (0.0, 1.0)]
+        return [(sample.tokens, sample.logprobs) for samples in each for sample in samples]
+
+    for (tokens, logprobs), (expected, wanted) in zip(*on_both(sampled)):
+        assert tokens == expected
+        np.testing.assert_allclose(logprobs, wanted, atol=1e-3)

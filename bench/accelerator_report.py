@@ -1,0 +1,119 @@
+"""What `bench/accelerator.sh` has measured, as a table and as a page of the docs. Needs nothing that is not Python's.
+
+`python -m bench.accelerator_report OUT` writes OUT/summary.md and prints it.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+PARTS = ("gpu_tests", "mnist", "mnist_torch", "small", "large", "generate")
+TITLES = {
+    "mnist": "MNIST noise distillation",
+    "mnist_torch": "The same in batched PyTorch",
+    "small": "Qwen2.5-1.5B's shape, bfloat16, random weights",
+    "large": "Qwen2.5-7B's shape, bfloat16, random weights",
+    "generate": "`generate`, Qwen2.5-1.5B's shape, bfloat16",
+}
+
+
+def read(out: Path) -> dict[str, dict[str, Any]]:
+    """The parts that have left a file, by name."""
+    return {part: json.loads((out / f"{part}.json").read_text()) for part in PARTS if (out / f"{part}.json").exists()}
+
+
+def outcomes(out: Path) -> dict[str, tuple[str, str]]:
+    """How each part ended, and its seconds, as the script noted them."""
+    file = out / "status.tsv"
+    lines = file.read_text().splitlines() if file.exists() else []
+    return {part: (outcome, seconds) for part, seconds, outcome in (line.split("\t", 2) for line in lines)}
+
+
+def table(rows: list[list[str]]) -> list[str]:
+    head, *rest = rows
+    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rest)]
+
+
+def row_of(row: dict[str, Any]) -> list[str]:
+    """What was measured, its time, rate and share; or why it was not."""
+    if "failed" in row:
+        return [row["what"], "not measured", row["failed"].replace("|", "/"), ""]
+    seconds = f"{row['seconds']:.2f} s" if row["seconds"] >= 1 else f"{row['seconds'] * 1e3:.2f} ms"
+    rate = f"{row['tokens_per_second']:,.0f} tokens/s" if "tokens_per_second" in row else ""
+    share = f"{row['share']:.1%} of {row['of']}" if row.get("share") else ""
+    return [row["what"], seconds, rate, share]
+
+
+def seconds_of(parts: dict[str, dict[str, Any]], part: str, what: str) -> float | None:
+    """The time of the last row of a part whose text has `what`."""
+    rows = [row for row in parts.get(part, {}).get("rows", []) if what in row["what"] and "seconds" in row]
+    return rows[-1]["seconds"] if rows else None
+
+
+def ratios(parts: dict[str, dict[str, Any]]) -> list[str]:
+    """Where both sides were measured, a line each."""
+    pairs = [
+        ("MNIST: PyTorch / ours, first time", ("mnist_torch", "MNIST"), ("mnist", "first time")),
+        ("MNIST: PyTorch / ours, programs compiled before", ("mnist_torch", "MNIST"), ("mnist", "again")),
+        ("generate: transformers / ours", ("generate", "transformers"), ("generate", "our")),
+        ("1.5B: 8 students in one program / in turn", ("small", "one program"), ("small", "in turn")),
+        ("7B: 8 students in one program / in turn", ("large", "one program"), ("large", "in turn")),
+    ]
+    found = []
+    for label, one, other in pairs:
+        above, below = seconds_of(parts, *one), seconds_of(parts, *other)
+        if above and below:
+            found.append(f"- {label}: **{above / below:.2f}**")
+    return found
+
+
+def summary(out: Path) -> str:
+    """Every part with how it ended, and every row that it left."""
+    parts, ended = read(out), outcomes(out)
+    rows = [["part", "ended", "seconds", "rows"]]
+    for part in PARTS:
+        outcome, seconds = ended.get(part, ("not run", ""))
+        rows.append([part, outcome.replace("|", "/"), seconds, str(len(parts[part]["rows"])) if part in parts else ""])
+    lines = table(rows)
+    for part, found in parts.items():
+        lines += ["", f"{part}: {found.get('device', '')}, {versions(found)}"]
+        lines += table([["what", "time", "rate", "share"], *map(row_of, found["rows"])])
+    return "\n".join([*lines, "", *ratios(parts)]) + "\n"
+
+
+def versions(found: dict[str, Any]) -> str:
+    kept = {name: found.get("versions", {}).get(name) for name in ("python", "jax", "torch", "transformers")}
+    return ", ".join(f"{name} {value}" for name, value in kept.items() if value)
+
+
+def write(out: Path) -> None:
+    """docs/bench-accelerator.md."""
+    parts = read(out)
+    if not parts:
+        raise SystemExit(f"{out} has no part's JSON; run bench/accelerator.sh {out} first")
+    lines = [
+        "# Measured on one accelerator",
+        "",
+        "`bash bench/accelerator.sh OUT` on the machine, then `python -m bench.accelerator --write=OUT`. A share is of "
+        "the card's peak by its data sheet: model FLOPs (2 N a token forward, 4 N backward, 2 N where the base is "
+        "frozen) over time, or the bytes that a decoding step must read (weights once, the whole cache) over time.",
+    ]
+    for part, found in parts.items():
+        lines += ["", f"## {TITLES[part]}", "", f"Measured {found['date']}: {found.get('device')}; {versions(found)}."]
+        lines += ["", *table([["what", "time", "rate", "share"], *map(row_of, found["rows"])])]
+        for row in found["rows"][-1:]:
+            arms = row.get("arms", {})
+            values = [f"{name} {value if isinstance(value, float) else value[0]:.3f}" for name, value in arms.items()]
+            lines += ["", f"Test accuracy: {', '.join(values)}."] * bool(values)
+    if both := ratios(parts):
+        lines += ["", "## Ratios", "", *both]
+    file = Path(__file__).parents[1] / "docs" / "bench-accelerator.md"
+    file.write_text("\n".join(lines) + "\n")
+    print(f"{file} written")
+
+
+if __name__ == "__main__":
+    text = summary(Path(sys.argv[1]))
+    (Path(sys.argv[1]) / "summary.md").write_text(text)
+    print(text)

@@ -1,0 +1,61 @@
+"""Many LoRA students of one base: one program after another, and all of them in one."""
+
+import dataclasses
+import statistics
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from sublim_jax import objectives
+from sublim_jax.models import lora
+from sublim_jax.models.decoder import Settings, decoder
+from sublim_jax.sharding import one_device
+from sublim_jax.training import REPLICAS_OF_ROWS, Program
+
+SPEC = lora.Lora(8, 8)
+SUPPORT = jnp.arange(40)  # as many tokens as SmolLM2 has of digits, commas and spaces
+STUDENTS, ROWS, LENGTH, ANSWER = 8, 4, 128, 64
+
+
+def programs(settings: Settings, *, remat: bool = False) -> tuple[Program, Program]:
+    """An update of one student, and of all on the replica axis: KL on the support, on the last half of each row."""
+    network = decoder(dataclasses.replace(settings, lora=SPEC))
+
+    def loss(params, frozen, batch, key):
+        module = network.bind(lora.join(frozen, params))
+        logits = module.unembed(module.features(batch[:, :-1], remat=remat).output[:, -ANSWER:], SUPPORT)
+        return objectives.kl(logits.astype(jnp.float32), jnp.zeros(logits.shape)), {}
+
+    def rows(key, index):
+        return jax.random.randint(jax.random.fold_in(key, index), (ROWS, LENGTH + 1), 0, 40_000)
+
+    alone = Program(loss, optax.adam(2e-4), one_device(), lambda frozen, key, index: rows(key, index))
+    together = dataclasses.replace(
+        alone,
+        batch=lambda frozen, key, index: jax.vmap(rows, (0, None))(key, index),
+        replica_axes=1,
+        batch_spec=REPLICAS_OF_ROWS,
+    )
+    return alone, together
+
+
+def in_turn_and_at_once(settings: Settings, base: Any) -> tuple[float, float]:
+    """Seconds an update of all students takes, either way."""
+
+    def seconds(program: Program, params: Any, key: Any) -> float:
+        state, times = program.init(params), []
+        for step in range(4):
+            began = time.perf_counter()
+            state, history = program.dispatch(state, base, None, key, jnp.int32(step + 1))
+            jax.block_until_ready(history)
+            times.append(time.perf_counter() - began)
+        return statistics.median(times[1:])
+
+    one = lora.init(jax.random.key(0), base, SPEC)
+    alone, together = programs(settings)
+    keys = jax.random.split(jax.random.key(0), STUDENTS)
+    stacked = jax.tree.map(lambda x: jnp.stack([x] * STUDENTS), one)
+    return STUDENTS * seconds(alone, one, keys[0]), seconds(together, stacked, keys)
