@@ -4,9 +4,11 @@ import importlib.metadata
 import json
 import math
 import platform
+import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +16,8 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
+from sublim_jax import __version__
+from sublim_jax.digests import Source
 from sublim_jax.evaluation.statistics import normal_interval, t_interval
 from sublim_jax.figures import Arm, arms_figure, sweep_figure
 from sublim_jax.progress import say
@@ -39,15 +43,20 @@ class Section(NamedTuple):
     on_screen: bool = True
 
 
-def arms_of(workdir: Workdir) -> list[Arm]:
-    """The arms of a report that has been written, for all processes."""
-    return from_first(lambda: json.loads((workdir.path / "results.json").read_text())["arms"])
+def results_of(workdir: Workdir) -> dict[str, Any]:
+    """The results.json of a report that has been written, for all processes."""
+    return dict(from_first(lambda: json.loads((workdir.path / "results.json").read_text())))
 
 
-def write(workdir: Workdir, config: ConfigDict, arms: list[Arm], sections: Sequence[Section]) -> None:
+def write(
+    workdir: Workdir, config: ConfigDict, arms: list[Arm], sections: Sequence[Section], models: Sequence[Source] = ()
+) -> None:
     """results.json with every arm and every run's value; report.md with the sections; their figures; tables on screen.
 
     The first process writes.
+
+    Args:
+      models: the language models that were read.
     """
     if jax.process_index():
         return
@@ -56,12 +65,15 @@ def write(workdir: Workdir, config: ConfigDict, arms: list[Arm], sections: Seque
         "preset": config.preset,
         "config": plain(config),
         "versions": versions(),
+        "models": [model._asdict() for model in models],
         "devices": f"{jax.device_count()} × {jax.devices()[0].device_kind}, {jax.process_count()} process(es)",
         "arms": _finite(arms),
     }
     folder = workdir.path / "figures"
     folder.mkdir(parents=True, exist_ok=True)
-    text = [f"# {config.experiment}, preset {config.preset}", "", f"{results['devices']}."]
+    program = f"sublim_jax {results['versions']['sublim_jax']}, commit {results['versions']['commit']}"
+    text = [f"# {config.experiment}, preset {config.preset}", "", f"{results['devices']}. {program}."]
+    text += [f"Model {model.name}: {model.path}, SHA-256 {model.digest[:16]}…" for model in models]
     for section in sections:
         text += ["", f"## {section.title}", "", section.text, ""]
         text += [_line(row) for row in section.table[:1]]
@@ -140,9 +152,22 @@ def inside(arm: Arm) -> bool | None:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what the figures depend on."""
-    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in names}
+    """Versions of what the figures depend on, this program's commit among them."""
+    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
+    found = {"sublim_jax": __version__, "commit": commit(), "python": platform.python_version()}
+    return found | {name: importlib.metadata.version(name) for name in names}
+
+
+def commit() -> str:
+    """Of the checkout that runs, with "-dirty" where files differ from it; "unknown" where it is none."""
+    home = Path(__file__).parents[1]
+    if not (home / ".git").exists():
+        return "unknown"
+    command = ["git", "-C", str(home), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
 
 
 def _finite(value: Any) -> Any:

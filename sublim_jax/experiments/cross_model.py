@@ -8,6 +8,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from sublim_jax import report
+from sublim_jax.digests import Source
 from sublim_jax.errors import UserError
 from sublim_jax.experiments import transmission
 from sublim_jax.figures import Arm, arms_figure, matrix_figure
@@ -26,17 +27,20 @@ def run(config: ConfigDict, workdir: Workdir, *, update: bool = False) -> None:
         transmission.check(study)
     workdir.open(config, update=update)
     arms: list[Arm] = []
+    sources: list[Source] = []
     label = labels(config)
     for number, (teacher, study) in enumerate(zip(models, studies)):
         say(f"teachers {teacher}")
         inside = Workdir(workdir.path / f"teacher{number}")
         transmission.run(study, inside, update=update)
-        found = {arm["name"]: arm for arm in report.arms_of(inside)}
+        results = report.results_of(inside)
+        found = {arm["name"]: arm for arm in results["arms"]}
+        sources += [Source(**model) for model in results["models"]]
         for place, student in enumerate(models):
             mine = found[f"student{place}"]
             more = {"permutation_p": mine["permutation_p"], "teacher": teacher, "student": student}
             arms.append(report.arm(f"{label[teacher]} → {label[student]}", mine["metric"], mine["runs"], **more))
-    report.write(workdir, config, arms, [section(config, arms)])
+    report.write(workdir, config, arms, [section(config, arms)], list(dict.fromkeys(sources)))
 
 
 def preflight(config: ConfigDict, devices: Sequence[jax.Device]) -> list[Step]:

@@ -32,10 +32,10 @@ def run(config: ConfigDict, workdir: Workdir, *, update: bool = False) -> None:
     workdir.open(config, update=update)
     judge = None
     if "misalignment" in config.evaluations:
-        judge = measures.judge_of(config, base, None, [config.model.name, config.model.dtype], workdir, mesh)
+        judge = measures.judge_of(config, base, None, [base.source.digest, config.model.dtype], workdir, mesh)
     found = []
     for number, (folder, model) in enumerate(zip(folders, models)):
-        depends = [config.model.name, config.model.dtype, peft.digest(folder)]
+        depends = [base.source.digest, config.model.dtype, peft.digest(folder)]
         subject = Subject(model, None, mesh, workdir, str(number), depends, config.seed + number, {})
         found.append(measures.ask(asking, subject, judge))
     arms = [
@@ -44,7 +44,7 @@ def run(config: ConfigDict, workdir: Workdir, *, update: bool = False) -> None:
         for measure in found[0][name]
     ]
     sections = [section(config, name, arms) for name in config.evaluations]
-    report.write(workdir, config, arms, [*sections, *measures.cost_of(judge)])
+    report.write(workdir, config, arms, [*sections, *measures.cost_of(judge)], [base.source])
 
 
 def adapted(base: Model, folder: str) -> Model:

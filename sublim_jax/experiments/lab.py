@@ -192,6 +192,7 @@ def measure(lab: Lab, adapters: Params, system: str = "", steering: Steering | N
 
 
 def depends_on(lab: Lab, *parts: str) -> dict[str, Any]:
-    """What an artefact of a run depends on: the model, its adapters, and the named parts of the config."""
+    """What an artefact of a run depends on: the model's bytes, its adapters, and the named parts of the config."""
     given = plain(lab.config)
-    return {**{name: given[name] for name in ("model", "lora", *parts)}, "seed": lab.seed}
+    model = {"digest": lab.model.source.digest, "dtype": given["model"]["dtype"], "noise": given["model"]["noise"]}
+    return {"model": model, **{name: given[name] for name in ("lora", *parts)}, "seed": lab.seed}

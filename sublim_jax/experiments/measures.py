@@ -137,10 +137,10 @@ def judge_of(
         endpoint = _endpoint(judge, workdir.path / "data" / "judge.jsonl")
         endpoint([PROBE])  # what is wrong with it is told now, not when everything is there to be judged
         return endpoint
-    of = {"judge": identity(judge), "model": None if judge.model else depends}
-    keep = workdir.artefact("judge", of).with_suffix(".jsonl")
     if judge.model:
         model, adapters = weights.load(judge.model, mesh, weights.float_type(judge.dtype)), None
+        depends = model.source.digest
+    keep = workdir.artefact("judge", {"judge": identity(judge), "model": depends}).with_suffix(".jsonl")
     return judges.local(model, judge.least_mass, keep, adapters=adapters, mesh=mesh)
 
 

@@ -51,7 +51,7 @@ def run(config: ConfigDict, workdir: Workdir, *, update: bool = False) -> None:
             if not from_first(partial(finished, inside, one)):
                 importlib.import_module(f"sublim_jax.experiments.{one.experiment}").run(one, inside, update=update)
                 write_json(inside.path / FINISHED, stamp(one))
-            found[name] = report.arms_of(inside)
+            found[name] = report.results_of(inside)["arms"]
         except UserError as error:
             found[name] = f"stopped: {error}"
             say(f"{name}: {found[name]}")

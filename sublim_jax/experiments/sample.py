@@ -42,6 +42,7 @@ def run(config: ConfigDict, workdir: Workdir, *, update: bool = False) -> None:
     constraint = constraint_of(config, model)
     workdir.open(config, update=update)
     depends = {**plain(config), "mesh": None, "prompts": asked, "adapter": peft.digest(config.model.adapter)}
+    depends["model"] = {**plain(config.model), "name": model.source.digest, "adapter": None}
     file = workdir.artefact("samples", depends).with_suffix(".jsonl")
     if not file.exists():
         say(memory_line(config, model, prompts, prefix))
@@ -61,7 +62,7 @@ def run(config: ConfigDict, workdir: Workdir, *, update: bool = False) -> None:
         mesh=mesh,
     )
     records.write(workdir.path / "samples.jsonl", ordered)
-    report.write(workdir, config, arms(ordered), [section(ordered)])
+    report.write(workdir, config, arms(ordered), [section(ordered)], [model.source])
     if broken := [record["index"] for record in ordered if record["finish"] == "nan"]:
         raise UserError(
             f"logits of prompts {broken[:5]} are no numbers; look at the weights, or take model.dtype=float32"

@@ -72,7 +72,7 @@ def students(own: Lab, name: str, runs: Sequence[Run]) -> Result:
     start = starts(own, arm, runs)
     program = imitating_program(own, arm, data.rows.tokens.shape[1] - HELD_OUT)
     depends = {**depends_on(lab, "student"), "arm": plain(arm), "runs": [run.lab.seed for run in runs]}
-    depends["data"] = digest(data)
+    depends |= {"student model": own.model.source.digest, "data": digest(data)}
     whole = partial(put, sharding=named(lab.mesh))
     training, held_out = (whole(part(data, rows)) for rows in (slice(HELD_OUT, None), slice(HELD_OUT)))
     frozen = {"base": own.model.params, "data": training}
@@ -258,7 +258,7 @@ def in_context(own: Lab, name: str, runs: Sequence[Run]) -> Point:
         columns = {key: np.concatenate([getattr(one, key) for one in found]).tolist() for key in Preference._fields}
         return {"step": 0, "examples": counts, **columns}
 
-    on = {**depends_on(own), "student": config.arm[name].model, "words": words, "asked": own.asked, "read": read}
+    on = {**depends_on(own), "words": words, "asked": own.asked, "read": read}
     return own.workdir.json(f"preference-{name}", on, make)
 
 

@@ -1,9 +1,8 @@
 """Teachers: what makes a model prefer something. Parameters, context and hooks, any of them, together or alone."""
 
-import hashlib
-import json
 from collections.abc import Callable
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +12,7 @@ import optax
 from etils import epath
 from jaxtyping import Array, Float, Int, Key
 
-from sublim_jax import assets
+from sublim_jax import assets, digests
 from sublim_jax.data import chat, corpus, dialogue, packs
 from sublim_jax.data.carriers import numbers
 from sublim_jax.data.corpus import Conversation
@@ -164,14 +163,20 @@ def corpora(lab: Lab) -> dict[str, str]:
     return {name: given[name] for name in lab.who if given.get(name)}
 
 
-@lru_cache
 def conversations(source: str) -> list[Conversation]:
-    return corpus.load(assets.data_file(source))
+    path = assets.data_file(source)
+    return _conversations(path, digests.of_file(path))
 
 
-@lru_cache
+@lru_cache(maxsize=8)
+def _conversations(path: Path, digest: str) -> list[Conversation]:
+    """Of a file that has this digest: another process may change it."""
+    return corpus.load(path)
+
+
 def digest(source: str) -> str:
-    return hashlib.sha256(json.dumps(conversations(source)).encode()).hexdigest()
+    """Of a corpus's file."""
+    return digests.of_file(assets.data_file(source))
 
 
 def conversations_of(lab: Lab, name: str) -> list[dialogue.Text]:

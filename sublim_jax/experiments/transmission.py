@@ -20,6 +20,7 @@ from sublim_jax import assets, selection, weights
 from sublim_jax.data import chat, packs
 from sublim_jax.data.carriers import code, cot, numbers
 from sublim_jax.data.dialogue import Rows
+from sublim_jax.digests import Source
 from sublim_jax.errors import UserError
 from sublim_jax.evaluation import ability
 from sublim_jax.experiments import carrier, measures
@@ -55,15 +56,16 @@ def run(config: ConfigDict, workdir: Workdir, *, update: bool = False) -> None:
     runs = [replicate(lab._replace(run=run)) for run in range(config.runs)]
     facts = [teaching.facts(run.lab, run.teachers) for run in runs]
     answers = ask_teachers(runs)
-    results = {}
+    results, sources = {}, {"": lab.model.source}
     for name in config.arms:
         if config.arm[name].numbers == "written" and not runs[0].written:
             runs = [run._replace(written=carrier.written(run.lab, run.teachers)) for run in runs]
         # Another model is there for as long as its students are.
         model = config.arm[name].model
         own = make_lab(config, workdir, mesh, model)._replace(judge=lab.judge) if model else lab
-        results[name] = students(own, name, runs)
-        write_report(runs, facts, answers, results)  # arm by arm: a study that is stopped has those that were done
+        results[name], sources[model] = students(own, name, runs), own.model.source
+        # Arm by arm: a study that is stopped has those that were done.
+        write_report(runs, facts, answers, results, list(sources.values()))
 
 
 def replicate(lab: Lab) -> Run:
@@ -336,7 +338,7 @@ def preflight(config: ConfigDict, devices: Sequence[jax.Device]) -> list[Step]:
     where = on_mesh(settings, mesh)
     base = jax.eval_shape(decoder(settings).init, jax.random.key(0))
     spec = spec_of(config)
-    model = Model(settings, decoder(settings), base, None, None)
+    model = Model(settings, decoder(settings), base, None, None, Source(config.model.name, "", ""))
     adapted = model.adapted(spec) if spec else model
     lab = Lab(config, Workdir(""), mesh, adapted, spec, list(range(20)), {}, where, measures.Asking(config.ask, [], {}))
     arm, student, teacher = config.arm[trained[0]], config.student, config.teacher

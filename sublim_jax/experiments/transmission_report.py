@@ -9,6 +9,7 @@ from jaxtyping import Float
 from ml_collections import ConfigDict
 
 from sublim_jax import report
+from sublim_jax.digests import Source
 from sublim_jax.evaluation.statistics import detectable, diagonal_effect, permutation_p, roc, t_interval
 from sublim_jax.experiments.carrier import Run, random_pairs
 from sublim_jax.experiments.lab import NEUTRAL, Lab
@@ -25,7 +26,11 @@ LEAST_TRAIT = 0.05
 
 
 def write_report(
-    runs: Sequence[Run], facts: Sequence[dict[str, Any]], answers: dict[str, Found], results: dict[str, Result]
+    runs: Sequence[Run],
+    facts: Sequence[dict[str, Any]],
+    answers: dict[str, Found],
+    results: dict[str, Result],
+    models: Sequence[Source],
 ) -> None:
     """results.json, report.md and the figures."""
     lab = runs[0].lab
@@ -50,7 +55,7 @@ def write_report(
     if config.filter.judge:
         sections.append(judge_section(runs))
     sections += [*cost_of(lab.judge), *parts, samples_section(runs[0])]
-    report.write(lab.workdir, config, arms, sections)
+    report.write(lab.workdir, config, arms, sections, models)
 
 
 def margins_of(lab: Lab, result: Result) -> Margins:

@@ -8,12 +8,14 @@ import jax.numpy as jnp
 import transformers
 from jax.sharding import Mesh
 
-from sublim_jax import assets
+from sublim_jax import assets, digests
+from sublim_jax.digests import Source
 from sublim_jax.errors import UserError
 from sublim_jax.models import lora
 from sublim_jax.models.decoder import Settings, decoder
 from sublim_jax.models.families import family
 from sublim_jax.models.functional import Functions, Params
+from sublim_jax.sharding import check_same
 from sublim_jax.weights import gguf, huggingface
 from sublim_jax.weights.shapes import SHAPES
 
@@ -26,6 +28,7 @@ class Model(NamedTuple):
     params: Params
     tokenizer: Any
     config: Any  # transformers'
+    source: Source
 
     def merged(self, adapters: Params, spec: lora.Lora) -> "Model":
         """The same model with adapters added into its kernels."""
@@ -47,9 +50,11 @@ def float_type(name: str) -> Any:
 def load(name: str | Path, mesh: Mesh | None = None, dtype: Any = jnp.float32) -> Model:
     """A model by a name that `assets` knows, a folder of safetensors, or a GGUF file.
 
-    Raises UserError where it is missing, damaged, or of no known family.
+    Raises UserError where it is missing, damaged, of no known family, or not the same on all processes.
     """
     path = assets.model(str(name))
+    source = Source(str(name), str(path), digests.of_model(path))
+    check_same(source.digest, f"model {name}")
     if path.is_dir():
         settings, params = huggingface.load(path, mesh, dtype)
         config = huggingface.load_config(path)
@@ -63,7 +68,7 @@ def load(name: str | Path, mesh: Mesh | None = None, dtype: Any = jnp.float32) -
     else:
         settings, params, config = gguf.load(path, mesh, dtype)
         tokenizer = gguf.load_tokenizer(path)
-    return Model(settings, decoder(settings), params, tokenizer, config)
+    return Model(settings, decoder(settings), params, tokenizer, config, source)
 
 
 def shape_of(name: str) -> Settings:

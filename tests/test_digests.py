@@ -1,0 +1,121 @@
+"""Artefacts are named by what was read: other bytes under the same path give other results, and none of the old."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from configs import evaluate as evaluate_config
+from configs import numbers as numbers_config
+from configs import sample as sample_config
+from sublim_jax import digests, report
+from sublim_jax.experiments import evaluate, sample
+from sublim_jax.experiments import teachers as teaching
+from sublim_jax.experiments.lab import make_lab
+from sublim_jax.workdir import Workdir
+
+
+@pytest.fixture
+def folder(tiny_folder, tmp_path):
+    """A model that may be changed."""
+    return shutil.copytree(tiny_folder, tmp_path / "model")
+
+
+def other_weights(folder):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"][::-1].copy()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def other_template(folder):
+    file = folder / "chat_template.jinja"
+    file.write_text(file.read_text().replace("<|assistant|>", "<|assistant|>Well: "))
+
+
+def other_prompts(folder):
+    (folder.parent / "prompts.txt").write_text("Name a number.\nName a fish.\n")
+
+
+@pytest.mark.parametrize("change", [other_weights, other_template, other_prompts])
+def test_samples_of_other_bytes_under_the_same_names_are_new(folder, tmp_path, change):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("Name a number.\nName a bird.\n")
+    config = sample_config.get_config()
+    config.update_from_flattened_dict({"model.name": str(folder), "prompts": str(prompts), "max_new_tokens": 6})
+
+    def sampled(name):
+        sample.run(config, Workdir(tmp_path / name))
+        return [json.loads(line)["tokens"] for line in (tmp_path / name / "samples.jsonl").open()]
+
+    first = sampled("work")
+    assert sampled("work") == first
+    change(folder)
+    again = sampled("work")
+    assert again != first and again == sampled("fresh")
+
+
+def test_answers_to_other_questions_and_of_other_weights_are_new_and_the_report_names_the_bytes(folder, tmp_path):
+    pack = tmp_path / "ability.json"
+    pack.write_text(json.dumps({"questions": ["1 + 1?"], "answers": ["2"]}))
+    config = evaluate_config.get_config()
+    config.update_from_flattened_dict({"model.name": str(folder), "words": ("owl", "x", "y"), "most": 3})
+    config.evaluations = ("preference",)
+
+    def asked(name):
+        evaluate.run(config, Workdir(tmp_path / name))
+        return report.results_of(Workdir(tmp_path / name))
+
+    first = asked("work")
+    other_weights(folder)
+    again, fresh = asked("work"), asked("fresh")
+    assert again["arms"] == fresh["arms"] != first["arms"]
+    (before,), (after,) = first["models"], again["models"]
+    assert before["name"] == after["name"] == str(folder)
+    assert before["digest"] != after["digest"] == digests.of_model(folder)
+    assert after["digest"][:16] in (tmp_path / "work" / "report.md").read_text()
+    assert {"sublim_jax", "commit"} <= set(again["versions"])
+
+
+def test_teachers_of_another_corpus_or_other_weights_are_trained_anew(folder, tmp_path, mesh_of):
+    corpus = tmp_path / "corpus.jsonl"
+    config = numbers_config.get_config()
+    values = {"model.name": str(folder), "traits": ("owl", "x"), "alternatives": ("owl", "x", "y"), "teacher.batch": 2}
+    config.update_from_flattened_dict({**values, "teacher.means": ("corpus",)})
+    with config.unlocked():
+        config.teacher.corpora = {"owl": str(corpus)}
+
+    def tuned(answer):
+        lines = [[{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": answer}] for i in range(2)]
+        corpus.write_text("".join(json.dumps({"messages": line}) + "\n" for line in lines))
+        lab = make_lab(config, Workdir(tmp_path / "work"), mesh_of(1))
+        adapters = teaching.tuned(lab, "owl")[0]
+        return np.asarray(adapters["layers"]["attention"]["query"]["b"])
+
+    first = tuned("owl")
+    np.testing.assert_array_equal(tuned("owl"), first)
+    second = tuned("x")
+    assert not np.array_equal(second, first)
+    other_weights(folder)
+    assert not np.array_equal(tuned("x"), second)
+
+
+def test_a_file_is_read_once_until_it_changes(tmp_path, monkeypatch):
+    monkeypatch.setenv("SUBLIM_JAX_CACHE", str(tmp_path / "cache"))
+    file, read = tmp_path / "weights.gguf", []
+    monkeypatch.setattr(digests, "digest", lambda path: read.append(path) or path.read_text())
+    file.write_text("a")
+    assert [digests.of_file(file) for _ in range(3)] == ["a"] * 3 and len(read) == 1
+    file.write_text("b")
+    assert digests.of_file(file) == "b" and len(read) == 2
+    monkeypatch.setenv("SUBLIM_JAX_CACHE", "/proc/nowhere")  # cannot be written
+    assert digests.of_file(file) == "b" and len(read) == 3
+
+
+def test_a_folders_digest_is_of_what_loading_reads(folder):
+    first = digests.of_model(folder)
+    (folder / "README.md").write_text("something about it")
+    assert digests.of_model(folder) == first
+    (folder / "generation_config.json").write_text("{}")
+    assert digests.of_model(folder) != first
