@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from test_survival import finish, free_port, start
 
 from configs import evaluate as evaluate_config
 from configs import numbers as numbers_config
@@ -119,3 +120,23 @@ def test_a_folders_digest_is_of_what_loading_reads(folder):
     assert digests.of_model(folder) == first
     (folder / "generation_config.json").write_text("{}")
     assert digests.of_model(folder) != first
+
+
+def test_processes_that_read_different_bytes_end_with_that_line(folder, tiny_folder, tmp_path):
+    """A stale copy on one host: each would sample from its own model."""
+    other_weights(folder)
+    (tmp_path / "prompts.txt").write_text("Name a number.\n")
+    join = [f"--coordinator=127.0.0.1:{free_port()}", "--num_processes=2", f"--workdir={tmp_path / 'work'}"]
+    values = [f"--config.prompts={tmp_path / 'prompts.txt'}", "--config.max_new_tokens=4"]
+    both = [
+        start(
+            f"--config.model.name={model}",
+            *values,
+            *join,
+            f"--process_id={number}",
+            size=["--config=configs/sample.py"],
+        )
+        for number, model in enumerate((tiny_folder, folder))
+    ]
+    for process in both:
+        assert "is not the same on all processes: process 1 reads other bytes than process 0" in finish(process, 2)
