@@ -134,7 +134,7 @@ def wrong_dtype(path):
 def wrong_shape(path):
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps({**config, "intermediate_size": 50}))
-    return "has shape (48, 32), and config.json asks for (50, 32)"
+    return "has shape (48, 32), and its config asks for (50, 32)"
 
 
 def unknown_family(path):
