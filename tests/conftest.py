@@ -36,7 +36,15 @@ def few_compiled_programs():
 
 
 def pytest_addoption(parser):
-    parser.addoption("--parity", help="Write the families' differences from transformers to this file.")
+    parser.addoption("--parity", help="Write differences from transformers and llama.cpp to this file.")
+
+
+def write_section(file, heading, lines):
+    """Puts `lines` under a heading of a page of docs, in place of what stood there up to the next heading."""
+    text = file.read_text() if file.exists() else ""
+    before, _, after = text.partition(f"{heading}\n")
+    _, mark, after = after.partition("\n## ")
+    file.write_text(f"{before}{heading}\n\n" + "\n".join(lines) + "\n" + mark + after)
 
 
 @pytest.fixture(scope="session")

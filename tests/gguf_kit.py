@@ -96,7 +96,8 @@ def write(path, architecture, fields, tensors):
         if isinstance(value, list):
             writer.add_array(name, value)
         elif value is not None:
-            kinds = {bool: "BOOL", int: "UINT32", float: "FLOAT32", str: "STRING"}
+            number = "UINT32" if isinstance(value, str) or value >= 0 else "INT32"
+            kinds = {bool: "BOOL", int: number, float: "FLOAT32", str: "STRING"}
             writer.add_key_value(name, value, gguf.GGUFValueType[kinds[type(value)]])
     for name, values in tensors.items():
         writer.add_tensor(name, values)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 
 from sublim_jax.errors import UserError
 from sublim_jax.models.families import Config
@@ -87,7 +88,10 @@ def config_of(file: File) -> Config:
     if known.frequencies and ROPE_FREQS in file.tensors:
         values["rope_parameters"] = _divided(file, values)
     fields.refuse_others(prefix, HARMLESS, _neutral(values), WHY)
-    return transformers.AutoConfig.for_model(known.kind, **values)
+    try:
+        return transformers.AutoConfig.for_model(known.kind, **values)
+    except (StrictDataclassError, ValueError) as error:
+        raise UserError(f"{file.path}: transformers refuses its config ({' '.join(str(error).split())})") from error
 
 
 def _is_bias(name: str) -> bool:
@@ -96,6 +100,9 @@ def _is_bias(name: str) -> bool:
 
 def _common(file: File, prefix: str) -> Values:
     fields = file.fields
+    layers = _positive(fields, f"{prefix}block_count")
+    if layers > len(file.tensors):
+        raise UserError(f"{file.path}: {prefix}block_count is {layers}, and there are {len(file.tensors)} tensors")
     width = _positive(fields, f"{prefix}embedding_length")
     heads = _positive(fields, f"{prefix}attention.head_count")
     groups = _positive(fields, f"{prefix}attention.head_count_kv", heads)
@@ -109,7 +116,7 @@ def _common(file: File, prefix: str) -> Values:
         "vocab_size": len(texts),
         "hidden_size": width,
         "intermediate_size": _positive(fields, f"{prefix}feed_forward_length"),
-        "num_hidden_layers": _positive(fields, f"{prefix}block_count"),
+        "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": groups,
         "head_dim": size,

@@ -34,7 +34,8 @@ class Tensor(NamedTuple):
 
     def read(self, index: tuple[slice, ...]) -> np.ndarray:
         """The values at an index of slices, as float32."""
-        values = gguf.dequantize(self.rows[index[:-1]], self.kind)  # rows are quantised each by itself
+        rows = np.array(self.rows[index[:-1]])  # jax keeps what it is given, and the file may be written again
+        values = gguf.dequantize(rows, self.kind)  # rows are quantised each by itself
         return values[(..., index[-1])]
 
 
