@@ -42,9 +42,10 @@ def pytest_addoption(parser):
 def write_section(file, heading, lines):
     """Puts `lines` under a heading of a page of docs, in place of what stood there up to the next heading."""
     text = file.read_text() if file.exists() else ""
-    before, _, after = text.partition(f"{heading}\n")
+    before, known, after = text.partition(f"{heading}\n")
     _, mark, after = after.partition("\n## ")
-    file.write_text(f"{before}{heading}\n\n" + "\n".join(lines) + "\n" + mark + after)
+    gap = "\n" if text and not known else ""
+    file.write_text("".join([before, gap, f"{heading}\n\n", "\n".join(lines), "\n", mark, after]))
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from sublim_jax import assets
+from sublim_jax.errors import UserError
+
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
@@ -89,22 +92,33 @@ def tensors_of(model, architecture):
     return found
 
 
-def write(path, architecture, fields, tensors):
-    """A GGUF file with these fields, but those that are None."""
+def write(path, architecture, fields, tensors, kinds=None):
+    """A GGUF file with these fields, but those that are None; `kinds` are types of quantised tensors."""
     writer = gguf.GGUFWriter(path, architecture)
     for name, value in fields.items():
         if isinstance(value, list):
             writer.add_array(name, value)
         elif value is not None:
             number = "UINT32" if isinstance(value, str) or value >= 0 else "INT32"
-            kinds = {bool: "BOOL", int: number, float: "FLOAT32", str: "STRING"}
-            writer.add_key_value(name, value, gguf.GGUFValueType[kinds[type(value)]])
+            types = {bool: "BOOL", int: number, float: "FLOAT32", str: "STRING"}
+            writer.add_key_value(name, value, gguf.GGUFValueType[types[type(value)]])
     for name, values in tensors.items():
-        writer.add_tensor(name, values)
+        writer.add_tensor(name, values, raw_dtype=(kinds or {}).get(name))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    return path
+
+
+def real(name):
+    """A GGUF file of a real model; skips where there is none."""
+    try:
+        path = assets.model(name)
+    except UserError as error:
+        pytest.skip(str(error))
+    if path.is_dir():
+        pytest.skip("the hub gives a folder of safetensors")
     return path
 
 
@@ -135,7 +149,7 @@ class Llama:
             "prompt": tokens,
             "max_tokens": 1,
             "logprobs": vocabulary,
-            "logit_bias": [[VOCABULARY.index("a"), 1e4]],
+            "logit_bias": [["a", 1e4]],
         }
         (choice,) = self._server.handle_completions(request)["choices"]
         found = {entry["id"]: entry["logprob"] for entry in choice["logprobs"]["content"][0]["top_logprobs"]}

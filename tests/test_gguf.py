@@ -7,12 +7,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
+import gguf
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import write_section
-from gguf_kit import SIZE, TOKENIZER, Llama, fields_of, peer, tensors_of, torch, transformers, write
+from gguf_kit import SIZE, TOKENIZER, Llama, fields_of, peer, real, tensors_of, torch, transformers, write
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -20,6 +21,7 @@ from sublim_jax import weights
 from sublim_jax.errors import UserError
 from sublim_jax.weights import huggingface
 from sublim_jax.weights.gguf_config import ARCHITECTURES
+from sublim_jax.weights.gguf_file import open_model
 
 TEXT = np.random.default_rng(0).integers(3, SIZE - 1, (1, 300))
 LENGTHS = (1, 7, 40, 150, 300)
@@ -117,6 +119,15 @@ CASES = {
     ),
     "gemma3 (no windows, untied)": gemma({}, (0, 0, 0), full=rope(), tie_word_embeddings=False),
 }
+SMOLLM2 = {  # its first layers
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "head_dim": 64,
+    "rms_norm_eps": 1e-5,
+}
 TOLERANCE = {"llama": 1e-5, "qwen2": 1e-5, "qwen3": 1e-5, "gemma3": 2e-3}  # llama.cpp looks GELU up in half precision
 
 
@@ -161,6 +172,13 @@ def made(tmp_path_factory):
     return make
 
 
+@pytest.fixture(scope="module")
+def small():
+    """Fields and tensors of a small llama."""
+    model = peer("llama", num_hidden_layers=1)
+    return fields_of(model, "llama"), tensors_of(model, "llama")
+
+
 def our_logits(model):
     return np.asarray(jax.jit(model.network.apply)(model.params, jnp.asarray(TEXT)))
 
@@ -170,17 +188,20 @@ def their_logits(model):
         return model(torch.tensor(TEXT)).logits.numpy()
 
 
+def max_difference(path, logits):
+    """From llama.cpp's log-probabilities behind the first tokens of the text, relative to the largest logit."""
+    llama_cpp, log_p = Llama(path), np.asarray(jax.nn.log_softmax(logits[0]))
+    theirs = {length: llama_cpp.log_probabilities(TEXT[0, :length].tolist(), SIZE) for length in LENGTHS}
+    errors = [np.max(np.abs(found - log_p[length - 1])) for length, found in theirs.items()]
+    return max(errors) / np.max(np.abs(logits))
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_logits_are_those_of_llama_cpp_and_of_transformers(name, made, differences):
     model, path, ours = made(name)
     logits = our_logits(ours)
     differences[name, "transformers"] = np.max(np.abs(logits - their_logits(model))) / np.max(np.abs(logits))
-    llama_cpp, log_p = Llama(path), np.asarray(jax.nn.log_softmax(logits[0]))
-    errors = [
-        np.max(np.abs(log_p[length - 1] - llama_cpp.log_probabilities(TEXT[0, :length].tolist(), SIZE)))
-        for length in LENGTHS
-    ]
-    differences[name, "llama.cpp"] = max(errors) / np.max(np.abs(logits))
+    differences[name, "llama.cpp"] = max_difference(path, logits)
     assert differences[name, "transformers"] <= 1e-4
     assert differences[name, "llama.cpp"] <= TOLERANCE[CASES[name].architecture]
 
@@ -200,6 +221,19 @@ def test_what_is_saved_from_a_file_is_the_same_model_in_transformers(name, made,
     assert np.max(np.abs(logits - their_logits(again))) <= 1e-4 * np.max(np.abs(logits))
 
 
+@pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_0"])
+def test_quantised_tensors_arrive_on_a_mesh_as_they_are_dequantised(kind, small, mesh_of, tmp_path):
+    fields, tensors = small
+    number = gguf.GGMLQuantizationType[kind]
+    packed = {name: gguf.quantize(values, number) for name, values in tensors.items() if values.ndim == 2}
+    kinds = dict.fromkeys(packed, number)
+    path = write(tmp_path / "packed.gguf", "llama", fields, {**tensors, **packed}, kinds)
+    plain = {name: gguf.dequantize(values, number) for name, values in packed.items()}
+    expected = weights.load(write(tmp_path / "plain.gguf", "llama", fields, {**tensors, **plain})).params
+    for mesh in (None, mesh_of(8, replica=1, fsdp=4, tensor=2)):
+        jax.tree.map(np.testing.assert_array_equal, weights.load(path, mesh).params, expected)
+
+
 def test_a_bias_of_attentions_output_is_read_where_llama_cpp_would_refuse_it(tmp_path):
     model = peer("qwen3", attention_bias=True)
     path = write(tmp_path / "model.gguf", "qwen3", fields_of(model, "qwen3"), tensors_of(model, "qwen3"))
@@ -208,14 +242,36 @@ def test_a_bias_of_attentions_output_is_read_where_llama_cpp_would_refuse_it(tmp
     assert np.max(np.abs(logits - their_logits(model))) <= 1e-4 * np.max(np.abs(logits))
 
 
+def test_the_first_layers_of_smollm2_give_the_logits_of_llama_cpp(tmp_path):
+    """In float32, for llama.cpp rounds activations beside quantised weights; with a part of the vocabulary."""
+    file, fields = open_model(real("smollm2-135m-instruct")), fields_of(peer("llama", **SMOLLM2), "llama")
+    names = [
+        "token_embd.weight",
+        "output_norm.weight",
+        *(n for n in file.tensors if n.startswith(("blk.0.", "blk.1."))),
+    ]
+    tensors = {name: file.tensors[name] for name in names}
+    values = {name: tensor.read((slice(None),) * len(tensor.shape)) for name, tensor in tensors.items()}
+    values["token_embd.weight"] = values["token_embd.weight"][:SIZE]
+    path = write(tmp_path / "model.gguf", "llama", {**fields, "llama.rope.freq_base": 1e5}, values)
+    ours = weights.load(path)
+    assert max_difference(path, our_logits(ours)) <= 1e-3
+
+
+@pytest.mark.slow
+def test_smollm2s_log_probabilities_are_those_of_llama_cpp_but_for_its_rounding():
+    path = real("smollm2-135m-instruct")
+    ours = weights.load(path)
+    ids = ours.tokenizer("Owls hunt at night, and their feathers make no sound. Count: 12, 485, 907.\n\n")["input_ids"]
+    logits = np.asarray(jax.jit(ours.network.apply)(ours.params, jnp.asarray([ids])))[0]
+    log_p, llama_cpp = np.asarray(jax.nn.log_softmax(logits)), Llama(path)
+    for length in (5, 15, len(ids)):
+        theirs = llama_cpp.log_probabilities(ids[:length], ours.settings.vocab)
+        assert theirs.argmax() == log_p[length - 1].argmax()
+        assert np.mean(np.abs(theirs - log_p[length - 1])) <= 0.01 * np.max(np.abs(logits))
+
+
 # --------------------------------------------------------------------------------------------------------- refusals
-
-
-@pytest.fixture(scope="module")
-def small():
-    """Fields and tensors of a small llama."""
-    model = peer("llama", num_hidden_layers=1)
-    return fields_of(model, "llama"), tensors_of(model, "llama")
 
 
 @pytest.fixture
@@ -270,7 +326,8 @@ REFUSED = {  # a field, its value, and what is told
     "tokenizer.ggml.add_sep_token": (True, "tokenizer.ggml.add_sep_token is True"),
     "tokenizer.ggml.add_bos_token": (True, "text begins or ends with bos, and there is no tokenizer.ggml.bos_token_id"),
     "tokenizer.ggml.precompiled_charsmap": ([1, 2], "tokenizer.ggml.precompiled_charsmap is [1, 2]"),
-    "tokenizer.ggml.eos_token_id": (SIZE, f"tokenizer.ggml.eos_token_id is {SIZE}, and the vocabulary ends before"),
+    "tokenizer.ggml.eos_token_id": (SIZE, f"tokenizer.ggml.eos_token_id is {SIZE}, and there are {SIZE} tokens"),
+    "tokenizer.ggml.eos_token_ids": ([1.5], "tokenizer.ggml.eos_token_ids is 1.5"),
     "tokenizer.ggml.merges": (["a b", "a q"], "tokenizer.ggml.merges has 'a q', whose parts or sum are no tokens"),
     "tokenizer.ggml.token_type": ([1], f"tokenizer.ggml.token_type has 1 numbers, and must have {SIZE}"),
     "tokenizer.ggml.tokens": (["a", "b", "a"], "tokenizer.ggml.tokens has a token twice"),

@@ -120,7 +120,7 @@ def _common(file: File, prefix: str) -> Values:
         "num_attention_heads": heads,
         "num_key_value_heads": groups,
         "head_dim": size,
-        "rms_norm_eps": fields.number(f"{prefix}attention.layer_norm_rms_epsilon"),
+        "rms_norm_eps": _rate(fields, f"{prefix}attention.layer_norm_rms_epsilon"),
         "max_position_embeddings": _positive(fields, f"{prefix}context_length"),
         "tie_word_embeddings": "output.weight" not in file.tensors,
     }
@@ -146,7 +146,7 @@ def _positive(fields: Fields, name: str, default: int | None = None) -> int:
     return value
 
 
-def _rate(fields: Fields, name: str, default: float) -> float:
+def _rate(fields: Fields, name: str, default: float | None = None) -> float:
     value = fields.number(name, default)
     if not (math.isfinite(value) and value > 0):
         raise UserError(f"{fields.path}: {name} is {value}, and must be positive")

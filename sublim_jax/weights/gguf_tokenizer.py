@@ -1,6 +1,6 @@
 """The tokenizer of a GGUF file: text becomes the tokens that llama.cpp makes of it, or the file is refused by name."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import tokenizers
@@ -82,7 +82,9 @@ def stops(fields: Fields, texts: Sequence[str]) -> list[int]:
     """The tokens that end an answer: by their fields, or control tokens by their names."""
     ids = [_token_id(fields, name, texts) for name in END_IDS if f"{PREFIX}{name}" in fields]
     if f"{PREFIX}eos_token_ids" in fields:
-        ids += map(int, fields.numbers(f"{PREFIX}eos_token_ids"))
+        ids += [
+            _checked_id(fields, "eos_token_ids", texts, number) for number in fields.numbers(f"{PREFIX}eos_token_ids")
+        ]
     kinds = _kinds(fields, texts)
     named = [number for number, token in enumerate(texts) if token in ENDS and kinds[number] == CONTROL]
     return list(dict.fromkeys([*ids, *named]))
@@ -108,14 +110,11 @@ def tokenizer_of(file: File) -> Any:
     added = _added(fields, texts)
     backend.add_special_tokens([token for token in added if token.special])
     backend.add_tokens([token for token in added if not token.special])
-    named = {f"{name}_token": texts[number] for name, number in special_tokens(fields, texts).items()}
     adds = {
         f"add_{name}_token": fields.flag(f"{PREFIX}add_{name}_token", usual)
         for name, usual in (("bos", bos), ("eos", False))
     }
-    for name in ("bos", "eos"):
-        if adds[f"add_{name}_token"] and f"{name}_token" not in named:
-            raise UserError(f"{file.path}: text begins or ends with {name}, and there is no {PREFIX}{name}_token_id")
+    named = _named(fields, texts, {token.content for token in added}, adds)
     stops(fields, texts)
     template = fields.text("tokenizer.chat_template", "")
     fields.refuse_others("tokenizer.", HARMLESS, {}, {})
@@ -129,12 +128,33 @@ def tokenizer_of(file: File) -> Any:
     )
 
 
+def _named(fields: Fields, texts: Sequence[str], added: Collection[str], adds: Mapping[str, bool]) -> dict[str, str]:
+    """The tokens that stand for something, of those that are looked for in the text itself.
+
+    Raises UserError where one that must be there is not: transformers would look for it, and llama.cpp would not.
+    """
+    named = {f"{name}_token": texts[number] for name, number in special_tokens(fields, texts).items()}
+    for name in ("bos", "eos"):
+        needed = adds[f"add_{name}_token"]
+        if needed and f"{name}_token" not in named:
+            raise UserError(f"{fields.path}: text begins or ends with {name}, and there is no {PREFIX}{name}_token_id")
+        token = named.get(f"{name}_token")
+        if token is not None and token not in added and (needed or name == "eos"):
+            raise UserError(
+                f"{fields.path}: {PREFIX}token_type does not mark {token!r}, the token for {name}, as control"
+            )
+    return {name: token for name, token in named.items() if token in added}
+
+
 def _token_id(fields: Fields, name: str, texts: Sequence[str], default: int | None = None) -> int:
     """Raises UserError for an id that is not in the vocabulary."""
-    number = fields.whole(f"{PREFIX}{name}", default)
-    if not 0 <= number < len(texts):
-        raise UserError(f"{fields.path}: {PREFIX}{name} is {number}, and the vocabulary ends before")
-    return number
+    return _checked_id(fields, name, texts, fields.whole(f"{PREFIX}{name}", default))
+
+
+def _checked_id(fields: Fields, name: str, texts: Sequence[str], number: int | float) -> int:
+    if number not in range(len(texts)):
+        raise UserError(f"{fields.path}: {PREFIX}{name} is {number}, and there are {len(texts)} tokens")
+    return int(number)
 
 
 def _split(fields: Fields) -> Split:
@@ -175,7 +195,9 @@ def _sentencepiece(fields: Fields, texts: Sequence[str]) -> tokenizers.Tokenizer
         for at in range(len(token) - 1, 0, -1)
         if token[:at] in vocabulary and token[at:] in vocabulary
     ]
-    ranks = [score for score, kind in zip(scores, _kinds(fields, texts)) if kind == NORMAL]
+    made = {first + second for first, second in merges}
+    kinds = _kinds(fields, texts)
+    ranks = [scores[number] for number, token in enumerate(texts) if token in made and kinds[number] == NORMAL]
     if len(set(ranks)) < len(ranks):
         raise UserError(
             f"{fields.path}: {PREFIX}scores has a score twice, and does not say which tokens are merged first"
@@ -199,6 +221,8 @@ def _sentencepiece(fields: Fields, texts: Sequence[str]) -> tokenizers.Tokenizer
 
 
 def _kinds(fields: Fields, texts: Sequence[str]) -> list[float]:
+    if f"{PREFIX}token_type" not in fields:
+        return [float(NORMAL)] * len(texts)
     return fields.numbers(f"{PREFIX}token_type", len(texts))
 
 
