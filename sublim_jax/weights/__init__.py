@@ -61,8 +61,8 @@ def load(name: str | Path, mesh: Mesh | None = None, dtype: Any = jnp.float32) -
                 f"{path} has no tokenizer that transformers reads ({reason}); put the model's there"
             ) from error
     else:
-        tokenizer = gguf.load_tokenizer(path)  # first, for it costs less to be refused
         settings, params, config = gguf.load(path, mesh, dtype)
+        tokenizer = gguf.load_tokenizer(path)
     return Model(settings, decoder(settings), params, tokenizer, config)
 
 

@@ -80,6 +80,7 @@ def config_of(file: File) -> Config:
         raise UserError(
             f"{file.path}: architecture {architecture!r} is not read here; these are: {', '.join(ARCHITECTURES)}"
         )
+    gguf_tokenizer.split_of(fields)  # before the weights are read
     known, prefix = ARCHITECTURES[architecture], f"{architecture}."
     values = _common(file, prefix)
     values |= known.more(fields, prefix, values)
@@ -153,13 +154,18 @@ def _rate(fields: Fields, name: str, default: float | None = None) -> float:
     return value
 
 
+def _scale(fields: Fields, prefix: str) -> float:
+    """By how much positions are divided; 1 where a file says nothing or 0."""
+    older, newer = f"{prefix}rope.scale_linear", f"{prefix}rope.scaling.factor"
+    values = {name: fields.number(name, 0.0) for name in (older, newer)}
+    name = newer if newer in fields else older
+    return _rate(fields, name) if values[name] else 1.0
+
+
 def _rope(fields: Fields, prefix: str, length: int) -> Values:
     """`rope_parameters`. Where a file names no type of scaling, a factor scales linearly."""
     base = {"rope_type": "default", "rope_theta": _rate(fields, f"{prefix}rope.freq_base", 10_000.0)}
-    kind = fields.text(f"{prefix}rope.scaling.type", "linear")
-    older = fields.number(f"{prefix}rope.scale_linear", 0.0)
-    zero_for_none = fields.number(f"{prefix}rope.scaling.factor", older) == 0
-    factor = 1.0 if zero_for_none else _rate(fields, f"{prefix}rope.scaling.factor", older)
+    kind, factor = fields.text(f"{prefix}rope.scaling.type", "linear"), _scale(fields, prefix)
     if kind not in ("none", "linear", "yarn"):
         raise UserError(
             f"{fields.path}: {prefix}rope.scaling.type is {kind!r}, which is not read from GGUF; known: none, linear, "

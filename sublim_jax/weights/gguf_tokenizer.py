@@ -60,6 +60,25 @@ HARMLESS = (
 )
 
 
+def split_of(fields: Fields) -> Split | None:
+    """How a file's text is cut before byte-level merges; None for sentencepieces, which are not.
+
+    Raises UserError for another kind of tokenizer, or a way to cut text, that is not known here.
+    """
+    model = fields.text(f"{PREFIX}model")
+    if model not in ("gpt2", "llama"):
+        raise UserError(f"{fields.path}: {PREFIX}model is {model!r}, a kind that is not read here; known: gpt2, llama")
+    if model == "llama":
+        return None
+    name = fields.text(f"{PREFIX}pre", "default")
+    if name not in SPLITS:
+        raise UserError(
+            f"{fields.path}: {PREFIX}pre is {name!r}, a way to cut text that is not known here; "
+            "name the model's safetensors folder"
+        )
+    return SPLITS[name]
+
+
 def tokens(fields: Fields) -> list[str]:
     """The vocabulary, by token id."""
     found = [token or f"[EMPTY_{number}]" for number, token in enumerate(fields.texts(f"{PREFIX}tokens"))]
@@ -93,26 +112,17 @@ def stops(fields: Fields, texts: Sequence[str]) -> list[int]:
 def tokenizer_of(file: File) -> Any:
     """The tokenizer as transformers' fast one, with the chat template.
 
-    Raises UserError for a kind of tokenizer, or a way to cut text, that is not known here.
+    Raises UserError for one that is not known here, or says too little.
     """
     fields = file.fields
-    model = fields.text(f"{PREFIX}model")
-    if model not in ("gpt2", "llama"):
-        raise UserError(f"{file.path}: {PREFIX}model is {model!r}, a kind that is not read here; known: gpt2, llama")
-    texts = tokens(fields)
-    bos = True
-    if model == "gpt2":
-        split = _split(fields)
-        bos = split.bos
-        backend = _byte_level(fields, texts, split)
-    else:
-        backend = _sentencepiece(fields, texts)
+    split, texts = split_of(fields), tokens(fields)
+    backend = _byte_level(fields, texts, split) if split else _sentencepiece(fields, texts)
     added = _added(fields, texts)
     backend.add_special_tokens([token for token in added if token.special])
     backend.add_tokens([token for token in added if not token.special])
     adds = {
         f"add_{name}_token": fields.flag(f"{PREFIX}add_{name}_token", usual)
-        for name, usual in (("bos", bos), ("eos", False))
+        for name, usual in (("bos", split.bos if split else True), ("eos", False))
     }
     named = _named(fields, texts, {token.content for token in added}, adds)
     stops(fields, texts)
@@ -155,16 +165,6 @@ def _checked_id(fields: Fields, name: str, texts: Sequence[str], number: int | f
     if number not in range(len(texts)):
         raise UserError(f"{fields.path}: {PREFIX}{name} is {number}, and there are {len(texts)} tokens")
     return int(number)
-
-
-def _split(fields: Fields) -> Split:
-    name = fields.text(f"{PREFIX}pre", "default")
-    if name not in SPLITS:
-        raise UserError(
-            f"{fields.path}: {PREFIX}pre is {name!r}, a way to cut text that is not known here; "
-            "name the model's safetensors folder"
-        )
-    return SPLITS[name]
 
 
 def _byte_level(fields: Fields, texts: Sequence[str], split: Split) -> tokenizers.Tokenizer:
