@@ -61,6 +61,7 @@ def gemma(fields, slides=(), local=10_000.0, full=None, **config):
         base["num_hidden_layers"] = len(slides)
     if full:
         base["rope_parameters"] = {"sliding_attention": rope(theta=local), "full_attention": full}
+        fields = {"rope.freq_base": full["rope_theta"], **fields}
     return Case("gemma3", {**base, **config}, fields)
 
 
@@ -204,6 +205,13 @@ def test_logits_are_those_of_llama_cpp_and_of_transformers(name, made, differenc
     differences[name, "llama.cpp"] = max_difference(path, logits)
     assert differences[name, "transformers"] <= 1e-4
     assert differences[name, "llama.cpp"] <= TOLERANCE[CASES[name].architecture]
+
+
+def test_a_gemma_3_without_a_base_has_its_own(tmp_path):
+    model = peer("gemma3_text", num_hidden_layers=7, sliding_window=64, query_pre_attn_scalar=16)
+    fields = {**fields_of(model, "gemma3"), "gemma3.attention.sliding_window": 64}
+    ours = weights.load(write(tmp_path / "model.gguf", "gemma3", fields, tensors_of(model, "gemma3")))
+    assert np.max(np.abs(our_logits(ours) - their_logits(model))) <= 1e-4 * np.max(np.abs(our_logits(ours)))
 
 
 def test_every_architecture_that_is_read_has_a_case():

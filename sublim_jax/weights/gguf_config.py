@@ -59,6 +59,7 @@ class Architecture(NamedTuple):
 
     Attributes:
       kind: transformers' model_type.
+      theta: the base of the rotation where a file does not say.
       more: the values that only this architecture has, given those that all have.
       biases: the config's flag for biases, and the tensors that it stands for.
       paired: whether rows of queries and keys keep the two halves of a rotation side by side.
@@ -66,6 +67,7 @@ class Architecture(NamedTuple):
     """
 
     kind: str
+    theta: float
     more: Callable[[Fields, str, Values], Values]
     biases: Mapping[str, Collection[str]]
     paired: bool = False
@@ -82,7 +84,7 @@ def config_of(file: File) -> Config:
         )
     gguf_tokenizer.split_of(fields)  # before the weights are read
     known, prefix = ARCHITECTURES[architecture], f"{architecture}."
-    values = _common(file, prefix)
+    values = _common(file, prefix, known.theta)
     values |= known.more(fields, prefix, values)
     for flag, stems in known.biases.items():
         values[flag] = any(name.rpartition(".")[0].split(".")[-1] in stems for name in file.tensors if _is_bias(name))
@@ -99,7 +101,7 @@ def _is_bias(name: str) -> bool:
     return name.startswith("blk.") and name.endswith(".bias")
 
 
-def _common(file: File, prefix: str) -> Values:
+def _common(file: File, prefix: str, theta: float) -> Values:
     fields = file.fields
     layers = _positive(fields, f"{prefix}block_count")
     if layers > len(file.tensors):
@@ -125,7 +127,7 @@ def _common(file: File, prefix: str) -> Values:
         "max_position_embeddings": _positive(fields, f"{prefix}context_length"),
         "tie_word_embeddings": "output.weight" not in file.tensors,
     }
-    values["rope_parameters"] = _rope(fields, prefix, values["max_position_embeddings"])
+    values["rope_parameters"] = _rope(fields, prefix, theta, values["max_position_embeddings"])
     named = gguf_tokenizer.special_tokens(fields, texts)
     values |= {f"{name}_token_id": named[name] for name in ("bos", "pad") if name in named}
     stops = gguf_tokenizer.stops(fields, texts)
@@ -162,9 +164,9 @@ def _scale(fields: Fields, prefix: str) -> float:
     return _rate(fields, name) if values[name] else 1.0
 
 
-def _rope(fields: Fields, prefix: str, length: int) -> Values:
+def _rope(fields: Fields, prefix: str, theta: float, length: int) -> Values:
     """`rope_parameters`. Where a file names no type of scaling, a factor scales linearly."""
-    base = {"rope_type": "default", "rope_theta": _rate(fields, f"{prefix}rope.freq_base", 10_000.0)}
+    base = {"rope_type": "default", "rope_theta": _rate(fields, f"{prefix}rope.freq_base", theta)}
     kind, factor = fields.text(f"{prefix}rope.scaling.type", "linear"), _scale(fields, prefix)
     if kind not in ("none", "linear", "yarn"):
         raise UserError(
@@ -244,8 +246,9 @@ MLP_BIAS = {"mlp_bias": ["ffn_gate", "ffn_up", "ffn_down"]}
 
 ARCHITECTURES: dict[str, Architecture] = {
     # Llama, Mistral, SmolLM2
-    "llama": Architecture("llama", _full_attention, ATTENTION_BIAS | MLP_BIAS, paired=True, frequencies=True),
-    "qwen2": Architecture("qwen2", _full_attention, {}),
-    "qwen3": Architecture("qwen3", _full_attention, ATTENTION_BIAS),
-    "gemma3": Architecture("gemma3_text", _gemma3, ATTENTION_BIAS),
+    "llama": Architecture("llama", 10_000.0, _full_attention, ATTENTION_BIAS | MLP_BIAS, paired=True, frequencies=True),
+    "qwen2": Architecture("qwen2", 10_000.0, _full_attention, {}),
+    "qwen3": Architecture("qwen3", 10_000.0, _full_attention, ATTENTION_BIAS),
+    # The base is Gemma's own. llama.cpp would take 10,000; its converter always writes one.
+    "gemma3": Architecture("gemma3_text", 1_000_000.0, _gemma3, ATTENTION_BIAS),
 }

@@ -70,7 +70,7 @@ def split_of(fields: Fields) -> Split | None:
         raise UserError(f"{fields.path}: {PREFIX}model is {model!r}, a kind that is not read here; known: gpt2, llama")
     if model == "llama":
         return None
-    name = fields.text(f"{PREFIX}pre", "default")
+    name = fields.text(f"{PREFIX}pre", "") or "default"
     if name not in SPLITS:
         raise UserError(
             f"{fields.path}: {PREFIX}pre is {name!r}, a way to cut text that is not known here; "
