@@ -31,7 +31,7 @@ bench: .venv/installed .venv-peers/installed
 	$(BIN)/python -m bench.sampling --peer=.venv-peers/bin/python
 
 parity: .venv/installed-dev
-	$(BIN)/python -m pytest -q tests/test_families.py --parity=docs/parity.md
+	$(BIN)/python -m pytest -q tests/test_families.py tests/test_gguf.py --parity=docs/parity.md
 
 .venv/installed: pyproject.toml requirements.txt
 	$(PYTHON) -m venv .venv

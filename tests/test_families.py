@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import write_section
 
 from sublim_jax.models.decoder import decoder
 from sublim_jax.models.families import FAMILIES, family
@@ -152,8 +153,6 @@ def seen(request):
     if file := request.config.getoption("parity"):
         columns = ["logits", "padded left", "padded right", "gradients", "round trip"]
         lines = [
-            "# Parity with transformers, by family",
-            "",
             f"`make parity`, {datetime.date.today()}: jax {jax.__version__}, transformers {transformers.__version__}, "
             f"torch {torch.__version__}, float32. Small models with every parameter drawn, {LENGTH} tokens; largest "
             "absolute difference over the largest absolute value. The tests allow 1e-4 for logits, 1e-3 for gradients.",
@@ -164,7 +163,7 @@ def seen(request):
         for name in CASES:
             cells = [found.get((name, column), "not run") for column in columns]
             lines.append(f"| {name} | {' | '.join(c if isinstance(c, str) else f'{c:.0e}' for c in cells)} |")
-        Path(file).write_text("\n".join(lines) + "\n")
+        write_section(Path(file), "# Parity with transformers, by family", lines)
 
 
 def difference(ours, theirs):

@@ -247,7 +247,7 @@ def _check_shape(settings: Settings, rule: Rule, leaves: Mapping[str, Any], shap
     for layer in range(settings.layers if layered else 1):
         name = rule.tensor.format(i=layer)
         if (found := shape(name)) != expected:
-            raise UserError(f"{what}: tensor {name} has shape {found}, and config.json asks for {expected}")
+            raise UserError(f"{what}: tensor {name} has shape {found}, and its config asks for {expected}")
 
 
 def _shards(folder: Path) -> list[Path]:
