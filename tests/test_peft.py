@@ -269,7 +269,7 @@ REFUSED = {  # by the words of the refusal: PEFT's arguments, and what is edited
         dict(HALF),
         dict(rank_pattern={"q.*": 2}),
     ),
-    "adapts .*embed_tokens.*, which is in no linear layer of llama": (
+    "adapts .*embed_tokens.*; here only linear layers inside llama's layers have adapters": (
         dict(target_modules=["q_proj", "embed_tokens"]),
         {},
     ),
@@ -318,7 +318,7 @@ def test_an_adapter_of_another_model_is_refused(model_of, tmp_path):
 def cut(folder):
     path = folder / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:-10])
-    return "adapter_model.safetensors is missing or damaged"
+    return "adapter_model.safetensors is damaged"
 
 
 def without_a_half(folder):
@@ -358,15 +358,31 @@ def no_object(folder):
 
 def no_json(folder):
     (folder / "adapter_config.json").write_text("<html>")
-    return "adapter_config.json is missing or no JSON"
+    return "adapter_config.json is no JSON"
 
 
 def no_config(folder):
     (folder / "adapter_config.json").unlink()
-    return "adapter_config.json is missing or no JSON"
+    return "is no PEFT adapter: adapter_config.json is missing"
 
 
-DAMAGES = [cut, without_a_half, of_whole_numbers, without_prefix, empty, pickled, no_object, no_json, no_config]
+def no_tensors(folder):
+    (folder / "adapter_model.safetensors").unlink()
+    return "is no PEFT adapter: adapter_model.safetensors is missing"
+
+
+DAMAGES = [
+    cut,
+    without_a_half,
+    of_whole_numbers,
+    without_prefix,
+    empty,
+    pickled,
+    no_object,
+    no_json,
+    no_config,
+    no_tensors,
+]
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -374,6 +390,7 @@ def test_what_is_wrong_with_an_adapters_folder_is_told_in_one_line(model_of, tmp
     model, _, settings, params, config = model_of("llama")
     words = damage(trained(model, tmp_path, **HALF))
     with pytest.raises(UserError) as error:
+        peft.digest(str(tmp_path))
         peft.load(tmp_path, settings, config, params)
     assert words in str(error.value) and "\n" not in str(error.value)
 

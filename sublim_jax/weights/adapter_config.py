@@ -93,16 +93,23 @@ def _by_pattern(patterns: Mapping[str, Number], module: str, otherwise: Number) 
     return otherwise
 
 
+def file_of(folder: Path) -> Path:
+    """Where the description is. Raises UserError where it is not."""
+    if not (folder / FILE).is_file():
+        raise UserError(f"{folder} is no PEFT adapter: {FILE} is missing")
+    return folder / FILE
+
+
 def read(folder: Path, model_type: str) -> AdapterConfig:
     """The description in a folder.
 
     Raises UserError where there is none, and for every field, by name and value, that asks for more than a plain LoRA.
     """
-    path = folder / FILE
+    path = file_of(folder)
     try:
         fields = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder} is no PEFT adapter: {FILE} is missing or no JSON ({error})") from error
+        raise UserError(f"{path} is no JSON ({error}); copy the adapter again") from error
     if not isinstance(fields, dict):
         raise UserError(f"{folder} is no PEFT adapter: {FILE} holds no object")
     try:

@@ -25,6 +25,7 @@ from sublim_jax.models.decoder import Settings, decoder
 from sublim_jax.models.families import AS_IS, QKV_LAST, Config, Rule, family
 from sublim_jax.models.functional import Params
 from sublim_jax.models.lora import Lora
+from sublim_jax.sharding import fetch
 from sublim_jax.weights import adapter_config, residual
 from sublim_jax.weights.adapter_config import AdapterConfig, Number
 from sublim_jax.weights.huggingface import WRAPPER
@@ -36,8 +37,6 @@ PICKLE = "adapter_model.bin"
 INSIDE = re.compile(r"^(model\.language_model|language_model\.model)\.")
 MODEL_WEIGHTS = r"(pytorch_)?model.*\.(safetensors|bin)$"
 OTHER_SENSES = re.compile(r"(^|\.)(vision_tower|vision_model|audio_tower|multi_modal_projector)\.")
-
-
 Fields = dict[str, Any]  # of adapter_config.json
 
 
@@ -118,6 +117,7 @@ def _pairs(folder: Path, described: AdapterConfig, places: Mapping[str, Place], 
     """Every adapter in a folder, by its layer's path in the text model; every tensor is read or refused."""
     halves: dict[str, dict[str, np.ndarray]] = {}
     named = {}
+    last = max(place.layer for place in places.values())
     for name, tensor in _tensors(folder).items():
         match = re.fullmatch(re.escape(PREFIX) + r"(.+)\.lora_([AB])(\.default)?\.weight", name)
         module = match[1] if match else ""
@@ -126,8 +126,8 @@ def _pairs(folder: Path, described: AdapterConfig, places: Mapping[str, Place], 
         text = INSIDE.sub("model.", module)
         if not match or text not in places:
             raise UserError(
-                f"{folder} adapts {name}, which is in no linear layer of {model_type} here; merge the adapter into "
-                "its model with peft, and name the merged folder"
+                f"{folder} adapts {name}; here only linear layers inside {model_type}'s layers have adapters, 0 to "
+                f"{last}: merge the adapter into its model with peft, and name the merged folder"
             )
         if not described.adapts(module):
             raise UserError(
@@ -150,17 +150,24 @@ def _pairs(folder: Path, described: AdapterConfig, places: Mapping[str, Place], 
 
 
 def _tensors(folder: Path) -> dict[str, np.ndarray]:
-    path = folder / TENSORS
-    if not path.is_file() and (folder / PICKLE).is_file():
-        raise UserError(f"{folder / PICKLE} is a pickle, which can run code; load it with peft, and save it anew")
+    path = _file_of(folder)
     try:
         stored = load_file(path)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise UserError(f"{folder} is no PEFT adapter: {TENSORS} is missing or damaged ({error})") from error
+        raise UserError(f"{path} is damaged ({error}); copy the adapter again") from error
     for name, tensor in stored.items():
         if not jnp.issubdtype(tensor.dtype, jnp.floating):
             raise UserError(f"{folder}: {name} holds {tensor.dtype}, no floating-point numbers")
     return stored
+
+
+def _file_of(folder: Path) -> Path:
+    """Where the tensors are. Raises UserError where they are not, or only as a pickle."""
+    if not (folder / TENSORS).is_file():
+        if (folder / PICKLE).is_file():
+            raise UserError(f"{folder / PICKLE} is a pickle, which can run code; load it with peft, and save it anew")
+        raise UserError(f"{folder} is no PEFT adapter: {TENSORS} is missing")
+    return folder / TENSORS
 
 
 def _scale(alpha: Number, rank: int, rslora: bool) -> float:
@@ -179,7 +186,7 @@ def _weight(base: Params, place: Place, settings: Settings) -> np.ndarray:
         node: Any = base
         for part in path.split("/"):
             node = node[part]
-        kernels.append(np.asarray(node[place.layer].astype(jnp.float32)))
+        kernels.append(np.asarray(fetch(node[place.layer].astype(jnp.float32))))
     joined = place.rule.layout.join(kernels, settings)
     return joined if _by_outputs(place.rule) else joined.T
 
@@ -255,11 +262,14 @@ def save(
         raise UserError(f"{folder} holds a model, which would then load with these adapters; name another folder")
     rules = _adapted(settings, config, adapters)
     written = lora.layers or tuple(range(settings.layers))
+    kernels = _kernels(settings)
     tensors = {}
     for rule, pairs in rules.items():
         for layer in written:
             name = PREFIX + _path(rule, config).format(i=layer)
-            a, b = _joined(rule, pairs, layer, settings)
+            blocks = {path: (np.asarray(a[layer]), np.asarray(b[layer])) for path, (a, b) in pairs.items()}
+            widths = [kernels[path][1] for path in rule.ours]
+            a, b = _joined(rule, blocks, widths, settings)
             tensors[f"{name}.lora_A.weight"] = np.ascontiguousarray(a)
             tensors[f"{name}.lora_B.weight"] = np.ascontiguousarray(b)
     described: Fields = {
@@ -302,15 +312,18 @@ def _adapted(settings: Settings, config: Config, adapters: Params) -> dict[Rule,
 
 
 def _joined(
-    rule: Rule, pairs: Mapping[str, tuple[Any, Any]], layer: int, settings: Settings
+    rule: Rule, blocks: Mapping[str, tuple[np.ndarray, np.ndarray]], widths: Sequence[int], settings: Settings
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A and B of one tensor: of several layers in it, their A one after another, and their B apart."""
-    a = np.concatenate([np.asarray(pair[0][layer]).T for pair in pairs.values()])
-    kernels = _kernels(settings)
-    parts = [np.zeros((len(a), kernels[path][1]), a.dtype) for path in rule.ours]
+    """A and B of one tensor: of several layers in it, their A one after another, and their B apart.
+
+    Args:
+      blocks: our (inputs, rank) and (rank, outputs) of the layers that have adapters.
+      widths: outputs of all layers in the tensor.
+    """
+    a = np.concatenate([block.T for block, _ in blocks.values()])
+    parts = [np.zeros((len(a), width), a.dtype) for width in widths]
     start = 0
-    for path, (_, b) in pairs.items():
-        block = np.asarray(b[layer])
+    for path, (_, block) in blocks.items():
         parts[rule.ours.index(path)][start : start + len(block)] = block
         start += len(block)
     joined = rule.layout.join(parts, settings)
@@ -366,6 +379,11 @@ def _replace(folder: epath.Path, contents: Mapping[str, bytes]) -> None:
 
 
 def digest(folder: str) -> str:
-    """Of what a folder holds, if one is named: it may hold another run's adapters under the same name tomorrow."""
-    files = (adapter_config.FILE, TENSORS) if folder else ()
-    return " ".join(assets.digest(Path(folder).expanduser() / name) for name in files)
+    """Of what a folder holds, if one is named: it may hold another run's adapters under the same name tomorrow.
+
+    Raises UserError where a file is missing.
+    """
+    if not folder:
+        return ""
+    path = Path(folder).expanduser()
+    return " ".join(assets.digest(file) for file in (adapter_config.file_of(path), _file_of(path)))
