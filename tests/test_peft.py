@@ -174,6 +174,10 @@ READ = {  # by what is unusual: PEFT's arguments, and what is edited into its ad
     ),
     "the first pattern counts": (dict(HALF, alpha_pattern={".*": 1, "q_proj": 32}), {}),
     "layers by number": (dict(HALF, layers_to_transform=[0, 2]), {}),
+    "layers by number and by name": (
+        dict(target_modules=["q_proj", "model.layers.1.mlp.up_proj"], layers_to_transform=[0]),
+        {},
+    ),
     "one layer": (dict(HALF, layers_to_transform=1, layers_pattern="layers"), {}),
     "layers by a regular expression": (dict(target_modules=r".*layers\.(1|2)\..*q_proj"), {}),
     "other modules in other layers": (dict(target_modules=r".*layers\.(0\..*q_proj|2\.mlp\.\w+_proj)"), {}),
@@ -190,7 +194,7 @@ READ = {  # by what is unusual: PEFT's arguments, and what is edited into its ad
     "pissa": (dict(HALF, init_lora_weights="pissa"), {}),
     "pissa of several ranks": (dict(HALF, init_lora_weights="pissa", use_rslora=True, rank_pattern={"q_proj": 2}), {}),
     "olora": (dict(HALF, init_lora_weights="olora", lora_alpha=2), {}),
-    "what is of training": (dict(HALF, lora_dropout=0.5, bias="all"), dict(fan_in_fan_out=True)),
+    "what is of training": (dict(HALF, lora_dropout=0.5, bias="all"), dict(fan_in_fan_out=True, use_qalora=True)),
     "what is of the file": (dict(HALF, task_type="CAUSAL_LM", revision="main"), dict(runtime_config={"x": 1})),
     "another base by name": (dict(HALF), dict(base_model_name_or_path="some/other", peft_version="0.3.0")),
 }
@@ -251,6 +255,10 @@ REFUSED = {  # by the words of the refusal: PEFT's arguments, and what is edited
     "init_lora_weights='loftq' changes the base": (dict(HALF), dict(init_lora_weights="loftq")),
     "init_lora_weights='corda' changes the base": (dict(HALF), dict(init_lora_weights="corda")),
     "init_lora_weights='of tomorrow' changes": (dict(HALF), dict(init_lora_weights="of tomorrow")),
+    "v_proj.lora_A.weight is missing, and init_lora_weights=False": (
+        dict(HALF),
+        dict(init_lora_weights=False, target_modules=["q_proj", "v_proj", "up_proj"]),
+    ),
     r"arrow_config=\{'top_k': 3\} is not": (dict(HALF), dict(arrow_config={"top_k": 3})),
     r"target_parameters=\['mlp.up'\] is not": (dict(HALF), dict(target_parameters=["mlp.up"])),
     "megatron_config=.* is not": (dict(HALF), dict(megatron_config={"a": 1})),
@@ -302,6 +310,13 @@ def test_a_start_that_moved_the_base_needs_the_base(model_of, tmp_path):
     trained(model, tmp_path, **HALF, init_lora_weights="pissa")
     with pytest.raises(UserError, match="init_lora_weights='pissa' took a part out of the base"):
         peft.load(tmp_path, settings, config)
+
+
+def test_olora_of_conv1d_is_refused(model_of, tmp_path):
+    model, _, settings, params, config = model_of("gpt2")
+    trained(model, tmp_path, target_modules=["attn.c_proj"], fan_in_fan_out=True, init_lora_weights="olora")
+    with pytest.raises(UserError, match=r"init_lora_weights='olora' of .*c_proj is not repeated"):
+        peft.load(tmp_path, settings, config, params)
 
 
 def test_an_adapter_of_another_model_is_refused(model_of, tmp_path):

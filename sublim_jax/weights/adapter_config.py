@@ -20,15 +20,18 @@ UNDERSTOOD = {
     *("peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
 }
-# They describe the file, or what happened in training. What `bias` trained stands in tensors, refused by name.
+# They describe the file, or what happened in training. What `bias` trained stands in tensors, refused by name;
+# QALoRA is of bases that are quantised, which none is here.
 HARMLESS = {
     *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "runtime_config"),
     *("task_type", "bias", "ensure_weight_tying", "fan_in_fan_out", "lora_dropout", "megatron_core"),
-    *("corda_config", "eva_config", "loftq_config", "lora_ga_config", "qalora_group_size"),
+    *("corda_config", "eva_config", "loftq_config", "lora_ga_config", "qalora_group_size", "use_qalora"),
 }
-# Ways to start of which PEFT, loading the adapter, repeats nothing on the base.
-PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal", "lora_ga", "mica")
-# Ways to start that move a part of the base into the adapter, which PEFT repeats as it loads one.
+# Ways to start, of init_lora_weights. These change no base as PEFT loads an adapter, and add nothing before training.
+PLAIN_STARTS = (True, "gaussian", "eva", "lora_ga", "mica")
+# These add something at random, which stays in layers that have no tensors.
+RANDOM_STARTS = (False, "orthogonal")
+# These move a part of the base into the adapter, which PEFT repeats as it loads one.
 MOVED_STARTS = ("pissa", "olora")
 # What PEFT adapts where target_modules is null.
 USUAL_TARGETS = {
@@ -46,7 +49,7 @@ class AdapterConfig:
       targets: names or ends of names of adapted modules, or a regular expression of whole names.
       layers: numbers of adapted layers; () for all.
       layer_lists: names of the lists that `layers` counts; () for any.
-      start: how the adapters were initialised, where that changes the base: one of `MOVED_STARTS`; or "".
+      start: how the adapters were initialised: one of `PLAIN_STARTS`, `RANDOM_STARTS` or `MOVED_STARTS`.
     """
 
     rank: int
@@ -58,7 +61,7 @@ class AdapterConfig:
     excluded: tuple[str, ...] | str
     layers: tuple[int, ...]
     layer_lists: tuple[str, ...]
-    start: str
+    start: str | bool
 
     def rank_of(self, module: str) -> int:
         return int(_by_pattern(self.ranks, module, self.rank))
@@ -67,13 +70,18 @@ class AdapterConfig:
         return _by_pattern(self.alphas, module, self.alpha)
 
     def adapts(self, module: str) -> bool:
-        """Whether PEFT puts an adapter on a linear layer of the decoder, and so reads its tensors."""
+        """Whether PEFT puts an adapter on a linear layer of the decoder, and so reads its tensors.
+
+        As `check_target_module_exists` of peft.tuners.tuners_utils decides.
+        """
         if self.excluded and _named(module, self.excluded):
             return False
         if isinstance(self.targets, str):
             return self.targets.lower() == "all-linear" or _named(module, self.targets)
-        if not _named(module, self.targets) or not self.layers:
+        if module in self.targets or not self.layers:  # a whole name is in its layer, whatever `layers` says
             return _named(module, self.targets)
+        if not _named(module, self.targets):
+            return False
         numbered = r".*?\.[^.]*\.(\d+)\."
         places = [rf"(?:^|.*?\.){name}\.(\d+)\." for name in self.layer_lists] or [numbered]
         found = next((match for match in (re.match(place, module) for place in places) if match), None)
@@ -142,14 +150,12 @@ def _understood(fields: Mapping[str, Any], model_type: str) -> AdapterConfig:
     return described
 
 
-def _start(fields: Mapping[str, Any]) -> str:
+def _start(fields: Mapping[str, Any]) -> str | bool:
     start = fields.get("init_lora_weights", True)
     known = start.lower() if isinstance(start, str) and start.lower() in ("gaussian", "olora") else start
-    if isinstance(known, str) and known in MOVED_STARTS:
-        return known
-    if not any(known is plain or (isinstance(plain, str) and known == plain) for plain in PLAIN_STARTS):
+    if not isinstance(known, bool | str) or known not in PLAIN_STARTS + RANDOM_STARTS + MOVED_STARTS:
         raise UserError(f"init_lora_weights={start!r} changes the base in a way that is not repeated here")
-    return ""
+    return known
 
 
 def _number(fields: Mapping[str, Any], name: str, value: Any, whole: bool = False) -> Any:

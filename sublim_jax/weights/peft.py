@@ -27,7 +27,7 @@ from sublim_jax.models.functional import Params
 from sublim_jax.models.lora import Lora
 from sublim_jax.sharding import fetch
 from sublim_jax.weights import adapter_config, residual
-from sublim_jax.weights.adapter_config import AdapterConfig, Number
+from sublim_jax.weights.adapter_config import MOVED_STARTS, RANDOM_STARTS, AdapterConfig, Number
 from sublim_jax.weights.huggingface import WRAPPER
 
 PREFIX = "base_model.model."
@@ -75,16 +75,8 @@ def load(folder: str | Path, settings: Settings, config: Config, base: Params | 
     described = adapter_config.read(folder, config.model_type)
     places = _places(settings, config)
     pairs = _pairs(folder, described, places, config.model_type)
-    if described.start:
-        if base is None:
-            raise UserError(
-                f"{folder}: init_lora_weights={described.start!r} took a part out of the base; it is read where the "
-                "base's weights are at hand, or convert it with peft's path_initial_model_for_weight_conversion"
-            )
-        pairs = {
-            module: _with_part(pair, described, _weight(base, places[module], settings))
-            for module, pair in pairs.items()
-        }
+    if described.start in MOVED_STARTS:
+        pairs = _with_parts(folder, described, places, pairs, settings, base)
     spec = _spec(described, places, pairs, settings)
     return spec, _stacked(spec, described.rslora, places, pairs, settings)
 
@@ -146,7 +138,27 @@ def _pairs(folder: Path, described: AdapterConfig, places: Mapping[str, Place], 
             raise UserError(f"{folder}: {PREFIX}{named[text]}.lora_{which}.weight is missing")
     if not halves:
         raise UserError(f"{folder} adapts nothing of a text model")
+    if described.start in RANDOM_STARTS:
+        _check_none_is_random(folder, described, places, named)
     return {text: Pair(half["A"], half["B"], described.alpha_of(named[text])) for text, half in halves.items()}
+
+
+def _check_none_is_random(
+    folder: Path, described: AdapterConfig, places: Mapping[str, Place], named: Mapping[str, str]
+) -> None:
+    """Raises UserError where PEFT would adapt a layer that has no tensors.
+
+    Args:
+      named: paths of the layers that have some, by their paths in the text model.
+    """
+    inside = INSIDE.match(next(iter(named.values())))
+    for text in places.keys() - named.keys():
+        module = re.sub(r"^model\.", inside[0], text) if inside else text
+        if described.adapts(module):
+            raise UserError(
+                f"{folder}: {PREFIX}{module}.lora_A.weight is missing, and init_lora_weights={described.start!r} "
+                "begins with what is drawn at random"
+            )
 
 
 def _tensors(folder: Path) -> dict[str, np.ndarray]:
@@ -191,14 +203,32 @@ def _weight(base: Params, place: Place, settings: Settings) -> np.ndarray:
     return joined if _by_outputs(place.rule) else joined.T
 
 
-def _with_part(pair: Pair, described: AdapterConfig, weight: np.ndarray) -> Pair:
-    """A pair of twice the rank that also takes out of the base what the adapter began with, at the same scale."""
-    rank = len(pair.a)
-    scale = _scale(pair.alpha, rank, described.rslora)
-    a, b = residual.part(described.start, weight, rank, scale)
-    doubled = np.concatenate([pair.a, a]), np.concatenate([pair.b, -b], 1)
-    ratio = _scale(1.0, rank, described.rslora) / _scale(1.0, len(doubled[0]), described.rslora)
-    return Pair(*doubled, pair.alpha * ratio)
+def _with_parts(
+    folder: Path,
+    described: AdapterConfig,
+    places: Mapping[str, Place],
+    pairs: Mapping[str, Pair],
+    settings: Settings,
+    base: Params | None,
+) -> dict[str, Pair]:
+    """Pairs of twice the rank that also take out of the base what the adapters began with, at the same scales."""
+    start = str(described.start)
+    if base is None:
+        raise UserError(
+            f"{folder}: init_lora_weights={start!r} took a part out of the base; it is read where the base's weights "
+            "are at hand, or convert it with peft's path_initial_model_for_weight_conversion"
+        )
+    found = {}
+    for module, pair in pairs.items():
+        if start == "olora" and not _by_outputs(places[module].rule):
+            raise UserError(f"{folder}: init_lora_weights='olora' of {module} is not repeated, which is a Conv1D")
+        rank = len(pair.a)
+        weight = _weight(base, places[module], settings)
+        a, b = residual.part(start, weight, rank, _scale(pair.alpha, rank, described.rslora))
+        doubled = np.concatenate([pair.a, a]), np.concatenate([pair.b, -b], 1)
+        ratio = _scale(1.0, rank, described.rslora) / _scale(1.0, len(doubled[0]), described.rslora)
+        found[module] = Pair(*doubled, pair.alpha * ratio)
+    return found
 
 
 def _spec(described: AdapterConfig, places: Mapping[str, Place], pairs: Mapping[str, Pair], settings: Settings) -> Lora:
