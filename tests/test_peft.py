@@ -235,12 +235,9 @@ def test_ranks_that_differ_are_computed_beside_the_kernels_too(model_of, tmp_pat
 )
 def test_other_names_that_peft_knows_are_read(model_of, tmp_path, change):
     """With the adapter's name in it, and as transformers before 4.52 named the text model of one that sees."""
-    trained(model_of("gemma3")[0], tmp_path, target_modules=r".*language_model.*\.(q_proj|up_proj)")
-    before = without(model_of("gemma3")[0])
-    expected = with_peft(model_of("gemma3")[0], tmp_path)
+    given = dict(alpha_pattern={r"^model\.language_model\.layers\.1\..*": 32})
+    trained(model_of("gemma3")[0], tmp_path, target_modules=r".*language_model.*\.(q_proj|up_proj)", **given)
     rename(tmp_path, change)
-    edit(tmp_path, target_modules=r".*language_model.*\.(q_proj|up_proj)")
-    assert np.abs(expected - before).max() > 1e-3
     assert_read_as_peft_does(model_of, "gemma3", tmp_path)
 
 

@@ -33,7 +33,8 @@ from sublim_jax.weights.huggingface import WRAPPER
 PREFIX = "base_model.model."
 TENSORS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
-# Where a model that sees or hears as well keeps its text model: today's transformers, and until 4.51.
+# Where a model that sees or hears as well keeps its text model: in today's transformers, and until 4.51.
+TODAY = "model.language_model."
 INSIDE = re.compile(r"^(model\.language_model|language_model\.model)\.")
 MODEL_WEIGHTS = r"(pytorch_)?model.*\.(safetensors|bin)$"
 OTHER_SENSES = re.compile(r"(^|\.)(vision_tower|vision_model|audio_tower|multi_modal_projector)\.")
@@ -112,7 +113,8 @@ def _pairs(folder: Path, described: AdapterConfig, places: Mapping[str, Place], 
     last = max(place.layer for place in places.values())
     for name, tensor in _tensors(folder).items():
         match = re.fullmatch(re.escape(PREFIX) + r"(.+)\.lora_([AB])(\.default)?\.weight", name)
-        module = match[1] if match else ""
+        written = match[1] if match else ""
+        module = INSIDE.sub(TODAY, written)
         if OTHER_SENSES.search(module):  # text alone does not go through them
             continue
         text = INSIDE.sub("model.", module)
@@ -121,7 +123,7 @@ def _pairs(folder: Path, described: AdapterConfig, places: Mapping[str, Place], 
                 f"{folder} adapts {name}; here only linear layers inside {model_type}'s layers have adapters, 0 to "
                 f"{last}: merge the adapter into its model with peft, and name the merged folder"
             )
-        if not described.adapts(module):
+        if not described.adapts(module) and not described.adapts(written):
             raise UserError(
                 f"{folder}: {name} is not of target_modules in {adapter_config.FILE}; PEFT would not read it"
             )
@@ -151,9 +153,9 @@ def _check_none_is_random(
     Args:
       named: paths of the layers that have some, by their paths in the text model.
     """
-    inside = INSIDE.match(next(iter(named.values())))
+    inside = any(module.startswith(TODAY) for module in named.values())
     for text in places.keys() - named.keys():
-        module = re.sub(r"^model\.", inside[0], text) if inside else text
+        module = re.sub(r"^model\.", TODAY, text) if inside else text
         if described.adapts(module):
             raise UserError(
                 f"{folder}: {PREFIX}{module}.lora_A.weight is missing, and init_lora_weights={described.start!r} "
@@ -363,7 +365,7 @@ def _joined(
 def _path(rule: Rule, config: Config) -> str:
     """A layer's path in the transformers model that holds it, `{i}` for the layer."""
     module = rule.tensor.removesuffix(".weight")
-    return re.sub(r"^model\.", "model.language_model.", module) if hasattr(config, WRAPPER) else module
+    return re.sub(r"^model\.", TODAY, module) if hasattr(config, WRAPPER) else module
 
 
 def _targets(rules: Mapping[Rule, Mapping[str, Any]], every: Sequence[Rule], lora: Lora, config: Config) -> Fields:
