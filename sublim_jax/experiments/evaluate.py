@@ -50,7 +50,7 @@ def run(config: ConfigDict, workdir: Workdir, *, update: bool = False) -> None:
 def adapted(base: Model, folder: str) -> Model:
     if not folder:
         return base
-    spec, adapters = peft.load(Path(folder).expanduser(), base.settings, base.config)
+    spec, adapters = peft.load(Path(folder).expanduser(), base.settings, base.config, base.params)
     return base.merged(adapters, spec)
 
 

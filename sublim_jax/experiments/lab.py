@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Key
 from ml_collections import ConfigDict
 
-from sublim_jax import objectives, weights
+from sublim_jax import assets, objectives, weights
 from sublim_jax.data import chat
 from sublim_jax.data.carriers import numbers
 from sublim_jax.data.dialogue import Rows
@@ -175,6 +175,7 @@ def export(lab: Lab, names: Sequence[str], adapters: Params, base: str) -> None:
     whole = fetch(adapters)
     if jax.process_index():
         return
+    base = assets.MODELS[base][0] if base in assets.MODELS else base  # the hub's name, which others know
     for place, name in enumerate(names):
         one = jax.tree.map(lambda leaf, place=place: leaf[place], whole)
         folder = lab.workdir.path / "adapters" / name

@@ -92,7 +92,7 @@ def load(config: ConfigDict, mesh: Any) -> Model:
     model = weights.load(config.model.name, mesh, weights.float_type(config.model.dtype))
     if not config.model.adapter:
         return model
-    spec, adapters = peft.load(Path(config.model.adapter).expanduser(), model.settings, model.config)
+    spec, adapters = peft.load(Path(config.model.adapter).expanduser(), model.settings, model.config, model.params)
     return model.merged(adapters, spec)
 
 

@@ -164,9 +164,10 @@ class Linear(nnx.Module):
     def __call__(self, x: Float[Array, "*rows inputs"]) -> Float[Array, "*rows outputs"]:
         y = x @ self.kernel[...]
         if self.adapter:
-            # In the adapter's own, wider type: the base may be bfloat16.
-            low = x.astype(self.a.dtype) @ self.a[...]
-            up = low @ self.b[...] if self.adapter.forward_mode else narrow_product(low, self.b[...])
+            # In the wider type of the two: the base may be bfloat16, and so may the adapter.
+            wide = jnp.promote_types(x.dtype, self.a.dtype)
+            low, b = x.astype(wide) @ self.a[...].astype(wide), self.b[...].astype(wide)
+            up = low @ b if self.adapter.forward_mode else narrow_product(low, b)
             y = y + (self.adapter.scale * up).astype(y.dtype)
         return y + self.bias[...] if hasattr(self, "bias") else y
 

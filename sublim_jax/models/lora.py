@@ -111,14 +111,19 @@ def split(params: Params) -> tuple[Params, Params]:
 
 
 def merge(base: Params, adapters: Params, scale: float) -> Params:
-    """Plain parameters with the adapters added into the kernels."""
+    """Plain parameters with the adapters added into the kernels.
+
+    A B is multiplied and added in float32 or wider, and rounded once, to the kernel's type.
+    """
     merged = dict(base)
     for name, value in adapters.items():
         if isinstance(value, dict):
             merged[name] = merge(base[name], value, scale)
     if "a" in adapters:
-        kernel = base["kernel"]
-        merged["kernel"] = (kernel + scale * (adapters["a"] @ adapters["b"])).astype(kernel.dtype)
+        kernel, a, b = base["kernel"], adapters["a"], adapters["b"]
+        wide = jnp.promote_types(jnp.result_type(kernel, a, b), jnp.float32)
+        change = jnp.matmul(a.astype(wide), b.astype(wide), precision=jax.lax.Precision.HIGHEST)
+        merged["kernel"] = (kernel + scale * change).astype(kernel.dtype)
     return merged
 
 

@@ -1,13 +1,15 @@
 """Safetensors folders of transformers: read tensor by tensor straight onto the mesh, and written back bit by bit."""
 
+import copy
 import gc
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import transformers
 from jax.sharding import Mesh
@@ -20,8 +22,9 @@ from sublim_jax.models.families import AS_IS, TRANSPOSED, Config, Rule, family
 from sublim_jax.models.functional import Params
 from sublim_jax.progress import Track
 from sublim_jax.sharding import parameter_shardings
+from sublim_jax.weights.replacing import INDEX, WHOLE, replaced
 
-INDEX = "model.safetensors.index.json"
+WRAPPER = "text_model_of"  # of a text model's config: the kind of model that it was taken from
 SHARD_BYTES = 4 << 30
 REOPEN_BYTES = 8 << 20
 HELD = 256 << 20  # bytes read, after which copies on the host are let go of
@@ -42,6 +45,8 @@ def load_config(folder: str | Path) -> Config:
     except (OSError, ValueError) as error:
         raise UserError(f"{folder} has no config.json that transformers knows ({_first_line(error)})") from error
     text = config.get_text_config()
+    if text is not config:
+        setattr(text, WRAPPER, config.model_type)
     # What ends an answer stands with the whole model, or, of chat models, with how it generates.
     generation = Path(folder) / "generation_config.json"
     said = json.loads(generation.read_text()).get("eos_token_id") if generation.is_file() else None
@@ -176,33 +181,57 @@ def place(
 
 
 def save(folder: str | Path, params: Params, settings: Settings, config: Config) -> None:
-    """Writes config.json and model*.safetensors that `transformers.AutoModelForCausalLM.from_pretrained` loads."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    """Writes config.json and model*.safetensors that `transformers.AutoModelForCausalLM.from_pretrained` loads.
+
+    They take the place of a checkpoint that is there. Of a model with other senses it is the text model alone.
+
+    Raises UserError where the folder holds an adapter, which transformers would put onto the model.
+    """
     flat = {
         jax.tree_util.keystr(path, simple=True, separator="/"): leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
     }
-    shards: list[dict[str, np.ndarray]] = [{}]
-    size = 0
-    for name, tensor in _tensors(settings, family(config).rules(settings), flat):
-        if size and size + tensor.nbytes > SHARD_BYTES:
-            shards.append({})
-            size = 0
-        shards[-1][name] = tensor
-        size += tensor.nbytes
-    config.save_pretrained(folder)
-    index: dict[str, Any] = {"metadata": {"total_size": sum(t.nbytes for s in shards for t in s.values())}}
-    index["weight_map"] = {}
-    for number, shard in enumerate(shards, 1):
-        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        save_file(shard, folder / file, metadata={"format": "pt"})
-        index["weight_map"] |= dict.fromkeys(shard, file)
-    if len(shards) > 1:
-        (folder / INDEX).write_text(json.dumps(index, indent=1))
+    with replaced(Path(folder)) as scratch:
+        _config_of(flat, settings, config).save_pretrained(scratch)
+        files: list[list[str]] = []
+        size = 0
+        for shard in _shards_of(_tensors(settings, family(config).rules(settings), flat)):
+            save_file(shard, scratch / f"{len(files)}", metadata={"format": "pt"})
+            files.append(list(shard))
+            size += sum(tensor.nbytes for tensor in shard.values())
+        if len(files) == 1:
+            (scratch / "0").rename(scratch / WHOLE)
+            return
+        weight_map: dict[str, str] = {}
+        for number, names in enumerate(files):
+            file = f"model-{number + 1:05}-of-{len(files):05}.safetensors"
+            (scratch / f"{number}").rename(scratch / file)
+            weight_map |= dict.fromkeys(names, file)
+        (scratch / INDEX).write_text(json.dumps({"metadata": {"total_size": size}, "weight_map": weight_map}, indent=1))
 
 
-def _tensors(settings: Settings, rules: tuple[Rule, ...], flat: Mapping[str, Any]) -> Any:
+def _config_of(flat: Mapping[str, Any], settings: Settings, config: Config) -> Config:
+    """The config of what is written: of its number type, with an unembedding where it has one, a model by itself."""
+    written = copy.deepcopy(config)
+    written.dtype = jnp.result_type(*{leaf.dtype for leaf in flat.values()}).name
+    written.tie_word_embeddings = settings.tied
+    if hasattr(written, WRAPPER):
+        delattr(written, WRAPPER)
+    return written
+
+
+def _shards_of(tensors: Iterable[tuple[str, np.ndarray]]) -> Iterator[dict[str, np.ndarray]]:
+    """Tensors by name, at most so many that they fit into one file."""
+    shard: dict[str, np.ndarray] = {}
+    for name, tensor in tensors:
+        if shard and sum(one.nbytes for one in shard.values()) + tensor.nbytes > SHARD_BYTES:
+            yield shard
+            shard = {}
+        shard[name] = tensor
+    yield shard
+
+
+def _tensors(settings: Settings, rules: tuple[Rule, ...], flat: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
     """(name, array) of every tensor of a checkpoint."""
     for rule in rules:
         stacked = [np.asarray(flat[path]) for path in rule.ours]
@@ -254,7 +283,7 @@ def _shards(folder: Path) -> list[Path]:
     if (folder / INDEX).is_file():
         names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
     else:
-        names = ["model.safetensors"]
+        names = [WHOLE]
     for name in names:
         if not (folder / name).is_file():
             raise UserError(f"{folder / name} is missing; fetch the model again (no other format is read)")

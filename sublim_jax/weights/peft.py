@@ -1,8 +1,15 @@
-"""LoRA adapters as PEFT's folders: adapter_config.json and adapter_model.safetensors."""
+"""LoRA adapters as PEFT's folders: adapter_config.json and adapter_model.safetensors.
+
+PEFT names a layer's adapter by the layer's path in the transformers model that it stands in, and has one pair of A and
+B for each tensor of the checkpoint. Where a family keeps several of our layers in one tensor, they share that A, and
+each has its rows of that B.
+"""
 
 import json
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,37 +22,289 @@ from safetensors.numpy import save as serialised
 from sublim_jax import assets
 from sublim_jax.errors import UserError
 from sublim_jax.models.decoder import Settings, decoder
-from sublim_jax.models.families import TRANSPOSED, Config, Rule, family
+from sublim_jax.models.families import AS_IS, QKV_LAST, Config, Rule, family
 from sublim_jax.models.functional import Params
 from sublim_jax.models.lora import Lora
-from sublim_jax.weights.huggingface import usual
+from sublim_jax.sharding import fetch
+from sublim_jax.weights import adapter_config, residual
+from sublim_jax.weights.adapter_config import MOVED_STARTS, RANDOM_STARTS, AdapterConfig, Number
+from sublim_jax.weights.huggingface import WRAPPER
 
-PREFIX = "base_model.model"
+PREFIX = "base_model.model."
+TENSORS = "adapter_model.safetensors"
+PICKLE = "adapter_model.bin"
+# Where a model that sees or hears as well keeps its text model: in today's transformers, and until 4.51.
+TODAY = "model.language_model."
+INSIDE = re.compile(r"^(model\.language_model|language_model\.model)\.")
+MODEL_WEIGHTS = r"(pytorch_)?model.*\.(safetensors|bin)$"
+OTHER_SENSES = re.compile(r"(^|\.)(vision_tower|vision_model|audio_tower|multi_modal_projector)\.")
+Fields = dict[str, Any]  # of adapter_config.json
+
+
+class Place(NamedTuple):
+    """A linear layer of the checkpoint: the rule of its tensor, and which of the decoder's layers it is in."""
+
+    rule: Rule
+    layer: int
+    inputs: int
+    outputs: int
+
+
+class Pair(NamedTuple):
+    """One adapter as PEFT has it; it adds alpha / rank · B A, or with rslora alpha / √rank · B A."""
+
+    a: np.ndarray  # (rank, inputs)
+    b: np.ndarray  # (outputs, rank)
+    alpha: Number
+
+
+# ------------------------------------------------------------------------------------------------------- loading
+
+
+def load(folder: str | Path, settings: Settings, config: Config, base: Params | None = None) -> tuple[Lora, Params]:
+    """Adapters from a PEFT folder, in float32 as PEFT has them.
+
+    Where their ranks or scales differ, the scales are in B, and shorter pairs end in zeros.
+
+    Args:
+      base: the model's parameters, which adapters need that began with a part of them (PiSSA, OLoRA).
+
+    Raises:
+      UserError: the folder holds no LoRA, one of another model, or more than is computed here.
+    """
+    folder = Path(folder)
+    described = adapter_config.read(folder, config.model_type)
+    places = _places(settings, config)
+    pairs = _pairs(folder, described, places, config.model_type)
+    if described.start in MOVED_STARTS:
+        pairs = _with_parts(folder, described, places, pairs, settings, base)
+    spec = _spec(described, places, pairs, settings)
+    return spec, _stacked(spec, described.rslora, places, pairs, settings)
+
+
+def _places(settings: Settings, config: Config) -> dict[str, Place]:
+    """The linear layers of the decoder's layers, by their paths in the text model."""
+    kernels = _kernels(settings)
+    found = {}
+    for rule in _linear_rules(settings, config):
+        inputs, outputs = kernels[rule.ours[0]][0], sum(kernels[path][1] for path in rule.ours)
+        for layer in range(settings.layers):
+            module = rule.tensor.removesuffix(".weight").format(i=layer)
+            found[module] = Place(rule, layer, inputs, outputs)
+    return found
+
+
+def _linear_rules(settings: Settings, config: Config) -> list[Rule]:
+    rules = family(config).rules(settings)
+    return [rule for rule in rules if rule.ours[0].startswith("layers/") and rule.ours[0].endswith("/kernel")]
+
+
+def _kernels(settings: Settings) -> dict[str, tuple[int, int]]:
+    """(inputs, outputs) of the decoder's linear layers, by path."""
+    leaves = jax.tree_util.tree_leaves_with_path(jax.eval_shape(decoder(settings).init, jax.random.key(0))["layers"])
+    named = {"layers/" + jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+    return {path: leaf.shape[1:] for path, leaf in named.items() if path.endswith("/kernel")}
+
+
+def _pairs(folder: Path, described: AdapterConfig, places: Mapping[str, Place], model_type: str) -> dict[str, Pair]:
+    """Every adapter in a folder, by its layer's path in the text model; every tensor is read or refused."""
+    halves: dict[str, dict[str, np.ndarray]] = {}
+    named = {}
+    last = max(place.layer for place in places.values())
+    for name, tensor in _tensors(folder).items():
+        match = re.fullmatch(re.escape(PREFIX) + r"(.+)\.lora_([AB])(\.default)?\.weight", name)
+        written = match[1] if match else ""
+        module = INSIDE.sub(TODAY, written)
+        if OTHER_SENSES.search(module):  # text alone does not go through them
+            continue
+        text = INSIDE.sub("model.", module)
+        if not match or text not in places:
+            raise UserError(
+                f"{folder} adapts {name}; here only linear layers inside {model_type}'s layers have adapters, 0 to "
+                f"{last}: merge the adapter into its model with peft, and name the merged folder"
+            )
+        if not described.adapts(module) and not described.adapts(written):
+            raise UserError(
+                f"{folder}: {name} is not of target_modules in {adapter_config.FILE}; PEFT would not read it"
+            )
+        rank, (_, _, inputs, outputs) = described.rank_of(module), places[text]
+        expected = (rank, inputs) if match[2] == "A" else (outputs, rank)
+        if tensor.shape != expected:
+            raise UserError(
+                f"{folder}: {name} has shape {tensor.shape}, and this model with rank {rank} asks for {expected}"
+            )
+        halves.setdefault(text, {})[match[2]] = np.asarray(tensor, np.float32)
+        named[text] = module
+    for text, half in halves.items():
+        for which in {"A", "B"} - set(half):
+            raise UserError(f"{folder}: {PREFIX}{named[text]}.lora_{which}.weight is missing")
+    if not halves:
+        raise UserError(f"{folder} adapts nothing of a text model")
+    if described.start in RANDOM_STARTS:
+        _check_none_is_random(folder, described, places, named)
+    return {text: Pair(half["A"], half["B"], described.alpha_of(named[text])) for text, half in halves.items()}
+
+
+def _check_none_is_random(
+    folder: Path, described: AdapterConfig, places: Mapping[str, Place], named: Mapping[str, str]
+) -> None:
+    """Raises UserError where PEFT would adapt a layer that has no tensors.
+
+    Args:
+      named: paths of the layers that have some, by their paths in the text model.
+    """
+    inside = any(module.startswith(TODAY) for module in named.values())
+    for text in places.keys() - named.keys():
+        module = re.sub(r"^model\.", TODAY, text) if inside else text
+        if described.adapts(module):
+            raise UserError(
+                f"{folder}: {PREFIX}{module}.lora_A.weight is missing, and init_lora_weights={described.start!r} "
+                "begins with what is drawn at random"
+            )
+
+
+def _tensors(folder: Path) -> dict[str, np.ndarray]:
+    path = _file_of(folder)
+    try:
+        stored = load_file(path)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise UserError(f"{path} is damaged ({error}); copy the adapter again") from error
+    for name, tensor in stored.items():
+        if not jnp.issubdtype(tensor.dtype, jnp.floating):
+            raise UserError(f"{folder}: {name} holds {tensor.dtype}, no floating-point numbers")
+    return stored
+
+
+def _file_of(folder: Path) -> Path:
+    """Where the tensors are. Raises UserError where they are not, or only as a pickle."""
+    if not (folder / TENSORS).is_file():
+        if (folder / PICKLE).is_file():
+            raise UserError(f"{folder / PICKLE} is a pickle, which can run code; load it with peft, and save it anew")
+        raise UserError(f"{folder} is no PEFT adapter: {TENSORS} is missing")
+    return folder / TENSORS
+
+
+def _scale(alpha: Number, rank: int, rslora: bool) -> float:
+    return Lora(rank, alpha, rslora).scale
+
+
+def _by_outputs(rule: Rule) -> bool:
+    """Whether the checkpoint's tensor is (outputs, inputs), as torch's Linear; Conv1D is the other way round."""
+    return rule.layout not in (AS_IS, QKV_LAST)
+
+
+def _weight(base: Params, place: Place, settings: Settings) -> np.ndarray:
+    """(outputs, inputs) of one layer of the checkpoint."""
+    kernels = []
+    for path in place.rule.ours:
+        node: Any = base
+        for part in path.split("/"):
+            node = node[part]
+        kernels.append(np.asarray(fetch(node[place.layer].astype(jnp.float32))))
+    joined = place.rule.layout.join(kernels, settings)
+    return joined if _by_outputs(place.rule) else joined.T
+
+
+def _with_parts(
+    folder: Path,
+    described: AdapterConfig,
+    places: Mapping[str, Place],
+    pairs: Mapping[str, Pair],
+    settings: Settings,
+    base: Params | None,
+) -> dict[str, Pair]:
+    """Pairs of twice the rank that also take out of the base what the adapters began with, at the same scales."""
+    start = str(described.start)
+    if base is None:
+        raise UserError(
+            f"{folder}: init_lora_weights={start!r} took a part out of the base; it is read where the base's weights "
+            "are at hand, or convert it with peft's path_initial_model_for_weight_conversion"
+        )
+    found = {}
+    for module, pair in pairs.items():
+        if start == "olora" and not _by_outputs(places[module].rule):
+            raise UserError(f"{folder}: init_lora_weights='olora' of {module} is not repeated, which is a Conv1D")
+        rank = len(pair.a)
+        weight = _weight(base, places[module], settings)
+        a, b = residual.part(start, weight, rank, _scale(pair.alpha, rank, described.rslora))
+        doubled = np.concatenate([pair.a, a]), np.concatenate([pair.b, -b], 1)
+        ratio = _scale(1.0, rank, described.rslora) / _scale(1.0, len(doubled[0]), described.rslora)
+        found[module] = Pair(*doubled, pair.alpha * ratio)
+    return found
+
+
+def _spec(described: AdapterConfig, places: Mapping[str, Place], pairs: Mapping[str, Pair], settings: Settings) -> Lora:
+    adapted = {places[module].layer for module in pairs}
+    layers = () if len(adapted) == settings.layers else tuple(sorted(adapted))
+    names = {path.split("/")[-2] for module in pairs for path in places[module].rule.ours}
+    kinds = {(len(pair.a), pair.alpha) for pair in pairs.values()}
+    rank, alpha = max(kinds)
+    if len(kinds) == 1:
+        return Lora(rank, alpha, described.rslora, tuple(sorted(names)), layers)
+    return Lora(rank, rank, modules=tuple(sorted(names)), layers=layers)
+
+
+def _stacked(
+    spec: Lora, rslora: bool, places: Mapping[str, Place], pairs: Mapping[str, Pair], settings: Settings
+) -> Params:
+    """Our tree of adapters: the layers stacked, and zeros where a layer has none."""
+    kernels = _kernels(settings)
+    arrays: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    for module, pair in pairs.items():
+        rule, layer, *_ = places[module]
+        rank = len(pair.a)
+        factor = _scale(pair.alpha, rank, rslora) / (spec.scale or 1.0)
+        b = pair.b if factor == 1 else pair.b * np.float32(factor)
+        for path, part in zip(rule.ours, rule.layout.split(b if _by_outputs(rule) else b.T, settings)):
+            inputs, outputs = kernels[path]
+            if path not in arrays:
+                shapes = (settings.layers, inputs, spec.rank), (settings.layers, spec.rank, outputs)
+                arrays[path] = np.zeros(shapes[0], np.float32), np.zeros(shapes[1], np.float32)
+            arrays[path][0][layer, :, :rank] = pair.a.T
+            arrays[path][1][layer, :rank] = part
+    adapters: dict[str, Any] = {}
+    for path, (whole_a, whole_b) in arrays.items():
+        node = adapters
+        for name in path.split("/")[:-1]:
+            node = node.setdefault(name, {})
+        node |= {"a": jnp.asarray(whole_a), "b": jnp.asarray(whole_b)}
+    return adapters
+
+
+# -------------------------------------------------------------------------------------------------------- saving
 
 
 def save(
     folder: epath.PathLike, adapters: Params, lora: Lora, settings: Settings, config: Config, base: str = ""
 ) -> None:
-    """Writes adapters that `peft.PeftModel.from_pretrained` puts on the transformers model of the same config.
+    """Writes adapters that `peft.PeftModel.from_pretrained` puts on the transformers model that `base` names.
+
+    That is the model with its other senses, where the config is of a text model out of one. Adapters that were in the
+    folder are gone.
 
     Args:
+      config: as `huggingface.load_config` gives it, which knows what its text model stands in.
       base: name or path of the base model, for readers of the folder.
 
     Raises:
-      UserError: the family fuses adapted layers into one tensor, which PEFT cannot adapt by parts.
+      UserError: an adapter is of no layer that PEFT adapts, or the folder holds a model.
     """
-    tensors = {}
-    modules = set()
-    for rule, a, b in _adapted(settings, config, lora, adapters):
-        for layer in lora.layers or range(settings.layers):
-            module = rule.tensor.removesuffix(".weight").format(i=layer)
-            modules.add(module.rpartition(".")[2])
-            tensors[f"{PREFIX}.{module}.lora_A.weight"] = np.ascontiguousarray(np.asarray(a[layer]).T)
-            tensors[f"{PREFIX}.{module}.lora_B.weight"] = np.ascontiguousarray(np.asarray(b[layer]).T)
     folder = epath.Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "adapter_model.safetensors").write_bytes(serialised(tensors, metadata={"format": "pt"}))
-    described = {
+    if folder.is_dir() and any(re.match(MODEL_WEIGHTS, path.name) for path in folder.iterdir()):
+        raise UserError(f"{folder} holds a model, which would then load with these adapters; name another folder")
+    rules = _adapted(settings, config, adapters)
+    written = lora.layers or tuple(range(settings.layers))
+    kernels = _kernels(settings)
+    tensors = {}
+    for rule, pairs in rules.items():
+        for layer in written:
+            name = PREFIX + _path(rule, config).format(i=layer)
+            blocks = {path: (np.asarray(a[layer]), np.asarray(b[layer])) for path, (a, b) in pairs.items()}
+            widths = [kernels[path][1] for path in rule.ours]
+            a, b = _joined(rule, blocks, widths, settings)
+            tensors[f"{name}.lora_A.weight"] = np.ascontiguousarray(a)
+            tensors[f"{name}.lora_B.weight"] = np.ascontiguousarray(b)
+    described: Fields = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
@@ -54,86 +313,109 @@ def save(
         "use_rslora": lora.rslora,
         "lora_dropout": 0.0,
         "bias": "none",
-        "target_modules": sorted(modules),
         "inference_mode": True,
     }
-    if lora.layers:
+    described |= _targets(rules, _linear_rules(settings, config), lora, config)
+    _replace(
+        folder,
+        {
+            TENSORS: serialised(tensors, metadata={"format": "pt"}),
+            adapter_config.FILE: (json.dumps(described, indent=1) + "\n").encode(),
+        },
+    )
+
+
+def _adapted(settings: Settings, config: Config, adapters: Params) -> dict[Rule, dict[str, tuple[Any, Any]]]:
+    """The rules whose tensors have adapters, with (A, B) of each of our layers in them, by path."""
+    leaves = jax.tree_util.tree_leaves_with_path(adapters)
+    named = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+    pairs = {path.removesuffix("/a"): (named[path], named[f"{path[:-1]}b"]) for path in named if path.endswith("/a")}
+    found = {}
+    for rule in _linear_rules(settings, config):
+        names = [path.removesuffix("/kernel") for path in rule.ours]
+        if own := {f"{name}/kernel": pairs.pop(name) for name in names if name in pairs}:
+            found[rule] = own
+    if pairs or not found:
+        raise UserError(
+            f"an adapter of {min(pairs, default='nothing')} does not go into a PEFT folder; merge the adapters "
+            "(models.lora.merge) and save the whole model"
+        )
+    return found
+
+
+def _joined(
+    rule: Rule, blocks: Mapping[str, tuple[np.ndarray, np.ndarray]], widths: Sequence[int], settings: Settings
+) -> tuple[np.ndarray, np.ndarray]:
+    """A and B of one tensor: of several layers in it, their A one after another, and their B apart.
+
+    Args:
+      blocks: our (inputs, rank) and (rank, outputs) of the layers that have adapters.
+      widths: outputs of all layers in the tensor.
+    """
+    a = np.concatenate([block.T for block, _ in blocks.values()])
+    parts = [np.zeros((len(a), width), a.dtype) for width in widths]
+    start = 0
+    for path, (_, block) in blocks.items():
+        parts[rule.ours.index(path)][start : start + len(block)] = block
+        start += len(block)
+    joined = rule.layout.join(parts, settings)
+    return a, joined if _by_outputs(rule) else joined.T
+
+
+def _path(rule: Rule, config: Config) -> str:
+    """A layer's path in the transformers model that holds it, `{i}` for the layer."""
+    module = rule.tensor.removesuffix(".weight")
+    return re.sub(r"^model\.", TODAY, module) if hasattr(config, WRAPPER) else module
+
+
+def _targets(rules: Mapping[Rule, Mapping[str, Any]], every: Sequence[Rule], lora: Lora, config: Config) -> Fields:
+    """Which modules PEFT is to adapt, and where the rank is not the usual one.
+
+    By the ends of their names; inside a model with other senses, whose layers may end alike, by whole names.
+    """
+    ends = {rule: _end(rule, [other for other in every if other not in rules]) for rule in rules}
+    described: Fields = {"target_modules": sorted(ends.values())}
+    if hasattr(config, WRAPPER):
+        layers = "|".join(map(str, lora.layers)) or r"\d+"
+        whole = [re.escape(_path(rule, config)).replace(r"\{i\}", f"({layers})") for rule in rules]
+        described["target_modules"] = "|".join(whole)
+    elif lora.layers:
         described["layers_to_transform"] = list(lora.layers)
-    (folder / "adapter_config.json").write_text(json.dumps(described, indent=1) + "\n")
+    several = {re.escape(ends[rule]): len(pairs) for rule, pairs in rules.items() if len(pairs) > 1}
+    if several:
+        alphas = {end: lora.alpha * (count**0.5 if lora.rslora else count) for end, count in several.items()}
+        described |= {
+            "rank_pattern": {end: lora.rank * count for end, count in several.items()},
+            "alpha_pattern": alphas,
+        }
+    return described
+
+
+def _end(rule: Rule, others: Sequence[Rule]) -> str:
+    """The end of a module's name, as long as it must be to be of no other."""
+    names = [other.tensor.removesuffix(".weight") for other in others]
+    parts = rule.tensor.removesuffix(".weight").split(".")
+    ends = (".".join(parts[-length:]) for length in range(1, len(parts)))
+    return next(end for end in ends if not any(name.endswith(f".{end}") for name in names))
+
+
+def _replace(folder: epath.Path, contents: Mapping[str, bytes]) -> None:
+    """Puts an adapter in place of another; an interruption leaves the old, the new or none, and never some of each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, data in contents.items():
+        (folder / f"{name}.new").write_bytes(data)
+    (folder / adapter_config.FILE).unlink(missing_ok=True)
+    for name in (TENSORS, adapter_config.FILE):
+        (folder / f"{name}.new").replace(folder / name)
+    (folder / PICKLE).unlink(missing_ok=True)
 
 
 def digest(folder: str) -> str:
-    """Of what a folder holds, if one is named: it may hold another run's adapters under the same name tomorrow."""
-    files = ("adapter_config.json", "adapter_model.safetensors") if folder else ()
-    return " ".join(assets.digest(Path(folder).expanduser() / name) for name in files)
+    """Of what a folder holds, if one is named: it may hold another run's adapters under the same name tomorrow.
 
-
-def load(folder: str | Path, settings: Settings, config: Config) -> tuple[Lora, Params]:
-    """Adapters from a PEFT folder. Raises UserError where it is no plain LoRA of this model."""
-    folder = Path(folder)
-    try:
-        described = json.loads((folder / "adapter_config.json").read_text())
-        stored = load_file(folder / "adapter_model.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"{folder} is no PEFT adapter with safetensors ({error})") from error
-    several = described.get("rank_pattern") or described.get("alpha_pattern")
-    if described.get("peft_type") != "LORA" or described.get("use_dora") or several:
-        raise UserError(f"{folder} is no plain LoRA of one rank and scale")
-    tensors = {usual(name): tensor for name, tensor in stored.items()}
-    rules = {rule.ours[0].split("/")[-2]: rule for rule in _linear_rules(settings, config)}
-    chosen = described.get("layers_to_transform")
-    layers = tuple([chosen] if isinstance(chosen, int) else chosen or ())
-    first = layers[0] if layers else 0
-    names = {name for name, rule in rules.items() if f"{_module(rule, first)}.lora_A.weight" in tensors}
-    rslora = described.get("use_rslora", False)
-    lora = Lora(described["r"], described["lora_alpha"], rslora, tuple(sorted(names)), layers)
-    kernels = jax.eval_shape(decoder(settings).init, jax.random.key(0))["layers"]
-    adapters: dict[str, Any] = {}
-    for name in names:
-        node, kernel = adapters, {"layers": kernels}
-        for part in rules[name].ours[0].split("/")[:-1]:
-            node, kernel = node.setdefault(part, {}), kernel[part]
-        _, inputs, outputs = kernel["kernel"].shape
-        for ours, theirs, shape in (("a", "lora_A", (inputs, lora.rank)), ("b", "lora_B", (lora.rank, outputs))):
-            parts: dict[int, Any] = {}
-            for layer in layers or range(settings.layers):
-                tensor = f"{_module(rules[name], layer)}.{theirs}.weight"
-                if tensor not in tensors:
-                    raise UserError(f"{folder}: tensor {tensor} is missing")
-                parts[layer] = tensors.pop(tensor).T
-                if parts[layer].shape != shape:
-                    raise UserError(f"{folder}: {tensor} is of another model, {parts[layer].shape} instead of {shape}")
-            nothing = np.zeros_like(parts[first])
-            node[ours] = jnp.asarray(np.stack([parts.get(layer, nothing) for layer in range(settings.layers)]))
-    if tensors or not names:
-        left = min(tensors, default="nothing")
-        raise UserError(
-            f"{folder} adapts {left}, which is no linear layer that stands alone in {config.model_type} here; merge "
-            "the adapter into its model with peft, and name the merged folder"
-        )
-    return lora, adapters
-
-
-def _module(rule: Rule, layer: int) -> str:
-    return f"{PREFIX}.{rule.tensor.removesuffix('.weight').format(i=layer)}"
-
-
-def _linear_rules(settings: Settings, config: Config) -> list[Rule]:
-    """Layers that stand alone in a tensor of their own."""
-    rules = family(config).rules(settings)
-    return [rule for rule in rules if rule.layout is TRANSPOSED and rule.ours[0].startswith("layers/")]
-
-
-def _adapted(settings: Settings, config: Config, lora: Lora, adapters: Params) -> list[tuple[Rule, Any, Any]]:
-    found = []
-    rules = {rule.ours[0]: rule for rule in _linear_rules(settings, config)}
-    for group, layers in adapters["layers"].items():
-        for name, pair in layers.items():
-            path = f"layers/{group}/{name}/kernel"
-            if path not in rules:
-                raise UserError(
-                    f"{config.model_type} fuses {name} with other layers, so that PEFT cannot adapt it alone; "
-                    "merge the adapters (models.lora.merge) and save the whole model"
-                )
-            found.append((rules[path], pair["a"], pair["b"]))
-    return found
+    Raises UserError where a file is missing.
+    """
+    if not folder:
+        return ""
+    path = Path(folder).expanduser()
+    return " ".join(assets.digest(file) for file in (adapter_config.file_of(path), _file_of(path)))

@@ -1,0 +1,208 @@
+"""adapter_config.json as PEFT reads it: which layers have adapters, of which rank and scale; all else is refused.
+
+Every field is understood, or changes nothing after training, or must be off: what it would do is not computed here.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sublim_jax.errors import UserError
+
+FILE = "adapter_config.json"
+
+Number = int | float
+
+UNDERSTOOD = {
+    *("peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+}
+# They describe the file, or what happened in training. What `bias` trained stands in tensors, refused by name;
+# QALoRA is of bases that are quantised, which none is here.
+HARMLESS = {
+    *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "runtime_config"),
+    *("task_type", "bias", "ensure_weight_tying", "fan_in_fan_out", "lora_dropout", "megatron_core"),
+    *("corda_config", "eva_config", "loftq_config", "lora_ga_config", "qalora_group_size", "use_qalora"),
+}
+# Ways to start, of init_lora_weights. These change no base as PEFT loads an adapter, and add nothing before training.
+PLAIN_STARTS = (True, "gaussian", "eva", "lora_ga", "mica")
+# These add something at random, which stays in layers that have no tensors.
+RANDOM_STARTS = (False, "orthogonal")
+# These move a part of the base into the adapter, which PEFT repeats as it loads one.
+MOVED_STARTS = ("pissa", "olora")
+# What PEFT adapts where target_modules is null.
+USUAL_TARGETS = {
+    "gpt2": ("c_attn",),
+    "gpt_neox": ("query_key_value",),
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"), ("q_proj", "v_proj")),
+}
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """A LoRA's description; modules are named by their path in the base model, as `model.layers.0.mlp.up_proj`.
+
+    Attributes:
+      targets: names or ends of names of adapted modules, or a regular expression of whole names.
+      layers: numbers of adapted layers; () for all.
+      layer_lists: names of the lists that `layers` counts; () for any.
+      start: how the adapters were initialised: one of `PLAIN_STARTS`, `RANDOM_STARTS` or `MOVED_STARTS`.
+    """
+
+    rank: int
+    alpha: Number
+    rslora: bool
+    ranks: Mapping[str, Number]
+    alphas: Mapping[str, Number]
+    targets: tuple[str, ...] | str
+    excluded: tuple[str, ...] | str
+    layers: tuple[int, ...]
+    layer_lists: tuple[str, ...]
+    start: str | bool
+
+    def rank_of(self, module: str) -> int:
+        return int(_by_pattern(self.ranks, module, self.rank))
+
+    def alpha_of(self, module: str) -> Number:
+        return _by_pattern(self.alphas, module, self.alpha)
+
+    def adapts(self, module: str) -> bool:
+        """Whether PEFT puts an adapter on a linear layer of the decoder, and so reads its tensors.
+
+        As `check_target_module_exists` of peft.tuners.tuners_utils decides.
+        """
+        if self.excluded and _named(module, self.excluded):
+            return False
+        if isinstance(self.targets, str):
+            return self.targets.lower() == "all-linear" or _named(module, self.targets)
+        if module in self.targets or not self.layers:  # a whole name is in its layer, whatever `layers` says
+            return _named(module, self.targets)
+        if not _named(module, self.targets):
+            return False
+        numbered = r".*?\.[^.]*\.(\d+)\."
+        places = [rf"(?:^|.*?\.){name}\.(\d+)\." for name in self.layer_lists] or [numbered]
+        found = next((match for match in (re.match(place, module) for place in places) if match), None)
+        return found is not None and int(found[1]) in self.layers
+
+
+def _named(module: str, names: tuple[str, ...] | str) -> bool:
+    if isinstance(names, str):
+        return re.fullmatch(names, module) is not None
+    return module in names or any(module.endswith(f".{name}") for name in names)
+
+
+def _by_pattern(patterns: Mapping[str, Number], module: str, otherwise: Number) -> Number:
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return otherwise
+
+
+def file_of(folder: Path) -> Path:
+    """Where the description is. Raises UserError where it is not."""
+    if not (folder / FILE).is_file():
+        raise UserError(f"{folder} is no PEFT adapter: {FILE} is missing")
+    return folder / FILE
+
+
+def read(folder: Path, model_type: str) -> AdapterConfig:
+    """The description in a folder.
+
+    Raises UserError where there is none, and for every field, by name and value, that asks for more than a plain LoRA.
+    """
+    path = file_of(folder)
+    try:
+        fields = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is no JSON ({error}); copy the adapter again") from error
+    if not isinstance(fields, dict):
+        raise UserError(f"{folder} is no PEFT adapter: {FILE} holds no object")
+    try:
+        return _understood(fields, model_type)
+    except UserError as error:
+        raise UserError(f"{path}: {error}; merge the adapter into its model with peft, and name that folder") from None
+
+
+def _understood(fields: Mapping[str, Any], model_type: str) -> AdapterConfig:
+    if fields.get("peft_type") != "LORA":
+        raise UserError(f"peft_type={fields.get('peft_type')!r}, and only LORA is read")
+    targets = _names(fields, "target_modules") or USUAL_TARGETS.get(model_type, ())
+    if not targets:
+        raise UserError("target_modules is missing")
+    described = AdapterConfig(
+        rank=_number(fields, "r", fields.get("r", 8), whole=True),
+        alpha=_number(fields, "lora_alpha", fields.get("lora_alpha", 8)),
+        rslora=_flag(fields, "use_rslora"),
+        ranks=_pattern(fields, "rank_pattern", whole=True),
+        alphas=_pattern(fields, "alpha_pattern"),
+        targets=targets,
+        excluded=_names(fields, "exclude_modules"),
+        layers=_layers(fields),
+        layer_lists=_listed(_names(fields, "layers_pattern")),
+        start=_start(fields),
+    )
+    for name, value in fields.items():
+        if name not in UNDERSTOOD | HARMLESS and value not in (None, False, {}, [], ""):
+            raise UserError(f"{name}={value!r} is not computed here")
+    return described
+
+
+def _start(fields: Mapping[str, Any]) -> str | bool:
+    start = fields.get("init_lora_weights", True)
+    known = start.lower() if isinstance(start, str) and start.lower() in ("gaussian", "olora") else start
+    if not isinstance(known, bool | str) or known not in PLAIN_STARTS + RANDOM_STARTS + MOVED_STARTS:
+        raise UserError(f"init_lora_weights={start!r} changes the base in a way that is not repeated here")
+    return known
+
+
+def _number(fields: Mapping[str, Any], name: str, value: Any, whole: bool = False) -> Any:
+    if isinstance(value, bool) or not isinstance(value, int if whole else Number) or (whole and value < 1):
+        raise UserError(f"{name}={fields.get(name)!r}: {'a whole number above 0' if whole else 'a number'} is needed")
+    return value
+
+
+def _flag(fields: Mapping[str, Any], name: str) -> bool:
+    if not isinstance(value := fields.get(name) or False, bool):
+        raise UserError(f"{name}={value!r}: true or false is needed")
+    return value
+
+
+def _pattern(fields: Mapping[str, Any], name: str, whole: bool = False) -> Mapping[str, Number]:
+    found = fields.get(name) or {}
+    if not isinstance(found, dict):
+        raise UserError(f"{name}={found!r}: an object of names and numbers is needed")
+    for pattern, value in found.items():
+        _compiled(name, pattern)
+        _number(fields, name, value, whole)
+    return found
+
+
+def _names(fields: Mapping[str, Any], name: str) -> tuple[str, ...] | str:
+    found = fields.get(name) or ()
+    if isinstance(found, str):
+        _compiled(name, found)
+        return found
+    if not isinstance(found, list | tuple) or not all(isinstance(one, str) for one in found):
+        raise UserError(f"{name}={found!r}: names or a regular expression are needed")
+    return tuple(found)
+
+
+def _listed(names: tuple[str, ...] | str) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else names
+
+
+def _layers(fields: Mapping[str, Any]) -> tuple[int, ...]:
+    name = "layers_to_transform"
+    found = fields.get(name)
+    listed = found if isinstance(found, list) else [found]
+    return tuple(_number(fields, name, layer) for layer in listed if layer is not None)
+
+
+def _compiled(name: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise UserError(f"{name}: {pattern!r} is no regular expression ({error})") from error

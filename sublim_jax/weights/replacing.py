@@ -1,0 +1,38 @@
+"""A folder's checkpoint written anew, in place of the one that was there."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from sublim_jax.errors import UserError
+
+INDEX = "model.safetensors.index.json"
+WHOLE = "model.safetensors"
+WEIGHTS = re.compile(
+    r".*\.safetensors(\.index\.json)?|pytorch_model.*\.bin(\.index\.json)?|tf_model.*\.h5|flax_model.*\.msgpack"
+)
+
+
+@contextmanager
+def replaced(folder: Path) -> Iterator[Path]:
+    """A folder to write a checkpoint into, which takes the place of what `folder` holds once it is whole.
+
+    Before that nothing in `folder` has changed. The file that readers start from goes first and comes last, so that an
+    interruption leaves the old checkpoint, the new one or none, and never some of each. Other files stay.
+
+    Raises UserError where the folder holds an adapter, which transformers would put onto the checkpoint.
+    """
+    if (folder / "adapter_config.json").exists():
+        raise UserError(f"{folder} holds an adapter, which would be put onto the model again; name another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=folder, prefix=".saving-") as scratch:
+        yield Path(scratch)
+        new = sorted((path.name for path in Path(scratch).iterdir()), key=lambda name: (name in (INDEX, WHOLE), name))
+        old = [path for path in folder.iterdir() if WEIGHTS.fullmatch(path.name)]
+        for path in sorted(old, key=lambda path: path.name != INDEX):
+            if path.name not in new or path.name == INDEX:
+                path.unlink()
+        for name in new:
+            (Path(scratch) / name).replace(folder / name)
