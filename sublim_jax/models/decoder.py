@@ -199,7 +199,7 @@ class Attention(nnx.Module):
             self.query_norm, self.key_norm = (Norm(c, stack, size) for size in sizes)
 
     def __call__(
-        self, x: Float[Array, "b t width"], rotation: Rotation, sight: Sight, at: CacheAt | None, attend: Attend
+        self, x: Float[Array, "b t width"], rotation: Rotation | None, sight: Sight, at: CacheAt | None, attend: Attend
     ) -> tuple[Float[Array, "b t width"], Cache | None]:
         c = self.settings
         q, k, v = self.query(x), self.key(x), self.value(x)
@@ -250,7 +250,7 @@ class Layer(nnx.Module):
             self.attention_post_norm, self.mlp_post_norm = (Norm(settings, stack, settings.width) for _ in range(2))
 
     def __call__(
-        self, x: Float[Array, "b t width"], rotation: Rotation, sight: Sight, at: CacheAt | None, attend: Attend
+        self, x: Float[Array, "b t width"], rotation: Rotation | None, sight: Sight, at: CacheAt | None, attend: Attend
     ) -> tuple[Float[Array, "b t width"], Cache | None]:
         c = self.settings
         attended, cache = self.attention(self.attention_norm(x) if c.pre_norm else x, rotation, sight, at, attend)
@@ -312,9 +312,11 @@ class Decoder(nnx.Module):
           attend: how attention is computed. On a mesh, `on_mesh` gives both.
           remat: recompute each layer in the backward pass instead of keeping its activations.
 
-        Raises UserError where a row has more tokens than there are learned positions.
+        Raises UserError where a row has more tokens than there are learned positions, and, outside of compiled
+        functions, for a token that the model does not have.
         """
         c = self.settings
+        check_tokens(tokens, c.vocab)
         b, t = tokens.shape
         before = 0 if prefix is None else prefix.keys.shape[-2]
         start = jnp.broadcast_to(start, (b,))
@@ -370,6 +372,15 @@ class Decoder(nnx.Module):
         kernel = self.embedding[...].T if c.tied else self.unembedding.kernel[...]
         logits = x @ (kernel if only is None else kernel[:, only])
         return c.logit_cap * jnp.tanh(logits / c.logit_cap) if c.logit_cap else logits
+
+
+def check_tokens(tokens: Int[Array, "b t"], vocab: int) -> None:
+    """Raises UserError for a token outside the vocabulary, where its value is known."""
+    if isinstance(tokens, jax.core.Tracer) or not tokens.size or not getattr(tokens, "is_fully_addressable", True):
+        return
+    for token in (int(jnp.min(tokens)), int(jnp.max(tokens))):
+        if not 0 <= token < vocab:
+            raise UserError(f"token {token} is outside the model's vocabulary of {vocab}")
 
 
 def text_lengths(positions: Int[Array, "b t"], segments: Int[Array, "b t"] | None) -> Int[Array, "b #t"]:

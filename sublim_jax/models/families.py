@@ -407,7 +407,8 @@ FAMILIES: dict[str, Family] = {
     "gemma3_text": Family(
         partial(_gemma, head_norm="head", rope_by_kind=True),
         _llama_rules(GEMMA_NORMS),
-        GEMMA | {"rope_local_base_freq", "sliding_window_pattern"},
+        # transformers' Gemma 3 does not cap scores, whatever its config says.
+        (GEMMA - {"attn_logit_softcapping"}) | {"rope_local_base_freq", "sliding_window_pattern"},
     ),
     "olmo2": Family(_olmo2, _llama_rules(OLMO_NORMS), COMMON | {"attention_bias"}),
     "phi3": Family(_windowed, _phi3_rules, COMMON | {"sliding_window", "partial_rotary_factor"}),

@@ -102,22 +102,36 @@ def load(folder: Path) -> Config:
         text = config.get_text_config()
     except Exception as error:  # whatever a config class makes of values that it does not expect
         raise UserError(f"{path} is no config that transformers knows ({first_line(error)})") from error
-    if text is not config:
-        if config.model_type not in WITH_VISION:
-            known = ", ".join(WITH_VISION)
-            raise UserError(f"{path}: {config.model_type!r} is a model of several parts; those read here are {known}")
-        _check_fields(path, stated, config, PARTS, OF_IMAGES)
-        text.tie_word_embeddings = config.tie_word_embeddings  # the head stands in the whole model
-    inner = stated if text is config else stated.get("text_config") or {}
-    known_fields = family(text).fields
-    _check_kind(path, stated, config)
-    _check_fields(path, inner, text, known_fields)
+    try:
+        _check(stated, config, text)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
     text.eos_token_id = _stop_tokens(folder, text, config)
     return text
 
 
+def _check(stated: Mapping[str, Any], config: Config, text: Config) -> None:
+    """Raises UserError where a model is not wholly understood. What is said of its parts together is put in the text's.
+
+    Args:
+      text: the config of the text model, which is `config` itself where there is nothing else.
+    """
+    if text is not config and config.model_type not in WITH_VISION:
+        known = ", ".join(WITH_VISION)
+        raise UserError(f"{config.model_type!r} is a model of several parts; those read here are {known}")
+    kind = family(text)
+    _check_kind(stated, config)
+    inner = stated
+    if text is not config:
+        _check_fields(stated, config, PARTS, OF_IMAGES)
+        text.tie_word_embeddings = config.tie_word_embeddings  # the head stands in the whole model
+        inner = stated.get("text_config") or {}
+    _check_fields(inner, text, kind.fields)
+    kind.settings(text)
+
+
 def _check_fields(
-    path: Path, stated: Mapping[str, Any], config: Config, known: set[str], names: re.Pattern[str] | None = None
+    stated: Mapping[str, Any], config: Config, known: set[str], names: re.Pattern[str] | None = None
 ) -> None:
     """Raises UserError for a field that is not understood and may count."""
     defaults = _defaults(config.model_type)
@@ -139,8 +153,8 @@ def _check_fields(
             )
         if not passes:
             raise UserError(
-                f"{path}: {stated_name}={_short(value)} is not known of {config.model_type} here, and may change what "
-                "the model computes; take it out of the file if it does not"
+                f"{stated_name}={_short(value)} is not known of {config.model_type} here, and may change what is "
+                "computed; take it out of the file if it does not"
             )
 
 
@@ -159,20 +173,20 @@ def _generation() -> frozenset[str]:
     return frozenset(transformers.GenerationConfig().to_dict())
 
 
-def _check_kind(path: Path, stated: Mapping[str, Any], config: Config) -> None:
+def _check_kind(stated: Mapping[str, Any], config: Config) -> None:
     """Raises UserError for a checkpoint of another kind than a language model, or with code of its own."""
     for architecture in stated.get("architectures") or ():
         if NO_LANGUAGE_MODEL.fullmatch(str(architecture)):
-            raise UserError(f"{path}: {architecture} is a classifier or reward model and no language model")
+            raise UserError(f"{architecture} is a classifier or reward model and no language model")
         if BARE.fullmatch(str(architecture)):
-            raise UserError(f"{path}: {architecture} has no language head (an embedding model?); no logits come of it")
+            raise UserError(f"{architecture} has no language head (an embedding model?); no logits come of it")
     theirs = type(config).__name__.removesuffix("Config").removesuffix("Text")
     code = stated.get("auto_map") or {}
     for name in code.values() if isinstance(code, Mapping) else (code,):
         if not re.fullmatch(
             rf"{theirs}(Text)?(Config|Model|LMHeadModel|PreTrainedModel|For\w+)", str(name).split(".")[-1]
         ):
-            raise UserError(f"{path}: auto_map names code of its own, {name}, which may compute something else")
+            raise UserError(f"auto_map names code of its own, {name}, which may compute something else")
 
 
 def _stop_tokens(folder: Path, text: Config, whole: Config) -> int | list[int] | None:

@@ -124,6 +124,8 @@ class Tensors:
                 if usual(name) in self._stored:
                     raise UserError(f"{what} holds tensor {usual(name)} twice; fetch the model again")
                 self._stored[usual(name)] = path, name
+        if any(name.startswith("gpt_neox.") for name in self._stored) and "lm_head.weight" in self._stored:
+            self._stored.setdefault("embed_out.weight", self._stored.pop("lm_head.weight"))
         self.close()
 
     @property
@@ -170,12 +172,14 @@ def _check_names(tensors: Tensors, rules: tuple[Rule, ...], settings: Settings, 
     """Raises UserError for a tensor that is missing, or that would not be read and may count."""
     expected = {rule.tensor.format(i=layer) for rule in rules for layer in range(settings.layers)}
     if missing := expected - tensors.names:
-        name = min(missing)
-        if any(name.endswith(f".{stored}") for stored in tensors.names):
+        if any(name.endswith(f".{stored}") for name in missing for stored in tensors.names):
             raise UserError(
-                f"{what} holds a model without its language head (an embedding model?): {name} lacks its prefix"
+                f"{what} holds a model without its language head (an embedding model?), by its tensors' names"
             )
-        raise UserError(f"{what}: tensor {name} is missing; fetch the model again")
+        name = min(missing)
+        raise UserError(
+            f"{what}: tensor {name} is missing, which config.json asks for; the files are not whole, or another model's"
+        )
     heads = {"lm_head.weight", "embed_out.weight"} if settings.tied else set()  # equal to the embedding: `load_config`
     unread = {name for name in tensors.names - expected - heads if not WEIGHTLESS.search(name)}
     if unread:
