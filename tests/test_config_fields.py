@@ -125,6 +125,7 @@ VALUES = {
     "pruned_heads": [{"0": [1]}],
     "quantization_config": [{"quant_method": "gptq", "bits": 4}],
     "query_pre_attn_scalar": [30, 0],
+    "return_dict": [True],  # False gives the same logits in another form
     "rms_norm_eps": [0.0, 0.1],
     "rope_local_base_freq": [500.0],
     "rope_parameters": [[], {"full_attention": ROPES["another base"]}, {"rope_theta": "ten"}],

@@ -185,6 +185,8 @@ def _longrope(parameters: Parameters, shape: Shape, size: int) -> Rotary:
     short, long = (tuple(base / np.asarray(parameters[f"{name}_factor"], float)) for name in ("short", "long"))
     if original < 1 or len(short) != len(base) or len(long) != len(base):
         raise ValueError(f"{len(base)} factors and an original length are needed")
+    if short == long:
+        return Rotary(short, float(scale))
     return Rotary(short, float(scale), math.floor(original), long)
 
 
