@@ -10,7 +10,7 @@ import pytest
 
 from sublim_jax.errors import UserError
 from sublim_jax.models.decoder import decoder
-from sublim_jax.weights import huggingface
+from sublim_jax.weights import config_fields, huggingface
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -165,4 +165,4 @@ def test_the_text_model_of_one_that_sees_is_saved_by_itself(tmp_path, config):
     params = jax.tree.map(lambda leaf: 1.001 * leaf, params)
     huggingface.save(tmp_path / "text", params, settings, huggingface.load_config(tmp_path / "whole"))
     assert_holds(tmp_path / "text", params, settings)
-    assert huggingface.WRAPPER not in (tmp_path / "text" / "config.json").read_text()
+    assert config_fields.WRAPPER not in (tmp_path / "text" / "config.json").read_text()

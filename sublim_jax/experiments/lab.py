@@ -137,7 +137,9 @@ def stacked(trees: list[Params]) -> Params:
 def answer_features(lab: Lab, module: Any, rows: Rows, steering: Steering | None = None) -> Float[Array, "n a width"]:
     """The last layer's output where it predicts the answers' tokens."""
     tokens = jnp.asarray(rows.tokens)
-    output = module.features(tokens, remat=lab.config.remat, steering=steering, **lab.where).output
+    lengths = jnp.max(jnp.asarray(rows.at), 1) + 2  # the last answer token's column is one behind its logits'
+    options = {"lengths": lengths, "remat": lab.config.remat, "steering": steering}
+    output = module.features(tokens, **options, **lab.where).output
     return jnp.take_along_axis(output, jnp.asarray(rows.at)[..., None], 1)
 
 

@@ -273,7 +273,7 @@ def residual_after(lab: Lab, layer: int) -> Callable[[Int[np.ndarray, "t"], int]
 
     @jax.jit
     def residual(params: Params, tokens: Int[Array, "1 t"], last: Int[Array, "1"]) -> Float[Array, "width"]:
-        found = lab.model.network.bind(params).features(tokens, read=last, **lab.where).residuals
+        found = lab.model.network.bind(params).features(tokens, read=last, lengths=last + 1, **lab.where).residuals
         return found[layer, 0, 0].astype(jnp.float32)
 
     return lambda tokens, last: residual(params, jnp.asarray(tokens[None]), jnp.asarray([last]))

@@ -19,30 +19,12 @@ from jaxtyping import Array, Float, Int
 
 from sublim_jax.errors import UserError
 from sublim_jax.models import attention
+from sublim_jax.models.activations import ACTIVATIONS
 from sublim_jax.models.attention import Attend, Scoring, Sight
 from sublim_jax.models.functional import Functions, functions
 from sublim_jax.models.lora import EVERY_LINEAR, Lora, draw, narrow_product
+from sublim_jax.models.rope import Rotary, Rotation, rotate, rotations
 from sublim_jax.sharding import rows_of
-
-ACTIVATIONS = {
-    "silu": jax.nn.silu,
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
-}
-
-
-@dataclass(frozen=True)
-class Rotary:
-    """One table of rotary frequencies, in radians a position, for the first 2 × len(frequencies) of a head.
-
-    All zero where a layer does not rotate. `scale` multiplies cosines and sines (yarn, longrope). Texts of more than
-    `until` positions turn by `beyond` instead (longrope).
-    """
-
-    frequencies: tuple[float, ...]
-    scale: float = 1.0
-    until: int = 0
-    beyond: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -78,6 +60,16 @@ class Settings:
     embed_scale: float = 1.0
     tied: bool = True  # the unembedding is the embedding
     lora: Lora | None = None  # adapters beside the layers' kernels
+
+    @property
+    def turns_by_length(self) -> bool:
+        """Whether how a position is turned depends on how long its text is in the end."""
+        return any(table.until for table in self.rotaries)
+
+    def check_length(self, length: int, what: str) -> None:
+        """Raises UserError for a text with more tokens than there are learned positions."""
+        if self.positions and length > self.positions:
+            raise UserError(f"{what} has {length} tokens, and the model has {self.positions} learned positions")
 
     @property
     def scoring(self) -> Scoring:
@@ -208,7 +200,7 @@ class Attention(nnx.Module):
             self.query_norm, self.key_norm = (Norm(c, stack, size) for size in sizes)
 
     def __call__(
-        self, x: Float[Array, "b t width"], rotation: "Rotation", sight: Sight, at: CacheAt | None, attend: Attend
+        self, x: Float[Array, "b t width"], rotation: Rotation | None, sight: Sight, at: CacheAt | None, attend: Attend
     ) -> tuple[Float[Array, "b t width"], Cache | None]:
         c = self.settings
         q, k, v = self.query(x), self.key(x), self.value(x)
@@ -259,7 +251,7 @@ class Layer(nnx.Module):
             self.attention_post_norm, self.mlp_post_norm = (Norm(settings, stack, settings.width) for _ in range(2))
 
     def __call__(
-        self, x: Float[Array, "b t width"], rotation: "Rotation", sight: Sight, at: CacheAt | None, attend: Attend
+        self, x: Float[Array, "b t width"], rotation: Rotation | None, sight: Sight, at: CacheAt | None, attend: Attend
     ) -> tuple[Float[Array, "b t width"], Cache | None]:
         c = self.settings
         attended, cache = self.attention(self.attention_norm(x) if c.pre_norm else x, rotation, sight, at, attend)
@@ -297,6 +289,7 @@ class Decoder(nnx.Module):
         cache: Cache | None = None,
         start: Int[Array, "#b"] | Int[Array, ""] | int = 0,
         prefix: Cache | None = None,
+        lengths: Int[Array, "b"] | None = None,
         steering: Steering | None = None,
         read: Int[Array, "n"] | None = None,
         place: Callable[[Array], Array] = lambda x: x,
@@ -312,17 +305,25 @@ class Decoder(nnx.Module):
           cache: keys and values of earlier positions; a row's tokens stand at `start`, `start` + 1, … of it, and see
             what stands there or before. Padding behind a text is overwritten by what comes next.
           prefix: keys and values (layers, groups, p, h) of what stands before every row's text.
+          lengths: of each row's whole text, prefix and what is still to come included, where it decides how positions
+            turn (`Settings.turns_by_length`). The last of these positions ends the text where left out.
           steering: changes of the residual stream.
           read: positions (columns of `tokens`) at which the residual stream is returned after every layer.
           place: applied to the residual stream wherever it is made.
           attend: how attention is computed. On a mesh, `on_mesh` gives both.
           remat: recompute each layer in the backward pass instead of keeping its activations.
+
+        Raises UserError where a row has more tokens than there are learned positions, and, outside of compiled
+        functions, for a token that the model does not have.
         """
         c = self.settings
+        check_tokens(tokens, c.vocab)
         b, t = tokens.shape
         before = 0 if prefix is None else prefix.keys.shape[-2]
         start = jnp.broadcast_to(start, (b,))
         if positions is None:
+            if cache is None:
+                c.check_length(before + t, "the text")
             positions = before + start[:, None] + jnp.arange(t)
         x = self.embedding[...][tokens]
         if c.embed_scale != 1:
@@ -335,7 +336,10 @@ class Decoder(nnx.Module):
         seen = back >= 0
         if segments is not None:
             seen = seen & (segments[:, :, None] == segments[:, None, :]) & (segments != 0)[:, None, :]
-        tables = rotations(c, positions, slots)
+        whole = None
+        if c.turns_by_length:
+            whole = text_lengths(positions, segments) if lengths is None else lengths[:, None]
+        tables = rotations(c.rotaries, positions, whole)
         graphdef, stacked = nnx.split(self.layers, nnx.Param)
         windows = jnp.asarray(c.windows or (0,) * c.layers, jnp.int32)
         rotary_of = jnp.asarray(c.rotary_of or (0,) * c.layers, jnp.int32)
@@ -371,35 +375,21 @@ class Decoder(nnx.Module):
         return c.logit_cap * jnp.tanh(logits / c.logit_cap) if c.logit_cap else logits
 
 
-class Rotation(NamedTuple):
-    cos: Float[Array, "*rows half"]
-    sin: Float[Array, "*rows half"]
+def check_tokens(tokens: Int[Array, "b t"], vocab: int) -> None:
+    """Raises UserError for a token outside the vocabulary, where its value is known."""
+    if isinstance(tokens, jax.core.Tracer) or not tokens.size or not getattr(tokens, "is_fully_addressable", True):
+        return
+    for token in (int(jnp.min(tokens)), int(jnp.max(tokens))):
+        if not 0 <= token < vocab:
+            raise UserError(f"token {token} is outside the model's vocabulary of {vocab}")
 
 
-def rotations(settings: Settings, positions: Int[Array, "b t"], longest: int) -> Rotation | None:
-    """Cosines and sines of every table of the settings, stacked; None where nothing rotates.
-
-    Args:
-      longest: that a text may be, which with a cache is decided before it starts.
-    """
-    if not settings.rotaries:
-        return None
-    wide = jnp.promote_types(jnp.float32, jnp.result_type(float))
-    chosen = [r.beyond if r.beyond and longest > r.until else r.frequencies for r in settings.rotaries]
-    angles = jnp.stack([positions[..., None] * jnp.asarray(frequencies, wide) for frequencies in chosen])
-    scales = jnp.asarray([r.scale for r in settings.rotaries], wide)[:, None, None, None]
-    return Rotation(jnp.cos(angles) * scales, jnp.sin(angles) * scales)
-
-
-def rotate(x: Float[Array, "b t heads h"], rotation: Rotation | None) -> Float[Array, "b t heads h"]:
-    """Rotates the pairs (i, i + half) of the first 2 × half entries of every head."""
-    if rotation is None:
-        return x
-    cos, sin = rotation.cos[:, :, None], rotation.sin[:, :, None]
-    half = cos.shape[-1]
-    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    turned = (first * cos - second * sin, second * cos + first * sin)
-    return jnp.concatenate([*(part.astype(x.dtype) for part in turned), rest], axis=-1)
+def text_lengths(positions: Int[Array, "b t"], segments: Int[Array, "b t"] | None) -> Int[Array, "b #t"]:
+    """How long the text is that each position belongs to, by the last of its positions."""
+    if segments is None:
+        return jnp.max(positions, 1, keepdims=True) + 1
+    same = segments[:, :, None] == segments[:, None, :]
+    return jnp.max(jnp.where(same, positions[:, None, :], -1), -1) + 1
 
 
 def on_mesh(settings: Settings, mesh: Mesh) -> dict[str, Any]:

@@ -4,14 +4,17 @@ To add a family: say how its config sets the decoder (`FAMILIES`), and which of 
 (a tuple of `Rule`). The decoder itself knows no family. `docs/decoder.md` walks through an example.
 """
 
-import math
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from sublim_jax.errors import UserError
-from sublim_jax.models.decoder import Rotary, Settings
+from sublim_jax.models.activations import ACTIVATIONS
+from sublim_jax.models.decoder import Settings
+from sublim_jax.models.rope import Shape, rotary
 
 Config = Any  # a transformers PretrainedConfig
 
@@ -34,6 +37,7 @@ class Rule(NamedTuple):
 class Family(NamedTuple):
     settings: Callable[[Config], Settings]
     rules: Callable[[Settings], tuple[Rule, ...]]
+    fields: set[str]  # of config.json that the settings are made of; any other may say nothing that counts
 
 
 # ------------------------------------------------------------------------------------------------------- layouts
@@ -78,175 +82,207 @@ def _heads_join(xs: Sequence[np.ndarray], s: Settings) -> np.ndarray:
 QKV_BY_HEAD = Layout(_heads_split, _heads_join)  # GPT-NeoX: each head's query, key and value together
 
 
-# --------------------------------------------------------------------------------------------------------- rotary
-
-
-def rotary(config: Config, parameters: Mapping[str, Any], head_size: int) -> Rotary:
-    """The table of `rope_parameters`, in transformers' terms.
-
-    Raises UserError for a kind that is not known here.
-    """
-    kind = parameters.get("rope_type", "default")
-    size = int(head_size * parameters.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", None) or 1))
-    theta = parameters["rope_theta"]
-    base = theta ** -(np.arange(0, size, 2) / size)
-    if kind in ("default", "dynamic"):  # dynamic differs beyond the trained length only
-        return Rotary(tuple(base))
-    if kind == "linear":
-        return Rotary(tuple(base / parameters["factor"]))
-    original = parameters.get("original_max_position_embeddings") or config.max_position_embeddings
-    if kind == "llama3":
-        turns = original * base / (2 * math.pi)  # over the original length
-        low, high = parameters["low_freq_factor"], parameters["high_freq_factor"]
-        keep = np.clip((turns - low) / (high - low), 0, 1)
-        return Rotary(tuple(base * (keep + (1 - keep) / parameters["factor"])))
-    if kind == "yarn":
-        return _yarn(parameters, base, theta, size, original, config.max_position_embeddings)
-    if kind == "longrope":
-        factor = config.max_position_embeddings / original
-        scale = parameters.get("attention_factor") or math.sqrt(1 + math.log(max(factor, 1)) / math.log(original))
-        short, long = (tuple(base / np.asarray(parameters[f"{name}_factor"])) for name in ("short", "long"))
-        return Rotary(short, scale, original, long)
-    raise UserError(f"rope_type {kind!r} is not known; known: default, dynamic, linear, llama3, yarn, longrope")
-
-
-def _yarn(
-    parameters: Mapping[str, Any], base: np.ndarray, theta: float, size: int, original: int, longest: int
-) -> Rotary:
-    factor = parameters.get("factor") or longest / original
-
-    def entry(turns: float) -> float:
-        """Which frequency turns so often over the original length."""
-        return size * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
-
-    low, high = entry(parameters.get("beta_fast") or 32.0), entry(parameters.get("beta_slow") or 1.0)
-    if parameters.get("truncate", True):
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, size - 1)
-    ramp = np.clip((np.arange(size // 2) - low) / max(high - low, 0.001), 0, 1)
-    scale = parameters.get("attention_factor") or (0.1 * math.log(factor) + 1 if factor > 1 else 1.0)
-    return Rotary(tuple(base / factor * ramp + base * (1 - ramp)), scale)
-
-
 # ------------------------------------------------------------------------------------------------------- settings
 
-ACTIVATION_NAMES = {"silu": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
+
+def _size(config: Config, *names: str) -> int:
+    """The first of some fields that is set. Raises UserError where it is no size."""
+    name, value = next(((name, value) for name in names if (value := getattr(config, name, None)) is not None), ("", 0))
+    if value < 1:
+        raise UserError(f"{config.model_type}: {name or names[0]}={value or None!r} is no size")
+    return value
 
 
-def _base(config: Config, **more: Any) -> dict[str, Any]:
-    """What the configs of llama's descendants have in common."""
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    layers = config.num_hidden_layers
-    kinds = getattr(config, "layer_types", None)
-    window = getattr(config, "sliding_window", None) or 0
-    if kinds is None:
-        kinds = ["sliding_attention" if window else "full_attention"] * layers
-    activation = getattr(config, "hidden_activation", None) or config.hidden_act
-    if activation not in ACTIVATION_NAMES:
-        raise UserError(f"activation {activation!r} is not known; known: {', '.join(ACTIVATION_NAMES)}")
-    settings = {
-        "vocab": config.vocab_size,
-        "width": config.hidden_size,
-        "layers": layers,
-        "heads": config.num_attention_heads,
-        "key_heads": getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
-        "head_size": head_size,
-        "mlp_width": config.intermediate_size,
-        "activation": ACTIVATION_NAMES[activation],
-        "norm_eps": getattr(config, "rms_norm_eps", None) or getattr(config, "layer_norm_eps", None) or 1e-5,
-        "windows": tuple(window if kind == "sliding_attention" else 0 for kind in kinds),
-        "tied": config.tie_word_embeddings,
-    }
+def _heads(config: Config, key_heads: int | None = None) -> dict[str, Any]:
+    """How many heads there are, of which size. Raises UserError where they do not fit."""
+    heads, width = _size(config, "num_attention_heads"), _size(config, "hidden_size")
+    key_heads = key_heads or heads
+    if heads % key_heads:
+        raise UserError(f"{config.model_type}: {heads} heads of queries cannot share {key_heads} heads of keys")
+    if width < heads:
+        raise UserError(f"{config.model_type}: hidden_size={width} is too small for {heads} heads")
+    return {"heads": heads, "key_heads": key_heads, "head_size": width // heads}
+
+
+def _activation(config: Config, name: str) -> str:
+    activation = getattr(config, name)
+    if activation not in ACTIVATIONS:
+        raise UserError(f"{config.model_type}: {name}={activation!r} is not known; known: {', '.join(ACTIVATIONS)}")
+    return activation
+
+
+def _windows(config: Config, kinds: Sequence[str]) -> tuple[int, ...]:
+    """Each layer's window, 0 where it sees all. Raises UserError for a kind of layer or a window that cannot be."""
+    if unknown := set(kinds) - {"full_attention", "sliding_attention"}:
+        raise UserError(f"{config.model_type}: layer_types has {min(unknown)!r}, which is not known here")
+    if "sliding_attention" not in kinds:
+        return (0,) * len(kinds)
+    window = config.sliding_window
+    if window is None or window < 1:
+        raise UserError(f"{config.model_type}: sliding_window={window!r} in layers that see a window")
+    return tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
+
+
+def _rotaries(
+    config: Config, kinds: Sequence[str], head_size: int, by_kind: bool, partial_rotary: bool
+) -> dict[str, Any]:
+    """One table, or one for each kind of layer."""
+    config.standardize_rope_params()  # again, as transformers does before it computes a table
     parameters = config.rope_parameters
-    if "rope_theta" in parameters:
-        settings["rotaries"] = (rotary(config, parameters, head_size),)
-    else:  # one table for each kind of layer
-        names = sorted(parameters)
-        settings["rotaries"] = tuple(rotary(config, parameters[name], head_size) for name in names)
-        settings["rotary_of"] = tuple(names.index(kind) for kind in kinds)
-    return {**settings, **more}
+    # Of tables by kind, too, transformers reads this one beside them.
+    shape = Shape(head_size, config.max_position_embeddings, partial_rotary, bool(parameters.get("truncate", True)))
+    if not by_kind:
+        return {"rotaries": (rotary(parameters, shape),)}
+    names = sorted(set(kinds))
+    for name in (*names, *parameters):
+        if not isinstance(parameters.get(name), Mapping):
+            given = f"{name}={parameters.get(name)!r}"
+            raise UserError(f"{config.model_type}: rope_parameters has {given}; each kind of layer has its own")
+    return {
+        "rotaries": tuple(rotary(parameters[name], shape) for name in names),
+        "rotary_of": tuple(names.index(kind) for kind in kinds),
+    }
+
+
+def _base(
+    config: Config,
+    *,
+    kinds: Sequence[str] | None = None,
+    activation: str = "hidden_act",
+    norm_eps: str = "rms_norm_eps",
+    grouped: bool = True,
+    rope_by_kind: bool = False,
+    partial_rotary: bool = False,
+    **more: Any,
+) -> Settings:
+    """What the configs of llama's descendants have in common.
+
+    Args:
+      kinds: of each layer, where layers differ; all see the whole text where left out.
+      activation, norm_eps: the fields that hold them.
+      grouped: heads of queries may share those of keys, and have a size that the config sets.
+      rope_by_kind: each kind of layer has its own rotary table.
+      partial_rotary: a part of each head may be rotated.
+    """
+    layers = _size(config, "num_hidden_layers")
+    kinds = kinds or ["full_attention"] * layers
+    heads = _heads(config, _size(config, "num_key_value_heads", "num_attention_heads") if grouped else None)
+    if grouped and getattr(config, "head_dim", None) is not None:
+        heads["head_size"] = _size(config, "head_dim")
+    if (eps := getattr(config, norm_eps)) < 0:
+        raise UserError(f"{config.model_type}: {norm_eps}={eps} is below zero")
+    settings = {
+        "vocab": _size(config, "vocab_size"),
+        "width": _size(config, "hidden_size"),
+        "layers": layers,
+        **heads,
+        "mlp_width": _size(config, "intermediate_size"),
+        "activation": _activation(config, activation),
+        "norm_eps": float(eps),
+        "windows": _windows(config, kinds),
+        "tied": config.tie_word_embeddings,
+        **_rotaries(config, kinds, heads["head_size"], rope_by_kind, partial_rotary),
+    }
+    return Settings(**{**settings, **more})
+
+
+def _biases(config: Config) -> dict[str, Any]:
+    return {"qkv_bias": config.attention_bias, "out_bias": config.attention_bias}
 
 
 def _llama(config: Config) -> Settings:
-    bias = getattr(config, "attention_bias", False)
-    return Settings(**_base(config, qkv_bias=bias, out_bias=bias, mlp_bias=getattr(config, "mlp_bias", False)))
+    return _base(config, mlp_bias=config.mlp_bias, **_biases(config))
+
+
+def _windowed(config: Config) -> Settings:
+    """A window in every layer, or in none."""
+    kind = "full_attention" if config.sliding_window is None else "sliding_attention"
+    return _base(config, kinds=[kind] * config.num_hidden_layers, partial_rotary=config.model_type == "phi3")
 
 
 def _smollm3(config: Config) -> Settings:
-    s = _base(config, qkv_bias=config.attention_bias, out_bias=config.attention_bias, mlp_bias=config.mlp_bias)
-    turns = s["rotaries"][0]
-    still = Rotary((0.0,) * len(turns.frequencies))
-    return Settings(**{**s, "rotaries": (still, turns), "rotary_of": tuple(config.no_rope_layers)})
+    s = _base(config, kinds=config.layer_types, mlp_bias=config.mlp_bias, **_biases(config))
+    turns = s.rotaries[0]
+    still = dataclasses.replace(turns, frequencies=(0.0,) * len(turns.frequencies), scale=1.0, until=0, beyond=())
+    if len(config.no_rope_layers) < s.layers:
+        raise UserError(f"smollm3: no_rope_layers has {len(config.no_rope_layers)} entries for {s.layers} layers")
+    return dataclasses.replace(
+        s, rotaries=(still, turns), rotary_of=tuple(int(bool(turning)) for turning in config.no_rope_layers[: s.layers])
+    )
 
 
 def _qwen2(config: Config) -> Settings:
-    return Settings(**_base(config, qkv_bias=True))
+    return _base(config, kinds=config.layer_types, qkv_bias=True)
 
 
 def _qwen3(config: Config) -> Settings:
-    return Settings(**_base(config, qkv_bias=config.attention_bias, out_bias=config.attention_bias, head_norm="head"))
+    return _base(config, kinds=config.layer_types, head_norm="head", **_biases(config))
 
 
-def _gemma(config: Config, head_norm: str = "") -> Settings:
-    return Settings(
-        **_base(
-            config,
-            qkv_bias=config.attention_bias,
-            out_bias=config.attention_bias,
-            norm_offset=1.0,
-            post_norm=True,
-            head_norm=head_norm,
-            score_scale=config.query_pre_attn_scalar**-0.5,
-            score_cap=config.attn_logit_softcapping or 0.0,
-            logit_cap=config.final_logit_softcapping or 0.0,
-            embed_scale=config.hidden_size**0.5,
-        )
+def _cap(config: Config, name: str) -> float:
+    cap = getattr(config, name)
+    if cap == 0:
+        raise UserError(f"{config.model_type}: {name}=0 leaves nothing; null is no cap")
+    return cap or 0.0
+
+
+def _gemma(config: Config, head_norm: str = "", rope_by_kind: bool = False) -> Settings:
+    if config.query_pre_attn_scalar <= 0:
+        raise UserError(f"{config.model_type}: query_pre_attn_scalar={config.query_pre_attn_scalar} is not above zero")
+    return _base(
+        config,
+        kinds=config.layer_types,
+        activation="hidden_activation",
+        rope_by_kind=rope_by_kind,
+        norm_offset=1.0,
+        post_norm=True,
+        head_norm=head_norm,
+        score_scale=config.query_pre_attn_scalar**-0.5,
+        score_cap=_cap(config, "attn_logit_softcapping"),
+        logit_cap=_cap(config, "final_logit_softcapping"),
+        embed_scale=config.hidden_size**0.5,
+        **_biases(config),
     )
 
 
 def _olmo2(config: Config) -> Settings:
-    bias = config.attention_bias
-    return Settings(**_base(config, qkv_bias=bias, out_bias=bias, head_norm="all", pre_norm=False, post_norm=True))
-
-
-def _phi3(config: Config) -> Settings:
-    return Settings(**_base(config))
+    return _base(config, head_norm="all", pre_norm=False, post_norm=True, **_biases(config))
 
 
 def _gpt_neox(config: Config) -> Settings:
-    return Settings(
-        **_base(
-            config,
-            key_heads=config.num_attention_heads,
-            norm="layer",
-            gated=False,
-            parallel=config.use_parallel_residual,
-            qkv_bias=config.attention_bias,
-            out_bias=config.attention_bias,
-            mlp_bias=True,
-        )
+    return _base(
+        config,
+        norm_eps="layer_norm_eps",
+        grouped=False,
+        partial_rotary=True,
+        norm="layer",
+        gated=False,
+        parallel=config.use_parallel_residual,
+        mlp_bias=True,
+        **_biases(config),
     )
 
 
 def _gpt2(config: Config) -> Settings:
-    if config.scale_attn_by_inverse_layer_idx or not config.scale_attn_weights:
-        raise UserError("GPT-2 with unusual scaling of its scores is not known here")
+    if config.scale_attn_by_inverse_layer_idx:
+        raise UserError("gpt2: scale_attn_by_inverse_layer_idx=True is not known here")
+    heads = _heads(config)
+    width = _size(config, "n_embd")
     return Settings(
-        vocab=config.vocab_size,
-        width=config.n_embd,
-        layers=config.n_layer,
-        heads=config.n_head,
-        key_heads=config.n_head,
-        head_size=config.n_embd // config.n_head,
-        mlp_width=config.n_inner or 4 * config.n_embd,
-        activation=ACTIVATION_NAMES[config.activation_function],
-        positions=config.n_positions,
+        vocab=_size(config, "vocab_size"),
+        width=width,
+        layers=_size(config, "n_layer"),
+        **heads,
+        mlp_width=4 * width if config.n_inner is None else _size(config, "n_inner"),
+        activation=_activation(config, "activation_function"),
+        positions=_size(config, "n_positions"),
         norm="layer",
-        norm_eps=config.layer_norm_epsilon,
+        norm_eps=float(config.layer_norm_epsilon),
         gated=False,
         qkv_bias=True,
         out_bias=True,
         mlp_bias=True,
+        score_scale=0.0 if config.scale_attn_weights else 1.0,
         tied=config.tie_word_embeddings,
     )
 
@@ -341,18 +377,64 @@ def _gpt2_rules(s: Settings) -> tuple[Rule, ...]:
 
 WEIGHT_KINDS = (("weight", "kernel"), ("bias", "bias"))
 
+# The fields of config.json that each family's settings are made of, by transformers' config or by the functions above.
+ROPE = {"rope_parameters", "rope_theta", "rope_scaling", "max_position_embeddings", "original_max_position_embeddings"}
+SIZES = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"}
+PLAIN = ROPE | SIZES | {"tie_word_embeddings"}
+COMMON = PLAIN | {"num_key_value_heads", "head_dim", "hidden_act", "rms_norm_eps"}
+LAYER_KINDS = {"layer_types", "sliding_window", "use_sliding_window", "max_window_layers"}
+GEMMA = (COMMON - {"hidden_act"}) | {
+    "hidden_activation",
+    "attention_bias",
+    "query_pre_attn_scalar",
+    "layer_types",
+    "sliding_window",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+}
+
 FAMILIES: dict[str, Family] = {
-    "llama": Family(_llama, _llama_rules(IN_PLACE)),  # Llama 2 and 3, SmolLM2
-    "mistral": Family(_llama, _llama_rules(IN_PLACE)),
-    "smollm3": Family(_smollm3, _llama_rules(IN_PLACE)),
-    "qwen2": Family(_qwen2, _llama_rules(IN_PLACE)),
-    "qwen3": Family(_qwen3, _llama_rules(IN_PLACE)),
-    "gemma2": Family(_gemma, _llama_rules(GEMMA_NORMS)),
-    "gemma3_text": Family(lambda config: _gemma(config, "head"), _llama_rules(GEMMA_NORMS)),
-    "olmo2": Family(_olmo2, _llama_rules(OLMO_NORMS)),
-    "phi3": Family(_phi3, _phi3_rules),
-    "gpt_neox": Family(_gpt_neox, _gpt_neox_rules),  # Pythia
-    "gpt2": Family(_gpt2, _gpt2_rules),
+    "llama": Family(_llama, _llama_rules(IN_PLACE), COMMON | {"attention_bias", "mlp_bias"}),  # Llama 2, 3, SmolLM2
+    "mistral": Family(_windowed, _llama_rules(IN_PLACE), COMMON | {"sliding_window"}),
+    "smollm3": Family(
+        _smollm3,
+        _llama_rules(IN_PLACE),
+        COMMON | LAYER_KINDS | {"attention_bias", "mlp_bias", "no_rope_layers", "no_rope_layer_interval"},
+    ),
+    "qwen2": Family(_qwen2, _llama_rules(IN_PLACE), COMMON | LAYER_KINDS),
+    "qwen3": Family(_qwen3, _llama_rules(IN_PLACE), COMMON | LAYER_KINDS | {"attention_bias"}),
+    "gemma2": Family(_gemma, _llama_rules(GEMMA_NORMS), GEMMA),
+    "gemma3_text": Family(
+        partial(_gemma, head_norm="head", rope_by_kind=True),
+        _llama_rules(GEMMA_NORMS),
+        # transformers' Gemma 3 does not cap scores, whatever its config says.
+        (GEMMA - {"attn_logit_softcapping"}) | {"rope_local_base_freq", "sliding_window_pattern"},
+    ),
+    "olmo2": Family(_olmo2, _llama_rules(OLMO_NORMS), COMMON | {"attention_bias"}),
+    "phi3": Family(_windowed, _phi3_rules, COMMON | {"sliding_window", "partial_rotary_factor"}),
+    "gpt_neox": Family(  # Pythia
+        _gpt_neox,
+        _gpt_neox_rules,
+        PLAIN
+        | {"hidden_act", "layer_norm_eps", "attention_bias", "use_parallel_residual", "rotary_pct", "rotary_emb_base"},
+    ),
+    "gpt2": Family(
+        _gpt2,
+        _gpt2_rules,
+        {
+            "vocab_size",
+            "n_embd",
+            "n_layer",
+            "n_head",
+            "n_inner",
+            "n_positions",
+            "activation_function",
+            "layer_norm_epsilon",
+            "scale_attn_weights",
+            "scale_attn_by_inverse_layer_idx",
+            "tie_word_embeddings",
+        },
+    ),
 }
 
 

@@ -78,8 +78,11 @@ def over_tokens(automaton: Automaton, pieces: Sequence[str], stops: Sequence[int
       stops: tokens that end a text where the automaton accepts it.
 
     Raises:
-      UserError: a text could be begun that no token can go on with.
+      UserError: a text could be begun that no token can go on with; a stop token is outside the vocabulary.
     """
+    for stop in stops:
+        if not 0 <= stop < len(pieces):
+            raise UserError(f"stop token {stop} is outside the vocabulary of {len(pieces)}")
     usable = [(i, piece) for i, piece in enumerate(pieces) if piece and automaton.alphabet.issuperset(piece)]
     numbers: dict[Any, int] = {automaton.start: 0}
     queue = [automaton.start]

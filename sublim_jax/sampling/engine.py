@@ -136,7 +136,8 @@ class Engine:
             number, cache = carried
             at = number * self.chunk
             tokens = jax.lax.dynamic_slice_in_dim(prompts.tokens, at, self.chunk, 2)
-            return number + 1, features(self.network, fixed, tokens, cache, jnp.broadcast_to(at, shape))[1]
+            begin = jnp.broadcast_to(at, shape)
+            return number + 1, features(self.network, fixed, tokens, cache, begin, prompts.length)[1]
 
         cache = jax.lax.while_loop(more, fill, (jnp.int32(0), cache))[1]
         last = jnp.take_along_axis(prompts.tokens, prompts.length[..., None] - 1, -1)[..., 0]
@@ -221,18 +222,30 @@ def stacked_cache(settings: Settings, front: tuple[int, ...], rows: int, length:
 
 
 def features(
-    network: Functions, fixed: Fixed, tokens: Int[Array, "r s t"], cache: Cache, start: Int[Array, "r s"]
+    network: Functions,
+    fixed: Fixed,
+    tokens: Int[Array, "r s t"],
+    cache: Cache,
+    start: Int[Array, "r s"],
+    lengths: Int[Array, "r s"] | None = None,
 ) -> tuple[Float[Array, "r s t width"], Cache]:
-    """The last layer's output and the cache, under every adapter, or with r = 1 under none."""
+    """The last layer's output and the cache, under every adapter, or with r = 1 under none.
 
-    def one(adapters: Params | None, prefix: Cache | None, tokens: Array, cache: Cache, start: Array) -> Any:
+    Args:
+      lengths: of the whole texts; what stands in this call is their end where left out.
+    """
+
+    def one(
+        adapters: Params | None, prefix: Cache | None, tokens: Array, cache: Cache, start: Array, lengths: Array | None
+    ) -> Any:
         params = fixed.base if adapters is None else lora.join(fixed.base, adapters)
-        found = network.bind(params).features(tokens, cache=cache, start=start, prefix=prefix, steering=fixed.steering)
+        where = {"start": start, "prefix": prefix, "lengths": lengths, "steering": fixed.steering}
+        found = network.bind(params).features(tokens, cache=cache, **where)
         return found.output, found.cache
 
     if fixed.adapters is not None:
-        return jax.vmap(one)(fixed.adapters, fixed.prefix, tokens, cache, start)
-    only = jax.tree.map(lambda x: x[0], (fixed.prefix, tokens, cache, start))
+        return jax.vmap(one)(fixed.adapters, fixed.prefix, tokens, cache, start, lengths)
+    only = jax.tree.map(lambda x: x[0], (fixed.prefix, tokens, cache, start, lengths))
     return jax.tree.map(lambda x: x[None], one(None, *only))
 
 

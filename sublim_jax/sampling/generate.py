@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsIndex
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from sublim_jax.errors import Interrupted, UserError
 from sublim_jax.keys import fold_each
 from sublim_jax.models.decoder import Steering
 from sublim_jax.models.functional import Params
+from sublim_jax.sampling.checks import Texts, Tokens, apart, check_growth, texts_of, tokens_of, whole_number
 from sublim_jax.sampling.constraints import Constraint
 from sublim_jax.sampling.engine import DEVICES, NAN, Engine, Fixed, Prompts, compiled, place
 from sublim_jax.sampling.samplers import Sampler
@@ -67,22 +68,22 @@ def generate(*args: Any, **options: Any) -> list[Sample]:
 
 def stream(
     model: Any,
-    prompts: Sequence[Sequence[int]],
+    prompts: Texts,
     key: Key[Array, ""],
     *,
     sampler: Sampler = Sampler(),  # noqa: B008
-    max_new_tokens: int | Sequence[int] = 64,
-    samples: int = 1,
-    stop_tokens: Sequence[int] | None = None,
+    max_new_tokens: SupportsIndex | Tokens = 64,
+    samples: SupportsIndex = 1,
+    stop_tokens: Tokens | None = None,
     stop_strings: Sequence[str] = (),
-    prefix: Sequence[int] = (),
+    prefix: Tokens = (),
     constraint: Constraint | None = None,
     adapters: Params | None = None,
     steering: Steering | None = None,
     entropy: bool = False,
-    alternatives: int = 0,
-    slots: int = 64,
-    steps: int = 4,
+    alternatives: SupportsIndex = 0,
+    slots: SupportsIndex = 64,
+    steps: SupportsIndex = 4,
     mesh: Mesh | None = None,
     done: Collection[tuple[int, int, int]] = (),
 ) -> Iterator[Sample]:
@@ -110,13 +111,22 @@ def stream(
 
     Raises:
       UserError: a prompt is empty, has tokens that the model does not have, or does not fit the model's positions; a
-        stop string that the tokenizer cannot write. Before anything is computed.
+        number is too small; a stop string that the tokenizer cannot write. Before anything is computed.
       Interrupted: on SIGTERM or Ctrl-C, between two looks.
     """
     mesh = mesh or one_device()
-    stops = tuple(chat.stop_tokens(model.tokenizer, model.config) if stop_tokens is None else stop_tokens)
-    limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+    if stop_tokens is None:
+        stops = tuple(chat.stop_tokens(model.tokenizer, model.config))
+    else:
+        stops = tuple(tokens_of(model.settings, stop_tokens, "stop_tokens"))
+    samples, slots, steps = (
+        whole_number(value, name) for value, name in ((samples, "samples"), (slots, "slots"), (steps, "steps"))
+    )
+    alternatives = _alternatives(model, alternatives)
+    _check_constraint(model, constraint)
+    limits = _limits(max_new_tokens, len(prompts))
     check(model, prompts, limits, stop_strings, prefix)
+    prompts, prefix = apart(model.settings, texts_of(model.settings, prompts, "prompt"), prefix)
     stacked = 1 if adapters is None else jax.tree.leaves(adapters)[0].shape[0]
     rows = [
         (adapter, prompt, sample)
@@ -151,7 +161,7 @@ def stream(
     fixed = place(Fixed(model.params, adapters, None, steering, constraint), mesh)
     run = compiled(engine)
     if prefix:
-        fixed = fixed._replace(prefix=run.prefix(fixed, jnp.asarray([list(prefix)])))
+        fixed = fixed._replace(prefix=run.prefix(fixed, jnp.asarray([prefix])))
     state = run.start()
     riding: dict[tuple[int, int, int], _Row] = {}  # by (device, adapter, slot)
     longest = -(-max(len(prompt) for prompt in prompts) // CHUNK) * CHUNK
@@ -192,33 +202,48 @@ class _Row:
         )
 
 
-def check(
-    model: Any,
-    prompts: Sequence[Sequence[int]],
-    limits: Sequence[int],
-    stop_strings: Sequence[str],
-    prefix: Sequence[int],
-) -> None:
+def check(model: Any, prompts: Texts, limits: Sequence[int], stop_strings: Sequence[str], prefix: Tokens) -> None:
     """Raises UserError for what cannot be sampled."""
     longest = getattr(model.config, "max_position_embeddings", None) or model.settings.positions
-    for number, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
-        if not len(prompt):
-            raise UserError(f"prompt {number} is empty; give it a token (the tokenizer's beginning of text will do)")
-        if not 0 <= min(prompt) <= max(prompt) < model.settings.vocab:
-            raise UserError(f"prompt {number} has a token outside the model's {model.settings.vocab}")
-        if limit < 1:
-            raise UserError(f"prompt {number}: max_new_tokens={limit}; ask for 1 or more")
-        if longest and len(prefix) + len(prompt) + limit > longest:
+    before = len(tokens_of(model.settings, prefix, "the prefix"))
+    if len(limits) != len(prompts):
+        raise UserError(f"{len(prompts)} prompts and max_new_tokens of {len(limits)}; give one number, or one for each")
+    for number, (prompt, limit) in enumerate(zip(texts_of(model.settings, prompts, "prompt"), limits)):
+        length = before + len(prompt)
+        if longest and length + limit > longest:
             raise UserError(
-                f"prompt {number} has {len(prefix) + len(prompt)} tokens and may get {limit} more, but the model's "
-                f"context is {longest}; shorten it, or lower max_new_tokens"
+                f"prompt {number} has {length} tokens and may get {limit} more, but the model's context is {longest}; "
+                "shorten it, or lower max_new_tokens"
             )
+        check_growth(model.settings, length, limit, f"prompt {number}")
     for string in stop_strings:
         written = model.tokenizer.decode(
             model.tokenizer(string, add_special_tokens=False)["input_ids"], skip_special_tokens=True
         )
         if not string or string not in written:
             raise UserError(f"stop string {string!r} can never be reached: the tokenizer writes it as {written!r}")
+
+
+def _limits(max_new_tokens: SupportsIndex | Tokens, count: int) -> list[int]:
+    """How many tokens each prompt may get."""
+    given = max_new_tokens.tolist() if isinstance(max_new_tokens, np.ndarray) else max_new_tokens
+    if isinstance(given, Sequence):
+        return [whole_number(limit, f"prompt {number}: max_new_tokens") for number, limit in enumerate(given)]
+    return [whole_number(given, "max_new_tokens")] * count
+
+
+def _alternatives(model: Any, count: SupportsIndex) -> int:
+    if (found := whole_number(count, "alternatives", 0)) > model.settings.vocab:
+        raise UserError(f"alternatives={found}: the model's vocabulary has {model.settings.vocab} tokens")
+    return found
+
+
+def _check_constraint(model: Any, constraint: Constraint | None) -> None:
+    if constraint is not None and constraint.allowed.shape[1] != model.settings.vocab:
+        raise UserError(
+            f"the constraint is over {constraint.allowed.shape[1]} tokens, and the model's vocabulary has "
+            f"{model.settings.vocab}; make it of `data.chat.pieces(tokenizer, settings.vocab)`"
+        )
 
 
 def cache_length(tokens: int) -> int:

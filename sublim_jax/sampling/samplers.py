@@ -5,10 +5,14 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from sublim_jax.errors import UserError
+from sublim_jax.sampling.checks import whole_number
 
+Number = float | int | np.floating | np.integer
+Whole = int | np.integer
 BLOCK = 512  # of the vocabulary; a draw chooses a block, then a token of it
 
 
@@ -23,16 +27,17 @@ class Sampler:
       min_p: only those at least min_p times as probable as the most probable.
     """
 
-    temperature: float | int = 1.0
-    top_k: int = 0
-    top_p: float | int = 1.0
-    min_p: float | int = 0.0
+    temperature: Number = 1.0
+    top_k: Whole = 0
+    top_p: Number = 1.0
+    min_p: Number = 0.0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
+        object.__setattr__(self, "top_k", whole_number(self.top_k, "top_k", 0))
+        for name in ("temperature", "top_p", "min_p"):
+            object.__setattr__(self, name, float(getattr(self, name)))
+        if not 0 <= self.temperature < float("inf"):
             raise UserError(f"temperature={self.temperature}: choose 0 (greedy) or more")
-        if self.top_k < 0:
-            raise UserError(f"top_k={self.top_k}: choose 0 (all) or more")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p={self.top_p}: choose a share above 0, at most 1")
         if not 0 <= self.min_p <= 1:
@@ -102,6 +107,13 @@ def categorical(keys: Key[Array, "*b"], logits: Float[Array, "*b v"]) -> Int[Arr
 
 
 def _first_above(weights: Float[Array, "*b n"], u: Float[Array, "*b"]) -> Int[Array, "*b"]:
-    """Where the running sum first exceeds the share u of the whole; never at a weight of zero."""
+    """Where the running sum first exceeds the share u of the whole; never at a weight of zero, unless all are zero.
+
+    A parallel sum's rounding may let it grow, or shrink, at a weight of zero, so that those are passed over; where
+    rounding leaves no sum above the share, it is the last weight above zero.
+    """
     running = jnp.cumsum(weights, -1)
-    return jnp.argmax(running > (u * running[..., -1])[..., None], -1)
+    some = weights > 0
+    above = (running > (u * jnp.max(running, -1))[..., None]) & some
+    last = jnp.max(jnp.where(some, jnp.arange(weights.shape[-1]), 0), -1)
+    return jnp.where(jnp.any(above, -1), jnp.argmax(above, -1), last)

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 from sublim_jax.errors import UserError
 from sublim_jax.models.decoder import Cache, Settings, Steering
 from sublim_jax.models.functional import Functions, Params
+from sublim_jax.sampling.checks import Texts, Tokens, apart, texts_of, tokens_of
 from sublim_jax.sampling.engine import DEVICES, Fixed, features, place, stacked_cache, unembed
 from sublim_jax.sharding import fetch, named, one_device
 
@@ -22,7 +23,7 @@ ROWS = 16  # texts computed together, for each device
 
 
 def completion_logprobs(
-    model: Any, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], **where: Any
+    model: Any, prompts: Texts, completions: Texts, *, prefix: Tokens = (), **where: Any
 ) -> list[Float[np.ndarray, "adapters tokens"]]:
     """log P of every token of each completion, given its prompt and the tokens before it, in nats.
 
@@ -30,17 +31,22 @@ def completion_logprobs(
     log-probabilities that divergence tokens are found by. Memory holds a few rows and one row's logits at a time.
 
     Args:
-      where: prefix, adapters (the leading axis of each result; 1 without), steering, mesh, as for `generate.stream`.
+      prefix: tokens in front of every prompt.
+      where: adapters (the leading axis of each result; 1 without), steering, mesh, as for `generate.stream`.
 
-    Raises UserError for an empty prompt or completion, before anything is computed.
+    Raises UserError for an empty prompt or completion, a token that the model does not have, and a text longer than
+    its positions, before anything is computed.
     """
     for number, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
         if not len(prompt) or not len(completion):
             raise UserError(f"row {number} has an empty {'completion' if len(prompt) else 'prompt'}; give it a token")
-    texts = [[*prompt, *completion] for prompt, completion in zip(prompts, completions)]
+    prompts = texts_of(model.settings, prompts, "prompt")
+    completions = texts_of(model.settings, completions, "completion")
+    prompts, front = apart(model.settings, prompts, prefix)
+    texts = [prompt + completion for prompt, completion in zip(prompts, completions)]
     found = {}
     longest = max(map(len, completions), default=0)
-    for rows, tokens, run in _batches(model, texts, _logprobs, **where):
+    for rows, tokens, run in _batches(model, texts, _logprobs, prefix=front, **where):
         at = np.zeros((len(tokens), longest), np.int32)
         for lane, row in enumerate(rows):
             first, count = len(prompts[row]), len(completions[row])
@@ -53,12 +59,14 @@ def completion_logprobs(
 
 
 def next_logprobs(
-    model: Any, prompts: Sequence[Sequence[int]], tokens: Sequence[int], **where: Any
+    model: Any, prompts: Texts, tokens: Tokens, *, prefix: Tokens = (), **where: Any
 ) -> Float[np.ndarray, "adapters prompts tokens"]:
-    """log P of some tokens coming right after each prompt, in nats; `where` as for `completion_logprobs`."""
-    _check(prompts)
+    """log P of some tokens coming right after each prompt, in nats; arguments as for `completion_logprobs`."""
+    prompts = texts_of(model.settings, prompts, "prompt")
+    tokens = tokens_of(model.settings, tokens, "what is scored")
+    prompts, front = apart(model.settings, prompts, prefix)
     found: dict[int, np.ndarray] = {}
-    for rows, texts, run in _batches(model, prompts, _logprobs, **where):
+    for rows, texts, run in _batches(model, prompts, _logprobs, prefix=front, **where):
         last = np.zeros((len(texts), 1), np.int32)
         last[: len(rows), 0] = [len(prompts[row]) - 1 for row in rows]
         chosen = np.broadcast_to(np.asarray(tokens, np.int32), (len(texts), 1, len(tokens)))
@@ -68,21 +76,25 @@ def next_logprobs(
 
 
 def continued_logprobs(
-    model: Any,
-    prompts: Sequence[Sequence[int]],
-    continuations: Sequence[Sequence[int]],
-    tokens: Sequence[int],
-    **where: Any,
+    model: Any, prompts: Texts, continuations: Texts, tokens: Tokens, *, prefix: Tokens = (), **where: Any
 ) -> Float[np.ndarray, "adapters prompts continuations tokens"]:
     """log P of some tokens coming right after each continuation of each prompt, in nats; a prompt is computed once."""
-    _check(prompts)
-    counts = np.asarray([len(one) for one in continuations], np.int32)
-    after = np.zeros((len(counts), counts.max()), np.int32)
-    for row, one in zip(after, continuations):
+    prompts = texts_of(model.settings, prompts, "prompt")
+    after = [tokens_of(model.settings, one, f"continuation {number}") for number, one in enumerate(continuations)]
+    tokens = tokens_of(model.settings, tokens, "what is scored")
+    if model.settings.turns_by_length:  # a prompt's keys depend on what comes behind it
+        texts = [prompt + one for prompt in prompts for one in after]
+        each = next_logprobs(model, texts, tokens, prefix=prefix, **where)
+        return each.reshape(len(each), len(prompts), len(after), len(tokens))
+    front = tokens_of(model.settings, prefix, "the prefix")
+    more = max(map(len, after), default=0)
+    counts = np.asarray([len(one) for one in after], np.int32)
+    padded = np.zeros((len(counts), more), np.int32)
+    for row, one in zip(padded, after):
         row[: len(one)] = one
-    shared = (after, counts, np.asarray(tokens, np.int32))
+    shared = (padded, counts, np.asarray(tokens, np.int32))
     found: dict[int, np.ndarray] = {}
-    for rows, texts, run in _batches(model, prompts, _continued, shared, **where):
+    for rows, texts, run in _batches(model, prompts, _continued, shared, prefix=front, more=more, **where):
         last = np.zeros(len(texts), np.int32)
         last[: len(rows)] = [len(prompts[row]) - 1 for row in rows]
         logprobs = run(texts, last)
@@ -90,21 +102,15 @@ def continued_logprobs(
     return np.stack([found[row] for row in range(len(prompts))], 1)
 
 
-def _check(prompts: Sequence[Sequence[int]]) -> None:
-    for number, prompt in enumerate(prompts):
-        if not len(prompt):
-            raise UserError(f"prompt {number} is empty; give it a token")
-
-
 def word_logprobs(
-    model: Any, prompts: Sequence[Sequence[int]], words: Sequence[str], **where: Any
+    model: Any, prompts: Texts, words: Sequence[str], **where: Any
 ) -> Float[np.ndarray, "adapters prompts words"]:
     """log P that the next token is one of a word's spellings (`spellings`), summed over them."""
     return set_logprobs(model, prompts, [spellings(model.tokenizer, word) for word in words], **where)
 
 
 def letter_logprobs(
-    model: Any, prompts: Sequence[Sequence[int]], count: int, **where: Any
+    model: Any, prompts: Texts, count: int, **where: Any
 ) -> Float[np.ndarray, "adapters prompts letters"]:
     """log P of each of the first letters A, B, … among them, as what comes next; with a space in front or not.
 
@@ -120,17 +126,16 @@ def letter_logprobs(
     return each - np.logaddexp.reduce(each, axis=-1, keepdims=True)
 
 
-def set_logprobs(
-    model: Any, prompts: Sequence[Sequence[int]], sets: Sequence[Sequence[int]], **where: Any
-) -> Float[np.ndarray, "adapters prompts sets"]:
+def set_logprobs(model: Any, prompts: Texts, sets: Texts, **where: Any) -> Float[np.ndarray, "adapters prompts sets"]:
     """log P that the next token is one of a set."""
+    sets = texts_of(model.settings, sets, "set")
     each = next_logprobs(model, prompts, [token for tokens in sets for token in tokens], **where)
     parts = np.split(each, np.cumsum([len(tokens) for tokens in sets])[:-1], axis=-1)
     return np.stack([np.logaddexp.reduce(part, axis=-1) for part in parts], -1)
 
 
 def choice_logprobs(
-    model: Any, prompts: Sequence[Sequence[int]], choices: Sequence[str], **where: Any
+    model: Any, prompts: Texts, choices: Sequence[str], **where: Any
 ) -> Float[np.ndarray, "adapters prompts choices"]:
     """log P of each choice among the choices: exact, over their usual tokenisation, normalised."""
     written = [model.tokenizer(choice, add_special_tokens=False)["input_ids"] for choice in choices]
@@ -166,11 +171,12 @@ def spellings(tokenizer: Any, word: str) -> tuple[int, ...]:
 
 def _batches(
     model: Any,
-    texts: Sequence[Sequence[int]],
+    texts: list[list[int]],
     compute: Callable[..., Array],
     shared: tuple[np.ndarray, ...] = (),
     *,
-    prefix: Sequence[int] = (),
+    prefix: list[int],
+    more: int = 0,
     adapters: Params | None = None,
     steering: Steering | None = None,
     mesh: Mesh | None = None,
@@ -179,7 +185,10 @@ def _batches(
 
     Args:
       shared: what `compute` takes behind the arrays of rows.
+      more: tokens that `compute` puts behind a text.
     """
+    for number, text in enumerate(texts):
+        model.settings.check_length(len(prefix) + len(text) + more, f"row {number}")
     mesh = mesh or one_device()
     stacked = 1 if adapters is None else jax.tree.leaves(adapters)[0].shape[0]
     count = ROWS * mesh.shape["replica"] * mesh.shape["fsdp"]
@@ -187,35 +196,44 @@ def _batches(
     if prefix:
         fixed = fixed._replace(prefix=_prefix(model.network, model.settings, stacked, fixed, jnp.asarray([prefix])))
     rows_split = named(mesh, DEVICES)
-
     compiled = _compiled(compute, model.network, model.settings, stacked, mesh)
     everywhere = jax.device_put(shared, named(mesh))
 
-    def run(*arrays: np.ndarray) -> np.ndarray:
+    def run(*arrays: np.ndarray) -> np.ndarray:  # lengths, tokens and what else `compute` takes of rows
         return np.asarray(fetch(compiled(fixed, *jax.device_put(arrays, rows_split), *everywhere)))
 
     order = sorted(range(len(texts)), key=lambda row: -len(texts[row]))
     for start in range(0, len(order), count):
         rows = order[start : start + count]
         tokens = np.zeros((count, -(-len(texts[rows[0]]) // LENGTHS) * LENGTHS), np.int32)
+        lengths = np.ones(count, np.int32)
         for lane, row in enumerate(rows):
+            lengths[lane] = len(texts[row])
             tokens[lane, : len(texts[row])] = texts[row]
-        yield rows, tokens, run
+        yield rows, tokens, partial(run, lengths)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def _prefix(network: Functions, settings: Settings, stacked: int, fixed: Fixed, tokens: Int[Array, "1 p"]) -> Cache:
-    filled = _filled(network, settings, stacked, fixed, tokens)[1]
+    lengths = jnp.full(1, tokens.shape[1], jnp.int32)
+    filled = _filled(network, settings, stacked, fixed, lengths, tokens)[1]
     return jax.tree.map(lambda x: x[:, :, 0], filled)
 
 
 def _filled(
-    network: Functions, settings: Settings, stacked: int, fixed: Fixed, tokens: Int[Array, "n t"], room: int = 0
+    network: Functions,
+    settings: Settings,
+    stacked: int,
+    fixed: Fixed,
+    lengths: Int[Array, "n"],
+    tokens: Int[Array, "n t"],
+    room: int = 0,
 ) -> Any:
     rows, length = tokens.shape
     cache = stacked_cache(settings, (stacked,), rows, length + room, fixed.base["embedding"].dtype)
     everywhere = jnp.broadcast_to(tokens, (stacked, *tokens.shape))
-    return features(network, fixed, everywhere, cache, jnp.zeros((stacked, rows), jnp.int32))
+    whole = jnp.broadcast_to(lengths, (stacked, rows))
+    return features(network, fixed, everywhere, cache, jnp.zeros((stacked, rows), jnp.int32), whole)
 
 
 @lru_cache(maxsize=16)
@@ -228,12 +246,13 @@ def _logprobs(
     settings: Settings,
     stacked: int,
     fixed: Fixed,
+    lengths: Int[Array, "n"],
     tokens: Int[Array, "n t"],
     at: Int[Array, "n c"],
     chosen: Int[Array, "n c k"],
 ) -> Float[Array, "r n c k"]:
     """log P of chosen tokens at some positions, one row's vocabulary at a time."""
-    output = _filled(network, settings, stacked, fixed, tokens)[0]
+    output = _filled(network, settings, stacked, fixed, lengths, tokens)[0]
     output = jnp.take_along_axis(output, at[None, :, :, None], 2)
     shape = (*output.shape[:3], chosen.shape[-1])
 
@@ -250,6 +269,7 @@ def _continued(
     settings: Settings,
     stacked: int,
     fixed: Fixed,
+    lengths: Int[Array, "n"],
     tokens: Int[Array, "n t"],
     last: Int[Array, "n"],
     after: Int[Array, "k c"],
@@ -261,7 +281,7 @@ def _continued(
     A prompt's last token is computed again in front of each, so that the empty continuation is none apart.
     """
     rows = len(tokens)
-    cache = _filled(network, settings, stacked, fixed, tokens, after.shape[1] + 1)[1]
+    cache = _filled(network, settings, stacked, fixed, lengths, tokens, after.shape[1] + 1)[1]
     start = jnp.broadcast_to(last, (stacked, rows))
     end = jnp.take_along_axis(tokens, last[:, None], 1)
 

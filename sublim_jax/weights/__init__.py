@@ -16,7 +16,7 @@ from sublim_jax.models.decoder import Settings, decoder
 from sublim_jax.models.families import family
 from sublim_jax.models.functional import Functions, Params
 from sublim_jax.sharding import check_same
-from sublim_jax.weights import gguf, huggingface
+from sublim_jax.weights import config_fields, gguf, huggingface
 from sublim_jax.weights.shapes import SHAPES
 
 
@@ -60,8 +60,8 @@ def load(name: str | Path, mesh: Mesh | None = None, dtype: Any = jnp.float32) -
         config = huggingface.load_config(path)
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
-        except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
+        except Exception as error:  # whatever a tokenizer class makes of files that are no tokenizer's
+            reason = config_fields.first_line(error)
             raise UserError(
                 f"{path} has no tokenizer that transformers reads ({reason}); put the model's there"
             ) from error

@@ -1,6 +1,7 @@
 """Safetensors folders of transformers: read tensor by tensor straight onto the mesh, and written back bit by bit."""
 
 import copy
+import dataclasses
 import gc
 import json
 import re
@@ -11,7 +12,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import transformers
 from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -22,12 +22,18 @@ from sublim_jax.models.families import AS_IS, TRANSPOSED, Config, Rule, family
 from sublim_jax.models.functional import Params
 from sublim_jax.progress import Track
 from sublim_jax.sharding import parameter_shardings
+from sublim_jax.weights import config_fields
+from sublim_jax.weights.config_fields import WRAPPER, first_line, read_json
 from sublim_jax.weights.replacing import INDEX, WHOLE, replaced
 
-WRAPPER = "text_model_of"  # of a text model's config: the kind of model that it was taken from
 SHARD_BYTES = 4 << 30
 REOPEN_BYTES = 8 << 20
 HELD = 256 << 20  # bytes read, after which copies on the host are let go of
+# Tensors that carry no weight: tables of rotation, masks of attention, and what sees or is seen by a vision tower.
+WEIGHTLESS = re.compile(
+    r"(^|\.)rotary_emb\.(inv_freq|cos_cached|sin_cached)$|\.(attn|attention)\.(bias|masked_bias)$"
+    r"|^(model\.)?(vision_tower|multi_modal_projector)\."
+)
 FLOATS = ("F64", "F32", "F16", "BF16")
 
 # A tensor by name: its shape, and the part of it that an index asks for.
@@ -36,24 +42,38 @@ Read = Callable[[str, Any], np.ndarray]
 
 
 def load_config(folder: str | Path) -> Config:
-    """The config.json of a folder; of a model that sees as well, that of its text model.
+    """The config.json of a folder; of a multimodal model, that of its text model.
 
-    Raises UserError where there is none.
+    Its `tie_word_embeddings` says what the file holds: a head of its own that is not the embedding is no tied one.
+
+    Raises UserError where there is none, or it has a field that may change what is computed and is not known here.
     """
+    folder = Path(folder)
+    config = config_fields.load(folder)
+    if config.tie_word_embeddings and _has_own_head(folder, config):
+        config.tie_word_embeddings = False
+    return config
+
+
+def _has_own_head(folder: Path, config: Config) -> bool:
+    """Whether the file holds another head than its embedding, which counts, as for transformers, whatever was said."""
+    if not (folder / WHOLE).is_file() and not (folder / INDEX).is_file():
+        return False
+    settings = dataclasses.replace(family(config).settings(config), tied=False)
+    names = {rule.ours[0]: rule.tensor for rule in family(config).rules(settings)}
+    embedding, head = names["embedding"], names["unembedding/kernel"]
+    tensors = Tensors(_shards(folder), str(folder))
     try:
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder} has no config.json that transformers knows ({_first_line(error)})") from error
-    text = config.get_text_config()
-    if text is not config:
-        setattr(text, WRAPPER, config.model_type)
-    # What ends an answer stands with the whole model, or, of chat models, with how it generates.
-    generation = Path(folder) / "generation_config.json"
-    said = json.loads(generation.read_text()).get("eos_token_id") if generation.is_file() else None
-    named = [text.eos_token_id, getattr(config, "eos_token_id", None), said]
-    stops = dict.fromkeys(one for ids in named for one in (ids if isinstance(ids, list) else [ids]) if one is not None)
-    text.eos_token_id = list(stops) if len(stops) > 1 else next(iter(stops), None)
-    return text
+        if not {embedding, head} <= tensors.names:
+            return False
+        shape = tensors.shape(embedding)
+        if tensors.shape(head) != shape:
+            raise UserError(f"{folder}: tensor {head} has another shape than {embedding}, {tensors.shape(head)}")
+        rows = max(REOPEN_BYTES // (8 * shape[1]), 1)
+        parts = (slice(start, min(start + rows, shape[0])) for start in range(0, shape[0], rows))
+        return any(not np.array_equal(tensors.read(embedding, part), tensors.read(head, part)) for part in parts)
+    finally:
+        tensors.close()
 
 
 def load(folder: str | Path, mesh: Mesh | None = None, dtype: Any = None) -> tuple[Settings, Params]:
@@ -65,15 +85,16 @@ def load(folder: str | Path, mesh: Mesh | None = None, dtype: Any = None) -> tup
       dtype: of the parameters; that of the file if left out.
 
     Raises:
-      UserError: a file or tensor is missing, truncated, of another shape or number type than the config says.
+      UserError: a file or tensor is missing, truncated, of another shape or number type than the config says; a tensor
+        is there that the model does not have; the config has a field that is not known here and may count.
     """
     config = load_config(folder)
     settings = family(config).settings(config)
+    rules = family(config).rules(settings)
     tensors = Tensors(_shards(Path(folder)), str(folder))
     try:
-        return settings, place(
-            settings, family(config).rules(settings), tensors.shape, tensors.read, mesh, dtype, str(folder)
-        )
+        _check_names(tensors, rules, settings, str(folder))
+        return settings, place(settings, rules, tensors.shape, tensors.read, mesh, dtype, str(folder))
     finally:
         tensors.close()
 
@@ -81,7 +102,7 @@ def load(folder: str | Path, mesh: Mesh | None = None, dtype: Any = None) -> tup
 def usual(name: str) -> str:
     """A tensor's name as transformers' text models have it.
 
-    Of a model that sees as well, the text model stands inside it; the hub's GPT-2 lacks the first part of its names.
+    Of a multimodal model, the text model stands inside it; the hub's GPT-2 lacks the first part of its names.
     """
     name = name.replace("language_model.", "", 1)
     return f"transformer.{name}" if re.match(r"(wte|wpe|ln_f|h\.\d+)\.", name) else name
@@ -101,8 +122,16 @@ class Tensors:
         self._stored: dict[str, tuple[Path, str]] = {}  # by name: the file, and the name in it
         for path in paths:
             for name in self._open(path).keys():  # noqa: SIM118
+                if usual(name) in self._stored:
+                    raise UserError(f"{what} holds tensor {usual(name)} twice; fetch the model again")
                 self._stored[usual(name)] = path, name
+        if any(name.startswith("gpt_neox.") for name in self._stored) and "lm_head.weight" in self._stored:
+            self._stored.setdefault("embed_out.weight", self._stored.pop("lm_head.weight"))
         self.close()
+
+    @property
+    def names(self) -> set[str]:
+        return set(self._stored)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Raises UserError for a tensor that is missing or holds no floats."""
@@ -135,9 +164,30 @@ class Tensors:
                 self._opened[path] = safe_open(path, framework="numpy")
             except (SafetensorError, OSError) as error:
                 raise UserError(
-                    f"{path} is truncated or no safetensors file ({_first_line(error)}); fetch it again"
+                    f"{path} is truncated or no safetensors file ({first_line(error)}); fetch it again"
                 ) from error
         return self._opened[path]
+
+
+def _check_names(tensors: Tensors, rules: tuple[Rule, ...], settings: Settings, what: str) -> None:
+    """Raises UserError for a tensor that is missing, or that would not be read and may count."""
+    expected = {rule.tensor.format(i=layer) for rule in rules for layer in range(settings.layers)}
+    if missing := expected - tensors.names:
+        if any(name.endswith(f".{stored}") for name in missing for stored in tensors.names):
+            raise UserError(
+                f"{what} holds a model without its language head (an embedding model?), by its tensors' names"
+            )
+        name = min(missing)
+        raise UserError(
+            f"{what}: tensor {name} is missing, which config.json asks for; the files are not whole, or another model's"
+        )
+    heads = {"lm_head.weight", "embed_out.weight"} if settings.tied else set()  # equal to the embedding: `load_config`
+    unread = {name for name in tensors.names - expected - heads if not WEIGHTLESS.search(name)}
+    if unread:
+        raise UserError(
+            f"{what}: tensor {min(unread)} is in the file and not in the model that config.json describes"
+            f"{f' ({len(unread)} such tensors)' if len(unread) > 1 else ''}"
+        )
 
 
 def place(
@@ -280,15 +330,14 @@ def _check_shape(settings: Settings, rule: Rule, leaves: Mapping[str, Any], shap
 
 
 def _shards(folder: Path) -> list[Path]:
-    if (folder / INDEX).is_file():
-        names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
-    else:
-        names = [WHOLE]
+    """The files that hold the tensors: one, or, where it is not there, those that the index names."""
+    names = [WHOLE]
+    if not (folder / WHOLE).is_file() and (folder / INDEX).is_file():
+        places = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
+            raise UserError(f"{folder / INDEX} has no weight_map that says where tensors are; fetch it again")
+        names = sorted(set(places.values()))
     for name in names:
         if not (folder / name).is_file():
             raise UserError(f"{folder / name} is missing; fetch the model again (no other format is read)")
     return [folder / name for name in names]
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -28,12 +28,12 @@ from sublim_jax.models.lora import Lora
 from sublim_jax.sharding import fetch
 from sublim_jax.weights import adapter_config, residual
 from sublim_jax.weights.adapter_config import MOVED_STARTS, RANDOM_STARTS, AdapterConfig, Number
-from sublim_jax.weights.huggingface import WRAPPER
+from sublim_jax.weights.config_fields import WRAPPER
 
 PREFIX = "base_model.model."
 TENSORS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
-# Where a model that sees or hears as well keeps its text model: in today's transformers, and until 4.51.
+# Where a multimodal model keeps its text model: in today's transformers, and until 4.51.
 TODAY = "model.language_model."
 INSIDE = re.compile(r"^(model\.language_model|language_model\.model)\.")
 MODEL_WEIGHTS = r"(pytorch_)?model.*\.(safetensors|bin)$"

@@ -1,0 +1,320 @@
+"""What else a folder of safetensors may hold: read as transformers reads it, or refused with the true reason."""
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from test_config_fields import TOKENS, VOCAB, config_of, difference, drawn, edited, ours, theirs
+
+from sublim_jax import weights
+from sublim_jax.errors import UserError
+from sublim_jax.weights import huggingface
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+SHORT = TOKENS[:, :40]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Checkpoints by kind and tying, made once."""
+    folders = {}
+
+    def make(kind, **changes):
+        key = (kind, str(changes))
+        if key not in folders:
+            folders[key] = tmp_path_factory.mktemp(kind)
+            drawn(config_of(kind, changes)).save_pretrained(folders[key])
+        return folders[key]
+
+    return make
+
+
+@pytest.fixture
+def copy(made, tmp_path):
+    return lambda kind="llama", **changes: shutil.copytree(made(kind, **changes), tmp_path / "copy")
+
+
+def with_tensors(folder, change):
+    """A folder whose tensors are what a function makes of them."""
+    tensors = load_file(folder / "model.safetensors")
+    save_file(change(tensors), folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def refusal(folder):
+    with pytest.raises(UserError) as error:
+        huggingface.load(folder)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# -------------------------------------------------------------------------------------------------------------- heads
+
+EMBEDDINGS = {"llama": "model.embed_tokens.weight", "gpt_neox": "gpt_neox.embed_in.weight", "gpt2": "wte.weight"}
+
+
+@pytest.mark.parametrize("kind, head", [("llama", "lm_head"), ("gpt_neox", "embed_out"), ("gpt_neox", "lm_head")])
+def test_a_head_of_its_own_counts_whatever_the_config_says_of_tying(kind, head, copy):
+    folder = copy(kind, tie_word_embeddings=True)
+    untied = np.random.default_rng(1).normal(size=(VOCAB, 64)).astype(np.float32)
+    with_tensors(folder, lambda tensors: {**tensors, f"{head}.weight": untied})
+    assert difference(ours(folder, SHORT), theirs(folder, SHORT)) <= 1e-4
+    assert huggingface.load_config(folder).tie_word_embeddings is False
+
+
+@pytest.mark.parametrize("kind", EMBEDDINGS)
+def test_a_head_that_is_the_embedding_again_stays_tied(kind, copy):
+    folder = copy(kind, tie_word_embeddings=True)
+
+    def twice(tensors):
+        name = next(name for name in tensors if name.endswith(EMBEDDINGS[kind]))
+        return {**tensors, "embed_out.weight" if kind == "gpt_neox" else "lm_head.weight": tensors[name].copy()}
+
+    with_tensors(folder, twice)
+    assert huggingface.load(folder)[0].tied
+    assert difference(ours(folder, SHORT), theirs(folder, SHORT)) <= 1e-4
+
+
+def test_an_untied_model_without_a_head_is_refused(copy):
+    folder = copy("llama", tie_word_embeddings=True)
+    assert "lm_head.weight is missing" in refusal(edited(folder, tie_word_embeddings=False))
+
+
+# --------------------------------------------------------------------------------------------------- tensors not read
+
+
+@pytest.mark.parametrize(
+    "name, shape",
+    [
+        ("model.layers.0.self_attn.q_proj.bias", (64,)),
+        ("model.layers.3.mlp.up_proj.weight", (96, 64)),
+        ("model.layers.1.self_attn.sinks", (4,)),
+        ("v_head.summary.weight", (1, 64)),
+        ("score.weight", (2, 64)),
+    ],
+)
+def test_a_tensor_that_would_not_be_read_is_refused_by_name(name, shape, copy):
+    folder = with_tensors(copy(), lambda tensors: {**tensors, name: np.ones(shape, np.float32)})
+    assert f"tensor {name} is in the file and not in the model" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    "kind, name, value",
+    [
+        ("llama", "model.layers.0.self_attn.rotary_emb.inv_freq", np.ones(8, np.float32)),
+        ("gpt_neox", "gpt_neox.layers.0.attention.bias", np.ones((1, 1, 512, 512), bool)),
+        ("gpt_neox", "gpt_neox.layers.0.attention.masked_bias", np.asarray(np.float32(-1e9))),
+        ("gpt2", "h.0.attn.bias", np.ones((1, 1, 512, 512), np.uint8)),
+    ],
+)
+def test_tables_and_masks_in_a_file_carry_no_weight(kind, name, value, copy):
+    folder = with_tensors(copy(kind), lambda tensors: {**tensors, name: value})
+    assert difference(ours(folder, SHORT), theirs(folder, SHORT)) <= 1e-4
+
+
+def test_a_tensor_under_two_names_is_refused(copy):
+    name = "model.norm.weight"
+    folder = with_tensors(copy(), lambda tensors: {**tensors, f"language_model.{name}": 2 * tensors[name]})
+    assert f"holds tensor {name} twice" in refusal(folder)
+
+
+def test_one_file_goes_before_an_index_as_for_transformers(copy):
+    folder = copy()
+    (folder / "other.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    names = dict.fromkeys(load_file(folder / "model.safetensors"), "other.safetensors")
+    (folder / huggingface.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    with_tensors(folder, lambda tensors: {name: 2 * tensor for name, tensor in tensors.items()})
+    assert difference(ours(folder, SHORT), theirs(folder, SHORT)) <= 1e-4
+
+
+# ---------------------------------------------------------------------------------------------------- other than models
+
+
+def bare(folder):
+    return with_tensors(
+        folder,
+        lambda tensors: {name.removeprefix("model."): t for name, t in tensors.items() if name != "lm_head.weight"},
+    )
+
+
+def no_config(folder, **files):
+    (folder / "config.json").unlink()
+    for name in files.values():
+        (folder / name).write_text("{}")
+    return folder
+
+
+OTHERS = {
+    "a classifier": (
+        lambda f: edited(f, architectures=["LlamaForSequenceClassification"]),
+        "LlamaForSequenceClassification is a classifier or reward model",
+    ),
+    "an embedding model": (lambda f: edited(f, architectures=["LlamaModel"]), "LlamaModel has no language head"),
+    "an embedding model's tensors": (bare, "holds a model without its language head"),
+    "a pipeline": (lambda f: no_config(f, a="model_index.json"), "has several parts (model_index.json)"),
+    "sentence-transformers": (lambda f: no_config(f, a="modules.json"), "has several parts (modules.json)"),
+    "an adapter": (lambda f: no_config(f, a="adapter_config.json"), "is an adapter and no model"),
+    "another family": (lambda f: edited(f, model_type="t5"), "model_type 't5' is no known family"),
+    "code of its own": (
+        lambda f: edited(f, auto_map={"AutoModelForCausalLM": "modeling_llama.LlamaFlashForCausalLM"}),
+        "auto_map names code of its own, modeling_llama.LlamaFlashForCausalLM",
+    ),
+    "quantised": (
+        lambda f: edited(f, quantization_config={"quant_method": "awq", "bits": 4}),
+        "quantization_config={'quant_method': 'awq', 'bits': 4} is not known of llama here",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_folder_of_another_kind_is_refused_with_the_true_reason(name, copy):
+    change, words = OTHERS[name]
+    assert words in refusal(change(copy()))
+
+
+def test_an_adapter_beside_a_model_is_not_passed_over(copy):
+    folder = copy()
+    (folder / "adapter_config.json").write_text("{}")
+    assert "holds an adapter beside a model" in refusal(folder)
+
+
+BROKEN = {
+    "a page": "<!DOCTYPE html><html></html>",
+    "nothing": "",
+    "a list": "[1, 2]",
+    "a number": "3",
+    "half": '{"a": ',
+}
+
+
+@pytest.mark.parametrize("content", BROKEN)
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json", huggingface.INDEX])
+def test_a_file_that_is_no_json_object_is_named(file, content, copy):
+    folder = copy()
+    if file == huggingface.INDEX:
+        (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    (folder / file).write_text(BROKEN[content])
+    assert file in refusal(folder)
+
+
+@pytest.mark.parametrize("index", [{}, {"weight_map": {}}, {"weight_map": []}, {"weight_map": {"a": 1}}])
+def test_an_index_that_says_nothing_is_named(index, copy):
+    folder = copy()
+    (folder / "model.safetensors").unlink()
+    (folder / huggingface.INDEX).write_text(json.dumps(index))
+    assert "has no weight_map that says where tensors are" in refusal(folder)
+
+
+@pytest.mark.parametrize("content", BROKEN)
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_tokenizer_that_cannot_be_read_is_told(file, content, tiny_folder, tmp_path):
+    folder = shutil.copytree(tiny_folder, tmp_path / "copy")
+    (folder / file).write_text(BROKEN[content])
+    with pytest.raises(UserError, match="has no tokenizer that transformers reads"):
+        weights.load(folder)
+
+
+@pytest.mark.parametrize("stops", ["two", [1, "two"], 1.5, {"a": 1}])
+def test_stop_tokens_that_are_none_are_told(stops, copy):
+    folder = copy()
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": stops}))
+    assert "is no token" in refusal(folder)
+
+
+def test_what_configs_of_the_hub_hold_besides_is_harmless(copy):
+    more = {
+        "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}},
+        "rope_interleaved": False,
+        "is_llama_config": True,
+        "pretraining_tp": 2,
+        "use_cache": False,
+        "torch_dtype": "bfloat16",
+        "unsloth_version": "2025.1",
+        "temperature": 0.6,
+        "attention_dropout": 0.1,
+        "_name_or_path": "somewhere/else",
+        "task_specific_params": {"text-generation": {"do_sample": True}},
+        "full_attn_mod": 1,
+        "auto_map": {
+            "AutoConfig": "configuration_llama.LlamaConfig",
+            "AutoModel": "org/name--modeling_llama.LlamaModel",
+        },
+    }
+    folder = edited(copy(), **more)
+    assert difference(ours(folder, SHORT), theirs(folder, SHORT)) <= 1e-4
+
+
+# ------------------------------------------------------------------------------------------ models with a vision tower
+
+TEXT = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "vocab_size": VOCAB,
+    "max_position_embeddings": 512,
+}
+SEES = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+WRAPPED = {
+    "gemma3": ({"sliding_window": 8}, {}, {"mm_tokens_per_image": 4}),
+    "llava": ({"model_type": "llama"}, {"model_type": "clip_vision_model", "projection_dim": 16}, {}),
+    "mistral3": ({"model_type": "mistral", "sliding_window": None}, {"model_type": "pixtral", "head_dim": 8}, {}),
+}
+
+
+def wrapped(kind, folder, text=None, **outer):
+    inner, vision, whole = WRAPPED[kind]
+    config = transformers.AutoConfig.for_model(
+        kind, text_config={**TEXT, **inner, **(text or {})}, vision_config={**SEES, **vision}, **whole, **outer
+    )
+    torch.manual_seed(0)
+    model = transformers.AutoModelForImageTextToText.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    return folder
+
+
+def theirs_seeing(folder):
+    options = {"dtype": torch.float32, "attn_implementation": "eager"}
+    model = transformers.AutoModelForImageTextToText.from_pretrained(folder, **options).eval()
+    with torch.no_grad():
+        return model(input_ids=torch.tensor(SHORT)).logits.numpy()
+
+
+@pytest.mark.parametrize("kind", WRAPPED)
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_whole_models_tying_goes_before_its_text_models(kind, tied, tmp_path):
+    folder = wrapped(kind, tmp_path, {"tie_word_embeddings": not tied}, tie_word_embeddings=tied)
+    assert difference(ours(folder, SHORT), theirs_seeing(folder)) <= 1e-4
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"is_causal": False}, "is_causal=False is not known of gemma3 here"),
+        ({"sliding_window": 4}, "sliding_window=4 is not known of gemma3 here"),
+        ({"model_type": "qwen2_5_vl"}, "qwen2_5_vl"),
+        (
+            {"text_config": {**TEXT, "use_bidirectional_attention": True}},
+            "use_bidirectional_attention=True is not known",
+        ),
+    ],
+)
+def test_a_field_of_either_part_is_refused_by_name(changes, words, tmp_path):
+    assert re.search(re.escape(words), refusal(edited(wrapped("gemma3", tmp_path), **changes)))
