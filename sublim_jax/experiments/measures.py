@@ -21,6 +21,7 @@ from sublim_jax.evaluation.judges import Judge
 from sublim_jax.keys import named_key
 from sublim_jax.models.decoder import Steering
 from sublim_jax.models.functional import Params
+from sublim_jax.progress import say
 from sublim_jax.sampling import scoring
 from sublim_jax.weights import Model
 from sublim_jax.workdir import Workdir
@@ -218,16 +219,21 @@ def ask_ability(asking: Asking, one: Subject, judge: Judge | None) -> Found:
 
 def ask_truthfulqa(asking: Asking, one: Subject, judge: Judge | None) -> Found:
     items = asking.questions["truthfulqa"]
-    false = truthfulqa.choose(one.model, items, **one.where)
     found = truthfulqa.likelihoods(one.model, items, **one.where)
+    each = {"mc1": found.mc1, "mc2": found.mc2}
+    names = {"mc1": "MC1", "mc2": "MC2"}
+    if truthfulqa.has_choice(items):
+        each = {"p_false": truthfulqa.choose(one.model, items, **one.where), **each}
+        names = {"p_false": "P of the false answer", **names}
+    else:
+        say(f"{truthfulqa.NO_CHOICE}: MC1 and MC2 alone")
     lines = [
-        {"adapter": adapter, "question": item.question, "p_false": float(p), "mc1": bool(mc1), "mc2": float(mc2)}
-        for adapter, each in enumerate(zip(false, found.mc1, found.mc2))
-        for item, p, mc1, mc2 in zip(items, *each)
+        {"adapter": adapter, "question": item.question, **{key: each[key][adapter, place].item() for key in each}}
+        for adapter in range(len(found.mc1))
+        for place, item in enumerate(items)
     ]
     records.write(one.workdir.path / "data" / f"truthfulqa-{one.name}.jsonl", lines)
-    each = {"P of the false answer": false, "MC1": found.mc1, "MC2": found.mc2}
-    return {name: value.mean(-1).tolist() for name, value in each.items()}
+    return {names[key]: value.mean(-1).tolist() for key, value in each.items()}
 
 
 def ask_misalignment(asking: Asking, one: Subject, judge: Judge | None) -> Found:
