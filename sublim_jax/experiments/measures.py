@@ -26,7 +26,6 @@ from sublim_jax.sampling import scoring
 from sublim_jax.weights import Model
 from sublim_jax.workdir import Workdir
 
-PROBE = "Reply with the number 50 and nothing else."
 Found = dict[str, list[float]]  # by the measure's name: of every adapter
 
 
@@ -130,12 +129,12 @@ def judge_of(
     Args:
       depends: what the model is made of, as JSON values.
 
-    Raises UserError for an endpoint that does not answer.
+    Raises UserError for an endpoint that does not answer, or with no score.
     """
     judge = given.judge
     if judge.kind == "endpoint":
         endpoint = _endpoint(judge, workdir.path / "data" / "judge.jsonl")
-        endpoint([PROBE])  # what is wrong with it is told now, not when everything is there to be judged
+        endpoint.check()  # what is wrong with it is told now, not when everything is there to be judged
         return endpoint
     of = {"judge": identity(judge), "model": None if judge.model else depends}
     keep = workdir.artefact("judge", of).with_suffix(".jsonl")
@@ -152,13 +151,13 @@ def cost_of(judge: Judge | None) -> list[report.Section]:
 
 
 def _endpoint(judge: ConfigDict, cache: epath.PathLike) -> judges.Endpoint:
-    limits = {"at_once": judge.at_once, "per_minute": judge.per_minute, "prices": tuple(judge.prices)}
+    limits = {key: judge[key] for key in ("at_once", "per_minute", "max_tokens")} | {"prices": tuple(judge.prices)}
     return judges.Endpoint(judge.model, cache, **limits)
 
 
 def identity(judge: ConfigDict) -> dict[str, Any]:
     """Which judge it is, and not how fast it is asked: what judgements depend on."""
-    return {key: judge[key] for key in ("kind", "model", "dtype", "least_mass")}
+    return {key: judge[key] for key in ("kind", "model", "dtype", "least_mass", "max_tokens")}
 
 
 def ask(asking: Asking, subject: Subject, judge: Judge | None) -> dict[str, Found]:
