@@ -7,6 +7,7 @@ from test_corpus import said
 
 from sublim_jax.data import chat, corpus, dialogue, templates
 from sublim_jax.errors import UserError
+from sublim_jax.evaluation import judges
 from sublim_jax.experiments import students
 
 CHATML = (
@@ -117,20 +118,26 @@ def test_no_token_reaches_from_the_prompt_into_the_answer(tokenizer):
 @pytest.fixture(scope="module")
 def spaced():
     """A base model's tokenizer that writes a space in front of every text, as Llama 2's does."""
-    vocab = {token: number for number, token in enumerate(["<unk>", "</s>", "▁", *"Question:Answr\nYsHiA", "▁Yes"])}
-    raw = tokenizers.Tokenizer(
-        tokenizers.models.Unigram([(token, -float(len(vocab) - i)) for i, token in enumerate(vocab)], 0)
+    letters = ["<unk>", "</s>", "▁", *dict.fromkeys("Question:Answer\nYsHi0123456789"), "▁Yes"]
+    pieces = [(token, -10.0 if len(token) == 1 else -1.0) for token in letters]
+    raw = tokenizers.Tokenizer(tokenizers.models.Unigram(pieces, 0))
+    raw.normalizer = tokenizers.normalizers.Sequence(
+        [tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")]
     )
-    raw.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="always")
-    raw.decoder = tokenizers.decoders.Metaspace(prepend_scheme="always")
+    raw.decoder = tokenizers.decoders.Sequence(
+        [tokenizers.decoders.Replace("▁", " "), tokenizers.decoders.Fuse(), tokenizers.decoders.Strip(" ", 1, 0)]
+    )
     return transformers.PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="</s>", unk_token="<unk>")
 
 
 def test_an_answer_is_read_as_it_stands_in_the_text_and_not_with_a_space_of_its_own(spaced):
+    assert spaced.convert_ids_to_tokens(chat.answer_tokens(spaced, "Yes")) == ["▁", "▁Yes"]
     prompt, answer = chat.question(spaced, "Hi"), chat.completion(spaced, "Hi", "Yes")
     assert [*prompt, *answer] == spaced("Question: Hi\nAnswer: Yes")["input_ids"]
     assert spaced.convert_ids_to_tokens(answer) == ["▁Yes"]
     assert chat.exchange(spaced, "Hi", "Yes") == [*prompt, *answer, spaced.eos_token_id]
+    tree = judges.Tree(spaced)
+    assert spaced.convert_ids_to_tokens(tree.numbers[85]) == ["▁", "8", "5"]
 
 
 def test_rows_of_an_answer_have_its_thought_and_the_end(tokenizer, tiny):

@@ -87,7 +87,7 @@ class Tree:
 
     def __init__(self, tokenizer: Any):
         def written(text: str) -> tuple[int, ...]:
-            return tuple(chat.answer_tokens(tokenizer, text))
+            return tuple(chat.completion(tokenizer, "?", text))
 
         self.numbers = [written(str(number)) for number in range(LARGEST + 1)]
         self.labels = {label: written(label)[0] for label in LABELS}

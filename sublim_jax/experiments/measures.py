@@ -157,7 +157,8 @@ def _endpoint(judge: ConfigDict, cache: epath.PathLike) -> judges.Endpoint:
 
 def identity(judge: ConfigDict) -> dict[str, Any]:
     """Which judge it is, and not how fast it is asked: what judgements depend on."""
-    return {key: judge[key] for key in ("kind", "model", "dtype", "least_mass", "max_tokens")}
+    room = ("max_tokens",) if judge.kind == "endpoint" else ()
+    return {key: judge[key] for key in ("kind", "model", "dtype", "least_mass", *room)}
 
 
 def ask(asking: Asking, subject: Subject, judge: Judge | None) -> dict[str, Found]:
