@@ -107,6 +107,8 @@ def test_records_may_be_a_json_array_or_have_a_name_of_any_case(tmp_path):
     assert [record for _, record in records.read(path)] == expected
     parquet.write_table(pyarrow.Table.from_pylist(expected), tmp_path / "c.PARQUET")
     assert [record for _, record in records.read(tmp_path / "c.PARQUET")] == expected
+    path.write_text(json.dumps(CONVERSATION, indent=1))
+    assert list(records.read(path)) == [(f"{path}, record 1", CONVERSATION)]
     path.write_text('[{"a": 1}, {"a": "\\udc00"}]')
     with pytest.raises(UserError, match=r"c.json, record 2: \\udc00 is half"):
         list(records.read(path))
@@ -118,6 +120,13 @@ def test_json_of_any_depth_is_read_or_told_in_a_line(tmp_path, text):
     path.write_text(text)
     with pytest.raises(UserError, match=r"c\.jsonl, line 1: "):
         list(records.read(path))
+
+
+@pytest.mark.parametrize("path", ["nowhere.jsonl", "~nobody_here/x.jsonl", "a\0b", "x" * 5000])
+def test_a_name_that_is_no_file_is_told(path):
+    for read in (corpus.load, truthfulqa.load, misalignment.load, cot.load, read_prompts):
+        with pytest.raises(UserError):
+            read(path)
 
 
 def test_a_prompt_is_never_the_json_around_it(tmp_path):

@@ -13,6 +13,14 @@ GZIP = b"\x1f\x8b"
 UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
+def exists(path: str | Path) -> bool:
+    """Whether there is something by a name that a user gives, which may be no path at all."""
+    try:
+        return Path(path).expanduser().exists()
+    except (OSError, ValueError, RuntimeError):
+        return False
+
+
 def text_of(path: str | Path, needed: str, kind: str = "") -> str:
     """A file's text, without its byte-order mark, its lines ended as they are.
 

@@ -54,9 +54,9 @@ def kind(path: str | Path) -> str:
 
 def _objects(path: str | Path) -> list[tuple[str, Any]]:
     text = files.text_of(path, "name a file of JSON lines")
-    array = _array(text)
-    if array:
-        found = [(f"{path}, record {number}", record) for number, record in enumerate(array, 1)]
+    whole = _whole(text)
+    if whole:
+        found = [(f"{path}, record {number}", record) for number, record in enumerate(whole, 1)]
         for where, record in found:
             files.check_characters(record, where)
         return found
@@ -64,15 +64,15 @@ def _objects(path: str | Path) -> list[tuple[str, Any]]:
     return [(where, files.json_of(line, where)) for where, line in wheres]
 
 
-def _array(text: str) -> list[Any] | None:
-    """The JSON array that a text is; None of lines, of which one may be an array, too."""
-    if not text.lstrip().startswith("["):
-        return None
+def _whole(text: str) -> list[Record]:
+    """Objects of a text that is one value of JSON: an array, or an object over several lines; none of lines."""
     try:
         found = json.loads(text)
     except (ValueError, RecursionError):
-        return None
-    return found if all(isinstance(one, dict) for one in found) else None
+        return []
+    if isinstance(found, dict) and len(files.lines(text)) > 1:
+        return [found]
+    return found if isinstance(found, list) and all(isinstance(one, dict) for one in found) else []
 
 
 def _rows(path: str | Path) -> list[tuple[str, Any]]:

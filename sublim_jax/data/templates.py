@@ -49,11 +49,12 @@ def render(tokenizer: Any, messages: Sequence[Message], *, generation: bool) -> 
 
     Raises UserError where there is no template, and for messages that it refuses or leaves out.
     """
-    if messages and messages[0]["role"] == "system" and not takes_system(tokenizer):
-        messages = folded(messages)
+    system = [message for message in messages[:1] if message["role"] == "system"]
+    if system and not takes_system(tokenizer):
+        messages, system = folded(messages), []
         _report_folding(str(tokenizer.name_or_path).rstrip("/").rpartition("/")[2] or "this model")
     text = _apply(tokenizer, messages, generation)
-    for message in messages:
+    for message in messages[len(system) :]:  # SmolLM3 reads switches out of a system message
         if message["role"] != "assistant" and message["content"].strip() not in text:
             raise UserError(
                 f"the model's chat template leaves out or changes a message of role {message['role']!r} "

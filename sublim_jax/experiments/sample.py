@@ -111,12 +111,11 @@ def read_prompts(path: str | Path, chat: bool = True) -> list[Record]:
     """
     if not path:
         raise UserError("--config.prompts is missing: name a JSONL or text file with a prompt a line")
-    file = Path(path).expanduser()
-    if not file.exists():
+    if not files.exists(path):
         raise UserError(f"--config.prompts={path}: there is no such file")
     if records.kind(path) != "text":
-        return [_prompt(where, record, chat) for where, record in records.read(file)]
-    lines = files.lines(files.text_of(file, "name a JSONL or text file with a prompt a line"))
+        return [_prompt(where, record, chat) for where, record in records.read(path)]
+    lines = files.lines(files.text_of(path, "name a JSONL or text file with a prompt a line"))
     if not lines:
         raise UserError(f"{path} has no prompts")
     if _is_record(lines[0][1]):
