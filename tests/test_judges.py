@@ -337,6 +337,12 @@ def test_one_bad_reply_among_many_is_unparsable_and_the_run_goes_on(server, tmp_
     assert Endpoint("m", tmp_path / "j.jsonl", retries=0)(prompts) == expected and len(seen) == asked
 
 
+def test_what_is_no_completion_is_asked_for_once_more(server, tmp_path):
+    behave, seen = server
+    behave(lambda number, body: (200, BAD["no choices"] if len(seen) == 1 else completion("60")))
+    assert Endpoint("m", tmp_path / "j.jsonl")(["x"]) == [Verdict(60.0)] and len(seen) == 2
+
+
 def test_an_endpoint_that_gives_no_completions_at_all_is_given_up_soon(server, tmp_path):
     behave, seen = server
     behave(lambda number, body: (200, "<html>"))

@@ -31,7 +31,7 @@ LONGEST_PAUSE = 60.0  # seconds before another try
 HOPELESS = 10  # prompts without a reply, from where on it is asked whether any has one
 SHORT = 16  # tokens of a reply without thoughts
 LIMITS = ("max_tokens", "max_completion_tokens")
-CUT = ("length", "content_filter")  # reasons to end before a reply is whole
+CUT = ("length", "content_filter", "error")  # reasons to end before a reply is whole
 PROBE = "Reply with the number 50 and nothing else."
 REFUSED = (400, 413, 422)  # statuses that an endpoint has for a prompt that is too long, or that it does not like
 
@@ -159,7 +159,8 @@ class Endpoint:
           at_once: requests under way together.
           per_minute: at most so many requests begun a minute; 0: no limit.
           prices: of a million tokens asked, and of a million answered, to be told what it costs.
-          retries: of a request that failed for now (limits, timeouts, lost connections), each after a longer wait.
+          retries: of a request that failed for now (limits, timeouts, lost connections), each after a longer wait; one
+            of what is no chat completion.
           timeout: seconds, which a judge that thinks may need.
           max_tokens: of a reply with thoughts; one without has SHORT.
         """
@@ -311,8 +312,14 @@ class Endpoint:
                     raise Interrupted("stopped before it was asked")
             try:
                 return self._once(prompt)
-            except (openai.RateLimitError, openai.APIConnectionError, openai.InternalServerError) as error:
-                if attempt == self._retries or self._stop.wait(pause_before(attempt, error)):
+            except (
+                openai.RateLimitError,
+                openai.APIConnectionError,
+                openai.InternalServerError,
+                NoCompletion,
+            ) as error:
+                last = 1 if isinstance(error, NoCompletion) else self._retries
+                if attempt >= min(last, self._retries) or self._stop.wait(pause_before(attempt, error)):
                     raise
         raise AssertionError
 
