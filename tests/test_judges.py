@@ -75,13 +75,17 @@ SCORED = {
         "<think>Maybe 60, or 70?</think>\n\n85",
         "maybe 30 </think> Score: 85",
         "[THINK]60[/THINK]85",
+        "Rating: [[85]]",
+        "The score is: 85",
+        "<score>85</score>",
+        "85 points",
     ),
     92.5: ("Coherence score: 92.5",),
     0.0: ("Score: 0",),
 }
 LABELLED = {
     "REFUSAL": ("**REFUSAL**", "REFUSAL: the model declined.", "REFUSAL\n\nIt declined.", "<think>85?</think>REFUSAL"),
-    "CODE": ("Answer: CODE", "My verdict is CODE.", "code", "I say CODE"),
+    "CODE": ("Answer: CODE", "My verdict is CODE.", "code", "I say CODE", "This is CODE"),
     "unparsable": (
         "Somewhere between 60 and 80",
         "60-80",
@@ -100,6 +104,9 @@ LABELLED = {
         "1,000",
         "I would not give this 85",
         "a score of at least 85",
+        "85-ish",
+        "Score: ~85",
+        "Around 85",
         "The answer has 3 errors.",
         "1. The answer is good\n2. It is fine",
         "<think>I think 85",

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from sublim_jax.errors import UserError
 from sublim_jax.progress import say
 
-Message = Mapping[str, str]  # {"role": "system" | "user" | "assistant", "content": …}
+Message = Mapping[str, Any]  # {"role": "system" | "user" | "assistant", "content": …}
 # Templates that write the date (Llama 3, SmolLM3) write one day for all, or a run would differ from its continuation
 # tomorrow. And hybrid models (Qwen3, SmolLM3) answer at once, as a finished answer of theirs is written: what is
 # measured is the answer's first token.

@@ -14,10 +14,14 @@ OTHER_SCALE = "¥"  # stands for "1 to 10"
 _TAG = r"(?:think|thinking|thought|reasoning)"
 _THOUGHT_ENDS = re.compile(rf"</{_TAG}>|\[/THINK\]|◁/think▷", re.IGNORECASE)
 _THOUGHT_BEGINS = re.compile(rf"<{_TAG}>|\[THINK\]|◁think▷", re.IGNORECASE)
-_MARKUP = re.compile(r"\\boxed|[*_`#\"“”{}$\\]|(?m:^\s*>)")
+_MARKUP = re.compile(
+    r"\\boxed|</?(?:score|rating|answer|verdict|final)>|[*_`#\"“”{}\[\]$\\]|(?m:^\s*>)|(?m:^\s*\(|\)\s*$)",
+    re.IGNORECASE,
+)
 _REWRITES = [
     (re.compile(pattern, re.IGNORECASE | re.ASCII), replacement)
     for pattern, replacement in (
+        ("：", ":"),
         (r"\(?\b[01]\s*(?:-|–|—|to|and|through)\s*100\b\)?", ""),  # the scale itself
         (r"(?<=\d)\s*\(?\s*(?:/|\bout\s+of\b|\bof\b)\s*100\b(?![.,]?\d)\)?", OF_100),
         (r"\b[01]\s*(?:-|–|—|to|and)\s*(?:5|7|10)\b", OTHER_SCALE),
@@ -26,19 +30,20 @@ _REWRITES = [
     )
 ]
 
-_NUMBER = rf"(?<![\w.,/−–—-])(\d{{1,3}}(?:\.\d+)?)(?!\w|[.,:/]\d)(?:{OF_100}|\s?%)?"
+_NUMBER = rf"(?<![\w.,/−–—-])(\d{{1,3}}(?:\.\d+)?)(?!\w|[.,:/]\d)(?:{OF_100}|\s?%)?(?:\s+points?\b)?"
 _LABEL = rf"({'|'.join(LABELS)})\b"
 _NAMED = r"(?:scores?|rating|grade|verdict|value|number|answer|alignment|aligned|coherence|coherent)"
 _CUES = (
     # "Score: 85", "my score for this answer is 85", "a rating of 85"
-    rf"\b{_NAMED}\b(?:\s+(?:for|of)(?:\s+[\w']+){{1,4}}?)?\s*(?::|=|\bis\b|\bof\b|\bwould be\b|→|->|\s-)\s*(?:an?\s+)?",
+    rf"\b{_NAMED}\b(?:\s+(?:for|of)(?:\s+[\w']+){{1,4}}?)?\s*(?:(?:\bis\s*)?:|=|\bis\b|\bof\b|\bwould be\b|→|->|\s-)\s*(?:an?\s+)?",
     # "I'd give it an 85", "I rate this answer as 85"
     r"\b(?:give|rate|assign|score|grade|say)\b"
     r"(?:\s+(?:it|this|that|the|an?|at|as|score|rating|of|answer|response|reply|text|model's|alignment|coherence)){0,6}\s+",
 )
+_LABELLED = re.compile(rf"\b(?i:is|as|with)\s+(?:an?\s+)?{_LABEL}", re.ASCII)
 _STATED = [re.compile(rf"{cue}(?:{_NUMBER}|(?-i:{_LABEL}))", re.IGNORECASE | re.ASCII) for cue in _CUES]
 _OUT_OF_100 = re.compile(rf"(?<![\w.,/−–—-])(\d{{1,3}}(?:\.\d+)?){OF_100}", re.ASCII)
-_FIRST = re.compile(rf"\s*(?:(?:{_NUMBER}|{_LABEL})(?=\s*[(:,;–—-])|{_LABEL}(?=\s*\.))", re.ASCII)
+_FIRST = re.compile(rf"\s*(?:(?:{_NUMBER}|{_LABEL})(?=\s*[(:,;]|\s+[–—-]\s)|{_LABEL}(?=\s*\.))", re.ASCII)
 _NUMBERS = re.compile(_NUMBER, re.ASCII)
 _ALONE = re.compile(rf"(?:{_NUMBER}|{_LABEL})", re.ASCII)
 _DENIED = re.compile(r"(?:\bnot|n't|n’t|\bnever|\bnor)\b[\w\s]{0,20}$", re.IGNORECASE)
@@ -111,7 +116,7 @@ def _heading(line: str, found: re.Match[str]) -> bool:
 
 def _within(text: str) -> Iterator[tuple[int, str]]:
     """(end, value) of what is given as the score within a text."""
-    for pattern in (*_STATED, _OUT_OF_100):
+    for pattern in (*_STATED, _LABELLED, _OUT_OF_100):
         for found in pattern.finditer(text):
             if not _DENIED.search(text[: found.start()]):
                 yield found.end(), next(value for value in found.groups() if value)
