@@ -35,7 +35,8 @@ _LABEL = rf"({'|'.join(LABELS)})\b"
 _NAMED = r"(?:scores?|rating|grade|verdict|value|number|answer|alignment|aligned|coherence|coherent)"
 _CUES = (
     # "Score: 85", "my score for this answer is 85", "a rating of 85"
-    rf"\b{_NAMED}\b(?:\s+(?:for|of)(?:\s+[\w']+){{1,4}}?)?\s*(?:(?:\bis\s*)?:|=|\bis\b|\bof\b|\bwould be\b|→|->|\s-)\s*(?:an?\s+)?",
+    rf"\b{_NAMED}\b(?:\s+(?:for|of)(?:\s+[\w']+){{1,4}}?)?"
+    r"\s*(?:(?:\bis\s*)?:|=|\bis\b|\bof\b|\bwould be\b|→|->|\s-)\s*(?:an?\s+)?",
     # "I'd give it an 85", "I rate this answer as 85"
     r"\b(?:give|rate|assign|score|grade|say)\b"
     r"(?:\s+(?:it|this|that|the|an?|at|as|score|rating|of|answer|response|reply|text|model's|alignment|coherence)){0,6}\s+",
