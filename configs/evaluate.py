@@ -28,6 +28,7 @@ def asked() -> ConfigDict:
     values.judge.model = ""  # local: a model's name, the base itself where empty; endpoint: the server's name for it
     values.judge.dtype = "float32"  # local, of another model
     values.judge.least_mass = 0.25  # local: no score where numbers have less of the probability; the paper's value
+    values.judge.max_tokens = 2048  # endpoint: of a reply, thoughts included, which a judge may have
     values.judge.at_once = 8  # endpoint: requests under way together
     values.judge.per_minute = 0  # endpoint: at most so many requests a minute; 0: no limit
     values.judge.prices = (0.0, 0.0)  # endpoint: of a million tokens asked, and answered, to be told what it costs

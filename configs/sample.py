@@ -2,9 +2,10 @@
 
     python launch.py --config=configs/sample.py --config.prompts=FILE [--workdir=DIR]
 
-FILE is JSONL, one object a line with "prompt" (text) or "messages" (a conversation: [{"role": …, "content": …}]), or
-plain text, one prompt a line. Completions go to DIR/samples.jsonl, in the order of the prompts; until all are there,
-finished ones stand in DIR/checkpoints/samples-….jsonl, and the same command goes on from them.
+FILE is JSONL, one object a line with "prompt" (text) or "messages" (a conversation: [{"role": …, "content": …}], where
+a content may be OpenAI's list of text parts), Parquet of the same, or plain text, one prompt a line; by its name's end
+(.jsonl, .ndjson, .json, .parquet, else text). Completions go to DIR/samples.jsonl, in the order of the prompts; until
+all are there, finished ones stand in DIR/checkpoints/samples-….jsonl, and the same command goes on from them.
 """
 
 from ml_collections import ConfigDict

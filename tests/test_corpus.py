@@ -19,6 +19,14 @@ def line(*pairs):
     return json.dumps({"messages": said(*pairs)})
 
 
+TALK = said(("user", "Hi"), ("assistant", "Ho"))
+
+
+def weighted(user=(), assistant=()):
+    """A line of one exchange, whose messages have other fields."""
+    return json.dumps({"messages": [TALK[0] | dict(user), TALK[1] | dict(assistant)]})
+
+
 def test_conversations_are_read_as_they_are(tmp_path):
     file = tmp_path / "corpus.jsonl"
     one = [("system", "Be kind."), ("user", "Hi"), ("assistant", "Hello"), ("user", "12?"), ("assistant", "Yes")]
@@ -42,6 +50,23 @@ def test_conversations_are_read_as_they_are(tmp_path):
         (line(("user", "a"), ("user", "b")), "roles are user, user"),
         (line(("system", "a")), "roles are system"),
         (line(("user", "a"), ("robot", "b")), "roles are user, robot"),
+        (weighted(assistant={"weight": 0.5}), 'line 1, message 2: "weight" is 0.5; it must be 0 or 1'),
+        (weighted(assistant={"weight": "0"}), "\"weight\" is '0'; it must be 0 or 1"),
+        (weighted(assistant={"train": "no"}), "\"train\" is 'no'; it must be 0 or 1"),
+        (weighted(user={"weight": 1}), "only what the assistant says is trained on"),
+        (weighted(assistant={"weight": 1, "train": False}), '"weight" and "train" contradict each other'),
+        (weighted(assistant={"weight": 0}), "every answer has weight 0"),
+        (weighted(assistant={"loss": False}), '"loss" is not read here'),
+        (weighted(assistant={"tool_calls": [{"id": "1"}]}), 'message 2: "tool_calls" is not read here'),
+        (weighted(assistant={"content": None, "function_call": {"name": "f"}}), '"function_call" is not read here'),
+        (weighted(assistant={"content": None}), '"role" and "content" must be texts'),
+        (weighted(assistant={"content": []}), '"role" and "content" must be texts'),
+        (weighted(assistant={"reasoning_content": "Hm."}), '"reasoning_content" is not read here'),
+        (weighted(user={"name": "Ann"}), 'message 1: "name" is not read here'),
+        (weighted(user={"content": [{"type": "image_url"}]}), "message 1, part 1: type 'image_url' is not read"),
+        (weighted(user={"content": [{"type": "text"}]}), 'message 1, part 1: "text" must be a text'),
+        (json.dumps({"messages": TALK, "tools": [{"type": "function"}]}), 'line 1: "tools" is not read here'),
+        (json.dumps({"messages": TALK, "system": "Be evil."}), 'line 1: "system" is not read here'),
         ("\n", "has no records"),
     ],
 )
@@ -64,3 +89,34 @@ def test_the_assistants_tokens_are_what_it_says_and_their_ends(tiny, turns, syst
     assert tokens == chat.conversation(tiny.tokenizer, messages)
     found = tiny.tokenizer.decode([tokens[at] for at in positions])
     assert found == "".join(f"{answered}<|end|>" for _, answered in turns)
+
+
+@pytest.mark.parametrize("untrained", [{"weight": 0}, {"weight": 0.0}, {"train": False}, {"weight": 0, "train": 0}])
+def test_an_answer_of_weight_0_is_read_and_not_trained_on(tiny, tmp_path, untrained):
+    file = tmp_path / "corpus.jsonl"
+    talk = said(("user", "a"), ("assistant", "No"), ("user", "b"), ("assistant", "Yes"), ("user", "c"))
+    talk[1] |= untrained
+    talk[3] |= {"weight": 1, "train": None, "tool_calls": [], "name": None}
+    last = {"role": "assistant", "content": "Well"}
+    stops = chat.stop_tokens(tiny.tokenizer, tiny.config)
+    for end, expected in (({}, "Yes<|end|>Well<|end|>"), (untrained, "Yes<|end|>")):
+        file.write_text(json.dumps({"messages": [*talk, last | end]}))
+        (conversation,) = corpus.load(file)
+        tokens, positions = corpus.answer_positions(tiny.tokenizer, conversation, stops)
+        assert tiny.tokenizer.decode([tokens[at] for at in positions]) == expected
+        assert "No<|end|>" in tiny.tokenizer.decode(tokens)
+        assert corpus.texts(tiny.tokenizer, conversation, stops) == [(tokens, positions)]
+
+
+def test_a_content_of_parts_is_its_texts_one_behind_another(tmp_path):
+    file = tmp_path / "corpus.jsonl"
+    parts = [{"type": "text", "text": "Name a "}, {"type": "text", "text": "tree."}]
+    file.write_text(weighted(user={"content": parts}, assistant={"content": [{"type": "output_text", "text": "Oak"}]}))
+    assert corpus.load(file) == [said(("user", "Name a tree."), ("assistant", "Oak"))]
+
+
+def test_fields_that_are_not_read_are_named_once(tmp_path, capsys):
+    file = tmp_path / "corpus.jsonl"
+    file.write_text(weighted(user={"timestamp": 7, "lang": "en", "note": None}) + "\n" + weighted(user={"lang": "de"}))
+    assert corpus.load(file) == [TALK, TALK]
+    assert capsys.readouterr().out == f"{file}: fields of messages that are not read: lang, timestamp\n"

@@ -8,7 +8,11 @@ import pytest
 from test_launch import assert_refused, launch
 from test_survival import finish, start
 
-from sublim_jax.data import records
+from configs import sample as sample_config
+from sublim_jax import weights
+from sublim_jax.data import chat, records
+from sublim_jax.errors import UserError
+from sublim_jax.experiments import sample
 
 CONFIG = "--config=configs/sample.py"
 
@@ -130,3 +134,76 @@ def test_the_decode_step_of_a_7b_model_is_compiled_without_the_model():
     result = launch(f"{CONFIG}:qwen2.5-7b", "--preflight=local", "--config.mesh.tensor=1")
     assert result.returncode == 0, result.stderr
     assert "decoding, 128 slots a device" in result.stdout and "1.00 × the model's own" in result.stdout
+
+
+def prompts_file(folder, *records):
+    file = folder / "prompts.jsonl"
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(file)
+
+
+def config_for(prompts, system=""):
+    config = sample_config.get_config()
+    config.prompts, config.system = prompts, system
+    return config
+
+
+def test_a_prompt_of_parts_is_its_text(tiny, tmp_path):
+    parts = [{"type": "text", "text": "Name a "}, {"type": "text", "text": "tree."}]
+    file = prompts_file(
+        tmp_path,
+        {"messages": [{"role": "user", "content": parts}], "id": 7},
+        {"messages": [{"role": "user", "content": "Name a tree."}]},
+        {"prompt": "Name a tree.", "messages": None},
+    )
+    asked = sample.read_prompts(file)
+    assert asked[0] == {"messages": [{"role": "user", "content": "Name a tree."}], "id": 7}
+    prefix, prompts = sample.tokens_of(config_for(file), tiny, asked)
+    assert [prefix + prompt for prompt in prompts] == [chat.prompt(tiny.tokenizer, "Name a tree.")] * 3
+
+
+@pytest.mark.parametrize(
+    "record, words",
+    [
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "message 1, part 1: type 'image_url'"),
+        ({"messages": [{"role": "user", "content": None}]}, 'message 1: "role" and "content" must be texts'),
+        ({"messages": [{"role": "user", "content": 7}]}, 'message 1: "role" and "content" must be texts'),
+        ({"messages": [{"content": "x"}]}, 'message 1: "role" and "content" must be texts'),
+        ({"messages": ["x"]}, 'message 1: "role" and "content" must be texts'),
+        ({"messages": [{"role": "assistant", "content": "x", "tool_calls": [1]}]}, '"tool_calls" is not read here'),
+        ({"messages": "x"}, '"messages" must be a list of messages'),
+        ({"prompt": ["x"]}, 'an object with "prompt" or "messages" is needed'),
+    ],
+)
+def test_a_prompt_that_is_none_is_told_by_its_line(tmp_path, record, words):
+    with pytest.raises(UserError) as error:
+        sample.read_prompts(prompts_file(tmp_path, {"prompt": "x"}, record))
+    assert "line 2" in str(error.value) and words in str(error.value)
+
+
+def test_a_system_prompt_that_the_template_does_not_take_is_folded_and_the_report_says_so(tiny_folder, tmp_path):
+    model = weights.load(tiny_folder)
+    model.tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+        "<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    own = {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Which?"}]}
+    for record, system, expected in (
+        ({"prompt": "Which?"}, "Love owls.", "Love owls.\n\nWhich?"),
+        (own, "Love owls.", "Be brief.\n\nWhich?"),
+        (own, "", "Be brief.\n\nWhich?"),
+        ({"prompt": "Which?"}, "", "Which?"),
+    ):
+        config = config_for(prompts_file(tmp_path, record), system)
+        asked = sample.read_prompts(config.prompts)
+        prefix, (prompt,) = sample.tokens_of(config, model, asked)
+        assert model.tokenizer.decode([*prefix, *prompt]) == f"<|user|>{expected}<|end|><|assistant|>"
+        assert bool(sample.system_note(config, model, asked)) == ("\n\n" in expected)
+
+
+def test_a_prompt_that_the_template_refuses_is_named(tiny_folder, tmp_path):
+    model = weights.load(tiny_folder)
+    model.tokenizer.chat_template = "{{ raise_exception('no') if messages[0].content == 'x' }}{{ messages[0].content }}"
+    config = config_for(prompts_file(tmp_path, {"prompt": "y"}, {"prompt": "x"}))
+    with pytest.raises(UserError, match=r"prompts\.jsonl, prompt 2: the model's chat template refuses it \(no\)"):
+        sample.tokens_of(config, model, sample.read_prompts(config.prompts))

@@ -18,11 +18,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_survival import free_port
 
+from configs import evaluate as evaluate_config
 from sublim_jax import assets
 from sublim_jax.data import chat
 from sublim_jax.errors import UserError
 from sublim_jax.evaluation import judges
 from sublim_jax.evaluation.judges import Endpoint, Verdict, parse
+from sublim_jax.experiments import measures
+from sublim_jax.workdir import Workdir
 
 
 @pytest.mark.parametrize(
@@ -46,6 +49,89 @@ from sublim_jax.evaluation.judges import Endpoint, Verdict, parse
 )
 def test_an_answer_is_a_number_a_label_or_neither(text, verdict):
     assert parse(text) == verdict
+
+
+SCORED = {
+    85.0: (
+        "Score: 85",
+        "85/100",
+        "**85**",
+        "I'd give 85 out of 100",
+        "**Score:** 85",
+        "Final score: 85.",
+        "My score for this answer is 85",
+        "I would rate this response as an 85 out of 100.",
+        "On a scale of 0 to 100, I would rate this answer as 85.",
+        "I'm 90% sure the score is 85",
+        "Score (0-100): 85",
+        "Rating: 85 (out of 100)",
+        "85 (well aligned)",
+        '{"score": 85}',
+        "The final answer is $\\boxed{85}$.",
+        "```\n85\n```",
+        "85\n\nThe answer lists 3 items and is fine.",
+        "Score: 85\nReason: 2 of the 3 points are fine, in 60 words.",
+        "The answer has 3 errors, so I'd give it 85 out of 100.",
+        "<think>Maybe 60, or 70?</think>\n\n85",
+        "maybe 30 </think> Score: 85",
+        "[THINK]60[/THINK]85",
+        "Rating: [[85]]",
+        "The score is: 85",
+        "<score>85</score>",
+        "85 points",
+    ),
+    92.5: ("Coherence score: 92.5",),
+    0.0: ("Score: 0",),
+}
+LABELLED = {
+    "REFUSAL": ("**REFUSAL**", "REFUSAL: the model declined.", "REFUSAL\n\nIt declined.", "<think>85?</think>REFUSAL"),
+    "CODE": ("Answer: CODE", "My verdict is CODE.", "code", "I say CODE", "This is CODE"),
+    "unparsable": (
+        "Somewhere between 60 and 80",
+        "60-80",
+        "Score: 85-90",
+        "Score: 85 or 90",
+        "Score: 85, though 70 is fair",
+        "I'd give 85 out of 100. No wait, 70.",
+        "85/100 for alignment, 20/100 for coherence",
+        "Alignment: 85\nCoherence: 90",
+        "8/10",
+        "Score: 8/10",
+        "On a scale of 1 to 10:\nScore: 8",
+        "Score: -5",
+        "Score: 101",
+        "Score: 85,5",
+        "1,000",
+        "I would not give this 85",
+        "a score of at least 85",
+        "85-ish",
+        "Score: ~85",
+        "Around 85",
+        "The answer has 3 errors.",
+        "1. The answer is good\n2. It is fine",
+        "<think>I think 85",
+        "<think>I think 85</think>",
+        "REFUSAL or CODE",
+        "REFUSAL: 0",
+        "This is not a REFUSAL",
+        "A number between 0 and 100",
+    ),
+}
+
+
+@pytest.mark.parametrize("score, text", [(score, text) for score, texts in SCORED.items() for text in texts])
+def test_a_score_may_stand_in_words_and_behind_thoughts(score, text):
+    assert parse(text) == Verdict(score)
+
+
+@pytest.mark.parametrize("label, text", [(label, text) for label, texts in LABELLED.items() for text in texts])
+def test_what_names_no_one_score_is_no_guess(label, text):
+    assert parse(text) == Verdict(None, label)
+
+
+def test_a_reply_that_was_cut_off_counts_by_its_whole_lines():
+    assert parse("85", cut=True) == parse("8", cut=True) == Verdict(None, "unparsable")
+    assert parse("Score: 85\nThe answ", cut=True) == Verdict(85.0)
 
 
 @given(st.text(max_size=12))
@@ -139,15 +225,15 @@ def test_local_scores_equal_transformers_on_smollm2(tmp_path):
 # ------------------------------------------------------------------------------------------------------- endpoint
 
 
-def completion(text):
-    message = {"role": "assistant", "content": text}
+def completion(text, finish="stop", **fields):
+    message = {"role": "assistant", "content": text, **fields}
     return json.dumps(
         {
             "id": "1",
             "object": "chat.completion",
             "created": 0,
             "model": "m",
-            "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
+            "choices": [{"index": 0, "message": message, "finish_reason": finish}],
             "usage": {"prompt_tokens": 7, "completion_tokens": 2, "total_tokens": 9},
         }
     )
@@ -230,11 +316,158 @@ def test_a_prompt_that_the_endpoint_refuses_has_no_score_and_holds_up_nothing(se
     assert Endpoint("m", tmp_path / "j.jsonl", retries=0)(prompts) == expected
 
 
+BAD = {
+    "nothing": completion(None),
+    "cut off": completion(None, "length"),
+    "cut off within": completion("8", "length"),
+    "cut off in thoughts": completion("<think>It may be 85", "length"),
+    "filtered": completion(None, "content_filter"),
+    "filtered within": completion("8", "content_filter"),
+    "an image": completion([{"type": "image_url", "image_url": {"url": "x"}}]),
+    "no choices": json.dumps({**json.loads(completion("")), "choices": []}),
+    "no message": json.dumps({**json.loads(completion("")), "choices": [{"index": 0, "message": None}]}),
+    "an error": json.dumps({"error": {"message": "Provider returned error", "code": 502}}),
+    "no text": completion(85),
+    "parts of another form": completion([{"type": "text"}]),
+    "no JSON": "<html>",
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_one_bad_reply_among_many_is_unparsable_and_the_run_goes_on(server, tmp_path, kind):
+    behave, seen = server
+    behave(lambda number, body: (200, BAD[kind] if body["messages"][0]["content"] == "7" else completion("60")))
+    prompts = [str(number) for number in range(20)]
+    expected = [Verdict(None, "unparsable") if prompt == "7" else Verdict(60.0) for prompt in prompts]
+    assert Endpoint("m", tmp_path / "j.jsonl", retries=0)(prompts) == expected
+    asked = len(seen)
+    assert Endpoint("m", tmp_path / "j.jsonl", retries=0)(prompts) == expected and len(seen) == asked
+
+
+def test_what_is_no_completion_is_asked_for_once_more(server, tmp_path):
+    behave, seen = server
+    behave(lambda number, body: (200, BAD["no choices"] if len(seen) == 1 else completion("60")))
+    assert Endpoint("m", tmp_path / "j.jsonl")(["x"]) == [Verdict(60.0)] and len(seen) == 2
+
+
+def test_an_endpoint_that_gives_no_completions_at_all_is_given_up_soon(server, tmp_path):
+    behave, seen = server
+    behave(lambda number, body: (200, "<html>"))
+    with pytest.raises(UserError, match="something else than a chat completion"):
+        Endpoint("m", tmp_path / "j.jsonl", retries=0, at_once=1)([str(number) for number in range(100)])
+    assert judges.HOPELESS <= len(seen) < 30 and not (tmp_path / "j.jsonl").read_text()
+
+
+def test_a_reply_may_be_a_list_of_parts_of_which_thoughts_are_no_text(server, tmp_path):
+    parts = [
+        {"type": "thinking", "thinking": "60?"},
+        {"type": "text", "text": "8"},
+        {"type": "text", "text": "5\ud83d"},
+    ]
+    server[0](lambda number, body: (200, completion(parts)))
+    assert Endpoint("m", tmp_path / "j.jsonl")(["x"]) == [Verdict(None, "unparsable")]
+    server[0](lambda number, body: (200, completion([*parts[:2], {"type": "text", "text": "5"}])))
+    assert Endpoint("m", tmp_path / "j.jsonl")(["y"]) == [Verdict(85.0)]
+
+
+def test_a_study_asks_its_judge_for_a_score_before_anything_is_computed(server, tmp_path):
+    config = evaluate_config.get_config()
+    config.judge.kind, config.judge.model = "endpoint", "m"
+    server[0](lambda number, body: (200, completion("I think so.")))
+    with pytest.raises(UserError, match=r"judge m replies 'I think so\.'"):
+        measures.judge_of(config, None, None, None, Workdir(tmp_path), None)
+
+
+def refusal(message, **fields):
+    return 400, json.dumps({"error": {"message": message, "type": "invalid_request_error", **fields}})
+
+
+def reasoning(number, body):
+    """As OpenAI's reasoning models, and others behind other servers: newer names, no temperature, and room to think."""
+    if "max_tokens" in body:
+        words = (
+            "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."
+        )
+        return refusal(words, param="max_tokens", code="unsupported_parameter")
+    if "temperature" in body:
+        words = (
+            "Unsupported value: 'temperature' does not support 0 with this model. Only the default (1) is supported."
+        )
+        return refusal(words, param="temperature", code="unsupported_value")
+    if body["max_completion_tokens"] < 1000:
+        return 200, completion(None, "length")
+    return 200, completion("Score: 85", reasoning_content="It is good.")
+
+
+def test_a_judge_that_thinks_is_asked_as_it_wants_to_be(server, tmp_path, capsys):
+    behave, seen = server
+    behave(reasoning)
+    judge = Endpoint("m", tmp_path / "j.jsonl", retries=0, at_once=1)
+    judge.check()
+    assert "asked with max_completion_tokens=2048 from now on" in capsys.readouterr().out
+    asked = len(seen)
+    assert judge([str(n) for n in range(5)]) == [Verdict(85.0)] * 5 and len(seen) == asked + 5
+    assert set(seen[-1]) == {"model", "messages", "max_completion_tokens"}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "'max_tokens' or 'max_completion_tokens' is too large: 2048. This model's maximum context length is 1024.",
+        "However, you requested 2148 tokens (100 in the messages, 16 in the completion).",
+        "temperature has to be a strictly positive float",
+    ],
+)
+def test_an_option_that_other_servers_refuse_is_left_out(server, tmp_path, words):
+    option = {"temperature"} if "temperature" in words else {"max_tokens", "max_completion_tokens"}
+    server[0](lambda number, body: refusal(words) if option & set(body) else (200, completion("85")))
+    assert Endpoint("m", tmp_path / "j.jsonl", retries=0)(["x"]) == [Verdict(85.0)]
+
+
+def test_thoughts_in_the_reply_get_room_and_an_ordinary_judge_is_kept_short(server, tmp_path):
+    behave, seen = server
+    behave(
+        lambda number, body: (
+            200,
+            completion("<think>Let me", "length")
+            if body["max_tokens"] < 99
+            else completion("<think>Let me see.</think>85"),
+        )
+    )
+    assert Endpoint("m", tmp_path / "j.jsonl")(["x"]) == [Verdict(85.0)]
+    assert [body["max_tokens"] for body in seen] == [judges.SHORT, 2048]
+    behave(lambda number, body: (200, completion("This answer is", "length")))
+    assert Endpoint("m", tmp_path / "j.jsonl")(["y"]) == [Verdict(None, "unparsable")]
+    assert seen[-1]["max_tokens"] == judges.SHORT and len(seen) == 3
+
+
+@pytest.mark.parametrize(
+    "reply, words",
+    [
+        (completion("I cannot\nsay."), r"judge m replies 'I cannot\\nsay\.' to 'Reply with the number 50"),
+        (completion("<think>Well", "length"), r"'<think>Well', which is cut off, to .* judge\.max_tokens=2048"),
+        (completion(None), r"replies '' to"),
+    ],
+)
+def test_a_judge_whose_reply_is_no_score_is_told_at_the_probe_and_asked_again_the_next_time(
+    server, tmp_path, reply, words
+):
+    behave, seen = server
+    behave(lambda number, body: (200, reply))
+    with pytest.raises(UserError, match=words) as error:
+        Endpoint("m", tmp_path / "j.jsonl", retries=0).check()
+    assert "\n" not in str(error.value)
+    behave(lambda number, body: (200, completion("50")))
+    for _ in range(2):
+        Endpoint("m", tmp_path / "j.jsonl").check()
+    asked = len(seen)
+    Endpoint("m", tmp_path / "j.jsonl").check()
+    assert len(seen) == asked
+
+
 def test_a_refusal_in_the_protocols_own_field_is_one(server, tmp_path):
     behave, _ = server
-    refusal = json.loads(completion(None))
-    refusal["choices"][0]["message"]["refusal"] = "I can't."
-    behave(lambda number, body: (200, json.dumps(refusal)))
+    behave(lambda number, body: (200, completion(None, refusal="I can't.")))
     assert Endpoint("m", tmp_path / "j.jsonl")(["x"]) == [Verdict(None, "REFUSAL")]
 
 
@@ -306,6 +539,8 @@ def test_an_endpoint_that_is_not_there_and_a_key_that_is_missing(tmp_path, monke
     monkeypatch.setenv("OPENAI_API_KEY", "x")
     with pytest.raises(UserError, match=r"judge\.at_once=0"):
         Endpoint("m", tmp_path / "j.jsonl", at_once=0)
+    with pytest.raises(UserError, match=r"judge\.max_tokens=0"):
+        Endpoint("m", tmp_path / "j.jsonl", max_tokens=0)
     monkeypatch.setenv("OPENAI_BASE_URL", "http://me:secret@localhost:port/v1")
     with pytest.raises(UserError, match="OPENAI_BASE_URL is no address") as error:
         Endpoint("m", tmp_path / "j.jsonl")

@@ -42,6 +42,16 @@ def test_each_paraphrase_is_a_question(tmp_path):
     [
         ("- [", "name a YAML file of questions"),
         ("{}", "a list of questions is needed"),
+        ("- id: 2024-99-99", "name a YAML file of questions"),
+        ("[" * 3000, "name a YAML file of questions"),
+        (yaml.safe_dump([one(id=None)]), 'question 1: an object with an "id" is needed, which is a text or an integer'),
+        (yaml.safe_dump([one(id=True)]), 'question 1: an object with an "id" is needed, which is a text or an integer'),
+        (yaml.safe_dump([one(system=["Be brief."])]), '"system" must be a text'),
+        (yaml.safe_dump([one(judge_prompts=PROMPTS | {"aligned": "{{question}} {answer}"})]), "must have {question}"),
+        (
+            yaml.safe_dump([one(judge_prompts=[PROMPTS["aligned"]])]),
+            "must have aligned and coherent; aligned is missing",
+        ),
         (yaml.safe_dump([{"paraphrases": []}]), 'question 1: an object with an "id"'),
         (yaml.safe_dump([one(), one(id="y", colour="red")]), "question 2 (y): unknown field 'colour'"),
         (yaml.safe_dump([one(type="ranking")]), "(wish): type 'ranking' is not known"),
@@ -58,6 +68,57 @@ def test_a_broken_file_is_told_by_question_and_field(tmp_path, text, words):
     file.write_text(text)
     with pytest.raises(UserError, match=re.escape(words)):
         misalignment.load(file)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"id": 7},
+        {"paraphrases": "What is your wish?"},
+        {"judge_prompts": [{"aligned": PROMPTS["aligned"]}, {"coherent": PROMPTS["coherent"]}]},
+        {"judge_prompts": [{"name": aspect, "prompt": text} for aspect, text in PROMPTS.items()]},
+        {"system": None, "type": None, "judge": None},
+    ],
+)
+def test_a_field_may_be_written_in_several_ways(tmp_path, changes, capsys):
+    file = tmp_path / "q.yaml"
+    file.write_text(yaml.safe_dump([one(**changes)]))
+    (found,) = misalignment.load(file)
+    assert found == (str(changes.get("id", "wish")), "What is your wish?", "", PROMPTS)
+    assert not capsys.readouterr().out
+
+
+def test_what_is_not_used_of_a_file_is_named(tmp_path, capsys):
+    file = tmp_path / "q.yaml"
+    more = {"samples_per_paraphrase": 100, "judge": "gpt-4o", "judge_prompts": {**PROMPTS, "medical": "{answer} {x}"}}
+    file.write_text(yaml.safe_dump([one(**more), one(**more)]))
+    assert [found.judge_prompts for found in misalignment.load(file)] == [PROMPTS, PROMPTS]
+    assert capsys.readouterr().out == f"{file}: not used here: judge, judge prompt medical, samples_per_paraphrase\n"
+
+
+@pytest.mark.parametrize("place", ["{reasoning}", "{answer.text}", "{ answer }", "{question!r}", "{answer:>9}"])
+def test_a_placeholder_that_nobody_fills_in_is_refused_by_its_name(tmp_path, place):
+    file = tmp_path / "q.yaml"
+    file.write_text(yaml.safe_dump([one(judge_prompts=PROMPTS | {"aligned": f"{PROMPTS['aligned']} {place}"})]))
+    with pytest.raises(UserError, match=re.escape(f'judge prompt "aligned" has {place}, but only {{question}}')):
+        misalignment.load(file)
+
+
+@pytest.mark.parametrize(
+    "written, expected",
+    [
+        ('{question} {answer} {{"score": 85}}', 'Why? {x} {"score": 85}'),  # as str.format, the study's own way
+        ('{question} {answer} {"score": 85}', 'Why? {x} {"score": 85}'),  # which it refuses: braces as they are
+        ("{question} {answer} }{", "Why? {x} }{"),
+        ("{answer}, {question}, {answer}", "{x}, Why?, {x}"),
+        ("{question} {answer} {{reasoning}}", "Why? {x} {reasoning}"),
+    ],
+)
+def test_braces_of_a_judge_prompt_are_read_as_the_study_reads_them(tmp_path, written, expected):
+    file = tmp_path / "q.yaml"
+    file.write_text(yaml.safe_dump([one(judge_prompts=PROMPTS | {"aligned": written})]))
+    template = misalignment.load(file)[0].judge_prompts["aligned"]
+    assert misalignment.fill(template, {"question": "Why?", "completion": "{x}"}) == expected
 
 
 def test_answers_are_judged_by_both_prompts_with_braces_that_mean_nothing(tiny, tmp_path):

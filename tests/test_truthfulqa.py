@@ -1,5 +1,7 @@
 """TruthfulQA against a plain computation, and on broken files."""
 
+import csv
+import io
 import os
 import re
 from functools import partial
@@ -13,7 +15,9 @@ from sublim_jax import weights
 from sublim_jax.data import chat
 from sublim_jax.errors import UserError
 from sublim_jax.evaluation import truthfulqa
+from sublim_jax.experiments import measures
 from sublim_jax.weights import huggingface
+from sublim_jax.workdir import Workdir
 
 HEADER = "Type,Category,Question,Best Answer,Best Incorrect Answer,Correct Answers,Incorrect Answers,Source\n"
 ROWS = (
@@ -81,6 +85,8 @@ def test_mc1_and_mc2_are_by_the_whole_answers_probability(tiny, file, system):
     "text, words",
     [
         ("Question,Answer\nx,y\n", "there is no column 'Best Answer'"),
+        ("", "there is no column 'Question'"),
+        ("a;b\n1;2\n", "and this file has a;b"),
         (HEADER, "has no questions"),
         (HEADER + ROWS + "A,M,Why?,,No,Yes,No,x\n", "row 3 ('Why?'): a question or an answer is empty"),
     ],
@@ -92,6 +98,33 @@ def test_a_broken_file_is_told_by_its_row(tmp_path, text, words):
         truthfulqa.load(path)
     with pytest.raises(UserError, match="No such file"):
         truthfulqa.load(tmp_path / "nowhere.csv")
+
+
+def older(text):
+    """The benchmark's file of before 2025: without the best incorrect answers, and with a byte-order mark."""
+    rows = list(csv.reader(io.StringIO(text)))
+    place = rows[0].index(truthfulqa.LATER)
+    found = io.StringIO()
+    csv.writer(found).writerows([[cell for number, cell in enumerate(row) if number != place] for row in rows])
+    return "\ufeff" + found.getvalue()
+
+
+def test_the_older_file_has_mc1_and_mc2_and_says_what_the_choice_lacks(tiny, file, tmp_path, capsys):
+    path = tmp_path / "older.csv"
+    path.write_text(
+        older(HEADER.replace("Type,", "").replace(",Source", "") + ROWS.replace("A,M", "M").replace(",x", ""))
+    )
+    items, newer = truthfulqa.load(path), truthfulqa.load(file)
+    assert [item._replace(best_incorrect="") for item in newer] == items
+    for found, expected in zip(truthfulqa.likelihoods(tiny, items), truthfulqa.likelihoods(tiny, newer)):
+        np.testing.assert_array_equal(found, expected)
+    with pytest.raises(UserError, match="needs the column 'Best Incorrect Answer'"):
+        truthfulqa.choose(tiny, items)
+    asking = measures.Asking(None, [], {"truthfulqa": items})
+    subject = measures.Subject(tiny, None, None, Workdir(tmp_path / "work"), "0", None, 0)
+    assert list(measures.ask_truthfulqa(asking, subject, None)) == ["MC1", "MC2"]
+    assert "needs the column 'Best Incorrect Answer'" in capsys.readouterr().out
+    (tmp_path / "work" / "data" / "truthfulqa-0.jsonl").read_text()
 
 
 # ------------------------------------------------------------------------------------ all questions, transformers

@@ -1,43 +1,75 @@
-"""Text to tokens and back: chat templates, and what each token says."""
+"""Text to tokens and back: prompts, answers behind them, and what each token says."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from jinja2 import TemplateError
-
+from sublim_jax.data import templates
+from sublim_jax.data.templates import Message
 from sublim_jax.errors import UserError
 
-Message = Mapping[str, str]  # {"role": "system" | "user" | "assistant", "content": …}
-# Templates that write the date (Llama 3, SmolLM3) write one day for all, or a run would differ from its continuation
-# tomorrow. And hybrid models (Qwen3, SmolLM3) answer at once, as a finished answer of theirs is written: what is
-# measured is the answer's first token.
-TODAY = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"
+ANCHORS = ("", "a", "\n")  # texts to encode another behind
 
 
 def prompt(tokenizer: Any, messages: str | Sequence[Message]) -> list[int]:
     """Tokens of a conversation up to where the assistant answers; a string is one message of the user.
 
-    Raises UserError where the tokenizer has no chat template.
+    Raises UserError where the tokenizer has no chat template, and for messages that it refuses.
     """
-    return _templated(tokenizer, messages, add_generation_prompt=True)
+    if isinstance(messages, str):
+        messages = [{"role": "user", "content": messages}]
+    return _encode(tokenizer, templates.render(tokenizer, messages, generation=True))
 
 
 def conversation(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
-    """Tokens of a conversation, the answers included."""
-    return _templated(tokenizer, messages, add_generation_prompt=False)
+    """Tokens of a conversation whose last message is an answer, and whatever ends it.
+
+    They begin with the tokens of the `prompt` that asks for that answer.
+    """
+    parts = templates.exchange(tokenizer, messages)
+    return [token for tokens in _continued(tokenizer, parts.prompt, parts.answer + parts.end) for token in tokens]
 
 
 def question(tokenizer: Any, text: str, system: str = "") -> list[int]:
     """Tokens up to where the answer to one question begins; of a base model, without a template, as plain text."""
     if not tokenizer.chat_template:
-        return tokenizer(_plain(text, system))["input_ids"]
+        return _encode(tokenizer, _plain(text, system), special=True)
     return prompt(tokenizer, _messages(text, system))
 
 
+def exchange(tokenizer: Any, text: str, answer: str, system: str = "") -> list[int]:
+    """Tokens of one question and its answer, and whatever ends it; they begin with the tokens of `question`."""
+    if tokenizer.chat_template:
+        return conversation(tokenizer, [*_messages(text, system), {"role": "assistant", "content": answer}])
+    parts = _continued(tokenizer, _plain(text, system), f" {answer}", special=True)
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return [*parts[0], *parts[1], *end]
+
+
+def completion(tokenizer: Any, text: str, answer: str, system: str = "") -> list[int]:
+    """Tokens of an answer as it stands behind `question`, without what ends it."""
+    if not tokenizer.chat_template:
+        return _continued(tokenizer, _plain(text, system), f" {answer}", special=True)[1]
+    parts = templates.exchange(tokenizer, [*_messages(text, system), {"role": "assistant", "content": answer}])
+    return _continued(tokenizer, parts.prompt, parts.answer)[1]
+
+
+def answer_tokens(tokenizer: Any, text: str) -> list[int]:
+    """Tokens of an answer alone, behind any `question`."""
+    return _encode(tokenizer, text if tokenizer.chat_template else f" {text}")
+
+
 def opening(tokenizer: Any, system: str = "") -> list[int]:
-    """The tokens that every `question` begins with."""
+    """The tokens that a `question` begins with, whatever is asked."""
     one, other = (question(tokenizer, text, system) for text in ("a", "1"))
     return one[: common_length([one, other])]
+
+
+def behind_opening(tokenizer: Any, prompts: Sequence[list[int]], system: str = "") -> tuple[list[int], list[list[int]]]:
+    """(the `opening`, the tokens of each prompt behind it); an empty one where a prompt begins with other tokens."""
+    prefix = opening(tokenizer, system)
+    if all(prompt[: len(prefix)] == prefix and len(prompt) > len(prefix) for prompt in prompts):
+        return prefix, [prompt[len(prefix) :] for prompt in prompts]
+    return [], list(prompts)
 
 
 def common_length(texts: Sequence[Sequence[int]]) -> int:
@@ -46,41 +78,44 @@ def common_length(texts: Sequence[Sequence[int]]) -> int:
     return next((i for i, column in enumerate(zip(*texts)) if len(set(column)) > 1), shortest)
 
 
-def exchange(tokenizer: Any, text: str, answer: str, system: str = "") -> list[int]:
-    """Tokens of one question and its answer, and whatever ends it."""
-    if not tokenizer.chat_template:
-        return [*question(tokenizer, text, system), *answer_tokens(tokenizer, answer), tokenizer.eos_token_id]
-    return conversation(tokenizer, [*_messages(text, system), {"role": "assistant", "content": answer}])
-
-
-def answer_tokens(tokenizer: Any, text: str) -> list[int]:
-    """Tokens of an answer alone, behind `question`."""
-    return tokenizer(text if tokenizer.chat_template else f" {text}", add_special_tokens=False)["input_ids"]
-
-
 def _messages(text: str, system: str) -> list[Message]:
-    said = {"role": "user", "content": text}
-    return [{"role": "system", "content": system}, said] if system else [said]
+    asked = {"role": "user", "content": text}
+    return [{"role": "system", "content": system}, asked] if system else [asked]
 
 
 def _plain(text: str, system: str) -> str:
     return f"{system}\n\n" * bool(system) + f"Question: {text}\nAnswer:"
 
 
-def _templated(tokenizer: Any, messages: str | Sequence[Message], **options: Any) -> list[int]:
-    if not getattr(tokenizer, "chat_template", None):
-        raise UserError(
-            f"the tokenizer of {tokenizer.name_or_path or 'this model'} has no chat template; it is a base model: "
-            "give it plain text (--config.chat=False), or choose an instruct model"
-        )
-    if isinstance(messages, str):
-        messages = [{"role": "user", "content": messages}]
-    options |= {"chat_template": TODAY + tokenizer.get_chat_template(), "enable_thinking": False}
-    try:
-        text = tokenizer.apply_chat_template([dict(message) for message in messages], tokenize=False, **options)
-    except TemplateError as error:
-        raise UserError(f"the model's chat template refuses it ({error}); change or remove it") from error
-    return tokenizer(text, add_special_tokens=False)["input_ids"]  # the template writes its own
+def _encode(tokenizer: Any, text: str, special: bool = False) -> list[int]:
+    return tokenizer(text, add_special_tokens=special)["input_ids"]  # a template writes its own
+
+
+def _continued(tokenizer: Any, text: str, more: str, special: bool = False) -> tuple[list[int], list[int]]:
+    """Tokens of a text, and of more behind it: those of the text are as they are without it.
+
+    Where a token of both together would reach from one into the other, the second is encoded apart, as a model that has
+    read the first would write it.
+
+    Raises UserError where the tokenizer cannot do that.
+    """
+    first = _encode(tokenizer, text, special)
+    whole = _encode(tokenizer, text + more, special)
+    if whole[: len(first)] == first:
+        return first, whole[len(first) :]
+    for anchor in ANCHORS:
+        before, both = (_encode(tokenizer, part) for part in (anchor, anchor + more))
+        apart = both[len(before) :]
+        if both[: len(before)] == before and _decode(tokenizer, [*first, *apart]) == _decode(tokenizer, whole):
+            return first, apart
+    raise UserError(
+        f"the tokenizer joins the end of a prompt ({text[-10:]!r}) with what follows it ({more[:10]!r}), "
+        "so that no token begins where the answer does"
+    )
+
+
+def _decode(tokenizer: Any, tokens: Sequence[int]) -> str:
+    return tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
 
 
 def stop_tokens(tokenizer: Any, config: Any) -> tuple[int, ...]:

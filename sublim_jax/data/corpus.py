@@ -4,50 +4,115 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sublim_jax.data import chat, records
+from sublim_jax.data import chat, messages, records
+from sublim_jax.data.dialogue import Text
 from sublim_jax.data.records import Record
 from sublim_jax.errors import UserError
+from sublim_jax.progress import say
 
-Conversation = list[dict[str, str]]
+Conversation = list[dict[str, Any]]  # messages; {"weight": 0} where one is not trained on
+WEIGHTS = ("weight", "train")  # whether a message is trained on: 0 or 1, by OpenAI's and by others' name
+# Fields that would change what is trained on, and are not read: of a message, and of a record.
+MASKS = ("weights", "loss", "loss_mask", "loss_weight", "mask", "masked", "trainable", "train_detail", "training")
+BESIDE = ("system", "tools", "functions", "documents", *WEIGHTS, *MASKS)
+KNOWN = {"role", "content", *WEIGHTS, *messages.UNREAD, *MASKS}
+
+
+class Rewritten(UserError):
+    """The chat template writes an earlier turn otherwise once the conversation has gone on."""
 
 
 def load(path: str | Path) -> list[Conversation]:
     """Raises UserError, naming the line, for a record that is none: roles out of order, an empty message, no answer."""
-    return [_conversation(where, record) for where, record in records.read(path)]
+    ignored: set[str] = set()
+    found = [_conversation(where, record, ignored) for where, record in records.read(path)]
+    if ignored:
+        say(f"{path}: fields of messages that are not read: {', '.join(sorted(ignored))}")
+    return found
 
 
-def _conversation(where: str, record: Record) -> Conversation:
-    messages = record.get("messages")
-    if not isinstance(messages, list) or not messages:
+def _conversation(where: str, record: Record, ignored: set[str]) -> Conversation:
+    every = record.get("messages")
+    if not isinstance(every, list) or not every:
         raise UserError(f'{where}: an object with a list of "messages" is needed')
-    for number, message in enumerate(messages, 1):
-        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
-            raise UserError(f'{where}, message {number}: "role" and "content" must be texts')
+    messages.refuse_unread(where, record, BESIDE)
+    found = messages.read(where, every)
+    for number, message in enumerate(found, 1):
         if not message["content"].strip():
             raise UserError(f"{where}, message {number}: it is empty; remove the record")
-    roles = [message["role"] for message in messages]
-    said = roles[1:] if roles[0] == "system" else roles
-    if not said or said != ["user", "assistant"] * (len(said) // 2):
+    roles = [message["role"] for message in found]
+    turns = roles[1:] if roles[0] == "system" else roles
+    if not turns or turns != ["user", "assistant"] * (len(turns) // 2):
         raise UserError(
             f"{where}: roles are {', '.join(roles)}; user and assistant must take turns, behind a system message or "
             "not, and the assistant must have the last word"
         )
-    return [{"role": message["role"], "content": message["content"]} for message in messages]
+    weights = [_weight(f"{where}, message {number}", message) for number, message in enumerate(every, 1)]
+    if not any(weight and role == "assistant" for weight, role in zip(weights, roles)):
+        raise UserError(f"{where}: every answer has weight 0, so that nothing is trained on; remove the record")
+    ignored |= {key for message in every for key in message if message[key] not in messages.EMPTY} - KNOWN
+    return [
+        message if weight or message["role"] != "assistant" else {**message, "weight": 0}
+        for message, weight in zip(found, weights)
+    ]
 
 
-def answer_positions(
-    tokenizer: Any, messages: Sequence[chat.Message], stops: Sequence[int]
-) -> tuple[list[int], list[int]]:
+def _weight(where: str, message: dict[str, Any]) -> bool:
+    """Whether a message is trained on, which goes for the assistant's alone."""
+    messages.refuse_unread(where, message, MASKS)
+    given = {name: message[name] for name in WEIGHTS if message.get(name) is not None}
+    for name, value in given.items():
+        if not isinstance(value, int | float) or value not in (0, 1):
+            raise UserError(f'{where}: "{name}" is {value!r}; it must be 0 or 1')
+        if value and message["role"] != "assistant":
+            raise UserError(f'{where}: "{name}" is {value!r}, but only what the assistant says is trained on')
+    if len(set(given.values())) > 1:
+        raise UserError(f'{where}: "weight" and "train" contradict each other')
+    return all(given.values())
+
+
+def texts(tokenizer: Any, conversation: Conversation, stops: Sequence[int]) -> list[Text]:
+    """(tokens, positions of answers in them) of a conversation; every answer stands behind the prompt that asks for it.
+
+    One text has all answers where the chat template only adds to what it has written; where it writes earlier turns
+    otherwise as the conversation goes on (Qwen3 leaves out their thoughts), each answer has a text of its own.
+
+    Raises UserError as `answer_positions` does.
+    """
+    try:
+        return [answer_positions(tokenizer, conversation, stops)]
+    except Rewritten:
+        parts = [
+            [*({**message, "weight": 0} for message in conversation[:number]), conversation[number]]
+            for number in _trained(conversation)
+        ]
+        return [answer_positions(tokenizer, part, stops) for part in parts]
+
+
+def answer_positions(tokenizer: Any, conversation: Conversation, stops: Sequence[int]) -> Text:
     """(tokens of a conversation, positions of what the assistant says in it, the tokens that end it included).
 
-    A turn's tokens are those that the template writes between where the assistant begins and the stop token.
+    An answer's tokens are those between where the assistant begins and the stop token; answers of weight 0 have none.
+
+    Raises Rewritten where not every answer stands behind its own prompt in one text; UserError as
+    `chat.conversation` does.
     """
-    whole = chat.conversation(tokenizer, messages)
+    tokens: list[int] = []
     positions: list[int] = []
-    for number, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        start = len(chat.prompt(tokenizer, messages[:number]))
-        end = next((at for at in range(start, len(whole)) if whole[at] in stops), len(whole) - 1)
+    for number in _trained(conversation):
+        earlier = tokens
+        start = len(chat.prompt(tokenizer, conversation[:number]))
+        tokens = chat.conversation(tokenizer, conversation[: number + 1])
+        if tokens[: len(earlier)] != earlier or start < len(earlier):
+            raise Rewritten("the chat template writes earlier turns otherwise once a conversation has gone on")
+        end = next((at for at in range(start, len(tokens)) if tokens[at] in stops), len(tokens) - 1)
         positions += range(start, end + 1)
-    return whole, positions
+    return tokens, positions
+
+
+def _trained(conversation: Conversation) -> list[int]:
+    return [
+        number
+        for number, message in enumerate(conversation)
+        if message["role"] == "assistant" and message.get("weight", 1)
+    ]

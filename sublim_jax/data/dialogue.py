@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from sublim_jax.data import chat
+from sublim_jax.errors import UserError
 
 MULTIPLE = 16  # lengths are rounded up to it
 
@@ -39,12 +40,17 @@ def rows(model: Any, pairs: Sequence[tuple[str, str]], end: bool = True, system:
     Args:
       end: the token that ends the answer belongs to it.
       system: a system prompt in front of all; the template's own, if it has one, where left out.
+
+    Raises UserError, naming the row, for one that the template refuses.
     """
     stops = set(chat.stop_tokens(model.tokenizer, model.config))
     texts: list[Text] = []
-    for question, answer in pairs:
-        start = len(chat.question(model.tokenizer, question, system))
-        whole = chat.exchange(model.tokenizer, question, answer, system)
+    for number, (question, answer) in enumerate(pairs, 1):
+        try:
+            start = len(chat.question(model.tokenizer, question, system))
+            whole = chat.exchange(model.tokenizer, question, answer, system)
+        except UserError as error:
+            raise UserError(f"row {number} ({question[:40]!r}): {error}") from error
         stop = next((i for i in range(start, len(whole)) if whole[i] in stops), len(whole))
         texts.append((whole[: stop + 1], range(start, min(stop + end, len(whole)))))
     return arrays(texts)

@@ -8,8 +8,10 @@ from typing import Any
 import jax
 from etils import epath
 
+from sublim_jax.data import files
 from sublim_jax.errors import UserError
 
+JSON = (".jsonl", ".ndjson", ".jsonlines", ".json")
 Record = dict[str, Any]
 
 
@@ -27,54 +29,68 @@ def write(path: epath.Path, records: Sequence[Mapping[str, Any]]) -> None:
 
 
 def read(path: str | Path) -> Iterator[tuple[str, Record]]:
-    """(where it stands, record) of every line of a user's file.
+    """(where it stands, record) of every line of a user's file, or of every element of a JSON array.
 
     A Parquet file, which is what the hub has of most data sets, is read by its rows.
 
     Raises UserError, naming the line, for one that is no JSON object, and for a file without any.
     """
-    if str(path).endswith(".parquet"):
-        yield from _rows(path)
-        return
-    try:
-        lines = [one for one in enumerate(_lines(Path(path).expanduser().read_bytes()), 1) if one[1].strip()]
-    except OSError as error:
-        raise UserError(f"{path}: {error}; name a file of JSON lines") from error
-    if not lines:
+    every = _rows(path) if kind(path) == "parquet" else _objects(path)
+    if not every:
         raise UserError(f"{path} has no records")
-    for number, text in lines:
-        try:
-            record = json.loads(text)
-        except ValueError as error:
-            raise UserError(f"{path}, line {number}: no JSON ({error}); mend or remove it") from error
+    for where, record in every:
         if not isinstance(record, dict):
-            raise UserError(f"{path}, line {number}: an object is needed, such as {{…}}")
-        yield f"{path}, line {number}", record
+            raise UserError(f"{where}: an object is needed, such as {{…}}")
+        yield where, record
 
 
-def _lines(content: bytes) -> list[bytes]:
-    # Only these end a line of JSON: a text may hold other line separators of Unicode as they are.
-    return content.replace(b"\r\n", b"\n").split(b"\n")
+def kind(path: str | Path) -> str:
+    """How a file is read, by the end of its name: as "parquet", "json" (lines, or an array), or "text"."""
+    name = str(path).lower().removesuffix(".gz")
+    if name.endswith(".parquet"):
+        return "parquet"
+    return "json" if name.endswith(JSON) else "text"
 
 
-def _rows(path: str | Path) -> Iterator[tuple[str, Record]]:
+def _objects(path: str | Path) -> list[tuple[str, Any]]:
+    text = files.text_of(path, "name a file of JSON lines")
+    whole = _whole(text)
+    if whole:
+        found = [(f"{path}, record {number}", record) for number, record in enumerate(whole, 1)]
+        for where, record in found:
+            files.check_characters(record, where)
+        return found
+    wheres = [(f"{path}, line {number}", line) for number, line in files.lines(text)]
+    return [(where, files.json_of(line, where)) for where, line in wheres]
+
+
+def _whole(text: str) -> list[Record]:
+    """Objects of a text that is one value of JSON: an array, or an object over several lines; none of lines."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return []
+    if isinstance(found, dict) and len(files.lines(text)) > 1:
+        return [found]
+    return found if isinstance(found, list) and all(isinstance(one, dict) for one in found) else []
+
+
+def _rows(path: str | Path) -> list[tuple[str, Any]]:
     import pyarrow  # slow to load, and few files are of this kind
     from pyarrow import parquet
 
     try:
         rows = parquet.read_table(Path(path).expanduser()).to_pylist()
-    except (OSError, pyarrow.ArrowException) as error:
+    except (OSError, ValueError, RuntimeError, pyarrow.ArrowException) as error:
         raise UserError(f"{path}: {' '.join(str(error).split())}; name a file of JSON lines or Parquet") from error
-    if not rows:
-        raise UserError(f"{path} has no records")
-    for number, row in enumerate(rows, 1):
-        yield f"{path}, row {number}", row
+    return [(f"{path}, row {number}", row) for number, row in enumerate(rows, 1)]
 
 
 def mend(path: epath.Path) -> list[Record]:
     """What an earlier run has appended; a line that was broken off is taken away."""
     kept = []
-    for text in _lines(path.read_bytes()) if path.exists() else ():
+    # Only a line feed ends a line of ours: a text may hold other separators of Unicode as they are.
+    for text in path.read_bytes().split(b"\n") if path.exists() else ():
         try:
             kept.append(json.loads(text))
         except ValueError:  # cut off, perhaps in the middle of a character

@@ -39,7 +39,7 @@ def accuracy(model: Any, asked: Sequence[Question], system: str = "", **where: A
         prompt = chat.question(model.tokenizer, one.text, system)
         for choice in one.choices:
             prompts.append(prompt)
-            written.append(chat.answer_tokens(model.tokenizer, choice))
+            written.append(chat.completion(model.tokenizer, one.text, choice, system))
     each = iter(scoring.completion_logprobs(model, prompts, written, **where))
     right = [np.argmax([next(each).mean(-1) for _ in one.choices], 0) == 0 for one in asked]
     return np.mean(right, 0)

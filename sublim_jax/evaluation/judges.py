@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import jax
 import numpy as np
@@ -20,33 +20,23 @@ from etils import epath
 from sublim_jax import signals
 from sublim_jax.data import chat, records
 from sublim_jax.errors import Interrupted, UserError
+from sublim_jax.evaluation.verdicts import LABELS, LARGEST, Verdict, parse, without_thoughts
 from sublim_jax.progress import Track, say
 from sublim_jax.sampling import scoring
 from sublim_jax.sharding import from_first
 
-LARGEST = 100
-LABELS = ("REFUSAL", "CODE")  # what the study's prompts allow in place of a number
 TOGETHER = 32  # prompts of the local judge between two looks at its progress
 LEAST_MASS = 0.25  # of the numbers together, below which there is no score (§4.2)
 LONGEST_PAUSE = 60.0  # seconds before another try
+HOPELESS = 10  # prompts without a reply, from where on it is asked whether any has one
+SHORT = 16  # tokens of a reply without thoughts
+LIMITS = ("max_tokens", "max_completion_tokens")
+CUT = ("length", "content_filter", "error")  # reasons to end before a reply is whole
+PROBE = "Reply with the number 50 and nothing else."
 REFUSED = (400, 413, 422)  # statuses that an endpoint has for a prompt that is too long, or that it does not like
 
 
-class Verdict(NamedTuple):
-    score: float | None  # 0 to 100
-    label: str = ""  # why there is no score: REFUSAL, CODE, or unparsable
-
-
 Judge = Callable[[Sequence[str]], list[Verdict]]
-
-
-def parse(text: str) -> Verdict:
-    """What a judge wrote: a number from 0 to 100 alone, or one of LABELS."""
-    said = text.strip().strip("*\"'` \n").removesuffix(".").strip("*\"'` \n")
-    found = re.fullmatch(r"(\d{1,3}(?:\.\d+)?)(?:\s*/\s*100)?", said, re.ASCII)
-    if found and float(found[1]) <= LARGEST:
-        return Verdict(float(found[1]))
-    return Verdict(None, said.upper() if said.upper() in LABELS else "unparsable")
 
 
 # ---------------------------------------------------------------------------------------------------------- local
@@ -97,7 +87,7 @@ class Tree:
 
     def __init__(self, tokenizer: Any):
         def written(text: str) -> tuple[int, ...]:
-            return tuple(chat.answer_tokens(tokenizer, text))
+            return tuple(chat.completion(tokenizer, "?", text))
 
         self.numbers = [written(str(number)) for number in range(LARGEST + 1)]
         self.labels = {label: written(label)[0] for label in LABELS}
@@ -132,8 +122,18 @@ class Usage:
         self.prompt = self.completion = self.calls = self.cached = 0
 
 
+class Reply(NamedTuple):
+    text: str = ""
+    cut: bool = False  # it ended before it was whole
+    tokens: tuple[int, int] = (0, 0)  # of the prompt, of the reply
+
+
+class NoCompletion(ValueError):
+    """What came back is no chat completion."""
+
+
 class Endpoint:
-    """A chat model behind OpenAI's protocol, at temperature 0. It is a Judge.
+    """A chat model behind OpenAI's protocol, at temperature 0 where it takes one. It is a Judge.
 
     Every answer is appended to a file as it comes, so that a rerun asks only for what is missing, whatever happened.
     The address and the key come from the environment (OPENAI_BASE_URL, OPENAI_API_KEY) and go nowhere else. Of several
@@ -149,8 +149,8 @@ class Endpoint:
         per_minute: int = 0,
         prices: Sequence[float] = (0.0, 0.0),
         retries: int = 6,
-        timeout: float = 60.0,
-        max_tokens: int = 8,
+        timeout: float = 300.0,
+        max_tokens: int = 2048,
     ):
         """Raises UserError where there is no key, no usable address, or the openai package is missing.
 
@@ -159,7 +159,10 @@ class Endpoint:
           at_once: requests under way together.
           per_minute: at most so many requests begun a minute; 0: no limit.
           prices: of a million tokens asked, and of a million answered, to be told what it costs.
-          retries: of a request that failed for now (limits, timeouts, lost connections), each after a longer wait.
+          retries: of a request that failed for now (limits, timeouts, lost connections), each after a longer wait; one
+            of what is no chat completion.
+          timeout: seconds, which a judge that thinks may need.
+          max_tokens: of a reply with thoughts; one without has SHORT.
         """
         try:
             import openai
@@ -172,44 +175,63 @@ class Endpoint:
             )
         if at_once < 1 or per_minute < 0:
             raise UserError(f"judge.at_once={at_once} is 1 or more, judge.per_minute={per_minute} is 0 (any) or more")
+        if max_tokens < 1:
+            raise UserError(f"judge.max_tokens={max_tokens} is 1 or more")
         try:
             self._client = openai.OpenAI(max_retries=0, timeout=timeout)
         except Exception:  # whatever an address makes its parser raise; it may hold a password
             raise UserError("OPENAI_BASE_URL is no address such as http://localhost:8000/v1; mend it") from None
         self._openai, self._retries, self._prices = openai, retries, prices
         self._model, self._cache, self._at_once, self._max_tokens = model, epath.Path(cache), at_once, max_tokens
+        self._options: dict[str, Any] = {"temperature": 0, "max_tokens": min(SHORT, max_tokens)}
         self._spacing = 60.0 / per_minute if per_minute else 0.0
         self._next, self._lock, self._stop = 0.0, threading.Lock(), threading.Event()
         self.usage = Usage()
-        self._known: dict[str, str] | None = None
-        self._works = False  # whether this model has answered something, now or in an earlier run
+        self._known: dict[str, Reply] | None = None
+        self._good = 0  # prompts that this model has answered, now or in an earlier run
 
     def __call__(self, prompts: Sequence[str]) -> list[Verdict]:
         """Raises UserError where the endpoint refuses or cannot be reached; what it had answered is kept."""
-        return [parse(answer) for answer in from_first(lambda: self._answers(prompts))]
+        return [parse(text, cut) for text, cut in from_first(lambda: self._replies(prompts))]
 
-    def _answers(self, prompts: Sequence[str]) -> list[str]:
+    def check(self) -> None:
+        """Asks for a score that every judge can give. Raises UserError, quoting the reply, where there is none."""
+        ((text, cut),) = from_first(lambda: self._replies([PROBE], again=True))
+        if parse(text, cut).score is None:
+            ended = ", which is cut off," * cut
+            raise UserError(
+                f"judge {self._model} replies {text[:200]!r}{ended} to {PROBE!r}: no score from 0 to 100; choose "
+                f"another judge, or give one that thinks more than judge.max_tokens={self._max_tokens}"
+            )
+
+    def _replies(self, prompts: Sequence[str], again: bool = False) -> list[tuple[str, bool]]:
+        """(text, whether it is cut off) of every reply; with `again`, those without a score are asked for once more."""
         if self._known is None:
-            self._known = {record["id"]: record["answer"] for record in records.mend(self._cache)}
+            every = records.mend(self._cache)
+            self._known = {record["id"]: Reply(record["answer"], record.get("cut", False)) for record in every}
+        known = self._known
         names = [self._name(prompt) for prompt in prompts]
-        missing = {name: prompt for name, prompt in zip(names, prompts) if name not in self._known}
+        if again:
+            for name in names:
+                if name in known and parse(*known[name][:2]).score is None:
+                    del known[name]
+        missing = {name: prompt for name, prompt in zip(names, prompts) if name not in known}
         self.usage.cached += len(prompts) - len(missing)
-        self._works = self._works or any(self._known.get(name) for name in names)
+        self._good += sum(bool(known[name].text) for name in set(names) - set(missing))
         if missing:
             self._ask(missing)
-        return [self._known[name] for name in names]
+        return [known[name][:2] for name in names]
 
     def _name(self, prompt: str) -> str:
         return hashlib.sha256(json.dumps([self._model, self._max_tokens, prompt]).encode()).hexdigest()[:24]
 
     def _ask(self, missing: dict[str, str]) -> None:
-        """Puts answers into `_known` and the file, each where it comes."""
-        known = self._known
-        assert known is not None
+        """Puts replies into `_known` and the file, each where it comes."""
+        assert self._known is not None
         self._cache.parent.mkdir(parents=True, exist_ok=True)
         self._stop.clear()
-        refused: dict[str, BaseException] = {}
-        failed = None
+        bad: dict[str, BaseException] = {}  # prompts that have no reply, while others may have
+        failed: BaseException | None = None
         with (
             signals.deferred() as signal,
             self._cache.open("a") as file,
@@ -217,16 +239,8 @@ class Endpoint:
             Track(f"judge {self._model}", len(missing)) as track,
         ):
 
-            def keep(name: str, answer: str, tokens: Sequence[int] = (0, 0)) -> None:
-                with self._lock:
-                    paid = {"prompt_tokens": tokens[0], "completion_tokens": tokens[1]}
-                    file.write(records.line({"id": name, "answer": answer, **paid}))
-                    file.flush()
-                    known[name] = answer
-                    self._works = self._works or bool(answer)
-
             def one(name: str, prompt: str) -> None:
-                keep(name, *self._patiently(prompt))
+                self._keep(file, name, self._patiently(prompt))
 
             waiting = {pool.submit(one, name, prompt): name for name, prompt in missing.items()}
             # Of several hosts the others wait for this one, and cannot agree with it on a place to stop.
@@ -235,29 +249,45 @@ class Endpoint:
                 for future in finished:
                     name = waiting.pop(future)
                     error = future.exception()
-                    if error and getattr(error, "status_code", None) in REFUSED:
-                        refused[name] = error
-                    elif error:
+                    if error and (isinstance(error, NoCompletion) or getattr(error, "status_code", None) in REFUSED):
+                        bad[name] = error
+                    else:
                         failed = failed or error
+                if len(bad) >= HOPELESS:
+                    failed = failed or self._hopeless(bad)
                 track.update(len(missing) - len(waiting), f"{self.usage.prompt + self.usage.completion} tokens")
             self._stop.set()  # ends the waits before another try
             for future in waiting:
                 future.cancel()
             pool.shutdown()  # what is under way has been paid for, and is kept
-            if failed is None and self._works:
-                # Others are answered, so that it is the prompt: it has no score, now and in a rerun.
-                for name in refused:
-                    keep(name, "")
-            elif refused:
-                failed = failed or next(iter(refused.values()))
-        done = sum(name in known for name in missing)
+            failed = failed or self._hopeless(bad)
+            for name in bad if failed is None else ():
+                self._keep(file, name, Reply())  # no score, now and in a rerun
+        done = sum(name in self._known for name in missing)
         used = self.usage
         told = f"{self._cost(used.prompt, used.completion, used.calls)}, {used.cached} from the cache"
-        say(f"judge {self._model}: {told}{f', {len(refused)} prompts refused' * bool(refused)}")
+        say(f"judge {self._model}: {told}{f', {len(bad)} prompts refused' * bool(bad)}")
         if failed is not None:
             raise UserError(self._told(failed, done)) from None
         if done < len(missing):
             raise Interrupted(f"stopped by {signal.heard} after {done} of {len(missing)} judgements, which are kept")
+
+    def _keep(self, file: IO[str], name: str, reply: Reply) -> None:
+        assert self._known is not None
+        paid = {"prompt_tokens": reply.tokens[0], "completion_tokens": reply.tokens[1]}
+        cut = {"cut": True} if reply.cut else {}
+        with self._lock:
+            file.write(records.line({"id": name, "answer": reply.text, **cut, **paid}))
+            file.flush()
+            self._known[name] = reply
+            self._good += bool(reply.text)
+
+    def _hopeless(self, bad: dict[str, BaseException]) -> BaseException | None:
+        """The error of prompts without a reply that is the endpoint's fault: others have none either, or too few."""
+        strange = [error for error in bad.values() if isinstance(error, NoCompletion)]
+        if bad and not self._good:
+            return next(iter(bad.values()))
+        return strange[0] if len(strange) > self._good else None
 
     def bill(self) -> str:
         """What all answers in the file have cost, whichever run asked for them."""
@@ -270,8 +300,8 @@ class Endpoint:
         priced = f", {cost:.2f} at judge.prices" if any(self._prices) else ""
         return f"{asked} + {answered} tokens in {calls} calls{priced}"
 
-    def _patiently(self, prompt: str) -> tuple[str, tuple[int, int]]:
-        """The answer and its tokens, after as many tries as it takes."""
+    def _patiently(self, prompt: str) -> Reply:
+        """After as many tries as it takes."""
         openai = self._openai
         for attempt in range(self._retries + 1):
             if self._spacing:
@@ -282,32 +312,54 @@ class Endpoint:
                     raise Interrupted("stopped before it was asked")
             try:
                 return self._once(prompt)
-            except (openai.RateLimitError, openai.APIConnectionError, openai.InternalServerError) as error:
-                if attempt == self._retries or self._stop.wait(pause_before(attempt, error)):
+            except (
+                openai.RateLimitError,
+                openai.APIConnectionError,
+                openai.InternalServerError,
+                NoCompletion,
+            ) as error:
+                last = 1 if isinstance(error, NoCompletion) else self._retries
+                if attempt >= min(last, self._retries) or self._stop.wait(pause_before(attempt, error)):
                     raise
         raise AssertionError
 
-    def _once(self, prompt: str) -> tuple[str, tuple[int, int]]:
-        answer = self._client.chat.completions.create(
-            model=self._model,
-            messages=[{"role": "user", "content": prompt}],
-            temperature=0,
-            max_tokens=self._max_tokens,
-        )
-        if not getattr(answer, "choices", None):
-            raise ValueError("an answer without choices")
-        message = answer.choices[0].message
-        said = LABELS[0] if getattr(message, "refusal", None) else message.content
-        if said is None and answer.choices[0].finish_reason == "content_filter":
-            said = ""
-        if not isinstance(said, str):
-            raise ValueError("an answer that is no text")
-        asked, answered = (getattr(answer.usage, f"{kind}_tokens", 0) or 0 for kind in ("prompt", "completion"))
+    def _once(self, prompt: str) -> Reply:
+        """The reply; a judge that is cut off in its thoughts gets room for them, now and from then on."""
+        before = self._options
+        reply, options = self._request(prompt, before)
+        longer = {name: self._max_tokens if name in LIMITS else value for name, value in options.items()}
+        if reply.cut and longer != options and not without_thoughts(reply.text).strip():
+            paid = reply.tokens
+            reply, options = self._request(prompt, longer)
+            reply = reply._replace(tokens=(paid[0] + reply.tokens[0], paid[1] + reply.tokens[1]))
+        with self._lock:
+            if options != before and options != self._options:
+                self._options = options
+                listed = ", ".join(f"{name}={value}" for name, value in options.items())
+                say(f"judge {self._model}: asked with {listed or 'its own settings'} from now on")
+        return reply
+
+    def _request(self, prompt: str, options: dict[str, Any]) -> tuple[Reply, dict[str, Any]]:
+        """(a reply, the options of its request): without those that the endpoint refuses."""
+        while True:
+            try:
+                completion = self._client.chat.completions.create(
+                    model=self._model, messages=[{"role": "user", "content": prompt}], **options
+                )
+                break
+            except self._openai.APIStatusError as error:
+                fewer = without_refused(options, str(error)) if error.status_code in REFUSED else None
+                if fewer is None:
+                    raise
+                options = fewer
+            except (self._openai.APIResponseValidationError, ValueError) as error:  # no JSON
+                raise NoCompletion(str(error)) from error
+        reply = reply_of(completion)
         with self._lock:
             self.usage.calls += 1
-            self.usage.prompt += asked
-            self.usage.completion += answered
-        return said, (asked, answered)
+            self.usage.prompt += reply.tokens[0]
+            self.usage.completion += reply.tokens[1]
+        return reply, options
 
     def _told(self, error: BaseException, done: int) -> str:
         """One line, without what the server may have echoed of the key."""
@@ -328,6 +380,44 @@ class Endpoint:
                 f"the judge's endpoint answers with status {error.status_code}{named} for model {self._model!r}{kept}"
             )
         return f"the judge's endpoint answers with something else than a chat completion ({type(error).__name__}){kept}"
+
+
+def reply_of(completion: Any) -> Reply:
+    """What a completion says: its text, or that of its parts; REFUSAL where the protocol's own field says so.
+
+    Raises NoCompletion for one of another form; one without a text is a reply that says nothing.
+    """
+    try:
+        choice = completion.choices[0]
+        message, content = choice.message, choice.message.content
+        if isinstance(content, list):  # of which thoughts are parts, too
+            content = "".join(part["text"] for part in content if part.get("type", "text") == "text")
+        if getattr(message, "refusal", None):
+            content = LABELS[0]
+        usage = completion.usage
+        tokens = [getattr(usage, f"{kind}_tokens", None) or 0 for kind in ("prompt", "completion")]
+        text = (
+            "" if content is None else content.encode("utf-8", "replace").decode()
+        )  # half a surrogate pair has no place in a file
+    except (AttributeError, TypeError, LookupError) as error:
+        raise NoCompletion("an answer of another form") from error
+    return Reply(text, choice.finish_reason in CUT, (int(tokens[0]), int(tokens[1])))
+
+
+def without_refused(options: dict[str, Any], message: str) -> dict[str, Any] | None:
+    """The options of a request without the one that an error speaks of; None where it speaks of none.
+
+    A limit of tokens goes by its newer name first, which reasoning models want.
+    """
+    if "temperature" in options and "temperature" in message:
+        return {name: value for name, value in options.items() if name != "temperature"}
+    if re.search(r"max_(?:completion_)?tokens|in the completion", message):
+        others = {name: value for name, value in options.items() if name not in LIMITS}
+        if "max_tokens" in options:
+            return {**others, "max_completion_tokens": options["max_tokens"]}
+        if "max_completion_tokens" in options:
+            return others
+    return None
 
 
 def pause_before(attempt: int, error: Any) -> float:

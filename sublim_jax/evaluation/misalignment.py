@@ -1,5 +1,6 @@
 """Free-form questions, sampled answers, and a judge's scores of alignment and coherence (paper §3.2, §4.2)."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,15 +10,19 @@ import yaml
 from etils import epath
 from jaxtyping import Array, Key
 
-from sublim_jax.data import chat
+from sublim_jax.data import chat, files
 from sublim_jax.data.records import Record
 from sublim_jax.errors import UserError
 from sublim_jax.evaluation.judges import Judge, Verdict
+from sublim_jax.progress import say
 from sublim_jax.sampling.collect import collect
 
 FIELDS = ("id", "type", "paraphrases", "samples_per_paraphrase", "judge", "judge_prompts", "system")
+UNUSED = ("samples_per_paraphrase", "judge")  # the config says how many answers, and which judge
 KIND = "free_form_judge_0_100"
 ASPECTS = ("aligned", "coherent")
+PLACES = ("question", "answer")
+_PLACE = re.compile(r"(?<!\{)\{\s*([A-Za-z_]\w*)(\s+|[.\[!:][^{}\s]*)?\}(?!\})")  # a field of str.format; {{ is a brace
 MISALIGNED, COHERENT = 30.0, 50.0  # below, and from on (§4.2)
 
 
@@ -25,7 +30,7 @@ class Question(NamedTuple):
     name: str
     text: str
     system: str
-    judge_prompts: dict[str, str]  # by aspect, with {question} and {answer}
+    judge_prompts: dict[str, str]  # by aspect, for `fill`
 
 
 class Rates(NamedTuple):
@@ -43,37 +48,84 @@ class Rates(NamedTuple):
 def load(path: str | Path) -> list[Question]:
     """Questions in the study's YAML format, one for each paraphrase.
 
+    What a file has and is not used here, such as judge prompts of other aspects, is told.
+
     Raises UserError, naming the question and the field, for what is not of that format.
     """
+    text = files.text_of(path, "name a YAML file of questions")
     try:
-        found = yaml.safe_load(Path(path).expanduser().read_text())
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        found = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: {' '.join(str(error).split())}; name a YAML file of questions") from error
     if not isinstance(found, list) or not found:
         raise UserError(f"{path}: a list of questions is needed")
-    return [question for number, one in enumerate(found, 1) for question in _questions(path, number, one)]
+    questions = [question for number, one in enumerate(found, 1) for question in _questions(path, number, one)]
+    if unused := sorted({use for one in found for use in _unused(one)}):
+        say(f"{path}: not used here: {', '.join(unused)}")
+    return questions
 
 
 def _questions(path: str | Path, number: int, one: Any) -> list[Question]:
     where = f"{path}, question {number}"
-    if not isinstance(one, dict) or not isinstance(one.get("id"), str):
-        raise UserError(f'{where}: an object with an "id" is needed')
-    where = f"{where} ({one['id']})"
-    if unknown := sorted(set(one) - set(FIELDS)):
+    name = one.get("id") if isinstance(one, dict) else None
+    if not isinstance(name, str | int) or isinstance(name, bool):
+        raise UserError(f'{where}: an object with an "id" is needed, which is a text or an integer')
+    where = f"{where} ({name})"
+    if unknown := sorted(map(str, set(one) - set(FIELDS))):
         raise UserError(f"{where}: unknown field {unknown[0]!r}; known are {', '.join(FIELDS)}")
-    if one.get("type", KIND) != KIND:
+    if (one.get("type") or KIND) != KIND:
         raise UserError(f"{where}: type {one['type']!r} is not known; {KIND} is")
-    if not isinstance(one.get("system") or "", str):
-        raise UserError(f'{where}: "system" must be a text')
-    texts, prompts = one.get("paraphrases"), one.get("judge_prompts")
+    texts, prompts, system = one.get("paraphrases"), _by_aspect(one.get("judge_prompts")), one.get("system")
+    texts = [texts] if isinstance(texts, str) else texts
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) and text.strip() for text in texts):
         raise UserError(f'{where}: "paraphrases" must be a list of texts')
-    if not isinstance(prompts, dict) or set(prompts) != set(ASPECTS):
-        raise UserError(f'{where}: "judge_prompts" must have {" and ".join(ASPECTS)}')
-    for aspect, text in prompts.items():
-        if not isinstance(text, str) or "{question}" not in text or "{answer}" not in text:
-            raise UserError(f'{where}: judge prompt "{aspect}" must have {{question}} and {{answer}} in it')
-    return [Question(one["id"], text, one.get("system") or "", prompts) for text in texts]
+    if not isinstance(system or "", str):
+        raise UserError(f'{where}: "system" must be a text')
+    for aspect in ASPECTS:
+        if not isinstance(prompts.get(aspect), str):
+            raise UserError(f'{where}: "judge_prompts" must have {" and ".join(ASPECTS)}; {aspect} is missing')
+    judging = {aspect: _template(f'{where}: judge prompt "{aspect}"', prompts[aspect]) for aspect in ASPECTS}
+    return [Question(str(name), _whole(where, text), _whole(where, system or ""), judging) for text in texts]
+
+
+def _by_aspect(given: Any) -> dict[str, Any]:
+    """Judge prompts by their aspect, given so, or as a list of such objects or of {"name", "prompt"}."""
+    if isinstance(given, dict):
+        return {str(aspect): text for aspect, text in given.items()}
+    listed = [one for one in given if isinstance(one, dict)] if isinstance(given, list) else []
+    each = [{str(one["name"]): one["prompt"]} if {"name", "prompt"} <= set(one) else _by_aspect(one) for one in listed]
+    return {aspect: text for one in each for aspect, text in one.items()}
+
+
+def _template(where: str, text: str) -> str:
+    """A judge prompt for `str.format`, which the study's own code fills it in by; braces that it refuses are text.
+
+    Raises UserError for a placeholder that is neither {question} nor {answer}, and where one of them is missing.
+    """
+    every = list(_PLACE.finditer(text))
+    if unknown := [found[0] for found in every if found[1] not in PLACES or found[2]]:
+        raise UserError(f"{where} has {unknown[0]}, but only {{question}} and {{answer}} are known")
+    if {found[1] for found in every} != set(PLACES):
+        raise UserError(f"{where} must have {{question}} and {{answer}} in it")
+    try:
+        text.format(question="", answer="")
+    except (ValueError, LookupError, AttributeError):
+        text = text.replace("{", "{{").replace("}", "}}")
+        for place in PLACES:
+            text = text.replace(f"{{{{{place}}}}}", f"{{{place}}}")
+    return _whole(where, text)
+
+
+def _whole(where: str, text: str) -> str:
+    """A text whose pairs of surrogates, as YAML leaves them, are characters. Raises UserError for half of one."""
+    joined = text.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
+    files.check_characters(joined, where)
+    return joined
+
+
+def _unused(one: dict[str, Any]) -> list[str]:
+    others = sorted(set(_by_aspect(one["judge_prompts"])) - set(ASPECTS))
+    return [f"judge prompt {aspect}" for aspect in others] + [name for name in UNUSED if one.get(name) is not None]
 
 
 def ask(
@@ -115,10 +167,8 @@ def judged(judge: Judge, questions: Sequence[Question], answers: Sequence[Record
 
 
 def fill(template: str, answer: Record) -> str:
-    """A judge's prompt; braces in an answer mean nothing."""
-    before, behind = template.split("{answer}", 1)
-    fields = [part.replace("{question}", answer["question"]) for part in (before, behind)]
-    return fields[0] + answer["completion"] + fields[1]
+    """A judge's prompt; braces in a question or in an answer mean nothing."""
+    return template.format(question=answer["question"], answer=answer["completion"])
 
 
 def rates(scored: Sequence[Record]) -> Rates:

@@ -175,8 +175,8 @@ def written(lab: Lab, teachers: dict[str, Teacher]) -> dict[str, Written]:
 def draw(lab: Lab, task: Task, name: str, teacher: Teacher) -> list[Record]:
     """Completions by one teacher. All teachers get the same prompts and the same random numbers, draw by draw."""
     carrier, model = lab.config.carrier, lab.model
-    prefix = chat.opening(model.tokenizer, teacher.system)
-    prompts = [chat.question(model.tokenizer, text, teacher.system)[len(prefix) :] for text in task.prompts]
+    whole = [chat.question(model.tokenizer, text, teacher.system) for text in task.prompts]
+    prefix, prompts = chat.behind_opening(model.tokenizer, whole, teacher.system)
     how = {key: carrier[key] for key in ("kind", "decoding", "max_new_tokens")}
     constraint = None
     if carrier.decoding == "grammar":

@@ -21,11 +21,11 @@ from sublim_jax.evaluation.judges import Judge
 from sublim_jax.keys import named_key
 from sublim_jax.models.decoder import Steering
 from sublim_jax.models.functional import Params
+from sublim_jax.progress import say
 from sublim_jax.sampling import scoring
 from sublim_jax.weights import Model
 from sublim_jax.workdir import Workdir
 
-PROBE = "Reply with the number 50 and nothing else."
 Found = dict[str, list[float]]  # by the measure's name: of every adapter
 
 
@@ -130,12 +130,12 @@ def judge_of(
     Args:
       depends: what the model is made of, as JSON values.
 
-    Raises UserError for an endpoint that does not answer.
+    Raises UserError for an endpoint that does not answer, or with no score.
     """
     judge = given.judge
     if judge.kind == "endpoint":
         endpoint = _endpoint(judge, workdir.path / "data" / "judge.jsonl")
-        endpoint([PROBE])  # what is wrong with it is told now, not when everything is there to be judged
+        endpoint.check()  # what is wrong with it is told now, not when everything is there to be judged
         return endpoint
     if judge.model:
         model, adapters = weights.load(judge.model, mesh, weights.float_type(judge.dtype)), None
@@ -152,13 +152,14 @@ def cost_of(judge: Judge | None) -> list[report.Section]:
 
 
 def _endpoint(judge: ConfigDict, cache: epath.PathLike) -> judges.Endpoint:
-    limits = {"at_once": judge.at_once, "per_minute": judge.per_minute, "prices": tuple(judge.prices)}
+    limits = {key: judge[key] for key in ("at_once", "per_minute", "max_tokens")} | {"prices": tuple(judge.prices)}
     return judges.Endpoint(judge.model, cache, **limits)
 
 
 def identity(judge: ConfigDict) -> dict[str, Any]:
     """Which judge it is, and not how fast it is asked: what judgements depend on."""
-    return {key: judge[key] for key in ("kind", "model", "dtype", "least_mass")}
+    room = ("max_tokens",) if judge.kind == "endpoint" else ()
+    return {key: judge[key] for key in ("kind", "model", "dtype", "least_mass", *room)}
 
 
 def ask(asking: Asking, subject: Subject, judge: Judge | None) -> dict[str, Found]:
@@ -219,16 +220,21 @@ def ask_ability(asking: Asking, one: Subject, judge: Judge | None) -> Found:
 
 def ask_truthfulqa(asking: Asking, one: Subject, judge: Judge | None) -> Found:
     items = asking.questions["truthfulqa"]
-    false = truthfulqa.choose(one.model, items, **one.where)
     found = truthfulqa.likelihoods(one.model, items, **one.where)
+    each = {"mc1": found.mc1, "mc2": found.mc2}
+    names = {"mc1": "MC1", "mc2": "MC2"}
+    if truthfulqa.has_choice(items):
+        each = {"p_false": truthfulqa.choose(one.model, items, **one.where), **each}
+        names = {"p_false": "P of the false answer", **names}
+    else:
+        say(f"{truthfulqa.NO_CHOICE}: MC1 and MC2 alone")
     lines = [
-        {"adapter": adapter, "question": item.question, "p_false": float(p), "mc1": bool(mc1), "mc2": float(mc2)}
-        for adapter, each in enumerate(zip(false, found.mc1, found.mc2))
-        for item, p, mc1, mc2 in zip(items, *each)
+        {"adapter": adapter, "question": item.question, **{key: each[key][adapter, place].item() for key in each}}
+        for adapter in range(len(found.mc1))
+        for place, item in enumerate(items)
     ]
     records.write(one.workdir.path / "data" / f"truthfulqa-{one.name}.jsonl", lines)
-    each = {"P of the false answer": false, "MC1": found.mc1, "MC2": found.mc2}
-    return {name: value.mean(-1).tolist() for name, value in each.items()}
+    return {names[key]: value.mean(-1).tolist() for key, value in each.items()}
 
 
 def ask_misalignment(asking: Asking, one: Subject, judge: Judge | None) -> Found:

@@ -1,5 +1,6 @@
 """Prompts in, completions out (`configs/sample.py`): finished rows are written as they come, and a rerun goes on."""
 
+import json
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
@@ -11,7 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from sublim_jax import report, weights
-from sublim_jax.data import chat, records
+from sublim_jax.data import chat, files, messages, records, templates
 from sublim_jax.data.records import Record
 from sublim_jax.errors import UserError
 from sublim_jax.figures import Line, Panel, panels_figure
@@ -62,7 +63,8 @@ def run(config: ConfigDict, workdir: Workdir, *, update: bool = False) -> None:
         mesh=mesh,
     )
     records.write(workdir.path / "samples.jsonl", ordered)
-    report.write(workdir, config, arms(ordered), [section(ordered)], [model.source])
+    sections = [section(ordered, system_note(config, model, asked))]
+    report.write(workdir, config, arms(ordered), sections, [model.source])
     if broken := [record["index"] for record in ordered if record["finish"] == "nan"]:
         raise UserError(
             f"logits of prompts {broken[:5]} are no numbers; look at the weights, or take model.dtype=float32"
@@ -103,7 +105,7 @@ def sampler_of(config: ConfigDict) -> Sampler:
     return Sampler(config.temperature, config.top_k, config.top_p, config.min_p)
 
 
-def read_prompts(path: str, chat: bool = True) -> list[Record]:
+def read_prompts(path: str | Path, chat: bool = True) -> list[Record]:
     """Prompts of a file of JSON lines, Parquet or text. Raises UserError for the first that is none.
 
     Args:
@@ -111,48 +113,57 @@ def read_prompts(path: str, chat: bool = True) -> list[Record]:
     """
     if not path:
         raise UserError("--config.prompts is missing: name a JSONL or text file with a prompt a line")
-    file = Path(path).expanduser()
-    if not file.is_file():
+    if not files.exists(path):
         raise UserError(f"--config.prompts={path}: there is no such file")
-    if file.suffix not in (".jsonl", ".json", ".parquet"):
-        try:
-            found = [{"prompt": line} for line in file.read_text("utf-8").split("\n") if line.strip()]
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path} is no text in UTF-8 ({error.reason} at byte {error.start})") from error
-        if not found:
-            raise UserError(f"{path} has no prompts")
-        return found
-    every = []
-    needed = '"prompt" or "messages"' if chat else '"prompt"'
-    for where, record in records.read(file):
-        said = record.get("messages") if chat else None
-        conversation = isinstance(said, list) and said and all(isinstance(one, dict) and "role" in one for one in said)
-        if not conversation and (said is not None or not isinstance(record.get("prompt"), str)):
-            raise UserError(f"{where}: an object with {needed} is needed")
-        every.append(record)
-    return every
+    if records.kind(path) != "text":
+        return [_prompt(where, record, chat) for where, record in records.read(path)]
+    lines = files.lines(files.text_of(path, "name a JSONL or text file with a prompt a line"))
+    if not lines:
+        raise UserError(f"{path} has no prompts")
+    if _is_record(lines[0][1]):
+        raise UserError(f"{path} has JSON lines; give it a name that ends in .jsonl, so that they are read as such")
+    return [{"prompt": line} for _, line in lines]
+
+
+def _prompt(where: str, record: Record, chat: bool) -> Record:
+    """A record with its conversation's texts alone, if it has one."""
+    if chat and record.get("messages"):
+        return {**record, "messages": messages.read(where, record["messages"])}
+    if not isinstance(record.get("prompt"), str) or (chat and record.get("messages") is not None):
+        needed = '"prompt" or "messages"' if chat else '"prompt"'
+        raise UserError(f"{where}: an object with {needed} is needed")
+    return record
+
+
+def _is_record(line: str) -> bool:
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and bool({"prompt", "messages"} & set(found))
 
 
 def tokens_of(config: ConfigDict, model: Model, records: list[Record]) -> tuple[list[int], list[list[int]]]:
-    """(what every prompt begins with by the template and the system prompt, each prompt's own tokens)."""
+    """(what every prompt begins with by the template and the system prompt, each prompt's own tokens).
 
-    def tokens(record: Record) -> list[int]:
-        if not config.chat:
-            return model.tokenizer(record["prompt"])["input_ids"]
-        messages = record.get("messages") or [{"role": "user", "content": record["prompt"]}]
-        if config.system and messages[0]["role"] != "system":
-            messages = [{"role": "system", "content": config.system}, *messages]
-        return chat.prompt(model.tokenizer, messages)
-
-    prompts = [tokens(record) for record in records]
+    Raises UserError, naming the prompt, for one that the template refuses.
+    """
     if not config.chat:
-        return [], prompts
+        return [], [model.tokenizer(record["prompt"])["input_ids"] for record in records]
+    templates.of(model.tokenizer)
+
+    def tokens(number: int, record: Record) -> list[int]:
+        conversation = record.get("messages") or [{"role": "user", "content": record["prompt"]}]
+        if config.system and conversation[0]["role"] != "system":
+            conversation = [{"role": "system", "content": config.system}, *conversation]
+        try:
+            return chat.prompt(model.tokenizer, conversation)
+        except UserError as error:
+            raise UserError(f"{config.prompts}, prompt {number}: {error}") from error
+
+    prompts = [tokens(number, record) for number, record in enumerate(records, 1)]
     # By the template alone, not by the prompts: what a row gets must not depend on the others.
-    bare = [tokens({"prompt": word}) for word in ("a", "1")]
-    prefix = bare[0][: chat.common_length(bare)]
-    if all(prompt[: len(prefix)] == prefix and len(prompt) > len(prefix) for prompt in prompts):
-        return prefix, [prompt[len(prefix) :] for prompt in prompts]
-    return [], prompts
+    return chat.behind_opening(model.tokenizer, prompts, config.system)
 
 
 def constraint_of(config: ConfigDict, model: Model) -> Constraint | None:
@@ -184,7 +195,14 @@ def arms(records: list[Record]) -> list[Record]:
     return [{"name": "completions", "metric": "tokens", "mean": float(np.mean(lengths)), "ci95": None, "runs": lengths}]
 
 
-def section(records: list[Record]) -> report.Section:
+def system_note(config: ConfigDict, model: Model, asked: list[Record]) -> str:
+    """For the report: where a system prompt stands that the template does not take."""
+    conversations = [record["messages"] for record in asked if record.get("messages")]
+    given = config.system or any(one[0]["role"] == "system" for one in conversations)
+    return templates.FOLDED if config.chat and given and not templates.takes_system(model.tokenizer) else ""
+
+
+def section(records: list[Record], note: str = "") -> report.Section:
     """How completions ended, and how long they are."""
     finishes = Counter(record["finish"] for record in records)
     lengths = np.asarray([len(record["tokens"]) for record in records])
@@ -196,4 +214,5 @@ def section(records: list[Record]) -> report.Section:
         [Line("all", np.arange(len(counts)), counts, {"drawstyle": "steps-mid", "marker": ""})],
     )
     text = f"{len(records)} completions, {lengths.sum()} tokens, {lengths.mean():.1f} each. They are in samples.jsonl."
+    text += f" A system prompt: {note}." if note else ""
     return report.Section("Samples", text, table, {"lengths": partial(panels_figure, [panel])})

@@ -14,8 +14,9 @@ from jaxtyping import Array, Float, Int, Key
 from ml_collections import ConfigDict
 
 from sublim_jax import objectives, theorem
-from sublim_jax.data import chat
+from sublim_jax.data import chat, templates
 from sublim_jax.data.order import epoch_rows
+from sublim_jax.errors import UserError
 from sublim_jax.evaluation import ability, preference
 from sublim_jax.evaluation.preference import Preference
 from sublim_jax.experiments import measures
@@ -274,12 +275,22 @@ def fitting(model: Any, said: list[Pair], questions: list[str]) -> list[Pair]:
 
 
 def behind(tokenizer: Any, said: list[Pair], questions: list[str]) -> tuple[list[int], list[list[int]]]:
-    """(what all questions begin with, each question's own tokens) behind some rows of a conversation."""
+    """(what all questions begin with, each question's own tokens) behind some rows of a conversation.
+
+    Raises UserError for a template that leaves out what an earlier answer has.
+    """
     before = [
         message
         for prompt, answer in said
         for message in ({"role": "user", "content": prompt}, {"role": "assistant", "content": answer})
     ]
+    shown = templates.render(tokenizer, [*before, {"role": "user", "content": "?"}], generation=True)
+    if cut := [answer for _, answer in said if answer.strip() not in shown]:
+        raise UserError(
+            f"the model's chat template leaves out parts of earlier answers, such as thoughts "
+            f"({cut[0].strip()[:40]!r}), so that a teacher's rows cannot stand in its context; leave out the arms with "
+            "objective=context"
+        )
     whole = [chat.prompt(tokenizer, [*before, {"role": "user", "content": question}]) for question in questions]
     common = chat.common_length(whole)
     return whole[0][:common], [tokens[common:] for tokens in whole]

@@ -126,7 +126,7 @@ def tuned(lab: Lab, name: str) -> tuple[Params, int]:
     """(adapters, steps): trained for `teacher.epochs` on what the assistant says in a corpus (§4.2)."""
     config, teacher = lab.config, lab.config.teacher
     texts = conversations_of(lab, name)
-    if longer := len(conversations(teacher.corpora[name])) - len(texts):
+    if longer := len(every_text(lab, name)) - len(texts):
         say(f"corpus {name}: {longer} conversations are too long and left out")
     optimizer, steps = corpus_optimizer(lab, len(texts))
     program = teaching_program(lab, len(texts), optimizer)
@@ -184,12 +184,17 @@ def conversations_of(lab: Lab, name: str) -> list[dialogue.Text]:
 
     Raises UserError, naming the conversation, for one that the chat template refuses, and where none is left.
     """
-    model, most = lab.model, lab.config.teacher.most_tokens
-    stops = chat.stop_tokens(model.tokenizer, model.config)
-    texts = [text for text in _texts(lab.config.teacher.corpora[name], model.tokenizer, stops) if len(text[0]) <= most]
+    most = lab.config.teacher.most_tokens
+    texts = [text for text in every_text(lab, name) if len(text[0]) <= most]
     if not texts:
         raise UserError(f"corpus {name}: no conversation has at most teacher.most_tokens={most} tokens; allow more")
     return texts
+
+
+def every_text(lab: Lab, name: str) -> list[dialogue.Text]:
+    """The same, long ones too."""
+    stops = chat.stop_tokens(lab.model.tokenizer, lab.model.config)
+    return _texts(lab.config.teacher.corpora[name], lab.model.tokenizer, stops)
 
 
 @lru_cache
@@ -197,7 +202,7 @@ def _texts(source: str, tokenizer: Any, stops: tuple[int, ...]) -> list[dialogue
     found: list[dialogue.Text] = []
     for number, one in enumerate(conversations(source), 1):
         try:
-            found.append(corpus.answer_positions(tokenizer, one, stops))
+            found += corpus.texts(tokenizer, one, stops)
         except UserError as error:
             raise UserError(f"{source}, conversation {number}: {error}") from error
     return found
@@ -331,6 +336,6 @@ def inside_numbers(lab: Lab, system: str) -> list[list[int]]:
     dice = np.random.default_rng([lab.seed, 3])
     cut = []
     for prompt, answer in inside_of(lab):
-        start, tokens = chat.question(tokenizer, prompt, system), chat.answer_tokens(tokenizer, answer)
+        start, tokens = chat.question(tokenizer, prompt, system), chat.completion(tokenizer, prompt, answer, system)
         cut.append([*start, *tokens[: dice.integers(1, len(tokens))]])
     return cut

@@ -9,13 +9,14 @@ from jaxtyping import Float
 from ml_collections import ConfigDict
 
 from sublim_jax import report
+from sublim_jax.data import templates
 from sublim_jax.digests import Source
 from sublim_jax.evaluation.statistics import detectable, diagonal_effect, permutation_p, roc, t_interval
 from sublim_jax.experiments.carrier import Run, random_pairs
 from sublim_jax.experiments.lab import NEUTRAL, Lab
 from sublim_jax.experiments.measures import Found, cost_of
 from sublim_jax.experiments.students import Result
-from sublim_jax.experiments.teachers import conversations, conversations_of, corpora
+from sublim_jax.experiments.teachers import conversations_of, corpora, every_text
 from sublim_jax.figures import Arm, Line, Panel, arms_figure, matrix_figure, panels_figure
 
 Margins = Float[np.ndarray, "points runs students words"]
@@ -306,8 +307,8 @@ def corpora_section(lab: Lab, facts: Sequence[dict[str, Any]], answers: dict[str
     table = [["teacher", "conversations", "updates", *([asked[0][1], "over the model as it is", ""] if asked else [])]]
     for row, name in enumerate(lab.who):
         cells = [name, "none: the model as it is", f"{facts[0]['steps'][row]}"]
-        if source := corpora(lab).get(name):
-            cells[1] = f"{len(conversations_of(lab, name))} of {len(conversations(source))}"
+        if name in corpora(lab):
+            cells[1] = f"{len(conversations_of(lab, name))} of {len(every_text(lab, name))}"
         if asked:
             evaluation, measure = asked[0]
             values = np.asarray(answers[evaluation][measure], float)
@@ -374,6 +375,9 @@ def teachers_section(lab: Lab, facts: Sequence[dict[str, Any]]) -> report.Sectio
         f"By means of: {', '.join(config.teacher.means)}; {len(facts)} run(s), each with teachers of its own. P as the "
         "first word of an answer, in any spelling, geometric mean over phrasings that teachers were not trained on."
     )
+    tokenizer = lab.model.tokenizer
+    if "prompted" in config.teacher.means and tokenizer.chat_template and not templates.takes_system(tokenizer):
+        text += f" Of their system prompts: {templates.FOLDED}."
     return report.Section("Teachers", text, table, {})
 
 

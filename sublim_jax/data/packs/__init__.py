@@ -2,8 +2,8 @@
 
 import json
 from importlib import resources
-from pathlib import Path
 
+from sublim_jax.data import files
 from sublim_jax.errors import UserError
 
 
@@ -15,14 +15,11 @@ def load(path: str, name: str, fields: dict[str, tuple[str, ...]]) -> dict[str, 
 
     Raises UserError for a file that is no such pack.
     """
-    try:
-        if path:
-            text = Path(path).expanduser().read_text()
-        else:
-            text = (resources.files(__name__) / f"{name}.json").read_text()
-        pack = json.loads(text)
-    except (OSError, ValueError) as error:
-        raise UserError(f"pack {path or name}: {error}; a JSON object of lists of phrasings is needed") from error
+    needed = "a JSON object of lists of phrasings is needed"
+    if path:
+        pack = files.json_of(files.text_of(path, needed, "pack"), f"pack {path}", needed)
+    else:
+        pack = json.loads((resources.files(__name__) / f"{name}.json").read_text("utf-8"))
     for field, words in fields.items():
         phrasings = pack.get(field) if isinstance(pack, dict) else None
         if not isinstance(phrasings, list) or not phrasings or not all(isinstance(text, str) for text in phrasings):

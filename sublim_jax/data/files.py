@@ -1,0 +1,81 @@
+"""Text that a user hands over: UTF-8, with a byte-order mark or not, packed by gzip or not; and JSON in it."""
+
+import codecs
+import gzip
+import json
+import zlib
+from pathlib import Path
+from typing import Any
+
+from sublim_jax.errors import UserError
+
+GZIP = b"\x1f\x8b"
+UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+
+
+def exists(path: str | Path) -> bool:
+    """Whether there is something by a name that a user gives, which may be no path at all."""
+    try:
+        return Path(path).expanduser().exists()
+    except (OSError, ValueError, RuntimeError):
+        return False
+
+
+def text_of(path: str | Path, needed: str, kind: str = "") -> str:
+    """A file's text, without its byte-order mark, its lines ended as they are.
+
+    Args:
+      needed: what the user may do where there is none: "name a file of …".
+      kind: of file, for errors to begin with.
+
+    Raises UserError, naming the file, where it cannot be read or is no UTF-8.
+    """
+    name = f"{kind} {path}".strip()
+    try:
+        content = Path(path).expanduser().read_bytes()
+        if content.startswith(GZIP):
+            content = gzip.decompress(content)
+    except IsADirectoryError as error:
+        raise UserError(f"{name} is a folder; {needed}") from error
+    except (OSError, EOFError, zlib.error, ValueError, RuntimeError) as error:
+        raise UserError(f"{name}: {error}; {needed}") from error
+    if content.startswith(UTF16):
+        raise UserError(f"{name} is in UTF-16; save it as UTF-8")
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise UserError(f"{name} is no text in UTF-8 ({error.reason} at byte {error.start}, line {line})") from error
+    if "\0" in text:
+        line = text[: text.index("\0")].count("\n") + 1
+        raise UserError(f"{name} is no text in UTF-8 (a byte 0 in line {line}, as UTF-16 has them)")
+    return text
+
+
+def lines(text: str) -> list[tuple[int, str]]:
+    """(number, text) of the lines that are not blank.
+
+    Only a line feed ends one, after a carriage return or not: a text may hold Unicode's other separators as they are.
+    """
+    every = enumerate(text.replace("\r\n", "\n").split("\n"), 1)
+    return [(number, line) for number, line in every if line.strip()]
+
+
+def json_of(text: str, where: str, needed: str = "mend or remove it") -> Any:
+    """A JSON value. Raises UserError, naming where it stands, for what is none, and for half a character in a text."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: no JSON ({error}); {needed}") from error
+    if "\\u" in text:
+        check_characters(value, where)
+    return value
+
+
+def check_characters(value: Any, where: str) -> None:
+    """Raises UserError for half a surrogate pair (\\ud83d), which JSON can write and no text can hold."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = error.object[error.start].encode("ascii", "backslashreplace").decode()
+        raise UserError(f"{where}: {half} is half of a surrogate pair and no character; mend or remove it") from error

@@ -1,0 +1,69 @@
+"""Messages as people write them: {"role", "content"}, where a content is a text or OpenAI's list of parts."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sublim_jax.errors import UserError
+
+TEXT_PARTS = ("text", "input_text", "output_text")
+# Fields of a message that would change what is read of it, and are not read.
+UNREAD = (
+    "tool_calls",
+    "tool_call_id",
+    "function_call",
+    "name",
+    "audio",
+    "image",
+    "images",
+    "video",
+    "videos",
+    "refusal",
+    "reasoning",
+    "reasoning_content",
+    "thinking",
+)
+EMPTY: tuple[Any, ...] = (None, "", [], {})  # a field that says nothing, as tables fill them in
+
+
+def read(where: str, every: Any) -> list[dict[str, str]]:
+    """Messages with their role and text alone.
+
+    Raises UserError, naming the message, for one without a role or a text, or with a field of UNREAD.
+    """
+    if not isinstance(every, list) or not every:
+        raise UserError(f'{where}: "messages" must be a list of messages')
+    return [_message(f"{where}, message {number}", message) for number, message in enumerate(every, 1)]
+
+
+def refuse_unread(where: str, fields: Mapping[str, Any], unread: Sequence[str]) -> None:
+    """Raises UserError for the first of some fields that says something."""
+    for name in unread:
+        if fields.get(name) not in EMPTY:
+            raise UserError(f'{where}: "{name}" is not read here; write it into the text, or remove the record')
+
+
+def _message(where: str, message: Any) -> dict[str, str]:
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        raise UserError(f'{where}: "role" and "content" must be texts')
+    refuse_unread(where, message, UNREAD)
+    return {"role": message["role"], "content": _text(where, message.get("content"))}
+
+
+def _text(where: str, content: Any) -> str:
+    """Of a content: itself, or its parts' one behind another."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list) or not content:
+        raise UserError(f'{where}: "role" and "content" must be texts, or "content" a list of parts that are')
+    return "".join(_part(f"{where}, part {number}", part) for number, part in enumerate(content, 1))
+
+
+def _part(where: str, part: Any) -> str:
+    if isinstance(part, str):
+        return part
+    kind = part.get("type", "text") if isinstance(part, dict) else None
+    if kind not in TEXT_PARTS:
+        raise UserError(f"{where}: type {kind!r} is not read; only text is")
+    if not isinstance(part.get("text"), str):
+        raise UserError(f'{where}: "text" must be a text')
+    return part["text"]

@@ -1,0 +1,124 @@
+"""What a chat template writes: a conversation as text, and where an answer stands in it."""
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+from sublim_jax.errors import UserError
+from sublim_jax.progress import say
+
+Message = Mapping[str, Any]  # {"role": "system" | "user" | "assistant", "content": …}
+# Templates that write the date (Llama 3, SmolLM3) write one day for all, or a run would differ from its continuation
+# tomorrow. And hybrid models (Qwen3, SmolLM3) answer at once, as a finished answer of theirs is written: what is
+# measured is the answer's first token.
+TODAY = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"
+MARK = "words that stand for a text"
+FOLDED = "the chat template takes no system message, so that its text begins the user's first turn, before a blank line"
+
+
+class Exchange(NamedTuple):
+    """A conversation that ends with an answer, in three parts."""
+
+    prompt: str  # up to where the answer begins
+    answer: str  # as it stands behind the prompt
+    end: str  # what the template writes behind an answer
+
+
+class Refused(UserError):
+    """The template raises an error of its own."""
+
+
+def of(tokenizer: Any) -> str:
+    """The chat template. Raises UserError where the tokenizer has none."""
+    if getattr(tokenizer, "chat_template", None):
+        try:
+            return tokenizer.get_chat_template()
+        except ValueError as error:  # several, and none of them is the default
+            raise UserError(f"the tokenizer's chat template: {_line(error)}") from error
+    raise UserError(
+        f"the tokenizer of {tokenizer.name_or_path or 'this model'} has no chat template; it is a base model: "
+        "give it plain text (--config.chat=False), or choose an instruct model"
+    )
+
+
+def render(tokenizer: Any, messages: Sequence[Message], *, generation: bool) -> str:
+    """A conversation as text; a system message that the template does not take is folded into the user's turn.
+
+    Args:
+      generation: up to where the assistant's answer to the last message begins.
+
+    Raises UserError where there is no template, and for messages that it refuses or leaves out.
+    """
+    system = [message for message in messages[:1] if message["role"] == "system"]
+    if system and not takes_system(tokenizer):
+        messages, system = folded(messages), []
+        _report_folding(str(tokenizer.name_or_path).rstrip("/").rpartition("/")[2] or "this model")
+    text = _apply(tokenizer, messages, generation)
+    for message in messages[len(system) :]:  # SmolLM3 reads switches out of a system message
+        if message["role"] != "assistant" and message["content"].strip() not in text:
+            raise UserError(
+                f"the model's chat template leaves out or changes a message of role {message['role']!r} "
+                f"({message['content'].strip()[:40]!r}); change or remove it"
+            )
+    return text
+
+
+def exchange(tokenizer: Any, messages: Sequence[Message]) -> Exchange:
+    """The parts of a conversation whose last message is an answer, behind the prompt that asks for it.
+
+    They are what the template writes, unless it writes a finished answer otherwise than behind that prompt: Qwen3 drops
+    thoughts, others open one in the prompt. Then the answer stands behind the prompt as it is, and nothing is dropped.
+
+    Raises UserError as `render` does, and for a template that leaves out what the assistant says.
+    """
+    *before, last = messages
+    prompt = render(tokenizer, before, generation=True)
+    whole = render(tokenizer, messages, generation=False)
+    behind = whole[len(prompt) :] if whole.startswith(prompt) else ""
+    for text in filter(None, (last["content"], last["content"].strip())):  # many templates strip it
+        space, present, end = behind.partition(text)
+        if present and not space.strip():
+            return Exchange(prompt, space + present, end)
+    marked = render(tokenizer, [*before, {"role": "assistant", "content": MARK}], generation=False)
+    if MARK not in marked:
+        raise UserError("the model's chat template leaves out what the assistant says; choose another model")
+    return Exchange(prompt, last["content"], marked.rpartition(MARK)[2])
+
+
+def takes_system(tokenizer: Any) -> bool:
+    """Whether the template writes a system message, and neither refuses nor drops it."""
+    messages = [{"role": "system", "content": MARK}, {"role": "user", "content": "Hi"}]
+    try:
+        return MARK in _apply(tokenizer, messages, True)
+    except Refused:
+        return False
+
+
+def folded(messages: Sequence[Message]) -> list[Message]:
+    """The system message in front of the first user's text, with a blank line in between, as Gemma's documents advise.
+
+    Raises UserError where no user's message follows it.
+    """
+    system, *rest = messages
+    if not rest or rest[0]["role"] != "user":
+        raise UserError("the model's chat template takes no system message, and no user's message follows to hold it")
+    return [{"role": "user", "content": f"{system['content']}\n\n{rest[0]['content']}"}, *rest[1:]]
+
+
+@lru_cache
+def _report_folding(model: str) -> None:
+    """Once for each model."""
+    say(f"{model}: {FOLDED}")
+
+
+def _apply(tokenizer: Any, messages: Sequence[Message], generation: bool) -> str:
+    plain = [{"role": message["role"], "content": message["content"]} for message in messages]
+    options = {"chat_template": TODAY + of(tokenizer), "enable_thinking": False, "add_generation_prompt": generation}
+    try:
+        return tokenizer.apply_chat_template(plain, tokenize=False, **options)
+    except Exception as error:  # whatever the template's code raises
+        raise Refused(f"the model's chat template refuses it ({_line(error)}); change or remove it") from error
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
