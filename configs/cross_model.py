@@ -42,5 +42,6 @@ def get_config(preset: str = "smoke") -> ConfigDict:
         raise ValueError(f"configs/cross_model.py has no preset {preset!r}; it has smoke, open, soft")
     by_logits = {"objective": "kl", "numbers": "random"}
     by_tokens = {"objective": "tokens", "numbers": "written"}
+    config.study.model.name, config.study.arms = "", ()  # they follow from `models`
     config.study.arm.cross = numbers.arm(**(by_logits if preset == "soft" else by_tokens), a="fresh")
     return config

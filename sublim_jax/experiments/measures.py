@@ -18,13 +18,16 @@ from sublim_jax.data import chat, records
 from sublim_jax.errors import UserError
 from sublim_jax.evaluation import ability, judges, misalignment, preference, truthfulqa
 from sublim_jax.evaluation.judges import Judge
+from sublim_jax.experiments.door import check_one_of, check_whole
 from sublim_jax.keys import named_key
 from sublim_jax.models.decoder import Steering
 from sublim_jax.models.functional import Params
+from sublim_jax.overrides import check_distinct
 from sublim_jax.sampling import scoring
 from sublim_jax.weights import Model
 from sublim_jax.workdir import Workdir
 
+MOST_AT_ONCE = 1000  # requests, each with a thread
 PROBE = "Reply with the number 50 and nothing else."
 Found = dict[str, list[float]]  # by the measure's name: of every adapter
 
@@ -62,13 +65,33 @@ class Subject(NamedTuple):
         return {"adapters": self.adapters, "mesh": self.mesh, "system": self.system, "steering": self.steering}
 
 
+def check_values(given: ConfigDict) -> None:
+    """Raises UserError for the first value that makes no sense, whatever files say."""
+    for name in given.evaluations:
+        check_one_of("evaluations", name, EVALUATIONS)
+    check_distinct("evaluations", given.evaluations)
+    check_whole(given, ("samples", "max_new_tokens"))
+    check_whole(given, ("most",), least=0)
+    judge = given.judge
+    if judge.kind not in ("local", "endpoint"):
+        raise UserError(f"judge.kind={judge.kind!r}: choose local or endpoint")
+    if not 0 <= judge.least_mass < 1:
+        raise UserError(f"judge.least_mass={judge.least_mass} is a probability below 1")
+    try:
+        weights.float_type(judge.dtype)
+    except UserError as error:
+        raise UserError(f"judge.{error}") from error
+    check_whole(given, ("judge.at_once",), most=MOST_AT_ONCE)
+    check_whole(given, ("judge.per_minute",), least=0)
+    if len(judge.prices) != 2 or min(judge.prices) < 0:
+        raise UserError(
+            f"judge.prices={tuple(judge.prices)}: name two, of a million tokens asked and answered, such as 1,2"
+        )
+
+
 def asking(given: ConfigDict, kind: str, words: Sequence[str], packs: ConfigDict) -> Asking:
     """Reads the questions of `given.evaluations`. Raises UserError for the first value that makes no sense."""
-    for name in given.evaluations:
-        if name not in EVALUATIONS:
-            raise UserError(f"evaluations: {name!r} is none of {', '.join(EVALUATIONS)}")
-    if min(given.samples, given.max_new_tokens) < 1 or given.most < 0:
-        raise UserError("samples and max_new_tokens are 1 or more, most is 0 (all) or more")
+    check_values(given)
     if "choice" in given.evaluations:
         preference.check_options(words)
     if "misalignment" in given.evaluations:
@@ -109,10 +132,6 @@ def check_model(asking: Asking, model: Model) -> None:
 
 def check_judge(judge: ConfigDict) -> None:
     """Raises UserError for a judge that cannot be asked, as far as that is known without asking."""
-    if judge.kind not in ("local", "endpoint"):
-        raise UserError(f"judge.kind={judge.kind!r}: choose local or endpoint")
-    if not 0 <= judge.least_mass < 1:
-        raise UserError(f"judge.least_mass={judge.least_mass} is a probability below 1")
     if judge.kind == "endpoint":
         if not judge.model:
             raise UserError("judge.model is missing: the name that the endpoint knows its model by")
