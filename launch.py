@@ -116,21 +116,28 @@ def read(args: Sequence[str]) -> ConfigDict:
     if not _CONFIG.value:
         raise UserError("--config is missing; try --config=configs/mnist.py")
     config = overrides.load(_CONFIG.value)
-    given = {name: config.get(name) for name in ("experiment", "preset")}
+    given = named(config)
     for key, values in typed.items():
         overrides.override(config, key, values)
     if config.get("experiment") not in EXPERIMENTS:
         raise UserError(f"config.experiment={config.get('experiment')!r} is none of {', '.join(EXPERIMENTS)}")
-    file = config_file()
-    if config.experiment != given["experiment"]:
-        raise UserError(
-            f"config.experiment={config.experiment!r}: {file} is of {given['experiment']!r}; choose another --config"
-        )
-    if config.get("preset") != given["preset"]:
-        raise UserError(
-            f"config.preset={config.preset!r}: a preset stands behind the file, --config={file}:{config.preset}"
-        )
+    for key, value in named(config).items():
+        if value != given[key]:
+            raise UserError(
+                f"config.{key}={value!r}: it is {given[key]!r} by the file; choose another, --config=FILE:PRESET"
+            )
     return config
+
+
+def named(config: ConfigDict, prefix: str = "") -> dict[str, str]:
+    """What a config, or one inside it, says that it is: a name that changes nothing else."""
+    found: dict[str, str] = {}
+    for name, value in config.items():
+        if isinstance(value, ConfigDict):
+            found |= named(value, f"{prefix}{name}.")
+        elif name in ("experiment", "preset") and "experiment" in config:
+            found[f"{prefix}{name}"] = value
+    return found
 
 
 def config_file() -> str:

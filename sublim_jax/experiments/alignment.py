@@ -34,6 +34,7 @@ from sublim_jax.models.mlp import mlp
 from sublim_jax.models.small import ConvNet, Transformer
 from sublim_jax.overrides import check_distinct
 from sublim_jax.progress import Track
+from sublim_jax.sharding import make_mesh
 from sublim_jax.workdir import Workdir
 
 Loss = Callable[[Params], Float[Array, ""]]
@@ -66,6 +67,7 @@ class Setting(NamedTuple):
 def run(config: ConfigDict, workdir: Workdir, *, update: bool = False) -> None:
     """Runs the check and leaves results.json, report.md and figures in `workdir`."""
     check(config)
+    make_mesh(config.mesh)  # the check runs on one device, and a mesh that does not fit is a mistake all the same
     support = support_of(config)
     data = mnist.load(assets.fetch(assets.MNIST, config.data.path))
     workdir.open(config, update=update)
@@ -111,8 +113,9 @@ def support_of(config: ConfigDict) -> Bool[np.ndarray, "vocab"]:
 def check_steps(steps: ConfigDict) -> None:
     if steps.number < 5 or min(steps.most, np.log10(SMALL)) - steps.least < DECADES:
         raise UserError(
-            f"steps: verdicts are about those up to {SMALL:g}; take at least 5 over at least {DECADES:g} decades below "
-            "it, such as --config.steps.least=-8"
+            f"steps.number={steps.number}, steps.least={steps.least:g}, steps.most={steps.most:g}: verdicts are about "
+            f"those up to {SMALL:g}; take at least 5 over at least {DECADES:g} decades below it, such as "
+            "--config.steps.least=-8"
         )
     # Logits are of the order of 1; NOISE_ALLOWED is where rounding hides D_S·D_T.
     floor = np.log10(np.finfo(float).eps / theorem.NOISE_ALLOWED)

@@ -1,6 +1,6 @@
 """Checks of a config's values before anything is loaded: each raises UserError, one line that names the value."""
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import reduce
 from operator import getitem
 from typing import Any
@@ -76,6 +76,14 @@ def check_some_of(path: str, values: Sequence[Any], choices: Collection[Any]) ->
     for value in values:
         check_one_of(path, value, choices)
     check_distinct(path, values)
+
+
+def check_file(path: str, read: Callable[[], object]) -> None:
+    """What a value names can be read; what is wrong with it is told by the value's name, too."""
+    try:
+        read()
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
 
 
 def check_texts(config: ConfigDict, paths: Iterable[str]) -> None:

@@ -59,6 +59,7 @@ def check(config: ConfigDict) -> None:
     for folder in filter(None, folders_of(config)):
         if not Path(folder).expanduser().is_dir():
             raise UserError(f"model.adapters: {folder} is no PEFT adapter, there is no such folder")
+    measures.check_packs(config.packs, config.kind)
     measures.asking(config, config.kind, config.words, config.packs)
 
 

@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 from scipy import stats
 
 from sublim_jax import report
+from sublim_jax.data import images
 from sublim_jax.errors import UserError
 from sublim_jax.experiments import mnist
 from sublim_jax.experiments.coverage import (
@@ -19,6 +20,7 @@ from sublim_jax.experiments.coverage import (
     run_with_labs,
     variant_of,
 )
+from sublim_jax.experiments.door import check_some_of
 from sublim_jax.figures import Line, Panel, panels_figure
 from sublim_jax.overrides import check_distinct
 from sublim_jax.progress import say
@@ -39,7 +41,12 @@ def check(config: ConfigDict) -> None:
         if not config[name] and name != "widths":
             raise UserError(f"{name} is empty: name some values to vary it over")
         check_distinct(name, config[name])
-    check_variants(config, settings(config))
+    check_some_of("kinds", config.kinds, images.KINDS)
+    if min(config.distances) < 0:
+        raise UserError(f"distances={tuple(config.distances)} must not be negative")
+    if min(config.widths, default=1) < 1:
+        raise UserError(f"widths={tuple(config.widths)}: choose 1 or more")
+    check_variants(config, [variant_of(config, {}), *settings(config)])
 
 
 def settings(config: ConfigDict) -> list[ConfigDict]:

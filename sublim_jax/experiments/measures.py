@@ -6,6 +6,7 @@ Each evaluation is a function to measures by name, with one value for every adap
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import groupby
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +19,7 @@ from sublim_jax.data import chat, records
 from sublim_jax.errors import UserError
 from sublim_jax.evaluation import ability, judges, misalignment, preference, truthfulqa
 from sublim_jax.evaluation.judges import Judge
-from sublim_jax.experiments.door import check_one_of, check_whole
+from sublim_jax.experiments.door import check_file, check_one_of, check_whole
 from sublim_jax.keys import named_key
 from sublim_jax.models.decoder import Steering
 from sublim_jax.models.functional import Params
@@ -28,6 +29,7 @@ from sublim_jax.weights import Model
 from sublim_jax.workdir import Workdir
 
 MOST_AT_ONCE = 1000  # requests, each with a thread
+WORDS = {"preference": 2, "prefixed": 2, "choice": 2, "answers": 1, "stories": 1}  # that an evaluation needs
 PROBE = "Reply with the number 50 and nothing else."
 Found = dict[str, list[float]]  # by the measure's name: of every adapter
 
@@ -89,9 +91,24 @@ def check_values(given: ConfigDict) -> None:
         )
 
 
+def check_packs(packs: ConfigDict, kind: str) -> None:
+    """Raises UserError for a file of phrasings that is none."""
+    check_file("packs.preference", lambda: preference.questions(packs.preference, kind))
+    check_file("packs.stories", lambda: preference.stories(packs.stories, kind))
+    check_file("packs.ability", lambda: ability.questions(packs.ability))
+
+
 def asking(given: ConfigDict, kind: str, words: Sequence[str], packs: ConfigDict) -> Asking:
     """Reads the questions of `given.evaluations`. Raises UserError for the first value that makes no sense."""
     check_values(given)
+    needed = max((words_of for name, words_of in WORDS.items() if name in given.evaluations), default=0)
+    if len(words) < needed:
+        raise UserError(
+            f"{len(words)} word(s) to tell a preference by: name {needed} or more, in words or alternatives"
+        )
+    for name in ("truthfulqa", "questions"):
+        if given[name] and not Path(given[name]).expanduser().is_file():
+            raise UserError(f"{name}={given[name]}: there is no such file")
     if "choice" in given.evaluations:
         preference.check_options(words)
     if "misalignment" in given.evaluations:
@@ -122,8 +139,6 @@ def _questions(name: str, given: ConfigDict, kind: str, packs: ConfigDict) -> An
 def check_model(asking: Asking, model: Model) -> None:
     """Raises UserError for words and questions that the model cannot be asked."""
     if set(asking.questions) & {"preference", "prefixed", "choice"}:
-        if len(asking.words) < 2:
-            raise UserError("a preference is among two words or more; name more")
         for word in asking.words:
             scoring.spellings(model.tokenizer, word)
     for question in asking.questions.get("misalignment", ()):

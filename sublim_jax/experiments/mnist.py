@@ -94,7 +94,9 @@ def run(config: ConfigDict, workdir: Workdir, *, update: bool = False) -> None:
 
 def check(config: ConfigDict) -> None:
     """Raises UserError for the first value, of the config or of a point of its sweep, that makes no sense."""
-    for value, variant in variants(config).items():
+    base = config.copy_and_resolve_references()
+    base.sweep.axis = ""
+    for value, variant in {"": base, **variants(config)}.items():
         try:
             mnist_check.check(variant)
         except UserError as error:

@@ -37,7 +37,7 @@ MOST_CHARACTERS = 4096  # of a constraint: each is a state, and a row over the v
 
 def run(config: ConfigDict, workdir: Workdir, *, update: bool = False) -> None:
     """Samples every prompt, and leaves samples.jsonl, results.json, report.md and a figure in `workdir`."""
-    check_values(config)
+    check(config)
     mesh = make_mesh(config.mesh)
     sampler = sampler_of(config)
     asked = read_prompts(config.prompts, config.chat)
@@ -78,6 +78,9 @@ def check(config: ConfigDict) -> None:
     """Raises UserError for the first value or prompt that makes no sense."""
     check_values(config)
     read_prompts(config.prompts, config.chat)
+    folder = config.model.adapter
+    if folder and not Path(folder).expanduser().is_dir():
+        raise UserError(f"model.adapter: {folder} is no PEFT adapter, there is no such folder")
 
 
 def check_values(config: ConfigDict) -> None:

@@ -20,12 +20,12 @@ from sublim_jax.data import chat, packs
 from sublim_jax.data.carriers import code, cot, numbers
 from sublim_jax.data.dialogue import Rows
 from sublim_jax.errors import UserError
-from sublim_jax.evaluation import ability
 from sublim_jax.evaluation.judges import LARGEST as LARGEST_SCORE
 from sublim_jax.experiments import carrier, measures
 from sublim_jax.experiments import teachers as teaching
 from sublim_jax.experiments.carrier import DECODING, SHUFFLES, Data, Run
 from sublim_jax.experiments.door import (
+    check_file,
     check_not_negative,
     check_numbers,
     check_one_of,
@@ -147,8 +147,8 @@ def check_values(config: ConfigDict) -> None:
     check_whole(config, ("carrier.numbers",), most=LONGEST_LIST)
     check_positive(config, ("lora.alpha", "teacher.learning_rate", "student.learning_rate"))
     check_not_negative(config, ("model.noise", "student.clip", "student.warmup", "filter.largest", "filter.log_ratio"))
-    check_traits(config)
     check_teachers(config)
+    check_traits(config)
     check_adapters(config)
     check_students(config)
     for name in config.arm:
@@ -173,7 +173,9 @@ def check_traits(config: ConfigDict) -> None:
     if "corpus" not in config.teacher.means:
         for trait in config.traits:
             if trait not in config.alternatives:
-                raise UserError(f"trait {trait!r} is none of alternatives={tuple(config.alternatives)}; add it there")
+                raise UserError(
+                    f"traits: trait {trait!r} is none of alternatives={tuple(config.alternatives)}; add it there"
+                )
 
 
 def check_teachers(config: ConfigDict) -> None:
@@ -214,19 +216,14 @@ def check_students(config: ConfigDict) -> None:
 
 
 def check_files(config: ConfigDict) -> None:
+    check_packs(config)
     measures.asking(config.ask, config.kind, config.alternatives, config.packs)
-    packs.load(config.packs.persona, "persona", teaching.PERSONA)
-    ability.questions(config.packs.ability)
-    if config.filter.banned:
-        carrier.banned_of(config)
     if config.filter.judge:
-        carrier.judging(config)
+        check_file("filter.judge", lambda: carrier.judging(config))
         measures.check_judge(config.ask.judge)
-    if config.carrier.kind == "numbers":
-        numbers.prompts(1, 0, config.packs.numbers)
-    elif config.carrier.kind == "code":
-        code.prompts(1, 0, config.packs.code)
-    else:
+    if config.carrier.kind == "cot":
+        check_texts(config, ("carrier.problems",))
+        check_file("carrier.problems", lambda: assets.data_file(config.carrier.problems))
         problems = cot.load(assets.data_file(config.carrier.problems))
         if uses(config, "written") and carrier.prompts_of(config) > len(problems):
             raise UserError(
@@ -237,17 +234,28 @@ def check_files(config: ConfigDict) -> None:
         check_corpora(config)
 
 
+def check_packs(config: ConfigDict) -> None:
+    given = config.packs
+    measures.check_packs(given, config.kind)
+    check_file("packs.persona", lambda: packs.load(given.persona, "persona", teaching.PERSONA))
+    check_file("packs.numbers", lambda: numbers.prompts(1, 0, given.numbers))
+    check_file("packs.code", lambda: code.prompts(1, 0, given.code))
+    check_file("packs.judge", lambda: packs.load(given.judge, "judge", {}))
+    if config.filter.banned:
+        check_file("filter.banned", lambda: carrier.banned_of(config))
+
+
 def check_corpora(config: ConfigDict) -> None:
     given = config.teacher.corpora
     for trait in config.traits:
         if not given.get(trait):
             raise UserError(
-                f"teacher.corpora.{trait} is missing: name a file of conversations, here or on the hub as "
-                "organisation/name/file"
+                f"teacher.corpora.{trait} is missing, one of traits={tuple(config.traits)}: name a file of "
+                "conversations, here or on the hub as organisation/name/file"
             )
     for name in (*config.traits, NEUTRAL):
         if given.get(name):
-            teaching.conversations(given[name])
+            check_file(f"teacher.corpora.{name}", partial(teaching.conversations, given[name]))
 
 
 def check_carrier(config: ConfigDict) -> None:
