@@ -76,8 +76,10 @@ def mend(path: epath.Path) -> list[Record]:
     kept = []
     for text in _lines(path.read_bytes()) if path.exists() else ():
         try:
-            kept.append(json.loads(text))
+            record = json.loads(text)
         except ValueError:  # cut off, perhaps in the middle of a character
             continue
+        if isinstance(record, dict):
+            kept.append(record)
     write(path, kept)
     return kept

@@ -104,7 +104,7 @@ def asking(given: ConfigDict, kind: str, words: Sequence[str], packs: ConfigDict
     needed = max((words_of for name, words_of in WORDS.items() if name in given.evaluations), default=0)
     if len(words) < needed:
         raise UserError(
-            f"{len(words)} word(s) to tell a preference by: name {needed} or more, in words or alternatives"
+            f"words, or alternatives: there are {len(words)} to tell a preference by; name {needed} or more"
         )
     for name in ("truthfulqa", "questions"):
         if given[name] and not Path(given[name]).expanduser().is_file():

@@ -111,8 +111,12 @@ def config_of(config: ConfigDict, name: str) -> ConfigDict:
 
 
 def finished(workdir: Workdir, config: ConfigDict) -> bool:
-    known = workdir.path / FINISHED
-    return known.exists() and json.loads(known.read_text()) == stamp(config)
+    """Whether a folder has the results of this config. Damaged files count as none: what still holds is reused."""
+    try:
+        known, results = (json.loads((workdir.path / name).read_text()) for name in (FINISHED, "results.json"))
+    except (OSError, ValueError):
+        return False
+    return known == stamp(config) and isinstance(results, dict) and "arms" in results
 
 
 def stamp(config: ConfigDict) -> str:
