@@ -125,7 +125,7 @@ def digest(file: Path, kind: str = "sha256") -> str:
 
 
 def _from_path(asset: Asset, folder: Path, home: Path) -> Path:
-    if not _at(str(folder)) or not folder.is_dir():
+    if not is_folder(str(folder)):
         raise UserError(f"{folder} is no folder; --config.data.path wants one with {', '.join(asset.checksums)}")
     if any((folder / f"{name}.gz").is_file() and not (folder / name).is_file() for name in asset.checksums):
         home = home.with_name(f"{asset.name}-from-path")
@@ -212,6 +212,14 @@ def _at(name: str) -> Path | None:
         return path if name and path.exists() else None
     except (OSError, RuntimeError, ValueError):  # too long, or of a user who is not here
         return None
+
+
+def is_file(name: str) -> bool:
+    return (path := _at(name)) is not None and path.is_file()
+
+
+def is_folder(name: str) -> bool:
+    return (path := _at(name)) is not None and path.is_dir()
 
 
 def model(name: str) -> Path:

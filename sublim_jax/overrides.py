@@ -166,7 +166,7 @@ def _many(where: str, typed: list[str], old: Any) -> Any:
 def _items(where: str, text: str) -> list[Any]:
     """Of a list as it is typed: words with commas in between, or in Python's brackets or quotes."""
     if text.strip()[:1] not in ("(", "[", '"', "'"):
-        return split_list(where, text)
+        return _split(where, text)
     try:
         found = ast.literal_eval(text.strip())
     except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
@@ -179,7 +179,7 @@ def _items(where: str, text: str) -> list[Any]:
     return found
 
 
-def split_list(where: str, text: str) -> list[str]:
+def _split(where: str, text: str) -> list[str]:
     """The items of a list with commas in between, without the spaces around them; a comma at the end is forgiven.
 
     Raises UserError, naming the value by `where`, for an empty item.

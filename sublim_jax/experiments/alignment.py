@@ -67,7 +67,7 @@ class Setting(NamedTuple):
 def run(config: ConfigDict, workdir: Workdir, *, update: bool = False) -> None:
     """Runs the check and leaves results.json, report.md and figures in `workdir`."""
     check(config)
-    make_mesh(config.mesh)  # the check runs on one device, and a mesh that does not fit is a mistake all the same
+    make_mesh(config.mesh.to_dict())  # all runs on one device; a mesh that does not fit is a mistake all the same
     support = support_of(config)
     data = mnist.load(assets.fetch(assets.MNIST, config.data.path))
     workdir.open(config, update=update)

@@ -35,7 +35,7 @@ def run_with_labs(
     measure: Callable[[list[mnist.Lab]], Result],
 ) -> None:
     """Makes a lab of every MNIST config, which `check_variants` has checked, measures, and writes the report."""
-    mesh = make_mesh(config.mesh)
+    mesh = make_mesh(config.mesh.to_dict())
     for variant in variants:
         check_mesh(variant, mesh)
     data = digits.load(assets.fetch(assets.MNIST, config.data.path))

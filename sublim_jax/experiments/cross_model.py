@@ -12,7 +12,7 @@ from sublim_jax.errors import UserError
 from sublim_jax.experiments import transmission
 from sublim_jax.experiments.door import at, check_numbers
 from sublim_jax.figures import Arm, arms_figure, matrix_figure
-from sublim_jax.overrides import check_distinct, split_list
+from sublim_jax.overrides import check_distinct
 from sublim_jax.preflight import Step
 from sublim_jax.progress import say
 from sublim_jax.workdir import Workdir
@@ -48,7 +48,7 @@ def check_values(config: ConfigDict) -> None:
     models = models_of(config)
     check_distinct("models", models)
     if len(models) < 2:
-        raise UserError(f"models={config.models!r}: name two models or more, commas in between")
+        raise UserError(f"models={tuple(models)}: name two models or more, commas in between")
     for name, value in (("model.name", ""), ("arms", ()), ("arm.cross.model", "")):
         if (given := at(config.study, name)) != value:
             raise UserError(f"study.{name}={given!r}: it follows from --config.models; leave it out")
@@ -87,7 +87,7 @@ def study_of(config: ConfigDict, teacher: str) -> ConfigDict:
 
 
 def models_of(config: ConfigDict) -> list[str]:
-    return split_list("models", config.models)
+    return list(config.models)
 
 
 def labels(config: ConfigDict) -> dict[str, str]:

@@ -30,7 +30,7 @@ def check_numbers(config: ConfigDict, prefix: str = "") -> None:
         if isinstance(value, ConfigDict):
             check_numbers(value, f"{where}.")
             if name == "mesh":
-                check_sizes(value)
+                check_sizes(value.to_dict())
             continue
         for one in value if isinstance(value, tuple | list) else (value,):
             if name == "seed" and not 0 <= one < SEEDS:
@@ -82,7 +82,7 @@ def check_file(path: str, read: Callable[[], object]) -> None:
     """What a value names can be read; what is wrong with it is told by the value's name, too."""
     try:
         read()
-    except UserError as error:
+    except (UserError, OSError, RuntimeError) as error:  # of a path that is too long, or of a user who is not here
         raise UserError(f"{path}: {error}") from error
 
 

@@ -7,14 +7,14 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
-from sublim_jax import report, weights
+from sublim_jax import assets, report, weights
 from sublim_jax.errors import UserError
 from sublim_jax.experiments import measures
 from sublim_jax.experiments.door import check_numbers, check_some_of, check_texts
 from sublim_jax.experiments.measures import EVALUATIONS, Subject
 from sublim_jax.figures import Arm, arms_figure
 from sublim_jax.models.decoder import on_mesh
-from sublim_jax.overrides import check_distinct, split_list
+from sublim_jax.overrides import check_distinct
 from sublim_jax.sharding import make_mesh
 from sublim_jax.weights import Model, peft
 from sublim_jax.workdir import Workdir
@@ -23,7 +23,7 @@ from sublim_jax.workdir import Workdir
 def run(config: ConfigDict, workdir: Workdir, *, update: bool = False) -> None:
     """Asks every run every question, and leaves results.json, report.md, figures and the answers in `workdir`."""
     check(config)
-    mesh = make_mesh(config.mesh)
+    mesh = make_mesh(config.mesh.to_dict())
     asking = measures.asking(config, config.kind, config.words, config.packs)
     base = weights.load(config.model.name, mesh, weights.float_type(config.model.dtype))
     on_mesh(base.settings, mesh)  # heads
@@ -57,7 +57,7 @@ def check(config: ConfigDict) -> None:
     check_distinct("words", config.words)
     check_distinct("model.adapters", folders_of(config))
     for folder in filter(None, folders_of(config)):
-        if not Path(folder).expanduser().is_dir():
+        if not assets.is_folder(folder):
             raise UserError(f"model.adapters: {folder} is no PEFT adapter, there is no such folder")
     measures.check_packs(config.packs, config.kind)
     measures.asking(config, config.kind, config.words, config.packs)
@@ -65,7 +65,7 @@ def check(config: ConfigDict) -> None:
 
 def folders_of(config: ConfigDict) -> list[str]:
     """The adapters' folders; "" alone is the model itself."""
-    return split_list("model.adapters", config.model.adapters) or [""]
+    return list(config.model.adapters) or [""]
 
 
 def adapted(base: Model, folder: str) -> Model:

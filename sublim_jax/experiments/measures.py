@@ -6,7 +6,6 @@ Each evaluation is a function to measures by name, with one value for every adap
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import groupby
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,7 +13,7 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from sublim_jax import report, weights
+from sublim_jax import assets, report, weights
 from sublim_jax.data import chat, records
 from sublim_jax.errors import UserError
 from sublim_jax.evaluation import ability, judges, misalignment, preference, truthfulqa
@@ -107,7 +106,7 @@ def asking(given: ConfigDict, kind: str, words: Sequence[str], packs: ConfigDict
             f"words, or alternatives: there are {len(words)} to tell a preference by; name {needed} or more"
         )
     for name in ("truthfulqa", "questions"):
-        if given[name] and not Path(given[name]).expanduser().is_file():
+        if given[name] and not assets.is_file(given[name]):
             raise UserError(f"{name}={given[name]}: there is no such file")
     if "choice" in given.evaluations:
         preference.check_options(words)

@@ -73,7 +73,7 @@ class Lab(NamedTuple):
 def run(config: ConfigDict, workdir: Workdir, *, update: bool = False) -> None:
     """Runs the experiment, or a sweep of it, and leaves results.json, report.md and figures in `workdir`."""
     check(config)
-    mesh = make_mesh(config.mesh)
+    mesh = make_mesh(config.mesh.to_dict())
     configs = variants(config)
     for variant in configs.values():
         check_mesh(variant, mesh)
@@ -106,7 +106,7 @@ def check(config: ConfigDict) -> None:
 def preflight(config: ConfigDict, devices: Sequence[jax.Device]) -> list[Step]:
     """The training steps of one group of runs, for `--preflight`."""
     check(config)
-    mesh = make_mesh(config.mesh, devices)
+    mesh = make_mesh(config.mesh.to_dict(), devices)
     return [step for value, variant in variants(config).items() for step in _steps(variant, mesh, value)]
 
 

@@ -31,7 +31,7 @@ def run(config: ConfigDict, workdir: Workdir, *, update: bool = False) -> None:
     names = list(config.experiments)
     configs = {name: config_of(config, name) for name in names}
     for one in configs.values():
-        make_mesh(one.get("study", one).mesh)
+        make_mesh(one.get("study", one).mesh.to_dict())
     found: dict[str, list[dict[str, Any]] | str] = dict.fromkeys(names, "")
     for name, one in configs.items():  # what is missing is told before hours of others
         try:

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from sublim_jax import report, weights
+from sublim_jax import assets, report, weights
 from sublim_jax.data import chat, records
 from sublim_jax.data.records import Record
 from sublim_jax.errors import UserError
@@ -38,7 +38,7 @@ MOST_CHARACTERS = 4096  # of a constraint: each is a state, and a row over the v
 def run(config: ConfigDict, workdir: Workdir, *, update: bool = False) -> None:
     """Samples every prompt, and leaves samples.jsonl, results.json, report.md and a figure in `workdir`."""
     check(config)
-    mesh = make_mesh(config.mesh)
+    mesh = make_mesh(config.mesh.to_dict())
     sampler = sampler_of(config)
     asked = read_prompts(config.prompts, config.chat)
     model = load(config, mesh)
@@ -79,7 +79,7 @@ def check(config: ConfigDict) -> None:
     check_values(config)
     read_prompts(config.prompts, config.chat)
     folder = config.model.adapter
-    if folder and not Path(folder).expanduser().is_dir():
+    if folder and not assets.is_folder(folder):
         raise UserError(f"model.adapter: {folder} is no PEFT adapter, there is no such folder")
 
 
@@ -99,7 +99,7 @@ def check_values(config: ConfigDict) -> None:
 def preflight(config: ConfigDict, devices: Sequence[jax.Device]) -> list[Step]:
     """The decode step, with a cache of `max_new_tokens` and 256 tokens of prompt."""
     check_values(config)
-    mesh = make_mesh(config.mesh, devices)
+    mesh = make_mesh(config.mesh.to_dict(), devices)
     settings = weights.shape_of(config.model.name)
     on_mesh(settings, mesh)
     length = cache_length(config.max_new_tokens + 256)
@@ -125,7 +125,7 @@ def load(config: ConfigDict, mesh: Any) -> Model:
 
 
 def sampler_of(config: ConfigDict) -> Sampler:
-    check_whole(config, ("samples", "max_new_tokens", "slots"))
+    check_whole(config, ("samples", "max_new_tokens", "slots", "constraint.most", "constraint.digits"))
     return Sampler(config.temperature, config.top_k, config.top_p, config.min_p)
 
 
@@ -137,9 +137,9 @@ def read_prompts(path: str, chat: bool = True) -> list[Record]:
     """
     if not path:
         raise UserError("--config.prompts is missing: name a JSONL or text file with a prompt a line")
-    file = Path(path).expanduser()
-    if not file.is_file():
+    if not assets.is_file(path):
         raise UserError(f"--config.prompts={path}: there is no such file")
+    file = Path(path).expanduser()
     if file.suffix not in (".jsonl", ".json", ".parquet"):
         try:
             found = [{"prompt": line} for line in file.read_text("utf-8").split("\n") if line.strip()]

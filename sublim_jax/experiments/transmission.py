@@ -52,7 +52,7 @@ from sublim_jax.workdir import Workdir
 def run(config: ConfigDict, workdir: Workdir, *, update: bool = False) -> None:
     """Runs the study and leaves results.json, report.md, figures and the data in `workdir`."""
     check(config)
-    mesh = make_mesh(config.mesh)
+    mesh = make_mesh(config.mesh.to_dict())
     lab = make_lab(config, workdir, mesh)
     check_model(lab)
     for name in models_of(config):
@@ -384,7 +384,7 @@ def preflight(config: ConfigDict, devices: Sequence[jax.Device]) -> list[Step]:
     they may be.
     """
     check_values(config)
-    mesh = make_mesh(config.mesh, devices)
+    mesh = make_mesh(config.mesh.to_dict(), devices)
     trained = [name for name in config.arms if config.arm[name].objective != "context"]
     if not trained:
         raise UserError(f"arms={tuple(config.arms)} train nothing: there is no step to compile")
