@@ -54,8 +54,7 @@ NO_MEMORY = "there is not enough memory ({}); ask for less at once, or run on mo
 
 
 def run(args: Sequence[str]) -> int:
-    """The whole command, the program's name in front; its exit code."""
-    absl.logging.use_absl_handler()
+    """The whole command, with the program's name in front or without it; its exit code."""
     if not flags.FLAGS["verbosity"].present:
         absl.logging.set_verbosity(absl.logging.WARNING)
     try:
@@ -78,11 +77,28 @@ def main(args: Sequence[str]) -> None:
     experiment = importlib.import_module(f"sublim_jax.experiments.{config.experiment}")
     if _PREFLIGHT.value is not None:
         return compile_only(experiment, config, _PREFLIGHT.value)
+    check(experiment, config)
     join_cluster()
     signals.install()
     name = Path(config_file()).stem
     workdir = Workdir(_WORKDIR.value or f"runs/{name}-{config.get('preset', '')}")
     experiment.run(config, workdir, update=_UPDATE.value)
+
+
+def check(experiment: ModuleType, config: ConfigDict) -> None:
+    """Raises UserError for values that make no sense, and for a file that is no config of its experiment."""
+    try:
+        experiment.check(config)
+    except (AttributeError, KeyError) as error:  # ConfigDict's, of a value that it does not have
+        missing = (re.findall(r"\w+", str(error)) or ["?"])[0]
+        raise UserError(
+            f"--config={config_file()}: it has no value {missing!r}, which the experiment {config.experiment} needs"
+        ) from error
+    except TypeError as error:
+        raise UserError(
+            f"--config={config_file()}: a value is of another type than the experiment {config.experiment} needs "
+            f"({error})"
+        ) from error
 
 
 def lacking(error: Exception) -> str:
@@ -152,8 +168,8 @@ def parse(args: Sequence[str]) -> dict[str, list[str | bool]]:
     for name in _NAMES:
         flags.FLAGS[name].unparse()  # of an earlier call
     typed: dict[str, list[str | bool]] = {}
-    others, waiting = [args[0]], ""
-    for word in args[1:]:
+    others, waiting = ["launch.py"], ""
+    for word in args[not (args and args[0].startswith("-")) :]:
         found = re.fullmatch(r"--?(no)?config\.([^=]*)(?:=(.*))?", word, re.DOTALL)
         if found:
             off, key, value = found.groups()
@@ -232,5 +248,6 @@ def join_cluster() -> None:
 if __name__ == "__main__":
     jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+    absl.logging.use_absl_handler()
     app.define_help_flags()
     sys.exit(run(sys.argv))

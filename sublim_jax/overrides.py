@@ -8,6 +8,7 @@ import difflib
 import importlib.util
 import inspect
 import math
+import sys
 import traceback
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -51,6 +52,7 @@ def _module(where: str, file: str) -> ModuleType:
     loader = importlib.machinery.SourceFileLoader("given_config", file)
     module = ModuleType("given_config")
     module.__file__ = file
+    sys.modules["given_config"] = module  # where its dataclasses look their module up
     _guarded(where, file, loader.exec_module, module)
     return module
 

@@ -66,7 +66,10 @@ MISTAKES = {
     "sweep of nothing": (["--config=configs/mnist.py:sweep", "--config.sweep.axis=student.lr"], ["student.lr"]),
     "sweep value wrong": (["--config=configs/mnist.py:sweep", "--config.sweep.points=1,two"], ["two", "auxiliary"]),
     "sweep value senseless": (["--config=configs/mnist.py:sweep", "--config.sweep.points=1,0"], ["auxiliary=0"]),
-    "data missing": (["--config=configs/theorem.py", "--config.mesh.fsdp=1", "--config.data.path=/nowhere"], ["/nowhere", "data.path"]),
+    "data missing": (
+        ["--config=configs/theorem.py", "--config.mesh.fsdp=1", "--config.data.path=/nowhere"],
+        ["/nowhere", "data.path"],
+    ),
     "process number missing": (["--config=configs/mnist.py", "--coordinator=127.0.0.1:1"], ["--process_id"]),
 }
 

@@ -282,6 +282,16 @@ FILES = {
 }
 
 
+OURS = "from configs import mnist\ndef get_config():\n  config = mnist.get_config('smoke')\n  "
+FILES |= {
+    OURS + "del config.student\n  return config": "no value 'student', which the experiment mnist needs",
+    OURS + "del config['runs']\n  return config": "no value 'runs', which the experiment mnist needs",
+    OURS + "config.student.epochs = 'many'\n  return config": "TypeError",
+    OURS
+    + "del config.runs\n  config.runs = 'many'\n  return config": "of another type than the experiment mnist needs",
+}
+
+
 @pytest.mark.parametrize("text", FILES)
 def test_a_file_that_is_no_config_is_named(text, tmp_path, monkeypatch, capsys):
     file = tmp_path / "mine.py"

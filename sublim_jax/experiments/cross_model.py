@@ -87,7 +87,7 @@ def study_of(config: ConfigDict, teacher: str) -> ConfigDict:
 
 
 def models_of(config: ConfigDict) -> list[str]:
-    return list(config.models)
+    return list(map(str, config.models))
 
 
 def labels(config: ConfigDict) -> dict[str, str]:

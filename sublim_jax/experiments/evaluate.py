@@ -65,7 +65,7 @@ def check(config: ConfigDict) -> None:
 
 def folders_of(config: ConfigDict) -> list[str]:
     """The adapters' folders; "" alone is the model itself."""
-    return list(config.model.adapters) or [""]
+    return list(map(str, config.model.adapters)) or [""]
 
 
 def adapted(base: Model, folder: str) -> Model:
