@@ -26,7 +26,7 @@ from sublim_jax.experiments.alignment_report import (
     Signs,
     document,
 )
-from sublim_jax.experiments.door import check_numbers, check_positive, check_whole
+from sublim_jax.experiments.door import MOST_ROWS, check_numbers, check_positive, check_whole
 from sublim_jax.keys import named_key
 from sublim_jax.models import lora
 from sublim_jax.models.functional import Params, functions
@@ -98,6 +98,7 @@ def check(config: ConfigDict) -> None:
     if not 2 <= support_of(config).sum() < WIDTHS[-1]:
         raise UserError(f"support={tuple(config.support)}: take 2 logits or more, and leave one that nobody sees")
     check_positive(config, ("examples", "learning_rate", "draws", "label_draws"))
+    check_whole(config, ("draws", "label_draws"), most=MOST_ROWS)
     check_whole(config, ("examples",), least=TRANSFORMERS_PART, most=IMAGES)
     check_steps(config.steps)
 

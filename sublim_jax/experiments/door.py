@@ -13,6 +13,8 @@ from sublim_jax.sharding import check_sizes
 
 SEEDS = 2**32  # jax.random.key takes these apart, and no others
 LARGEST = 2**31 - 1  # of what arrays are counted and indexed by
+MOST_ROWS = 10**7  # of what Python holds one by one: prompts, samples, random numbers
+WIDEST = 2**20  # of one axis of a layer, or of a cache
 SMALLEST_REAL, LARGEST_REAL = 1e-12, 1e6  # in between, sums and products of float32 stay numbers
 
 
@@ -83,7 +85,7 @@ def check_file(path: str, read: Callable[[], object]) -> None:
     try:
         read()
     except (UserError, OSError, RuntimeError) as error:  # of a path that is too long, or of a user who is not here
-        raise UserError(f"{path}: {error}") from error
+        raise UserError(f"{error} (--config.{path})") from error
 
 
 def check_texts(config: ConfigDict, paths: Iterable[str]) -> None:

@@ -18,7 +18,7 @@ from sublim_jax.data import chat, records
 from sublim_jax.errors import UserError
 from sublim_jax.evaluation import ability, judges, misalignment, preference, truthfulqa
 from sublim_jax.evaluation.judges import Judge
-from sublim_jax.experiments.door import check_file, check_one_of, check_whole
+from sublim_jax.experiments.door import MOST_ROWS, check_file, check_one_of, check_whole
 from sublim_jax.keys import named_key
 from sublim_jax.models.decoder import Steering
 from sublim_jax.models.functional import Params
@@ -71,7 +71,8 @@ def check_values(given: ConfigDict) -> None:
     for name in given.evaluations:
         check_one_of("evaluations", name, EVALUATIONS)
     check_distinct("evaluations", given.evaluations)
-    check_whole(given, ("samples", "max_new_tokens"))
+    check_whole(given, ("max_new_tokens",))
+    check_whole(given, ("samples",), most=MOST_ROWS)
     check_whole(given, ("most",), least=0)
     judge = given.judge
     if judge.kind not in ("local", "endpoint"):

@@ -11,6 +11,7 @@ from sublim_jax.data.order import steps_per_epoch
 from sublim_jax.errors import UserError
 from sublim_jax.experiments.door import (
     LARGEST,
+    WIDEST,
     at,
     check_not_negative,
     check_numbers,
@@ -73,7 +74,7 @@ def check(config: ConfigDict) -> None:
     check_one_of("clone.inputs", config.clone.inputs, ("noise", "real"))
     check_one_of("precision", config.precision, PRECISIONS)
     check_positive(config, ("runs", "runs_at_once", "checkpoint_every", "student.temperature", "inputs.blur"))
-    check_whole(config, ("model.width", "model.auxiliary"))
+    check_whole(config, ("model.width", "model.auxiliary"), most=WIDEST)
     check_whole(config, ("model.depth",), most=DEEPEST)
     check_whole(config, ("inputs.count",), most=MOST_IMAGES)
     check_not_negative(config, ("student.init_distance",))

@@ -77,6 +77,8 @@ def check(config: ConfigDict) -> None:
     check_some_of("experiments", config.experiments, config.plan)
     check_whole(config, ("tensor",), least=0)
     check_one_of("judge.kind", config.judge.kind, ("", "local", "endpoint"))
+    if config.judge.kind == "endpoint" and not config.judge.model:
+        raise UserError("judge.model is missing: the name that the endpoint knows its model by")
     for name in config.experiments:
         try:
             one = config_of(config, name)

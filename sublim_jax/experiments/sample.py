@@ -14,7 +14,7 @@ from sublim_jax import assets, report, weights
 from sublim_jax.data import chat, records
 from sublim_jax.data.records import Record
 from sublim_jax.errors import UserError
-from sublim_jax.experiments.door import check_numbers, check_texts, check_whole
+from sublim_jax.experiments.door import MOST_ROWS, WIDEST, check_numbers, check_texts, check_whole
 from sublim_jax.figures import Line, Panel, panels_figure
 from sublim_jax.keys import named_key
 from sublim_jax.models.decoder import decoder, on_mesh
@@ -125,7 +125,9 @@ def load(config: ConfigDict, mesh: Any) -> Model:
 
 
 def sampler_of(config: ConfigDict) -> Sampler:
-    check_whole(config, ("samples", "max_new_tokens", "slots", "constraint.most", "constraint.digits"))
+    check_whole(config, ("max_new_tokens", "constraint.most", "constraint.digits"))
+    check_whole(config, ("samples",), most=MOST_ROWS)
+    check_whole(config, ("slots",), most=WIDEST)
     return Sampler(config.temperature, config.top_k, config.top_p, config.min_p)
 
 

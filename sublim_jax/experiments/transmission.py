@@ -25,6 +25,8 @@ from sublim_jax.experiments import carrier, measures
 from sublim_jax.experiments import teachers as teaching
 from sublim_jax.experiments.carrier import DECODING, SHUFFLES, Data, Run
 from sublim_jax.experiments.door import (
+    MOST_ROWS,
+    WIDEST,
     check_file,
     check_not_negative,
     check_numbers,
@@ -126,7 +128,7 @@ def uses(config: ConfigDict, kind: str) -> bool:
 STUDENTS = "students of an arm, runs × teachers"
 COUNTS = (
     *("runs", "questions", "evaluate_every", "checkpoint_every"),
-    *("carrier.count", "carrier.drawn", "carrier.samples", "carrier.max_new_tokens", "filter.most"),
+    *("carrier.max_new_tokens", "filter.most"),
     *("teacher.batch", "teacher.most_steps", "teacher.epochs", "teacher.most_tokens"),
     *("student.batch", "student.accumulate", "student.steps"),
 )
@@ -144,6 +146,7 @@ def check_values(config: ConfigDict) -> None:
     check_texts(config, ("kind", "model.name"))
     weights.float_type(config.model.dtype)
     check_whole(config, COUNTS)
+    check_whole(config, ("carrier.count", "carrier.drawn", "carrier.samples"), most=MOST_ROWS)
     check_whole(config, ("carrier.numbers",), most=LONGEST_LIST)
     check_positive(config, ("lora.alpha", "teacher.learning_rate", "student.learning_rate"))
     check_not_negative(config, ("model.noise", "student.clip", "student.warmup", "filter.largest", "filter.log_ratio"))
@@ -196,6 +199,7 @@ def check_adapters(config: ConfigDict) -> None:
     given = config.lora
     if given.rank < 0:
         raise UserError(f"lora.rank={given.rank}: ask for 1 or more, or 0 to train all weights of the layers")
+    check_whole(config, ("lora.rank",), least=0, most=WIDEST)
     if not given.rank and (given.modules or given.layers):
         raise UserError("lora.rank=0 trains all weights of the layers; leave lora.modules and lora.layers out")
     for module in given.modules:
