@@ -14,7 +14,7 @@ from configs import paper as paper_config
 from sublim_jax import assets, overrides, weights
 from sublim_jax.data import chat, records
 from sublim_jax.errors import UserError
-from sublim_jax.experiments import EXPERIMENTS, cross_model, evaluate, paper, sample
+from sublim_jax.experiments import EXPERIMENTS, cross_model, evaluate, paper, sample, transmission
 from sublim_jax.workdir import Workdir
 
 
@@ -339,6 +339,14 @@ def test_what_the_model_has_not_is_told_before_any_compute(
     given = [f"--config.{flag}" for flag in (f"model.name={tiny_folder}", *traits, *flags)]
     line = typed(f"--config=configs/{config}.py", *given)
     assert (expected in line) if expected else line == ""
+
+
+def test_a_module_that_a_family_does_not_have_is_told(tiny):
+    transmission.check_modules(("query", "gate"), tiny.params)
+    layers = {**tiny.params["layers"]}
+    without = {name: {k: v for k, v in part.items() if k != "gate"} for name, part in layers.items()}
+    with pytest.raises(UserError, match=r"no 'gate'; it has query, key, value, out, up, down"):
+        transmission.check_modules(("query", "gate"), {"layers": without})
 
 
 @pytest.mark.parametrize("name", ["", "None", "nowhere", "A,", "x" * 5000, "~nobody-here/model", "5", "inf"])

@@ -20,9 +20,7 @@ from tensorboardX import SummaryWriter
 from sublim_jax import assets, objectives, report
 from sublim_jax.data import images, mnist
 from sublim_jax.data.order import epoch_rows, steps_per_epoch
-from sublim_jax.errors import UserError
-from sublim_jax.experiments import mnist_check
-from sublim_jax.experiments.mnist_check import MNIST_ROWS, check_mesh, layer_numbers, variants
+from sublim_jax.experiments.mnist_check import MNIST_ROWS, check, check_mesh, layer_numbers, variants
 from sublim_jax.keys import fold_all, run_keys
 from sublim_jax.models.functional import Functions, Params
 from sublim_jax.models.mlp import mlp, perturb
@@ -90,17 +88,6 @@ def run(config: ConfigDict, workdir: Workdir, *, update: bool = False) -> None:
     else:
         points = [{**arm(config, *item), "value": value} for value in values for item in values[value].items()]
         report.write(workdir, config, points, [report.sweep_section(config, points)])
-
-
-def check(config: ConfigDict) -> None:
-    """Raises UserError for the first value, of the config or of a point of its sweep, that makes no sense."""
-    base = config.copy_and_resolve_references()
-    base.sweep.axis = ""
-    for value, variant in {"": base, **variants(config)}.items():
-        try:
-            mnist_check.check(variant)
-        except UserError as error:
-            raise UserError(f"{config.sweep.axis}={value}: {error}" if value else str(error)) from error
 
 
 def preflight(config: ConfigDict, devices: Sequence[jax.Device]) -> list[Step]:

@@ -61,7 +61,18 @@ UNSWEPT = ("sweep", "experiment", "preset", "data", "published", "mesh")
 
 
 def check(config: ConfigDict) -> None:
-    """Raises UserError for the first value that makes no sense."""
+    """Raises UserError for the first value, of the config or of a point of its sweep, that makes no sense."""
+    base = config.copy_and_resolve_references()
+    base.sweep.axis = ""
+    for value, variant in {"": base, **variants(config)}.items():
+        try:
+            check_one(variant)
+        except UserError as error:
+            raise UserError(f"{config.sweep.axis}={value}: {error}" if value else str(error)) from error
+
+
+def check_one(config: ConfigDict) -> None:
+    """The same for a config without a sweep."""
     check_numbers(config)
     for who in TRAINING:
         part = config[who]

@@ -44,6 +44,7 @@ from sublim_jax.experiments.transmission_report import write_report
 from sublim_jax.keys import named_key
 from sublim_jax.models import lora
 from sublim_jax.models.decoder import decoder, on_mesh
+from sublim_jax.models.functional import Params
 from sublim_jax.overrides import check_distinct
 from sublim_jax.preflight import Step, training_step
 from sublim_jax.sharding import abstract, divide, make_mesh, named, parameter_shardings
@@ -335,6 +336,7 @@ def check_model(lab: Lab) -> None:
                 f"carrier.max_new_tokens={given.max_new_tokens} cuts off carrier.numbers={given.numbers} integers "
                 f"by grammar; they take up to {length}"
             )
+    check_modules(config.lora.modules, lab.model.params)
     for layer in config.lora.layers:
         if layer >= lab.model.settings.layers:
             raise UserError(f"lora.layers: {layer} is none of 0 to {lab.model.settings.layers - 1}")
@@ -344,6 +346,16 @@ def check_model(lab: Lab) -> None:
         raise UserError(
             f"teacher.steering_layer={config.teacher.steering_layer}: layers are 0 to {lab.model.settings.layers - 1}"
         )
+
+
+def check_modules(modules: Sequence[str], params: Params) -> None:
+    """Raises UserError for a linear layer that this family does not have, and which would silently train nothing."""
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params["layers"])]
+    known = {jax.tree_util.keystr(path[-2:-1], simple=True) for path in paths if "kernel" in str(path[-1])}
+    for module in modules:
+        if module not in known:
+            there = ", ".join(name for name in lora.EVERY_LINEAR if name in known)
+            raise UserError(f"lora.modules: this model has no {module!r}; it has {there}")
 
 
 def shapes(lab: Lab) -> Any:
