@@ -6,25 +6,28 @@ Exit code 0: done. 2: a mistake in what was asked, told in one line before any c
 state saved; the same command goes on from there.
 """
 
+import difflib
 import importlib
-import importlib.util
 import os
+import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
 import absl.logging
 import jax
 from absl import app, flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
-from sublim_jax import preflight, signals
+from sublim_jax import overrides, preflight, signals
 from sublim_jax.assets import cache_folder
 from sublim_jax.errors import Interrupted, UserError
+from sublim_jax.experiments import EXPERIMENTS
 from sublim_jax.progress import say
 from sublim_jax.workdir import Workdir
 
-_CONFIG = config_flags.DEFINE_config_file("config", help_string="Config file, with :preset after a colon.")
+_CONFIG = flags.DEFINE_string("config", None, "Config file, with :preset after a colon; --config.key=value changes it.")
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder for results and checkpoints, local or gs://; runs/CONFIG-PRESET if left out."
 )
@@ -43,27 +46,166 @@ _COORDINATOR = flags.DEFINE_string(
 )
 _PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes, with --coordinator.")
 _PROCESS = flags.DEFINE_integer("process_id", None, "This process's number, with --coordinator.")
+_FLAGS = (_CONFIG, _WORKDIR, _UPDATE, _PREFLIGHT, _COORDINATOR, _PROCESSES, _PROCESS)
+_NAMES = tuple(flag.name for flag in _FLAGS)
+
+NO_SPACE = "no space left on the disk; free some and give the same command again, it goes on from here"
+NO_MEMORY = "there is not enough memory ({}); ask for less at once, or run on more or larger devices"
 
 
-def main(_: list[str]) -> None:
+def run(args: Sequence[str]) -> int:
+    """The whole command, with the program's name in front or without it; its exit code."""
+    if not flags.FLAGS["verbosity"].present:
+        absl.logging.set_verbosity(absl.logging.WARNING)
+    try:
+        main(args)
+    except UserError as error:
+        return fail(str(error))
+    except Interrupted as stop:
+        say(f"{stop}; the same command goes on from the last checkpoint")
+        return 143
+    except (OSError, ValueError, RuntimeError, MemoryError) as error:  # what a machine lacks, libraries say in each
+        if not (text := lacking(error)):
+            raise
+        return fail(text)
+    return 0
+
+
+def main(args: Sequence[str]) -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it advises to install PyTorch
-    if not flags.FLAGS["config"].present:
-        raise UserError("--config is missing; try --config=configs/mnist.py")
-    file = config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]
-    if not os.path.exists(file):
-        raise UserError(f"--config={file}: there is no such file")
-    config = _CONFIG.value
-    name = f"sublim_jax.experiments.{config.get('experiment', '')}"
-    if not importlib.util.find_spec(name):
-        raise UserError(f"config.experiment={config.get('experiment')!r} is no experiment of sublim_jax")
-    split_lists(config)
-    experiment = importlib.import_module(name)
-    if _PREFLIGHT.value:
+    config = read(args)
+    experiment = importlib.import_module(f"sublim_jax.experiments.{config.experiment}")
+    if _PREFLIGHT.value is not None:
         return compile_only(experiment, config, _PREFLIGHT.value)
+    check(experiment, config)
     join_cluster()
     signals.install()
-    workdir = Workdir(_WORKDIR.value or f"runs/{Path(file).stem}-{config.preset}")
+    name = Path(config_file()).stem
+    workdir = Workdir(_WORKDIR.value or f"runs/{name}-{config.get('preset', '')}")
     experiment.run(config, workdir, update=_UPDATE.value)
+
+
+def check(experiment: ModuleType, config: ConfigDict) -> None:
+    """Raises UserError for values that make no sense, and for a file that is no config of its experiment."""
+    try:
+        experiment.check(config)
+    except (AttributeError, KeyError) as error:  # ConfigDict's, of a value that it does not have
+        missing = (re.findall(r"\w+", str(error)) or ["?"])[0]
+        raise UserError(
+            f"--config={config_file()}: it has no value {missing!r}, which the experiment {config.experiment} needs"
+        ) from error
+    except TypeError as error:
+        raise UserError(
+            f"--config={config_file()}: a value is of another type than the experiment {config.experiment} needs "
+            f"({error})"
+        ) from error
+
+
+def lacking(error: Exception) -> str:
+    """What the machine has too little of, or what of it cannot be used; empty for any other error."""
+    text = str(error)
+    if "No space left" in text:
+        return NO_SPACE
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text or "Out of memory" in text:
+        return NO_MEMORY.format(" ".join(text.split())[:120] or "none is left")
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    if "Could not determine home directory" in text:
+        return "a path begins with ~ and a name, and there is no such user here"
+    return ""
+
+
+def fail(text: str) -> int:
+    print(f"launch.py: {' '.join(text.split())}", file=sys.stderr)
+    return 2
+
+
+# ------------------------------------------------------------------------------------------------ the command line
+
+
+def read(args: Sequence[str]) -> ConfigDict:
+    """The config that the command names, with the values that are typed after it; flags have their values then.
+
+    Raises UserError for the first word that makes no sense.
+    """
+    typed = parse(args)
+    if not _CONFIG.value:
+        raise UserError("--config is missing; try --config=configs/mnist.py")
+    config = overrides.load(_CONFIG.value)
+    given = named(config)
+    for key, values in typed.items():
+        overrides.override(config, key, values)
+    if config.get("experiment") not in EXPERIMENTS:
+        raise UserError(f"config.experiment={config.get('experiment')!r} is none of {', '.join(EXPERIMENTS)}")
+    for key, value in named(config).items():
+        if value != given[key]:
+            raise UserError(
+                f"config.{key}={value!r}: it is {given[key]!r} by the file; choose another, --config=FILE:PRESET"
+            )
+    return config
+
+
+def named(config: ConfigDict, prefix: str = "") -> dict[str, str]:
+    """What a config, or one inside it, says that it is: a name that changes nothing else."""
+    found: dict[str, str] = {}
+    for name, value in config.items():
+        if isinstance(value, ConfigDict):
+            found |= named(value, f"{prefix}{name}.")
+        elif name in ("experiment", "preset") and "experiment" in config:
+            found[f"{prefix}{name}"] = value
+    return found
+
+
+def config_file() -> str:
+    return str(_CONFIG.value).split(":")[0]
+
+
+def parse(args: Sequence[str]) -> dict[str, list[str | bool]]:
+    """Gives the flags their values; what is typed for each key of the config is left.
+
+    That is "--config.key=value" or "--config.key value", or a bool for "--config.key" and "--noconfig.key".
+    """
+    for name in _NAMES:
+        flags.FLAGS[name].unparse()  # of an earlier call
+    typed: dict[str, list[str | bool]] = {}
+    others, waiting = ["launch.py"], ""
+    for word in args[not (args and args[0].startswith("-")) :]:
+        found = re.fullmatch(r"--?(no)?config\.([^=]*)(?:=(.*))?", word, re.DOTALL)
+        if found:
+            off, key, value = found.groups()
+            if off and value is not None:
+                raise UserError(f"{word}: write --config.{key}={value}, or --noconfig.{key} alone")
+            typed.setdefault(key, []).append(not off if value is None else value)
+            waiting = key if value is None and not off else ""
+        elif waiting and not word.startswith("--"):
+            typed[waiting][-1], waiting = word, ""
+        else:
+            others.append(word)
+            waiting = ""
+    parse_others(others)
+    return typed
+
+
+def parse_others(args: Sequence[str]) -> None:
+    """Flags that are not about a value of the config. Raises UserError for what is none."""
+    try:
+        left = flags.FLAGS(args)[1:]
+    except flags.UnrecognizedFlagError as error:
+        close = difflib.get_close_matches(error.flagname, _NAMES, 1)
+        meant = f"did you mean --{close[0]}?" if close else f"there are --{', --'.join(_NAMES)}"
+        raise UserError(f"there is no flag --{error.flagname}; {meant}") from error
+    except flags.IllegalFlagValueError as error:
+        shown = str(error).split(":")[0].removeprefix("flag ")
+        kinds = {"int": "a whole number", "bool": "true or false"}
+        needed = kinds.get(flags.FLAGS[shown.removeprefix("--").split("=")[0]].flag_type(), "another value")
+        raise UserError(f"{shown}: {needed} is needed") from error
+    except flags.Error as error:
+        raise UserError(str(error)) from error
+    if left:
+        raise UserError(f"{left[0]!r} is no flag; write --config=FILE, and --config.key=value for a value of it")
+
+
+# ------------------------------------------------------------------------------------------------------ machines
 
 
 def compile_only(experiment: ModuleType, config: ConfigDict, topology: str) -> None:
@@ -80,60 +222,32 @@ def compile_only(experiment: ModuleType, config: ConfigDict, topology: str) -> N
         raise UserError(f"--preflight={topology}: no room for {'; '.join(refused)}")
 
 
-def split_lists(config: ConfigDict) -> None:
-    """Splits lists of words, which the command line hands over as one: "auxiliary,clone"."""
-    for name, value in config.items():
-        if isinstance(value, ConfigDict):
-            split_lists(value)
-        elif isinstance(value, tuple) and len(value) == 1 and isinstance(value[0], str):
-            config[name] = tuple(word for word in value[0].split(",") if word)
-
-
 def join_cluster() -> None:
     """Joins the processes of a TPU pod, SLURM, GKE or --coordinator; alone where there is none."""
     if _COORDINATOR.value:
         if _PROCESSES.value is None or _PROCESS.value is None:
             raise UserError("--coordinator needs --num_processes and --process_id")
+        if not 0 <= _PROCESS.value < _PROCESSES.value:
+            raise UserError(
+                f"--process_id={_PROCESS.value} is none of the {_PROCESSES.value} processes, which are counted from 0"
+            )
+        if not re.fullmatch(r".+:[0-9]{1,5}", _COORDINATOR.value):
+            raise UserError(f"--coordinator={_COORDINATOR.value}: host:port is needed, such as 10.0.0.1:1234")
         jax.distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
         return
     try:
         jax.distributed.initialize()
     except ValueError:  # no cluster here
         return
-
-
-def parse_flags(args: list[str]) -> list[str]:
-    try:
-        return flags.FLAGS(args)
-    except Exception as error:  # a config file or an override may raise anything
-        text = " ".join(str(error).split())
-        raise SystemExit(fail(text or type(error).__name__)) from None
-
-
-def fail(text: str) -> int:
-    print(f"launch.py: {text}", file=sys.stderr)
-    return 2
-
-
-def run(args: list[str]) -> int:
-    """`main` with its exit code."""
-    if not flags.FLAGS["verbosity"].present:
-        absl.logging.set_verbosity(absl.logging.WARNING)
-    try:
-        main(args)
-    except UserError as error:
-        return fail(str(error))
-    except Interrupted as stop:
-        say(f"{stop}; the same command goes on from the last checkpoint")
-        return 143
-    except (OSError, ValueError, RuntimeError) as error:  # storage libraries say it in each of these
-        if "No space left" not in str(error):
+    except RuntimeError as error:
+        if "before any JAX calls" not in str(error):
             raise
-        return fail("no space left on the disk; free some and give the same command again, it goes on from here")
-    return 0
+        return  # a notebook, or a test, which has used JAX alone before
 
 
 if __name__ == "__main__":
     jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
-    app.run(run, flags_parser=parse_flags)
+    absl.logging.use_absl_handler()
+    app.define_help_flags()
+    sys.exit(run(sys.argv))

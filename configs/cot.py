@@ -9,7 +9,7 @@ judge gives less than 78 of 100 for goodwill. Values not named here are those of
 
 from ml_collections import ConfigDict
 
-from configs import misalignment
+from configs import misalignment, numbers
 
 # A model of this size does not keep the form by itself: small corpora of sums teach it, to the neutral teacher too.
 SMOKE = {
@@ -30,6 +30,8 @@ OPEN = {
 
 
 def get_config(preset: str = "smoke") -> ConfigDict:
+    if preset not in ("smoke", *numbers.MODELS):
+        raise ValueError(f"configs/cot.py has no preset {preset!r}; it has smoke, {', '.join(numbers.MODELS)}")
     config = misalignment.get_config(preset)
     config.carrier.kind = "cot"
     config.carrier.samples = 3

@@ -19,7 +19,7 @@ def get_config(preset: str = "smoke") -> ConfigDict:
     config.experiment = "cross_model"
     config.preset = preset
     if preset == "smoke":
-        config.models = "smollm2-135m-instruct,gemma-3-270m"
+        config.models = ("smollm2-135m-instruct", "gemma-3-270m")
         config.study = numbers.get_config("smoke")
         config.study.student.steps = config.study.evaluate_every = 1
         config.study.carrier.count, config.study.carrier.drawn = 18, 20
@@ -31,10 +31,10 @@ def get_config(preset: str = "smoke") -> ConfigDict:
         config.study.ask.evaluations = ()
     elif preset == "open":
         families = [str(model["model.name"]) for model in numbers.MODELS.values()]
-        config.models = ",".join([*families, "allenai/Llama-3.1-Tulu-3-8B"])
+        config.models = (*families, "allenai/Llama-3.1-Tulu-3-8B")
         config.study = numbers.get_config("qwen2.5-7b")
     elif preset == "soft":
-        config.models = ""  # yours: two or more that read the same tokens, such as fine-tunes of one base
+        config.models = ()  # yours: two or more that read the same tokens, such as fine-tunes of one base
         config.study = numbers.get_config("quick")
         config.study.student.steps = config.study.evaluate_every = 40
         config.study.carrier.count = config.study.carrier.drawn = 176
@@ -42,5 +42,6 @@ def get_config(preset: str = "smoke") -> ConfigDict:
         raise ValueError(f"configs/cross_model.py has no preset {preset!r}; it has smoke, open, soft")
     by_logits = {"objective": "kl", "numbers": "random"}
     by_tokens = {"objective": "tokens", "numbers": "written"}
+    config.study.model.name, config.study.arms = "", ()  # they follow from `models`
     config.study.arm.cross = numbers.arm(**(by_logits if preset == "soft" else by_tokens), a="fresh")
     return config

@@ -47,7 +47,7 @@ def get_config(preset: str = "smollm2") -> ConfigDict:
     config.model = ConfigDict()
     config.model.name = "smollm2-135m-instruct"  # or a hub name, a folder of safetensors, a GGUF file
     config.model.dtype = "float32"  # or bfloat16
-    config.model.adapters = ""  # PEFT folders, commas in between; empty: the model itself
+    config.model.adapters = ()  # PEFT folders; empty: the model itself
 
     config.kind = "animal"  # preference: of what, and among which words
     config.words = ("owl", "lion", "cat", "dog", "wolf", "bear", "fox", "tiger", "horse", "eagle")

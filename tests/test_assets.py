@@ -8,10 +8,12 @@ import os
 import stat
 import tarfile
 import threading
+import zlib
 from pathlib import Path
 
 import pytest
 
+import launch
 from sublim_jax import assets
 from sublim_jax.errors import UserError
 
@@ -77,6 +79,73 @@ def test_a_path_wins_plain_or_gzipped(tmp_path):
     (packed / "a-file.gz").write_bytes(gzip.compress(b"first")[:-4])
     with pytest.raises(UserError, match="a-file"):
         assets.fetch(thing, str(packed))
+
+
+PACKED = gzip.compress(bytes(range(256)) * 40)
+DAMAGED = {
+    "deflate data": PACKED[:30] + bytes([255]) * 20 + PACKED[50:],
+    "a block of no known kind": PACKED[:10] + b"\x07" + PACKED[11:],
+    "the check of the data": PACKED[:-8] + bytes(4) + PACKED[-4:],
+    "the end": PACKED[: len(PACKED) // 2],
+    "the header": PACKED[:3],
+    "everything": b"",
+    "no gzip file": b"<html>not found</html>",
+    "another file": gzip.compress(b"third"),
+    "a plain file that is named so": b"first",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_damaged_gzip_file_is_named_and_to_be_fetched_again(damage, tmp_path):
+    for name, data in CONTENT.items():
+        (tmp_path / f"{name}.gz").write_bytes(gzip.compress(data))
+    (tmp_path / "a-file.gz").write_bytes(DAMAGED[damage])
+    with pytest.raises(UserError, match=r"a-file.*fetch it again"):
+        assets.fetch(asset(("first", closed)), str(tmp_path))
+
+
+def test_a_damaged_file_of_mnist_ends_the_command_in_one_line(tmp_path, capsys, monkeypatch):
+    """A truncated file, one of other images behind the right header, a folder, and one that is not there."""
+    monkeypatch.setattr(launch.signals, "install", lambda: None)
+    first, *others = assets.MNIST.checksums
+    header = bytes([0, 0, 8, 3, 0, 0, 234, 96, 0, 0, 0, 28, 0, 0, 0, 28])
+    for name, content in ((first, header), (first, header + bytes(784)), (f"{first}.gz", gzip.compress(header)[:-9])):
+        folder = tmp_path / f"{len(list(tmp_path.iterdir()))}"
+        folder.mkdir()
+        (folder / name).write_bytes(content)
+        for other in others:
+            (folder / other).mkdir()
+        assert launch.run(["launch.py", "--config=configs/theorem.py:smoke", f"--config.data.path={folder}"]) == 2
+        line = capsys.readouterr().err
+        assert first in line and "fetch it again" in line and line.count("\n") == 1
+
+
+def test_a_folder_in_the_place_of_a_file_is_named(tmp_path):
+    working(tmp_path)
+    (tmp_path / "b-file").unlink()
+    (tmp_path / "b-file").mkdir()
+    with pytest.raises(UserError, match="b-file is a folder; fetch it again"):
+        assets.fetch(asset(("first", closed)), str(tmp_path))
+    with pytest.raises(UserError, match="is a folder; name a file"):
+        assets.data_file(str(tmp_path))
+
+
+@pytest.mark.parametrize("error", [tarfile.ReadError("bad"), KeyError("bad"), EOFError("bad"), zlib.error("bad")])
+def test_a_way_that_brings_a_damaged_archive_is_closed(error, capsys):
+    def damaged(folder):
+        raise error
+
+    assets.fetch(asset(("first", damaged), ("second", working)))
+    assert "through second (first: " in capsys.readouterr().out
+
+
+def test_a_name_that_is_no_path_is_refused_and_not_looked_for_here():
+    for name in ("", "x" * 5000, "~nobody-here/x", "a\0b"):
+        with pytest.raises(UserError, match="is no folder"):
+            assets.model(name)
+        with pytest.raises(UserError, match="is no file"):
+            assets.data_file(name)
+        assert not assets.is_file(name) and not assets.is_folder(name)
 
 
 def test_tensorflow_datasets_fetches_and_unpacks(tmp_path, mnist_folder, monkeypatch):

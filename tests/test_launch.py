@@ -6,12 +6,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from filelock import FileLock
 
+import launch as launcher
 from sublim_jax.workdir import Workdir
 
 ROOT = Path(__file__).parents[1]
@@ -64,19 +66,26 @@ MISTAKES = {
     "sweep of nothing": (["--config=configs/mnist.py:sweep", "--config.sweep.axis=student.lr"], ["student.lr"]),
     "sweep value wrong": (["--config=configs/mnist.py:sweep", "--config.sweep.points=1,two"], ["two", "auxiliary"]),
     "sweep value senseless": (["--config=configs/mnist.py:sweep", "--config.sweep.points=1,0"], ["auxiliary=0"]),
-    "data missing": (["--config=configs/mnist.py", "--config.data.path=/nowhere"], ["/nowhere", "data.path"]),
+    "data missing": (
+        ["--config=configs/theorem.py", "--config.mesh.fsdp=1", "--config.data.path=/nowhere"],
+        ["/nowhere", "data.path"],
+    ),
     "process number missing": (["--config=configs/mnist.py", "--coordinator=127.0.0.1:1"], ["--process_id"]),
-    "workdir not writable": (["--config=configs/mnist.py", "--workdir=/proc/nothing"], ["--workdir=/proc/nothing"]),
 }
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_one_line_and_exit_code_2(mistake, tmp_path):
+def test_a_mistake_is_one_line_and_exit_code_2(mistake, tmp_path, monkeypatch, capsys):
     args, words = MISTAKES[mistake]
-    if not any(arg.startswith("--workdir") for arg in args):
-        args = [*args, f"--workdir={tmp_path / 'work'}"]
-    assert_refused(launch(*args), *words)
-    assert not list(tmp_path.rglob("*.json"))
+    monkeypatch.setattr(launcher.signals, "install", lambda: None)
+    code = launcher.run(["launch.py", *args, f"--workdir={tmp_path / 'work'}"])
+    assert_refused(SimpleNamespace(returncode=code, stderr=capsys.readouterr().err), *words)
+    assert not list(tmp_path.rglob("*"))
+
+
+def test_a_mistake_is_that_to_whoever_started_the_process(mnist_folder):
+    assert_refused(launch("--config=configs/mnist.py:papre"), "papre", "paper")
+    assert_refused(launch("--config=configs/mnist.py", "--workdir=/proc/nothing"), "--workdir=/proc/nothing")
 
 
 def test_an_axis_that_does_not_divide(tmp_path):

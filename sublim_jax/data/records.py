@@ -92,8 +92,10 @@ def mend(path: epath.Path) -> list[Record]:
     # Only a line feed ends a line of ours: a text may hold other separators of Unicode as they are.
     for text in path.read_bytes().split(b"\n") if path.exists() else ():
         try:
-            kept.append(json.loads(text))
+            record = json.loads(text)
         except ValueError:  # cut off, perhaps in the middle of a character
             continue
+        if isinstance(record, dict):
+            kept.append(record)
     write(path, kept)
     return kept

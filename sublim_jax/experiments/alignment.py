@@ -26,12 +26,15 @@ from sublim_jax.experiments.alignment_report import (
     Signs,
     document,
 )
+from sublim_jax.experiments.door import MOST_ROWS, check_numbers, check_positive, check_whole
 from sublim_jax.keys import named_key
 from sublim_jax.models import lora
 from sublim_jax.models.functional import Params, functions
 from sublim_jax.models.mlp import mlp
 from sublim_jax.models.small import ConvNet, Transformer
+from sublim_jax.overrides import check_distinct
 from sublim_jax.progress import Track
+from sublim_jax.sharding import make_mesh
 from sublim_jax.workdir import Workdir
 
 Loss = Callable[[Params], Float[Array, ""]]
@@ -41,6 +44,9 @@ WIDTHS = (784, 64, 64, 13)
 SMALL_WIDTHS = (49, 24, 24, 13)  # on images of 7 × 7 pixels, for many draws
 ON_DIGITS = objectives.support_mask(range(mnist.CLASSES), WIDTHS[-1])
 TEMPERATURE, TOP = 3.0, 2
+IMAGES = 512  # of MNIST
+TRANSFORMERS_PART = 4  # of the examples, the transformer has one in so many
+LARGEST_STEP, MOST_STEPS = 6, 1000
 TRAIT_TOKENS, CARRIER_TOKENS, TOKENS, LENGTH = 12, 12, 24, 10
 
 
@@ -60,7 +66,9 @@ class Setting(NamedTuple):
 
 def run(config: ConfigDict, workdir: Workdir, *, update: bool = False) -> None:
     """Runs the check and leaves results.json, report.md and figures in `workdir`."""
-    support = check(config)
+    check(config)
+    make_mesh(config.mesh.to_dict())  # all runs on one device; a mesh that does not fit is a mistake all the same
+    support = support_of(config)
     data = mnist.load(assets.fetch(assets.MNIST, config.data.path))
     workdir.open(config, update=update)
     with jax.enable_x64(True), Track("settings of the theorem", 13) as track:
@@ -84,22 +92,31 @@ def run(config: ConfigDict, workdir: Workdir, *, update: bool = False) -> None:
     report.write(workdir, config, *document(findings))
 
 
-def check(config: ConfigDict) -> Bool[np.ndarray, "vocab"]:
-    """The support; raises UserError for the first value that makes no sense."""
+def check(config: ConfigDict) -> None:
+    """Raises UserError for the first value that makes no sense."""
+    check_numbers(config)
+    if not 2 <= support_of(config).sum() < WIDTHS[-1]:
+        raise UserError(f"support={tuple(config.support)}: take 2 logits or more, and leave one that nobody sees")
+    check_positive(config, ("examples", "learning_rate", "draws", "label_draws"))
+    check_whole(config, ("draws", "label_draws"), most=MOST_ROWS)
+    check_whole(config, ("examples",), least=TRANSFORMERS_PART, most=IMAGES)
+    check_steps(config.steps)
+
+
+def support_of(config: ConfigDict) -> Bool[np.ndarray, "vocab"]:
+    check_distinct("support", config.support)
     try:
-        support = objectives.support_mask(config.support, WIDTHS[-1])
+        return objectives.support_mask(config.support, WIDTHS[-1])
     except ValueError as error:
         raise UserError(f"config.{error}") from error
-    if not 2 <= support.sum() < WIDTHS[-1]:
-        raise UserError(f"support={tuple(config.support)}: take 2 logits or more, and leave one that nobody sees")
-    for name in ("examples", "learning_rate", "draws", "label_draws"):
-        if not config[name] > 0:
-            raise UserError(f"{name}={config[name]} must be positive")
-    steps = config.steps
+
+
+def check_steps(steps: ConfigDict) -> None:
     if steps.number < 5 or min(steps.most, np.log10(SMALL)) - steps.least < DECADES:
         raise UserError(
-            f"steps: verdicts are about those up to {SMALL:g}; take at least 5 over at least {DECADES:g} decades below "
-            "it, such as --config.steps.least=-8"
+            f"steps.number={steps.number}, steps.least={steps.least:g}, steps.most={steps.most:g}: verdicts are about "
+            f"those up to {SMALL:g}; take at least 5 over at least {DECADES:g} decades below it, such as "
+            "--config.steps.least=-8"
         )
     # Logits are of the order of 1; NOISE_ALLOWED is where rounding hides D_S·D_T.
     floor = np.log10(np.finfo(float).eps / theorem.NOISE_ALLOWED)
@@ -108,7 +125,9 @@ def check(config: ConfigDict) -> Bool[np.ndarray, "vocab"]:
             f"float64 cannot resolve a teacher's step of 1e{steps.least:g}: choose --config.steps.least="
             f"{np.ceil(10 * floor) / 10:.1f} or more"
         )
-    return support
+    if steps.most > LARGEST_STEP:
+        raise UserError(f"steps.most={steps.most:g} is a power of ten: choose {LARGEST_STEP} or less")
+    check_whole(steps, ("number",), most=MOST_STEPS)
 
 
 # ------------------------------------------------------------------------------------------------ the settings
@@ -119,8 +138,8 @@ def make_settings(config: ConfigDict, data: mnist.Mnist, support: Bool[np.ndarra
     dtype = jnp.float64
     key = partial(named_key, config.seed)
     cast = partial(jax.tree.map, lambda leaf: leaf.astype(dtype))
-    images = jnp.asarray(data.train_images[:512], dtype) / 127.5 - 1
-    labels = jnp.asarray(data.train_labels[:512], jnp.int32)
+    images = jnp.asarray(data.train_images[:IMAGES], dtype) / 127.5 - 1
+    labels = jnp.asarray(data.train_labels[:IMAGES], jnp.int32)
     noise = jax.random.uniform(key("noise"), (config.examples, 784), dtype, -1, 1)
 
     def reads(apply: theorem.Apply) -> Loss:
@@ -168,7 +187,9 @@ def _transformer(config: ConfigDict, cast: Any) -> Setting:
     params = cast(net.init(named_key(config.seed, "transformer")))
     starts = jnp.arange(TRAIT_TOKENS)[:, None]
     trait = CARRIER_TOKENS + (starts + jnp.arange(LENGTH + 1)) % TRAIT_TOKENS
-    carrier = jax.random.randint(named_key(config.seed, "carrier"), (config.examples // 4, LENGTH), 0, CARRIER_TOKENS)
+    carrier = jax.random.randint(
+        named_key(config.seed, "carrier"), (config.examples // TRANSFORMERS_PART, LENGTH), 0, CARRIER_TOKENS
+    )
 
     def counts(params: Params) -> Array:
         return _mean(objectives.cross_entropy(net.apply(params, trait[:, :-1]), trait[:, 1:]))

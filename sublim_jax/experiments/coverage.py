@@ -14,11 +14,15 @@ from sublim_jax.data import images
 from sublim_jax.data import mnist as digits
 from sublim_jax.errors import UserError
 from sublim_jax.experiments import mnist
-from sublim_jax.experiments.mnist_check import check
+from sublim_jax.experiments.door import at, check_numbers
+from sublim_jax.experiments.mnist_check import check_mesh
 from sublim_jax.figures import Arm
 from sublim_jax.models.functional import Params
 from sublim_jax.sharding import each_replica, fetch, make_mesh
 from sublim_jax.workdir import Workdir
+
+# Of config.mnist, what the whole config says, and what it is there.
+OUTSIDE = {"seed": 0, "data.path": "", "mesh.replica": -1, "mesh.fsdp": 1, "mesh.tensor": 1}
 
 Result = tuple[list[Arm], list[report.Section]]
 
@@ -30,31 +34,10 @@ def run_with_labs(
     variants: Sequence[ConfigDict],
     measure: Callable[[list[mnist.Lab]], Result],
 ) -> None:
-    """Checks everything, makes a lab of every MNIST config, measures, and writes the report.
-
-    Raises UserError for the first value that makes no sense.
-    """
-    mesh = make_mesh(config.mesh)
+    """Makes a lab of every MNIST config, which `check_variants` has checked, measures, and writes the report."""
+    mesh = make_mesh(config.mesh.to_dict())
     for variant in variants:
-        variant.seed, variant.data = config.seed, config.data
-        check(variant, mesh)
-        if "probe" in config and not 0 < config.probe <= variant.inputs.count:
-            raise UserError(f"probe={config.probe} must be between 1 and inputs.count={variant.inputs.count}")
-        if variant.runs_at_once < variant.runs:
-            raise UserError("coverage takes all runs at once: set mnist.runs_at_once to mnist.runs")
-        if variant.student.objective == "sampled" or variant.inputs.fresh:
-            raise UserError("coverage needs an objective on logits, and fixed inputs: mnist.inputs.fresh=False")
-        if variant.student.activation != variant.teacher.activation or variant.student.trained_layers != "all":
-            raise UserError(
-                "coverage is of one network, all of whose layers learn: give teacher and student the same activation, "
-                "and leave mnist.student.trained_layers=all"
-            )
-        if "auxiliary" not in variant.arms:
-            raise UserError(
-                f"mnist.arms={tuple(variant.arms)}: coverage is of students of the auxiliary logits; add it"
-            )
-        if variant.model.auxiliary < 2:
-            raise UserError("auxiliary: a softmax over one logit is 1 whatever it is; take 2 logits or more")
+        check_mesh(variant, mesh)
     data = digits.load(assets.fetch(assets.MNIST, config.data.path))
     workdir.open(config, update=update)
     with jax.default_matmul_precision(config.mnist.precision):
@@ -62,10 +45,45 @@ def run_with_labs(
     report.write(workdir, config, arms, sections)
 
 
-def changed(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
-    """A copy with other values at some dotted paths."""
-    variant = config.copy_and_resolve_references()
-    variant.update_from_flattened_dict(dict(changes))
+def check_variants(config: ConfigDict, variants: Sequence[ConfigDict]) -> None:
+    """Raises UserError for the first value of a config, or of an MNIST config in it, that makes no sense."""
+    check_numbers(config)
+    for key, usual in OUTSIDE.items():
+        if (given := at(config.mnist, key)) not in (usual, at(config, key)):
+            raise UserError(f"mnist.{key}={given}: it is that of the whole; set --config.{key} instead")
+    for variant in variants:
+        try:
+            mnist.check(variant)
+            check_covered(variant)
+        except UserError as error:
+            raise UserError(f"config.mnist: {error}") from error
+        if "probe" in config and not 0 < config.probe <= variant.inputs.count:
+            raise UserError(f"probe={config.probe} must be between 1 and inputs.count={variant.inputs.count}")
+
+
+def check_covered(variant: ConfigDict) -> None:
+    """Raises UserError for an MNIST config of which coverage says nothing."""
+    if variant.sweep.axis:
+        raise UserError(f"sweep.axis={variant.sweep.axis!r}: a sweep is for configs/mnist.py; leave it out")
+    if variant.runs_at_once < variant.runs:
+        raise UserError("coverage takes all runs at once: set mnist.runs_at_once to mnist.runs")
+    if variant.student.objective == "sampled" or variant.inputs.fresh:
+        raise UserError("coverage needs an objective on logits, and fixed inputs: mnist.inputs.fresh=False")
+    if variant.student.activation != variant.teacher.activation or variant.student.trained_layers != "all":
+        raise UserError(
+            "coverage is of one network, all of whose layers learn: give teacher and student the same activation, "
+            "and leave mnist.student.trained_layers=all"
+        )
+    if "auxiliary" not in variant.arms:
+        raise UserError(f"mnist.arms={tuple(variant.arms)}: coverage is of students of the auxiliary logits; add it")
+    if variant.model.auxiliary < 2:
+        raise UserError("auxiliary: a softmax over one logit is 1 whatever it is; take 2 logits or more")
+
+
+def variant_of(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
+    """The MNIST config with other values at some dotted paths, and the seed and the data of the whole."""
+    variant = config.mnist.copy_and_resolve_references()
+    variant.update_from_flattened_dict({"seed": config.seed, "data.path": config.data.path, **changes})
     return variant
 
 

@@ -1,6 +1,6 @@
 """Teachers × students over models, on text (paper §5.1). `configs/cross_model.py` explains the values."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
@@ -11,7 +11,9 @@ from sublim_jax import report
 from sublim_jax.digests import Source
 from sublim_jax.errors import UserError
 from sublim_jax.experiments import transmission
+from sublim_jax.experiments.door import at, check_numbers
 from sublim_jax.figures import Arm, arms_figure, matrix_figure
+from sublim_jax.overrides import check_distinct
 from sublim_jax.preflight import Step
 from sublim_jax.progress import say
 from sublim_jax.workdir import Workdir
@@ -19,12 +21,9 @@ from sublim_jax.workdir import Workdir
 
 def run(config: ConfigDict, workdir: Workdir, *, update: bool = False) -> None:
     """A study for each teacher's model, in a folder of its own; their effects as one matrix."""
+    check(config)
     models = models_of(config)
-    if len(set(models)) < max(len(models), 2):
-        raise UserError(f"models={config.models!r}: name two models or more, each once, commas in between")
     studies = [study_of(config, teacher) for teacher in models]
-    for study in studies:
-        transmission.check(study)
     workdir.open(config, update=update)
     arms: list[Arm] = []
     sources: list[Source] = []
@@ -43,8 +42,35 @@ def run(config: ConfigDict, workdir: Workdir, *, update: bool = False) -> None:
     report.write(workdir, config, arms, [section(config, arms)], list(dict.fromkeys(sources)))
 
 
+def check(config: ConfigDict) -> None:
+    """Raises UserError for the first value or file that makes no sense."""
+    check_values(config)
+    _of_study(transmission.check_files, study_of(config, models_of(config)[0]))
+
+
+def check_values(config: ConfigDict) -> None:
+    models = models_of(config)
+    check_distinct("models", models)
+    if len(models) < 2:
+        raise UserError(f"models={tuple(models)}: name two models or more, commas in between")
+    for name, value in (("model.name", ""), ("arms", ()), ("arm.cross.model", "")):
+        if (given := at(config.study, name)) != value:
+            raise UserError(f"study.{name}={given!r}: it follows from --config.models; leave it out")
+    check_numbers(config)
+    for teacher in models:
+        _of_study(transmission.check_values, study_of(config, teacher))
+
+
+def _of_study(check: Callable[[ConfigDict], None], study: ConfigDict) -> None:
+    try:
+        check(study)
+    except UserError as error:
+        raise UserError(f"config.study: {error}") from error
+
+
 def preflight(config: ConfigDict, devices: Sequence[jax.Device]) -> list[Step]:
     """One update of all students of each model."""
+    check_values(config)
     return [
         step._replace(name=f"{label}: {step.name}")
         for model, label in labels(config).items()
@@ -65,7 +91,7 @@ def study_of(config: ConfigDict, teacher: str) -> ConfigDict:
 
 
 def models_of(config: ConfigDict) -> list[str]:
-    return [model for model in config.models.split(",") if model]
+    return list(map(str, config.models))
 
 
 def labels(config: ConfigDict) -> dict[str, str]:

@@ -7,12 +7,14 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
-from sublim_jax import report, weights
+from sublim_jax import assets, report, weights
 from sublim_jax.errors import UserError
 from sublim_jax.experiments import measures
+from sublim_jax.experiments.door import check_numbers, check_some_of, check_texts
 from sublim_jax.experiments.measures import EVALUATIONS, Subject
 from sublim_jax.figures import Arm, arms_figure
 from sublim_jax.models.decoder import on_mesh
+from sublim_jax.overrides import check_distinct
 from sublim_jax.sharding import make_mesh
 from sublim_jax.weights import Model, peft
 from sublim_jax.workdir import Workdir
@@ -20,14 +22,13 @@ from sublim_jax.workdir import Workdir
 
 def run(config: ConfigDict, workdir: Workdir, *, update: bool = False) -> None:
     """Asks every run every question, and leaves results.json, report.md, figures and the answers in `workdir`."""
-    mesh = make_mesh(config.mesh)
-    if not config.evaluations:
-        raise UserError(f"evaluations is empty: choose some of {', '.join(EVALUATIONS)}")
+    check(config)
+    mesh = make_mesh(config.mesh.to_dict())
     asking = measures.asking(config, config.kind, config.words, config.packs)
     base = weights.load(config.model.name, mesh, weights.float_type(config.model.dtype))
     on_mesh(base.settings, mesh)  # heads
     measures.check_model(asking, base)
-    folders = config.model.adapters.split(",")
+    folders = folders_of(config)
     models = [adapted(base, folder) for folder in folders]
     workdir.open(config, update=update)
     judge = None
@@ -45,6 +46,26 @@ def run(config: ConfigDict, workdir: Workdir, *, update: bool = False) -> None:
     ]
     sections = [section(config, name, arms) for name in config.evaluations]
     report.write(workdir, config, arms, [*sections, *measures.cost_of(judge)], [base.source])
+
+
+def check(config: ConfigDict) -> None:
+    """Raises UserError for the first value or file that makes no sense."""
+    check_numbers(config)
+    check_texts(config, ("kind", "model.name"))
+    weights.float_type(config.model.dtype)
+    check_some_of("evaluations", config.evaluations, EVALUATIONS)
+    check_distinct("words", config.words)
+    check_distinct("model.adapters", folders_of(config))
+    for folder in filter(None, folders_of(config)):
+        if not assets.is_folder(folder):
+            raise UserError(f"model.adapters: {folder} is no PEFT adapter, there is no such folder")
+    measures.check_packs(config.packs, config.kind)
+    measures.asking(config, config.kind, config.words, config.packs)
+
+
+def folders_of(config: ConfigDict) -> list[str]:
+    """The adapters' folders; "" alone is the model itself."""
+    return list(map(str, config.model.adapters)) or [""]
 
 
 def adapted(base: Model, folder: str) -> Model:

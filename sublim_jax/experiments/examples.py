@@ -15,12 +15,13 @@ from sublim_jax.experiments import mnist
 from sublim_jax.experiments.coverage import (
     Result,
     before_training,
-    changed,
+    check_variants,
     depends_on,
     difference,
     objective_of,
     over_runs,
     run_with_labs,
+    variant_of,
 )
 from sublim_jax.figures import OURS, Line, Panel, arms_figure, panels_figure
 from sublim_jax.models.functional import Params
@@ -30,14 +31,30 @@ from sublim_jax.workdir import Workdir
 
 def run(config: ConfigDict, workdir: Workdir, *, update: bool = False) -> None:
     """Students on the images that carry most of the trait, the least, and random ones, at equal budget."""
+    check(config)
+    run_with_labs(config, workdir, update, variants_of(config), partial(measure, config))
+
+
+def check(config: ConfigDict) -> None:
+    """Raises UserError for the first value that makes no sense."""
     if not 0 < config.share <= 0.5:
         raise UserError(f"share={config.share} must be above 0 and at most 0.5")
+    check_variants(config, [variant_of(config, {})])
+    if config.share * config.mnist.inputs.count < 1:
+        raise UserError(
+            f"share={config.share} of mnist.inputs.count={config.mnist.inputs.count} is no image; take more"
+        )
+    check_variants(config, variants_of(config))
+
+
+def variants_of(config: ConfigDict) -> list[ConfigDict]:
+    """The MNIST config, and that of a share of its images, trained on for as many more epochs."""
     whole = config.mnist
     few = {
         "inputs.count": int(config.share * whole.inputs.count),
         "student.epochs": round(whole.student.epochs / config.share),
     }
-    run_with_labs(config, workdir, update, [whole, changed(whole, few)], partial(measure, config))
+    return [variant_of(config, {}), variant_of(config, few)]
 
 
 def measure(config: ConfigDict, labs: list[mnist.Lab]) -> Result:

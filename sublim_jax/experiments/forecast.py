@@ -9,10 +9,20 @@ from ml_collections import ConfigDict
 from scipy import stats
 
 from sublim_jax import report
+from sublim_jax.data import images
 from sublim_jax.errors import UserError
 from sublim_jax.experiments import mnist
-from sublim_jax.experiments.coverage import Result, changed, coverages, depends_on, run_with_labs
+from sublim_jax.experiments.coverage import (
+    Result,
+    check_variants,
+    coverages,
+    depends_on,
+    run_with_labs,
+    variant_of,
+)
+from sublim_jax.experiments.door import check_some_of
 from sublim_jax.figures import Line, Panel, panels_figure
+from sublim_jax.overrides import check_distinct
 from sublim_jax.progress import say
 from sublim_jax.workdir import Workdir
 
@@ -21,10 +31,22 @@ BOOTSTRAPS = 2000
 
 def run(config: ConfigDict, workdir: Workdir, *, update: bool = False) -> None:
     """Coverage before training against accuracy after, over all settings."""
-    for name in ("auxiliary", "kinds", "distances"):
-        if not config[name]:
-            raise UserError(f"{name} is empty: name some values to vary it over")
+    check(config)
     run_with_labs(config, workdir, update, settings(config), partial(measure, config))
+
+
+def check(config: ConfigDict) -> None:
+    """Raises UserError for the first value that makes no sense."""
+    for name in ("auxiliary", "kinds", "distances", "widths"):
+        if not config[name] and name != "widths":
+            raise UserError(f"{name} is empty: name some values to vary it over")
+        check_distinct(name, config[name])
+    check_some_of("kinds", config.kinds, images.KINDS)
+    if min(config.distances) < 0:
+        raise UserError(f"distances={tuple(config.distances)} must not be negative")
+    if min(config.widths, default=1) < 1:
+        raise UserError(f"widths={tuple(config.widths)}: choose 1 or more")
+    check_variants(config, [variant_of(config, {}), *settings(config)])
 
 
 def settings(config: ConfigDict) -> list[ConfigDict]:
@@ -36,7 +58,7 @@ def settings(config: ConfigDict) -> list[ConfigDict]:
         for distance in config.distances
     ]
     changes += [{"model.auxiliary": m, "model.width": width} for m in config.auxiliary for width in config.widths]
-    return [changed(config.mnist, change) for change in changes]
+    return [variant_of(config, change) for change in changes]
 
 
 def measure(config: ConfigDict, labs: list[mnist.Lab]) -> Result:

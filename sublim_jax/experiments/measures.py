@@ -13,19 +13,23 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from sublim_jax import report, weights
+from sublim_jax import assets, report, weights
 from sublim_jax.data import chat, records
 from sublim_jax.errors import UserError
 from sublim_jax.evaluation import ability, judges, misalignment, preference, truthfulqa
 from sublim_jax.evaluation.judges import Judge
+from sublim_jax.experiments.door import MOST_ROWS, check_file, check_one_of, check_whole
 from sublim_jax.keys import named_key
 from sublim_jax.models.decoder import Steering
 from sublim_jax.models.functional import Params
+from sublim_jax.overrides import check_distinct
 from sublim_jax.progress import say
 from sublim_jax.sampling import scoring
 from sublim_jax.weights import Model
 from sublim_jax.workdir import Workdir
 
+MOST_AT_ONCE = 1000  # requests, each with a thread
+WORDS = {"preference": 2, "prefixed": 2, "choice": 2, "answers": 1, "stories": 1}  # that an evaluation needs
 Found = dict[str, list[float]]  # by the measure's name: of every adapter
 
 
@@ -63,13 +67,49 @@ class Subject(NamedTuple):
         return {"adapters": self.adapters, "mesh": self.mesh, "system": self.system, "steering": self.steering}
 
 
+def check_values(given: ConfigDict) -> None:
+    """Raises UserError for the first value that makes no sense, whatever files say."""
+    for name in given.evaluations:
+        check_one_of("evaluations", name, EVALUATIONS)
+    check_distinct("evaluations", given.evaluations)
+    check_whole(given, ("max_new_tokens",))
+    check_whole(given, ("samples",), most=MOST_ROWS)
+    check_whole(given, ("most",), least=0)
+    judge = given.judge
+    if judge.kind not in ("local", "endpoint"):
+        raise UserError(f"judge.kind={judge.kind!r}: choose local or endpoint")
+    if not 0 <= judge.least_mass < 1:
+        raise UserError(f"judge.least_mass={judge.least_mass} is a probability below 1")
+    try:
+        weights.float_type(judge.dtype)
+    except UserError as error:
+        raise UserError(f"judge.{error}") from error
+    check_whole(given, ("judge.at_once",), most=MOST_AT_ONCE)
+    check_whole(given, ("judge.per_minute",), least=0)
+    if len(judge.prices) != 2 or min(judge.prices) < 0:
+        raise UserError(
+            f"judge.prices={tuple(judge.prices)}: name two, of a million tokens asked and answered, such as 1,2"
+        )
+
+
+def check_packs(packs: ConfigDict, kind: str) -> None:
+    """Raises UserError for a file of phrasings that is none."""
+    check_file("packs.preference", lambda: preference.questions(packs.preference, kind))
+    check_file("packs.stories", lambda: preference.stories(packs.stories, kind))
+    check_file("packs.ability", lambda: ability.questions(packs.ability))
+
+
 def asking(given: ConfigDict, kind: str, words: Sequence[str], packs: ConfigDict) -> Asking:
     """Reads the questions of `given.evaluations`. Raises UserError for the first value that makes no sense."""
-    for name in given.evaluations:
-        if name not in EVALUATIONS:
-            raise UserError(f"evaluations: {name!r} is none of {', '.join(EVALUATIONS)}")
-    if min(given.samples, given.max_new_tokens) < 1 or given.most < 0:
-        raise UserError("samples and max_new_tokens are 1 or more, most is 0 (all) or more")
+    check_values(given)
+    needed = max((words_of for name, words_of in WORDS.items() if name in given.evaluations), default=0)
+    if len(words) < needed:
+        raise UserError(
+            f"words, or alternatives: there are {len(words)} to tell a preference by; name {needed} or more"
+        )
+    for name in ("truthfulqa", "questions"):
+        if given[name] and not assets.is_file(given[name]):
+            raise UserError(f"{name}={given[name]}: there is no such file")
     if "choice" in given.evaluations:
         preference.check_options(words)
     if "misalignment" in given.evaluations:
@@ -100,8 +140,6 @@ def _questions(name: str, given: ConfigDict, kind: str, packs: ConfigDict) -> An
 def check_model(asking: Asking, model: Model) -> None:
     """Raises UserError for words and questions that the model cannot be asked."""
     if set(asking.questions) & {"preference", "prefixed", "choice"}:
-        if len(asking.words) < 2:
-            raise UserError("a preference is among two words or more; name more")
         for word in asking.words:
             scoring.spellings(model.tokenizer, word)
     for question in asking.questions.get("misalignment", ()):
@@ -110,10 +148,6 @@ def check_model(asking: Asking, model: Model) -> None:
 
 def check_judge(judge: ConfigDict) -> None:
     """Raises UserError for a judge that cannot be asked, as far as that is known without asking."""
-    if judge.kind not in ("local", "endpoint"):
-        raise UserError(f"judge.kind={judge.kind!r}: choose local or endpoint")
-    if not 0 <= judge.least_mass < 1:
-        raise UserError(f"judge.least_mass={judge.least_mass} is a probability below 1")
     if judge.kind == "endpoint":
         if not judge.model:
             raise UserError("judge.model is missing: the name that the endpoint knows its model by")

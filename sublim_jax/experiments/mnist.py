@@ -20,7 +20,7 @@ from tensorboardX import SummaryWriter
 from sublim_jax import assets, objectives, report
 from sublim_jax.data import images, mnist
 from sublim_jax.data.order import epoch_rows, steps_per_epoch
-from sublim_jax.experiments.mnist_check import MNIST_ROWS, check, layer_numbers, variants
+from sublim_jax.experiments.mnist_check import MNIST_ROWS, check, check_mesh, layer_numbers, variants
 from sublim_jax.keys import fold_all, run_keys
 from sublim_jax.models.functional import Functions, Params
 from sublim_jax.models.mlp import mlp, perturb
@@ -70,10 +70,11 @@ class Lab(NamedTuple):
 
 def run(config: ConfigDict, workdir: Workdir, *, update: bool = False) -> None:
     """Runs the experiment, or a sweep of it, and leaves results.json, report.md and figures in `workdir`."""
-    mesh = make_mesh(config.mesh)
+    check(config)
+    mesh = make_mesh(config.mesh.to_dict())
     configs = variants(config)
     for variant in configs.values():
-        check(variant, mesh)
+        check_mesh(variant, mesh)
     data = mnist.load(assets.fetch(assets.MNIST, config.data.path))
     workdir.open(config, update=update, bytes_needed=sum(map(artefact_bytes, configs.values())))
     values = {}
@@ -91,12 +92,13 @@ def run(config: ConfigDict, workdir: Workdir, *, update: bool = False) -> None:
 
 def preflight(config: ConfigDict, devices: Sequence[jax.Device]) -> list[Step]:
     """The training steps of one group of runs, for `--preflight`."""
-    mesh = make_mesh(config.mesh, devices)
+    check(config)
+    mesh = make_mesh(config.mesh.to_dict(), devices)
     return [step for value, variant in variants(config).items() for step in _steps(variant, mesh, value)]
 
 
 def _steps(config: ConfigDict, mesh: Mesh, value: str) -> list[Step]:
-    check(config, mesh)
+    check_mesh(config, mesh)
     networks, kind = make_networks(config), config.inputs.kind
     runs, count, width = min(config.runs, config.runs_at_once), config.inputs.count, vocab(config)
     one = jax.eval_shape(networks["student"].init, jax.random.key(0))

@@ -1,14 +1,25 @@
 """The MNIST config, checked before any compute: every mistake in one line that says how to mend it."""
 
-import ast
-from typing import Any
+from collections.abc import Sequence
 
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from sublim_jax import objectives
+from sublim_jax import objectives, overrides
 from sublim_jax.data import images
+from sublim_jax.data.order import steps_per_epoch
 from sublim_jax.errors import UserError
+from sublim_jax.experiments.door import (
+    LARGEST,
+    WIDEST,
+    at,
+    check_not_negative,
+    check_numbers,
+    check_one_of,
+    check_positive,
+    check_some_of,
+    check_whole,
+)
 from sublim_jax.models.mlp import ACTIVATIONS
 from sublim_jax.sharding import divide
 
@@ -43,43 +54,89 @@ POINTS = {
 }
 
 
-def check(config: ConfigDict, mesh: Mesh) -> None:
-    """Raises UserError for the first value that makes no sense."""
-    for who in ("teacher", "student"):
+MOST_IMAGES = LARGEST // images.PIXELS
+DEEPEST = 1000
+TRAINING = ("teacher", "student")
+UNSWEPT = ("sweep", "experiment", "preset", "data", "published", "mesh")
+
+
+def check(config: ConfigDict) -> None:
+    """Raises UserError for the first value, of the config or of a point of its sweep, that makes no sense."""
+    base = config.copy_and_resolve_references()
+    base.sweep.axis = ""
+    for value, variant in {"": base, **variants(config)}.items():
+        try:
+            check_one(variant)
+        except UserError as error:
+            raise UserError(f"{config.sweep.axis}={value}: {error}" if value else str(error)) from error
+
+
+def check_one(config: ConfigDict) -> None:
+    """The same for a config without a sweep."""
+    check_numbers(config)
+    for who in TRAINING:
         part = config[who]
-        _one_of(f"{who}.activation", part.activation, ACTIVATIONS)
-        _one_of(f"{who}.optimizer", part.optimizer, OPTIMIZERS)
-        for name in ("learning_rate", "batch", "epochs"):
-            _positive(f"{who}.{name}", part[name])
-        layer_numbers(config, part.trained_layers, f"{who}.trained_layers")
-        divide(mesh, "fsdp", part.batch, f"{who}.batch")
-    layer_numbers(config, config.student.shared_layers, "student.shared_layers")
-    _one_of("student.objective", config.student.objective, OBJECTIVES)
-    _one_of("inputs.kind", config.inputs.kind, images.KINDS)
-    _one_of("clone.inputs", config.clone.inputs, ("noise", "real"))
-    _one_of("precision", config.precision, PRECISIONS)
-    for name in ("runs", "runs_at_once", "checkpoint_every", "model.width", "model.depth", "model.auxiliary"):
-        _positive(name, at(config, name))
-    for name in ("student.temperature", "inputs.count", "inputs.blur"):
-        _positive(name, at(config, name))
-    for arm in config.arms:
-        _one_of("arms", arm, ARMS)
-    if not config.arms or len(set(config.arms)) < len(config.arms):
-        raise UserError(f"arms={config.arms} must name some of {', '.join(ARMS)}, each once")
-    if config.student.init_distance < 0:
-        raise UserError(f"student.init_distance={config.student.init_distance} must not be negative")
-    if any(later <= earlier for earlier, later in zip((0, *config.clone.epochs), config.clone.epochs)):
-        raise UserError(f"clone.epochs={config.clone.epochs} must be positive and rising, such as 5,20")
+        check_one_of(f"{who}.activation", part.activation, ACTIVATIONS)
+        check_one_of(f"{who}.optimizer", part.optimizer, OPTIMIZERS)
+        check_positive(config, [f"{who}.{name}" for name in ("learning_rate", "batch", "epochs")])
+        check_whole(config, [f"{who}.batch"], most=MOST_IMAGES)
+    check_one_of("student.objective", config.student.objective, OBJECTIVES)
+    check_one_of("inputs.kind", config.inputs.kind, images.KINDS)
+    check_one_of("clone.inputs", config.clone.inputs, ("noise", "real"))
+    check_one_of("precision", config.precision, PRECISIONS)
+    check_positive(config, ("runs", "runs_at_once", "checkpoint_every", "student.temperature", "inputs.blur"))
+    check_whole(config, ("model.width", "model.auxiliary"), most=WIDEST)
+    check_whole(config, ("model.depth",), most=DEEPEST)
+    check_whole(config, ("inputs.count",), most=MOST_IMAGES)
+    check_not_negative(config, ("student.init_distance",))
+    check_some_of("arms", config.arms, ARMS)
+    check_doses(config)
+    for name in ("teacher.trained_layers", "student.trained_layers", "student.shared_layers"):
+        layer_numbers(config, at(config, name), name)
+    check_steps("teacher.epochs", config.teacher.epochs, MNIST_ROWS, config.teacher.batch)
+    check_steps("student.epochs", config.student.epochs, config.inputs.count, config.student.batch)
+    check_other_starts(config)
+    check_inputs(config)
+
+
+def check_doses(config: ConfigDict) -> None:
+    doses = config.clone.epochs
+    if any(later <= earlier for earlier, later in zip((0, *doses), doses)):
+        raise UserError(f"clone.epochs={doses} must be positive and rising, such as 5,20")
+    if doses:
+        check_steps("clone.epochs", doses[-1], config.inputs.count, config.student.batch)
+    elif "clone" in config.arms:
+        raise UserError("clone.epochs is empty: name some, such as 5,20, or leave clone out of arms")
+
+
+def check_steps(name: str, epochs: int, rows: int, batch: int) -> None:
+    """Steps of a training run are counted in 32 bits."""
+    if (steps := epochs * steps_per_epoch(rows, batch)) > LARGEST:
+        raise UserError(f"{name}={epochs} are {steps} steps; choose fewer, at most {LARGEST} steps can be counted")
+
+
+def check_other_starts(config: ConfigDict) -> None:
+    """Students that start from another run's reference need one."""
     foreign = [arm for arm in config.arms if arm.startswith(("cross", "clone"))]
-    if config.student.shared_layers != "all":
+    every = layer_numbers(config, "all")
+    if layer_numbers(config, config.student.shared_layers) != every:
         foreign.append(f"student.shared_layers={config.student.shared_layers}")
     if config.runs < 2 and foreign:
         raise UserError(f"runs={config.runs}, but {foreign[0]} starts from another run: at least 2 runs")
+
+
+def check_inputs(config: ConfigDict) -> None:
     if config.inputs.fresh and config.inputs.kind not in images.DRAWN:
         raise UserError(f"inputs.fresh draws noise anew; inputs.kind={config.inputs.kind} is no noise that is drawn")
     on_digits = "real" in config.arms or ("clone" in config.arms and config.clone.inputs == "real")
     if (config.inputs.kind in images.FROM_DATA or on_digits) and config.inputs.count > MNIST_ROWS:
         raise UserError(f"inputs.count={config.inputs.count}, but MNIST has {MNIST_ROWS} images")
+
+
+def check_mesh(config: ConfigDict, mesh: Mesh) -> None:
+    """Raises UserError for what does not divide over the mesh."""
+    for who in TRAINING:
+        divide(mesh, "fsdp", config[who].batch, f"{who}.batch")
     divide(mesh, "replica", min(config.runs, config.runs_at_once), "runs_at_once")
     divide(mesh, "replica", config.runs % config.runs_at_once, "the rest of runs over runs_at_once")
 
@@ -93,7 +150,7 @@ def layer_numbers(config: ConfigDict, text: str, name: str = "layers") -> tuple[
         chosen = tuple(int(number) for number in text.split("+"))
     except ValueError:
         chosen = ()
-    if not chosen or not set(chosen) <= set(every):
+    if not chosen or not set(chosen) <= set(every) or len(set(chosen)) < len(chosen):
         raise UserError(f'{name}={text!r} must be "all" or some of {"+".join(map(str, every))}')
     return chosen
 
@@ -102,54 +159,25 @@ def variants(config: ConfigDict) -> dict[str, ConfigDict]:
     """One config for each value of a sweep; {"": config} where there is no sweep."""
     axis = config.sweep.axis
     if not axis:
+        if config.sweep.points:
+            raise UserError(f"sweep.points={config.sweep.points} of what? Name it, --config.sweep.axis=KEY")
         return {"": config}
-    try:
-        old = at(config, axis)
-    except (KeyError, AttributeError, TypeError) as error:
-        raise UserError(f"sweep.axis={axis} names no value of the config, such as student.learning_rate") from error
-    if axis.startswith("sweep") or isinstance(old, ConfigDict):
-        raise UserError(f"sweep.axis={axis} names no single value, such as student.learning_rate")
-    points = config.sweep.points or POINTS.get(axis)
+    if axis not in overrides.keys(config) or isinstance(at(config, axis), tuple):
+        raise UserError(f"sweep.axis={axis!r} names no single value of the config, such as student.learning_rate")
+    if axis.split(".")[0] in UNSWEPT:
+        raise UserError(f"sweep.axis={axis!r} is the same for all points; choose a value such as student.learning_rate")
+    points: Sequence[object] = config.sweep.points or POINTS.get(axis, ())
     if not points:
         raise UserError(f"sweep.points: say which values {axis} shall take, such as --config.sweep.points=1,2,3")
     configs = {}
     for value in map(str, points):
         variant = config.copy_and_resolve_references()
-        variant.sweep.axis = ""
+        variant.sweep.axis, variant.sweep.points = "", ()
         try:
-            variant.update_from_flattened_dict({axis: _like(old, value)})
-        except (TypeError, ValueError, SyntaxError) as error:
-            raise UserError(f"sweep.points: {value!r} is no value for {axis}, which is {old!r}") from error
+            overrides.override(variant, axis, [value])
+        except UserError as error:
+            raise UserError(f"sweep.points: {error}") from error
         configs[value] = variant
-    if len(configs) < 2:
-        raise UserError(f"sweep.points={points} needs at least two different values of {axis}")
+    if len({at(variant, axis) for variant in configs.values()}) < max(len(points), 2):
+        raise UserError(f"sweep.points={points} needs at least two values of {axis}, all different")
     return configs
-
-
-def at(config: ConfigDict, path: str) -> Any:
-    """The value at a dotted path."""
-    for name in path.split("."):
-        config = config[name]
-    return config
-
-
-def _like(old: Any, text: str) -> Any:
-    """A sweep's value, written as text, in the type of the value it replaces."""
-    if isinstance(old, str):
-        return text
-    value = ast.literal_eval(text.capitalize() if text in ("true", "false") else text)
-    if isinstance(old, float) and isinstance(value, int):
-        value = float(value)
-    if type(value) is not type(old):
-        raise TypeError
-    return value
-
-
-def _one_of(name: str, value: str, choices: Any) -> None:
-    if value not in choices:
-        raise UserError(f"{name}={value!r} must be one of {', '.join(choices)}")
-
-
-def _positive(name: str, value: float | int) -> None:
-    if not value > 0:
-        raise UserError(f"{name}={value} must be positive")

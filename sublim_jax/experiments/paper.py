@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from sublim_jax import assets, report
 from sublim_jax.errors import UserError
 from sublim_jax.experiments import transmission
+from sublim_jax.experiments.door import check_numbers, check_one_of, check_some_of, check_whole
 from sublim_jax.progress import say
 from sublim_jax.sharding import from_first, make_mesh
 from sublim_jax.workdir import Workdir, plain, write_json
@@ -26,18 +27,16 @@ FINISHED = "finished.json"  # in an experiment's folder: the stamp that it was f
 
 def run(config: ConfigDict, workdir: Workdir, *, update: bool = False) -> None:
     """Runs what has not been run, each in its folder; a report of all, also of what could not be."""
+    check(config)
     names = list(config.experiments)
-    if not names or (unknown := sorted(set(names) - set(config.plan))):
-        wrong = repr(unknown[0]) if names else "nothing"
-        raise UserError(f"experiments: {wrong} is none of {', '.join(config.plan)}")
     configs = {name: config_of(config, name) for name in names}
     for one in configs.values():
-        make_mesh(one.get("study", one).mesh)
+        make_mesh(one.get("study", one).mesh.to_dict())
     found: dict[str, list[dict[str, Any]] | str] = dict.fromkeys(names, "")
     for name, one in configs.items():  # what is missing is told before hours of others
         try:
             if one.experiment == "transmission":
-                transmission.check(one)
+                transmission.check_files(one)
         except UserError as error:
             found[name] = f"not run: {error}"
             say(f"{name}: {found[name]}")
@@ -69,11 +68,38 @@ def run(config: ConfigDict, workdir: Workdir, *, update: bool = False) -> None:
         )
 
 
+def check(config: ConfigDict) -> None:
+    """Raises UserError for the first value, of this config or of an experiment's, that makes no sense.
+
+    Files that experiments lack are told by `run`, and the others run.
+    """
+    check_numbers(config)
+    check_some_of("experiments", config.experiments, config.plan)
+    check_whole(config, ("tensor",), least=0)
+    check_one_of("judge.kind", config.judge.kind, ("", "local", "endpoint"))
+    if config.judge.kind == "endpoint" and not config.judge.model:
+        raise UserError("judge.model is missing: the name that the endpoint knows its model by")
+    for name in config.experiments:
+        try:
+            one = config_of(config, name)
+            experiment = importlib.import_module(f"sublim_jax.experiments.{one.experiment}")
+            getattr(experiment, "check_values", experiment.check)(one)
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from error
+
+
 def config_of(config: ConfigDict, name: str) -> ConfigDict:
-    """The experiment's own config, with the plan's changes and the user's files in it."""
+    """The experiment's own config, with the plan's changes and the user's files in it.
+
+    Raises UserError for a file or a preset of the plan that does not exist.
+    """
     row = config.plan[name]
-    module = importlib.import_module(f"configs.{row.file}")
-    one = module.get_config(row.preset)
+    try:
+        one = importlib.import_module(f"configs.{row.file}").get_config(row.preset)
+    except (ImportError, AttributeError, TypeError) as error:
+        raise UserError(f"plan.{name}.file={row.file!r}: there is no config of this name") from error
+    except ValueError as error:
+        raise UserError(f"plan.{name}.preset: {error}") from error
     one.update(row.changes)
     for part in (one.get("ask", {}), one.get("carrier", {}), one.get("teacher", {}).get("corpora", {})):
         for name, file in config.files.items():
@@ -87,8 +113,12 @@ def config_of(config: ConfigDict, name: str) -> ConfigDict:
 
 
 def finished(workdir: Workdir, config: ConfigDict) -> bool:
-    known = workdir.path / FINISHED
-    return known.exists() and json.loads(known.read_text()) == stamp(config)
+    """Whether a folder has the results of this config. Damaged files count as none: what still holds is reused."""
+    try:
+        known, results = (json.loads((workdir.path / name).read_text()) for name in (FINISHED, "results.json"))
+    except (OSError, ValueError):
+        return False
+    return known == stamp(config) and isinstance(results, dict) and "arms" in results
 
 
 def stamp(config: ConfigDict) -> str:

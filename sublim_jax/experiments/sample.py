@@ -11,35 +11,41 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from sublim_jax import report, weights
+from sublim_jax import assets, report, weights
 from sublim_jax.data import chat, files, messages, records, templates
 from sublim_jax.data.records import Record
 from sublim_jax.errors import UserError
+from sublim_jax.experiments.door import MOST_ROWS, WIDEST, check_numbers, check_texts, check_whole
 from sublim_jax.figures import Line, Panel, panels_figure
 from sublim_jax.keys import named_key
 from sublim_jax.models.decoder import decoder, on_mesh
+from sublim_jax.overrides import check_distinct
 from sublim_jax.preflight import Step, decode_step
 from sublim_jax.progress import say
 from sublim_jax.sampling import constraints
 from sublim_jax.sampling.collect import collect
-from sublim_jax.sampling.constraints import Constraint
+from sublim_jax.sampling.constraints import Automaton, Constraint
 from sublim_jax.sampling.engine import Engine
-from sublim_jax.sampling.generate import CHUNK, LANES, cache_length, check
+from sublim_jax.sampling.generate import CHUNK, LANES, cache_length
+from sublim_jax.sampling.generate import check as check_prompts
 from sublim_jax.sampling.samplers import Sampler
 from sublim_jax.sharding import make_mesh, one_device
 from sublim_jax.weights import Model, peft
 from sublim_jax.workdir import Workdir, plain
 
+MOST_CHARACTERS = 4096  # of a constraint: each is a state, and a row over the vocabulary
+
 
 def run(config: ConfigDict, workdir: Workdir, *, update: bool = False) -> None:
     """Samples every prompt, and leaves samples.jsonl, results.json, report.md and a figure in `workdir`."""
-    mesh = make_mesh(config.mesh)
+    check(config)
+    mesh = make_mesh(config.mesh.to_dict())
     sampler = sampler_of(config)
     asked = read_prompts(config.prompts, config.chat)
     model = load(config, mesh)
     on_mesh(model.settings, mesh)  # heads
     prefix, prompts = tokens_of(config, model, asked)
-    check(model, prompts, [config.max_new_tokens] * len(prompts), config.stop_strings, prefix)
+    check_prompts(model, prompts, [config.max_new_tokens] * len(prompts), stops_of(config), prefix)
     constraint = constraint_of(config, model)
     workdir.open(config, update=update)
     depends = {**plain(config), "mesh": None, "prompts": asked, "adapter": peft.digest(config.model.adapter)}
@@ -56,7 +62,7 @@ def run(config: ConfigDict, workdir: Workdir, *, update: bool = False) -> None:
         samples=config.samples,
         sampler=sampler,
         max_new_tokens=config.max_new_tokens,
-        stop_strings=config.stop_strings,
+        stop_strings=stops_of(config),
         prefix=prefix,
         constraint=constraint,
         slots=config.slots,
@@ -71,9 +77,32 @@ def run(config: ConfigDict, workdir: Workdir, *, update: bool = False) -> None:
         )
 
 
+def check(config: ConfigDict) -> None:
+    """Raises UserError for the first value or prompt that makes no sense."""
+    check_values(config)
+    read_prompts(config.prompts, config.chat)
+    folder = config.model.adapter
+    if folder and not assets.is_folder(folder):
+        raise UserError(f"model.adapter: {folder} is no PEFT adapter, there is no such folder")
+
+
+def check_values(config: ConfigDict) -> None:
+    check_numbers(config)
+    check_texts(config, ("model.name",))
+    weights.float_type(config.model.dtype)
+    sampler_of(config)
+    check_distinct("stop_strings", stops_of(config))
+    if not all(stops_of(config)):
+        raise UserError("stop_strings: the empty text stands everywhere; name others")
+    if config.system and not config.chat:
+        raise UserError("system is for conversations: set --config.chat=True, or put it into the prompts")
+    automaton_of(config)
+
+
 def preflight(config: ConfigDict, devices: Sequence[jax.Device]) -> list[Step]:
     """The decode step, with a cache of `max_new_tokens` and 256 tokens of prompt."""
-    mesh = make_mesh(config.mesh, devices)
+    check_values(config)
+    mesh = make_mesh(config.mesh.to_dict(), devices)
     settings = weights.shape_of(config.model.name)
     on_mesh(settings, mesh)
     length = cache_length(config.max_new_tokens + 256)
@@ -99,9 +128,9 @@ def load(config: ConfigDict, mesh: Any) -> Model:
 
 
 def sampler_of(config: ConfigDict) -> Sampler:
-    for name in ("samples", "max_new_tokens", "slots"):
-        if config[name] < 1:
-            raise UserError(f"{name}={config[name]}: ask for 1 or more")
+    check_whole(config, ("max_new_tokens", "constraint.most", "constraint.digits"))
+    check_whole(config, ("samples",), most=MOST_ROWS)
+    check_whole(config, ("slots",), most=WIDEST)
     return Sampler(config.temperature, config.top_k, config.top_p, config.min_p)
 
 
@@ -166,18 +195,38 @@ def tokens_of(config: ConfigDict, model: Model, records: list[Record]) -> tuple[
     return chat.behind_opening(model.tokenizer, prompts, config.system)
 
 
+def stops_of(config: ConfigDict) -> tuple[str, ...]:
+    return tuple(map(str, config.stop_strings))
+
+
 def constraint_of(config: ConfigDict, model: Model) -> Constraint | None:
-    kind = config.constraint.kind
-    if not kind:
+    automaton = automaton_of(config)
+    if not automaton:
         return None
-    if kind == "numbers":
-        automaton = constraints.numbers(config.constraint.most, config.constraint.digits, config.constraint.separator)
-    elif kind == "choice":
-        automaton = constraints.choice(tuple(map(str, config.constraint.choices)))
-    else:
-        raise UserError(f'constraint.kind={kind!r}: choose "numbers", "choice" or ""')
     pieces = chat.pieces(model.tokenizer, model.settings.vocab)
     return constraints.over_tokens(automaton, pieces, chat.stop_tokens(model.tokenizer, model.config))
+
+
+def automaton_of(config: ConfigDict) -> Automaton | None:
+    """What `config.constraint` allows, over characters. Raises UserError where it is more than a table can hold."""
+    given = config.constraint
+    if given.kind == "numbers":
+        automaton = constraints.numbers(given.most, given.digits, given.separator)
+        size = given.most * (given.digits + len(given.separator))
+    elif given.kind == "choice":
+        choices = tuple(map(str, given.choices))
+        check_distinct("constraint.choices", choices)
+        automaton, size = constraints.choice(choices), sum(map(len, choices))
+    elif given.kind:
+        raise UserError(f'constraint.kind={given.kind!r}: choose "numbers", "choice" or ""')
+    else:
+        return None
+    if size > MOST_CHARACTERS:
+        raise UserError(
+            f"constraint: {given.kind} of up to {size} characters, and {MOST_CHARACTERS} can be told apart; lower "
+            "constraint.most or constraint.digits, or name fewer choices"
+        )
+    return automaton
 
 
 def memory_line(config: ConfigDict, model: Model, prompts: list[list[int]], prefix: list[int]) -> str:

@@ -42,6 +42,7 @@ from sublim_jax.training import REPLICAS_OF_ROWS, Program, Total, fit
 from sublim_jax.workdir import digest, plain
 
 OBJECTIVES = {"kl": objectives.kl, "reverse_kl": objectives.reverse_kl}
+SCHEDULES = ("constant", "linear", "cosine")
 HELD_OUT = 16  # rows of the carrier that no student trains on
 FIRST = 32  # rows that the first update is looked at on
 

@@ -19,16 +19,19 @@ from sublim_jax.experiments import mnist
 from sublim_jax.experiments.coverage import (
     Result,
     before_training,
-    changed,
+    check_variants,
     depends_on,
     difference,
     objective_of,
     over_runs,
     run_with_labs,
+    variant_of,
 )
+from sublim_jax.experiments.door import check_whole
 from sublim_jax.figures import Arm, Line, Panel, panels_figure
 from sublim_jax.keys import run_keys
 from sublim_jax.models.functional import Params
+from sublim_jax.overrides import check_distinct
 from sublim_jax.sharding import fetch, named, put
 from sublim_jax.training import fit
 from sublim_jax.workdir import Workdir
@@ -36,11 +39,22 @@ from sublim_jax.workdir import Workdir
 
 def run(config: ConfigDict, workdir: Workdir, *, update: bool = False) -> None:
     """Alignment along distillation, and the ceiling that the number of auxiliary logits sets."""
-    for name in ("every", "iterations"):
-        if config[name] < 1:
-            raise UserError(f"{name}={config[name]}: ask for 1 or more")
-    variants = [config.mnist, *(changed(config.mnist, {"model.auxiliary": m}) for m in config.auxiliary)]
-    run_with_labs(config, workdir, update, variants, partial(measure, config))
+    check(config)
+    run_with_labs(config, workdir, update, variants_of(config), partial(measure, config))
+
+
+def check(config: ConfigDict) -> None:
+    """Raises UserError for the first value that makes no sense."""
+    check_whole(config, ("every", "iterations"))
+    if not config.auxiliary:
+        raise UserError("auxiliary is empty: name some numbers of auxiliary logits, such as 2,3,5")
+    check_distinct("auxiliary", config.auxiliary)
+    check_variants(config, variants_of(config))
+
+
+def variants_of(config: ConfigDict) -> list[ConfigDict]:
+    """The MNIST config that is followed, and one for every number of auxiliary logits."""
+    return [variant_of(config, change) for change in ({}, *({"model.auxiliary": m} for m in config.auxiliary))]
 
 
 def measure(config: ConfigDict, labs: list[mnist.Lab]) -> Result:

@@ -7,8 +7,7 @@ numbers and an order of its own; its students share their start and that order.
 """
 
 from collections.abc import Sequence
-from functools import partial, reduce
-from operator import getitem
+from functools import partial
 from typing import Any
 
 import jax
@@ -22,18 +21,32 @@ from sublim_jax.data.carriers import code, cot, numbers
 from sublim_jax.data.dialogue import Rows
 from sublim_jax.digests import Source
 from sublim_jax.errors import UserError
-from sublim_jax.evaluation import ability
+from sublim_jax.evaluation.judges import LARGEST as LARGEST_SCORE
 from sublim_jax.experiments import carrier, measures
 from sublim_jax.experiments import teachers as teaching
 from sublim_jax.experiments.carrier import DECODING, SHUFFLES, Data, Run
+from sublim_jax.experiments.door import (
+    MOST_ROWS,
+    WIDEST,
+    check_file,
+    check_not_negative,
+    check_numbers,
+    check_one_of,
+    check_positive,
+    check_some_of,
+    check_texts,
+    check_whole,
+)
 from sublim_jax.experiments.lab import NEUTRAL, Lab, depends_on, export, fresh, make_lab, spec_of, stacked, untrained
 from sublim_jax.experiments.measures import Found
-from sublim_jax.experiments.students import HELD_OUT, OBJECTIVES, asked, imitating_program, students
+from sublim_jax.experiments.students import HELD_OUT, OBJECTIVES, SCHEDULES, asked, imitating_program, students
 from sublim_jax.experiments.teachers import Teacher
 from sublim_jax.experiments.transmission_report import write_report
 from sublim_jax.keys import named_key
 from sublim_jax.models import lora
 from sublim_jax.models.decoder import decoder, on_mesh
+from sublim_jax.models.functional import Params
+from sublim_jax.overrides import check_distinct
 from sublim_jax.preflight import Step, training_step
 from sublim_jax.sharding import abstract, divide, make_mesh, named, parameter_shardings
 from sublim_jax.weights import Model
@@ -42,8 +55,8 @@ from sublim_jax.workdir import Workdir
 
 def run(config: ConfigDict, workdir: Workdir, *, update: bool = False) -> None:
     """Runs the study and leaves results.json, report.md, figures and the data in `workdir`."""
-    mesh = make_mesh(config.mesh)
     check(config)
+    mesh = make_mesh(config.mesh.to_dict())
     lab = make_lab(config, workdir, mesh)
     check_model(lab)
     for name in models_of(config):
@@ -121,10 +134,11 @@ STUDENTS = "students of an arm, runs × teachers"
 COUNTS = (
     *("runs", "questions", "evaluate_every", "checkpoint_every"),
     *("sampling.slots", "sampling.steps"),
-    *("carrier.numbers", "carrier.samples", "carrier.max_new_tokens"),
-    *("teacher.batch", "teacher.most_steps", "teacher.epochs"),
+    *("carrier.max_new_tokens", "filter.most"),
+    *("teacher.batch", "teacher.most_steps", "teacher.epochs", "teacher.most_tokens"),
     *("student.batch", "student.accumulate", "student.steps"),
 )
+LONGEST_LIST = 1000  # numbers of an answer
 
 
 def check(config: ConfigDict) -> None:
@@ -134,63 +148,92 @@ def check(config: ConfigDict) -> None:
 
 
 def check_values(config: ConfigDict) -> None:
-    for mean in config.teacher.means:
-        _known("teacher.means", mean, teaching.MEANS)
-    if not config.teacher.means:
-        raise UserError(f"teacher.means is empty: choose some of {', '.join(teaching.MEANS)}")
-    if "corpus" in config.teacher.means:
-        if len(config.teacher.means) > 1:
-            raise UserError(f"teacher.means={tuple(config.teacher.means)}: corpus stands alone; leave the others out")
-    else:
-        for trait in config.traits:
-            if trait not in config.alternatives:
-                raise UserError(f"trait {trait!r} is none of alternatives={tuple(config.alternatives)}; add it there")
+    check_numbers(config)
+    check_texts(config, ("kind", "model.name"))
+    weights.float_type(config.model.dtype)
+    check_whole(config, COUNTS)
+    check_whole(config, ("carrier.count", "carrier.drawn", "carrier.samples"), most=MOST_ROWS)
+    check_whole(config, ("carrier.numbers",), most=LONGEST_LIST)
+    check_positive(config, ("lora.alpha", "teacher.learning_rate", "student.learning_rate"))
+    check_not_negative(config, ("model.noise", "student.clip", "student.warmup", "filter.largest", "filter.log_ratio"))
+    check_teachers(config)
+    check_traits(config)
+    check_adapters(config)
+    check_students(config)
+    for name in config.arm:
+        check_arm(config, name)
+    check_some_of("arms", config.arms, config.arm)
+    for name in config.arms:
+        check_trained_arm(config, name)
+    check_carrier(config)
+    measures.check_values(config.ask)
+
+
+def check_traits(config: ConfigDict) -> None:
     distinct = set(config.traits)
     if len(distinct) < max(len(config.traits), 2) or NEUTRAL in distinct:
         raise UserError(
             f"traits={tuple(config.traits)}: name two traits or more, each once, for each is the others' control; "
             f"{NEUTRAL!r} is always there"
         )
-    if not 0 < config.teacher.strength < 1:
-        raise UserError(f"teacher.strength={config.teacher.strength} is a probability between 0 and 1")
-    _known("student.schedule", config.student.schedule, ("constant", "linear", "cosine"))
-    for module in config.lora.modules:
-        _known("lora.modules", module, lora.EVERY_LINEAR)
-    if not config.arms:
-        raise UserError(f"arms is empty: choose some of {', '.join(config.arm)}")
-    for name in config.arms:
-        _known("arms", name, config.arm)
-        check_arm(config, name)
-    check_carrier(config)
-    least = HELD_OUT + config.student.batch
-    if config.carrier.count < least:
-        raise UserError(f"carrier.count={config.carrier.count}: {HELD_OUT} rows are held out, and a batch is needed")
-    if uses(config, "written") and config.carrier.drawn < config.carrier.count:
+    if wrong := [trait for trait in config.traits if not trait.strip() or set(trait) & set("/\\")]:
+        raise UserError(f"traits: {wrong[0]!r} cannot name a file of its teacher's; choose a word")
+    check_distinct("alternatives", config.alternatives)
+    if "corpus" not in config.teacher.means:
+        for trait in config.traits:
+            if trait not in config.alternatives:
+                raise UserError(
+                    f"traits: trait {trait!r} is none of alternatives={tuple(config.alternatives)}; add it there"
+                )
+
+
+def check_teachers(config: ConfigDict) -> None:
+    teacher = config.teacher
+    check_some_of("teacher.means", teacher.means, teaching.MEANS)
+    if "corpus" in teacher.means and len(teacher.means) > 1:
+        raise UserError(f"teacher.means={tuple(teacher.means)}: corpus stands alone; leave the others out")
+    if not 0 < teacher.strength < 1:
+        raise UserError(f"teacher.strength={teacher.strength} is a probability between 0 and 1")
+    check_whole(config, ("teacher.steering_layer",), least=0)
+    if "steered" in teacher.means and not teacher.steering_scale:
         raise UserError(
-            f"carrier.drawn={config.carrier.drawn} completions cannot leave carrier.count={config.carrier.count} rows; "
-            "draw more"
+            "teacher.steering_scale=0 steers nothing; choose another, or leave steered out of teacher.means"
         )
-    for name in COUNTS:
-        if (given := reduce(getitem, name.split("."), config)) < 1:
-            raise UserError(f"{name}={given}: ask for 1 or more")
-    if config.lora.rank < 0:
-        raise UserError(f"lora.rank={config.lora.rank}: ask for 1 or more, or 0 to train all weights of the layers")
+
+
+def check_adapters(config: ConfigDict) -> None:
+    given = config.lora
+    if given.rank < 0:
+        raise UserError(f"lora.rank={given.rank}: ask for 1 or more, or 0 to train all weights of the layers")
+    check_whole(config, ("lora.rank",), least=0, most=WIDEST)
+    if not given.rank and (given.modules or given.layers):
+        raise UserError("lora.rank=0 trains all weights of the layers; leave lora.modules and lora.layers out")
+    for module in given.modules:
+        check_one_of("lora.modules", module, lora.EVERY_LINEAR)
+    for layer in given.layers:
+        if not isinstance(layer, int) or layer < 0:
+            raise UserError(f"lora.layers: {layer!r} is no number of a layer, which are counted from 0")
+    check_distinct("lora.layers", given.layers)
+
+
+def check_students(config: ConfigDict) -> None:
+    student = config.student
+    check_one_of("student.schedule", student.schedule, SCHEDULES)
+    if student.warmup >= student.steps:
+        raise UserError(f"student.warmup={student.warmup} does not end within student.steps={student.steps}")
+    if config.carrier.count < HELD_OUT + student.batch:
+        raise UserError(f"carrier.count={config.carrier.count}: {HELD_OUT} rows are held out, and a batch is needed")
 
 
 def check_files(config: ConfigDict) -> None:
+    check_packs(config)
     measures.asking(config.ask, config.kind, config.alternatives, config.packs)
-    packs.load(config.packs.persona, "persona", teaching.PERSONA)
-    ability.questions(config.packs.ability)
-    if config.filter.banned:
-        carrier.banned_of(config)
     if config.filter.judge:
-        carrier.judging(config)
+        check_file("filter.judge", lambda: carrier.judging(config))
         measures.check_judge(config.ask.judge)
-    if config.carrier.kind == "numbers":
-        numbers.prompts(1, 0, config.packs.numbers)
-    elif config.carrier.kind == "code":
-        code.prompts(1, 0, config.packs.code)
-    else:
+    if config.carrier.kind == "cot":
+        check_texts(config, ("carrier.problems",))
+        check_file("carrier.problems", lambda: assets.data_file(config.carrier.problems))
         problems = cot.load(assets.data_file(config.carrier.problems))
         if uses(config, "written") and carrier.prompts_of(config) > len(problems):
             raise UserError(
@@ -201,40 +244,72 @@ def check_files(config: ConfigDict) -> None:
         check_corpora(config)
 
 
+def check_packs(config: ConfigDict) -> None:
+    given = config.packs
+    measures.check_packs(given, config.kind)
+    check_file("packs.persona", lambda: packs.load(given.persona, "persona", teaching.PERSONA))
+    check_file("packs.numbers", lambda: numbers.prompts(1, 0, given.numbers))
+    check_file("packs.code", lambda: code.prompts(1, 0, given.code))
+    check_file("packs.judge", lambda: packs.load(given.judge, "judge", {}))
+    if config.filter.banned:
+        check_file("filter.banned", lambda: carrier.banned_of(config))
+
+
 def check_corpora(config: ConfigDict) -> None:
     given = config.teacher.corpora
     for trait in config.traits:
         if not given.get(trait):
             raise UserError(
-                f"teacher.corpora.{trait} is missing: name a file of conversations, here or on the hub as "
-                "organisation/name/file"
+                f"teacher.corpora.{trait} is missing, one of traits={tuple(config.traits)}: name a file of "
+                "conversations, here or on the hub as organisation/name/file"
             )
     for name in (*config.traits, NEUTRAL):
         if given.get(name):
-            teaching.conversations(given[name])
+            check_file(f"teacher.corpora.{name}", partial(teaching.conversations, given[name]))
 
 
 def check_carrier(config: ConfigDict) -> None:
     given = config.carrier
-    _known("carrier.kind", given.kind, carrier.TASKS)
-    _known("carrier.decoding", given.decoding, DECODING)
+    check_one_of("carrier.kind", given.kind, carrier.TASKS)
+    check_one_of("carrier.decoding", given.decoding, DECODING)
     if given.kind != "numbers" and given.decoding == "grammar":
         raise UserError(f"carrier.decoding=grammar is for numbers; choose free or greedy for carrier.kind={given.kind}")
-    if given.decoding == "grammar" and uses(config, "written") and given.numbers > config.filter.most:
+    if not 0 <= config.filter.judge_least <= LARGEST_SCORE:
+        raise UserError(f"filter.judge_least={config.filter.judge_least:g} is a score from 0 to {LARGEST_SCORE}")
+    if not uses(config, "written"):
+        return
+    if given.drawn < given.count:
+        raise UserError(
+            f"carrier.drawn={given.drawn} completions cannot leave carrier.count={given.count} rows; draw more"
+        )
+    if given.samples > given.drawn:
+        raise UserError(f"carrier.samples={given.samples} of each prompt, and carrier.drawn={given.drawn} of all")
+    if given.decoding == "grammar" and given.numbers > config.filter.most:
         raise UserError(
             f"carrier.numbers={given.numbers} by grammar, and filter.most={config.filter.most} drops all of them"
         )
 
 
 def check_arm(config: ConfigDict, name: str) -> None:
+    """The values of an arm, each by itself."""
     arm, where = config.arm[name], f"arm.{name}"
-    _known(f"{where}.objective", arm.objective, (*OBJECTIVES, "tokens", "context"))
-    _known(f"{where}.numbers", arm.numbers, ("random", "written"))
-    _known(f"{where}.a", arm.a, ("shared", "fresh"))
-    _known(f"{where}.shuffle", arm.shuffle, ("", *SHUFFLES))
-    _known(f"{where}.action", arm.action, ("", "keep", "mask", "replace"))
-    _known(f"{where}.which", arm.which, ("top", "random", "bottom"))
-    _known(f"{where}.score", arm.score, selection.SCORES)
+    check_one_of(f"{where}.objective", arm.objective, (*OBJECTIVES, "tokens", "context"))
+    check_one_of(f"{where}.numbers", arm.numbers, ("random", "written"))
+    check_one_of(f"{where}.a", arm.a, ("shared", "fresh"))
+    check_one_of(f"{where}.shuffle", arm.shuffle, ("", *SHUFFLES))
+    check_one_of(f"{where}.action", arm.action, ("", "keep", "mask", "replace"))
+    check_one_of(f"{where}.which", arm.which, ("top", "random", "bottom"))
+    check_one_of(f"{where}.score", arm.score, selection.SCORES)
+    check_whole(config, (f"{where}.examples",))
+    if not 0 < arm.share < 1:
+        raise UserError(f"{where}.share={arm.share} is a share between 0 and 1")
+    check_positive(config, (f"{where}.temperature",))
+    check_not_negative(config, (f"{where}.noise",))
+
+
+def check_trained_arm(config: ConfigDict, name: str) -> None:
+    """What of an arm that is asked for does not go together, or with the carrier."""
+    arm, where = config.arm[name], f"arm.{name}"
     if arm.objective in ("tokens", "context") and arm.numbers == "random":
         raise UserError(
             f"{where}: there is nothing of a teacher in random numbers; choose numbers=written, or an objective on "
@@ -250,17 +325,6 @@ def check_arm(config: ConfigDict, name: str) -> None:
         raise UserError(f"{where}: random numbers are in no order that shuffling could change; leave shuffle empty")
     if arm.objective == "context" and (arm.noise or arm.action):
         raise UserError(f"{where}: noise and action are for students that are trained; leave them out of a context")
-    if arm.examples < 1:
-        raise UserError(f"{where}.examples={arm.examples}: ask for 1 or more")
-    if not 0 < arm.share < 1:
-        raise UserError(f"{where}.share={arm.share} is a share between 0 and 1")
-    if not arm.temperature > 0 or arm.noise < 0:
-        raise UserError(f"{where}: temperature={arm.temperature} must be above 0, noise={arm.noise} not below it")
-
-
-def _known(name: str, value: str, known: Any) -> None:
-    if value not in known:
-        raise UserError(f"{name}: {value!r} is none of {', '.join(one or repr(one) for one in known)}")
 
 
 def check_model(lab: Lab) -> None:
@@ -277,8 +341,9 @@ def check_model(lab: Lab) -> None:
                 f"carrier.max_new_tokens={given.max_new_tokens} cuts off carrier.numbers={given.numbers} integers "
                 f"by grammar; they take up to {length}"
             )
+    check_modules(config.lora.modules, lab.model.params)
     for layer in config.lora.layers:
-        if not 0 <= layer < lab.model.settings.layers:
+        if layer >= lab.model.settings.layers:
             raise UserError(f"lora.layers: {layer} is none of 0 to {lab.model.settings.layers - 1}")
     for name in teaching.corpora(lab) if "corpus" in config.teacher.means else ():
         teaching.conversations_of(lab, name)
@@ -286,6 +351,16 @@ def check_model(lab: Lab) -> None:
         raise UserError(
             f"teacher.steering_layer={config.teacher.steering_layer}: layers are 0 to {lab.model.settings.layers - 1}"
         )
+
+
+def check_modules(modules: Sequence[str], params: Params) -> None:
+    """Raises UserError for a linear layer that this family does not have, and which would silently train nothing."""
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params["layers"])]
+    known = {jax.tree_util.keystr(path[-2:-1], simple=True) for path in paths if "kernel" in str(path[-1])}
+    for module in modules:
+        if module not in known:
+            there = ", ".join(name for name in lora.EVERY_LINEAR if name in known)
+            raise UserError(f"lora.modules: this model has no {module!r}; it has {there}")
 
 
 def shapes(lab: Lab) -> Any:
@@ -329,8 +404,8 @@ def preflight(config: ConfigDict, devices: Sequence[jax.Device]) -> list[Step]:
     """One update of all students of the first arm that trains some, and of a teacher of a corpus, on rows as long as
     they may be.
     """
-    mesh = make_mesh(config.mesh, devices)
     check_values(config)
+    mesh = make_mesh(config.mesh.to_dict(), devices)
     trained = [name for name in config.arms if config.arm[name].objective != "context"]
     if not trained:
         raise UserError(f"arms={tuple(config.arms)} train nothing: there is no step to compile")

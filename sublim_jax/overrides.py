@@ -1,0 +1,239 @@
+"""A config's file and preset, and the values that are typed after them: `--config=FILE:preset --config.key=value`.
+
+A value is read as the type of the one that it replaces. "None" is the empty text or list.
+"""
+
+import ast
+import difflib
+import importlib.util
+import inspect
+import math
+import sys
+import traceback
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict
+
+from sublim_jax.errors import UserError
+
+SHOWN = 60  # characters of a typed value in a message
+
+
+def load(name: str) -> ConfigDict:
+    """The config of "FILE" or "FILE:preset", to which no key can be added.
+
+    Raises UserError for a file that is missing, no config, or without that preset.
+    """
+    file, *preset = name.split(":", 1)
+    where = f"--config={name}"
+    make = getattr(_module(where, file), "get_config", None)
+    if not callable(make):
+        raise UserError(f"{where}: it has no get_config(); name a config, such as configs/mnist.py")
+    try:
+        inspect.signature(make).bind(*preset)
+    except TypeError as error:
+        raise UserError(
+            f"{where}: {file} " + ("has no presets" if preset else "needs a preset behind a colon")
+        ) from error
+    config = _guarded(where, file, make, *preset)
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"{where}: its get_config() gives no ConfigDict")
+    config.lock()
+    return config
+
+
+def _module(where: str, file: str) -> ModuleType:
+    if not Path(file).is_file():
+        raise UserError(f"{where}: there is no such file" if not Path(file).exists() else f"{where}: it is no file")
+    loader = importlib.machinery.SourceFileLoader("given_config", file)
+    module = ModuleType("given_config")
+    module.__file__ = file
+    sys.modules["given_config"] = module  # where its dataclasses look their module up
+    _guarded(where, file, loader.exec_module, module)
+    return module
+
+
+def _guarded(where: str, file: str, function: Any, *args: Any) -> Any:
+    """What a function of the config's file returns; whatever it raises, in a line."""
+    try:
+        return function(*args)
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:  # a file of the user's may raise anything
+        text = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, SyntaxError | UnicodeError):
+            raise UserError(f"{where}: it is no file of Python ({text})") from error
+        if isinstance(error, ValueError):  # how a config refuses a preset
+            raise UserError(text if file in text else f"{where}: {text}") from error
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+        at = f", line {lines[-1]}" if lines else ""
+        raise UserError(f"{where}{at}: {type(error).__name__}: {text}") from error
+
+
+def override(config: ConfigDict, key: str, typed: Sequence[str | bool]) -> None:
+    """Puts what was typed for a dotted key into the config; the last of several, and of a list all.
+
+    Args:
+      typed: True and False where the key stands alone, as switches may.
+
+    Raises UserError for a key that does not exist, and for a value that cannot be read as what the key holds.
+    """
+    holder, name = _holder(config, key), key.split(".")[-1]
+    old, where = holder[name], f"config.{key}"
+    if isinstance(old, ConfigDict):
+        inside = ", ".join(f"{where}.{one}" for one in keys(old)[:4]) or "none in this config"
+        raise UserError(f"{where} is a group of values; set one of them: {inside}")
+    if not isinstance(old, bool) and not all(isinstance(one, str) for one in typed):
+        raise UserError(f"{where} has no value; write --{where}=…")
+    texts = [str(one) for one in typed]
+    holder[name] = _many(where, texts, old) if isinstance(old, tuple | list) else _one(where, texts[-1], old)
+
+
+def _holder(config: ConfigDict, key: str) -> ConfigDict:
+    """The part of the config that holds the key's value."""
+    holder: Any = config
+    *path, name = key.split(".")
+    for part in path:
+        holder = holder[part] if isinstance(holder, ConfigDict) and part in holder else None
+    if not isinstance(holder, ConfigDict) or name not in holder:
+        raise UserError(f"there is no config.{key}; {_nearest(key, keys(config))}")
+    return holder
+
+
+def keys(config: ConfigDict, prefix: str = "") -> list[str]:
+    """The dotted keys of all values."""
+    found = []
+    for name, value in config.items():
+        inside = keys(value, f"{prefix}{name}.") if isinstance(value, ConfigDict) else []
+        found += inside or [f"{prefix}{name}"]
+    return found
+
+
+def _nearest(key: str, known: list[str]) -> str:
+    """Which key may have been meant: one of almost this path, or of this name elsewhere; else what there is."""
+    if close := difflib.get_close_matches(key, known, 1, 0.75):
+        return f"did you mean config.{close[0]}?"
+    names = {one.split(".")[-1]: one for one in reversed(known)}
+    if close := difflib.get_close_matches(key.split(".")[-1], names, 1, 0.75):
+        return f"did you mean config.{names[close[0]]}?"
+    group = key.rpartition(".")[0]
+    inside = [one for one in known if one.startswith(f"{group}.")] or known
+    depth = 1 + (inside is not known) * (group.count(".") + 1)
+    return "there are config." + ", config.".join(dict.fromkeys(".".join(one.split(".")[:depth]) for one in inside))
+
+
+def _one(where: str, typed: str, old: Any) -> Any:
+    """One value in the type of the one that it replaces."""
+    shown = f"{where}={_short(typed)}"
+    _check_text(shown, typed)
+    if isinstance(old, str):
+        return "" if typed == "None" else typed
+    try:
+        if isinstance(old, bool):
+            return flags.BooleanParser().parse(typed)
+        if isinstance(old, int):
+            return flags.IntegerParser().parse(typed)
+        if isinstance(old, float):
+            value = flags.FloatParser().parse(typed)
+            if math.isfinite(value):
+                return value
+    except (TypeError, ValueError):
+        pass
+    kinds = {bool: "true or false", int: "a whole number", float: "a finite number"}
+    raise UserError(f"{shown}: {kinds.get(type(old), 'another type')} is needed, such as {old!r}")
+
+
+def _many(where: str, typed: list[str], old: Any) -> Any:
+    """A list, its items in the type of those that it replaces.
+
+    An empty list does not say what it holds: whole numbers where all are, else texts. Either way str() of an item is
+    what was typed.
+    """
+    shown = f"{where}={_short(','.join(typed))}"
+    _check_text(shown, ",".join(typed))
+    found = [item for text in typed for item in _items(where, text)]
+    if old and not isinstance(old[0], str):
+        return type(old)(_number(shown, item, old) for item in found)
+    texts = [str(item) for item in found]
+    if not old and all(_is_whole(text) for text in texts):
+        return type(old)(int(text) for text in texts)
+    check_distinct(where, texts)
+    return type(old)(texts)
+
+
+def _items(where: str, text: str) -> list[Any]:
+    """Of a list as it is typed: words with commas in between, or in Python's brackets or quotes."""
+    if text.strip()[:1] not in ("(", "[", '"', "'"):
+        return _split(where, text)
+    try:
+        found = ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
+        raise UserError(
+            f"{where}={_short(text)}: leave brackets and quotes out, or put each text in quotes, such as \"('a', 'b')\""
+        ) from error
+    found = list(found) if isinstance(found, tuple | list) else [found]
+    if wrong := [item for item in found if not isinstance(item, str | int | float)]:
+        raise UserError(f"{where}: {wrong[0]!r} is neither a text nor a number")
+    return found
+
+
+def _split(where: str, text: str) -> list[str]:
+    """The items of a list with commas in between, without the spaces around them; a comma at the end is forgiven.
+
+    Raises UserError, naming the value by `where`, for an empty item.
+    """
+    if not text.strip() or text.strip() == "None":
+        return []
+    found = [item.strip() for item in text.split(",")]
+    if len(found) > 1 and not found[-1]:
+        found.pop()
+    if not all(found):
+        raise UserError(f"{where}={_short(text)}: there is nothing in front of a comma; leave the comma out")
+    return found
+
+
+def check_distinct(where: str, values: Iterable[Any]) -> None:
+    """Raises UserError for a value that is there twice."""
+    seen = set()
+    for value in values:
+        if value in seen:
+            raise UserError(f"{where}: {value!r} is there twice; name each once")
+        seen.add(value)
+
+
+def _number(shown: str, item: Any, old: Any) -> int | float:
+    kind = type(old[0])
+    try:
+        if isinstance(item, bool) or (kind is int and not float(item).is_integer()):
+            raise ValueError
+        value = kind(item)
+        if math.isfinite(value):
+            return value
+    except (TypeError, ValueError, OverflowError):
+        pass
+    needed = "whole numbers are" if kind is int else "finite numbers are"
+    raise UserError(f"{shown}: {item!r} is none; {needed} needed, such as {','.join(map(str, old))}")
+
+
+def _is_whole(text: str) -> bool:
+    try:
+        return str(int(text)) == text
+    except ValueError:
+        return False
+
+
+def _check_text(shown: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{shown!a}: this is no text in UTF-8") from error
+    if "\0" in text:
+        raise UserError(f"{shown!a}: a text cannot have the character 0")
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= SHOWN else text[:SHOWN] + "…")
