@@ -24,12 +24,36 @@ mkdir -p "$dir/wheels"
 
 # What that machine's image has not, and needs: those of requirements.txt and of the tests, and what they need in turn.
 # tensorflow-datasets is not among them: the data are carried.
-missing=(ml-collections tensorboardX gguf beartype inflect more-itertools typeguard)
+missing=(ml-collections tensorboardX gguf beartype inflect jaraco.functools more-itertools typeguard)
+there="absl-py numpy packaging protobuf pyyaml requests tqdm typing-extensions" # what these need, and the image has
 platforms=()
 for glibc in 2_5 2_12 2_17 2_24 2_27 2_28 2_31 2_34; do platforms+=(--platform "manylinux_${glibc}_x86_64"); done
 "$python" -m pip download --quiet --no-deps --only-binary=:all: --implementation cp --python-version 3.12 \
   "${platforms[@]}" --platform manylinux2014_x86_64 --platform manylinux1_x86_64 --platform any \
   -d "$dir/wheels" "${missing[@]}"
+"$python" - "$dir/wheels" $there <<'PYTHON'
+import sys
+from email import message_from_bytes
+from pathlib import Path
+from zipfile import ZipFile
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+folder, *there = sys.argv[1:]
+needs = {}
+for wheel in Path(folder).glob("*.whl"):
+    with ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        metadata = message_from_bytes(archive.read(name))
+    wanted = [Requirement(text) for text in metadata.get_all("Requires-Dist", [])]
+    here = {"python_version": "3.12", "python_full_version": "3.12.3", "extra": ""}
+    needs[metadata["Name"]] = [one.name for one in wanted if not one.marker or one.marker.evaluate(here)]
+known = {canonicalize_name(name) for name in [*needs, *there]}
+for name, wanted in needs.items():
+    if lacking := [one for one in wanted if canonicalize_name(one) not in known]:
+        sys.exit(f"bench/carry.sh: {name} needs {', '.join(lacking)}, which is neither carried nor there")
+PYTHON
 
 if [ -z "$half" ]; then
   mnist=$("$python" -c "from sublim_jax import assets; print(assets.fetch(assets.MNIST))" | tail -n 1)

@@ -14,7 +14,8 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from sublim_jax import assets, report
+from sublim_jax import assets, digests, report
+from sublim_jax.digests import Source
 from sublim_jax.errors import UserError
 from sublim_jax.experiments import transmission
 from sublim_jax.experiments.door import check_numbers, check_one_of, check_some_of, check_whole
@@ -113,12 +114,17 @@ def config_of(config: ConfigDict, name: str) -> ConfigDict:
 
 
 def finished(workdir: Workdir, config: ConfigDict) -> bool:
-    """Whether a folder has the results of this config. Damaged files count as none: what still holds is reused."""
+    """Whether a folder has the results of this config and of the models as they are now.
+
+    Damaged files count as none: what still holds is reused.
+    """
     try:
         known, results = (json.loads((workdir.path / name).read_text()) for name in (FINISHED, "results.json"))
-    except (OSError, ValueError):
+        models = [Source(**model) for model in results["models"]]
+        same = all(digests.of_model(assets.model(model.name)) == model.digest for model in models)
+    except (OSError, ValueError, KeyError, TypeError, UserError):
         return False
-    return known == stamp(config) and isinstance(results, dict) and "arms" in results
+    return known == stamp(config) and "arms" in results and same
 
 
 def stamp(config: ConfigDict) -> str:

@@ -194,11 +194,12 @@ def conversations_of(lab: Lab, name: str) -> list[dialogue.Text]:
 def every_text(lab: Lab, name: str) -> list[dialogue.Text]:
     """The same, long ones too."""
     stops = chat.stop_tokens(lab.model.tokenizer, lab.model.config)
-    return _texts(lab.config.teacher.corpora[name], lab.model.tokenizer, stops)
+    source = lab.config.teacher.corpora[name]
+    return _texts(source, digest(source), lab.model.tokenizer, stops)
 
 
-@lru_cache
-def _texts(source: str, tokenizer: Any, stops: tuple[int, ...]) -> list[dialogue.Text]:
+@lru_cache(maxsize=8)
+def _texts(source: str, digest: str, tokenizer: Any, stops: tuple[int, ...]) -> list[dialogue.Text]:
     found: list[dialogue.Text] = []
     for number, one in enumerate(conversations(source), 1):
         try:
