@@ -147,7 +147,9 @@ def differences(request):
             "| architecture and setting | llama.cpp | transformers |",
             "|---|---|---|",
         ]
-        lines += [f"| {name} | {found[name, 'llama.cpp']:.0e} | {found[name, 'transformers']:.0e} |" for name in CASES]
+        for name in CASES:
+            cells = [found.get((name, reference), np.nan) for reference in ("llama.cpp", "transformers")]
+            lines.append(f"| {name} | {' | '.join(f'{cell:.0e}' for cell in cells)} |")
         write_section(Path(file), "## GGUF files", lines)
 
 
