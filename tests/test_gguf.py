@@ -453,6 +453,7 @@ def test_fields_that_say_nothing_new_are_no_hindrance(small, tmp_path):
         "llama.rope.dimension_sections": [0, 0, 0, 0],
         "llama.rope.scaling.attn_factor": 1.0,
         "llama.rope.freq_base_swa": 10_000.0,
+        "llama.attention.layer_norm_epsilon": 1e-12,
         "llama.tensor_data_layout": "Meta AI original pth",
         "general.name": "small",
         "general.sampling.temp": 0.7,

@@ -24,6 +24,8 @@ ROPE_FREQS = "rope_freqs.weight"
 HARMLESS = (
     "vocab_size",  # the tokens are counted
     "tensor_data_layout",
+    "attention.layer_norm_epsilon",  # of norms that these architectures do not have
+    "attention.group_norm_*",
     "rope.scaling.finetuned",
     "rope.scaling.original_context_length",  # read where YaRN asks for it
     "rope.freq_base_swa",  # read where layers have windows
