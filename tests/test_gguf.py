@@ -135,12 +135,12 @@ TOLERANCE = {"llama": 1e-5, "qwen2": 1e-5, "qwen3": 1e-5, "gemma3": 2e-3}  # lla
 @pytest.fixture(scope="session")
 def differences(request):
     """Largest differences by (case, reference); a table of them is written where `--parity=FILE` asks for it."""
-    found = {}
-    yield found
+    measured = {}
+    yield measured
     if file := request.config.getoption("parity"):
         lines = [
             f"`make parity`, {datetime.date.today()}: transformers {transformers.__version__}, llama.cpp of xllamacpp "
-            f"{importlib.metadata.version('xllamacpp')}, float32. Small models with every parameter drawn, 300 tokens; "
+            f"{importlib.metadata.version('xllamacpp')}, float32. Small models with random parameters, 300 tokens; "
             "largest absolute difference over the largest absolute logit. llama.cpp looks Gemma's GELU up in a table "
             "of half precision.",
             "",
@@ -148,7 +148,7 @@ def differences(request):
             "|---|---|---|",
         ]
         for name in CASES:
-            cells = [found.get((name, reference), np.nan) for reference in ("llama.cpp", "transformers")]
+            cells = [measured.get((name, reference), np.nan) for reference in ("llama.cpp", "transformers")]
             lines.append(f"| {name} | {' | '.join(f'{cell:.0e}' for cell in cells)} |")
         write_section(Path(file), "## GGUF files", lines)
 
@@ -156,10 +156,10 @@ def differences(request):
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """By a case's name: the model of transformers, the file, and ours, read from it."""
-    found = {}
+    kept = {}
 
     def make(name):
-        if name not in found:
+        if name not in kept:
             case = CASES[name]
             model = peer(ARCHITECTURES[case.architecture].kind, case.zero, **case.config)
             fields = {f"{case.architecture}.{field}": value for field, value in case.fields.items()}
@@ -169,8 +169,8 @@ def made(tmp_path_factory):
                 {**fields_of(model, case.architecture), **fields},
                 {**tensors_of(model, case.architecture), **case.tensors},
             )
-            found[name] = model, path, weights.load(path)
-        return found[name]
+            kept[name] = model, path, weights.load(path)
+        return kept[name]
 
     return make
 
@@ -195,7 +195,7 @@ def max_difference(path, logits):
     """From llama.cpp's log-probabilities behind the first tokens of the text, relative to the largest logit."""
     llama_cpp, log_p = Llama(path), np.asarray(jax.nn.log_softmax(logits[0]))
     theirs = {length: llama_cpp.log_probabilities(TEXT[0, :length].tolist(), SIZE) for length in LENGTHS}
-    errors = [np.max(np.abs(found - log_p[length - 1])) for length, found in theirs.items()]
+    errors = [np.max(np.abs(values - log_p[length - 1])) for length, values in theirs.items()]
     return max(errors) / np.max(np.abs(logits))
 
 
@@ -286,7 +286,7 @@ def test_smollm2s_log_probabilities_are_those_of_llama_cpp_but_for_its_rounding(
 
 @pytest.fixture
 def told(small, tmp_path):
-    """What is said of a small llama's file with these fields and tensors changed; None takes one away."""
+    """The refusal of a small llama's file with these fields and tensors changed; None takes one away."""
 
     def tell(fields, tensors=None, architecture="llama"):
         changed = {name: value for name, value in {**small[1], **(tensors or {})}.items() if value is not None}
