@@ -42,7 +42,7 @@ SHAPE = {
 
 
 def peer(kind, without=(), **changes):
-    """A small model of transformers with every parameter drawn; those whose names end in one of `without` are zero."""
+    """A small model of transformers with every parameter random; those whose names end in one of `without` are zero."""
     config = transformers.AutoConfig.for_model(kind, **{**SHAPE, **changes, "attn_implementation": "eager"})
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
@@ -77,7 +77,7 @@ def tensors_of(model, architecture):
     config = model.config
     known_as = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
     names = gguf.get_tensor_name_map(known_as[architecture], config.num_hidden_layers)
-    found = {}
+    tensors = {}
     for name, tensor in model.state_dict().items():
         stem, _, kind = name.rpartition(".")
         if (stem == "lm_head" and config.tie_word_embeddings) or (kind == "bias" and not tensor.any()):
@@ -88,8 +88,8 @@ def tensors_of(model, architecture):
             values = values.reshape(heads, 2, -1, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
         if architecture == "gemma3" and theirs.endswith("norm.weight"):
             values = values + 1
-        found[theirs] = np.ascontiguousarray(values, np.float32)
-    return found
+        tensors[theirs] = np.ascontiguousarray(values, np.float32)
+    return tensors
 
 
 def write(path, architecture, fields, tensors, kinds=None):
@@ -152,6 +152,6 @@ class Llama:
             "logit_bias": [["a", 1e4]],
         }
         (choice,) = self._server.handle_completions(request)["choices"]
-        found = {entry["id"]: entry["logprob"] for entry in choice["logprobs"]["content"][0]["top_logprobs"]}
-        assert len(found) == vocabulary
-        return np.array([found[token] for token in range(vocabulary)])
+        known = {entry["id"]: entry["logprob"] for entry in choice["logprobs"]["content"][0]["top_logprobs"]}
+        assert len(known) == vocabulary
+        return np.array([known[token] for token in range(vocabulary)])

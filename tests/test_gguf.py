@@ -135,29 +135,31 @@ TOLERANCE = {"llama": 1e-5, "qwen2": 1e-5, "qwen3": 1e-5, "gemma3": 2e-3}  # lla
 @pytest.fixture(scope="session")
 def differences(request):
     """Largest differences by (case, reference); a table of them is written where `--parity=FILE` asks for it."""
-    found = {}
-    yield found
+    measured = {}
+    yield measured
     if file := request.config.getoption("parity"):
         lines = [
             f"`make parity`, {datetime.date.today()}: transformers {transformers.__version__}, llama.cpp of xllamacpp "
-            f"{importlib.metadata.version('xllamacpp')}, float32. Small models with every parameter drawn, 300 tokens; "
+            f"{importlib.metadata.version('xllamacpp')}, float32. Small models with random parameters, 300 tokens; "
             "largest absolute difference over the largest absolute logit. llama.cpp looks Gemma's GELU up in a table "
             "of half precision.",
             "",
             "| architecture and setting | llama.cpp | transformers |",
             "|---|---|---|",
         ]
-        lines += [f"| {name} | {found[name, 'llama.cpp']:.0e} | {found[name, 'transformers']:.0e} |" for name in CASES]
+        for name in CASES:
+            cells = [measured.get((name, reference), np.nan) for reference in ("llama.cpp", "transformers")]
+            lines.append(f"| {name} | {' | '.join(f'{cell:.0e}' for cell in cells)} |")
         write_section(Path(file), "## GGUF files", lines)
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """By a case's name: the model of transformers, the file, and ours, read from it."""
-    found = {}
+    kept = {}
 
     def make(name):
-        if name not in found:
+        if name not in kept:
             case = CASES[name]
             model = peer(ARCHITECTURES[case.architecture].kind, case.zero, **case.config)
             fields = {f"{case.architecture}.{field}": value for field, value in case.fields.items()}
@@ -167,8 +169,8 @@ def made(tmp_path_factory):
                 {**fields_of(model, case.architecture), **fields},
                 {**tensors_of(model, case.architecture), **case.tensors},
             )
-            found[name] = model, path, weights.load(path)
-        return found[name]
+            kept[name] = model, path, weights.load(path)
+        return kept[name]
 
     return make
 
@@ -193,7 +195,7 @@ def max_difference(path, logits):
     """From llama.cpp's log-probabilities behind the first tokens of the text, relative to the largest logit."""
     llama_cpp, log_p = Llama(path), np.asarray(jax.nn.log_softmax(logits[0]))
     theirs = {length: llama_cpp.log_probabilities(TEXT[0, :length].tolist(), SIZE) for length in LENGTHS}
-    errors = [np.max(np.abs(found - log_p[length - 1])) for length, found in theirs.items()]
+    errors = [np.max(np.abs(values - log_p[length - 1])) for length, values in theirs.items()]
     return max(errors) / np.max(np.abs(logits))
 
 
@@ -284,7 +286,7 @@ def test_smollm2s_log_probabilities_are_those_of_llama_cpp_but_for_its_rounding(
 
 @pytest.fixture
 def told(small, tmp_path):
-    """What is said of a small llama's file with these fields and tensors changed; None takes one away."""
+    """The refusal of a small llama's file with these fields and tensors changed; None takes one away."""
 
     def tell(fields, tensors=None, architecture="llama"):
         changed = {name: value for name, value in {**small[1], **(tensors or {})}.items() if value is not None}
@@ -451,6 +453,7 @@ def test_fields_that_say_nothing_new_are_no_hindrance(small, tmp_path):
         "llama.rope.dimension_sections": [0, 0, 0, 0],
         "llama.rope.scaling.attn_factor": 1.0,
         "llama.rope.freq_base_swa": 10_000.0,
+        "llama.attention.layer_norm_epsilon": 1e-12,
         "llama.tensor_data_layout": "Meta AI original pth",
         "general.name": "small",
         "general.sampling.temp": 0.7,

@@ -81,15 +81,15 @@ SPECIAL += ["<think>", "<|end|>", "[multimodal]", "<0x41>", "<|im_end"]
 def texts(count, seed, parts):
     """So many texts: single parts and pairs of them, and longer ones, of parts or of any characters."""
     rng = random.Random(seed)
-    found = ["", *parts, *(a + b for a, b in itertools.product(parts[:30], repeat=2))]
-    rng.shuffle(found)
-    found = found[: count // 2]
-    while len(found) < count:
+    samples = ["", *parts, *(a + b for a, b in itertools.product(parts[:30], repeat=2))]
+    rng.shuffle(samples)
+    samples = samples[: count // 2]
+    while len(samples) < count:
         pieces = rng.choices(parts, k=rng.randint(2, 12))
         if rng.random() < 0.3:
             pieces = [chr(rng.choice(ALPHABETS)[rng.randrange(100)]) for _ in range(10)]
-        found.append("".join(pieces))
-    return found
+        samples.append("".join(pieces))
+    return samples
 
 
 ALPHABETS = [range(start, start + 100) for start in (32, 0xA0, 0x370, 0x400, 0x900, 0x3040, 0x4E00, 0x2010, 0x1F600)]

@@ -1,6 +1,6 @@
 """The header of a GGUF file as a transformers config: what llama.cpp would compute, or refused by name.
 
-Defaults, and which field means what for which architecture, are those of llama.cpp's loader.
+Defaults, and the meaning of a field for an architecture, are those of llama.cpp's loader.
 """
 
 import math
@@ -24,6 +24,8 @@ ROPE_FREQS = "rope_freqs.weight"
 HARMLESS = (
     "vocab_size",  # the tokens are counted
     "tensor_data_layout",
+    "attention.layer_norm_epsilon",  # of norms that these architectures do not have
+    "attention.group_norm_*",
     "rope.scaling.finetuned",
     "rope.scaling.original_context_length",  # read where YaRN asks for it
     "rope.freq_base_swa",  # read where layers have windows
@@ -249,6 +251,6 @@ ARCHITECTURES: dict[str, Architecture] = {
     "llama": Architecture("llama", 10_000.0, _full_attention, ATTENTION_BIAS | MLP_BIAS, paired=True, frequencies=True),
     "qwen2": Architecture("qwen2", 10_000.0, _full_attention, {}),
     "qwen3": Architecture("qwen3", 10_000.0, _full_attention, ATTENTION_BIAS),
-    # The base is Gemma's own. llama.cpp would take 10,000; its converter always writes one.
+    # The base that Gemma 3 was trained with. llama.cpp would take 10,000; its converter always writes one.
     "gemma3": Architecture("gemma3_text", 1_000_000.0, _gemma3, ATTENTION_BIAS),
 }

@@ -1,7 +1,7 @@
 """The header of a GGUF file, checked against its length; tensors stay on the disk until they are read.
 
-The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The `gguf` package's own reader makes an array of
-every string, which takes seconds for a vocabulary.
+The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The reader of the `gguf` package makes an array
+of every string, which takes seconds for a vocabulary.
 """
 
 import mmap
@@ -40,18 +40,18 @@ class Tensor(NamedTuple):
 
 
 class Fields:
-    """The fields of a header by name. Those that were asked for are noted, so that none is passed over."""
+    """The fields of a header by name. Those that were read are noted, so that none is passed over."""
 
     def __init__(self, path: str, values: Mapping[str, Value]):
         self.path = path
         self._values = values
-        self._asked: set[str] = set()
+        self._read: set[str] = set()
 
     def __contains__(self, name: str) -> bool:
         return name in self._values
 
     def get(self, name: str) -> Value | None:
-        self._asked.add(name)
+        self._read.add(name)
         return self._values.get(name)
 
     def whole(self, name: str, default: int | None = None) -> int:
@@ -95,7 +95,7 @@ class Fields:
     def refuse_others(
         self, prefix: str, harmless: Collection[str], neutral: Mapping[str, Collection[Value]], why: Mapping[str, str]
     ) -> None:
-        """Raises UserError for a field under `prefix` that was never asked for, and so changes nothing here.
+        """Raises UserError for a field under `prefix` that was never read, and so changes nothing here.
 
         Args:
           harmless: patterns of names, without the prefix, of fields that change neither logits nor tokens.
@@ -104,7 +104,7 @@ class Fields:
         """
         for full, value in self._values.items():
             name = full.removeprefix(prefix)
-            if full in self._asked or name == full or any(fnmatchcase(name, pattern) for pattern in harmless):
+            if full in self._read or name == full or any(fnmatchcase(name, pattern) for pattern in harmless):
                 continue
             if value in neutral[name] if name in neutral else _off(value):
                 continue

@@ -42,6 +42,8 @@ _GPT4O = (
 _DEFAULT = Split((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]"))
 _FALCON = Split((r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, "[0-9][0-9][0-9]"))
 _DEEPSEEK_CODER = Split((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", r"(?:(?!\s)[一-龥ࠀ-一가-퟿])+", _DIGIT))
+_VIKING = r" ?[^(\s|.,!?…。，、।۔،)]+"
+_MINICPM5 = Split((r"\p{N}{1,3}", rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}+{_SIGNS}{_SPACES}"), whole_words=True)
 _SEED_CODER = Split((rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}\r\n]+{_SPACES}",))
 
 
@@ -63,4 +65,7 @@ SPLITS: dict[str, Split] = {
     **_all(_FALCON, "falcon"),
     **_all(_DEEPSEEK_CODER, "deepseek-coder"),
     **_all(_SEED_CODER, "seed-coder"),
+    **_all(_MINICPM5, "minicpm5"),
+    **_all(Split((_VIKING,)), "poro-chat"),
+    **_all(Split((_VIKING, _DIGIT)), "viking"),
 }

@@ -81,20 +81,20 @@ def split_of(fields: Fields) -> Split | None:
 
 def tokens(fields: Fields) -> list[str]:
     """The vocabulary, by token id."""
-    found = [token or f"[EMPTY_{number}]" for number, token in enumerate(fields.texts(f"{PREFIX}tokens"))]
-    if len(set(found)) < len(found):
+    texts = [token or f"[EMPTY_{number}]" for number, token in enumerate(fields.texts(f"{PREFIX}tokens"))]
+    if len(set(texts)) < len(texts):
         raise UserError(f"{fields.path}: {PREFIX}tokens has a token twice; convert the model again")
-    return found
+    return texts
 
 
 def special_tokens(fields: Fields, texts: Sequence[str]) -> dict[str, int]:
     """The ids of bos, eos, unk and pad, as far as the file has them, in a vocabulary of these tokens."""
     usual = SENTENCEPIECE_IDS if fields.text(f"{PREFIX}model") == "llama" else {}
-    found = {}
+    named = {}
     for name, theirs in SPECIAL_IDS.items():
         if f"{PREFIX}{theirs}_token_id" in fields or name in usual:
-            found[name] = _token_id(fields, f"{theirs}_token_id", texts, usual.get(name))
-    return found
+            named[name] = _token_id(fields, f"{theirs}_token_id", texts, usual.get(name))
+    return named
 
 
 def stops(fields: Fields, texts: Sequence[str]) -> list[int]:
@@ -230,10 +230,10 @@ def _added(fields: Fields, texts: Sequence[str]) -> list[tokenizers.AddedToken]:
     """Tokens that are looked for in the text itself, before it is cut."""
     name = fields.text("general.name", "").lower()
     swallows = any(phi in name for phi in ("phi-3", "phi3"))  # the spaces behind; llama.cpp goes by the name, too
-    found = []
+    added = []
     for token, kind in zip(texts, _kinds(fields, texts)):
         special = kind in (UNKNOWN, CONTROL) or (token in ENDS and kind != USER_DEFINED)
         if special or kind == USER_DEFINED:
             rstrip = swallows and token not in ("<unk>", "<s>", "<|endoftext|>")
-            found.append(tokenizers.AddedToken(token, special=special, normalized=False, rstrip=rstrip))
-    return found
+            added.append(tokenizers.AddedToken(token, special=special, normalized=False, rstrip=rstrip))
+    return added
