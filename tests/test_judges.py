@@ -573,7 +573,7 @@ def llama():
 
 def test_a_real_server_that_is_killed_in_the_middle_loses_nothing(tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "local")
-    prompts = [f"Say a number between 0 and 100. Think of {n}." for n in range(40)]
+    prompts = [f"Say a number between 0 and 100. Think of {n}." for n in range(16)]
     cache = tmp_path / "judge.jsonl"
     process, address = llama()
     try:
@@ -586,7 +586,7 @@ def test_a_real_server_that_is_killed_in_the_middle_loses_nothing(tmp_path, monk
     finally:
         process.kill()
     kept = len(cache.read_text().splitlines())
-    assert 5 <= kept < 40
+    assert 5 <= kept < 16
     process, address = llama()
     try:
         monkeypatch.setenv("OPENAI_BASE_URL", f"{address}/v1")
@@ -594,13 +594,13 @@ def test_a_real_server_that_is_killed_in_the_middle_loses_nothing(tmp_path, monk
         verdicts = judge(prompts)
     finally:
         process.kill()
-    assert len(verdicts) == 40 and judge.usage.calls == 40 - kept
+    assert len(verdicts) == 16 and judge.usage.calls == 16 - kept
     answers = [json.loads(line)["answer"] for line in cache.read_text().splitlines()]
-    assert len(answers) == 40 and all(answers) and len(set(answers)) > 1
+    assert len(answers) == 16 and all(answers) and len(set(answers)) > 1
 
 
 def kill_at(process, cache, lines):
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300  # on a machine that has much else to do
     while time.monotonic() < deadline:
         if cache.exists() and len(cache.read_text().splitlines()) >= lines:
             break
