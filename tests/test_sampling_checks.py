@@ -115,15 +115,14 @@ def test_samples_below_and_above_the_turn_are_each_scored_as_by_transformers(fro
     assert short.tokens == samples[0].tokens
 
 
-def test_packed_texts_turn_each_by_its_own_length(loaded):
+def test_rows_turn_by_the_lengths_that_are_told(loaded):
     model = loaded("longrope")[0]
     short, long = texts(40, 200)
-    packed = jnp.asarray([short + long])
-    where = {"segments": jnp.asarray([[1] * 40 + [2] * 200]), "positions": jnp.asarray([[*range(40), *range(200)]])}
-    together = model.network.apply(model.params, packed, **where)[0]
-    for part, text in ((together[:40], short), (together[40:], long)):
+    padded, lengths = jnp.asarray([short + [0] * 160, long]), jnp.asarray([40, 200])
+    together = model.network.apply(model.params, padded, lengths=lengths)
+    for row, text in zip(together, (short, long)):
         expected = model.network.apply(model.params, jnp.asarray([text]))[0]
-        np.testing.assert_allclose(part, expected, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(row[: len(text)], expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_sample_that_may_cross_the_turn_is_refused(loaded):

@@ -306,7 +306,8 @@ class Decoder(nnx.Module):
             what stands there or before. Padding behind a text is overwritten by what comes next.
           prefix: keys and values (layers, groups, p, h) of what stands before every row's text.
           lengths: of each row's whole text, prefix and what is still to come included, where it decides how positions
-            turn (`Settings.turns_by_length`). The last of these positions ends the text where left out.
+            turn (`Settings.turns_by_length`). Where left out, the last of these positions decides for all rows, as in
+            transformers.
           steering: changes of the residual stream.
           read: positions (columns of `tokens`) at which the residual stream is returned after every layer.
           place: applied to the residual stream wherever it is made.
@@ -338,7 +339,7 @@ class Decoder(nnx.Module):
             seen = seen & (segments[:, :, None] == segments[:, None, :]) & (segments != 0)[:, None, :]
         whole = None
         if c.turns_by_length:
-            whole = text_lengths(positions, segments) if lengths is None else lengths[:, None]
+            whole = jnp.broadcast_to(jnp.max(positions) + 1 if lengths is None else lengths[:, None], (b, 1))
         tables = rotations(c.rotaries, positions, whole)
         graphdef, stacked = nnx.split(self.layers, nnx.Param)
         windows = jnp.asarray(c.windows or (0,) * c.layers, jnp.int32)
@@ -382,14 +383,6 @@ def check_tokens(tokens: Int[Array, "b t"], vocab: int) -> None:
     for token in (int(jnp.min(tokens)), int(jnp.max(tokens))):
         if not 0 <= token < vocab:
             raise UserError(f"token {token} is outside the model's vocabulary of {vocab}")
-
-
-def text_lengths(positions: Int[Array, "b t"], segments: Int[Array, "b t"] | None) -> Int[Array, "b #t"]:
-    """How long the text is that each position belongs to, by the last of its positions."""
-    if segments is None:
-        return jnp.max(positions, 1, keepdims=True) + 1
-    same = segments[:, :, None] == segments[:, None, :]
-    return jnp.max(jnp.where(same, positions[:, None, :], -1), -1) + 1
 
 
 def on_mesh(settings: Settings, mesh: Mesh) -> dict[str, Any]:

@@ -165,7 +165,8 @@ class Engine:
 
     def _step(self, fixed: Fixed, state: State) -> tuple[State, Drawn]:
         """One token for every active slot."""
-        output, cache = features(self.network, fixed, state.token[..., None], state.cache, state.length)
+        whole = state.length + 1  # `generate` refuses texts that may outgrow the table they began with
+        output, cache = features(self.network, fixed, state.token[..., None], state.cache, state.length, whole)
         logits = unembed(self.network, fixed, output[:, :, 0])
         total = jax.nn.logsumexp(logits, -1)
         may = logits
@@ -232,7 +233,7 @@ def features(
     """The last layer's output and the cache, under every adapter, or with r = 1 under none.
 
     Args:
-      lengths: of the whole texts; what stands in this call is their end where left out.
+      lengths: of the whole texts, where positions turn by them.
     """
 
     def one(
