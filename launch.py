@@ -77,8 +77,8 @@ def main(args: Sequence[str]) -> None:
     experiment = importlib.import_module(f"sublim_jax.experiments.{config.experiment}")
     if _PREFLIGHT.value is not None:
         return compile_only(experiment, config, _PREFLIGHT.value)
+    join_cluster()  # before anything asks JAX for its devices
     check(experiment, config)
-    join_cluster()
     signals.install()
     name = Path(config_file()).stem
     workdir = Workdir(_WORKDIR.value or f"runs/{name}-{config.get('preset', '')}")

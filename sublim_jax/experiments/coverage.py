@@ -15,7 +15,7 @@ from sublim_jax.data import mnist as digits
 from sublim_jax.errors import UserError
 from sublim_jax.experiments import mnist
 from sublim_jax.experiments.door import at, check_numbers
-from sublim_jax.experiments.mnist_check import check_mesh
+from sublim_jax.experiments.mnist_check import check
 from sublim_jax.figures import Arm
 from sublim_jax.models.functional import Params
 from sublim_jax.sharding import each_replica, fetch, make_mesh
@@ -37,7 +37,7 @@ def run_with_labs(
     """Makes a lab of every MNIST config, which `check_variants` has checked, measures, and writes the report."""
     mesh = make_mesh(config.mesh.to_dict())
     for variant in variants:
-        check_mesh(variant, mesh)
+        check(variant, mesh)
     data = digits.load(assets.fetch(assets.MNIST, config.data.path))
     workdir.open(config, update=update)
     with jax.default_matmul_precision(config.mnist.precision):

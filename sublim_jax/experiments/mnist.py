@@ -20,7 +20,9 @@ from tensorboardX import SummaryWriter
 from sublim_jax import assets, objectives, report
 from sublim_jax.data import images, mnist
 from sublim_jax.data.order import epoch_rows, steps_per_epoch
-from sublim_jax.experiments.mnist_check import MNIST_ROWS, check, check_mesh, layer_numbers, variants
+from sublim_jax.experiments.mnist_check import MNIST_ROWS, layer_numbers, variants
+from sublim_jax.experiments.mnist_check import check as check_on
+from sublim_jax.experiments.mnist_check import check_all as check
 from sublim_jax.keys import fold_all, run_keys
 from sublim_jax.models.functional import Functions, Params
 from sublim_jax.models.mlp import mlp, perturb
@@ -74,7 +76,7 @@ def run(config: ConfigDict, workdir: Workdir, *, update: bool = False) -> None:
     mesh = make_mesh(config.mesh.to_dict())
     configs = variants(config)
     for variant in configs.values():
-        check_mesh(variant, mesh)
+        check_on(variant, mesh)
     data = mnist.load(assets.fetch(assets.MNIST, config.data.path))
     workdir.open(config, update=update, bytes_needed=sum(map(artefact_bytes, configs.values())))
     values = {}
@@ -98,7 +100,7 @@ def preflight(config: ConfigDict, devices: Sequence[jax.Device]) -> list[Step]:
 
 
 def _steps(config: ConfigDict, mesh: Mesh, value: str) -> list[Step]:
-    check_mesh(config, mesh)
+    check_on(config, mesh)
     networks, kind = make_networks(config), config.inputs.kind
     runs, count, width = min(config.runs, config.runs_at_once), config.inputs.count, vocab(config)
     one = jax.eval_shape(networks["student"].init, jax.random.key(0))

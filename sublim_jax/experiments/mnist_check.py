@@ -60,19 +60,27 @@ TRAINING = ("teacher", "student")
 UNSWEPT = ("sweep", "experiment", "preset", "data", "published", "mesh")
 
 
-def check(config: ConfigDict) -> None:
+def check_all(config: ConfigDict) -> None:
     """Raises UserError for the first value, of the config or of a point of its sweep, that makes no sense."""
     base = config.copy_and_resolve_references()
     base.sweep.axis = ""
     for value, variant in {"": base, **variants(config)}.items():
         try:
-            check_one(variant)
+            check_values(variant)
         except UserError as error:
             raise UserError(f"{config.sweep.axis}={value}: {error}" if value else str(error)) from error
 
 
-def check_one(config: ConfigDict) -> None:
-    """The same for a config without a sweep."""
+def check(config: ConfigDict, mesh: Mesh) -> None:
+    """Raises UserError for the first value of a config without a sweep that makes no sense, or none on this mesh."""
+    check_values(config)
+    for who in TRAINING:
+        divide(mesh, "fsdp", config[who].batch, f"{who}.batch")
+    divide(mesh, "replica", min(config.runs, config.runs_at_once), "runs_at_once")
+    divide(mesh, "replica", config.runs % config.runs_at_once, "the rest of runs over runs_at_once")
+
+
+def check_values(config: ConfigDict) -> None:
     check_numbers(config)
     for who in TRAINING:
         part = config[who]
@@ -131,14 +139,6 @@ def check_inputs(config: ConfigDict) -> None:
     on_digits = "real" in config.arms or ("clone" in config.arms and config.clone.inputs == "real")
     if (config.inputs.kind in images.FROM_DATA or on_digits) and config.inputs.count > MNIST_ROWS:
         raise UserError(f"inputs.count={config.inputs.count}, but MNIST has {MNIST_ROWS} images")
-
-
-def check_mesh(config: ConfigDict, mesh: Mesh) -> None:
-    """Raises UserError for what does not divide over the mesh."""
-    for who in TRAINING:
-        divide(mesh, "fsdp", config[who].batch, f"{who}.batch")
-    divide(mesh, "replica", min(config.runs, config.runs_at_once), "runs_at_once")
-    divide(mesh, "replica", config.runs % config.runs_at_once, "the rest of runs over runs_at_once")
 
 
 def layer_numbers(config: ConfigDict, text: str, name: str = "layers") -> tuple[int, ...]:
