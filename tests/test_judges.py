@@ -333,6 +333,14 @@ BAD = {
 }
 
 
+def test_an_endpoint_that_breaks_down_loses_no_prompts(server, tmp_path):
+    behave, seen = server
+    behave(lambda number, body: (200, completion("60")) if number <= 50 else (500, "{}"))
+    with pytest.raises(UserError, match=r"status 500 .*; 50 answers are kept"):
+        Endpoint("m", tmp_path / "j.jsonl", retries=0, at_once=1)([str(number) for number in range(100)])
+    assert len((tmp_path / "j.jsonl").read_text().splitlines()) == 50 and len(seen) < 70
+
+
 @pytest.mark.parametrize("kind", BAD)
 def test_one_bad_reply_among_many_is_unparsable_and_the_run_goes_on(server, tmp_path, kind):
     behave, seen = server
@@ -342,6 +350,25 @@ def test_one_bad_reply_among_many_is_unparsable_and_the_run_goes_on(server, tmp_
     assert Endpoint("m", tmp_path / "j.jsonl", retries=0)(prompts) == expected
     asked = len(seen)
     assert Endpoint("m", tmp_path / "j.jsonl", retries=0)(prompts) == expected and len(seen) == asked
+
+
+@pytest.mark.parametrize("fault", [500, 503, "late", 400, 413])
+def test_one_prompt_that_an_endpoint_always_fails_at_ends_no_run(server, tmp_path, fault):
+    behave, seen = server
+
+    def fails(number, body):
+        if body["messages"][0]["content"] != "7":
+            return 200, completion("60")
+        if fault == "late":
+            time.sleep(5)
+        return (fault, "{}") if fault != "late" else (200, completion("60"))
+
+    behave(fails)
+    judge = Endpoint("m", tmp_path / "j.jsonl", retries=0, timeout=3.0)
+    verdicts = judge([str(number) for number in range(20)])
+    assert verdicts[7] == Verdict(None, "unparsable") and verdicts.count(Verdict(60.0)) == 19
+    asked = len(seen)
+    assert judge(["7"]) == [Verdict(None, "unparsable")] and len(seen) == asked
 
 
 def test_what_is_no_completion_is_asked_for_once_more(server, tmp_path):

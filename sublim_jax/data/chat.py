@@ -79,8 +79,8 @@ def common_length(texts: Sequence[Sequence[int]]) -> int:
 
 
 def _messages(text: str, system: str) -> list[Message]:
-    asked = {"role": "user", "content": text}
-    return [{"role": "system", "content": system}, asked] if system else [asked]
+    user = {"role": "user", "content": text}
+    return [{"role": "system", "content": system}, user] if system else [user]
 
 
 def _plain(text: str, system: str) -> str:

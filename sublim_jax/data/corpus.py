@@ -7,6 +7,7 @@ from typing import Any
 from sublim_jax.data import chat, messages, records
 from sublim_jax.data.dialogue import Text
 from sublim_jax.data.records import Record
+from sublim_jax.data.templates import Message
 from sublim_jax.errors import UserError
 from sublim_jax.progress import say
 
@@ -71,7 +72,7 @@ def _weight(where: str, message: dict[str, Any]) -> bool:
     return all(given.values())
 
 
-def texts(tokenizer: Any, conversation: Conversation, stops: Sequence[int]) -> list[Text]:
+def texts(tokenizer: Any, conversation: Sequence[Message], stops: Sequence[int]) -> list[Text]:
     """(tokens, positions of answers in them) of a conversation; every answer stands behind the prompt that asks for it.
 
     One text has all answers where the chat template only adds to what it has written; where it writes earlier turns
@@ -89,7 +90,7 @@ def texts(tokenizer: Any, conversation: Conversation, stops: Sequence[int]) -> l
         return [answer_positions(tokenizer, part, stops) for part in parts]
 
 
-def answer_positions(tokenizer: Any, conversation: Conversation, stops: Sequence[int]) -> Text:
+def answer_positions(tokenizer: Any, conversation: Sequence[Message], stops: Sequence[int]) -> Text:
     """(tokens of a conversation, positions of what the assistant says in it, the tokens that end it included).
 
     An answer's tokens are those between where the assistant begins and the stop token; answers of weight 0 have none.
@@ -110,7 +111,7 @@ def answer_positions(tokenizer: Any, conversation: Conversation, stops: Sequence
     return tokens, positions
 
 
-def _trained(conversation: Conversation) -> list[int]:
+def _trained(conversation: Sequence[Message]) -> list[int]:
     return [
         number
         for number, message in enumerate(conversation)

@@ -28,7 +28,8 @@ from sublim_jax.sharding import from_first
 TOGETHER = 32  # prompts of the local judge between two looks at its progress
 LEAST_MASS = 0.25  # of the numbers together, below which there is no score (§4.2)
 LONGEST_PAUSE = 60.0  # seconds before another try
-HOPELESS = 10  # prompts without a reply, from where on it is asked whether any has one
+HOPELESS = 10  # prompts in a row without a reply, after which no others are asked
+FEW = 4  # answered prompts for each one without a reply, below which it is not the prompts that are at fault
 SHORT = 16  # tokens of a reply without thoughts
 LIMITS = ("max_tokens", "max_completion_tokens")
 CUT = ("length", "content_filter", "error")  # reasons to end before a reply is whole
@@ -188,6 +189,7 @@ class Endpoint:
         self._next, self._lock, self._stop = 0.0, threading.Lock(), threading.Event()
         self.usage = Usage()
         self._known: dict[str, Reply] | None = None
+        self._in_a_row = 0  # prompts that it has failed at, since it last answered one
         self._good = 0  # prompts that this model has answered, now or in an earlier run
 
     def __call__(self, prompts: Sequence[str]) -> list[Verdict]:
@@ -230,6 +232,7 @@ class Endpoint:
         assert self._known is not None
         self._cache.parent.mkdir(parents=True, exist_ok=True)
         self._stop.clear()
+        self._in_a_row = 0
         bad: dict[str, BaseException] = {}  # prompts that have no reply, while others may have
         failed: BaseException | None = None
         with (
@@ -249,12 +252,13 @@ class Endpoint:
                 for future in finished:
                     name = waiting.pop(future)
                     error = future.exception()
-                    if error and (isinstance(error, NoCompletion) or getattr(error, "status_code", None) in REFUSED):
+                    if error and (self._strange(error) or getattr(error, "status_code", None) in REFUSED):
                         bad[name] = error
+                        self._in_a_row += self._strange(error)
                     else:
                         failed = failed or error
-                if len(bad) >= HOPELESS:
-                    failed = failed or self._hopeless(bad)
+                    if error and self._in_a_row >= HOPELESS:
+                        failed = failed or error
                 track.update(len(missing) - len(waiting), f"{self.usage.prompt + self.usage.completion} tokens")
             self._stop.set()  # ends the waits before another try
             for future in waiting:
@@ -280,14 +284,20 @@ class Endpoint:
             file.write(records.line({"id": name, "answer": reply.text, **cut, **paid}))
             file.flush()
             self._known[name] = reply
-            self._good += bool(reply.text)
+            if reply.text:
+                self._good, self._in_a_row = self._good + 1, 0
+
+    def _strange(self, error: BaseException) -> bool:
+        """Whether it may be the prompt that is at fault, if others are answered: no completion, or never an answer."""
+        openai = self._openai
+        return isinstance(error, NoCompletion | openai.InternalServerError | openai.APITimeoutError)
 
     def _hopeless(self, bad: dict[str, BaseException]) -> BaseException | None:
-        """The error of prompts without a reply that is the endpoint's fault: others have none either, or too few."""
-        strange = [error for error in bad.values() if isinstance(error, NoCompletion)]
+        """The error of prompts without a reply that is the endpoint's fault: too few others have one."""
+        strange = [error for error in bad.values() if self._strange(error)]
         if bad and not self._good:
             return next(iter(bad.values()))
-        return strange[0] if len(strange) > self._good else None
+        return strange[0] if len(strange) * FEW > self._good else None
 
     def bill(self) -> str:
         """What all answers in the file have cost, whichever run asked for them."""
