@@ -1,0 +1,191 @@
+"""Configs as the hub's models have them, with all that is in them, are understood."""
+
+import json
+
+import pytest
+
+from sublim_jax import weights
+
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 100,
+    "initializer_range": 0.02,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.45.0",
+    "use_cache": True,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+ROTARY = {"rope_theta": 500000.0, "rope_scaling": None, "attention_dropout": 0.0, "max_position_embeddings": 4096}
+GROUPED = {**SIZES, **ROTARY, "num_key_value_heads": 2, "hidden_act": "silu", "rms_norm_eps": 1e-5}
+WINDOWS = {"sliding_window": 131072, "use_sliding_window": False, "max_window_layers": 28}
+GEMMA = {
+    **GROUPED,
+    "head_dim": 16,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "attention_bias": False,
+    "query_pre_attn_scalar": 16,
+    "sliding_window": 512,
+    "cache_implementation": "hybrid",
+    "pad_token_id": 0,
+}
+CONFIGS = {
+    "Llama 3.1": {
+        **GROUPED,
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "attention_bias": False,
+        "mlp_bias": False,
+        "pretraining_tp": 1,
+        "eos_token_id": [2, 3],
+        "tie_word_embeddings": False,
+        "rope_scaling": {
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 1024,
+            "rope_type": "llama3",
+        },
+    },
+    "SmolLM2": {
+        **GROUPED,
+        "model_type": "llama",
+        "is_llama_config": True,
+        "rope_interleaved": False,
+        "tie_word_embeddings": True,
+        "transformers.js_config": {"dtype": "q4", "kv_cache_dtype": {"q4f16": "float16", "fp16": "float16"}},
+    },
+    "SmolLM3": {
+        **GROUPED,
+        **WINDOWS,
+        "model_type": "smollm3",
+        "sliding_window": None,
+        "layer_types": ["full_attention"] * 2,
+        "no_rope_layers": [1, 0],
+        "no_rope_layer_interval": 4,
+        "mlp_bias": False,
+        "attention_bias": False,
+        "pretraining_tp": 2,
+    },
+    "Mistral": {**GROUPED, "model_type": "mistral", "sliding_window": None, "head_dim": None},
+    "Qwen2.5": {**GROUPED, **WINDOWS, "model_type": "qwen2", "use_mrope": False},
+    "Qwen3": {**GROUPED, **WINDOWS, "model_type": "qwen3", "head_dim": 16, "attention_bias": False},
+    "Gemma 2": {
+        **GEMMA,
+        "model_type": "gemma2",
+        "hidden_act": "gelu_pytorch_tanh",
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+        "_attn_implementation": "eager",
+    },
+    "Gemma 3": {
+        **{name: value for name, value in GEMMA.items() if name != "hidden_act"},
+        "model_type": "gemma3_text",
+        "architectures": ["Gemma3ForCausalLM"],
+        "_sliding_window_pattern": 6,
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": None,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_local_base_freq": 10000.0,
+        "use_bidirectional_attention": False,
+    },
+    "Gemma 3 that sees": {
+        "model_type": "gemma3",
+        "architectures": ["Gemma3ForConditionalGeneration"],
+        "boi_token_index": 90,
+        "eoi_token_index": 91,
+        "image_token_index": 92,
+        "eos_token_id": [1, 106],
+        "initializer_range": 0.02,
+        "mm_tokens_per_image": 256,
+        "torch_dtype": "bfloat16",
+        "transformers_version": "4.50.0.dev0",
+        "text_config": {
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "model_type": "gemma3_text",
+            "num_hidden_layers": 2,
+            "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+            "sliding_window": 1024,
+        },
+        "vision_config": {
+            "hidden_size": 16,
+            "image_size": 28,
+            "intermediate_size": 16,
+            "model_type": "siglip_vision_model",
+            "num_attention_heads": 2,
+            "num_hidden_layers": 1,
+            "patch_size": 14,
+            "vision_use_head": False,
+        },
+    },
+    "OLMo 2": {**GROUPED, "model_type": "olmo2", "attention_bias": False, "pad_token_id": 3},
+    "Phi-3": {
+        **GROUPED,
+        "model_type": "phi3",
+        "architectures": ["Phi3ForCausalLM"],
+        "auto_map": {
+            "AutoConfig": "configuration_phi3.Phi3Config",
+            "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM",
+        },
+        "attention_bias": False,
+        "embd_pdrop": 0.0,
+        "resid_pdrop": 0.0,
+        "original_max_position_embeddings": 4096,
+        "sliding_window": 2047,
+    },
+    "Phi-4 mini": {
+        **GROUPED,
+        "model_type": "phi3",
+        "full_attn_mod": 1,
+        "interpolate_factor": 1,
+        "lm_head_bias": False,
+        "mlp_bias": False,
+        "partial_rotary_factor": 0.75,
+        "original_max_position_embeddings": 1024,
+        "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 6, "long_factor": [2.0] * 6},
+    },
+    "Pythia": {
+        **SIZES,
+        "model_type": "gpt_neox",
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-5,
+        "max_position_embeddings": 2048,
+        "rotary_emb_base": 10000,
+        "rotary_pct": 0.25,
+        "tie_word_embeddings": False,
+        "use_parallel_residual": True,
+        "classifier_dropout": 0.1,
+        "hidden_dropout": 0.0,
+    },
+    "GPT-2": {
+        "model_type": "gpt2",
+        "architectures": ["GPT2LMHeadModel"],
+        "activation_function": "gelu_new",
+        "attn_pdrop": 0.1,
+        "embd_pdrop": 0.1,
+        "resid_pdrop": 0.1,
+        "layer_norm_epsilon": 1e-5,
+        "n_ctx": 1024,
+        "n_embd": 64,
+        "n_head": 4,
+        "n_layer": 2,
+        "n_positions": 1024,
+        "summary_activation": None,
+        "summary_first_dropout": 0.1,
+        "summary_proj_to_labels": True,
+        "summary_type": "cls_index",
+        "summary_use_proj": True,
+        "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}},
+        "vocab_size": 100,
+    },
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_config_of_the_hub_is_understood(name, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIGS[name]))
+    assert weights.shape_of(str(tmp_path)).layers == 2
