@@ -84,7 +84,7 @@ class Rows:
 
     def __init__(self, part: str, out: str):
         self.file = Path(out) / f"{part}.json" if out else None
-        self.found: dict[str, Any] = {"part": part, "date": str(datetime.date.today()), "rows": []}
+        self.found: dict[str, Any] = {"part": part, "date": str(datetime.date.today()), "tiny": _TINY.value, "rows": []}
 
     def about(self, device: str, versions: dict[str, str]) -> None:
         self.found |= {"device": device, "versions": versions}

@@ -92,6 +92,8 @@ def write(out: Path) -> None:
     parts = read(out)
     if not parts:
         raise SystemExit(f"{out} has no part's JSON; run bench/accelerator.sh {out} first")
+    if any(found.get("tiny") for found in parts.values()):
+        raise SystemExit(f"{out} was measured with --tiny, which shows that the parts run and not how fast")
     lines = [
         "# Measured on one accelerator",
         "",

@@ -65,7 +65,16 @@ def test_what_was_measured_until_a_part_was_stopped_is_in_the_summary(tmp_path):
         about = {"part": part, "date": "2026-11-28", "device": "NVIDIA H200", "versions": {"jax": "0.11.2"}}
         (tmp_path / f"{part}.json").write_text(json.dumps({**about, "rows": rows}))
     text = accelerator_report.summary(tmp_path)
+    assert len(accelerator_report.read(tmp_path)) == 2
     assert "| mnist | stopped after 110 s | 110 | 1 |" in text and "| generate | not run |  |  |" in text
     assert "| LoRA step | 250.00 ms | 65,536 tokens/s | 41.2% of FLOP/s |" in text
     assert "| full step | not measured | too little memory (RESOURCE_EXHAUSTED: 70 GB) |  |" in text
     assert "- 1.5B: 8 students in one program / in turn: **0.25**" in text
+
+
+def test_docs_are_not_written_from_a_tiny_run(tmp_path):
+    (tmp_path / "small.json").write_text(json.dumps({"part": "small", "date": "2026-11-28", "tiny": True, "rows": []}))
+    with pytest.raises(SystemExit, match="was measured with --tiny"):
+        accelerator_report.write(tmp_path)
+    with pytest.raises(SystemExit, match="has no part's JSON"):
+        accelerator_report.write(tmp_path / "nowhere")
