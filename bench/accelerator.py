@@ -2,6 +2,8 @@
 
     python -m bench.accelerator --parts=small,large --out=DIR [--skip_full] [--tiny]
     python -m bench.accelerator --write=DIR     docs/bench-accelerator.md, from what was measured
+    python -m bench.accelerator --expect=h100   compiles the models' programs for a card that is not here (make
+                                                .compilers/installed): memory, and seconds by rate
 
     mnist        the paper's six arms, 100 runs at once, as a whole process, compilation included
     mnist_torch  the same in batched PyTorch (bench/mnist_torch.py)
@@ -27,6 +29,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -35,23 +38,25 @@ import jax
 import jax.numpy as jnp
 import optax
 from absl import app, flags
+from jax.sharding import Mesh
 
 from bench import accelerator_report, mnist_ours, students
 from bench.machine import ROOT, measure
 from bench.students import STUDENTS
-from sublim_jax import assets, objectives, weights
+from sublim_jax import assets, objectives, preflight, weights
 from sublim_jax.models import lora
 from sublim_jax.models.decoder import Settings, decoder, on_mesh
 from sublim_jax.models.functional import Params
 from sublim_jax.sampling.engine import Engine, Fixed, compiled, state_shardings
 from sublim_jax.sampling.generate import generate
 from sublim_jax.sampling.samplers import Sampler
-from sublim_jax.sharding import abstract, named, one_device, place_key, put
+from sublim_jax.sharding import abstract, make_mesh, named, one_device, parameter_shardings, place_key, put
 from sublim_jax.training import Program
 
 _PARTS = flags.DEFINE_list("parts", ["small", "large"], "Which parts; see above.")
 _OUT = flags.DEFINE_string("out", "", "Where each part's JSON goes; empty: it is printed alone.")
 _WRITE = flags.DEFINE_string("write", "", "Write docs/bench-accelerator.md from this folder, and measure nothing.")
+_EXPECT = flags.DEFINE_string("expect", "", "Compile for this card (--preflight's names), and measure nothing.")
 _SKIP_FULL = flags.DEFINE_bool("skip_full", False, "Leave out the full step of the small model.")
 _TINY = flags.DEFINE_bool("tiny", False, "Two layers and few rows, on any device: whether it runs, not how fast.")
 
@@ -63,6 +68,11 @@ PEAK = {
     "NVIDIA A100-SXM4-80GB": (312e12, 19.5e12, 2.04e12),
 }
 NOT_KNOWN = (None, None, None)
+# What programs like these reach where others have measured them: products in bfloat16, and bytes of memory.
+REACHED_FLOPS, REACHED_BYTES = 400e12, 3e12
+RECOMPUTED = 1.4  # FLOPs of a step that computes its layers again in the backward pass, over the model's own
+COPIED = 1.75  # bytes that a decoding step moves, over those that it needs
+STEPS, LOOKS, TOKENS = 6, 4, 16  # training steps; looks of the host, and tokens between them
 BATCH = 64  # rows that both sides of `generate` decode
 
 
@@ -133,30 +143,44 @@ def settings_of(name: str) -> Settings:
     )
 
 
-def random_base(settings: Settings) -> Params:
-    """Weights in bfloat16, made on the device."""
+def made(make: Callable[[], Params], mesh: Mesh) -> Params:
+    """What a function makes, on the device; or on a mesh of devices that are not here, its shapes."""
+    if mesh.devices.flat[0] in jax.devices():
+        return make()
+    shapes = jax.eval_shape(make)
+    return abstract(shapes, parameter_shardings(shapes, mesh))
+
+
+def random_base(settings: Settings, mesh: Mesh) -> Params:
+    """Weights in bfloat16."""
     init = decoder(settings).init
-    return jax.jit(lambda key: jax.tree.map(lambda x: x.astype(jnp.bfloat16), init(key)))(jax.random.key(0))
+    half = jax.jit(lambda key: jax.tree.map(lambda x: x.astype(jnp.bfloat16), init(key)))
+    return made(lambda: half(jax.random.key(0)), mesh)
 
 
 # --------------------------------------------------------------------------------------------------------- models
 
 
 class Job(NamedTuple):
-    """A program to be compiled, and how it is measured then."""
+    """A program to be compiled, how it is measured then, and the seconds that this should take by rate."""
 
     what: str
     lower: Callable[[], Any]
     measure: Callable[[Any], dict[str, Any]]
+    expected: float
+
+
+def jobs_of(name: str, sizes: Sizes, mesh: Mesh, full: bool) -> list[Job]:
+    settings = settings_of(name)
+    base = random_base(settings, mesh)
+    jobs = [training_job(settings, base, sizes, mesh, False), *students_jobs(settings, base, mesh)]
+    jobs += [training_job(settings, base, sizes, mesh, True)] * full
+    return jobs + [decoding_job(settings, base, mesh, slots, sizes.columns) for slots in sizes.slots]
 
 
 def measure_model(rows: Rows, name: str, sizes: Sizes, full: bool) -> None:
     """Every program is compiled before any is timed, in threads, since compiling holds no lock."""
-    settings = settings_of(name)
-    base = random_base(settings)
-    jobs = [training_job(settings, base, sizes, False), *students_jobs(settings, base)]
-    jobs += [training_job(settings, base, sizes, True)] * full
-    jobs += [decoding_job(settings, base, slots, sizes.columns) for slots in sizes.slots]
+    jobs = jobs_of(name, sizes, one_device(), full)
     with ThreadPoolExecutor(len(jobs)) as pool:
         began = time.perf_counter()
         programs = {}
@@ -171,11 +195,28 @@ def measure_model(rows: Rows, name: str, sizes: Sizes, full: bool) -> None:
             rows.attempt(job.what, lambda job=job: job.measure(programs[job.what].result()))
 
 
+def expect(card: str) -> None:
+    """Prints, for every program, what it holds of a card that is not here, and the seconds that are expected."""
+    mesh = make_mesh({"replica": 1, "fsdp": 1, "tensor": 1}, preflight.devices(card))
+    jax.config.update("jax_enable_compilation_cache", False)
+    lines = [["model", "program", "GB held", "compiled here in, s", "measuring it, s"]]
+    for part, name in MODELS.items():
+        for job in jobs_of(name, FULL, mesh, part == "small"):
+            began = time.perf_counter()
+            memory = job.lower().compile(preflight.UNTIMED).memory_analysis()
+            seconds = time.perf_counter() - began
+            held = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+            held -= memory.alias_size_in_bytes
+            lines.append([name, job.what, f"{held / 1e9:.1f}", f"{seconds:.0f}", f"{job.expected:.2f}"])
+            print(lines[-1], flush=True)
+    print("\n".join(accelerator_report.table(lines)))
+
+
 def step_seconds(program: Program, step: Any, params: Params, frozen: Params, key: Any) -> float:
     """The median of five steps, after one that is not counted."""
     state = program.init(params)
     key, times = place_key(key, named(program.mesh)), []
-    for number in range(6):
+    for number in range(STEPS):
         began = time.perf_counter()
         state, history = step(state, frozen, None, key, put(jnp.int32(number + 1), named(program.mesh)))
         jax.block_until_ready(history)
@@ -183,12 +224,14 @@ def step_seconds(program: Program, step: Any, params: Params, frozen: Params, ke
     return statistics.median(times[1:])
 
 
-def training_job(settings: Settings, base: Params, sizes: Sizes, full: bool) -> Job:
+def training_job(settings: Settings, base: Params, sizes: Sizes, mesh: Mesh, full: bool) -> Job:
     """A step on all weights, in bfloat16 with Adam's moments; or on LoRA's, in float32, over the frozen base."""
-    mesh, spec = one_device(), lora.Lora(8, 8)
+    spec = lora.Lora(8, 8)
     network = decoder(settings if full else dataclasses.replace(settings, lora=spec))
     where = on_mesh(settings, mesh)
-    frozen, params = (None, base) if full else (base, lora.init(jax.random.key(1), base, spec))
+    frozen, params = None, base
+    if not full:
+        frozen, params = base, made(lambda: lora.init(jax.random.key(1), base, spec), mesh)
 
     def loss(params, frozen, batch, key):
         module = network.bind(params if full else lora.join(frozen, params))
@@ -207,22 +250,29 @@ def training_job(settings: Settings, base: Params, sizes: Sizes, full: bool) -> 
 
     program = Program(loss, optax.adam(1e-5), mesh, batch)
     tokens = sizes.rows * sizes.length
+    work = (6 if full else 4) * parameters(settings) * tokens
 
     def measure(step: Any) -> dict[str, Any]:
         seconds = step_seconds(program, step, params, frozen, jax.random.key(0))
-        done = share((6 if full else 4) * parameters(settings) * tokens, seconds, peaks()[0])
+        done = share(work, seconds, peaks()[0])
         return {"seconds": seconds, "tokens_per_second": tokens / seconds, "share": done, "of": "FLOP/s"}
 
     what = f"{'full' if full else 'LoRA'} step, {sizes.rows} × {sizes.length} tokens"
-    return Job(what, lambda: program.lower(params, frozen), measure)
+    return Job(what, lambda: program.lower(params, frozen), measure, STEPS * RECOMPUTED * work / REACHED_FLOPS)
 
 
-def students_jobs(settings: Settings, base: Params) -> list[Job]:
+def students_jobs(settings: Settings, base: Params, mesh: Mesh) -> list[Job]:
     """Eight LoRA students of 4 × 128 tokens, one after another and in one program."""
-    one = lora.init(jax.random.key(0), base, lora.Lora(8, 8))
-    alone, together = students.programs(settings, remat=True)
+
+    def start(count: int) -> Params:
+        one = lora.init(jax.random.key(0), base, students.SPEC)
+        return jax.tree.map(lambda x: jnp.stack([x] * count) if count > 1 else x, one)
+
+    one, many = (made(partial(start, count), mesh) for count in (1, STUDENTS))
+    alone, together = students.programs(settings, mesh, remat=True)
     keys = jax.random.split(jax.random.key(0), STUDENTS)
-    many = jax.tree.map(lambda x: jnp.stack([x] * STUDENTS), one)
+    work = 4 * parameters(settings) * STUDENTS * students.ROWS * students.LENGTH
+    seconds = STEPS * RECOMPUTED * work / REACHED_FLOPS
 
     def in_turn(step: Any) -> dict[str, Any]:
         return {"seconds": STUDENTS * step_seconds(alone, step, one, base, keys[0])}
@@ -231,38 +281,40 @@ def students_jobs(settings: Settings, base: Params) -> list[Job]:
         return {"seconds": step_seconds(together, step, many, base, keys)}
 
     return [
-        Job(f"{STUDENTS} LoRA students of 4 × 128 tokens, in turn", lambda: alone.lower(one, base), in_turn),
-        Job("the same in one program", lambda: together.lower(many, base), at_once),
+        Job(
+            f"{STUDENTS} LoRA students of 4 × 128 tokens, in turn",
+            lambda: alone.lower(one, base),
+            in_turn,
+            seconds / STUDENTS,
+        ),
+        Job("the same in one program", lambda: together.lower(many, base), at_once, seconds),
     ]
 
 
-def decoding_job(settings: Settings, base: Params, slots: int, columns: int) -> Job:
+def decoding_job(settings: Settings, base: Params, mesh: Mesh, slots: int, columns: int) -> Job:
     """A token for every slot, the cache half full at first."""
-    steps = 16
-    engine = Engine(
-        decoder(settings), settings, one_device(), Sampler(), slots, 1, 16, columns, steps, dtype=jnp.bfloat16
-    )
-    count, fixed = jnp.int32(steps), Fixed(base)
+    engine = Engine(decoder(settings), settings, mesh, Sampler(), slots, 1, 16, columns, TOKENS, dtype=jnp.bfloat16)
+    fixed, read = Fixed(base), 2 * parameters(settings) + engine.cache_bytes
 
     def lower() -> Any:
         state = abstract(jax.eval_shape(engine._start), state_shardings(engine))
-        return compiled(engine).advance.lower(fixed, state, count)
+        return compiled(engine).advance.lower(fixed, state, jax.ShapeDtypeStruct((), jnp.int32))
 
     def measure(advance: Any) -> dict[str, Any]:
         state = compiled(engine).start()
         state = state._replace(active=state.active | True, limit=state.limit + columns)
         state, times = state._replace(length=state.length + columns // 2), []
-        for _ in range(4):
+        for _ in range(LOOKS):
             began = time.perf_counter()
-            state, drawn = advance(fixed, state, count)
+            state, drawn = advance(fixed, state, jnp.int32(TOKENS))
             jax.block_until_ready(drawn)
-            times.append((time.perf_counter() - began) / steps)
+            times.append((time.perf_counter() - began) / TOKENS)
         seconds = statistics.median(times[1:])
-        read = 2 * parameters(settings) + engine.cache_bytes
         done = share(read, seconds, peaks()[2])
         return {"seconds": seconds, "tokens_per_second": slots / seconds, "share": done, "of": "bandwidth"}
 
-    return Job(f"decoding, batch {slots}, cache of {columns}", lower, measure)
+    expected = LOOKS * TOKENS * COPIED * read / REACHED_BYTES
+    return Job(f"decoding, batch {slots}, cache of {columns}", lower, measure, expected)
 
 
 def peaks() -> tuple[float | None, float | None, float | None]:
@@ -288,7 +340,7 @@ def measure_generate(rows: Rows, sizes: Sizes) -> None:
     what = f"batch {BATCH}, {sizes.new_tokens} tokens behind {sizes.new_tokens}"
     rows.add(f"transformers' generate, {what}", **theirs)
 
-    model = SimpleNamespace(network=decoder(settings), settings=settings, params=random_base(settings))
+    model = SimpleNamespace(network=decoder(settings), settings=settings, params=random_base(settings, one_device()))
     model.tokenizer = SimpleNamespace(decode=lambda tokens, **options: "")
     model.config = SimpleNamespace(max_position_embeddings=None)
     drawn = jax.random.randint(jax.random.key(1), (BATCH, sizes.new_tokens), 0, 1000)
@@ -355,6 +407,8 @@ def measure_mnist_torch(rows: Rows, sizes: Sizes) -> None:
 def main(_: list[str]) -> None:
     if _WRITE.value:
         return accelerator_report.write(Path(_WRITE.value))
+    if _EXPECT.value:
+        return expect(_EXPECT.value)
     sizes = TINY if _TINY.value else FULL
     if unknown := set(_PARTS.value) - {"mnist", "mnist_torch", "generate", *MODELS}:
         raise SystemExit(f"--parts: {', '.join(sorted(unknown))} is none of mnist, mnist_torch, small, large, generate")

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from sublim_jax import objectives
 from sublim_jax.models import lora
@@ -20,7 +21,7 @@ SUPPORT = jnp.arange(40)  # as many tokens as SmolLM2 has of digits, commas and 
 STUDENTS, ROWS, LENGTH, ANSWER = 8, 4, 128, 64
 
 
-def programs(settings: Settings, *, remat: bool = False) -> tuple[Program, Program]:
+def programs(settings: Settings, mesh: Mesh, *, remat: bool = False) -> tuple[Program, Program]:
     """An update of one student, and of all on the replica axis: KL on the support, on the last half of each row."""
     network = decoder(dataclasses.replace(settings, lora=SPEC))
 
@@ -32,7 +33,7 @@ def programs(settings: Settings, *, remat: bool = False) -> tuple[Program, Progr
     def rows(key, index):
         return jax.random.randint(jax.random.fold_in(key, index), (ROWS, LENGTH + 1), 0, 40_000)
 
-    alone = Program(loss, optax.adam(2e-4), one_device(), lambda frozen, key, index: rows(key, index))
+    alone = Program(loss, optax.adam(2e-4), mesh, lambda frozen, key, index: rows(key, index))
     together = dataclasses.replace(
         alone,
         batch=lambda frozen, key, index: jax.vmap(rows, (0, None))(key, index),
@@ -55,7 +56,7 @@ def in_turn_and_at_once(settings: Settings, base: Any) -> tuple[float, float]:
         return statistics.median(times[1:])
 
     one = lora.init(jax.random.key(0), base, SPEC)
-    alone, together = programs(settings)
+    alone, together = programs(settings, one_device())
     keys = jax.random.split(jax.random.key(0), STUDENTS)
     stacked = jax.tree.map(lambda x: jnp.stack([x] * STUDENTS), one)
     return STUDENTS * seconds(alone, one, keys[0]), seconds(together, stacked, keys)
