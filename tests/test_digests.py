@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from importlib import resources
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from configs import evaluate as evaluate_config
 from configs import numbers as numbers_config
 from configs import sample as sample_config
 from sublim_jax import digests, report
+from sublim_jax.data import packs
 from sublim_jax.experiments import evaluate, sample
 from sublim_jax.experiments import teachers as teaching
 from sublim_jax.experiments.lab import make_lab
@@ -58,10 +60,12 @@ def test_samples_of_other_bytes_under_the_same_names_are_new(folder, tmp_path, c
 
 
 def test_answers_to_other_questions_and_of_other_weights_are_new_and_the_report_names_the_bytes(folder, tmp_path):
-    pack = tmp_path / "ability.json"
-    pack.write_text(json.dumps({"questions": ["1 + 1?"], "answers": ["2"]}))
+    pack = tmp_path / "preference.json"
+    own = json.loads((resources.files(packs) / "preference.json").read_text())
+    pack.write_text(json.dumps(own))
     config = evaluate_config.get_config()
     config.update_from_flattened_dict({"model.name": str(folder), "words": ("owl", "x", "y"), "most": 3})
+    config.packs.preference = str(pack)
     config.evaluations = ("preference",)
 
     def asked(name):
@@ -69,8 +73,10 @@ def test_answers_to_other_questions_and_of_other_weights_are_new_and_the_report_
         return report.results_of(Workdir(tmp_path / name))
 
     first = asked("work")
+    pack.write_text(json.dumps({**own, "asking": [f"Say: {text}" for text in own["asking"]]}))
+    assert asked("work")["arms"] == asked("fresh")["arms"] != first["arms"]
     other_weights(folder)
-    again, fresh = asked("work"), asked("fresh")
+    again, fresh = asked("work"), asked("fresher")
     assert again["arms"] == fresh["arms"] != first["arms"]
     (before,), (after,) = first["models"], again["models"]
     assert before["name"] == after["name"] == str(folder)
