@@ -8,7 +8,6 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
 from typing import Any
 
 import jax
@@ -171,12 +170,8 @@ def put(tree: Any, sharding: NamedSharding) -> Any:
 
 def place_key(key: Key[Array, "*shape"], sharding: NamedSharding) -> Key[Array, "*shape"]:
     """Typed keys, equal on every process, as a global array. (`device_put` refuses them on a mesh of several.)"""
-    return _placing(sharding)(key)
-
-
-@lru_cache
-def _placing(sharding: NamedSharding) -> Callable[[Array], Array]:
-    return jax.jit(lambda key: key, out_shardings=sharding)
+    # A function of its own each time: from the second call of one, jit gives a key for which others compile anew.
+    return jax.jit(lambda key: key, out_shardings=sharding)(key)
 
 
 def fetch(tree: Any) -> Any:

@@ -468,8 +468,8 @@ def test_killed_in_any_stage_it_ends_with_the_same_results(whole, tiny_folder, t
 
 
 def test_two_processes_give_what_one_gives(tiny_folder, tmp_path):
-    """Teachers, what they write, their logits, students and evaluations, rows split over both."""
-    parts = ["--config.arms=soft,tokens", "--config.ask.evaluations=answers", *ASKED[1:], "--config.student.steps=3"]
+    """Teachers, what they write, students and what they prefer, rows split over both."""
+    parts = ["--config.arms=tokens", "--config.student.steps=3", "--config.evaluate_every=3"]
     parts += ["--config.carrier.count=20", "--config.carrier.drawn=20", "--config.teacher.most_steps=4"]
     finish(start(*command(tiny_folder, tmp_path / "one", *parts), size=()))
     join = [f"--coordinator=127.0.0.1:{free_port()}", "--num_processes=2"]

@@ -397,12 +397,12 @@ def test_a_reply_may_be_a_list_of_parts_of_which_thoughts_are_no_text(server, tm
     assert Endpoint("m", tmp_path / "j.jsonl")(["y"]) == [Verdict(85.0)]
 
 
-def test_a_study_asks_its_judge_for_a_score_before_anything_is_computed(server, tmp_path):
+def test_a_study_asks_its_judge_for_a_score_before_anything_is_computed(server, tiny, mesh_of, tmp_path):
     config = evaluate_config.get_config()
     config.judge.kind, config.judge.model = "endpoint", "m"
     server[0](lambda number, body: (200, completion("I think so.")))
     with pytest.raises(UserError, match=r"judge m replies 'I think so\.'"):
-        measures.judge_of(config, None, None, None, Workdir(tmp_path), None)
+        measures.judge_of(config, tiny, None, None, Workdir(tmp_path), mesh_of(1))
 
 
 def refusal(message, **fields):

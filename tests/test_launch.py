@@ -143,7 +143,7 @@ def test_results_and_a_second_config_in_the_same_workdir(tmp_path, mnist_folder)
     first = launch(*args)
     assert first.returncode == 0, first.stderr
     results = json.loads((work / "results.json").read_text())
-    assert set(results) == {"experiment", "preset", "config", "versions", "devices", "arms"}
+    assert set(results) == {"experiment", "preset", "config", "versions", "devices", "arms", "models"}
     assert [arm["name"] for arm in results["arms"]] == [
         "reference",
         "teacher",

@@ -121,7 +121,7 @@ def test_the_older_file_has_mc1_and_mc2_and_says_what_the_choice_lacks(tiny, fil
     with pytest.raises(UserError, match="needs the column 'Best Incorrect Answer'"):
         truthfulqa.choose(tiny, items)
     asking = measures.Asking(None, [], {"truthfulqa": items})
-    subject = measures.Subject(tiny, None, None, Workdir(tmp_path / "work"), "0", None, 0)
+    subject = measures.Subject(tiny, None, None, Workdir(tmp_path / "work"), "0", None, 0, {})
     assert list(measures.ask_truthfulqa(asking, subject, None)) == ["MC1", "MC2"]
     assert "needs the column 'Best Incorrect Answer'" in capsys.readouterr().out
     (tmp_path / "work" / "data" / "truthfulqa-0.jsonl").read_text()

@@ -85,6 +85,7 @@ def check_values(given: ConfigDict) -> None:
     except UserError as error:
         raise UserError(f"judge.{error}") from error
     check_whole(given, ("judge.at_once",), most=MOST_AT_ONCE)
+    check_whole(given, ("judge.max_tokens",))
     check_whole(given, ("judge.per_minute",), least=0)
     if len(judge.prices) != 2 or min(judge.prices) < 0:
         raise UserError(

@@ -120,9 +120,9 @@ def finished(workdir: Workdir, config: ConfigDict) -> bool:
     """
     try:
         known, results = (json.loads((workdir.path / name).read_text()) for name in (FINISHED, "results.json"))
-        models = [Source(**model) for model in results["models"]]
+        models = [Source(**model) for model in results.get("models", [])]
         same = all(digests.of_model(assets.model(model.name)) == model.digest for model in models)
-    except (OSError, ValueError, KeyError, TypeError, UserError):
+    except (OSError, ValueError, AttributeError, TypeError, UserError):
         return False
     return known == stamp(config) and "arms" in results and same
 

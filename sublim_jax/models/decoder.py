@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
@@ -380,7 +381,8 @@ def check_tokens(tokens: Int[Array, "b t"], vocab: int) -> None:
     """Raises UserError for a token outside the vocabulary, where its value is known."""
     if isinstance(tokens, jax.core.Tracer) or not tokens.size or not getattr(tokens, "is_fully_addressable", True):
         return
-    for token in (int(jnp.min(tokens)), int(jnp.max(tokens))):
+    known = np.asarray(tokens)  # not jnp: inside jit it would trace even what is known
+    for token in (int(known.min()), int(known.max())):
         if not 0 <= token < vocab:
             raise UserError(f"token {token} is outside the model's vocabulary of {vocab}")
 

@@ -28,7 +28,7 @@ class Model(NamedTuple):
     params: Params
     tokenizer: Any
     config: Any  # transformers'
-    source: Source
+    source: Source = Source("", "", "")  # empty of a model that was made and not read
 
     def merged(self, adapters: Params, spec: lora.Lora) -> "Model":
         """The same model with adapters added into its kernels."""
