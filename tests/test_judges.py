@@ -320,6 +320,7 @@ def test_what_fails_is_told_without_the_key_and_loses_nothing(server, tmp_path, 
     with pytest.raises(UserError, match=words) as error:
         judge([str(n) for n in range(8)])
     assert "secret" not in str(error.value) and "3 answers are kept" in str(error.value)
+    assert "NoCompletion" not in str(error.value)
     behave(lambda number, body: (200, completion("9")))
     asked = len(seen)
     assert {verdict.score for verdict in Endpoint("m", tmp_path / "j.jsonl")([str(n) for n in range(8)])} == {9.0}
@@ -515,7 +516,10 @@ def test_thoughts_in_the_reply_get_room_and_an_ordinary_judge_is_kept_short(serv
     "reply, words",
     [
         (completion("I cannot\nsay."), r"judge m replies 'I cannot\\nsay\.' to 'Reply with the number 50"),
-        (completion("<think>Well", "length"), r"'<think>Well', which is cut off, to .* judge\.max_tokens=2048"),
+        (
+            completion("<think>Well", "length"),
+            r"'<think>Well', which is cut off, to .*, or raise judge\.max_tokens=2048 if it thinks longer",
+        ),
         (completion(None), r"replies '' to"),
     ],
 )
@@ -601,7 +605,7 @@ def two_hosts(cache):
 def test_an_endpoint_that_is_not_there_and_a_key_that_is_missing(tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "x")
     monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
-    with pytest.raises(UserError, match="cannot be reached; look at OPENAI_BASE_URL"):
+    with pytest.raises(UserError, match=r"cannot be reached; look at OPENAI_BASE_URL$"):  # there are no answers to keep
         Endpoint("m", tmp_path / "j.jsonl", retries=0)(["x"])
     monkeypatch.delenv("OPENAI_API_KEY")
     with pytest.raises(UserError, match="set OPENAI_API_KEY"):
