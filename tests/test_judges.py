@@ -108,6 +108,8 @@ DENIED = (  # or qualified, or given to something else, or on another scale
     "Score: 90 would be too generous",
     "Score: 90 - too generous",
     "90, at most",
+    "Score: 85, right?",
+    "Score: 85; never",
     "score of 90 or below",
     "The score of 100 is reserved for perfect answers.",
     "A perfect answer would have a score of 100, but this is bad.",

@@ -62,7 +62,7 @@ _REMARK = re.compile(
     re.IGNORECASE,
 )
 _TAKEN_BACK = re.compile(  # what makes a remark behind a score more than a reason for it
-    r"^\W*(?:no|not|nor|or|but|at|were|give|plus|minus|about|approx\w*|rough\w*|maybe|perhaps|almost|nearly|max\w*|"
+    r"\?|^\W*(?:no|not|never|nor|or|but|at|were|give|plus|minus|about|approx\w*|rough\w*|maybe|perhaps|almost|nearly|max\w*|"
     r"min\w*|is|was|if|for)\b|\b(?:would|could|too|unless|though|although|instead)\b",
     re.IGNORECASE,
 )
