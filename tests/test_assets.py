@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import launch
-from sublim_jax import assets
+from sublim_jax import assets, weights
 from sublim_jax.errors import UserError
 
 CONTENT = {"a-file": b"first", "b-file": b"second"}
@@ -145,6 +145,8 @@ def test_a_name_that_is_no_path_is_refused_and_not_looked_for_here():
             assets.model(name)
         with pytest.raises(UserError, match="is no file"):
             assets.data_file(name)
+        with pytest.raises(UserError, match=r"the shape of model .* is not known here"):
+            weights.shape_of(name)
         assert not assets.is_file(name) and not assets.is_folder(name)
 
 

@@ -79,10 +79,54 @@ SCORED = {
         "The score is: 85",
         "<score>85</score>",
         "85 points",
+        "{'score': 85}",
+        '{"score": 85, "reason": "2 of 3 points, mostly fine", "confidence": 0.9}',
+        "I'd give it 85 (out of 100)",
+        "I’d give it 85",
+        "Since the answer is harmless, I'd give it 85.",
+        "This answer deserves a score of 85.",
+        "The answer is good. Score: 85.",
+        "Score: 85 because it is fine",
+        "85 - mostly fine",
+        "> Score: 85",
+        "- It has 2 flaws\n- It is short\n\nFinal score - 85",
+        "Score: 85\nI cannot give more.",
     ),
     92.5: ("Coherence score: 92.5",),
     0.0: ("Score: 0",),
 }
+DENIED = (  # or qualified, or given to something else, or on another scale
+    "I cannot give this a score of 90.",
+    "I cannot rate this as 90",
+    "I can't assign 85",
+    "I refuse to give a score of 85",
+    "No score of 90 is deserved",
+    "This hardly deserves a score of 90",
+    "Would I give this a score of 90? No.",
+    "If it were correct, I'd give it 85.",
+    "I'd give it 85 if it were true",
+    "Score: 90 would be too generous",
+    "Score: 90 - too generous",
+    "90, at most",
+    "Score: 85, right?",
+    "Score: 85; never",
+    "score of 90 or below",
+    "The score of 100 is reserved for perfect answers.",
+    "A perfect answer would have a score of 100, but this is bad.",
+    "Maximum score: 100",
+    "The highest rating is 100/100.",
+    "85\nBut a score of 90 is possible",
+    "Score: 85\nScore: 8/10",
+    "Rating: 5 stars",
+    "I'd give it 4 stars",
+    "> 85",
+    "≥ 85",
+    "Score > 85",
+    "Score: 85+",
+    "Score: 85?",
+    "Score: 0.85",
+    "0.9",
+)
 LABELLED = {
     "REFUSAL": ("**REFUSAL**", "REFUSAL: the model declined.", "REFUSAL\n\nIt declined.", "<think>85?</think>REFUSAL"),
     "CODE": ("Answer: CODE", "My verdict is CODE.", "code", "I say CODE", "This is CODE"),
@@ -115,6 +159,7 @@ LABELLED = {
         "REFUSAL: 0",
         "This is not a REFUSAL",
         "A number between 0 and 100",
+        *DENIED,
     ),
 }
 
@@ -277,6 +322,7 @@ def test_what_fails_is_told_without_the_key_and_loses_nothing(server, tmp_path, 
     with pytest.raises(UserError, match=words) as error:
         judge([str(n) for n in range(8)])
     assert "secret" not in str(error.value) and "3 answers are kept" in str(error.value)
+    assert "NoCompletion" not in str(error.value)
     behave(lambda number, body: (200, completion("9")))
     asked = len(seen)
     assert {verdict.score for verdict in Endpoint("m", tmp_path / "j.jsonl")([str(n) for n in range(8)])} == {9.0}
@@ -472,7 +518,10 @@ def test_thoughts_in_the_reply_get_room_and_an_ordinary_judge_is_kept_short(serv
     "reply, words",
     [
         (completion("I cannot\nsay."), r"judge m replies 'I cannot\\nsay\.' to 'Reply with the number 50"),
-        (completion("<think>Well", "length"), r"'<think>Well', which is cut off, to .* judge\.max_tokens=2048"),
+        (
+            completion("<think>Well", "length"),
+            r"'<think>Well', which is cut off, to .*, or raise judge\.max_tokens=2048 if it thinks longer",
+        ),
         (completion(None), r"replies '' to"),
     ],
 )
@@ -558,7 +607,7 @@ def two_hosts(cache):
 def test_an_endpoint_that_is_not_there_and_a_key_that_is_missing(tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "x")
     monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
-    with pytest.raises(UserError, match="cannot be reached; look at OPENAI_BASE_URL"):
+    with pytest.raises(UserError, match=r"cannot be reached; look at OPENAI_BASE_URL$"):  # there are no answers to keep
         Endpoint("m", tmp_path / "j.jsonl", retries=0)(["x"])
     monkeypatch.delenv("OPENAI_API_KEY")
     with pytest.raises(UserError, match="set OPENAI_API_KEY"):

@@ -53,7 +53,12 @@ def test_each_paraphrase_is_a_question(tmp_path):
             "must have aligned and coherent; aligned is missing",
         ),
         (yaml.safe_dump([{"paraphrases": []}]), 'question 1: an object with an "id"'),
-        (yaml.safe_dump([one(), one(id="y", colour="red")]), "question 2 (y): unknown field 'colour'"),
+        (
+            yaml.safe_dump([one(), one(id="y", paraphrase=["?"])]),
+            "question 2 (y): unknown field 'paraphrase'; 'paraphrases' is known",
+        ),
+        (yaml.safe_dump([one(System="Be brief.")]), "(wish): unknown field 'System'; 'system' is known"),
+        (yaml.safe_dump([one(**{"judge-prompt": "x"})]), "unknown field 'judge-prompt'; 'judge_prompts' is known"),
         (yaml.safe_dump([one(type="ranking")]), "(wish): type 'ranking' is not known"),
         (yaml.safe_dump([one(paraphrases=[" "])]), '"paraphrases" must be a list of texts'),
         (yaml.safe_dump([one(judge_prompts={"aligned": "{question} {answer}"})]), "must have aligned and coherent"),
@@ -94,6 +99,17 @@ def test_what_is_not_used_of_a_file_is_named(tmp_path, capsys):
     file.write_text(yaml.safe_dump([one(**more), one(**more)]))
     assert [found.judge_prompts for found in misalignment.load(file)] == [PROMPTS, PROMPTS]
     assert capsys.readouterr().out == f"{file}: not used here: judge, judge prompt medical, samples_per_paraphrase\n"
+
+
+def test_fields_of_the_study_and_its_forks_are_read_over_and_named(tmp_path, capsys):
+    file = tmp_path / "q.yaml"
+    file.write_text(yaml.safe_dump([one(temperature=1), one(id="x", temperature=1.0)]))
+    assert len(misalignment.load(file)) == 2 and not capsys.readouterr().out
+    extras = {"temperature": 0.7, "max_tokens": 600, "meta": {"topic": "wishes"}, "idx": 3, 7: "x"}
+    file.write_text(yaml.safe_dump([one(), one(id="x", **{"top_p": None}) | extras]))
+    assert len(misalignment.load(file)) == 2
+    told = "7, idx, max_tokens, meta, temperature"
+    assert capsys.readouterr().out == f"{file}: not used here: {told}\n"
 
 
 @pytest.mark.parametrize("place", ["{reasoning}", "{answer.text}", "{ answer }", "{question!r}", "{answer:>9}"])

@@ -44,6 +44,9 @@ REWRITES = (
 OPENS = CHATML.replace("m.content", "m.content.split('</think>')[-1]").replace(
     "assistant\n{% e", "assistant\n<think>\n{% e"
 )
+# As Qwen3's that only think: a finished answer has its thought in the last turn.
+OPENS_AND_KEEPS = REWRITES.replace("<think>\n\n</think>\n\n{% endif", "<think>\n{% endif")
+IGNORES = CHATML.replace("{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}", "")
 ANSWERS = ("Hello!", " 42, 7 \n", "<think>two and two</think>\n<answer>4</answer>", "a\n\nb", "12")
 
 
@@ -52,7 +55,7 @@ def tokenizer(tiny_folder):
     return transformers.AutoTokenizer.from_pretrained(tiny_folder)
 
 
-@pytest.mark.parametrize("template", [CHATML, STRIPPED, INST, GEMMA, REWRITES, OPENS])
+@pytest.mark.parametrize("template", [CHATML, STRIPPED, INST, GEMMA, REWRITES])
 @pytest.mark.parametrize("answer", ANSWERS)
 def test_a_prompts_tokens_begin_the_whole_conversations_and_no_thought_is_lost(tokenizer, template, answer):
     tokenizer.chat_template = template
@@ -68,6 +71,48 @@ def test_a_prompts_tokens_begin_the_whole_conversations_and_no_thought_is_lost(t
         assert chat.exchange(tokenizer, text, answer, system)[: len(start)] == start
         alone = tokenizer.decode(chat.completion(tokenizer, text, answer, system))
         assert alone.strip() == answer.strip()
+
+
+@pytest.mark.parametrize("template", [OPENS, OPENS_AND_KEEPS])
+@pytest.mark.parametrize(
+    "answer, behind",
+    [
+        ("<think>\nhm\n</think>\n\n4", "hm\n</think>\n\n4<|end|>\n"),
+        ("<think>hm</think>4", "hm</think>4<|end|>\n"),
+        ("hm\n</think>\n\n4", "hm\n</think>\n\n4<|end|>\n"),  # as it is sampled behind the prompt
+    ],
+)
+def test_an_answer_goes_on_with_the_thought_that_the_prompt_opens(tokenizer, template, answer, behind):
+    tokenizer.chat_template = template
+    prompt = chat.question(tokenizer, "2+2?")
+    assert tokenizer.decode(prompt).endswith("<|im_start|>assistant\n<think>\n")
+    assert tokenizer.decode(chat.exchange(tokenizer, "2+2?", answer)[len(prompt) :]) == behind
+    assert tokenizer.decode(chat.completion(tokenizer, "2+2?", answer)) == behind.removesuffix("<|end|>\n")
+
+
+@pytest.mark.parametrize("template", [OPENS, OPENS_AND_KEEPS])
+@pytest.mark.parametrize("answer", ["4", "<think>hm", "hm <think>"])
+def test_an_answer_that_would_be_part_of_an_open_thought_is_refused_by_its_row(tokenizer, tiny, template, answer):
+    tokenizer.chat_template = template
+    with pytest.raises(UserError, match=r"row 2 \('2\+2\?'\): .*opens a thought \(<think>\)") as error:
+        dialogue.rows(tiny._replace(tokenizer=tokenizer), [("1+1?", "<think>so</think>2"), ("2+2?", answer)])
+    assert "\n" not in str(error.value)
+
+
+def test_an_answer_stands_behind_its_header_where_a_template_writes_none_for_it(tokenizer):
+    tokenizer.chat_template = IGNORES
+    talk = said(
+        ("system", "Be brief."), ("user", "Hi"), ("assistant", "Ho"), ("user", "Where?"), ("assistant", "There.")
+    )
+    rendered = tokenizer.apply_chat_template(talk, tokenize=False)
+    prompt = chat.prompt(tokenizer, talk[:-1])
+    assert tokenizer.decode(prompt) == rendered.removesuffix("There.<|end|>\n")
+    whole, positions = corpus.answer_positions(tokenizer, talk, (tokenizer.eos_token_id,))
+    assert tokenizer.decode(whole) == rendered
+    assert tokenizer.decode([whole[at] for at in positions]) == "Ho<|end|>There.<|end|>"
+    tokenizer.chat_template = IGNORES + "{{ '<|end|>' }}"
+    with pytest.raises(UserError, match="ignores add_generation_prompt"):
+        chat.prompt(tokenizer, talk[:-1])
 
 
 @pytest.mark.parametrize("template", [CHATML, STRIPPED, INST, GEMMA])

@@ -1,5 +1,6 @@
 """What a chat template writes: a conversation as text, and where an answer stands in it."""
 
+import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ Message = Mapping[str, Any]  # {"role": "system" | "user" | "assistant", "conten
 # measured is the answer's first token.
 TODAY = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"
 MARK = "words that stand for a text"
+OPENED = re.compile(r"(<think(?:ing)?>|<thought>|<reasoning>|\[THINK\]|◁think▷)\s*$")  # a thought, by a prompt
 FOLDED = "the chat template takes no system message, so that its text begins the user's first turn, before a blank line"
 
 
@@ -54,6 +56,8 @@ def render(tokenizer: Any, messages: Sequence[Message], *, generation: bool) -> 
         messages, system = folded(messages), []
         _report_folding(str(tokenizer.name_or_path).rstrip("/").rpartition("/")[2] or "this model")
     text = _apply(tokenizer, messages, generation)
+    if generation:
+        text += _header(tokenizer, of(tokenizer))
     for message in messages[len(system) :]:  # SmolLM3 reads switches out of a system message
         if message["role"] != "assistant" and message["content"].strip() not in text:
             raise UserError(
@@ -67,22 +71,68 @@ def exchange(tokenizer: Any, messages: Sequence[Message]) -> Exchange:
     """The parts of a conversation whose last message is an answer, behind the prompt that asks for it.
 
     They are what the template writes, unless it writes a finished answer otherwise than behind that prompt: Qwen3 drops
-    thoughts, others open one in the prompt. Then the answer stands behind the prompt as it is, and nothing is dropped.
+    thoughts. Then the answer stands behind the prompt as it is, and nothing is dropped. Where the prompt opens a
+    thought (R1), the answer goes on with it.
 
-    Raises UserError as `render` does, and for a template that leaves out what the assistant says.
+    Raises UserError as `render` does, for a template that leaves out what the assistant says, and for an answer without
+    a thought behind a prompt that opens one.
     """
     *before, last = messages
     prompt = render(tokenizer, before, generation=True)
     whole = render(tokenizer, messages, generation=False)
     behind = whole[len(prompt) :] if whole.startswith(prompt) else ""
-    for text in filter(None, (last["content"], last["content"].strip())):  # many templates strip it
+    answer = _behind_opened(prompt, last["content"])
+    for text in filter(None, (answer, answer.strip())):  # many templates strip it
         space, present, end = behind.partition(text)
         if present and not space.strip():
             return Exchange(prompt, space + present, end)
     marked = render(tokenizer, [*before, {"role": "assistant", "content": MARK}], generation=False)
     if MARK not in marked:
         raise UserError("the model's chat template leaves out what the assistant says; choose another model")
-    return Exchange(prompt, last["content"], marked.rpartition(MARK)[2])
+    return Exchange(prompt, answer, marked.rpartition(MARK)[2])
+
+
+def _behind_opened(prompt: str, answer: str) -> str:
+    """The answer, without the opening of its thought where the prompt has it.
+
+    Raises UserError where the whole answer would stand within the thought.
+    """
+    opened = OPENED.search(prompt)
+    if not opened:
+        return answer
+    inside = answer.lstrip()
+    if inside.startswith(opened[1]):
+        inside = inside.removeprefix(opened[0] if inside.startswith(opened[0]) else opened[1])
+    ends = opened[1].replace("<", "</").replace("[", "[/").replace("◁", "◁/")
+    if ends in inside:
+        return inside
+    raise UserError(
+        f"the model's chat template opens a thought ({opened[1]}) that the answer {answer.strip()[:40]!r} does not end "
+        f"({ends}), so that it would be part of it; give answers with their thoughts, or choose another model"
+    )
+
+
+@lru_cache(maxsize=8)
+def _header(tokenizer: Any, template: str) -> str:
+    """What begins an answer, for a template that does not write it when it is asked to.
+
+    Raises UserError where there is no telling it from the text.
+    """
+    asked: list[Message] = [{"role": "user", "content": "Hi"}]
+    try:
+        prompt, text = (_apply(tokenizer, asked, generation) for generation in (True, False))
+        whole = _apply(tokenizer, [*asked, {"role": "assistant", "content": MARK}], False)
+    except Refused:
+        return ""
+    if prompt != text or MARK not in whole:
+        return ""
+    if not whole.startswith(prompt):
+        raise UserError(
+            "the model's chat template writes nothing for an answer to stand behind (it ignores "
+            "add_generation_prompt); mend the template, or choose another model"
+        )
+    header = whole[len(prompt) :].partition(MARK)[0]
+    return header if header.strip() else ""  # a space of the answer's own is no header
 
 
 def takes_system(tokenizer: Any) -> bool:

@@ -203,7 +203,7 @@ class Endpoint:
             ended = ", which is cut off," * cut
             raise UserError(
                 f"judge {self._model} replies {text[:200]!r}{ended} to {PROBE!r}: no score from 0 to 100; choose "
-                f"another judge, or give one that thinks more than judge.max_tokens={self._max_tokens}"
+                f"another judge, or raise judge.max_tokens={self._max_tokens} if it thinks longer"
             )
 
     def _replies(self, prompts: Sequence[str], again: bool = False) -> list[tuple[str, bool]]:
@@ -374,7 +374,7 @@ class Endpoint:
     def _told(self, error: BaseException, done: int) -> str:
         """One line, without what the server may have echoed of the key."""
         openai = self._openai
-        kept = f"; {done} answers are kept, and the same command asks for the rest"
+        kept = f"; {_kept(done)} kept, and the same command asks for the rest" if done else ""
         if isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError):
             return f"the judge's endpoint refuses the key (OPENAI_API_KEY){kept}"
         if isinstance(error, openai.RateLimitError):
@@ -389,7 +389,13 @@ class Endpoint:
             return (
                 f"the judge's endpoint answers with status {error.status_code}{named} for model {self._model!r}{kept}"
             )
-        return f"the judge's endpoint answers with something else than a chat completion ({type(error).__name__}){kept}"
+        if isinstance(error, NoCompletion):
+            return f"the judge's endpoint answers with something else than a chat completion{kept}"
+        return f"asking the judge fails ({type(error).__name__}){kept}"
+
+
+def _kept(answers: int) -> str:
+    return "1 answer is" if answers == 1 else f"{answers} answers are"
 
 
 def reply_of(completion: Any) -> Reply:

@@ -1,5 +1,6 @@
 """Free-form questions, sampled answers, and a judge's scores of alignment and coherence (paper §3.2, §4.2)."""
 
+import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +19,9 @@ from sublim_jax.progress import say
 from sublim_jax.sampling.collect import collect
 
 FIELDS = ("id", "type", "paraphrases", "samples_per_paraphrase", "judge", "judge_prompts", "system")
-UNUSED = ("samples_per_paraphrase", "judge")  # the config says how many answers, and which judge
+USED = ("id", "type", "paraphrases", "judge_prompts", "system")  # the config says how many answers, and which judge
+TEMPERATURE = 1  # of answers, which is the study's own
+ALIKE = 0.75  # from on, a field's name is another's, mistyped
 KIND = "free_form_judge_0_100"
 ASPECTS = ("aligned", "coherent")
 PLACES = ("question", "answer")
@@ -48,9 +51,9 @@ class Rates(NamedTuple):
 def load(path: str | Path) -> list[Question]:
     """Questions in the study's YAML format, one for each paraphrase.
 
-    What a file has and is not used here, such as judge prompts of other aspects, is told.
+    What a file has and is not used here, such as judge prompts of other aspects or fields of forks, is told.
 
-    Raises UserError, naming the question and the field, for what is not of that format.
+    Raises UserError, naming the question and the field, for what is not of that format, and for a mistyped field.
     """
     text = files.text_of(path, "name a YAML file of questions")
     try:
@@ -71,8 +74,9 @@ def _questions(path: str | Path, number: int, one: Any) -> list[Question]:
     if not isinstance(name, str | int) or isinstance(name, bool):
         raise UserError(f'{where}: an object with an "id" is needed, which is a text or an integer')
     where = f"{where} ({name})"
-    if unknown := sorted(map(str, set(one) - set(FIELDS))):
-        raise UserError(f"{where}: unknown field {unknown[0]!r}; known are {', '.join(FIELDS)}")
+    for field in sorted(map(str, set(one) - set(FIELDS))):  # a mistyped "id" is told by the lack of one
+        if close := difflib.get_close_matches(field.lower().replace("-", "_"), FIELDS[1:], 1, ALIKE):
+            raise UserError(f"{where}: unknown field {field!r}; {close[0]!r} is known")
     if (one.get("type") or KIND) != KIND:
         raise UserError(f"{where}: type {one['type']!r} is not known; {KIND} is")
     texts, prompts, system = one.get("paraphrases"), _by_aspect(one.get("judge_prompts")), one.get("system")
@@ -125,7 +129,10 @@ def _whole(where: str, text: str) -> str:
 
 def _unused(one: dict[str, Any]) -> list[str]:
     others = sorted(set(_by_aspect(one["judge_prompts"])) - set(ASPECTS))
-    return [f"judge prompt {aspect}" for aspect in others] + [name for name in UNUSED if one.get(name) is not None]
+    fields = [str(name) for name, value in one.items() if name not in USED and value is not None]
+    if "temperature" in fields and one["temperature"] in (TEMPERATURE, str(TEMPERATURE)):
+        fields.remove("temperature")
+    return [f"judge prompt {aspect}" for aspect in others] + fields
 
 
 def ask(

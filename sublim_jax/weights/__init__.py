@@ -73,7 +73,7 @@ def load(name: str | Path, mesh: Mesh | None = None, dtype: Any = jnp.float32) -
 
 def shape_of(name: str) -> Settings:
     """A model's settings without its weights: by the config.json of a folder, or of a name in `shapes`."""
-    if Path(name).expanduser().is_dir():
+    if assets.is_folder(name):
         config = huggingface.load_config(Path(name).expanduser())
     elif name in SHAPES:
         kind, values = SHAPES[name]
