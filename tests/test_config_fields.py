@@ -262,6 +262,7 @@ QUICK = {
     "llama": [
         "is_causal=False",
         "sliding_window=16",
+        "sliding_window=0",
         "layer_types=" + str(["full_attention"] * LAYERS),
         "rope: yarn, mscale",
         "rope: dynamic",

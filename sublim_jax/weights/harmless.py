@@ -108,6 +108,8 @@ def changes_nothing(name: str, value: Any, config: Config) -> bool:
     """Whether a field, by the name that transformers has for it, bears on no logit of a config's type of model."""
     if name in AGAIN:
         return value == getattr(config, AGAIN[name], None)
+    if name == "sliding_window" and (type(value) is not int or value < 1):
+        return False  # transformers' caches fail at it
     if name == "layer_types" and config.model_type in FULL:
         return isinstance(value, list) and all(kind == "full_attention" for kind in value)
     return (
