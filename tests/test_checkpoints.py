@@ -149,6 +149,20 @@ def no_config(folder, **files):
     return folder
 
 
+def pointer(path):
+    path.write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 134\n")
+    return path.parent
+
+
+def index(folder, file):
+    """A folder whose index names a file of tensors elsewhere; it is there."""
+    weights = folder / "model.safetensors"
+    names = dict.fromkeys(load_file(weights), file)
+    weights.rename(folder.parent / "other.safetensors")
+    (folder / huggingface.INDEX).write_text(json.dumps({"weight_map": names}))
+    return folder
+
+
 OTHERS = {
     "a classifier": (
         lambda f: edited(f, architectures=["LlamaForSequenceClassification"]),
@@ -166,8 +180,47 @@ OTHERS = {
     ),
     "quantised": (
         lambda f: edited(f, quantization_config={"quant_method": "awq", "bits": 4}),
-        "quantization_config={'quant_method': 'awq', 'bits': 4} is not known of llama here",
+        "quantization_config={'quant_method': 'awq', 'bits': 4} is of a quantised model, which is not read",
     ),
+    "quantised by MLX": (
+        lambda f: edited(f, quantization={"group_size": 64, "bits": 4}),
+        "quantization={'group_size': 64, 'bits': 4} is of a quantised model, which is not read",
+    ),
+    "of code alone": (
+        lambda f: edited(f, model_type="mine", auto_map={"AutoConfig": "configuration_mine.MineConfig"}),
+        "model_type 'mine' is no known family; it needs code of the folder's own",
+    ),
+    "read as another": (
+        lambda f: edited(f, model_type="mistral", layer_types=["full_attention"] * 3),
+        "layer_types=['full_attention', 'full_attention', 'full_attention'] lets transformers read a mistral as a mini",
+    ),
+    "no size": (lambda f: edited(f, hidden_size=0), "llama: hidden_size=0 is no size"),
+    "no heads": (lambda f: edited(f, num_attention_heads=0), "num_attention_heads=0 is no size"),
+    "of a wrong type": (
+        lambda f: edited(f, num_hidden_layers="3"),
+        "num_hidden_layers='3' is of a wrong type; it must be a whole number",
+    ),
+    "of another wrong type": (
+        lambda f: edited(f, head_dim=[16]),
+        "head_dim=[16] is of a wrong type; it must be a whole number or null",
+    ),
+    "no dtype": (lambda f: edited(f, dtype="bf-16"), "dtype='bf-16' is no type of numbers"),
+    "no list of architectures": (lambda f: edited(f, architectures=3), "architectures=3 is no list of names"),
+    "not understood": (
+        lambda f: edited(f, a_gain=2.0),
+        "a_gain=2.0 is not understood here in a config of llama; if it changes nothing, remove it from config.json",
+    ),
+    "a pickle": (
+        lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin").parent,
+        "holds pytorch_model.bin and no model.safetensors: a pickle can run code",
+    ),
+    "a pointer": (lambda f: pointer(f / "model.safetensors"), "model.safetensors is a pointer of Git LFS"),
+    "a config's pointer": (lambda f: pointer(f / "config.json"), "config.json is a pointer of Git LFS"),
+    "an index of another folder": (
+        lambda f: index(f, "../other.safetensors"),
+        "names '../other.safetensors', which is",
+    ),
+    "an index of a whole path": (lambda f: index(f, "/etc/passwd"), "names '/etc/passwd', which is outside the folder"),
 }
 
 
@@ -175,6 +228,25 @@ OTHERS = {
 def test_a_folder_of_another_kind_is_refused_with_the_true_reason(name, copy):
     change, words = OTHERS[name]
     assert words in refusal(change(copy()))
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+def test_code_in_a_folder_is_never_run(file, tiny_folder, tmp_path, monkeypatch):
+    """Not even where standard input would consent."""
+    folder = shutil.copytree(tiny_folder, tmp_path / "copy")
+    marker = tmp_path / "ran"
+    (folder / "mine.py").write_text(f"open({str(marker)!r}, 'w')\nMineConfig = MineTokenizer = object\n")
+    autos = {"AutoConfig": "mine.MineConfig", "AutoTokenizer": ["mine.MineTokenizer", None]}
+    values = json.loads((folder / file).read_text()) | {"auto_map": autos, "tokenizer_class": "MineTokenizer"}
+    if file == "config.json":
+        values["model_type"] = "mine"
+    (folder / file).write_text(json.dumps(values))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    try:
+        weights.load(folder)
+    except UserError as error:
+        assert file == "config.json" and "which is never run" in str(error) and "\n" not in str(error)
+    assert not marker.exists()
 
 
 def test_an_adapter_beside_a_model_is_not_passed_over(copy):
@@ -240,13 +312,43 @@ def test_what_configs_of_the_hub_hold_besides_is_harmless(copy):
         "_name_or_path": "somewhere/else",
         "task_specific_params": {"text-generation": {"do_sample": True}},
         "full_attn_mod": 1,
+        "sliding_window": 16,
+        "partial_rotary_factor": 0.5,
+        "layer_types": ["full_attention"] * 3,
+        "tokenizer_class": "GPT2Tokenizer",
+        "processor_class": "SomeProcessor",
+        "author": "someone",
+        "license": "apache-2.0",
+        "created_date": "2024-01-01",
+        "neftune_noise_alpha": 5.0,
+        "num_nextn_predict_layers": 0,
+        "seq_length": 8192,
+        "use_cache_quantization": True,
         "auto_map": {
+            "AutoTokenizer": ["Xenova/gpt-4o", None],
+            "AutoProcessor": "processing_mine.MineProcessor",
             "AutoConfig": "configuration_llama.LlamaConfig",
             "AutoModel": "org/name--modeling_llama.LlamaModel",
         },
     }
     folder = edited(copy(), **more)
     assert difference(ours(folder, SHORT), theirs(folder, SHORT)) <= 1e-4
+
+
+@pytest.mark.parametrize(
+    "kind, more",
+    [
+        ("gpt2", {"n_special": 3, "predict_special_tokens": True, "output_past": True}),
+        ("gemma2", {"sliding_window_size": 24}),
+    ],
+)
+def test_what_a_familys_older_configs_hold_is_harmless(kind, more, copy):
+    folder = edited(copy(kind), **more)
+    assert difference(ours(folder, SHORT), theirs(folder, SHORT)) <= 1e-4
+
+
+def test_another_window_of_the_same_name_is_refused(copy):
+    assert "sliding_window_size=8 is not understood here" in refusal(edited(copy("gemma2"), sliding_window_size=8))
 
 
 # ------------------------------------------------------------------------------------------ models with a vision tower
@@ -304,15 +406,23 @@ def test_the_whole_models_tying_goes_before_its_text_models(kind, tied, tmp_path
     assert difference(ours(folder, SHORT), theirs_seeing(folder)) <= 1e-4
 
 
+@pytest.mark.parametrize("kind", WRAPPED)
+def test_what_configs_that_see_hold_besides_is_harmless(kind, tmp_path):
+    folder = edited(wrapped(kind, tmp_path), ignore_index=-100, vocab_size=VOCAB + 3, processor_class="MineProcessor")
+    assert difference(ours(folder, SHORT), theirs_seeing(folder)) <= 1e-4
+
+
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"is_causal": False}, "is_causal=False is not known of gemma3 here"),
-        ({"sliding_window": 4}, "sliding_window=4 is not known of gemma3 here"),
+        ({"is_causal": False}, "is_causal=False is not understood here in a config of gemma3"),
+        ({"sliding_window": 4}, "sliding_window=4 is not understood here in a config of gemma3"),
+        ({"text_config": {**TEXT, "quantization_config": {"bits": 4}}}, "is of a quantised model"),
+        ({"text_config": {**TEXT, "hidden_size": "32"}}, "hidden_size='32' is of a wrong type; it must be a whole"),
         ({"model_type": "qwen2_5_vl"}, "qwen2_5_vl"),
         (
             {"text_config": {**TEXT, "use_bidirectional_attention": True}},
-            "use_bidirectional_attention=True is not known",
+            "use_bidirectional_attention=True is not understood",
         ),
     ],
 )

@@ -259,7 +259,15 @@ def plain(tmp_path_factory):
 
 
 QUICK = {
-    "llama": ["is_causal=False", "sliding_window=16", "rope: yarn, mscale", "rope: dynamic", "something_new=on"],
+    "llama": [
+        "is_causal=False",
+        "sliding_window=16",
+        "sliding_window=0",
+        "layer_types=" + str(["full_attention"] * LAYERS),
+        "rope: yarn, mscale",
+        "rope: dynamic",
+        "something_new=on",
+    ],
     "mistral": ["sliding_window=16", f"layer_types={KINDS_OF_LAYERS}", "rms_norm_eps=0.0"],
     "smollm3": ["no_rope_layers=[1, 0, 1]", "windows by layer"],
     "qwen2": ["is_causal=False", "windows above", "the original length outside, yarn"],
@@ -271,7 +279,7 @@ QUICK = {
         "query_pre_attn_scalar=30",
         "rope_theta=500.0",
     ],
-    "olmo2": ["rope: llama3", "clip_qkv=0.1"],
+    "olmo2": ["partial_rotary_factor=0.5", "rope: llama3", "clip_qkv=0.1"],
     "phi3": ["partial_rotary_factor=0.5", "rope: longrope, factor", "sliding_window=0"],
     "gpt_neox": ["rotary_pct=0.0", "layer_norm_eps=0.0", "is_causal=False"],
     "gpt2": ["activation_function=relu", "scale_attn_weights=False", "scale_attn_by_inverse_layer_idx=True"],

@@ -83,6 +83,8 @@ BIASES = {"attention_bias": True, "mlp_bias": True}
 MILLION = {"rope.freq_base": 1e6}
 WINDOW = {"attention.sliding_window": 64}
 
+# What a model that sees says of images, in a file without the tensors that see them.
+IMAGES = {"mm.tokens_per_image": 256, "vision.block_count": 27, "vision.attention.layer_norm_epsilon": 1e-6}
 CASES = {
     "llama": Case("llama", {}, {}),
     "llama (biases)": Case("llama", BIASES, {}),
@@ -118,7 +120,7 @@ CASES = {
         full=rope("linear", factor=8.0),
         final_logit_softcapping=3.0,
     ),
-    "gemma3 (no windows, untied)": gemma({}, (0, 0, 0), full=rope(), tie_word_embeddings=False),
+    "gemma3 (no windows, untied)": gemma(IMAGES, (0, 0, 0), full=rope(), tie_word_embeddings=False),
 }
 SMOLLM2 = {  # its first layers
     "hidden_size": 576,

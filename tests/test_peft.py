@@ -241,6 +241,19 @@ def test_other_names_that_peft_knows_are_read(model_of, tmp_path, change):
     assert_read_as_peft_does(model_of, "gemma3", tmp_path)
 
 
+def test_names_of_the_text_model_alone_are_refused_where_it_stands_in_another(model_of, tmp_path):
+    """PEFT warns of them, and moves nothing."""
+    model, _, settings, params, config = model_of("gemma3")
+    trained(model, tmp_path, target_modules=["q_proj", "up_proj"], exclude_modules=".*vision.*")
+    rename(tmp_path, lambda name: name.replace("model.language_model.", "model."))
+    assert_same(
+        theirs.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path)(torch.tensor(TOKENS)).logits.detach().numpy(),
+        without(model),
+    )
+    with pytest.raises(UserError, match="is a name of the text model alone, and this one stands in a gemma3"):
+        peft.load(tmp_path, settings, config, params)
+
+
 REFUSED = {  # by the words of the refusal: PEFT's arguments, and what is edited into its adapter_config.json
     "use_dora=True is not computed here": (dict(HALF, use_dora=True), {}),
     "lora_bias=True is not": (dict(HALF, lora_bias=True), {}),
@@ -349,7 +362,7 @@ def of_whole_numbers(folder):
 
 def without_prefix(folder):
     rename(folder, lambda name: name.removeprefix("base_model.model."))
-    return "adapts model.layers.0"
+    return "lacks peft's prefix base_model.model."
 
 
 def empty(folder):

@@ -87,9 +87,10 @@ QKV_BY_HEAD = Layout(_heads_split, _heads_join)  # GPT-NeoX: each head's query, 
 
 def _size(config: Config, *names: str) -> int:
     """The first of some fields that is set. Raises UserError where it is no size."""
-    name, value = next(((name, value) for name in names if (value := getattr(config, name, None)) is not None), ("", 0))
-    if value < 1:
-        raise UserError(f"{config.model_type}: {name or names[0]}={value or None!r} is no size")
+    name = next((name for name in names if getattr(config, name, None) is not None), names[0])
+    value = getattr(config, name, None)
+    if value is None or value < 1:
+        raise UserError(f"{config.model_type}: {name}={value!r} is no size")
     return value
 
 
@@ -378,7 +379,14 @@ def _gpt2_rules(s: Settings) -> tuple[Rule, ...]:
 WEIGHT_KINDS = (("weight", "kernel"), ("bias", "bias"))
 
 # The fields of config.json that each family's settings are made of, by transformers' config or by the functions above.
-ROPE = {"rope_parameters", "rope_theta", "rope_scaling", "max_position_embeddings", "original_max_position_embeddings"}
+ROPE = {
+    "rope_parameters",
+    "rope_theta",
+    "rope_scaling",
+    "partial_rotary_factor",
+    "max_position_embeddings",
+    "original_max_position_embeddings",
+}
 SIZES = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"}
 PLAIN = ROPE | SIZES | {"tie_word_embeddings"}
 COMMON = PLAIN | {"num_key_value_heads", "head_dim", "hidden_act", "rms_norm_eps"}
@@ -411,7 +419,7 @@ FAMILIES: dict[str, Family] = {
         (GEMMA - {"attn_logit_softcapping"}) | {"rope_local_base_freq", "sliding_window_pattern"},
     ),
     "olmo2": Family(_olmo2, _llama_rules(OLMO_NORMS), COMMON | {"attention_bias"}),
-    "phi3": Family(_windowed, _phi3_rules, COMMON | {"sliding_window", "partial_rotary_factor"}),
+    "phi3": Family(_windowed, _phi3_rules, COMMON | {"sliding_window"}),
     "gpt_neox": Family(  # Pythia
         _gpt_neox,
         _gpt_neox_rules,

@@ -98,6 +98,8 @@ def rotary(parameters: Parameters, shape: Shape) -> Rotary:
             raise UserError(f"rope_parameters has {name}={value!r}, which is not known here")
     share = parameters.get("partial_rotary_factor")
     share = 1.0 if share is None else share
+    if kind == "default" and not shape.partial:
+        share = 1.0  # transformers' default table of these families does not read it; the others do
     if kind != "proportional" and not shape.partial and share != 1:
         raise UserError(f"partial_rotary_factor={share!r}: this family rotates whole heads")
     try:

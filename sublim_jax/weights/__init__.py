@@ -58,17 +58,24 @@ def load(name: str | Path, mesh: Mesh | None = None, dtype: Any = jnp.float32) -
     if path.is_dir():
         settings, params = huggingface.load(path, mesh, dtype)
         config = huggingface.load_config(path)
-        try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
-        except Exception as error:  # whatever a tokenizer class makes of files that are no tokenizer's
-            reason = config_fields.first_line(error)
-            raise UserError(
-                f"{path} has no tokenizer that transformers reads ({reason}); put the model's there"
-            ) from error
+        tokenizer = _tokenizer(path)
     else:
         settings, params, config = gguf.load(path, mesh, dtype)
         tokenizer = gguf.load_tokenizer(path)
     return Model(settings, decoder(settings), params, tokenizer, config, source)
+
+
+def _tokenizer(folder: Path) -> Any:
+    """A folder's tokenizer. Raises UserError where transformers reads none, or only by code of the folder's own."""
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # whatever a tokenizer class makes of files that are no tokenizer's
+        reason = config_fields.first_line(error)
+        if "trust_remote_code" in str(error):
+            reason = "it needs code of its own, by auto_map in tokenizer_config.json, which is never run"
+        raise UserError(
+            f"{folder} has no tokenizer that transformers reads ({reason}); put the model's there"
+        ) from error
 
 
 def shape_of(name: str) -> Settings:

@@ -1,7 +1,7 @@
 """A folder's config.json: read whole, and refused by name where a field may change what a model computes unnoticed.
 
 A field passes where its family's settings are made of it, where it is at the default of transformers' config for that
-type of model, where it is off (null, false, empty) and no default is on, or where it is on the lists of this file.
+type of model, where it is off (null, false, empty) and no default is on, or where `harmless` lists it.
 """
 
 import json
@@ -11,65 +11,33 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 
 from sublim_jax.errors import UserError
-from sublim_jax.models.families import Config, family
+from sublim_jax.models.families import FAMILIES, Config, family
+from sublim_jax.weights.harmless import COUNTS, NEUTRAL, changes_nothing
 
-# What changes no logit: training, initialisation, caches, what is returned, labels, names, versions.
-HARMLESS = {
-    "architectures",  # looked at by `_check_kind`
-    "attn_implementation",
-    "auto_map",  # looked at by `_check_kind`
-    "chunk_size_feed_forward",
-    "custom_pipelines",
-    "dtype",
-    "experts_implementation",
-    "finetuning_task",
-    "gradient_checkpointing",
-    "id2label",
-    "initializer_factor",
-    "initializer_range",
-    "is_decoder",
-    "is_llama_config",
-    "label2id",
-    "max_sequence_length",
-    "model_max_length",
-    "model_type",
-    "n_ctx",
-    "name_or_path",
-    "num_labels",
-    "output_attentions",
-    "output_hidden_states",
-    "output_router_logits",
-    "pretraining_tp",
-    "problem_type",
-    "reorder_and_upcast_attn",  # float32 scores, which ours are
-    "return_dict",
-    "task_specific_params",
-    "torch_dtype",
-    "torchscript",
-    "transformers_version",
-    "transformers.js_config",
-    "use_bfloat16",
-    "use_cache",
-    "use_reentrant",
-    "use_return_dict",
-}
-HARMLESS_NAMES = re.compile(r"_.*|summary_.*|unsloth_.*|.*_token_id|.*dropout(_prob)?|.*_pdrop")
-# Of one type of model: written there, and read by nothing.
-HARMLESS_OF = {
-    "gemma2": {"hidden_act"},
-    "gemma3_text": {"hidden_act"},
-    "gpt_neox": {"num_key_value_heads"},
-    "gpt2": {"intermediate_size", "num_key_value_heads"},
-}
-# What other programs write, by the value at which it does nothing.
-NEUTRAL = {"is_causal": True, "causal": True, "full_attn_mod": 1, "interpolate_factor": 1}
+POINTER = b"version https://git-lfs.github.com/spec/"
+QUANTISED = ("quantization_config", "quantization", "compression_config")
 # Models with a vision tower whose text model is read by itself, and what concerns their images alone.
 WITH_VISION = ("gemma3", "llava", "mistral3")
-OF_IMAGES = re.compile(r"(vision|image|mm|projector|multimodal_projector)_.*|.*_token_index|spatial_merge_size")
+OF_IMAGES = re.compile(
+    r"(vision|image|mm|projector|multimodal_projector)_.*|.*_token_index|spatial_merge_size"
+    r"|ignore_index|vocab_size"  # of the loss; and again, what the text model's config says
+)
 PARTS = {"text_config", "tie_word_embeddings"}
+
+TYPES = {
+    "int": "a whole number",
+    "float": "a number with a point",
+    "bool": "true or false",
+    "str": "text",
+    "dict": "an object",
+    "list": "a list",
+    "NoneType": "null",
+}
 
 WRAPPER = "text_model_of"  # of a text model's config: the kind of model that it was taken from
 
@@ -77,9 +45,17 @@ NO_LANGUAGE_MODEL = re.compile(r".*For(Sequence|Token)Classification|.*ForQuesti
 BARE = re.compile(r"(?!.*(LMHead|DoubleHeads)).*Model")
 
 
+def check_fetched(path: Path) -> None:
+    """Raises UserError for what Git LFS leaves in the place of a large file that it did not fetch."""
+    with path.open("rb") as file:
+        if file.read(len(POINTER)) == POINTER:
+            raise UserError(f"{path} is a pointer of Git LFS and not the file itself; fetch it with git lfs pull")
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises UserError where there is none."""
     try:
+        check_fetched(path)
         found = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is no JSON ({first_line(error)}); fetch it again") from error
@@ -100,11 +76,9 @@ def load(folder: Path) -> Config:
         raise UserError(f"{folder} holds an adapter beside a model; name the model's own folder, and the adapter apart")
     stated = read_json(path)
     try:
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        _check_kind(stated)
+        config = _built(folder, stated)
         text = config.get_text_config()
-    except Exception as error:  # whatever a config class makes of values that it does not expect
-        raise UserError(f"{path} is no config that transformers knows ({first_line(error)})") from error
-    try:
         _check(stated, config, text)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
@@ -112,6 +86,32 @@ def load(folder: Path) -> Config:
     if text is not config:
         setattr(text, WRAPPER, config.model_type)
     return text
+
+
+def _built(folder: Path, stated: Mapping[str, Any]) -> Config:
+    """transformers' config of a folder. Raises UserError where its class does not take what is stated."""
+    try:
+        return transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except StrictDataclassError as error:
+        if not (field := re.search(r"for field '(\w+)'", str(error))):
+            reason = re.sub(r"^Class validation error for validator '\w+': \w+: ", "", first_line(error))
+            raise UserError(f"transformers refuses it ({reason})") from error
+        name = field[1]
+        inner = stated.get("text_config")
+        value = stated[name] if name in stated or not isinstance(inner, Mapping) else inner.get(name)
+        types = dict.fromkeys(re.findall(r"(?<=expected )\w+|(?<=<class ')\w+|\blist(?=\[)", str(error)))
+        if not types or name not in {*stated, *(inner or ())}:
+            raise UserError(f"transformers refuses {name} ({first_line(error)})") from error
+        wanted = " or ".join(TYPES.get(name, name) for name in types)
+        raise UserError(f"{name}={_short(value)} is of a wrong type; it must be {wanted}") from error
+    except ZeroDivisionError as error:
+        names = [name for name, value in stated.items() if value == 0 and re.search(r"head|size|dim|embd", name)]
+        raise UserError(f"{', '.join(names) or 'a size'}=0 is no size") from error
+    except Exception as error:  # whatever a config class makes of values that it does not expect
+        dtype = stated.get("dtype") or stated.get("torch_dtype")
+        if dtype and not (isinstance(dtype, str) and hasattr(jnp, dtype)):
+            raise UserError(f"dtype={_short(dtype)} is no type of numbers") from error
+        raise UserError(f"it is no config that transformers knows ({first_line(error)})") from error
 
 
 def _check(stated: Mapping[str, Any], config: Config, text: Config) -> None:
@@ -123,8 +123,13 @@ def _check(stated: Mapping[str, Any], config: Config, text: Config) -> None:
     if text is not config and config.model_type not in WITH_VISION:
         known = ", ".join(WITH_VISION)
         raise UserError(f"{config.model_type!r} is a model of several parts; those read here are {known}")
+    if config.model_type != stated.get("model_type", config.model_type):
+        raise UserError(
+            f"layer_types={_short(stated.get('layer_types'))} lets transformers read a {stated['model_type']} as a "
+            f"{config.model_type}, which is no known family"
+        )
     kind = family(text)
-    _check_kind(stated, config)
+    _check_code(stated, config)
     inner = stated
     if text is not config:
         _check_fields(stated, config, PARTS, OF_IMAGES)
@@ -139,26 +144,22 @@ def _check_fields(
 ) -> None:
     """Raises UserError for a field that is not understood and may count."""
     defaults = _defaults(config.model_type)
-    harmless = HARMLESS | HARMLESS_OF.get(config.model_type, set())
     for stated_name, value in stated.items():
         name = config.attribute_map.get(stated_name, stated_name)
+        passes = (
+            name in known
+            or bool(names and names.fullmatch(name))
+            or name in _generation()
+            or (name in defaults and value == defaults[name])
+            or (_off(value) and _off(defaults.get(name)))
+            or (name not in defaults and value == 0 and bool(COUNTS.fullmatch(name)))
+        )
         if name in NEUTRAL:
             passes = value == NEUTRAL[name]
-        else:
-            default = defaults.get(name)
-            passes = (
-                name in known
-                or name in harmless
-                or bool(HARMLESS_NAMES.fullmatch(name))
-                or bool(names and names.fullmatch(name))
-                or name in _generation()
-                or (name in defaults and value == default)
-                or (_off(value) and _off(default))
-            )
-        if not passes:
+        if not passes and not changes_nothing(name, value, config):
             raise UserError(
-                f"{stated_name}={_short(value)} is not known of {config.model_type} here, and may change what is "
-                "computed; take it out of the file if it does not"
+                f"{stated_name}={_short(value)} is not understood here in a config of {config.model_type}; if it "
+                "changes nothing, remove it from config.json"
             )
 
 
@@ -177,19 +178,40 @@ def _generation() -> frozenset[str]:
     return frozenset(transformers.GenerationConfig().to_dict())
 
 
-def _check_kind(stated: Mapping[str, Any], config: Config) -> None:
-    """Raises UserError for a checkpoint of another kind than a language model, or with code of its own."""
-    for architecture in stated.get("architectures") or ():
-        if NO_LANGUAGE_MODEL.fullmatch(str(architecture)):
+def _check_kind(stated: Mapping[str, Any]) -> None:
+    """Raises UserError for a checkpoint of another kind than a language model, or that nothing but its code reads."""
+    architectures = stated.get("architectures") or []
+    if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
+        raise UserError(f"architectures={_short(architectures)} is no list of names")
+    for architecture in architectures:
+        if NO_LANGUAGE_MODEL.fullmatch(architecture):
             raise UserError(f"{architecture} is a classifier or reward model and no language model")
-        if BARE.fullmatch(str(architecture)):
+        if BARE.fullmatch(architecture):
             raise UserError(f"{architecture} has no language head (an embedding model?); no logits come of it")
+    inner = stated.get("text_config")
+    for name, value in [*(inner.items() if isinstance(inner, Mapping) else ()), *stated.items()]:
+        if name in QUANTISED and not _off(value):
+            raise UserError(
+                f"{name}={_short(value)} is of a quantised model, which is not read; fetch the model in its "
+                "unquantised weights, or as GGUF"
+            )
+    kind, code = stated.get("model_type"), stated.get("auto_map")
+    if "model_type" in stated and not isinstance(kind, str):
+        raise UserError(f"model_type={_short(kind)} is no name")
+    if code is not None and not isinstance(code, Mapping):
+        raise UserError(f"auto_map={_short(code)} is no object of names")
+    if kind not in (transformers.CONFIG_MAPPING if "model_type" in stated or code else {kind}):
+        own = f"; it needs code of the folder's own ({_short(dict(code))}), which is never run" if code else ""
+        raise UserError(f"model_type {kind!r} is no known family{own}; known: {', '.join(FAMILIES)}")
+
+
+def _check_code(stated: Mapping[str, Any], config: Config) -> None:
+    """Raises UserError where a folder's own code may compute something else than transformers'."""
     theirs = type(config).__name__.removesuffix("Config").removesuffix("Text")
-    code = stated.get("auto_map") or {}
-    for name in code.values() if isinstance(code, Mapping) else (code,):
-        if not re.fullmatch(
-            rf"{theirs}(Text)?(Config|Model|LMHeadModel|PreTrainedModel|For\w+)", str(name).split(".")[-1]
-        ):
+    usual = re.compile(rf"{theirs}(Text)?(Config|Model|LMHeadModel|PreTrainedModel|For\w+)")
+    for auto, name in (stated.get("auto_map") or {}).items():
+        # Tokenizers and processors of it compute no logits, and are not run.
+        if auto.startswith(("AutoConfig", "AutoModel")) and not usual.fullmatch(str(name).split(".")[-1]):
             raise UserError(f"auto_map names code of its own, {name}, which may compute something else")
 
 

@@ -32,6 +32,8 @@ HARMLESS = (
     "expert_weights_scale",  # of experts, of which there are none
     "expert_gating_func",
     "moe_every_n_layers",
+    "mm.*",  # of images, whose tensors are refused
+    "vision.*",
     "interleave_moe_layer_step",
 )
 # Values other than zero at which a field changes nothing.

@@ -23,7 +23,7 @@ from sublim_jax.models.functional import Params
 from sublim_jax.progress import Track
 from sublim_jax.sharding import parameter_shardings
 from sublim_jax.weights import config_fields
-from sublim_jax.weights.config_fields import WRAPPER, first_line, read_json
+from sublim_jax.weights.config_fields import WRAPPER, check_fetched, first_line, read_json
 from sublim_jax.weights.replacing import INDEX, WHOLE, replaced
 
 SHARD_BYTES = 4 << 30
@@ -161,6 +161,7 @@ class Tensors:
     def _open(self, path: Path) -> Any:
         if path not in self._opened:
             try:
+                check_fetched(path)
                 self._opened[path] = safe_open(path, framework="numpy")
             except (SafetensorError, OSError) as error:
                 raise UserError(
@@ -338,6 +339,18 @@ def _shards(folder: Path) -> list[Path]:
             raise UserError(f"{folder / INDEX} has no weight_map that says where tensors are; fetch it again")
         names = sorted(set(places.values()))
     for name in names:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise UserError(f"{folder / INDEX} names {name!r}, which is outside the folder, and is not opened")
         if not (folder / name).is_file():
-            raise UserError(f"{folder / name} is missing; fetch the model again (no other format is read)")
+            raise UserError(_why_missing(folder, name))
     return [folder / name for name in names]
+
+
+def _why_missing(folder: Path, name: str) -> str:
+    """What to do about a file of tensors that is not there, in one line."""
+    if pickles := sorted(path.name for path in folder.glob("*.bin*") if path.name.startswith("pytorch_model")):
+        return (
+            f"{folder} holds {pickles[0]} and no {name}: a pickle can run code, and only safetensors are read; convert "
+            "it with transformers, AutoModelForCausalLM.from_pretrained(folder).save_pretrained(another_folder)"
+        )
+    return f"{folder / name} is missing; fetch the model again"

@@ -75,7 +75,7 @@ def load(folder: str | Path, settings: Settings, config: Config, base: Params | 
     folder = Path(folder)
     described = adapter_config.read(folder, config.model_type)
     places = _places(settings, config)
-    pairs = _pairs(folder, described, places, config.model_type)
+    pairs = _pairs(folder, described, places, config)
     if described.start in MOVED_STARTS:
         pairs = _with_parts(folder, described, places, pairs, settings, base)
     spec = _spec(described, places, pairs, settings)
@@ -106,7 +106,7 @@ def _kernels(settings: Settings) -> dict[str, tuple[int, int]]:
     return {path: leaf.shape[1:] for path, leaf in named.items() if path.endswith("/kernel")}
 
 
-def _pairs(folder: Path, described: AdapterConfig, places: Mapping[str, Place], model_type: str) -> dict[str, Pair]:
+def _pairs(folder: Path, described: AdapterConfig, places: Mapping[str, Place], config: Config) -> dict[str, Pair]:
     """Every adapter in a folder, by its layer's path in the text model; every tensor is read or refused."""
     halves: dict[str, dict[str, np.ndarray]] = {}
     named = {}
@@ -118,10 +118,20 @@ def _pairs(folder: Path, described: AdapterConfig, places: Mapping[str, Place], 
         if OTHER_SENSES.search(module):  # text alone does not go through them
             continue
         text = INSIDE.sub("model.", module)
+        if not name.startswith(PREFIX):
+            raise UserError(
+                f"{folder}: {name} lacks peft's prefix {PREFIX}, and PEFT would not read it; save it with peft"
+            )
         if not match or text not in places:
             raise UserError(
-                f"{folder} adapts {name}; here only linear layers inside {model_type}'s layers have adapters, 0 to "
-                f"{last}: merge the adapter into its model with peft, and name the merged folder"
+                f"{folder} adapts {name}; here only linear layers inside {config.model_type}'s layers have adapters, 0 "
+                f"to {last}: merge the adapter into its model with peft, and name the merged folder"
+            )
+        if hasattr(config, WRAPPER) and text == module:
+            raise UserError(
+                f"{folder}: {name} is a name of the text model alone, and this one stands in a "
+                f"{getattr(config, WRAPPER)} (as {PREFIX}{TODAY}…), where PEFT would not put it; "
+                "name the text model's own folder, saved apart"
             )
         if not described.adapts(module) and not described.adapts(written):
             raise UserError(
