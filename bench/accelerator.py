@@ -226,12 +226,11 @@ def step_seconds(program: Program, step: Any, params: Params, frozen: Params, ke
 
 def training_job(settings: Settings, base: Params, sizes: Sizes, mesh: Mesh, full: bool) -> Job:
     """A step on all weights, in bfloat16 with Adam's moments; or on LoRA's, in float32, over the frozen base."""
-    spec = lora.Lora(8, 8)
-    network = decoder(settings if full else dataclasses.replace(settings, lora=spec))
+    network = decoder(settings if full else dataclasses.replace(settings, lora=students.SPEC))
     where = on_mesh(settings, mesh)
     frozen, params = None, base
     if not full:
-        frozen, params = base, made(lambda: lora.init(jax.random.key(1), base, spec), mesh)
+        frozen, params = base, made(lambda: lora.init(jax.random.key(1), base, students.SPEC), mesh)
 
     def loss(params, frozen, batch, key):
         module = network.bind(params if full else lora.join(frozen, params))

@@ -27,6 +27,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
+from sublim_jax.data import files
 from sublim_jax.errors import UserError
 from sublim_jax.progress import say
 
@@ -207,11 +208,7 @@ def _only(folder: Path, pattern: str) -> Path:
 
 def _at(name: str) -> Path | None:
     """What there is by a path; None for a name that is no path here."""
-    try:
-        path = Path(name).expanduser()
-        return path if name and path.exists() else None
-    except (OSError, RuntimeError, ValueError):  # too long, or of a user who is not here
-        return None
+    return Path(name).expanduser() if name and files.exists(name) else None
 
 
 def is_file(name: str) -> bool:
