@@ -352,6 +352,12 @@ def test_a_field_that_is_not_understood_is_refused_by_name(field, told):
     assert words in told({field: value})
 
 
+def test_what_git_lfs_leaves_in_the_place_of_a_file_is_told(tmp_path):
+    (tmp_path / "model.gguf").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 134\n")
+    with pytest.raises(UserError, match=r"model\.gguf is a pointer of Git LFS and not the file itself"):
+        open_model(tmp_path / "model.gguf")
+
+
 @pytest.mark.parametrize(
     "tensors, words",
     [

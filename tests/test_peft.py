@@ -254,6 +254,18 @@ def test_names_of_the_text_model_alone_are_refused_where_it_stands_in_another(mo
         peft.load(tmp_path, settings, config, params)
 
 
+def test_names_inside_a_model_with_other_senses_are_refused_for_a_text_model_that_stands_alone(model_of, tmp_path):
+    model, _, settings, params, config = model_of("llama")
+    trained(model, tmp_path, target_modules=["q_proj", "up_proj"])
+    rename(tmp_path, lambda name: name.replace("model.layers.", "model.language_model.layers."))
+    assert_same(
+        theirs.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path)(torch.tensor(TOKENS)).logits.detach().numpy(),
+        without(model),
+    )
+    with pytest.raises(UserError, match="is a name inside a model with other senses, and this llama stands alone"):
+        peft.load(tmp_path, settings, config, params)
+
+
 REFUSED = {  # by the words of the refusal: PEFT's arguments, and what is edited into its adapter_config.json
     "use_dora=True is not computed here": (dict(HALF, use_dora=True), {}),
     "lora_bias=True is not": (dict(HALF, lora_bias=True), {}),
@@ -378,7 +390,7 @@ def pickled(folder):
 
 def no_object(folder):
     (folder / "adapter_config.json").write_text("[]")
-    return "adapter_config.json holds no object"
+    return "adapter_config.json holds a list and no JSON object"
 
 
 def no_json(folder):
@@ -396,7 +408,20 @@ def no_tensors(folder):
     return "is no PEFT adapter: adapter_model.safetensors is missing"
 
 
+def pointers(folder):
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 134\n")
+    return "adapter_config.json is a pointer of Git LFS"
+
+
+def pointer(folder):
+    (folder / "adapter_model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    return "adapter_model.safetensors is a pointer of Git LFS"
+
+
 DAMAGES = [
+    pointers,
+    pointer,
     cut,
     without_a_half,
     of_whole_numbers,

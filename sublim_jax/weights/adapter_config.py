@@ -3,7 +3,6 @@
 Every field is understood, or changes nothing after training, or must be off: what it would do is not computed here.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sublim_jax.errors import UserError
+from sublim_jax.weights.config_fields import read_json
 
 FILE = "adapter_config.json"
 
@@ -114,12 +114,7 @@ def read(folder: Path, model_type: str) -> AdapterConfig:
     Raises UserError where there is none, and for every field, by name and value, that asks for more than a plain LoRA.
     """
     path = file_of(folder)
-    try:
-        fields = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is no JSON ({error}); copy the adapter again") from error
-    if not isinstance(fields, dict):
-        raise UserError(f"{folder} is no PEFT adapter: {FILE} holds no object")
+    fields = read_json(path)
     try:
         return _understood(fields, model_type)
     except UserError as error:

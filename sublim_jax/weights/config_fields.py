@@ -39,7 +39,9 @@ TYPES = {
     "NoneType": "null",
 }
 
-WRAPPER = "text_model_of"  # of a text model's config: the kind of model that it was taken from
+# Of a text model's config: the kind of model that it was taken from, "" where it stands alone. A GGUF file has the text
+# model in either case, and does not say.
+WRAPPER = "text_model_of"
 
 NO_LANGUAGE_MODEL = re.compile(r".*For(Sequence|Token)Classification|.*ForQuestionAnswering|.*Reward\w*")
 BARE = re.compile(r"(?!.*(LMHead|DoubleHeads)).*Model")
@@ -83,8 +85,7 @@ def load(folder: Path) -> Config:
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     text.eos_token_id = _stop_tokens(folder, text, config)
-    if text is not config:
-        setattr(text, WRAPPER, config.model_type)
+    setattr(text, WRAPPER, "" if text is config else config.model_type)
     return text
 
 

@@ -16,6 +16,7 @@ import gguf
 import numpy as np
 
 from sublim_jax.errors import UserError
+from sublim_jax.weights.config_fields import check_fetched
 
 Value: TypeAlias = int | float | bool | str | list["Value"]
 
@@ -158,6 +159,7 @@ def open_model(path: str | Path) -> File:
 def _open(path: Path) -> File:
     if not path.is_file():
         raise UserError(f"{path} is missing")
+    check_fetched(path)
     try:
         with path.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
             head = _Head(data, str(path))

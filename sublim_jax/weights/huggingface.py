@@ -236,7 +236,8 @@ def save(folder: str | Path, params: Params, settings: Settings, config: Config)
 
     They take the place of a checkpoint that is there. Of a model with other senses it is the text model alone.
 
-    Raises UserError where the folder holds an adapter, which transformers would put onto the model.
+    Raises UserError where the folder holds an adapter, which transformers would put onto the model, or a model with
+    other senses, which would be lost.
     """
     flat = {
         jax.tree_util.keystr(path, simple=True, separator="/"): leaf

@@ -28,7 +28,7 @@ from sublim_jax.models.lora import Lora
 from sublim_jax.sharding import fetch
 from sublim_jax.weights import adapter_config, residual
 from sublim_jax.weights.adapter_config import MOVED_STARTS, RANDOM_STARTS, AdapterConfig, Number
-from sublim_jax.weights.config_fields import WRAPPER
+from sublim_jax.weights.config_fields import WRAPPER, check_fetched
 
 PREFIX = "base_model.model."
 TENSORS = "adapter_model.safetensors"
@@ -127,12 +127,7 @@ def _pairs(folder: Path, described: AdapterConfig, places: Mapping[str, Place], 
                 f"{folder} adapts {name}; here only linear layers inside {config.model_type}'s layers have adapters, 0 "
                 f"to {last}: merge the adapter into its model with peft, and name the merged folder"
             )
-        if hasattr(config, WRAPPER) and text == module:
-            raise UserError(
-                f"{folder}: {name} is a name of the text model alone, and this one stands in a "
-                f"{getattr(config, WRAPPER)} (as {PREFIX}{TODAY}…), where PEFT would not put it; "
-                "name the text model's own folder, saved apart"
-            )
+        _check_wrapper(folder, name, config, wrapped=text != module)
         if not described.adapts(module) and not described.adapts(written):
             raise UserError(
                 f"{folder}: {name} is not of target_modules in {adapter_config.FILE}; PEFT would not read it"
@@ -155,6 +150,24 @@ def _pairs(folder: Path, described: AdapterConfig, places: Mapping[str, Place], 
     return {text: Pair(half["A"], half["B"], described.alpha_of(named[text])) for text, half in halves.items()}
 
 
+def _check_wrapper(folder: Path, name: str, config: Config, *, wrapped: bool) -> None:
+    """Raises UserError for a name of a model with other senses and a text model alone, or the other way round.
+
+    PEFT warns of such names, and moves nothing.
+    """
+    wrapper = getattr(config, WRAPPER, None)
+    if wrapper and not wrapped:
+        raise UserError(
+            f"{folder}: {name} is a name of the text model alone, and this one stands in a {wrapper} (as "
+            f"{PREFIX}{TODAY}…), where PEFT would not put it; name the text model's own folder, saved apart"
+        )
+    if wrapper == "" and wrapped:
+        raise UserError(
+            f"{folder}: {name} is a name inside a model with other senses, and this {config.model_type} stands alone "
+            f"(as {PREFIX}model.layers…), where PEFT would not put it; name the folder of the whole model"
+        )
+
+
 def _check_none_is_random(
     folder: Path, described: AdapterConfig, places: Mapping[str, Place], named: Mapping[str, str]
 ) -> None:
@@ -175,6 +188,7 @@ def _check_none_is_random(
 
 def _tensors(folder: Path) -> dict[str, np.ndarray]:
     path = _file_of(folder)
+    check_fetched(path)
     try:
         stored = load_file(path)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
@@ -375,7 +389,7 @@ def _joined(
 def _path(rule: Rule, config: Config) -> str:
     """A layer's path in the transformers model that holds it, `{i}` for the layer."""
     module = rule.tensor.removesuffix(".weight")
-    return re.sub(r"^model\.", TODAY, module) if hasattr(config, WRAPPER) else module
+    return re.sub(r"^model\.", TODAY, module) if getattr(config, WRAPPER, None) else module
 
 
 def _targets(rules: Mapping[Rule, Mapping[str, Any]], every: Sequence[Rule], lora: Lora, config: Config) -> Fields:
@@ -385,7 +399,7 @@ def _targets(rules: Mapping[Rule, Mapping[str, Any]], every: Sequence[Rule], lor
     """
     ends = {rule: _end(rule, [other for other in every if other not in rules]) for rule in rules}
     described: Fields = {"target_modules": sorted(ends.values())}
-    if hasattr(config, WRAPPER):
+    if getattr(config, WRAPPER, None):
         layers = "|".join(map(str, lora.layers)) or r"\d+"
         whole = [re.escape(_path(rule, config)).replace(r"\{i\}", f"({layers})") for rule in rules]
         described["target_modules"] = "|".join(whole)

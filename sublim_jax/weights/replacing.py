@@ -7,6 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from sublim_jax.errors import UserError
+from sublim_jax.weights.config_fields import read_json
 
 INDEX = "model.safetensors.index.json"
 WHOLE = "model.safetensors"
@@ -22,10 +23,13 @@ def replaced(folder: Path) -> Iterator[Path]:
     Before that nothing in `folder` has changed. The file that readers start from goes first and comes last, so that an
     interruption leaves the old checkpoint, the new one or none, and never some of each. Other files stay.
 
-    Raises UserError where the folder holds an adapter, which transformers would put onto the checkpoint.
+    Raises UserError where the folder holds an adapter, which transformers would put onto the checkpoint, or a model
+    with other senses, which would be lost.
     """
     if (folder / "adapter_config.json").exists():
         raise UserError(f"{folder} holds an adapter, which would be put onto the model again; name another folder")
+    if (folder / "config.json").is_file() and "text_config" in read_json(folder / "config.json"):
+        raise UserError(f"{folder} holds a model with other senses, which would be lost; name another folder")
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder, prefix=".saving-") as scratch:
         yield Path(scratch)
