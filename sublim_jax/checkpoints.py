@@ -1,6 +1,8 @@
 """Checkpoints of a training run, and finished trees of arrays, through orbax: asynchronous and atomic."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -9,6 +11,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
+from sublim_jax import signals
 from sublim_jax.progress import say
 
 KEPT = 2  # the newest, and one to fall back to
@@ -20,7 +23,10 @@ def abstract(tree: Any) -> Any:
 
 
 class Checkpoints:
-    """The checkpoints of one training run: the state, and where each process stands in its data."""
+    """The checkpoints of one training run: the state, and where each process stands in its data.
+
+    To be used where signals are deferred: its threads do not stand being left midway.
+    """
 
     def __init__(self, directory: epath.PathLike):
         self._checkpointer = ocp.training.Checkpointer(
@@ -59,14 +65,29 @@ class Checkpoints:
         return None
 
 
+@contextmanager
+def opened(directory: epath.PathLike | None) -> Iterator[Checkpoints | None]:
+    """The checkpoints of a run, for the block; None where none are to be kept."""
+    if directory is None:
+        yield None
+        return
+    checkpoints = Checkpoints(directory)
+    try:
+        yield checkpoints
+    finally:
+        checkpoints.close()
+
+
 def save_tree(path: epath.Path, tree: Any) -> None:
     """Writes a tree of arrays, whole or not at all."""
-    ocp.save(path.absolute(), tree, overwrite=True)
+    with signals.whole():
+        ocp.save(path.absolute(), tree, overwrite=True)
 
 
 def load_tree(path: epath.Path, like: Any) -> Any:
     """Reads a tree of arrays onto the shapes, dtypes and shardings of `like`."""
-    return ocp.load(path.absolute(), abstract_state=abstract(like))
+    with signals.whole():
+        return ocp.load(path.absolute(), abstract_state=abstract(like))
 
 
 def _gather_json(value: Any) -> list[Any]:

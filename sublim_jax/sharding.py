@@ -170,8 +170,7 @@ def put(tree: Any, sharding: NamedSharding) -> Any:
 
 def place_key(key: Key[Array, "*shape"], sharding: NamedSharding) -> Key[Array, "*shape"]:
     """Typed keys, equal on every process, as a global array. (`device_put` refuses them on a mesh of several.)"""
-    # A function of its own each time: from the second call of one, jit gives a key for which others compile anew.
-    return jax.jit(lambda key: key, out_shardings=sharding)(key)
+    return jax.random.wrap_key_data(put(jax.random.key_data(key), sharding), impl=jax.random.key_impl(key))
 
 
 def fetch(tree: Any) -> Any:

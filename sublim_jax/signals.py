@@ -68,3 +68,16 @@ def deferred() -> Iterator[Deferred]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def whole() -> Iterator[None]:
+    """Ends the block before a signal is obeyed: libraries with threads of their own do not stand being left midway.
+
+    Raises:
+      Interrupted: after the block, if a signal came.
+    """
+    with deferred() as signal:
+        yield
+    if signal.heard:
+        raise Interrupted(f"stopped by {signal.heard}")

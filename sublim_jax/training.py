@@ -25,7 +25,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from sublim_jax import signals
-from sublim_jax.checkpoints import Checkpoints
+from sublim_jax.checkpoints import opened
 from sublim_jax.errors import Interrupted
 from sublim_jax.keys import fold_all
 from sublim_jax.progress import Track
@@ -248,8 +248,7 @@ def fit(
       Interrupted: on SIGTERM or Ctrl-C, after saving.
     """
     key = place_key(key, named(program.mesh, *["replica"][: key.ndim]))
-    store = Checkpoints(checkpoints) if checkpoints else None
-    try:
+    with signals.deferred() as signal, opened(checkpoints) as store:
         if store and (restored := store.restore(state)):
             state, position = restored
             if iterator is not None and position is not None:
@@ -266,7 +265,7 @@ def fit(
                 log(first, values)
             track.update(stop, f"loss {np.mean(values['loss'][-1]):.4g}")
 
-        with signals.deferred() as signal, Track(what, steps, start) as track:
+        with Track(what, steps, start) as track:
             # The order is a contract: evaluate the old state; save it; stop here if asked to; only then take the
             # next batches, so that a saved position never runs ahead of the state; dispatch; and while the device
             # works read the metrics of the dispatch before.
@@ -295,12 +294,9 @@ def fit(
                 pending, step = (step, stop, history), stop
             if pending:
                 read(*pending)
-        if signal.heard:
-            raise Interrupted(f"stopped by {signal.heard} at the end of {what}")
-        return state
-    finally:
-        if store:
-            store.close()
+    if signal.heard:
+        raise Interrupted(f"stopped by {signal.heard} at the end of {what}")
+    return state
 
 
 def _next(step: int, every: int) -> int:

@@ -1,0 +1,32 @@
+"""Signals at awkward moments."""
+
+import os
+import signal
+
+import pytest
+
+from sublim_jax import signals
+from sublim_jax.errors import Interrupted
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_obeyed_at_the_end_of_work_that_must_be_whole(number):
+    before = signal.getsignal(number)
+    done = []
+    with pytest.raises(Interrupted, match=f"stopped by {number.name}"), signals.whole():
+        os.kill(os.getpid(), number)
+        done.append("the rest of the block")
+    assert done and signal.getsignal(number) is before
+
+
+def test_a_second_signal_does_not_wait():
+    signals_of = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        signals.install()
+        with pytest.raises(Interrupted), signals.whole():
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+            pytest.fail("it waited")
+    finally:
+        for number, handler in signals_of.items():
+            signal.signal(number, handler)
