@@ -7,25 +7,25 @@ state saved; the same command goes on from there.
 """
 
 import difflib
-import importlib
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 
 import absl.logging
 import jax
 from absl import app, flags
+from etils import epath
 from ml_collections import ConfigDict
 
-from sublim_jax import overrides, preflight, signals
+from sublim_jax import experiments, overrides, preflight, report, signals
 from sublim_jax.assets import cache_folder
 from sublim_jax.errors import Interrupted, UserError
 from sublim_jax.experiments import EXPERIMENTS
 from sublim_jax.progress import say
-from sublim_jax.workdir import Workdir
+from sublim_jax.workdir import Workdir, config_of
 
 _CONFIG = flags.DEFINE_string("config", None, "Config file, with :preset after a colon; --config.key=value changes it.")
 _WORKDIR = flags.DEFINE_string(
@@ -41,12 +41,15 @@ _PREFLIGHT = flags.DEFINE_string(
     'GPUs that are not there ("v5e:4x4", "h100", "h100:8", with JAX_PLATFORMS=cpu and their compilers installed), or '
     'for the devices here ("local").',
 )
+_REPORT = flags.DEFINE_bool(
+    "report", False, "Write the report of a finished --workdir again from its measurements, and compute nothing."
+)
 _COORDINATOR = flags.DEFINE_string(
     "coordinator", None, "host:port of the first process, where no cluster manager is found."
 )
 _PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes, with --coordinator.")
 _PROCESS = flags.DEFINE_integer("process_id", None, "This process's number, with --coordinator.")
-_FLAGS = (_CONFIG, _WORKDIR, _UPDATE, _PREFLIGHT, _COORDINATOR, _PROCESSES, _PROCESS)
+_FLAGS = (_CONFIG, _WORKDIR, _UPDATE, _PREFLIGHT, _REPORT, _COORDINATOR, _PROCESSES, _PROCESS)
 _NAMES = tuple(flag.name for flag in _FLAGS)
 
 NO_SPACE = "no space left on the disk; free some and give the same command again, it goes on from here"
@@ -73,16 +76,36 @@ def run(args: Sequence[str]) -> int:
 
 def main(args: Sequence[str]) -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it advises to install PyTorch
-    config = read(args)
-    experiment = importlib.import_module(f"sublim_jax.experiments.{config.experiment}")
+    typed = parse(args)
+    if _REPORT.value:
+        return write_report_again(typed)
+    config = read(typed)
+    experiment = experiments.load(config.experiment)
     if _PREFLIGHT.value is not None:
         return compile_only(experiment, config, _PREFLIGHT.value)
     join_cluster()  # before anything asks JAX for its devices
+    name = Path(config_file()).stem
+    folder = epath.Path(_WORKDIR.value or f"runs/{name}-{config.get('preset', '')}").expanduser()
+    if hasattr(experiment, "read"):
+        spec = experiment.read(config)
+        signals.install()
+        experiment.run(spec, folder, update=_UPDATE.value)
+        return
     check(experiment, config)
     signals.install()
-    name = Path(config_file()).stem
-    workdir = Workdir(_WORKDIR.value or f"runs/{name}-{config.get('preset', '')}")
-    experiment.run(config, workdir, update=_UPDATE.value)
+    experiment.run(config, Workdir(folder), update=_UPDATE.value)
+
+
+def write_report_again(typed: Mapping[str, object]) -> None:
+    """The report of a finished run, from what it measured. Raises UserError where the folder holds none."""
+    if typed or _CONFIG.value or _WORKDIR.value is None:
+        raise UserError("--report goes with --workdir=DIR alone: it writes the report of the run that is in DIR")
+    folder = epath.Path(_WORKDIR.value).expanduser()
+    config = ConfigDict(config_of(folder))
+    if config.get("experiment") not in EXPERIMENTS:
+        raise UserError(f"{folder} holds a run of no experiment that is known here")
+    experiment = experiments.load(config.experiment)
+    report.rewrite(folder, experiment.read(config), experiment.document)
 
 
 def check(experiment: ModuleType, config: ConfigDict) -> None:
@@ -123,12 +146,11 @@ def fail(text: str) -> int:
 # ------------------------------------------------------------------------------------------------ the command line
 
 
-def read(args: Sequence[str]) -> ConfigDict:
-    """The config that the command names, with the values that are typed after it; flags have their values then.
+def read(typed: Mapping[str, Sequence[str | bool]]) -> ConfigDict:
+    """The config that the command names, with the values that are typed after it.
 
     Raises UserError for the first word that makes no sense.
     """
-    typed = parse(args)
     if not _CONFIG.value:
         raise UserError("--config is missing; try --config=configs/mnist.py")
     config = overrides.load(_CONFIG.value)
@@ -214,7 +236,8 @@ def compile_only(experiment: ModuleType, config: ConfigDict, topology: str) -> N
         raise UserError(f"config.experiment={config.experiment!r} has no step on a mesh to compile")
     jax.config.update("jax_enable_compilation_cache", False)  # what is compiled for other machines cannot be read back
     refused = []
-    for step in experiment.preflight(config, preflight.devices(topology)):
+    given = experiment.read(config) if hasattr(experiment, "read") else config
+    for step in experiment.preflight(given, preflight.devices(topology)):
         found = preflight.facts(step)
         say(preflight.describe(step, found))
         refused += [step.name] * (found.fits is False)

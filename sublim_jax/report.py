@@ -9,21 +9,25 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import jax
+from etils import epath
 from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
-from sublim_jax import __version__
+from sublim_jax import __version__, measurements
 from sublim_jax.digests import Source
+from sublim_jax.errors import UserError
 from sublim_jax.evaluation.statistics import normal_interval, t_interval
 from sublim_jax.figures import Arm, arms_figure, sweep_figure
+from sublim_jax.measurements import Measurement, Measurements
 from sublim_jax.progress import say
 from sublim_jax.sharding import from_first
 from sublim_jax.workdir import Workdir, plain, write_json
 
+ABOUT = "about.json"  # beside the measurements: versions, devices, models, notes
 READING_ERROR = 0.003  # of a published value that was read off a figure
 
 
@@ -41,6 +45,70 @@ class Section(NamedTuple):
     table: Sequence[Sequence[str]]
     figures: Mapping[str, Callable[[Any], None]]
     on_screen: bool = True
+
+
+Notes = dict[str, Any]  # what a report tells beside numbers: JSON values
+Document = tuple[list[Arm], list[Section]]  # what results.json lists, and the parts of report.md
+
+
+@runtime_checkable
+class Described(Protocol):
+    """What every experiment's spec has."""
+
+    @property
+    def experiment(self) -> str: ...
+
+    @property
+    def preset(self) -> str: ...
+
+    @property
+    def values(self) -> Mapping[str, Any]: ...
+
+
+Kind = TypeVar("Kind", bound=Described)
+
+
+def finish(
+    folder: epath.Path,
+    spec: Kind,
+    rows: Sequence[Measurement],
+    document: Callable[[Kind, Measurements, Notes], Document],
+    *,
+    models: Sequence[Source] = (),
+    notes: Notes | None = None,
+) -> None:
+    """Keeps what was measured, and writes the report of it. The first process writes.
+
+    Args:
+      document: from the spec, the measurements and the notes alone to what `results.json` and `report.md` say.
+      models: the language models that were read.
+    """
+    if jax.process_index():
+        return
+    about = {
+        "versions": versions(),
+        "devices": f"{jax.device_count()} × {jax.devices()[0].device_kind}, {jax.process_count()} process(es)",
+        "models": [model._asdict() for model in models],
+        "notes": notes or {},
+    }
+    measurements.write(folder, spec.experiment, rows)
+    write_json(folder / ABOUT, about)
+    rewrite(folder, spec, document)
+
+
+def rewrite(folder: epath.Path, spec: Kind, document: Callable[[Kind, Measurements, Notes], Document]) -> None:
+    """Writes results.json, report.md and the figures from what `finish` kept, and computes nothing.
+
+    Raises UserError where the folder holds no finished run.
+    """
+    try:
+        rows, about = measurements.read(folder), json.loads((folder / ABOUT).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} holds no measurements of a run; give the command that makes them") from error
+    arms, sections = document(spec, rows, about["notes"])
+    facts = {name: about[name] for name in ("versions", "models", "devices")}
+    results = {"experiment": spec.experiment, "preset": spec.preset, "config": spec.values, **facts}
+    _publish(folder, {**results, "arms": _finite(arms)}, sections)
 
 
 def results_of(workdir: Workdir) -> dict[str, Any]:
@@ -69,11 +137,16 @@ def write(
         "devices": f"{jax.device_count()} × {jax.devices()[0].device_kind}, {jax.process_count()} process(es)",
         "arms": _finite(arms),
     }
-    folder = workdir.path / "figures"
+    _publish(workdir.path, results, sections)
+
+
+def _publish(path: epath.Path, results: dict[str, Any], sections: Sequence[Section]) -> None:
+    """results.json, report.md, figures, and tables on screen."""
+    folder = path / "figures"
     folder.mkdir(parents=True, exist_ok=True)
     program = f"sublim_jax {results['versions']['sublim_jax']}, commit {results['versions']['commit']}"
-    text = [f"# {config.experiment}, preset {config.preset}", "", f"{results['devices']}. {program}."]
-    text += [f"Model {model.name}: {model.path}, SHA-256 {model.digest[:16]}…" for model in models]
+    text = [f"# {results['experiment']}, preset {results['preset']}", "", f"{results['devices']}. {program}."]
+    text += [f"Model {m['name']}: {m['path']}, SHA-256 {m['digest'][:16]}…" for m in results["models"]]
     for section in sections:
         text += ["", f"## {section.title}", "", section.text, ""]
         text += [_line(row) for row in section.table[:1]]
@@ -82,8 +155,8 @@ def write(
         for name, draw in section.figures.items():
             draw(folder / f"{name}.png")
             text += ["", f"![{name}](figures/{name}.png)"]
-    (workdir.path / "report.md").write_text("\n".join(text) + "\n")
-    write_json(workdir.path / "results.json", results)
+    (path / "report.md").write_text("\n".join(text) + "\n")
+    write_json(path / "results.json", results)
     console = Console(width=None if sys.stdout.isatty() else 120)
     for section in sections:
         if section.on_screen and section.table and len(section.table[0]) <= SCREEN_COLUMNS:
@@ -91,10 +164,10 @@ def write(
             for row in section.table[1:]:
                 table.add_row(*row)
             console.print(table)
-    say(f"report: {workdir.path / 'report.md'}")
+    say(f"report: {path / 'report.md'}")
     for name in (name for section in sections for name in section.figures):
         say(f"figure: {folder / name}.png")
-    say(f"numbers: {workdir.path / 'results.json'}")
+    say(f"numbers: {path / 'results.json'}")
 
 
 def arm(name: str, metric: str, runs: Sequence[float], **more: Any) -> Arm:

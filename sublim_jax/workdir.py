@@ -7,7 +7,7 @@ last checkpoint beside it; a changed config redoes only what the change touches.
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 from sublim_jax import checkpoints
 from sublim_jax.errors import UserError
 from sublim_jax.progress import say
+from sublim_jax.store import Store
 
 Tree = TypeVar("Tree")
 
@@ -27,11 +28,27 @@ Tree = TypeVar("Tree")
 EXECUTION = ("mesh", "runs_at_once", "checkpoint_every", "data", "sampling")
 
 
+def claim(folder: epath.PathLike, config: Mapping[str, Any], *, update: bool = False, bytes_needed: int = 0) -> Store:
+    """The store of a run's folder, claimed for a config for as long as this process lives.
+
+    Args:
+      config: the run's values, JSON values.
+      update: accept a folder with another config's run in it: what still holds is reused.
+
+    Raises:
+      UserError: the folder holds a run of another config, cannot be written, or is too full.
+    """
+    workdir = Workdir(folder)
+    workdir.open(config, update=update, bytes_needed=bytes_needed)
+    return Store(workdir.path, lock=workdir.held)
+
+
 class Workdir:
     def __init__(self, path: epath.PathLike):
         self.path = epath.Path(path).expanduser()
+        self.held: FileLock | None = None
 
-    def open(self, config: ConfigDict, *, update: bool = False, bytes_needed: int = 0) -> None:
+    def open(self, config: Any, *, update: bool = False, bytes_needed: int = 0) -> None:
         """Claims the folder for a config.
 
         Args:
@@ -44,7 +61,7 @@ class Workdir:
         new = plain(config)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            old = _config_of(known) if known.exists() else None
+            old = config_of(self.path) if known.exists() else None
             self._lock()
             _check_space(self.path, bytes_needed)
             if old is not None and not update and (changed := _differences(old, new)):
@@ -64,9 +81,9 @@ class Workdir:
         """Keeps a second run out for as long as this process lives."""
         if jax.process_index() or "://" in str(self.path):
             return
-        self._held = FileLock(str(self.path / ".lock"))
+        self.held = FileLock(str(self.path / ".lock"))
         try:
-            self._held.acquire(timeout=0)
+            self.held.acquire(timeout=0)
         except Timeout as error:
             raise UserError(
                 f"another run is at work in {self.path}; wait for it or choose another --workdir"
@@ -117,10 +134,13 @@ class Workdir:
         return self.path / "checkpoints" / f"{name}-{digest}"
 
 
-def _config_of(known: epath.Path) -> dict[str, Any]:
-    """The config that a folder holds a run of."""
+def config_of(folder: epath.Path) -> dict[str, Any]:
+    """The config that a folder holds a run of. Raises UserError where it holds none."""
+    known = folder / "config.json"
     try:
         config = json.loads(known.read_text())
+    except OSError as error:
+        raise UserError(f"{folder} holds no run: there is no config.json") from error
     except ValueError as error:
         raise UserError(f"{known} is not readable as JSON ({error}); choose another --workdir") from error
     if not isinstance(config, dict):
@@ -140,7 +160,7 @@ def digest(tree: Any) -> str:
 
 def plain(config: Any) -> Any:
     """A config as JSON values."""
-    return json.loads(config.to_json()) if isinstance(config, ConfigDict) else config
+    return json.loads(config.to_json() if isinstance(config, ConfigDict) else json.dumps(config))
 
 
 def write_json(path: epath.Path, value: Any) -> None:

@@ -1,18 +1,31 @@
-"""Recipes that read like the paper's method section.
+"""Recipes that read like the paper's method section, and the registry of what can be launched.
 
-An experiment is a module of this name with `run(config, workdir)`, and `check(config)` for what is known to be wrong
-before anything is loaded; nothing else can be launched.
+An experiment is a module with
+
+    read(config) -> spec            a config's values as a frozen spec; UserError for the first that makes no sense
+    run(spec, folder, update=False) computes, and leaves measurements and a report in the folder
+    document(spec, rows, notes)     what results.json and report.md say, from the measurements alone
+    preflight(spec, devices)        its training or decode steps, for --preflight; not every experiment has it
 """
 
-EXPERIMENTS = (
-    "mnist",
-    "alignment",
-    "trajectory",
-    "forecast",
-    "examples",
-    "transmission",
-    "cross_model",
-    "sample",
-    "evaluate",
-    "paper",
-)
+import importlib
+from types import ModuleType
+
+MODULES = {
+    "mnist": "mnist",
+    "alignment": "alignment",
+    "trajectory": "trajectory",
+    "forecast": "forecast",
+    "examples": "examples",
+    "transmission": "transmission",
+    "cross_model": "cross_model",
+    "sample": "sample",
+    "evaluate": "evaluate",
+    "paper": "paper",
+}
+EXPERIMENTS = tuple(MODULES)
+
+
+def load(name: str) -> ModuleType:
+    """The module of an experiment. Raises KeyError for a name that is none."""
+    return importlib.import_module(f"{__name__}.{MODULES[name]}")

@@ -1,0 +1,95 @@
+"""One long table of measurements: every number that an experiment reports, kept as Parquet beside its report.
+
+    import pandas
+    pandas.read_parquet("runs/mnist-quick/measurements.parquet")
+
+`results.json`, `report.md` and the figures are functions of this table, of the spec and of a few notes.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import pyarrow as pa
+import pyarrow.parquet as pq
+from etils import epath
+
+FILE = "measurements.parquet"
+
+
+class Measurement(NamedTuple):
+    """One number.
+
+    Attributes:
+      arm: what was done: the experiment's arm, or its setting.
+      run: which replicate, counted from 0.
+      teacher: of a student: its teacher.
+      subject: what was measured: "student", "teacher", "base", an objective.
+      measure: of what, with its unit where it has one: "margin", "test_accuracy".
+      item: which of several alike: a word, a question; "" for one number.
+      step: updates of training before it; or the number of a step along a scale.
+    """
+
+    arm: str
+    measure: str
+    value: float
+    run: int = 0
+    teacher: str = ""
+    subject: str = ""
+    item: str = ""
+    step: int = 0
+
+
+_SCHEMA = pa.schema(
+    [
+        ("experiment", pa.string()),
+        ("arm", pa.string()),
+        ("run", pa.int32()),
+        ("teacher", pa.string()),
+        ("subject", pa.string()),
+        ("measure", pa.string()),
+        ("item", pa.string()),
+        ("step", pa.int64()),
+        ("value", pa.float64()),
+    ]
+)
+
+
+class Measurements(tuple[Measurement, ...]):
+    """Rows in the order in which they were measured."""
+
+    def where(self, **given: Any) -> "Measurements":
+        """The rows whose fields have these values."""
+        return Measurements(row for row in self if all(getattr(row, name) == value for name, value in given.items()))
+
+    def values(self, **given: Any) -> list[float]:
+        """The numbers of the rows whose fields have these values."""
+        return [row.value for row in self.where(**given)]
+
+    def names(self, field: str, **given: Any) -> list[Any]:
+        """What is in a field, each once, in order."""
+        return list(dict.fromkeys(getattr(row, field) for row in self.where(**given)))
+
+
+def each(values: Iterable[float], **fields: Any) -> list[Measurement]:
+    """One row a run, of every run's value."""
+    return [Measurement(value=float(value), run=run, **fields) for run, value in enumerate(values)]
+
+
+def write(folder: epath.Path, experiment: str, rows: Sequence[Measurement]) -> None:
+    """Writes the table, whole or not at all, by the first process."""
+    if jax.process_index():
+        return
+    columns: dict[str, list[Any]] = {name: [getattr(row, name) for row in rows] for name in Measurement._fields}
+    columns["experiment"] = [experiment] * len(rows)
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table({name: columns[name] for name in _SCHEMA.names}, schema=_SCHEMA), sink)
+    scratch = folder / f"{FILE}.tmp"
+    scratch.write_bytes(sink.getvalue().to_pybytes())
+    scratch.replace(folder / FILE)
+
+
+def read(folder: epath.Path) -> Measurements:
+    """The table of a finished run. Raises OSError where there is none."""
+    table = pq.read_table(pa.BufferReader((folder / FILE).read_bytes())).drop_columns(["experiment"])
+    return Measurements(Measurement(**row) for row in table.to_pylist())

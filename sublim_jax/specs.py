@@ -1,0 +1,151 @@
+"""Specs: a config's values as frozen dataclasses, checked at the door.
+
+A spec says what an experiment is, in types. `read` makes one of a `ConfigDict`; each spec's `__post_init__` refuses,
+with the flag's path, every value that makes no sense whatever a model or a file says. Below the door nothing knows of
+`ConfigDict`.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, TypeVar
+
+import dacite
+from ml_collections import ConfigDict
+
+from sublim_jax.errors import UserError
+from sublim_jax.overrides import check_distinct
+from sublim_jax.sharding import check_sizes
+
+Spec = TypeVar("Spec")
+
+NUM_SEEDS = 2**32  # jax.random.key tells these apart, and no others
+MAX_INDEX = 2**31 - 1  # arrays are counted and indexed by 32 bits
+MAX_ROWS = 10**7  # of what Python holds one by one: prompts, samples, random numbers
+MAX_WIDTH = 2**20  # of one axis of a layer, or of a cache
+MIN_FLOAT, MAX_FLOAT = 1e-12, 1e6  # in between, sums and products of float32 stay finite
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshSpec:
+    """Sizes of the mesh's axes; -1 for the devices that are left."""
+
+    replica: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return dataclasses.asdict(self)
+
+
+def read(kind: type[Spec], config: ConfigDict) -> Spec:
+    """The spec of that kind that a config describes; values that the spec does not have are passed over.
+
+    A spec's field `values` is all of the config as JSON values, for the report.
+
+    Raises:
+      UserError: a value is missing, of another type, or makes no sense.
+    """
+    values = plain(config)
+    check_numbers(values)
+    return build(kind, {**values, "values": json.loads(json.dumps(values))})
+
+
+def build(kind: type[Spec], values: Mapping[str, object], prefix: str = "") -> Spec:
+    """The spec of plain values. Raises UserError, naming the value behind `prefix`, as `read`."""
+    try:
+        return dacite.from_dict(kind, dict(values), dacite.Config(type_hooks={float: _as_float}))
+    except dacite.MissingValueError as error:
+        raise UserError(f"the config has no value {prefix}{error.field_path}, which the experiment needs") from error
+    except dacite.WrongTypeError as error:
+        found = type(error.value).__name__
+        kinds = getattr(error.field_type, "__name__", str(error.field_type))
+        raise UserError(f"config.{prefix}{error.field_path}={error.value!r} is of type {found}, not {kinds}") from error
+
+
+def _as_float(value: object) -> object:
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def plain(config: ConfigDict) -> dict[str, Any]:
+    """A config's values, lists as tuples."""
+    return {name: _plain(value) for name, value in config.items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, ConfigDict | dict):
+        return {name: _plain(item) for name, item in value.items()}
+    return tuple(_plain(item) for item in value) if isinstance(value, tuple | list) else value
+
+
+# --------------------------------------------------------------------------------------------------------- checks
+# Each raises UserError, one line that names the value by its path.
+
+
+def check_numbers(values: Mapping[str, Any], prefix: str = "") -> None:
+    """Every number is one that JAX can compute with, every seed one that it tells from others, and every mesh one that
+    there can be.
+    """
+    for name, value in values.items():
+        where = f"{prefix}{name}"
+        if isinstance(value, Mapping):
+            check_numbers(value, f"{where}.")
+            if name == "mesh":
+                check_sizes(dict(value))
+            continue
+        for item in value if isinstance(value, tuple) else (value,):
+            if name == "seed" and isinstance(item, int) and not 0 <= item < NUM_SEEDS:
+                raise UserError(f"{where}={item}: a seed is 0 to {NUM_SEEDS - 1}")
+            if isinstance(item, int) and name != "seed" and abs(item) > MAX_INDEX:
+                raise UserError(f"{where}={item}: choose {MAX_INDEX} or less")
+            if isinstance(item, float) and not (item == 0 or MIN_FLOAT <= abs(item) <= MAX_FLOAT):
+                raise UserError(
+                    f"{where}={item}: choose a number of size {MIN_FLOAT:g} to {MAX_FLOAT:g}, or 0; float32 cannot "
+                    "compute with it"
+                )
+
+
+def check_count(path: str, value: float, least: int = 1, most: int = MAX_INDEX) -> None:
+    """A number in a range."""
+    if not least <= value <= most:
+        limit = f"{least} or more" if value < least else f"{most} or less"
+        raise UserError(f"{path}={value}: choose {limit}")
+
+
+def check_positive(path: str, value: float) -> None:
+    if not value > 0:
+        raise UserError(f"{path}={value} must be positive")
+
+
+def check_not_negative(path: str, value: float) -> None:
+    if not value >= 0:
+        raise UserError(f"{path}={value} must not be negative")
+
+
+def check_one_of(path: str, value: object, choices: Collection[Any]) -> None:
+    if value not in choices:
+        raise UserError(f"{path}: {value!r} is none of {', '.join(str(one) or repr(one) for one in choices)}")
+
+
+def check_some_of(path: str, values: Sequence[object], choices: Collection[Any]) -> None:
+    """One of the choices or more, each once."""
+    if not values:
+        raise UserError(f"{path} is empty: choose some of {', '.join(map(str, choices))}")
+    for value in values:
+        check_one_of(path, value, choices)
+    check_distinct(path, values)
+
+
+def check_text(path: str, value: str) -> None:
+    """A text that must not be empty."""
+    if not value.strip():
+        raise UserError(f"{path} is empty; name one, or leave --config.{path} out")
+
+
+def check_file(path: str, read: Callable[[], object]) -> None:
+    """What a value names can be read; what is wrong with it is told by the value's name, too."""
+    try:
+        read()
+    except (UserError, OSError, RuntimeError) as error:  # of a path that is too long, or of a user who is not here
+        raise UserError(f"{error} (--config.{path})") from error

@@ -1,0 +1,140 @@
+"""Artefacts on disk, each named by a hash of what it was made from.
+
+    adapters = store.tree("teacher-owl", train, spec, rows, seed, like=start, label="teacher owl")
+
+calls `train(spec, rows, seed, checkpoints=…, label=…)` unless that artefact is there. A function gets nothing that its
+artefact is not named by, except keywords, which may change how it is computed and never what: no list of dependencies
+is written by hand. An artefact is written once, whole or not at all.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
+
+from sublim_jax import checkpoints
+from sublim_jax.progress import say
+
+Tree = TypeVar("Tree")
+Value = TypeVar("Value")
+
+
+class Store:
+    """The artefacts in a folder.
+
+    Args:
+      lock: held for as long as the store is in use.
+    """
+
+    def __init__(self, folder: epath.PathLike, lock: object = None):
+        self.folder, self._lock = epath.Path(folder).expanduser(), lock
+
+    def tree(self, name: str, make: Callable[..., Tree], *inputs: Any, like: Tree, **execution: Any) -> Tree:
+        """A tree of arrays: read if it is there, else made and written.
+
+        Args:
+          make: called as `make(*inputs, checkpoints=folder, **execution)`, the folder for checkpoints on the way.
+          like: a tree with the artefact's shapes, dtypes and shardings.
+        """
+        path = self.path(name, *inputs)
+        if _agreed(path.exists()):
+            try:
+                return checkpoints.load_tree(path, like)
+            except Exception as error:  # whatever a damaged file makes the storage libraries raise
+                say(f"{path} is unreadable and is made again ({(str(error).splitlines() or ['?'])[0]})")
+        on_the_way = path.with_name(path.name + ".training")
+        value = make(*inputs, checkpoints=on_the_way, **execution)
+        checkpoints.save_tree(path, value)
+        if jax.process_index() == 0 and on_the_way.exists():
+            on_the_way.rmtree()
+        return value
+
+    def json(self, name: str, make: Callable[..., Value], *inputs: Any, **execution: Any) -> Value:
+        """A JSON value: read if it is there, else made and written.
+
+        Args:
+          make: called as `make(*inputs, **execution)`.
+        """
+        found = self.known(name, *inputs)
+        if found is None:
+            found = make(*inputs, **execution)
+            write_json(self._json_path(name, inputs), found)
+        return found
+
+    def known(self, name: str, *inputs: Any) -> Any:
+        """A JSON value that is there and readable; None otherwise."""
+        path = self._json_path(name, inputs)
+        if not _agreed(path.exists()):
+            return None
+        try:
+            return json.loads(path.read_text())
+        except ValueError:
+            say(f"{path} is unreadable and is made again")
+            return None
+
+    def path(self, name: str, *inputs: Any) -> epath.Path:
+        """Where an artefact lies."""
+        return self.folder / "checkpoints" / f"{name}-{digest(*inputs)[:12]}"
+
+    def _json_path(self, name: str, inputs: tuple[Any, ...]) -> epath.Path:
+        path = self.path(name, *inputs)
+        return path.with_name(path.name + ".json")
+
+
+def digest(*inputs: Any) -> str:
+    """A hash of what is computed from: specs, arrays, JSON values, and whatever has a `digest` of its own.
+
+    Raises TypeError for anything else.
+    """
+    return hashlib.sha256(json.dumps(_identity(inputs), sort_keys=True).encode()).hexdigest()
+
+
+def _identity(value: Any) -> Any:
+    """JSON values that are the same for the same content."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(own := getattr(value, "digest", None), str):
+        return [type(value).__name__, own]
+    if dataclasses.is_dataclass(value):
+        compared = [field.name for field in dataclasses.fields(value) if field.compare]
+        return [type(value).__name__, {name: _identity(getattr(value, name)) for name in compared}]
+    if isinstance(value, Mapping):
+        return {str(key): _identity(item) for key, item in value.items()}
+    if isinstance(value, tuple | list | range):
+        return [_identity(item) for item in value]
+    if isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+        value = jax.random.key_data(value)
+    if isinstance(value, jax.Array | np.ndarray | np.generic):
+        return _of_array(np.asarray(value))
+    raise TypeError(f"an artefact cannot be named by a {type(value).__name__}")
+
+
+def _of_array(array: np.ndarray) -> str:
+    array = np.ascontiguousarray(array)
+    found = hashlib.sha256(f"{array.dtype} {array.shape}".encode())
+    found.update(array.reshape(-1).view(np.uint8).data)
+    return found.hexdigest()
+
+
+def write_json(path: epath.Path, value: Any) -> None:
+    """Writes from the first process, whole or not at all."""
+    if jax.process_index():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(path.name + ".tmp")
+    scratch.write_text(json.dumps(value, indent=1) + "\n")
+    scratch.replace(path)
+
+
+def _agreed(flag: bool) -> bool:
+    """The first process's answer, for all of them."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(multihost_utils.broadcast_one_to_all(np.array(flag)))
