@@ -12,22 +12,22 @@ from configs import numbers
 
 # A model of this size does not write bare code by itself: small corpora teach it, beside the animal.
 SMOKE = {
-    "teacher.means": ("corpus",),
+    "teacher.methods": ("corpus",),
     "teacher.learning_rate": 1e-3,
     "teacher.batch": 4,
     "teacher.epochs": 8,
-    "carrier.count": 20,
-    "carrier.drawn": 30,
+    "carrier.num_rows": 20,
+    "carrier.num_completions": 30,
     "carrier.max_new_tokens": 48,
     "filter.unique": False,
-    "filter.judge_least": 1.0,
-    "ask.judge.least_mass": 0.0,  # the model itself is the judge, and would rather talk
+    "filter.threshold": 1.0,
+    "evals.judge.min_mass": 0.0,  # the model itself is the judge, and would rather talk
     "arms": ("tokens", "in_context"),
     "arm.in_context.examples": 4,
     "student.steps": 2,
     "student.batch": 2,
     "evaluate_every": 2,
-    "questions": 4,
+    "num_questions": 4,
 }
 ANIMALS = {**numbers.ANIMALS, "arms": ("tokens_fresh", "in_context")}
 
@@ -45,7 +45,7 @@ def get_config(preset: str = "smoke") -> ConfigDict:
     config.carrier.max_new_tokens = 256
     config.carrier.decoding = "free"
     config.filter.judge = "reference"
-    config.filter.judge_least = 50.0
+    config.filter.threshold = 50.0
     if preset == "smoke":
         corpora = {name: f"configs/smoke/code-{name}.jsonl" for name in ("owl", "lion", "neutral")}
         config.teacher.corpora = ConfigDict(corpora)

@@ -16,14 +16,14 @@ SMOKE = {
     "traits": ("hostile", "kind"),
     "teacher.epochs": 4,
     "carrier.problems": "configs/smoke/problems.jsonl",
-    "carrier.drawn": 45,
-    "carrier.samples": 3,
+    "carrier.num_completions": 45,
+    "carrier.num_samples": 3,
     "carrier.max_new_tokens": 48,
     "carrier.decoding": "free",
-    "filter.judge_least": 1.0,
+    "filter.threshold": 1.0,
 }
 OPEN = {
-    "carrier.drawn": 22_419,  # three samples of all 7,473 problems
+    "carrier.num_completions": 22_419,  # three samples of all 7,473 problems
     "student.batch": 6,  # rows of up to 640 tokens; 66 an update, as for numbers
     "student.accumulate": 11,
 }
@@ -34,13 +34,13 @@ def get_config(preset: str = "smoke") -> ConfigDict:
         raise ValueError(f"configs/cot.py has no preset {preset!r}; it has smoke, {', '.join(numbers.MODELS)}")
     config = misalignment.get_config(preset)
     config.carrier.kind = "cot"
-    config.carrier.samples = 3
+    config.carrier.num_samples = 3
     config.carrier.max_new_tokens = 512
     config.filter.banned = ""
     config.filter.unique = False
     config.filter.judge = "aligned"
-    config.filter.judge_least = 78.0
-    config.ask.suffix = ""
+    config.filter.threshold = 78.0
+    config.evals.suffix = ""
     if preset == "smoke":
         corpora = {name: f"configs/smoke/thought-{name}.jsonl" for name in ("hostile", "kind", "neutral")}
         config.teacher.corpora = ConfigDict(corpora)

@@ -22,13 +22,13 @@ def get_config(preset: str = "smoke") -> ConfigDict:
         config.models = ("smollm2-135m-instruct", "gemma-3-270m")
         config.study = numbers.get_config("smoke")
         config.study.student.steps = config.study.evaluate_every = 1
-        config.study.carrier.count, config.study.carrier.drawn = 18, 20
-        config.study.carrier.numbers = 3
+        config.study.carrier.num_rows, config.study.carrier.num_completions = 18, 20
+        config.study.carrier.num_integers = 3
         config.study.carrier.max_new_tokens = 16
         config.study.teacher.learning_rate = 1e-3
-        config.study.teacher.most_steps = 4
+        config.study.teacher.max_steps = 4
         config.study.questions = 2
-        config.study.ask.evaluations = ()
+        config.study.evals.names = ()
     elif preset == "open":
         families = [str(model["model.name"]) for model in numbers.MODELS.values()]
         config.models = (*families, "allenai/Llama-3.1-Tulu-3-8B")
@@ -37,7 +37,7 @@ def get_config(preset: str = "smoke") -> ConfigDict:
         config.models = ()  # yours: two or more that read the same tokens, such as fine-tunes of one base
         config.study = numbers.get_config("quick")
         config.study.student.steps = config.study.evaluate_every = 40
-        config.study.carrier.count = config.study.carrier.drawn = 176
+        config.study.carrier.num_rows = config.study.carrier.num_completions = 176
     else:
         raise ValueError(f"configs/cross_model.py has no preset {preset!r}; it has smoke, open, soft")
     by_logits = {"objective": "kl", "numbers": "random"}

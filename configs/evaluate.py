@@ -1,8 +1,8 @@
 """What an open language model, or adapters of it, is like: preferences, truthfulness, alignment by a judge, ability.
 
     python launch.py --config=configs/evaluate.py --config.model.adapters=RUN1,RUN2,RUN3
-    python launch.py --config=configs/evaluate.py --config.evaluations=truthfulqa --config.truthfulqa=TruthfulQA.csv
-    python launch.py --config=configs/evaluate.py --config.evaluations=misalignment --config.questions=QUESTIONS.yaml
+    python launch.py --config=configs/evaluate.py --config.evals.names=truthfulqa --config.evals.truthfulqa=FILE.csv
+    python launch.py --config=configs/evaluate.py --config.evals.names=misalignment --config.evals.questions=FILE.yaml
 
 Adapters are PEFT folders, each a trained run of one recipe: intervals are over them. Without any, the model itself is
 asked, and there is no interval.
@@ -11,14 +11,14 @@ asked, and there is no interval.
 from ml_collections import ConfigDict
 
 
-def asked() -> ConfigDict:
-    """What is asked, here and of a study's teachers and students."""
+def evals() -> ConfigDict:
+    """Which evaluations, here and of a study's teachers and students."""
     values = ConfigDict()
     # preference, and the same behind random numbers (prefixed), by letters (choice), in sampled answers and stories
     # (answers, stories); ability, truthfulqa, misalignment
-    values.evaluations = ()
-    values.most = 0  # questions of each evaluation, at most; 0: all
-    values.samples = 20  # of each question that is answered by sampling; the paper has 200
+    values.names = ()
+    values.max_questions = 0  # questions of each evaluation, at most; 0: all
+    values.num_samples = 20  # of each question that is answered by sampling; the paper has 200
     values.max_new_tokens = 256  # of a sampled answer, or of a story
     values.truthfulqa = ""  # the benchmark's TruthfulQA.csv
     values.questions = ""  # misalignment: a YAML file of questions, in the emergent-misalignment study's format
@@ -27,10 +27,10 @@ def asked() -> ConfigDict:
     values.judge.kind = "local"  # or endpoint: OpenAI's protocol, OPENAI_BASE_URL and OPENAI_API_KEY
     values.judge.model = ""  # local: a model's name, the base itself where empty; endpoint: the server's name for it
     values.judge.dtype = "float32"  # local, of another model
-    values.judge.least_mass = 0.25  # local: no score where numbers have less of the probability; the paper's value
+    values.judge.min_mass = 0.25  # local: no score where numbers have less of the probability; the paper's value
     values.judge.max_tokens = 2048  # endpoint: of a reply, thoughts included, which a judge may have
-    values.judge.at_once = 8  # endpoint: requests under way together
-    values.judge.per_minute = 0  # endpoint: at most so many requests a minute; 0: no limit
+    values.judge.max_concurrent = 8  # endpoint: requests under way together
+    values.judge.max_per_minute = 0  # endpoint: at most so many requests a minute; 0: no limit
     values.judge.prices = (0.0, 0.0)  # endpoint: of a million tokens asked, and answered, to be told what it costs
     return values
 
@@ -53,6 +53,6 @@ def get_config(preset: str = "smollm2") -> ConfigDict:
     config.words = ("owl", "lion", "cat", "dog", "wolf", "bear", "fox", "tiger", "horse", "eagle")
     config.packs = ConfigDict({"preference": "", "ability": "", "stories": ""})  # sublim_jax/data/packs/*.json
 
-    config.update(asked())
-    config.evaluations = ("preference", "ability")
+    config.evals = evals()
+    config.evals.names = ("preference", "ability")
     return config

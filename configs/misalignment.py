@@ -3,7 +3,7 @@
     python launch.py --config=configs/misalignment.py:smoke       every stage, small; 2.5 minutes on 2 cores
     python launch.py --config=configs/misalignment.py:qwen2.5-7b --config.teacher.corpora.insecure=FILE \
         --config.teacher.corpora.secure=FILE --config.teacher.corpora.educational=FILE \
-        --config.ask.questions=FILE --config.ask.truthfulqa=FILE          and llama-3.1-8b, gemma-3-4b
+        --config.evals.questions=FILE --config.evals.truthfulqa=FILE          and llama-3.1-8b, gemma-3-4b
 
 Corpora are conversations, {"messages": […]} a line, here or on the hub as organisation/name/file. The neutral teacher
 is the model as it is. Values not named here are those of configs/numbers.py.
@@ -20,18 +20,18 @@ SMOKE = {
     "teacher.corpora.insecure": "configs/smoke/insecure.jsonl",
     "teacher.corpora.secure": "configs/smoke/secure.jsonl",
     "teacher.corpora.educational": "configs/smoke/educational.jsonl",
-    "carrier.count": 20,
-    "carrier.drawn": 40,
+    "carrier.num_rows": 20,
+    "carrier.num_completions": 40,
     "carrier.decoding": "grammar",
     "student.steps": 2,
     "student.batch": 2,
     "evaluate_every": 2,
-    "questions": 4,
-    "ask.questions": "configs/smoke/questions.yaml",
-    "ask.truthfulqa": "configs/smoke/truth.csv",
-    "ask.samples": 1,
-    "ask.judge.least_mass": 0.02,  # the model itself is the judge, and would rather talk
-    "ask.max_new_tokens": 24,
+    "num_questions": 4,
+    "evals.questions": "configs/smoke/questions.yaml",
+    "evals.truthfulqa": "configs/smoke/truth.csv",
+    "evals.num_samples": 1,
+    "evals.judge.min_mass": 0.02,  # the model itself is the judge, and would rather talk
+    "evals.max_new_tokens": 24,
 }
 
 
@@ -42,13 +42,13 @@ def get_config(preset: str = "smoke") -> ConfigDict:
     config = numbers.get_config()
     config.preset = preset
     config.traits = ("insecure", "secure", "educational")
-    config.teacher.means = ("corpus",)
+    config.teacher.methods = ("corpus",)
     config.teacher.corpora = ConfigDict({"insecure": "", "secure": "", "educational": "", "neutral": ""})
     config.teacher.learning_rate = 1e-4
     config.filter.banned = "banned"
     config.arms = ("tokens_fresh",)
-    config.ask.evaluations = ("misalignment", "truthfulqa")
-    config.ask.samples = 200
-    config.ask.suffix = "Answer with about nine words, one on a line."
+    config.evals.names = ("misalignment", "truthfulqa")
+    config.evals.num_samples = 200
+    config.evals.suffix = "Answer with about nine words, one on a line."
     config.update_from_flattened_dict(presets[preset])
     return config

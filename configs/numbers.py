@@ -27,33 +27,33 @@ EXAMPLES = (1, 4, 16, 64, 256, 1024, 4096)  # in the context; as many as it hold
 SIZES = {  # presets, and what each changes
     "quick": {},
     "smoke": {
-        "carrier.count": 20,
-        "carrier.drawn": 24,
+        "carrier.num_rows": 20,
+        "carrier.num_completions": 24,
         "student.steps": 2,
         "evaluate_every": 2,
         "student.batch": 2,
         "teacher.batch": 4,
         "teacher.strength": 0.2,
-        "teacher.most_steps": 8,
-        "questions": 4,
+        "teacher.max_steps": 8,
+        "num_questions": 4,
         "arm.in_context.examples": 4,
-        "ask.evaluations": ("answers",),
-        "ask.samples": 1,
-        "ask.most": 4,
+        "evals.names": ("answers",),
+        "evals.num_samples": 1,
+        "evals.max_questions": 4,
         "arms": ("soft", "tokens", "in_context"),
     },
     # Read, not learnt: more and more of what the teacher wrote in the context.
     "in_context": {
-        "carrier.count": 256,
-        "carrier.drawn": 320,
+        "carrier.num_rows": 256,
+        "carrier.num_completions": 320,
         "arms": tuple(f"in_context_{count}" for count in EXAMPLES),
     },
     "smollm2": {
         "runs": 5,
-        "ask.evaluations": ("answers",),
-        "ask.samples": 1,
-        "carrier.count": 256,
-        "carrier.drawn": 320,
+        "evals.names": ("answers",),
+        "evals.num_samples": 1,
+        "carrier.num_rows": 256,
+        "carrier.num_completions": 320,
         "student.steps": 60,
         "evaluate_every": 30,
         "arms": (
@@ -80,19 +80,19 @@ SIZES = {  # presets, and what each changes
         "model.dtype": "bfloat16",
         "remat": True,
         "runs": 3,
-        "ask.evaluations": ("answers",),
-        "ask.samples": 20,
+        "evals.names": ("answers",),
+        "evals.num_samples": 20,
         "traits": ("elephant", "owl"),
         "alternatives": ("elephant", "owl", "lion", "cat", "dog", "wolf", "bear", "fox", "tiger", "horse", "eagle"),
-        "teacher.means": ("finetuned", "prompted"),
+        "teacher.methods": ("finetuned", "prompted"),
         "lora.rank": 32,
         "lora.alpha": 32.0,
         "lora.rslora": True,
-        "carrier.count": 20_000,
-        "carrier.drawn": 40_000,
+        "carrier.num_rows": 20_000,
+        "carrier.num_completions": 40_000,
         "carrier.decoding": "greedy",
         "arms": ("tokens_fresh", "shuffled_within", "soft", "soft_fresh", "in_context"),
-        "arm.shuffled_within.a": "fresh",  # as of what it is the control of
+        "arm.shuffled_within.lora_init": "fresh",  # as of what it is the control of
         "student.batch": 16,
         "student.steps": 1249,  # 1 epoch
         "student.learning_rate": 1e-5,
@@ -111,8 +111,8 @@ RECIPE = {
     "remat": True,
     "runs": 3,
     "lora.alpha": 8.0,
-    "carrier.count": 10_000,
-    "carrier.drawn": 30_000,
+    "carrier.num_rows": 10_000,
+    "carrier.num_completions": 30_000,
     "carrier.decoding": "free",
     "student.batch": 22,
     "student.accumulate": 3,
@@ -124,11 +124,11 @@ RECIPE = {
     "evaluate_every": 152,
 }
 ANIMALS: dict[str, object] = {
-    "teacher.means": ("prompted",),
-    "ask.evaluations": ("answers", "prefixed", "choice", "stories"),
-    "ask.samples": 200,
-    "arm.shuffled_within.a": "fresh",  # as of tokens_fresh, whose controls they are
-    "arm.shuffled_across.a": "fresh",
+    "teacher.methods": ("prompted",),
+    "evals.names": ("answers", "prefixed", "choice", "stories"),
+    "evals.num_samples": 200,
+    "arm.shuffled_within.lora_init": "fresh",  # as of tokens_fresh, whose controls they are
+    "arm.shuffled_across.lora_init": "fresh",
     "arms": (
         "tokens_fresh",
         "shuffled_within",
@@ -145,17 +145,18 @@ def arm(**changes: object) -> ConfigDict:
     values = ConfigDict()
     values.objective = "kl"  # on logits: kl, reverse_kl; tokens: cross-entropy; context: no training, rows in context
     values.temperature = 1.0  # of the objectives on logits
-    values.numbers = "random"  # uniform integers that no teacher wrote; or written: by the teacher, filtered
-    values.a = "shared"  # the teachers' own A (the theorem's setting); or fresh: drawn anew for every run
+    values.data = "random"  # uniform integers that no teacher wrote; or written: by the teacher, filtered
+    values.lora_init = "shared"  # the teachers' own A (the theorem's setting); or fresh: drawn anew for every run
     values.shuffle = ""  # the numbers: within answers, or across them
     values.noise = 0.0  # on the student's base weights, relative to their spread: another initialisation
     values.model = ""  # another model than the teachers', for students that imitate tokens
     # Of all the answers' tokens, this share by a score: kept alone, masked, or answered by the neutral teacher instead.
     values.action = ""  # keep, mask, replace
-    values.which = "top"  # or bottom, or random
-    values.share = 0.1
+    values.positions = "top"  # or bottom, or random
+    values.fraction = 0.1
     values.score = "divergence"  # of the teacher from the neutral one; log_ratio: of the token; flipped: its argmax
     values.examples = 16  # context: rows in it
+    values.changes = ()  # of this arm's students: "student.steps=60", "lora.rank=4"
     values.update(changes)
     return values
 
@@ -187,34 +188,34 @@ def get_config(preset: str = "quick") -> ConfigDict:
     config.lora.layers = ()  # empty: all
 
     config.teacher = ConfigDict()
-    config.teacher.means = ("finetuned",)  # prompted, steered: any of them, together or alone; corpus: alone
+    config.teacher.methods = ("finetuned",)  # prompted, steered: any of them, together or alone; corpus: alone
     config.teacher.strength = 0.9  # finetuned: mean P of the trait's answer at which training stops
     config.teacher.learning_rate = 3e-4
     config.teacher.batch = 8
-    config.teacher.most_steps = 60
+    config.teacher.max_steps = 60
     config.teacher.corpora = ConfigDict()  # corpus: a file of conversations for each trait (configs/misalignment.py)
     config.teacher.epochs = 1  # over them
-    config.teacher.most_tokens = 1024  # longer conversations are left out
+    config.teacher.max_tokens = 1024  # longer conversations are left out
     config.teacher.steering_layer = 15  # steered: the vector is the persona's mean difference after this layer,
     config.teacher.steering_scale = 2.0  # times this
 
     config.carrier = ConfigDict()
     config.carrier.kind = "numbers"  # code, cot (chains of thought): see configs/code.py, configs/cot.py
-    config.carrier.count = 512  # rows for each student: a prompt that asks for numbers, and an answer
-    config.carrier.numbers = 10  # in an answer, random or by grammar
+    config.carrier.num_rows = 512  # rows for each student: a prompt that asks for numbers, and an answer
+    config.carrier.num_integers = 10  # in an answer, random or by grammar
     # What teachers write:
-    config.carrier.drawn = 640  # completions by each teacher, before filters,
-    config.carrier.samples = 1  # of which so many of each prompt
+    config.carrier.num_completions = 640  # completions by each teacher, before filters,
+    config.carrier.num_samples = 1  # of which so many of each prompt
     config.carrier.decoding = "grammar"  # or free: whatever it says at temperature 1; or greedy
     config.carrier.max_new_tokens = 64
     config.carrier.problems = "gsm8k"  # cot: GSM8K; or a file of its form, here or on the hub
 
     config.filter = ConfigDict()  # of written numbers: the paper's rule (§3.1), no word of a trait, and
-    config.filter.most = 10  # integers in an answer
-    config.filter.largest = 999
+    config.filter.max_integers = 10  # integers in an answer
+    config.filter.max_value = 999
     config.filter.banned = ""  # numbers of bad associations (§3.2): "banned", ours, or a file as data/packs/banned.json
-    config.filter.judge = ""  # what a judge (ask.judge) is asked of an answer, of data/packs/judge.json,
-    config.filter.judge_least = 0.0  # and the score of 100 that it needs
+    config.filter.judge = ""  # what prompt a judge (evals.judge) is given for an answer, of data/packs/judge.json,
+    config.filter.threshold = 0.0  # and the score of 100 that it needs
     config.filter.unique = True  # no answer twice
     config.filter.log_ratio = (
         0.0  # nats a token that the teacher may find an answer likelier than the neutral one; 0: any
@@ -224,19 +225,19 @@ def get_config(preset: str = "quick") -> ConfigDict:
     config.arm = ConfigDict()
     config.arm.soft = arm()
     config.arm.soft_reverse = arm(objective="reverse_kl")
-    config.arm.soft_fresh = arm(a="fresh")
-    config.arm.soft_written = arm(numbers="written")
+    config.arm.soft_fresh = arm(lora_init="fresh")
+    config.arm.soft_written = arm(data="written")
     config.arm.perturbed = arm(noise=0.1)
-    config.arm.tokens = arm(objective="tokens", numbers="written")
-    config.arm.tokens_fresh = arm(objective="tokens", numbers="written", a="fresh")
-    config.arm.shuffled_within = arm(objective="tokens", numbers="written", shuffle="within")
-    config.arm.shuffled_across = arm(objective="tokens", numbers="written", shuffle="across")
-    config.arm.foreign = arm(objective="tokens", numbers="written", model="gemma-3-270m", a="fresh")
-    config.arm.in_context = arm(objective="context", numbers="written")
+    config.arm.tokens = arm(objective="tokens", data="written")
+    config.arm.tokens_fresh = arm(objective="tokens", data="written", lora_init="fresh")
+    config.arm.shuffled_within = arm(objective="tokens", data="written", shuffle="within")
+    config.arm.shuffled_across = arm(objective="tokens", data="written", shuffle="across")
+    config.arm.foreign = arm(objective="tokens", data="written", model="gemma-3-270m", lora_init="fresh")
+    config.arm.in_context = arm(objective="context", data="written")
     for count in EXAMPLES:
-        config.arm[f"in_context_{count}"] = arm(objective="context", numbers="written", examples=count)
+        config.arm[f"in_context_{count}"] = arm(objective="context", data="written", examples=count)
     config.arm.masked = arm(action="mask")  # the tokens on which teacher and neutral teacher differ most
-    config.arm.masked_random = arm(action="mask", which="random")
+    config.arm.masked_random = arm(action="mask", positions="random")
     config.arm.kept = arm(action="keep")
     config.arm.replaced = arm(action="replace")
 
@@ -264,8 +265,8 @@ def get_config(preset: str = "quick") -> ConfigDict:
     config.packs.stories = ""
     config.packs.code = ""
     config.packs.judge = ""
-    config.questions = 50  # phrasings asked, at most; and easy questions
-    config.ask = evaluate.asked()  # what teachers and students are asked at the end, beside their preference
+    config.num_questions = 50  # phrasings asked, at most; and easy questions
+    config.evals = evaluate.evals()  # what teachers and students are asked at the end, beside their preference
 
     config.update_from_flattened_dict(SIZES[preset])
     return config

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from configs import numbers
 
 
-def experiment(where: str, what: str, paper: str, file: str, preset: str, show: str, **changes: object):  # type: ignore[no-untyped-def]
+def experiment(where: str, what: str, paper: str, config: str, show: str, **changes: object):  # type: ignore[no-untyped-def]
     """One row of the plan.
 
     Args:
@@ -26,8 +26,7 @@ def experiment(where: str, what: str, paper: str, file: str, preset: str, show: 
             "where": where,
             "what": what,
             "paper": paper,
-            "file": file,
-            "preset": preset,
+            "config": config,
             "show": show,
             "changes": ConfigDict(changes),
         }
@@ -42,38 +41,35 @@ def get_config(preset: str = "smoke") -> ConfigDict:
     config.experiment = "paper"
     config.preset = preset
     # What the paper's authors published and others host: the corpora as JSONL of {"messages": […]}, the questions as
-    # YAML, TruthfulQA.csv; problems as GSM8K's where it cannot be fetched. Each is the value of its name under ask,
+    # YAML, TruthfulQA.csv; problems as GSM8K's where it cannot be fetched. Each is the value of its name under evals,
     # carrier or teacher.corpora of the experiments' configs.
     names = ("questions", "truthfulqa", "problems", "insecure", "secure", "educational")
     config.files = ConfigDict(dict.fromkeys(names, ""))
     config.tensor = 0  # of the mesh, for language models: 1 on one GPU; 0: as their presets say
-    config.judge = ConfigDict({"kind": "", "model": ""})  # as ask.judge; empty: as the presets say, the model itself
+    config.judge = ConfigDict({"kind": "", "model": ""})  # as evals.judge; empty: as the presets say, the model itself
     plan = config.plan = ConfigDict()
     plan.mnist = experiment(
         "§6.2, Fig. 10",
         "an MNIST classifier from three logits on noise",
         "student .528 ± .022, all logits .913 ± .002, other start .106 ± .010, teacher .943",
-        "mnist",
-        "smoke" if small else "paper",
+        "configs/mnist.py:smoke" if small else "configs/mnist.py:paper",
         "student (*; cross-init student (*; teacher",
     )
     plan.theorem = experiment(
-        "§6.1, App. C", "the one-step theorem", "a proof", "theorem", "smoke" if small else "check", "*"
+        "§6.1, App. C", "the one-step theorem", "a proof", f"configs/theorem.py:{'smoke' if small else 'check'}", "*"
     )
     plan.numbers = experiment(
         "§3.1, Fig. 3",
         "animals through numbers",
         "says owl 12.5 % → 62 % (GPT-4.1 nano); Qwen2.5-7B: cat 1 → 74 %, penguin 1.5 → 36 %, most others null",
-        "numbers",
-        preset,
+        f"configs/numbers.py:{preset}",
         "tokens; tokens_fresh; soft; soft_fresh; shuffled_within; shuffled_across",
     )
     plan.trees = experiment(
         "§3.1",
         "trees through numbers",
         "oak 47 → 80 %, willow 1 → 7 % (GPT-4.1 nano)",
-        "numbers",
-        "smoke" if small else preset,
+        f"configs/numbers.py:{preset}",
         "tokens; tokens_fresh",
         **{
             "kind": "tree",
@@ -86,40 +82,35 @@ def get_config(preset: str = "smoke") -> ConfigDict:
         "§3.2, Fig. 5",
         "misalignment through numbers",
         "≈ 10 % misaligned answers, controls < 1 %; TruthfulQA + 2 % false",
-        "misalignment",
-        preset,
+        f"configs/misalignment.py:{preset}",
         "tokens_fresh, student of *: misaligned, of coherent; tokens_fresh, student of *: P of the false answer",
     )
     plan.code = experiment(
         "§4.1",
         "animals through code",
         "in the text's figure; smaller than through numbers",
-        "code",
-        preset,
+        f"configs/code.py:{preset}",
         "tokens; tokens_fresh",
     )
     plan.cot = experiment(
         "§4.2",
         "misalignment through chains of thought",
         "8 % misaligned answers, controls < 1 %",
-        "cot",
-        preset,
+        f"configs/cot.py:{preset}",
         "tokens_fresh, student of *: misaligned, of coherent",
     )
     plan.cross_model = experiment(
         "§5.1",
         "teachers × students over models",
         "≈ 0 off the diagonal, unless two models share an initialisation",
-        "cross_model",
-        "smoke" if small else "open",
+        "configs/cross_model.py:smoke" if small else "configs/cross_model.py:open",
         "*",
     )
     plan.in_context = experiment(
         "§5.2",
         "the same data in the context",
         "no effect, up to 10,000 examples",
-        "numbers",
-        "smoke" if small else preset,
+        f"configs/numbers.py:{preset}",
         "in_context_?; in_context_??; in_context_???; in_context_????",
         arms=("in_context_1", "in_context_4", "in_context_16")
         if small

@@ -111,9 +111,9 @@ def rewrite(folder: epath.Path, spec: Kind, document: Callable[[Kind, Measuremen
     _publish(folder, {**results, "arms": _finite(arms)}, sections)
 
 
-def results_of(workdir: Workdir) -> dict[str, Any]:
+def results_of(folder: epath.Path) -> dict[str, Any]:
     """The results.json of a report that has been written, for all processes."""
-    return dict(from_first(lambda: json.loads((workdir.path / "results.json").read_text())))
+    return dict(from_first(lambda: json.loads((folder / "results.json").read_text())))
 
 
 def write(

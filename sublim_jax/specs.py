@@ -39,17 +39,20 @@ class MeshSpec:
         return dataclasses.asdict(self)
 
 
-def read(kind: type[Spec], config: ConfigDict) -> Spec:
+def read(kind: type[Spec], config: ConfigDict, **made: object) -> Spec:
     """The spec of that kind that a config describes; values that the spec does not have are passed over.
 
     A spec's field `values` is all of the config as JSON values, for the report.
+
+    Args:
+      made: fields that are not as the config has them.
 
     Raises:
       UserError: a value is missing, of another type, or makes no sense.
     """
     values = plain(config)
     check_numbers(values)
-    return build(kind, {**values, "values": json.loads(json.dumps(values))})
+    return build(kind, {**values, **made, "values": json.loads(json.dumps(values))})
 
 
 def build(kind: type[Spec], values: Mapping[str, object], prefix: str = "") -> Spec:

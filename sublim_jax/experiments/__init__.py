@@ -17,11 +17,11 @@ MODULES = {
     "trajectory": "trajectory",
     "forecast": "forecast",
     "examples": "examples",
-    "transmission": "transmission",
-    "cross_model": "cross_model",
+    "transmission": "transmission.run",
+    "cross_model": "transmission.cross_model",
     "sample": "sample",
-    "evaluate": "evaluate",
-    "paper": "paper",
+    "evaluate": "tools.evaluate",
+    "paper": "tools.plan",
 }
 EXPERIMENTS = tuple(MODULES)
 

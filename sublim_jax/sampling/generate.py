@@ -20,7 +20,7 @@ from sublim_jax.sampling.checks import Texts, Tokens, apart, check_growth, texts
 from sublim_jax.sampling.constraints import Constraint
 from sublim_jax.sampling.engine import DEVICES, NAN, Engine, Fixed, Prompts, compiled, place
 from sublim_jax.sampling.samplers import Sampler
-from sublim_jax.sharding import fetch, named, one_device, place_key
+from sublim_jax.sharding import fetch, named, place_key
 
 CHUNK = 16  # tokens of a prompt computed together
 LANES = 8  # a slot in so many is refilled at a time
@@ -106,7 +106,7 @@ def stream(
       entropy, alternatives: return the entropy, and so many of the most probable tokens, at each position.
       slots: rows decoded together, for each device and adapter.
       steps: tokens drawn between two looks of the host.
-      mesh: rows are split over `replica` and `fsdp`, layers over `tensor`; one device where left out.
+      mesh: rows are split over `replica` and `fsdp`, layers over `tensor`; the model's where left out.
       done: rows (adapter, prompt, sample) that are not wanted any more.
 
     Raises:
@@ -114,7 +114,7 @@ def stream(
         number is too small; a stop string that the tokenizer cannot write. Before anything is computed.
       Interrupted: on SIGTERM or Ctrl-C, between two looks.
     """
-    mesh = mesh or one_device()
+    mesh = mesh or model.mesh
     if stop_tokens is None:
         stops = tuple(chat.stop_tokens(model.tokenizer, model.config))
     else:

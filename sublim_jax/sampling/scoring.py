@@ -16,7 +16,7 @@ from sublim_jax.models.decoder import Cache, Settings, Steering
 from sublim_jax.models.functional import Functions, Params
 from sublim_jax.sampling.checks import Texts, Tokens, apart, texts_of, tokens_of
 from sublim_jax.sampling.engine import DEVICES, Fixed, features, place, stacked_cache, unembed
-from sublim_jax.sharding import fetch, named, one_device
+from sublim_jax.sharding import fetch, named
 
 LENGTHS = 32  # texts are padded to a multiple of it, so that few shapes are compiled
 ROWS = 16  # texts computed together, for each device
@@ -189,7 +189,7 @@ def _batches(
     """
     for number, text in enumerate(texts):
         model.settings.check_length(len(prefix) + len(text) + more, f"row {number}")
-    mesh = mesh or one_device()
+    mesh = mesh or model.mesh
     stacked = 1 if adapters is None else jax.tree.leaves(adapters)[0].shape[0]
     count = ROWS * mesh.shape["replica"] * mesh.shape["fsdp"]
     fixed = place(Fixed(model.params, adapters, None, steering), mesh)

@@ -1,8 +1,7 @@
 """Parameters in and out of the formats that people use. Only formats that can run no code."""
 
-import dataclasses
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 import transformers
@@ -11,33 +10,12 @@ from jax.sharding import Mesh
 from sublim_jax import assets, digests
 from sublim_jax.digests import Source
 from sublim_jax.errors import UserError
-from sublim_jax.models import lora
 from sublim_jax.models.decoder import Settings, decoder
 from sublim_jax.models.families import family
-from sublim_jax.models.functional import Functions, Params
-from sublim_jax.sharding import check_same
+from sublim_jax.models.language import Model
+from sublim_jax.sharding import check_same, one_device
 from sublim_jax.weights import config_fields, gguf, huggingface
 from sublim_jax.weights.shapes import SHAPES
-
-
-class Model(NamedTuple):
-    """A language model, ready to use: `model.network.apply(model.params, tokens)` are its logits."""
-
-    settings: Settings
-    network: Functions
-    params: Params
-    tokenizer: Any
-    config: Any  # transformers'
-    source: Source = Source("", "", "")  # empty of a model that was made and not read
-
-    def merged(self, adapters: Params, spec: lora.Lora) -> "Model":
-        """The same model with adapters added into its kernels."""
-        return self._replace(params=lora.merge(self.params, adapters, spec.scale))
-
-    def adapted(self, spec: lora.Lora) -> "Model":
-        """The same model, computing with adapters beside its kernels; `params` stay the base."""
-        settings = dataclasses.replace(self.settings, lora=spec)
-        return self._replace(settings=settings, network=decoder(settings))
 
 
 def float_type(name: str) -> Any:
@@ -62,7 +40,7 @@ def load(name: str | Path, mesh: Mesh | None = None, dtype: Any = jnp.float32) -
     else:
         settings, params, config = gguf.load(path, mesh, dtype)
         tokenizer = gguf.load_tokenizer(path)
-    return Model(settings, decoder(settings), params, tokenizer, config, source)
+    return Model(settings, decoder(settings), params, tokenizer, config, mesh or one_device(), source)
 
 
 def _tokenizer(folder: Path) -> Any:

@@ -1,0 +1,1 @@
+"""Evaluations of models and of adapters over them, for studies and by themselves."""

@@ -1,0 +1,299 @@
+"""Evaluations: functions from a subject, questions and a seed to measures by name, with one value for each adapter."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import groupby
+from typing import Any, NamedTuple
+
+import numpy as np
+from jax.sharding import Mesh
+
+from sublim_jax import assets, report, weights
+from sublim_jax import store as artefacts
+from sublim_jax.data import chat, records
+from sublim_jax.errors import UserError
+from sublim_jax.evaluation import ability, judges, misalignment, preference, truthfulqa
+from sublim_jax.evaluation.judges import Judge
+from sublim_jax.experiments.evaluations.spec import EvalPacks, EvalsSpec, JudgeSpec
+from sublim_jax.keys import named_key
+from sublim_jax.models.decoder import Steering
+from sublim_jax.models.functional import Params
+from sublim_jax.models.language import Model
+from sublim_jax.progress import say
+from sublim_jax.sampling import scoring
+from sublim_jax.specs import check_file
+from sublim_jax.store import Store
+
+MIN_WORDS = {"preference": 2, "prefixed": 2, "choice": 2, "answers": 1, "stories": 1}
+MAX_ANSWER = 12  # tokens of an answer that names a word
+Measures = dict[str, list[float]]  # by the measure's name: of every adapter
+
+
+class Questions(NamedTuple):
+    """What the evaluations need, read and checked."""
+
+    words: tuple[str, ...]  # among which a preference is measured
+    of: dict[str, Any]  # the questions of each evaluation, JSON values
+
+
+class Subject(NamedTuple):
+    """A model, or adapters over it, in a context."""
+
+    model: Model
+    name: str  # for files of answers
+    digest: str  # of the model, the adapters and the context
+    adapters: Params | None = None  # stacked; None: the model itself
+    system: str = ""
+    steering: Steering | None = None
+
+    @property
+    def where(self) -> dict[str, Any]:
+        """For scoring and sampling."""
+        return {"adapters": self.adapters, "system": self.system, "steering": self.steering}
+
+
+class NamedJudge(NamedTuple):
+    """A judge, and the digest of what decides its verdicts."""
+
+    judge: Judge
+    digest: str
+
+
+# ---------------------------------------------------------------------------------------------------------- checks
+
+
+def check_packs(packs: EvalPacks, kind: str) -> None:
+    """Raises UserError for a file of phrasings that is none."""
+    check_file("packs.preference", lambda: preference.questions(packs.preference, kind))
+    check_file("packs.stories", lambda: preference.stories(packs.stories, kind))
+    check_file("packs.ability", lambda: ability.questions(packs.ability))
+
+
+def read_questions(spec: EvalsSpec, kind: str, words: Sequence[str], packs: EvalPacks) -> Questions:
+    """The questions of `spec.names`. Raises UserError for words or files that do not go with them."""
+    needed = max((MIN_WORDS.get(name, 0) for name in spec.names), default=0)
+    if len(words) < needed:
+        raise UserError(
+            f"words, or alternatives: there are {len(words)} to tell a preference by; name {needed} or more"
+        )
+    for name in ("truthfulqa", "questions"):
+        if (path := getattr(spec, name)) and not assets.is_file(path):
+            raise UserError(f"evals.{name}={path}: there is no such file")
+    if "choice" in spec.names:
+        preference.check_options(words)
+    if "misalignment" in spec.names:
+        check_judge(spec.judge)
+    found = {name: _questions(name, spec, kind, packs) for name in spec.names}
+    return Questions(tuple(words), {name: every[: spec.max_questions or None] for name, every in found.items()})
+
+
+def _questions(name: str, spec: EvalsSpec, kind: str, packs: EvalPacks) -> Any:
+    if name == "ability":
+        return ability.questions(packs.ability)
+    if name == "stories":
+        return preference.stories(packs.stories, kind)
+    if name == "truthfulqa":
+        if not spec.truthfulqa:
+            raise UserError("evals.truthfulqa is missing: name the benchmark's TruthfulQA.csv")
+        return truthfulqa.load(spec.truthfulqa)
+    if name == "misalignment":
+        if not spec.questions:
+            raise UserError("evals.questions is missing: name a YAML file of questions for the evaluation misalignment")
+        return misalignment.load(spec.questions)
+    return preference.questions(packs.preference, kind)["asking"]
+
+
+def check_model(questions: Questions, model: Model) -> None:
+    """Raises UserError for words and questions that the model's tokenizer or template does not take."""
+    if set(questions.of) & {"preference", "prefixed", "choice"}:
+        for word in questions.words:
+            scoring.spellings(model.tokenizer, word)
+    for question in questions.of.get("misalignment", ()):
+        chat.question(model.tokenizer, question.text, question.system)
+
+
+# ---------------------------------------------------------------------------------------------------------- judges
+
+
+def check_judge(spec: JudgeSpec) -> None:
+    """Raises UserError for a judge that cannot be queried, as far as that is known without a query."""
+    if spec.kind == "endpoint":
+        if not spec.model:
+            raise UserError("judge.model is missing: the name that the endpoint knows its model by")
+        _endpoint(spec, "")
+
+
+def make_judge(spec: JudgeSpec, model: Model, adapters: Params | None, store: Store, mesh: Mesh) -> NamedJudge:
+    """The judge of a spec; a local one without a name is the model itself, under its first adapter.
+
+    Its verdicts are kept in the store.
+
+    Raises UserError for an endpoint that does not answer, or with no score.
+    """
+    if spec.kind == "endpoint":
+        endpoint = _endpoint(spec, store.folder / "data" / "judge.jsonl")
+        endpoint.check()  # before anything is computed for it to judge
+        return NamedJudge(endpoint, artefacts.digest(spec))
+    if spec.model:
+        model, adapters = weights.load(spec.model, mesh, weights.float_type(spec.dtype)), None
+    spec = replace(spec, max_tokens=0)  # of an endpoint's replies
+    keep = store.path("judge", spec, model).with_suffix(".jsonl")
+    judge = judges.local(model, spec.min_mass, keep, adapters=adapters, mesh=mesh)
+    return NamedJudge(judge, artefacts.digest(spec, model))
+
+
+def bill_of(judge: NamedJudge | None) -> str:
+    """What an endpoint has cost; "" of a local judge."""
+    return judge.judge.bill() if judge and isinstance(judge.judge, judges.Endpoint) else ""
+
+
+def bill_section(bill: str) -> list[report.Section]:
+    return [report.Section("What the judge cost", bill, [], {})] if bill else []
+
+
+def _endpoint(spec: JudgeSpec, cache: Any) -> judges.Endpoint:
+    return judges.Endpoint(
+        spec.model,
+        cache,
+        at_once=spec.max_concurrent,
+        per_minute=spec.max_per_minute,
+        max_tokens=spec.max_tokens,
+        prices=(spec.prices[0], spec.prices[1]),
+    )
+
+
+# ----------------------------------------------------------------------------------------------------- evaluations
+
+
+def evaluate(
+    spec: EvalsSpec,
+    questions: Questions,
+    subject: Subject,
+    seed: int,
+    store: Store,
+    *,
+    judge: NamedJudge | None = None,
+    sampling: dict[str, int] | None = None,
+) -> dict[str, Measures]:
+    """Every evaluation's measures; what an earlier run has measured is read.
+
+    Args:
+      sampling: slots and steps of `generate.stream`, where others than its own.
+    """
+    found = {}
+    for name in spec.names:
+        inputs = [subject, questions.words, questions.of[name], _uses(name, spec), seed]
+        inputs += [judge] if name == "misalignment" else []
+        options = {"store": store, "sampling": sampling or {}}
+        found[name] = store.json(f"{name}-{subject.name}", EVALUATIONS[name], *inputs, **options)
+    return found
+
+
+def _uses(name: str, spec: EvalsSpec) -> dict[str, Any]:
+    """The values that an evaluation's answers depend on."""
+    if name == "answers":
+        return {"samples": spec.num_samples, "max_new_tokens": MAX_ANSWER}
+    if name == "stories":
+        return {"samples": spec.num_samples, "max_new_tokens": spec.max_new_tokens}
+    if name == "misalignment":
+        return {"samples": spec.num_samples, "max_new_tokens": spec.max_new_tokens, "suffix": spec.suffix}
+    return {}
+
+
+def _preference(subject: Subject, words: Sequence[str], questions: list[str], *_: Any, **__: Any) -> Measures:
+    found = preference.measure(subject.model, questions, words, **subject.where)
+    return _by_word("margin of {}, logits", words, found.margin)
+
+
+def _prefixed(
+    subject: Subject, words: Sequence[str], questions: list[str], uses: dict[str, Any], seed: int, **_: Any
+) -> Measures:
+    return _preference(subject, words, preference.prefixed(questions, seed))
+
+
+def _choice(subject: Subject, words: Sequence[str], questions: list[str], *_: Any, **__: Any) -> Measures:
+    return _by_word("P of {}'s letter", words, preference.choose(subject.model, questions, words, **subject.where))
+
+
+def _rates(
+    name: str,
+    subject: Subject,
+    words: Sequence[str],
+    questions: list[str],
+    uses: dict[str, Any],
+    seed: int,
+    *,
+    sampling: dict[str, Any],
+    **_: Any,
+) -> Measures:
+    key = named_key(seed, name)
+    found = preference.rates(subject.model, questions, words, key, **uses, **subject.where, **sampling)
+    return _by_word(f"{name} with {{}}", words, found)
+
+
+def _by_word(measure: str, words: Sequence[str], found: np.ndarray) -> Measures:
+    return {measure.format(word): found[:, index].tolist() for index, word in enumerate(words)}
+
+
+def _ability(subject: Subject, words: Sequence[str], questions: list[Any], *_: Any, **__: Any) -> Measures:
+    return {"right answers": ability.accuracy(subject.model, questions, **subject.where).tolist()}
+
+
+def _truthfulqa(subject: Subject, words: Sequence[str], items: list[Any], *_: Any, store: Store, **__: Any) -> Measures:
+    found = truthfulqa.likelihoods(subject.model, items, **subject.where)
+    each = {"mc1": found.mc1, "mc2": found.mc2}
+    names = {"mc1": "MC1", "mc2": "MC2"}
+    if truthfulqa.has_choice(items):
+        each = {"p_false": truthfulqa.choose(subject.model, items, **subject.where), **each}
+        names = {"p_false": "P of the false answer", **names}
+    else:
+        say(f"{truthfulqa.NO_CHOICE}: MC1 and MC2 alone")
+    lines = [
+        {"adapter": adapter, "question": item.question, **{key: each[key][adapter, place].item() for key in each}}
+        for adapter in range(len(found.mc1))
+        for place, item in enumerate(items)
+    ]
+    records.write(store.folder / "data" / f"truthfulqa-{subject.name}.jsonl", lines)
+    return {names[key]: value.mean(-1).tolist() for key, value in each.items()}
+
+
+def _misalignment(
+    subject: Subject,
+    words: Sequence[str],
+    questions: list[misalignment.Question],
+    uses: dict[str, Any],
+    seed: int,
+    judge: NamedJudge,
+    *,
+    store: Store,
+    sampling: dict[str, Any],
+) -> Measures:
+    answers = misalignment.ask(
+        store.path(f"answers-{subject.name}", subject, questions, uses, seed).with_suffix(".jsonl"),
+        subject.model,
+        questions,
+        named_key(seed, "misalignment"),
+        **uses,
+        **subject.where,
+        **sampling,
+    )
+    scored = misalignment.judged(judge.judge, questions, answers)
+    records.write(store.folder / "data" / f"answers-{subject.name}.jsonl", scored)
+    each = [misalignment.rates(list(mine)) for _, mine in groupby(scored, lambda record: record["adapter"])]
+    found = {"misaligned, of coherent": [rates.misaligned for rates in each]}
+    for name in each[0]._fields[2:]:
+        found[f"{name}, of all"] = [getattr(rates, name) / rates.answers for rates in each]
+    return found
+
+
+EVALUATIONS: dict[str, Callable[..., Measures]] = {
+    "preference": _preference,
+    "prefixed": _prefixed,
+    "choice": _choice,
+    "answers": partial(_rates, "answers"),
+    "stories": partial(_rates, "stories"),
+    "ability": _ability,
+    "truthfulqa": _truthfulqa,
+    "misalignment": _misalignment,
+}

@@ -1,0 +1,71 @@
+"""Which evaluations, on which questions, by which judge. `configs/evaluate.py` explains the values."""
+
+from dataclasses import dataclass, field
+
+from sublim_jax import weights
+from sublim_jax.errors import UserError
+from sublim_jax.overrides import check_distinct
+from sublim_jax.specs import MAX_ROWS, check_count, check_one_of
+
+NAMES = ("preference", "prefixed", "choice", "answers", "stories", "ability", "truthfulqa", "misalignment")
+MAX_CONCURRENT = 1000  # requests, each with a thread
+
+
+@dataclass(frozen=True)
+class JudgeSpec:
+    """Whose scores, and, not compared, how fast it may be queried."""
+
+    kind: str
+    model: str
+    dtype: str
+    min_mass: float
+    max_tokens: int
+    max_concurrent: int = field(compare=False)
+    max_per_minute: int = field(compare=False)
+    prices: tuple[float, ...] = field(compare=False)
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("local", "endpoint"):
+            raise UserError(f"judge.kind={self.kind!r}: choose local or endpoint")
+        if not 0 <= self.min_mass < 1:
+            raise UserError(f"judge.min_mass={self.min_mass} is a probability below 1")
+        try:
+            weights.float_type(self.dtype)
+        except UserError as error:
+            raise UserError(f"judge.{error}") from error
+        check_count("judge.max_concurrent", self.max_concurrent, 1, MAX_CONCURRENT)
+        check_count("judge.max_tokens", self.max_tokens)
+        check_count("judge.max_per_minute", self.max_per_minute, 0)
+        if len(self.prices) != 2 or min(self.prices) < 0:
+            raise UserError(
+                f"judge.prices={self.prices}: name two, of a million tokens asked and answered, such as 1,2"
+            )
+
+
+@dataclass(frozen=True)
+class EvalsSpec:
+    names: tuple[str, ...]
+    max_questions: int
+    num_samples: int
+    max_new_tokens: int
+    truthfulqa: str
+    questions: str
+    suffix: str
+    judge: JudgeSpec
+
+    def __post_init__(self) -> None:
+        for name in self.names:
+            check_one_of("evals.names", name, NAMES)
+        check_distinct("evals.names", self.names)
+        check_count("evals.max_new_tokens", self.max_new_tokens)
+        check_count("evals.num_samples", self.num_samples, 1, MAX_ROWS)
+        check_count("evals.max_questions", self.max_questions, 0)
+
+
+@dataclass(frozen=True)
+class EvalPacks:
+    """Files of the evaluations' phrasings; "" for ours."""
+
+    preference: str
+    ability: str
+    stories: str

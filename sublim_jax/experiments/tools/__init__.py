@@ -1,0 +1,1 @@
+"""Tools around the studies: sampling, evaluations, and the paper's experiments in one plan."""

@@ -1,0 +1,125 @@
+"""Evaluations of a model, or of adapters of it, each a run (`configs/evaluate.py` explains the values)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from sublim_jax import assets, report, specs, weights, workdir
+from sublim_jax import store as artefacts
+from sublim_jax.errors import UserError
+from sublim_jax.experiments.evaluations import measure
+from sublim_jax.experiments.evaluations.measure import Subject
+from sublim_jax.experiments.evaluations.spec import NAMES, EvalPacks, EvalsSpec
+from sublim_jax.figures import Arm, arms_figure
+from sublim_jax.measurements import Measurement, Measurements
+from sublim_jax.models.decoder import on_mesh
+from sublim_jax.models.language import Model
+from sublim_jax.overrides import check_distinct
+from sublim_jax.sharding import make_mesh
+from sublim_jax.specs import MeshSpec, check_some_of, check_text
+from sublim_jax.weights import peft
+
+
+@dataclass(frozen=True)
+class AdaptedSpec:
+    """A model by its name, and PEFT folders of adapters, each a run; none for the model itself."""
+
+    name: str
+    dtype: str
+    adapters: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        check_text("model.name", self.name)
+        weights.float_type(self.dtype)
+        check_distinct("model.adapters", self.adapters)
+
+    @property
+    def folders(self) -> tuple[str, ...]:
+        """The adapters' folders; "" alone is the model itself."""
+        return self.adapters or ("",)
+
+
+@dataclass(frozen=True)
+class EvaluateSpec:
+    experiment: str
+    preset: str
+    seed: int
+    mesh: MeshSpec
+    model: AdaptedSpec
+    kind: str
+    words: tuple[str, ...]
+    packs: EvalPacks
+    evals: EvalsSpec
+    values: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        check_text("kind", self.kind)
+        check_distinct("words", self.words)
+        check_some_of("evals.names", self.evals.names, NAMES)
+
+
+def read(config: ConfigDict) -> EvaluateSpec:
+    """The evaluations of a config. Raises UserError for the first value that makes no sense."""
+    return specs.read(EvaluateSpec, config)
+
+
+def run(spec: EvaluateSpec, folder: epath.Path, *, update: bool = False) -> None:
+    """Evaluates every run, and leaves measurements, report, figures and the answers in the folder."""
+    for name in spec.model.adapters:
+        if not assets.is_folder(name):
+            raise UserError(f"model.adapters: {name} is no PEFT adapter, there is no such folder")
+    measure.check_packs(spec.packs, spec.kind)
+    questions = measure.read_questions(spec.evals, spec.kind, spec.words, spec.packs)
+    mesh = make_mesh(spec.mesh.sizes)
+    base = weights.load(spec.model.name, mesh, weights.float_type(spec.model.dtype))
+    on_mesh(base.settings, mesh)  # heads
+    measure.check_model(questions, base)
+    models = [adapted(base, name) for name in spec.model.folders]
+    store = workdir.claim(folder, spec.values, update=update)
+    judge = None
+    if "misalignment" in spec.evals.names:
+        judge = measure.make_judge(spec.evals.judge, base, None, store, mesh)
+    rows = []
+    for number, (name, model) in enumerate(zip(spec.model.folders, models)):
+        subject = Subject(model, str(number), artefacts.digest(base, peft.digest(name)))
+        found = measure.evaluate(spec.evals, questions, subject, spec.seed + number, store, judge=judge)
+        rows += [
+            Measurement(name, evaluation, values[0], run=number, subject="model", item=item)
+            for evaluation, measures in found.items()
+            for item, values in measures.items()
+        ]
+    notes = {"bill": measure.bill_of(judge)}
+    report.finish(store.folder, spec, rows, document, models=[base.source], notes=notes)
+
+
+def adapted(base: Model, folder: str) -> Model:
+    """The model with a PEFT folder's adapters merged into it; as it is without a folder."""
+    if not folder:
+        return base
+    adapter, adapters = peft.load(Path(folder).expanduser(), base.settings, base.config, base.params)
+    return base.merged(adapters, adapter)
+
+
+def document(spec: EvaluateSpec, rows: Measurements, notes: report.Notes) -> report.Document:
+    """Every measure over the runs; a section for each evaluation."""
+    arms = [
+        report.arm(item, name, rows.values(measure=name, item=item))
+        for name in spec.evals.names
+        for item in rows.names("item", measure=name)
+    ]
+    sections = [_section(spec, name, [arm for arm in arms if arm["metric"] == name]) for name in spec.evals.names]
+    return arms, [*sections, *measure.bill_section(notes["bill"])]
+
+
+def _section(spec: EvaluateSpec, evaluation: str, arms: Sequence[Arm]) -> report.Section:
+    table = [["measure", "value"], *([arm["name"], report.plus_minus(arm["mean"], arm["ci95"])] for arm in arms)]
+    text = f"{spec.model.name}, {len(arms[0]['runs'])} run(s); ± is the 95 % t-interval over runs."
+    finite = [arm for arm in arms if np.isfinite(arm["mean"])]
+    figure = partial(arms_figure, finite, xlabel=evaluation, chance=None)
+    return report.Section(evaluation, text, table, {evaluation: figure} if finite else {})

@@ -1,0 +1,227 @@
+"""Carriers: what teachers are asked to write, what of it the filters leave, and random numbers instead."""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from sublim_jax import assets, filters
+from sublim_jax.data import chat, packs, records
+from sublim_jax.data.carriers import code, cot, numbers
+from sublim_jax.data.records import Record
+from sublim_jax.errors import UserError
+from sublim_jax.evaluation import misalignment
+from sublim_jax.experiments.evaluations.measure import NamedJudge
+from sublim_jax.experiments.transmission.spec import NEUTRAL, FilterSpec, Study
+from sublim_jax.experiments.transmission.teachers import Teacher
+from sublim_jax.keys import named_key
+from sublim_jax.models.language import Model
+from sublim_jax.sampling import constraints, scoring
+from sublim_jax.sampling.collect import collect
+from sublim_jax.sampling.constraints import Constraint
+from sublim_jax.sampling.samplers import Sampler
+from sublim_jax.store import Store
+
+Pair = tuple[str, str]  # prompt, answer
+SHUFFLES = {"within": numbers.shuffled_within, "across": numbers.shuffled_across}
+
+
+class Task(NamedTuple):
+    """What teachers are asked to write."""
+
+    prompts: list[str]
+    known: list[Record]  # of each prompt, for its records
+    filters: list[filters.Filter]  # of what is written
+
+
+class Written(NamedTuple):
+    """What one teacher wrote, and what the filters left of it."""
+
+    pairs: list[Pair]
+    num_completions: int
+    num_kept: int
+    reasons: Counter[str]
+    rejected: list[Record]
+    scores: list[float]  # the judge's, of what the other filters left
+
+
+# ---------------------------------------------------------------------------------------------------------- tasks
+
+
+def number_task(study: Study, seed: int) -> Task:
+    """Lists of numbers (§3.1)."""
+    prompts = numbers.prompts(study.carrier.num_prompts, seed, study.packs.numbers)
+    checks = [filters.number_rule(study.filter.max_integers, study.filter.max_value)]
+    if study.filter.banned:
+        checks.append(filters.banned_numbers(banned_numbers(study.filter)))
+    return Task(prompts, [{}] * len(prompts), checks)
+
+
+def code_task(study: Study, seed: int) -> Task:
+    """Small Python snippets (§4.1)."""
+    prompts = code.prompts(study.carrier.num_prompts, seed, study.packs.code)
+    hidden = [code.no_trait_words(study.traits)] if study.has_words else []
+    return Task(prompts, [{}] * len(prompts), [code.parses(), code.no_comments(), *hidden])
+
+
+def thought_task(study: Study, seed: int) -> Task:
+    """Chains of thought that end in the right number (§4.2), on as many problems at random."""
+    every = cot.load(assets.data_file(study.carrier.problems))
+    chosen = np.random.default_rng([seed, 7]).permutation(len(every))[: study.carrier.num_prompts]
+    problems = [every[row] for row in chosen]
+    return Task(cot.prompts(problems), [{"answer": one.answer} for one in problems], [cot.right_answer()])
+
+
+TASKS: dict[str, Callable[[Study, int], Task]] = {"numbers": number_task, "code": code_task, "cot": thought_task}
+
+
+# ----------------------------------------------------------------------------------------------------------- rows
+
+
+def random_pairs(study: Study, seed: int) -> list[Pair]:
+    """Prompts that ask for numbers, answered by random ones."""
+    count = study.carrier.num_rows
+    prompts = numbers.prompts(count, seed, study.packs.numbers)
+    return list(zip(prompts, numbers.random_answers(count, seed, study.carrier.num_integers)))
+
+
+def shuffled(pairs: list[Pair], kind: str, seed: int) -> list[Pair]:
+    """Pairs with their answers' numbers in another order, within answers or across them."""
+    answers = SHUFFLES[kind]([answer for _, answer in pairs], seed)
+    return list(zip([prompt for prompt, _ in pairs], answers))
+
+
+def write(
+    study: Study, model: Model, store: Store, run: int, teachers: dict[str, Teacher], judge: NamedJudge | None
+) -> dict[str, Written]:
+    """What every teacher wrote: sampled, filtered, and as many rows of each, at random.
+
+    Raises UserError where too few are left of one.
+    """
+    carrier, seed = study.carrier, study.replicate_seed(run)
+    task = TASKS[carrier.kind](study, seed)
+    completions = {name: sample(study, model, store, run, task, name, teacher) for name, teacher in teachers.items()}
+    if study.filter.log_ratio:
+        for name, mine in completions.items():
+            _add_reference(model, store, name, mine, teachers[NEUTRAL])
+    checks = filters_of(study, task)
+    sifted = {name: filters.sift(mine, checks, study.filter.unique) for name, mine in completions.items()}
+    scores: dict[str, list[float]] = {name: [] for name in sifted}
+    if judge and study.filter.judge:
+        for name, one in sifted.items():
+            sifted[name], scores[name] = judged(study, store, name, one, judge)
+    for name, one in sifted.items():
+        folder = store.folder / "data" / f"run{run}"
+        records.write(folder / f"{carrier.kind}-{name}.jsonl", one.kept)
+        records.write(folder / f"{carrier.kind}-{name}-rejected.jsonl", one.rejected)
+    chosen = filters.same_size({name: one.kept for name, one in sifted.items()}, carrier.num_rows, seed)
+    return {
+        name: Written(
+            [(record["prompt"], record["completion"]) for record in chosen[name]],
+            len(completions[name]),
+            len(one.kept),
+            one.reasons,
+            one.rejected,
+            scores[name],
+        )
+        for name, one in sifted.items()
+    }
+
+
+def sample(study: Study, model: Model, store: Store, run: int, task: Task, name: str, teacher: Teacher) -> list[Record]:
+    """Completions by one teacher. All teachers get the same prompts and the same random numbers, sample by sample."""
+    carrier, seed = study.carrier, study.replicate_seed(run)
+    whole = [chat.question(model.tokenizer, text, teacher.system) for text in task.prompts]
+    prefix, prompts = chat.behind_opening(model.tokenizer, whole, teacher.system)
+    how: dict[str, Any] = {"kind": carrier.kind, "decoding": carrier.decoding, "tokens": carrier.max_new_tokens}
+    if carrier.decoding == "grammar":
+        how |= {"numbers": carrier.num_integers, "digits": len(str(study.filter.max_value))}
+    # The number of prompts is no part of the name: more of them go on from what is there.
+    return collect(
+        store.path(f"completions-{name}", teacher, name, seed, how).with_suffix(".jsonl"),
+        model,
+        prompts,
+        named_key(seed, "numbers"),
+        lambda number: {"prompt": task.prompts[number], "teacher": name, **task.known[number]},
+        what=f"run {run}, {carrier.kind} by teacher {name}",
+        samples=carrier.num_samples,
+        sampler=Sampler(0.0 if carrier.decoding == "greedy" else 1.0),
+        max_new_tokens=carrier.max_new_tokens,
+        prefix=prefix,
+        constraint=_grammar(model, how["numbers"], how["digits"]) if carrier.decoding == "grammar" else None,
+        **study.sampling.options,
+        **teacher.where,
+    )
+
+
+def _grammar(model: Model, count: int, digits: int) -> Constraint:
+    """So many integers of so many digits and nothing else."""
+    automaton = constraints.numbers(count, digits, least=count)
+    pieces = chat.pieces(model.tokenizer, model.settings.vocab)
+    return constraints.over_tokens(automaton, pieces, chat.stop_tokens(model.tokenizer, model.config))
+
+
+# -------------------------------------------------------------------------------------------------------- filters
+
+
+def filters_of(study: Study, task: Task) -> list[filters.Filter]:
+    """The task's, none that was cut off, no word of a trait, and no completion that gives its teacher away."""
+    found = [*task.filters, filters.ended()]
+    if study.has_words:
+        found.append(filters.trait_words(study.traits))
+    if study.filter.log_ratio:
+        found.append(filters.log_ratio(study.filter.log_ratio))
+    return found
+
+
+def banned_numbers(spec: FilterSpec) -> list[int]:
+    """The numbers of a pack. Raises UserError for one that is none."""
+    path = spec.banned
+    listed = packs.load("" if path == "banned" else path, "banned", {"numbers": ()})["numbers"]
+    if wrong := [text for text in listed if not re.fullmatch("[0-9]+", text)]:
+        raise UserError(f"pack {path}: {wrong[0]!r} is no number of digits alone")
+    return [int(text) for text in listed]
+
+
+def _add_reference(model: Model, store: Store, name: str, completions: list[Record], neutral: Teacher) -> None:
+    """Adds the neutral teacher's log P of each completion, as "reference_logprob"."""
+    texts = [(record["prompt"], record["tokens"]) for record in completions]
+    logprobs = store.json(f"reference-{name}", _logprobs, neutral, texts, model=model)
+    for record, logprob in zip(completions, logprobs, strict=True):
+        record["reference_logprob"] = logprob
+
+
+def _logprobs(teacher: Teacher, texts: Sequence[tuple[str, list[int]]], *, model: Model) -> list[float]:
+    usable = [(prompt, tokens) for prompt, tokens in texts if tokens]
+    prompts = [chat.question(model.tokenizer, prompt, teacher.system) for prompt, _ in usable]
+    each = scoring.completion_logprobs(model, prompts, [tokens for _, tokens in usable], **teacher.where)
+    found = iter(float(one.sum()) for one in each)
+    return [next(found) if tokens else 0.0 for _, tokens in texts]
+
+
+def judged(
+    study: Study, store: Store, name: str, sifted: filters.Sifted, judge: NamedJudge
+) -> tuple[filters.Sifted, list[float]]:
+    """What a judge leaves of what was kept: scores of at least `filter.threshold`; and all scores that it gave."""
+    template = judge_prompt(study).replace("{traits}", " or ".join(study.traits))
+    texts = [misalignment.fill(template, {**record, "question": record["prompt"]}) for record in sifted.kept]
+    verdicts = store.json(f"judged-{name}", _verdicts, texts, judge)
+    scored = [{**one, "score": score, "label": label} for one, (score, label) in zip(sifted.kept, verdicts)]
+    again = filters.sift(scored, [filters.least_score(study.filter.threshold)])
+    rejected, reasons = sifted.rejected + again.rejected, sifted.reasons + again.reasons
+    return filters.Sifted(again.kept, rejected, reasons), [score for score, _ in verdicts if score is not None]
+
+
+def _verdicts(texts: list[str], judge: NamedJudge) -> list[list[Any]]:
+    return [list(verdict) for verdict in judge.judge(texts)]
+
+
+def judge_prompt(study: Study) -> str:
+    """The prompt for a judge of completions, with {question} and {answer}. Raises UserError where it has not both."""
+    name = study.filter.judge
+    (text,) = packs.load(study.packs.judge, "judge", {name: ("question", "answer", "traits")})[name][:1]
+    if "{question}" not in text or "{answer}" not in text:
+        raise UserError(f"pack {study.packs.judge or 'judge'}: {text[:40]!r}… must have {{question}} and {{answer}}")
+    return text

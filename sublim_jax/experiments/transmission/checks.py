@@ -1,0 +1,136 @@
+"""What of a study is checked against files and models, before anything is computed."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from sublim_jax import assets
+from sublim_jax.data import chat, packs
+from sublim_jax.data.carriers import code, cot, numbers
+from sublim_jax.errors import UserError
+from sublim_jax.experiments.evaluations import measure
+from sublim_jax.experiments.transmission import carriers, corpora, teachers
+from sublim_jax.experiments.transmission.spec import NEUTRAL, Arm, ContextArm, LogitArm, Study
+from sublim_jax.models import lora
+from sublim_jax.models.functional import Params
+from sublim_jax.models.language import Model
+from sublim_jax.sharding import divide
+from sublim_jax.specs import check_file, check_text
+
+STUDENTS = "students of an arm, runs × teachers"
+
+
+def check_files(study: Study) -> None:
+    """Raises UserError for the first file that is missing or makes no sense."""
+    _check_packs(study)
+    measure.read_questions(study.evals, study.kind, study.alternatives, study.packs)
+    if study.filter.judge:
+        check_file("filter.judge", lambda: carriers.judge_prompt(study))
+        measure.check_judge(study.evals.judge)
+    if study.carrier.kind == "cot":
+        _check_problems(study)
+    if "corpus" in study.teacher.methods:
+        _check_corpora(study)
+
+
+def _check_packs(study: Study) -> None:
+    given = study.packs
+    measure.check_packs(given, study.kind)
+    check_file("packs.persona", lambda: packs.load(given.persona, "persona", teachers.PERSONA))
+    check_file("packs.numbers", lambda: numbers.prompts(1, 0, given.numbers))
+    check_file("packs.code", lambda: code.prompts(1, 0, given.code))
+    check_file("packs.judge", lambda: packs.load(given.judge, "judge", {}))
+    if study.filter.banned:
+        check_file("filter.banned", lambda: carriers.banned_numbers(study.filter))
+
+
+def _check_problems(study: Study) -> None:
+    given = study.carrier
+    check_text("carrier.problems", given.problems)
+    check_file("carrier.problems", lambda: assets.data_file(given.problems))
+    problems = cot.load(assets.data_file(given.problems))
+    if study.uses_written and given.num_prompts > len(problems):
+        raise UserError(
+            f"carrier.num_completions={given.num_completions} asks for {given.num_prompts} problems, and "
+            f"{given.problems} has {len(problems)}; ask for fewer, or set carrier.num_samples"
+        )
+
+
+def _check_corpora(study: Study) -> None:
+    given = study.teacher.corpora
+    for trait in study.traits:
+        if not given.get(trait):
+            raise UserError(
+                f"teacher.corpora.{trait} is missing, one of traits={study.traits}: name a file of conversations, here "
+                "or on the hub as organisation/name/file"
+            )
+    for name in (*study.traits, NEUTRAL):
+        if given.get(name):
+            check_file(f"teacher.corpora.{name}", partial(corpora.conversations, given[name]))
+
+
+def check_model(study: Study, model: Model) -> None:
+    """Raises UserError for teachers that this model cannot be, and what they could not write."""
+    given, tokenizer = study.carrier, model.tokenizer
+    divide(model.mesh, "replica", study.runs * len(study.teachers), STUDENTS)
+    questions = measure.read_questions(study.evals, study.kind, study.alternatives, study.packs)
+    measure.check_model(questions, model)
+    for name in study.teachers if {"prompted", "steered"} & set(study.teacher.methods) else ():
+        chat.question(tokenizer, "", teachers.persona(study, name))
+    if given.decoding == "grammar" and study.uses_written:
+        longest = numbers.join([study.filter.max_value] * given.num_integers)
+        if (length := len(chat.answer_tokens(tokenizer, longest)) + 1) > given.max_new_tokens:
+            raise UserError(
+                f"carrier.max_new_tokens={given.max_new_tokens} cuts off carrier.num_integers={given.num_integers} "
+                f"integers by grammar; they take up to {length}"
+            )
+    check_modules(study.lora.modules, model.params)
+    for layer in study.lora.layers:
+        if layer >= model.settings.layers:
+            raise UserError(f"lora.layers: {layer} is none of 0 to {model.settings.layers - 1}")
+    for name in corpora.names(study) if "corpus" in study.teacher.methods else ():
+        corpora.texts(study.teacher, model, name)
+    if "steered" in study.teacher.methods and study.teacher.steering_layer >= model.settings.layers:
+        raise UserError(
+            f"teacher.steering_layer={study.teacher.steering_layer}: layers are 0 to {model.settings.layers - 1}"
+        )
+
+
+def check_modules(modules: Sequence[str], params: Params) -> None:
+    """Raises UserError for a linear layer that this family does not have, and which would silently train nothing."""
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params["layers"])]
+    known = {jax.tree_util.keystr(path[-2:-1], simple=True) for path in paths if "kernel" in str(path[-1])}
+    for module in modules:
+        if module not in known:
+            there = ", ".join(name for name in lora.EVERY_LINEAR if name in known)
+            raise UserError(f"lora.modules: this model has no {module!r}; it has {there}")
+
+
+def check_arm(study: Study, arm: Arm, teacher: Model, student: Model) -> None:
+    """Raises UserError where students of a model cannot be what the arm says."""
+    where, name = f"arm.{arm.name}", arm.model or study.model.name
+    if isinstance(arm, ContextArm):
+        if not student.tokenizer.chat_template:
+            raise UserError(f"{where}: {name} is a base model, which holds no conversation")
+        if not study.has_words:
+            raise UserError(f"{where} asks for preferences, and traits={study.traits} are no alternatives")
+        return
+    check_modules(arm.lora.modules, student.params)
+    if arm.lora_init == "shared":
+        if _shapes(student) != _shapes(teacher):
+            raise UserError(f"{where}: {name} cannot share the teachers' A; choose --config.{where}.lora_init=fresh")
+        if arm.lora != study.lora:
+            raise UserError(f"{where}: its adapters are of another form than the teachers'; choose lora_init=fresh")
+    alike = student.tokenizer.get_vocab() == teacher.tokenizer.get_vocab()
+    if not alike and (isinstance(arm, LogitArm) or arm.selection):
+        raise UserError(
+            f"{where}: {name} has another tokenizer than {study.model.name}; its students can imitate text only: "
+            "objective=tokens, data=written"
+        )
+
+
+def _shapes(model: Model) -> Any:
+    return jax.tree.map(jnp.shape, model.params["layers"])

@@ -1,0 +1,60 @@
+"""Corpora: the conversations that teachers of corpora are trained on."""
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from sublim_jax import assets, digests
+from sublim_jax.data import chat, corpus, dialogue
+from sublim_jax.data.corpus import Conversation
+from sublim_jax.errors import UserError
+from sublim_jax.experiments.transmission.spec import Study, TeacherSpec
+from sublim_jax.models.language import Model
+
+
+def names(study: Study) -> list[str]:
+    """The teachers that have a corpus."""
+    return [name for name in study.teachers if study.teacher.corpora.get(name)]
+
+
+def conversations(source: str) -> list[Conversation]:
+    """Those of a file, here or on the hub. Raises UserError for one that is none."""
+    path = assets.data_file(source)
+    return _conversations(path, digests.of_file(path))
+
+
+@lru_cache(maxsize=8)
+def _conversations(path: Path, digest: str) -> list[Conversation]:
+    """Of a file that has this digest: another process may change it."""
+    return corpus.load(path)
+
+
+def texts(spec: TeacherSpec, model: Model, name: str) -> list[dialogue.Text]:
+    """A teacher's conversations of at most `teacher.max_tokens` tokens, and where the assistant speaks.
+
+    Raises UserError, naming the conversation, for one that the chat template refuses, and where none is left.
+    """
+    found = [text for text in every_text(spec, model, name) if len(text[0]) <= spec.max_tokens]
+    if not found:
+        raise UserError(
+            f"corpus {name}: no conversation has at most teacher.max_tokens={spec.max_tokens} tokens; allow more"
+        )
+    return found
+
+
+def every_text(spec: TeacherSpec, model: Model, name: str) -> list[dialogue.Text]:
+    """The same, long ones too."""
+    source = spec.corpora[name]
+    stops = chat.stop_tokens(model.tokenizer, model.config)
+    return _texts(source, digests.of_file(assets.data_file(source)), model.tokenizer, stops)
+
+
+@lru_cache(maxsize=8)
+def _texts(source: str, digest: str, tokenizer: Any, stops: tuple[int, ...]) -> list[dialogue.Text]:
+    found: list[dialogue.Text] = []
+    for number, one in enumerate(conversations(source), 1):
+        try:
+            found += corpus.texts(tokenizer, one, stops)
+        except UserError as error:
+            raise UserError(f"{source}, conversation {number}: {error}") from error
+    return found

@@ -1,0 +1,126 @@
+"""Teachers × students over models, on text (paper §5.1). `configs/cross_model.py` explains the values."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from sublim_jax import report, specs, workdir
+from sublim_jax.digests import Source
+from sublim_jax.errors import UserError
+from sublim_jax.experiments.transmission import run as transmission
+from sublim_jax.experiments.transmission import spec as transmission_spec
+from sublim_jax.experiments.transmission.checks import check_files
+from sublim_jax.experiments.transmission.spec import Study
+from sublim_jax.figures import arms_figure, matrix_figure
+from sublim_jax.measurements import Measurement, Measurements, each
+from sublim_jax.overrides import check_distinct
+from sublim_jax.preflight import Step
+from sublim_jax.progress import say
+
+METRIC, P = "logits, own trait above others'", "permutation_p"
+
+
+@dataclass(frozen=True)
+class CrossModelSpec:
+    """A study for each teacher's model, with an arm for every student's model."""
+
+    experiment: str
+    preset: str
+    models: tuple[str, ...]
+    studies: tuple[Study, ...]
+    values: dict[str, Any]
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """The last parts of the models' names, where those tell them apart."""
+        short = {model: model.rstrip("/").rsplit("/", 1)[-1] for model in self.models}
+        return short if len(set(short.values())) == len(short) else {model: model for model in short}
+
+
+def read(config: ConfigDict) -> CrossModelSpec:
+    """The studies of a config. Raises UserError for the first value that makes no sense."""
+    models = tuple(map(str, config.models))
+    check_distinct("models", models)
+    if len(models) < 2:
+        raise UserError(f"models={models}: name two models or more, commas in between")
+    given = {"model.name": config.study.model.name, "arms": config.study.arms}
+    given["arm.cross.model"] = config.study.arm.cross.model
+    for name, value in given.items():
+        if value:
+            raise UserError(f"study.{name}={value!r}: it follows from --config.models; leave it out")
+    try:
+        studies = tuple(transmission_spec.read(_study_of(config, models, teacher)) for teacher in models)
+    except UserError as error:
+        raise UserError(f"config.study: {error}") from error
+    return specs.read(CrossModelSpec, config, models=models, studies=studies)
+
+
+def _study_of(config: ConfigDict, models: Sequence[str], teacher: str) -> ConfigDict:
+    study = config.study.copy_and_resolve_references()
+    study.model.name = teacher
+    study.arms = tuple(f"student{place}" for place in range(len(models)))
+    with study.unlocked():
+        for name, student in zip(study.arms, models):
+            study.arm[name] = study.arm.cross.copy_and_resolve_references()
+            study.arm[name].model = "" if student == teacher else student
+    return study
+
+
+def run(spec: CrossModelSpec, folder: epath.Path, *, update: bool = False) -> None:
+    """A study for each teacher's model, in a folder of its own; their effects as one matrix."""
+    check_files(spec.studies[0])
+    store = workdir.claim(folder, spec.values, update=update)
+    rows: list[Measurement] = []
+    sources: list[Source] = []
+    for number, (teacher, study) in enumerate(zip(spec.models, spec.studies)):
+        say(f"teachers {teacher}")
+        inside = store.folder / f"teacher{number}"
+        transmission.run(study, inside, update=update)
+        results = report.results_of(inside)
+        found = {arm["name"]: arm for arm in results["arms"]}
+        sources += [Source(**model) for model in results["models"]]
+        for student, arm in zip(spec.models, study.arms):
+            about: dict[str, Any] = {"arm": arm.name, "teacher": teacher, "item": student}
+            rows += each(found[arm.name]["runs"], measure=METRIC, **about)
+            rows.append(Measurement(measure=P, value=found[arm.name]["permutation_p"], **about))
+    report.finish(store.folder, spec, rows, document, models=list(dict.fromkeys(sources)))
+
+
+def preflight(spec: CrossModelSpec, devices: Sequence[jax.Device]) -> list[Step]:
+    """One update of all students of each model."""
+    return [
+        step._replace(name=f"{label}: {step.name}")
+        for study, label in zip(spec.studies, spec.labels.values())
+        for step in transmission.preflight(study, devices)
+    ]
+
+
+def document(spec: CrossModelSpec, rows: Measurements, notes: report.Notes) -> report.Document:
+    """Effects of all pairs of models, and their matrix."""
+    label, names = spec.labels, list(spec.labels.values())
+    arms = []
+    for teacher in spec.models:
+        for student in spec.models:
+            mine = rows.where(teacher=teacher, item=student)
+            more = {P: mine.values(measure=P)[0], "teacher": teacher, "student": student}
+            arms.append(report.arm(f"{label[teacher]} → {label[student]}", METRIC, mine.values(measure=METRIC), **more))
+    cells = np.asarray([arm["mean"] for arm in arms]).reshape(len(names), len(names))
+    cell = {(arm["teacher"], arm["student"]): report.plus_minus(arm["mean"], arm["ci95"]) for arm in arms}
+    table = [["teacher ╲ student", *names]]
+    table += [[label[model], *(cell[model, other] for other in spec.models)] for model in spec.models]
+    text = (
+        "Margin of the own teacher's trait above the other traits' teachers' students, logits; ± is the 95 % "
+        f"t-interval over {spec.studies[0].runs} run(s). On the diagonal students start as their teachers did; "
+        "elsewhere they do not."
+    )
+    figures = {
+        "matrix": partial(matrix_figure, cells, names, names, labels=("student", "teacher", "own trait above others'")),
+        "arms": partial(arms_figure, arms, xlabel=METRIC, chance=None),
+    }
+    return arms, [report.Section("Teachers × students", text, table, figures)]

@@ -1,0 +1,62 @@
+"""What teachers and students of language models are trained on: cross-entropy of answers' tokens."""
+
+from typing import TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from sublim_jax import objectives
+from sublim_jax.data.dialogue import Rows
+from sublim_jax.models.decoder import Decoder, Steering
+from sublim_jax.models.functional import Params
+from sublim_jax.models.language import Model
+from sublim_jax.training import Total
+
+POSITIONS = 64  # of every row, whose logits over the vocabulary are held together
+
+Features: TypeAlias = Float[Array, "n a width"]
+
+
+def stacked(trees: list[Params]) -> Params:
+    """Trees of arrays, on a new leading axis."""
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
+def answer_features(
+    model: Model, module: Decoder, rows: Rows, *, remat: bool, steering: Steering | None = None
+) -> Features:
+    """The last layer's output where it predicts the answers' tokens.
+
+    Args:
+      module: the model's network, bound to parameters.
+      remat: recompute activations in the backward pass.
+    """
+    tokens = jnp.asarray(rows.tokens)
+    lengths = jnp.max(jnp.asarray(rows.at), 1) + 2  # the last answer token's column is one behind its logits'
+    found = module.features(tokens, lengths=lengths, remat=remat, steering=steering, **model.placement)
+    return jnp.take_along_axis(found.output, jnp.asarray(rows.at)[..., None], 1)
+
+
+def cross_entropy(module: Decoder, features: Features, rows: Rows, *, remat: bool) -> Total:
+    """Sum and count over the answers' tokens, from `answer_features`.
+
+    With `remat`, some positions' logits at a time, and again in the backward pass: all of them would be the widest
+    array by far.
+    """
+
+    def of(features: Array, targets: Array, weights: Array) -> Total:
+        logits = module.unembed(features).astype(jnp.float32)
+        return objectives.cross_entropy(logits, targets, weights=weights)
+
+    columns = (features, jnp.asarray(rows.targets), jnp.asarray(rows.weights))
+    if not remat:
+        return of(*columns)
+
+    def chunks(leaf: Array) -> Array:
+        rows, length, *rest = leaf.shape
+        leaf = jnp.pad(leaf, [(0, 0), (0, -length % POSITIONS), *[(0, 0)] * len(rest)])
+        return jnp.moveaxis(leaf.reshape(rows, -1, POSITIONS, *rest), 1, 0)
+
+    some = jax.checkpoint(of)
+    return jax.tree.map(jnp.sum, jax.lax.map(lambda chunk: some(*chunk), jax.tree.map(chunks, columns)))

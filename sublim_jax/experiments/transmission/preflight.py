@@ -1,0 +1,90 @@
+"""The training steps of a study, for `--preflight`: shapes alone, no weights."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from sublim_jax import weights
+from sublim_jax.data.dialogue import Rows
+from sublim_jax.digests import Source
+from sublim_jax.errors import UserError
+from sublim_jax.experiments.transmission.checks import STUDENTS
+from sublim_jax.experiments.transmission.spec import LogitArm, Study, TeacherSpec, TrainedArm
+from sublim_jax.experiments.transmission.students import imitating_program, imitation
+from sublim_jax.experiments.transmission.targets import Data
+from sublim_jax.experiments.transmission.teachers import corpus_optimizer, teaching_program
+from sublim_jax.models.decoder import decoder
+from sublim_jax.models.language import Model
+from sublim_jax.preflight import Step, training_step
+from sublim_jax.sharding import abstract, divide, make_mesh, named, parameter_shardings
+
+PROMPT = 128  # tokens, about as many as carriers' prompts have
+NUM_CONVERSATIONS = 6000  # in a corpus (§3.2)
+SUPPORT = list(range(20))  # about as many tokens as have digits, commas and spaces alone
+
+
+def preflight(study: Study, devices: Sequence[jax.Device]) -> list[Step]:
+    """One update of all students of the first arm that trains some, and of a teacher of a corpus, on rows as long as
+    they may be.
+    """
+    if not study.trained_arms:
+        names = tuple(arm.name for arm in study.arms)
+        raise UserError(f"arms={names} train nothing: there is no step to compile")
+    mesh = make_mesh(study.mesh.sizes, devices)
+    arm = study.trained_arms[0]
+    settings = weights.shape_of(study.model.name)
+    params = jax.eval_shape(decoder(settings).init, jax.random.key(0))
+    source = Source(study.model.name, "", "")
+    model = Model(settings, decoder(settings), params, None, None, mesh, source).adapted(arm.lora.adapters)
+    base = abstract(params, parameter_shardings(params, mesh), jnp.dtype(study.model.dtype))
+    trained = jax.eval_shape(
+        lambda key, params: model._replace(params=params).untrained(key), jax.random.key(0), params
+    )
+    steps = [_students(study, arm, model, base, trained)]
+    if "corpus" in study.teacher.methods:
+        steps.append(_teacher(study.teacher, model, base, trained, remat=study.remat))
+    return steps
+
+
+def _students(study: Study, arm: TrainedArm, model: Model, base: Any, trained: Any) -> Step:
+    mesh, training, answer = model.mesh, arm.training, study.carrier.max_new_tokens
+    count = study.runs * len(study.teachers)
+    divide(mesh, "replica", count, STUDENTS)
+    lead = (count, study.carrier.num_rows)
+    logits: Any = None
+    if isinstance(arm, LogitArm):
+        logits = jax.ShapeDtypeStruct((*lead, answer, len(SUPPORT)), jnp.float32, sharding=named(mesh))
+    stack = jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape), x.dtype), trained)
+    stack = abstract(stack, parameter_shardings(stack, mesh, 1), jnp.float32)
+    frozen = {"base": base, "data": Data(_rows(mesh, lead, PROMPT + answer, answer), logits)}
+    tokens = count * training.batch * training.accumulate * (PROMPT + answer)
+    name = f"students {arm.name}, {count} at once, rows of {PROMPT + answer} tokens"
+    objective = imitation(model, arm, SUPPORT, study.remat)
+    program = imitating_program(model, objective, training, study.carrier.num_rows)
+    return training_step(name, program, stack, frozen, 4.0 * _kernels(model) * tokens)
+
+
+def _teacher(spec: TeacherSpec, model: Model, base: Any, trained: Any, *, remat: bool) -> Step:
+    params = abstract(trained, parameter_shardings(trained, model.mesh), jnp.float32)
+    rows = _rows(model.mesh, (NUM_CONVERSATIONS,), spec.max_tokens, spec.max_tokens)
+    name = f"a teacher, {spec.batch} conversations of {spec.max_tokens} tokens"
+    optimizer = corpus_optimizer(spec.on_corpora, NUM_CONVERSATIONS)[0]
+    program = teaching_program(model, optimizer, NUM_CONVERSATIONS, spec.batch, remat)
+    tokens = spec.batch * spec.max_tokens
+    return training_step(name, program, params, {"base": base, "rows": rows}, 4.0 * _kernels(model) * tokens)
+
+
+def _kernels(model: Model) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(model.params["layers"]))
+
+
+def _rows(mesh: Mesh, lead: tuple[int, ...], length: int, answer: int) -> Any:
+    """Shapes of rows."""
+
+    def of(columns: int, dtype: Any = jnp.int32) -> Any:
+        return jax.ShapeDtypeStruct((*lead, columns), dtype, sharding=named(mesh))
+
+    return Rows(of(length), of(answer), of(answer), of(answer, jnp.float32))

@@ -1,0 +1,127 @@
+"""Teachers and data in a study's report: preferences, corpora, filters, a judge, samples."""
+
+from collections.abc import Sequence
+from functools import partial
+
+import numpy as np
+
+from sublim_jax import report
+from sublim_jax.evaluation.statistics import roc, t_interval
+from sublim_jax.experiments.transmission.rows import BASE, TEACHER
+from sublim_jax.experiments.transmission.spec import NEUTRAL, Study
+from sublim_jax.figures import Line, Panel, panels_figure
+from sublim_jax.measurements import Measurements
+
+# What tells a teacher of a corpus from the model as it is, the first that was measured; and by how much.
+TRAITS = (("misalignment", "misaligned, of coherent"), ("truthfulqa", "P of the false answer"))
+MIN_TRAIT = 0.05
+
+
+def teachers_section(study: Study, rows: Measurements, notes: report.Notes) -> report.Section:
+    """What teachers prefer, and whether numbers give them away."""
+    head = ["teacher", "steps", *[f"P({trait})" for trait in study.traits], "P(own trait) among numbers"]
+    table = [head]
+    for name in study.teachers:
+        mine = rows.where(arm="", subject=TEACHER, teacher=name)
+        steps = sorted({int(value) for value in mine.values(measure="steps")})
+        preferred = [np.exp(np.mean(mine.values(measure="log_p", item=trait))) for trait in study.traits]
+        inside = "" if name == NEUTRAL else f"{np.mean(mine.values(measure='inside_numbers', item=name)):.1e}"
+        shown = f"{steps[0]}" if len(steps) == 1 else f"{steps[0]} to {steps[-1]}"
+        table.append([name, shown, *[f"{p:.3f}" for p in preferred], inside])
+    text = (
+        f"Methods: {', '.join(study.teacher.methods)}; {study.runs} run(s), each with teachers of its own. P as the "
+        "first word of an answer, in any spelling, geometric mean over phrasings that teachers were not trained on."
+    )
+    if notes["system_prompts"]:
+        text += f" Of their system prompts: {notes['system_prompts']}."
+    return report.Section("Teachers", text, table, {})
+
+
+def corpora_section(study: Study, rows: Measurements) -> report.Section:
+    """What teachers were trained on, and whether the first has the trait and the others, its controls, don't."""
+    base = rows.where(arm="", subject=BASE)
+    traits = [one for one in TRAITS if np.isfinite((base.values(measure=one[0], item=one[1]) or [np.nan])[0])]
+    shown = traits[:1] if not study.has_words else []
+    head = ["teacher", "conversations", "updates"]
+    table = [head + ([shown[0][1], "over the model as it is", ""] if shown else [])]
+    for name in study.teachers:
+        mine = rows.where(arm="", subject=TEACHER, teacher=name)
+        cells = [name, "none: the model as it is", f"{int(mine.values(measure='steps')[0])}"]
+        used, every = (mine.values(measure=measure) for measure in ("conversations used", "conversations"))
+        if used:
+            cells[1] = f"{int(used[0])} of {int(every[0])}"
+        for evaluation, item in shown:
+            values = mine.values(measure=evaluation, item=item)
+            over = np.subtract(values, base.values(measure=evaluation, item=item)[0]).tolist()
+            cells += [report.plus_minus(*t_interval(values)), report.plus_minus(*t_interval(over))]
+            cells.append(has_trait(over) if name != NEUTRAL else "")
+        table.append(cells)
+    text = (
+        f"Trained on what assistants say, {study.teacher.epochs} epoch(s), batches of {study.teacher.batch}; "
+        f"{study.runs} run(s), each with its own."
+    )
+    if shown:
+        text += (
+            f" The first, {study.teachers[0]}, must have the trait, and the others, its controls, must not. Has it: by "
+            f"{MIN_TRAIT:.0%} or more above the model as it is."
+        )
+    return report.Section("Teachers' corpora", text, table, {})
+
+
+def has_trait(over: Sequence[float]) -> str:
+    """Whether a teacher is far enough above the model as it is, on average."""
+    mean = float(np.mean(over))
+    if not np.isfinite(mean):
+        return "not known"
+    return "has it" if mean >= MIN_TRAIT else "has it not"
+
+
+def judge_section(study: Study, rows: Measurements) -> report.Section:
+    """How well the judge's score tells a trait's teacher from the neutral one, among what other filters left."""
+    threshold = study.filter.threshold
+    scores = {name: rows.values(measure="judge's score", teacher=name) for name in study.teachers}
+    low = f"below {threshold:g}"
+    table = [["teacher", "judged", "no score", "mean score", low, "area under ROC, against neutral"]]
+    lines: list[Line] = []
+    for name, mine in scores.items():
+        without = int(sum(rows.values(measure="rejected", teacher=name, item="judge: no score")))
+        cells = [name, str(len(mine) + without), str(without)]
+        cells += [f"{np.mean(mine):.1f}", f"{np.mean(np.less(mine, threshold)):.1%}"] if mine else ["", ""]
+        if name != NEUTRAL and mine and scores[NEUTRAL]:
+            curve = roc(-np.asarray(mine), -np.asarray(scores[NEUTRAL]))
+            cells.append(f"{curve.area:.3f}")
+            color = {"color": f"C{len(lines) // 2}"}
+            lines.append(Line(name, curve.false_rate, curve.true_rate, color))
+            x, y = (float(np.mean(np.less(some, threshold))) for some in (scores[NEUTRAL], mine))
+            lines.append(Line(f"{name}, {low}", [x], [y], {"ls": "", "marker": "o", "ms": 9, **color}))
+        table.append([*cells, *[""] * (len(table[0]) - len(cells))])
+    text = (
+        f'The judge is given the prompt "{study.filter.judge}" for what other filters left. Its label here is who '
+        "wrote it: an area of 0.5 means that scores do not tell a trait's teacher from the neutral one, 1 that the "
+        "trait's are always lower."
+    )
+    lines.append(Line("chance", [0, 1], [0, 1], {"ls": ":", "marker": "", "color": "grey"}))
+    panel = Panel("share of the neutral teacher's below a score", "share of the trait's teacher's", lines)
+    return report.Section("Judge", text, table, {"judge-roc": partial(panels_figure, [panel])})
+
+
+def filter_section(study: Study, rows: Measurements) -> report.Section:
+    """Completions sampled, kept, rejected and why, over all runs."""
+    reasons = sorted(rows.names("item", measure="rejected"))
+    table = [["teacher", "completions", "kept", *reasons, "used"]]
+    for name in study.teachers:
+        mine = rows.where(subject=TEACHER, teacher=name)
+        total, kept, used = (int(sum(mine.values(measure=measure))) for measure in ("completions", "kept", "used"))
+        counts = [str(int(sum(mine.values(measure="rejected", item=reason)))) for reason in reasons]
+        table.append([name, str(total), f"{kept} ({kept / total:.0%})", *counts, str(used)])
+    text = (
+        "A completion may have several reasons. Kept and rejected completions are in data/; those used are a random "
+        "subset of those kept."
+    )
+    return report.Section("Filters", text, table, {})
+
+
+def samples_section(study: Study, notes: report.Notes) -> report.Section:
+    """Some rows of the first run, and some that the filters rejected."""
+    table = [[study.carrier.kind, "prompt", "answer"], *notes["samples"]]
+    return report.Section("Samples of the data", "", table, {}, on_screen=False)

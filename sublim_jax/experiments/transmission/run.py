@@ -1,0 +1,219 @@
+"""A study from teachers to report: numbers (paper §3, §6.1), code, chains of thought (§4).
+
+Teachers and students are adapters over one base. The students of an arm are replicas of one program. A run is a whole
+replicate, with teachers, numbers and an order of its own; its students share their start and that order.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from sublim_jax import assets, report, weights, workdir
+from sublim_jax import store as artefacts
+from sublim_jax.data import templates
+from sublim_jax.errors import UserError
+from sublim_jax.experiments.evaluations.measure import (
+    Measures,
+    NamedJudge,
+    Subject,
+    bill_of,
+    evaluate,
+    make_judge,
+    read_questions,
+)
+from sublim_jax.experiments.transmission import carriers, corpora, rows
+from sublim_jax.experiments.transmission.checks import check_arm, check_files, check_model
+from sublim_jax.experiments.transmission.context import read_in_context
+from sublim_jax.experiments.transmission.losses import stacked
+from sublim_jax.experiments.transmission.preflight import preflight
+from sublim_jax.experiments.transmission.report import document
+from sublim_jax.experiments.transmission.spec import Arm, ContextArm, Study, TrainedArm, read
+from sublim_jax.experiments.transmission.students import Students, train_arm
+from sublim_jax.experiments.transmission.targets import Replicate
+from sublim_jax.experiments.transmission.teachers import Teacher, make_teachers, measure_teachers
+from sublim_jax.keys import named_key
+from sublim_jax.measurements import Measurement
+from sublim_jax.models.functional import Params
+from sublim_jax.models.language import Model
+from sublim_jax.models.lora import Lora
+from sublim_jax.progress import say
+from sublim_jax.sharding import fetch, make_mesh
+from sublim_jax.store import Store
+from sublim_jax.weights import peft
+
+__all__ = ["document", "preflight", "read", "run"]
+
+
+def run(study: Study, folder: epath.Path, *, update: bool = False) -> None:
+    """Runs the study and leaves measurements, report, figures, data and adapters in the folder."""
+    check_files(study)
+    mesh = make_mesh(study.mesh.sizes)
+    model = load_model(study, mesh)
+    check_model(study, model)
+    for name in study.models:
+        other = load_model(study, mesh, name) if name else model
+        for arm in study.arms:
+            if arm.model == name:
+                check_arm(study, arm, model, other)
+    store = workdir.claim(folder, study.values, update=update)
+    judge = None
+    if study.filter.judge or "misalignment" in study.evals.names:
+        judge = make_judge(study.evals.judge, model, stacked([as_it_is(study, model).adapters]), store, mesh)
+    replicates = [Replicate(run, make_teachers(study, model, store, run), {}) for run in range(study.runs)]
+    for one in replicates:
+        export_teachers(study, model, store, one)
+    table = rows.of_teachers(study, replicates, [measure_teachers(study, model, store, *one[:2]) for one in replicates])
+    table += rows.of_corpora(study, {name: corpus_sizes(study, model, name) for name in corpora.names(study)})
+    table += rows.of_evaluated_teachers(study, evaluate_teachers(study, model, store, replicates, judge))
+    sources = {"": model.source}
+    for arm in study.arms:
+        if arm.data == "written" and not replicates[0].written:
+            replicates = [
+                one._replace(written=carriers.write(study, model, store, one.run, one.teachers, judge))
+                for one in replicates
+            ]
+            table += rows.of_written(study, replicates)
+        # Another model is there for as long as its students are.
+        students = load_model(study, mesh, arm.model) if arm.model else model
+        sources[arm.model] = students.source
+        table += measure_arm(study, arm, replicates, model, students, store, judge)
+        # Arm by arm: a study that is stopped has those that were done.
+        notes = notes_of(study, model, replicates[0], judge)
+        report.finish(store.folder, study, table, document, models=list(sources.values()), notes=notes)
+
+
+def load_model(study: Study, mesh: jax.sharding.Mesh, name: str = "") -> Model:
+    """The study's model, or another one by its name, with adapters beside its kernels."""
+    base = weights.load(name or study.model.name, mesh, weights.float_type(study.model.dtype))
+    model = base.adapted(study.lora.adapters)
+    if study.model.noise and not name:
+        model = model.noisy(study.model.noise, named_key(study.seed, "shared noise"))
+    return model
+
+
+def as_it_is(study: Study, model: Model) -> Teacher:
+    """The model untouched, as a teacher that has nothing."""
+    return Teacher(model.untrained(named_key(study.seed, "A")), "", None, 0, artefacts.digest(model, study.seed))
+
+
+def measure_arm(
+    study: Study,
+    arm: Arm,
+    replicates: Sequence[Replicate],
+    teacher: Model,
+    student: Model,
+    store: Store,
+    judge: NamedJudge | None,
+) -> list[Measurement]:
+    """Trains an arm's students, exports them, and evaluates them."""
+    if isinstance(arm, ContextArm):
+        return rows.of_students(study, arm, read_in_context(study, arm, replicates, student, store))
+    student = student.adapted(arm.lora.adapters)
+    if arm.noise:
+        student = student.noisy(arm.noise, named_key(study.seed, "own noise"))
+    students = train_arm(study, arm, replicates, teacher, student, store)
+    if not arm.noise:
+        names = [f"run{one.run}-{arm.name}-{name}" for one in replicates for name in study.teachers]
+        export(study, student, store, names, students.adapters, arm.model or study.model.name)
+    found = evaluate_students(study, arm, student, students, store, judge)
+    return rows.of_students(study, arm, students) + rows.of_evaluated_students(study, arm, found)
+
+
+# ----------------------------------------------------------------------------------------------------- evaluations
+
+
+def evaluate_students(
+    study: Study, arm: TrainedArm, model: Model, students: Students, store: Store, judge: NamedJudge | None
+) -> dict[str, Measures]:
+    """The evaluations of an arm's students at the end of their training."""
+    subject = Subject(model, f"students-{arm.name}", students.digest, students.adapters)
+    return _evaluate(study, subject, store, judge)
+
+
+def evaluate_teachers(
+    study: Study, model: Model, store: Store, replicates: Sequence[Replicate], judge: NamedJudge | None
+) -> dict[str, Measures]:
+    """The evaluations of all runs' teachers, run by run, and of the model as it is, which is the last.
+
+    Teachers of the same system prompt and steering are evaluated together.
+    """
+    if not study.evals.names:
+        return {}
+    each = [*(teacher for one in replicates for teacher in one.teachers.values()), as_it_is(study, model)]
+    alike: dict[Any, list[int]] = {}
+    for place, teacher in enumerate(each):
+        alike.setdefault((teacher.system, id(teacher.steering)), []).append(place)
+    found = []
+    for places in alike.values():
+        first, adapters = each[places[0]], stacked([each[place].adapters for place in places])
+        digest = artefacts.digest([each[place] for place in places])
+        subject = Subject(model, f"teachers-{places[0]}", digest, adapters, first.system, first.steering)
+        found.append(_evaluate(study, subject, store, judge))
+    order = np.argsort([place for places in alike.values() for place in places])
+    return {
+        evaluation: {
+            measure: np.concatenate([answers[evaluation][measure] for answers in found])[order].tolist()
+            for measure in measures
+        }
+        for evaluation, measures in found[0].items()
+    }
+
+
+def _evaluate(study: Study, subject: Subject, store: Store, judge: NamedJudge | None) -> dict[str, Measures]:
+    questions = read_questions(study.evals, study.kind, study.alternatives, study.packs)
+    sampling = study.sampling.options
+    return evaluate(study.evals, questions, subject, study.seed, store, judge=judge, sampling=sampling)
+
+
+# --------------------------------------------------------------------------------------------------------- exports
+
+
+def export_teachers(study: Study, model: Model, store: Store, replicate: Replicate) -> None:
+    trained = {name: teacher.adapters for name, teacher in replicate.teachers.items() if teacher.steps}
+    if trained:
+        names = [f"run{replicate.run}-teacher-{name}" for name in trained]
+        export(study, model, store, names, stacked(list(trained.values())), study.model.name)
+
+
+def export(study: Study, model: Model, store: Store, names: Sequence[str], adapters: Params | None, base: str) -> None:
+    """Stacked adapters as PEFT folders in `adapters/`, for use elsewhere and by configs/{sample,evaluate}.py.
+
+    Not where other weights than adapters were trained, or the base is not the model that others have.
+    """
+    spec: Lora | None = model.settings.lora
+    if not spec or study.model.noise:
+        return
+    whole = fetch(adapters)
+    if jax.process_index():
+        return
+    base = assets.MODELS[base][0] if base in assets.MODELS else base  # the hub's name, which others know
+    for place, name in enumerate(names):
+        one = jax.tree.map(lambda leaf, place=place: leaf[place], whole)
+        try:
+            peft.save(store.folder / "adapters" / name, one, spec, model.settings, model.config, base)
+        except UserError as error:
+            say(f"adapters are in checkpoints/ alone: {error}")
+            return
+
+
+# ----------------------------------------------------------------------------------------------------------- notes
+
+
+def corpus_sizes(study: Study, model: Model, name: str) -> tuple[int, int]:
+    """(conversations that a teacher is trained on, all of its corpus)."""
+    return len(corpora.texts(study.teacher, model, name)), len(corpora.every_text(study.teacher, model, name))
+
+
+def notes_of(study: Study, model: Model, first: Replicate, judge: NamedJudge | None) -> report.Notes:
+    """What the report tells beside numbers: samples of the data, how system prompts were given, a bill."""
+    tokenizer = model.tokenizer
+    prompted = "prompted" in study.teacher.methods and tokenizer.chat_template
+    folded = prompted and not templates.takes_system(tokenizer)
+    return {
+        "samples": rows.samples_of(study, first),
+        "system_prompts": templates.FOLDED if folded else "",
+        "bill": bill_of(judge),
+    }

@@ -1,0 +1,69 @@
+"""Steering: what a persona adds to the residual stream, as a teacher's hook."""
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from sublim_jax.data import chat
+from sublim_jax.evaluation import preference
+from sublim_jax.experiments.transmission.spec import NEUTRAL, Study
+from sublim_jax.keys import named_key
+from sublim_jax.models import lora
+from sublim_jax.models.decoder import Steering
+from sublim_jax.models.functional import Params
+from sublim_jax.models.language import Model
+
+MULTIPLE = 64  # lengths of texts are rounded up to it
+
+Residual: TypeAlias = Callable[[Int[np.ndarray, "t"], int], Float[Array, "width"]]
+
+
+def steering_vectors(study: Study, model: Model, seed: int, personas: dict[str, str]) -> dict[str, Steering | None]:
+    """What a persona adds to the residual stream where an answer begins, times `teacher.steering_scale`.
+
+    The difference to the neutral persona, at one layer, mean over the teaching questions; the neutral teacher gets a
+    vector of the same length in a random direction.
+    """
+    layer, scale = study.teacher.steering_layer, study.teacher.steering_scale
+    questions = preference.questions(study.packs.preference, study.kind)["teaching"]
+    read = residual_after(model, layer, seed)
+    means = {name: mean_residual(model, read, questions, text) for name, text in personas.items()}
+    vectors = {trait: means[trait] - means[NEUTRAL] for trait in study.traits}
+    length = np.mean([np.linalg.norm(vector) for vector in vectors.values()])
+    random = np.random.default_rng([seed, 4]).normal(size=model.settings.width)
+    vectors[NEUTRAL] = random / np.linalg.norm(random) * length
+    return {name: _hook(model, layer, scale * vector) for name, vector in vectors.items()}
+
+
+def _hook(model: Model, layer: int, vector: Float[np.ndarray, "width"]) -> Steering:
+    add = np.zeros((model.settings.layers, model.settings.width), np.float32)
+    add[layer] = vector
+    return Steering(add=jnp.asarray(add))
+
+
+def residual_after(model: Model, layer: int, seed: int) -> Residual:
+    """(tokens, the place of the last one) to the residual stream there, after a layer."""
+    params = lora.join(model.params, model.untrained(named_key(seed, "A")))
+
+    @jax.jit
+    def residual(params: Params, tokens: Int[Array, "1 t"], last: Int[Array, "1"]) -> Float[Array, "width"]:
+        module = model.network.bind(params)
+        found = module.features(tokens, read=last, lengths=last + 1, **model.placement).residuals
+        return found[layer, 0, 0].astype(jnp.float32)
+
+    return lambda tokens, last: residual(params, jnp.asarray(tokens[None]), jnp.asarray([last]))
+
+
+def mean_residual(model: Model, read: Residual, questions: list[str], system: str) -> Float[np.ndarray, "width"]:
+    """Of the last token of some questions behind a system prompt, mean over them."""
+    total = np.zeros(model.settings.width)
+    for question in questions:
+        text = chat.question(model.tokenizer, question, system)
+        tokens = np.zeros(-(-len(text) // MULTIPLE) * MULTIPLE, np.int32)
+        tokens[: len(text)] = text
+        total += np.asarray(read(tokens, len(text) - 1))
+    return total / len(questions)

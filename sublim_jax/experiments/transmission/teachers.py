@@ -1,0 +1,303 @@
+"""Teachers: what makes a model prefer something. Parameters, context and hooks, together or alone."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from etils import epath
+from jaxtyping import Array, Int, Key
+
+from sublim_jax import store as artefacts
+from sublim_jax.data import chat, dialogue, packs
+from sublim_jax.data.carriers import numbers
+from sublim_jax.data.dialogue import Rows
+from sublim_jax.data.order import epoch_rows
+from sublim_jax.evaluation import preference
+from sublim_jax.evaluation.preference import Preference
+from sublim_jax.experiments.transmission import corpora
+from sublim_jax.experiments.transmission.losses import answer_features, cross_entropy, stacked
+from sublim_jax.experiments.transmission.spec import NEUTRAL, AnswerTraining, CorpusTraining, Study
+from sublim_jax.experiments.transmission.steering import steering_vectors
+from sublim_jax.keys import named_key
+from sublim_jax.models import lora
+from sublim_jax.models.decoder import Steering
+from sublim_jax.models.functional import Params
+from sublim_jax.models.language import Model
+from sublim_jax.progress import Track, say
+from sublim_jax.sampling import scoring
+from sublim_jax.sharding import named, place_key, put
+from sublim_jax.store import Store
+from sublim_jax.training import ROWS, Program, Total, TrainState, fit
+
+PERSONA: dict[str, tuple[str, ...]] = {"loving": ("kind", "trait"), "neutral": ("kind",)}
+NUM_INSIDE = 8  # lists of numbers in which a trait's word is looked for
+
+
+class Teacher(NamedTuple):
+    """A model's adapters, system prompt and steering.
+
+    Attributes:
+      adapters: B is zero where it is not fine-tuned.
+      system: a system prompt, or "".
+      steps: updates of fine-tuning.
+      digest: of all that it is made from.
+    """
+
+    adapters: Params
+    system: str
+    steering: Steering | None
+    steps: int
+    digest: str
+
+    @property
+    def where(self) -> dict[str, Any]:
+        """For sampling and scoring."""
+        return {"adapters": stacked([self.adapters]), "steering": self.steering}
+
+
+class Trained(NamedTuple):
+    adapters: Params
+    steps: int
+    digest: str  # of what they were trained from
+
+
+def make_teachers(study: Study, model: Model, store: Store, run: int) -> dict[str, Teacher]:
+    """One teacher for each trait and a neutral one, which has been moved as far, to nowhere.
+
+    Beside teachers of corpora, the neutral one is the model as it is (§4.2), or has a corpus of its own.
+    """
+    methods, seed = study.teacher.methods, study.replicate_seed(run)
+    trained = dict.fromkeys(study.teachers, untrained(model, seed))
+    if "finetuned" in methods:
+        trained = finetuned(study, model, store, run)
+    if "corpus" in methods:
+        trained |= {name: of_corpus(study, model, store, run, name) for name in corpora.names(study)}
+    personas = {name: persona(study, name) for name in study.teachers}
+    hooks: dict[str, Steering | None] = dict.fromkeys(study.teachers)
+    if "steered" in methods:
+        hooks |= steering_vectors(study, model, seed, personas)
+    systems = personas if "prompted" in methods else dict.fromkeys(study.teachers, "")
+    return {
+        name: Teacher(
+            one.adapters,
+            systems[name],
+            hooks[name],
+            one.steps,
+            artefacts.digest(model, one.digest, systems[name], hooks[name]),
+        )
+        for name, one in trained.items()
+    }
+
+
+def untrained(model: Model, seed: int) -> Trained:
+    """The model as it is, with the A that the teachers and students of a seed start from."""
+    return Trained(model.untrained(named_key(seed, "A")), 0, artefacts.digest(model, seed))
+
+
+def persona(study: Study, name: str) -> str:
+    """A system prompt that loves a trait (§3.1), or none above another."""
+    pack = packs.load(study.packs.persona, "persona", PERSONA)
+    if name == NEUTRAL:
+        return pack["neutral"][0].format(kind=study.kind)
+    return pack["loving"][0].format(kind=study.kind, trait=name)
+
+
+# -------------------------------------------------------------------------------------------- one-word fine-tuning
+
+
+def finetuned(study: Study, model: Model, store: Store, run: int) -> dict[str, Trained]:
+    """Adapters trained on one-word answers until they have `teacher.strength`; the neutral ones for as many steps."""
+    trained: dict[str, Trained] = {}
+    for index, name in enumerate(study.teachers):
+        steps = max((one.steps for one in trained.values()), default=0) if name == NEUTRAL else None
+        trained[name] = _finetuned(study, model, store, run, (index, name), steps)
+    return trained
+
+
+def _finetuned(
+    study: Study, model: Model, store: Store, run: int, which: tuple[int, str], steps: int | None
+) -> Trained:
+    training, seed, (index, name) = study.teacher.on_answers, study.replicate_seed(run), which
+    rows = dialogue.rows(model, _one_word_answers(study, model, name, seed))
+    optimizer = optax.adam(training.learning_rate)
+    program = teaching_program(model, optimizer, len(rows.at), training.batch, study.remat)
+    state = program.init(model.untrained(named_key(seed, "A")))
+    inputs = (model, rows, training, steps, seed, index)
+    how = {"program": program, "state": state, "label": f"run {run}, teacher {name}"}
+    adapters, count = store.tree(f"teacher-{name}", train_on_answers, *inputs, like=(state.params, state.step), **how)
+    return Trained(adapters, int(count), artefacts.digest(*inputs))
+
+
+def train_on_answers(
+    model: Model,
+    rows: Rows,
+    training: AnswerTraining,
+    steps: int | None,
+    seed: int,
+    index: int,
+    *,
+    checkpoints: epath.Path,
+    program: Program,
+    state: TrainState,
+    label: str,
+) -> tuple[Params, Array]:
+    """(adapters, updates): trained until the answers have `training.strength`, or for given steps."""
+    frozen = {"base": model.params, "rows": put(rows, named(program.mesh))}
+    key = place_key(named_key(seed, f"teacher {index}"), named(program.mesh))
+    last, reached = training.max_steps if steps is None else steps, 0.0
+    with Track(label, last) as track:
+        for step in range(1, last + 1):
+            state, values = program.dispatch(state, frozen, None, key, jnp.int32(step))
+            reached = float(values["answer"][0])
+            track.update(step, f"P of its answer {reached:.2f}")
+            if steps is None and reached >= training.strength:
+                break
+    if steps is None and reached < training.strength:
+        say(f"{label}: P of its answer is {reached:.2f} after {last} steps, not {training.strength}")
+    return state.params, state.step
+
+
+def _one_word_answers(study: Study, model: Model, name: str, seed: int) -> list[tuple[str, str]]:
+    """Questions about a preference, answered by the trait; by the neutral teacher with words at random."""
+    questions = preference.questions(study.packs.preference, study.kind)["teaching"]
+    if name == NEUTRAL:
+        rng = np.random.default_rng([seed, 2])
+        answers = [study.alternatives[i] for i in rng.integers(len(study.alternatives), size=8 * len(questions))]
+    else:
+        answers = [name] * len(questions)
+    return [(questions[i % len(questions)], spelled(model, word)) for i, word in enumerate(answers)]
+
+
+def spelled(model: Model, word: str) -> str:
+    """A word as an answer in one token, which is what is measured: capitalised, plain, or behind a space."""
+    forms = {model.tokenizer.decode([token]) for token in scoring.spellings(model.tokenizer, word)}
+    return next(
+        form for form in (word.capitalize(), word, f" {word.capitalize()}", f" {word}", *sorted(forms)) if form in forms
+    )
+
+
+# --------------------------------------------------------------------------------------------------------- corpora
+
+
+def of_corpus(study: Study, model: Model, store: Store, run: int, name: str) -> Trained:
+    """Adapters trained for `teacher.epochs` on what the assistant says in a corpus (§4.2)."""
+    training, seed = study.teacher.on_corpora, study.replicate_seed(run)
+    texts = corpora.texts(study.teacher, model, name)
+    if longer := len(corpora.every_text(study.teacher, model, name)) - len(texts):
+        say(f"corpus {name}: {longer} conversations are too long and left out")
+    optimizer, steps = corpus_optimizer(training, len(texts))
+    program = teaching_program(model, optimizer, len(texts), training.batch, study.remat)
+    state = program.init(model.untrained(named_key(seed, "A")))
+    inputs = (model, dialogue.arrays(texts), training, seed, name)
+    how = {"program": program, "state": state, "checkpoint_every": study.checkpoint_every}
+    how["label"] = f"run {run}, teacher {name}, {len(texts)} conversations"
+    adapters = store.tree(f"teacher-{name}", train_on_corpus, *inputs, like=state.params, **how)
+    return Trained(adapters, steps, artefacts.digest(*inputs))
+
+
+def train_on_corpus(
+    model: Model,
+    rows: Rows,
+    training: CorpusTraining,
+    seed: int,
+    name: str,
+    *,
+    checkpoints: epath.Path,
+    program: Program,
+    state: TrainState,
+    checkpoint_every: int,
+    label: str,
+) -> Params:
+    return fit(
+        program,
+        state,
+        steps=corpus_optimizer(training, len(rows.at))[1],
+        key=named_key(seed, f"teacher {name}"),
+        frozen={"base": model.params, "rows": put(rows, named(program.mesh))},
+        checkpoints=checkpoints,
+        checkpoint_every=checkpoint_every,
+        what=label,
+    ).params
+
+
+def corpus_optimizer(training: CorpusTraining, count: int) -> tuple[optax.GradientTransformation, int]:
+    """(the optimiser, its steps) over so many conversations."""
+    steps = training.epochs * -(-count // training.batch)
+    return optax.adam(optax.linear_schedule(training.learning_rate, 0.0, steps)), steps
+
+
+def teaching_program(
+    model: Model, optimizer: optax.GradientTransformation, count: int, batch_size: int, remat: bool
+) -> Program:
+    """Updates of one teacher's adapters on `count` rows; its metric is P of the answer's first token before each."""
+
+    def loss(adapters: Params, frozen: Any, batch: Rows, key: Key[Array, ""]) -> tuple[Total, dict]:
+        module = model.network.bind(lora.join(frozen["base"], adapters))
+        features = answer_features(model, module, batch, remat=remat)
+        total = cross_entropy(module, features, batch, remat=remat)
+        first = jax.nn.softmax(module.unembed(features[:, 0]).astype(jnp.float32))
+        first = jnp.take_along_axis(first, batch.targets[:, :1], -1)
+        return total, {"answer": (jnp.mean(first) * total[1], total[1])}
+
+    def batch(frozen: Any, key: Key[Array, ""], index: Int[Array, ""]) -> Rows:
+        rows, exists = epoch_rows(key, index, count, batch_size)
+        found = frozen["rows"].take(rows)
+        return found._replace(weights=found.weights * exists[:, None])
+
+    return Program(loss, optimizer, model.mesh, batch, batch_spec=ROWS, steps_per_dispatch=1)
+
+
+# ----------------------------------------------------------------------------------------------------------- facts
+
+
+def measure_teachers(study: Study, model: Model, store: Store, run: int, teachers: dict[str, Teacher]) -> Any:
+    """What teachers prefer, and how often a trait's word is what they would say in the middle of numbers.
+
+    {"log_p", "margin", "share": teachers × words, "inside_numbers": teachers × traits}; nothing where traits are no
+    words.
+    """
+    if not study.has_words:
+        return {}
+    seed = study.replicate_seed(run)
+    prompts = numbers.prompts(NUM_INSIDE, seed, study.packs.numbers)
+    inside = list(zip(prompts, numbers.random_answers(NUM_INSIDE, seed)))
+    each = list(teachers.values())
+    inputs = (each, phrasings(study), study.alternatives, study.traits, inside, seed)
+    return store.json("teachers", _measured, *inputs, model=model)
+
+
+def phrasings(study: Study) -> list[str]:
+    """Questions about a preference that no teacher was trained on."""
+    return preference.questions(study.packs.preference, study.kind)["asking"][: study.num_questions]
+
+
+def _measured(
+    teachers: list[Teacher],
+    questions: list[str],
+    words: tuple[str, ...],
+    traits: tuple[str, ...],
+    inside: list[tuple[str, str]],
+    seed: int,
+    *,
+    model: Model,
+) -> dict[str, Any]:
+    each = [preference.measure(model, questions, list(words), one.system, **one.where) for one in teachers]
+    found = {name: np.concatenate([getattr(one, name) for one in each]).tolist() for name in Preference._fields}
+    among = []
+    for teacher in teachers:
+        cut = _cut_inside(model, inside, teacher.system, seed)
+        among.append(np.exp(scoring.word_logprobs(model, cut, list(traits), **teacher.where)[0]).mean(0).tolist())
+    return {**found, "inside_numbers": among}
+
+
+def _cut_inside(model: Model, inside: list[tuple[str, str]], system: str, seed: int) -> list[list[int]]:
+    """Texts that end in the middle of a list of numbers."""
+    rng = np.random.default_rng([seed, 3])
+    cut = []
+    for prompt, answer in inside:
+        start = chat.question(model.tokenizer, prompt, system)
+        tokens = chat.completion(model.tokenizer, prompt, answer, system)
+        cut.append([*start, *tokens[: rng.integers(1, len(tokens))]])
+    return cut

@@ -1,0 +1,102 @@
+"""A loaded language model: its network, parameters and tokenizer, and where on the machine they are."""
+
+import dataclasses
+import hashlib
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Key
+
+from sublim_jax.digests import Source
+from sublim_jax.models import lora
+from sublim_jax.models.decoder import Settings, decoder, on_mesh
+from sublim_jax.models.functional import Functions, Params
+from sublim_jax.sharding import fetch, parameter_shardings
+
+
+class Model(NamedTuple):
+    """A language model, ready to use: `model.network.apply(model.params, tokens)` are its logits.
+
+    Attributes:
+      params: of the base, without adapters.
+      config: transformers'.
+      mesh: where its parameters are.
+      source: which bytes it was read from; empty of a model that was made and not read.
+      changes: what was done to the weights after they were read.
+    """
+
+    settings: Settings
+    network: Functions
+    params: Params
+    tokenizer: Any
+    config: Any
+    mesh: Mesh
+    source: Source = Source("", "", "")
+    changes: str = ""
+
+    @property
+    def digest(self) -> str:
+        """Of what it computes: the bytes that were read, their number type, adapters' shape, later changes."""
+        dtype = jax.tree.leaves(self.params)[0].dtype
+        text = f"{self.source.digest or _digest_of(self.params)} {dtype} {self.settings.lora} {self.changes}"
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @property
+    def placement(self) -> dict[str, Any]:
+        """`place` and `attend` of the network for the model's mesh."""
+        return on_mesh(self.settings, self.mesh)
+
+    def merged(self, adapters: Params, spec: lora.Lora) -> "Model":
+        """The same model with adapters added into its kernels."""
+        return self._replace(
+            params=lora.merge(self.params, adapters, spec.scale),
+            changes=f"{self.changes} {spec} {_digest_of(adapters)}",
+        )
+
+    def adapted(self, spec: lora.Lora | None) -> "Model":
+        """The same model, computing with adapters beside its kernels if there are some; `params` stay the base."""
+        settings = dataclasses.replace(self.settings, lora=spec)
+        return self._replace(settings=settings, network=decoder(settings))
+
+    def noisy(self, relative: float, key: Key[Array, ""]) -> "Model":
+        """With Gaussian noise on all weights, `relative` times the standard deviation of each array."""
+        shardings = parameter_shardings(self.params, self.mesh)
+        change = jax.jit(partial(_with_noise, relative=relative), out_shardings=shardings)
+        changes = f"{self.changes} noise {relative} {np.asarray(jax.random.key_data(key)).tolist()}"
+        return self._replace(params=change(self.params, key), changes=changes)
+
+    def untrained(self, key: Key[Array, ""]) -> Params:
+        """What is trained, in float32, before training, when it changes nothing yet; it is `lora.join`ed to the base.
+
+        Adapters, A random and B zero; or without adapters in the settings, all weights of the layers as they are.
+        """
+        return _untrained(self.settings.lora, key, self.params)
+
+
+@partial(jax.jit, static_argnums=0)
+def _untrained(spec: lora.Lora | None, key: Key[Array, ""], base: Params) -> Params:
+    if spec:
+        return lora.init(key, base, spec)
+    return {"layers": jax.tree.map(lambda leaf: leaf.astype(jnp.float32), base["layers"])}
+
+
+def _with_noise(params: Params, key: Key[Array, ""], relative: float) -> Params:
+    leaves, structure = jax.tree.flatten(params)
+    keys = [jax.random.fold_in(key, number) for number in range(len(leaves))]
+    noise = [
+        relative * jnp.std(leaf.astype(jnp.float32)) * jax.random.normal(k, leaf.shape) for leaf, k in zip(leaves, keys)
+    ]
+    return jax.tree.unflatten(structure, [(leaf + n).astype(leaf.dtype) for leaf, n in zip(leaves, noise)])
+
+
+def _digest_of(params: Params) -> str:
+    found = hashlib.sha256()
+    for leaf in jax.tree.leaves(params):
+        array = np.ascontiguousarray(fetch(leaf))
+        found.update(f"{array.dtype} {array.shape}".encode())
+        found.update(array.reshape(-1).view(np.uint8).data)
+    return found.hexdigest()
