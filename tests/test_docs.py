@@ -63,10 +63,10 @@ def test_every_file_that_the_docs_link_to_exists():
 
 
 def commands():
-    """(page, config file, preset, keys of its values) of every launch.py command that the docs and configs show."""
+    """(page, config file, preset, keys of its values) of every command that the docs and configs show."""
     for page in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "configs").glob("*.py")]:
         text = re.sub(r"\\\n\s*", "", page.read_text())
-        for file, preset, rest in re.findall(r"launch\.py +--config=configs/(\w+)\.py(?::([\w.-]+))?([^\n`]*)", text):
+        for file, preset, rest in re.findall(r"--config=configs/(\w+)\.py(?::([\w.-]+))?([^\n`]*)", text):
             yield page.name, file, preset, re.findall(r"--config\.([\w.]+)=", rest.split("#")[0])
 
 
