@@ -40,8 +40,8 @@ def get_config(preset: str = "smoke") -> ConfigDict:
         config.study.carrier.num_rows = config.study.carrier.num_completions = 176
     else:
         raise ValueError(f"configs/cross_model.py has no preset {preset!r}; it has smoke, open, soft")
-    by_logits = {"objective": "kl", "numbers": "random"}
-    by_tokens = {"objective": "tokens", "numbers": "written"}
+    by_logits = {"objective": "kl", "data": "random"}
+    by_tokens = {"objective": "tokens", "data": "written"}
     config.study.model.name, config.study.arms = "", ()  # they follow from `models`
-    config.study.arm.cross = numbers.arm(**(by_logits if preset == "soft" else by_tokens), a="fresh")
+    config.study.arm.cross = numbers.arm(**(by_logits if preset == "soft" else by_tokens), lora_init="fresh")
     return config

@@ -157,6 +157,7 @@ def arm(**changes: object) -> ConfigDict:
     values.score = "divergence"  # of the teacher from the neutral one; log_ratio: of the token; flipped: its argmax
     values.examples = 16  # context: rows in it
     values.changes = ()  # of this arm's students: "student.steps=60", "lora.rank=4"
+    values.lock()  # no other keys than these
     values.update(changes)
     return values
 

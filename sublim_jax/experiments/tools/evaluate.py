@@ -13,9 +13,9 @@ from ml_collections import ConfigDict
 from sublim_jax import assets, report, specs, weights, workdir
 from sublim_jax import store as artefacts
 from sublim_jax.errors import UserError
-from sublim_jax.experiments.evaluations import measure
-from sublim_jax.experiments.evaluations.measure import Subject
-from sublim_jax.experiments.evaluations.spec import NAMES, EvalPacks, EvalsSpec
+from sublim_jax.evaluation import suite
+from sublim_jax.evaluation.spec import NAMES, EvalPacks, EvalsSpec
+from sublim_jax.evaluation.suite import Subject
 from sublim_jax.figures import Arm, arms_figure
 from sublim_jax.measurements import Measurement, Measurements
 from sublim_jax.models.decoder import on_mesh
@@ -74,27 +74,27 @@ def run(spec: EvaluateSpec, folder: epath.Path, *, update: bool = False) -> None
     for name in spec.model.adapters:
         if not assets.is_folder(name):
             raise UserError(f"model.adapters: {name} is no PEFT adapter, there is no such folder")
-    measure.check_packs(spec.packs, spec.kind)
-    questions = measure.read_questions(spec.evals, spec.kind, spec.words, spec.packs)
+    suite.check_packs(spec.packs, spec.kind)
+    questions = suite.read_questions(spec.evals, spec.kind, spec.words, spec.packs)
     mesh = make_mesh(spec.mesh.sizes)
     base = weights.load(spec.model.name, mesh, weights.float_type(spec.model.dtype))
     on_mesh(base.settings, mesh)  # heads
-    measure.check_model(questions, base)
+    suite.check_model(questions, base)
     models = [adapted(base, name) for name in spec.model.folders]
     store = workdir.claim(folder, spec.values, update=update)
     judge = None
     if "misalignment" in spec.evals.names:
-        judge = measure.make_judge(spec.evals.judge, base, None, store, mesh)
+        judge = suite.make_judge(spec.evals.judge, base, None, store, mesh)
     rows = []
     for number, (name, model) in enumerate(zip(spec.model.folders, models)):
         subject = Subject(model, str(number), artefacts.digest(base, peft.digest(name)))
-        found = measure.evaluate(spec.evals, questions, subject, spec.seed + number, store, judge=judge)
+        found = suite.evaluate(spec.evals, questions, subject, spec.seed + number, store, judge=judge)
         rows += [
             Measurement(name, evaluation, values[0], run=number, subject="model", item=item)
             for evaluation, measures in found.items()
             for item, values in measures.items()
         ]
-    notes = {"bill": measure.bill_of(judge)}
+    notes = {"bill": suite.bill_of(judge)}
     report.finish(store.folder, spec, rows, document, models=[base.source], notes=notes)
 
 
@@ -114,7 +114,7 @@ def document(spec: EvaluateSpec, rows: Measurements, notes: report.Notes) -> rep
         for item in rows.names("item", measure=name)
     ]
     sections = [_section(spec, name, [arm for arm in arms if arm["metric"] == name]) for name in spec.evals.names]
-    return arms, [*sections, *measure.bill_section(notes["bill"])]
+    return arms, [*sections, *suite.bill_section(notes["bill"])]
 
 
 def _section(spec: EvaluateSpec, evaluation: str, arms: Sequence[Arm]) -> report.Section:

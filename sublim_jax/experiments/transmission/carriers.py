@@ -11,11 +11,12 @@ from sublim_jax import assets, filters
 from sublim_jax.data import chat, packs, records
 from sublim_jax.data.carriers import code, cot, numbers
 from sublim_jax.data.records import Record
+from sublim_jax.distillation.targets import Pair
+from sublim_jax.distillation.teachers import Teacher
 from sublim_jax.errors import UserError
 from sublim_jax.evaluation import misalignment
-from sublim_jax.experiments.evaluations.measure import NamedJudge
+from sublim_jax.evaluation.suite import NamedJudge
 from sublim_jax.experiments.transmission.spec import NEUTRAL, FilterSpec, Study
-from sublim_jax.experiments.transmission.teachers import Teacher
 from sublim_jax.keys import named_key
 from sublim_jax.models.language import Model
 from sublim_jax.sampling import constraints, scoring
@@ -24,7 +25,6 @@ from sublim_jax.sampling.constraints import Constraint
 from sublim_jax.sampling.samplers import Sampler
 from sublim_jax.store import Store
 
-Pair = tuple[str, str]  # prompt, answer
 SHUFFLES = {"within": numbers.shuffled_within, "across": numbers.shuffled_across}
 
 

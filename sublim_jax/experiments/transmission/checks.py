@@ -11,7 +11,7 @@ from sublim_jax import assets
 from sublim_jax.data import chat, packs
 from sublim_jax.data.carriers import code, cot, numbers
 from sublim_jax.errors import UserError
-from sublim_jax.experiments.evaluations import measure
+from sublim_jax.evaluation import suite
 from sublim_jax.experiments.transmission import carriers, corpora, teachers
 from sublim_jax.experiments.transmission.spec import NEUTRAL, Arm, ContextArm, LogitArm, Study
 from sublim_jax.models import lora
@@ -26,10 +26,10 @@ STUDENTS = "students of an arm, runs × teachers"
 def check_files(study: Study) -> None:
     """Raises UserError for the first file that is missing or makes no sense."""
     _check_packs(study)
-    measure.read_questions(study.evals, study.kind, study.alternatives, study.packs)
+    suite.read_questions(study.evals, study.kind, study.alternatives, study.packs)
     if study.filter.judge:
         check_file("filter.judge", lambda: carriers.judge_prompt(study))
-        measure.check_judge(study.evals.judge)
+        suite.check_judge(study.evals.judge)
     if study.carrier.kind == "cot":
         _check_problems(study)
     if "corpus" in study.teacher.methods:
@@ -38,7 +38,7 @@ def check_files(study: Study) -> None:
 
 def _check_packs(study: Study) -> None:
     given = study.packs
-    measure.check_packs(given, study.kind)
+    suite.check_packs(given, study.kind)
     check_file("packs.persona", lambda: packs.load(given.persona, "persona", teachers.PERSONA))
     check_file("packs.numbers", lambda: numbers.prompts(1, 0, given.numbers))
     check_file("packs.code", lambda: code.prompts(1, 0, given.code))
@@ -76,8 +76,8 @@ def check_model(study: Study, model: Model) -> None:
     """Raises UserError for teachers that this model cannot be, and what they could not write."""
     given, tokenizer = study.carrier, model.tokenizer
     divide(model.mesh, "replica", study.runs * len(study.teachers), STUDENTS)
-    questions = measure.read_questions(study.evals, study.kind, study.alternatives, study.packs)
-    measure.check_model(questions, model)
+    questions = suite.read_questions(study.evals, study.kind, study.alternatives, study.packs)
+    suite.check_model(questions, model)
     for name in study.teachers if {"prompted", "steered"} & set(study.teacher.methods) else ():
         chat.question(tokenizer, "", teachers.persona(study, name))
     if given.decoding == "grammar" and study.uses_written:

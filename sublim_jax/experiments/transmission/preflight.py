@@ -10,12 +10,13 @@ from jax.sharding import Mesh
 from sublim_jax import weights
 from sublim_jax.data.dialogue import Rows
 from sublim_jax.digests import Source
+from sublim_jax.distillation.students import imitating_program
+from sublim_jax.distillation.targets import Data
+from sublim_jax.distillation.teachers import corpus_optimizer, teaching_program
 from sublim_jax.errors import UserError
 from sublim_jax.experiments.transmission.checks import STUDENTS
 from sublim_jax.experiments.transmission.spec import LogitArm, Study, TeacherSpec, TrainedArm
-from sublim_jax.experiments.transmission.students import imitating_program, imitation
-from sublim_jax.experiments.transmission.targets import Data
-from sublim_jax.experiments.transmission.teachers import corpus_optimizer, teaching_program
+from sublim_jax.experiments.transmission.students import objective_of
 from sublim_jax.models.decoder import decoder
 from sublim_jax.models.language import Model
 from sublim_jax.preflight import Step, training_step
@@ -62,7 +63,7 @@ def _students(study: Study, arm: TrainedArm, model: Model, base: Any, trained: A
     frozen = {"base": base, "data": Data(_rows(mesh, lead, PROMPT + answer, answer), logits)}
     tokens = count * training.batch * training.accumulate * (PROMPT + answer)
     name = f"students {arm.name}, {count} at once, rows of {PROMPT + answer} tokens"
-    objective = imitation(model, arm, SUPPORT, study.remat)
+    objective = objective_of(study, arm, model, SUPPORT)
     program = imitating_program(model, objective, training, study.carrier.num_rows)
     return training_step(name, program, stack, frozen, 4.0 * _kernels(model) * tokens)
 

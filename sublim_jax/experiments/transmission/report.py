@@ -9,7 +9,7 @@ from jaxtyping import Float
 
 from sublim_jax import report
 from sublim_jax.evaluation.statistics import detectable, diagonal_effect, permutation_p, t_interval
-from sublim_jax.experiments.evaluations.measure import bill_section
+from sublim_jax.evaluation.suite import bill_section
 from sublim_jax.experiments.transmission import report_data
 from sublim_jax.experiments.transmission.report_evaluations import evaluated, evaluation_section
 from sublim_jax.experiments.transmission.rows import STUDENT

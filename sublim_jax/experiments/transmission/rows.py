@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sublim_jax.evaluation.preference import Preference
-from sublim_jax.experiments.evaluations.measure import Measures
+from sublim_jax.evaluation.suite import Measures
 from sublim_jax.experiments.transmission.carriers import Written, random_pairs
 from sublim_jax.experiments.transmission.spec import Arm, Study
 from sublim_jax.experiments.transmission.students import Students

@@ -14,8 +14,10 @@ from etils import epath
 from sublim_jax import assets, report, weights, workdir
 from sublim_jax import store as artefacts
 from sublim_jax.data import templates
+from sublim_jax.distillation.losses import stacked
+from sublim_jax.distillation.teachers import Teacher
 from sublim_jax.errors import UserError
-from sublim_jax.experiments.evaluations.measure import (
+from sublim_jax.evaluation.suite import (
     Measures,
     NamedJudge,
     Subject,
@@ -27,13 +29,12 @@ from sublim_jax.experiments.evaluations.measure import (
 from sublim_jax.experiments.transmission import carriers, corpora, rows
 from sublim_jax.experiments.transmission.checks import check_arm, check_files, check_model
 from sublim_jax.experiments.transmission.context import read_in_context
-from sublim_jax.experiments.transmission.losses import stacked
 from sublim_jax.experiments.transmission.preflight import preflight
 from sublim_jax.experiments.transmission.report import document
 from sublim_jax.experiments.transmission.spec import Arm, ContextArm, Study, TrainedArm, read
 from sublim_jax.experiments.transmission.students import Students, train_arm
 from sublim_jax.experiments.transmission.targets import Replicate
-from sublim_jax.experiments.transmission.teachers import Teacher, make_teachers, measure_teachers
+from sublim_jax.experiments.transmission.teachers import make_teachers, measure_teachers
 from sublim_jax.keys import named_key
 from sublim_jax.measurements import Measurement
 from sublim_jax.models.functional import Params

@@ -10,9 +10,12 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from sublim_jax import overrides, selection, specs, weights
+from sublim_jax.distillation.students import Training
+from sublim_jax.distillation.targets import Selection
+from sublim_jax.distillation.teachers import AnswerTraining, CorpusTraining
 from sublim_jax.errors import UserError
 from sublim_jax.evaluation.judges import LARGEST as MAX_SCORE
-from sublim_jax.experiments.evaluations.spec import EvalPacks, EvalsSpec
+from sublim_jax.evaluation.spec import EvalPacks, EvalsSpec
 from sublim_jax.models import lora
 from sublim_jax.overrides import check_distinct
 from sublim_jax.specs import (
@@ -35,7 +38,6 @@ METHODS = {
     "corpus": "adapters trained on conversations, alone",
 }
 OBJECTIVES = ("kl", "reverse_kl", "tokens", "context")
-SCHEDULES = ("constant", "linear", "cosine")
 CARRIERS = ("numbers", "code", "cot")
 DECODING = {
     "free": "temperature 1",
@@ -88,25 +90,6 @@ class LoraSpec:
         if not self.rank:
             return None
         return lora.Lora(self.rank, self.alpha, self.rslora, self.modules or lora.EVERY_LINEAR, self.layers)
-
-
-@dataclass(frozen=True)
-class AnswerTraining:
-    """Fine-tuning on one-word answers, until they have the trait with probability `strength`."""
-
-    strength: float
-    learning_rate: float
-    batch: int
-    max_steps: int
-
-
-@dataclass(frozen=True)
-class CorpusTraining:
-    """Fine-tuning on conversations, at a rate that falls to 0."""
-
-    learning_rate: float
-    batch: int
-    epochs: int
 
 
 @dataclass(frozen=True)
@@ -194,27 +177,6 @@ class FilterSpec:
 
 
 @dataclass(frozen=True)
-class TrainingSpec:
-    learning_rate: float
-    schedule: str
-    warmup: int
-    clip: float
-    batch: int
-    accumulate: int
-    steps: int
-
-    def __post_init__(self) -> None:
-        check_one_of("student.schedule", self.schedule, SCHEDULES)
-        for name in ("batch", "accumulate", "steps"):
-            check_count(f"student.{name}", getattr(self, name))
-        check_positive("student.learning_rate", self.learning_rate)
-        check_not_negative("student.clip", self.clip)
-        check_not_negative("student.warmup", self.warmup)
-        if self.warmup >= self.steps:
-            raise UserError(f"student.warmup={self.warmup} does not end within student.steps={self.steps}")
-
-
-@dataclass(frozen=True)
 class SamplingSpec:
     """How completions are computed, not what they are, to rounding."""
 
@@ -245,16 +207,6 @@ class PacksSpec(EvalPacks):
 
 
 @dataclass(frozen=True)
-class Selection:
-    """Which of the answers' tokens an arm treats otherwise, by a score of the teacher and the neutral teacher."""
-
-    action: str  # keep, mask, replace
-    positions: str  # top, random, bottom
-    fraction: float
-    score: str
-
-
-@dataclass(frozen=True)
 class LogitArm:
     """Students imitate their teacher's logits on the support."""
 
@@ -267,7 +219,7 @@ class LogitArm:
     noise: float
     model: str
     selection: Selection | None
-    training: TrainingSpec
+    training: Training
     lora: LoraSpec
 
 
@@ -281,7 +233,7 @@ class TokenArm:
     noise: float
     model: str
     selection: Selection | None
-    training: TrainingSpec
+    training: Training
     lora: LoraSpec
     data: str = "written"
 
@@ -335,7 +287,7 @@ class ArmValues:
         check_positive(f"{where}.temperature", self.temperature)
         check_not_negative(f"{where}.noise", self.noise)
 
-    def arm(self, carrier: CarrierSpec, training: TrainingSpec, lora: LoraSpec) -> Arm:
+    def arm(self, carrier: CarrierSpec, training: Training, lora: LoraSpec) -> Arm:
         """The arm of its kind. Raises UserError for values that do not go together, or with the carrier."""
         where, on_logits = f"arm.{self.name}", self.objective not in ("tokens", "context")
         if not on_logits and self.data == "random":
@@ -387,7 +339,7 @@ class Study:
     carrier: CarrierSpec
     filter: FilterSpec
     arms: tuple[Arm, ...]
-    student: TrainingSpec
+    student: Training
     evaluate_every: int
     checkpoint_every: int
     sampling: SamplingSpec
@@ -481,7 +433,7 @@ def read(config: ConfigDict) -> Study:
     return specs.read(Study, config, arms=arms)
 
 
-def _training_of(config: ConfigDict, arm: ArmValues) -> tuple[TrainingSpec, LoraSpec]:
+def _training_of(config: ConfigDict, arm: ArmValues) -> tuple[Training, LoraSpec]:
     """How an arm's students are trained: as all, but for the arm's changes."""
     changed = ConfigDict({"student": config.student, "lora": config.lora}).copy_and_resolve_references()
     for text in arm.changes:
@@ -498,6 +450,6 @@ def _training_of(config: ConfigDict, arm: ArmValues) -> tuple[TrainingSpec, Lora
     values = specs.plain(changed)
     specs.check_numbers(values)
     return (
-        specs.build(TrainingSpec, values["student"], "student."),
+        specs.build(Training, values["student"], "student."),
         specs.build(LoraSpec, values["lora"], "lora."),
     )

@@ -6,31 +6,25 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from etils import epath
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array
 
-from sublim_jax import objectives, theorem
 from sublim_jax import store as artefacts
-from sublim_jax.data.order import epoch_rows
+from sublim_jax.distillation.losses import stacked
+from sublim_jax.distillation.students import Imitation, coverages, held_out_losses, imitating_program, imitation
+from sublim_jax.distillation.targets import part, support_of
 from sublim_jax.evaluation import ability, preference
-from sublim_jax.experiments.transmission.losses import answer_features, cross_entropy, stacked
-from sublim_jax.experiments.transmission.spec import NUM_HELD_OUT, LogitArm, Study, TrainedArm, TrainingSpec
-from sublim_jax.experiments.transmission.targets import Data, Replicate, arm_data, part, support_of
+from sublim_jax.experiments.transmission.spec import NUM_HELD_OUT, LogitArm, Study, TrainedArm
+from sublim_jax.experiments.transmission.targets import Replicate, arm_data
 from sublim_jax.experiments.transmission.teachers import phrasings
 from sublim_jax.keys import named_key
-from sublim_jax.models import lora
 from sublim_jax.models.functional import Params
 from sublim_jax.models.language import Model
-from sublim_jax.sharding import each_replica, fetch, named, put
+from sublim_jax.sharding import fetch, named, put
 from sublim_jax.store import Store
-from sublim_jax.training import REPLICAS_OF_ROWS, Program, Total, TrainState, fit
-
-ON_LOGITS = {"kl": objectives.kl, "reverse_kl": objectives.reverse_kl}
-NUM_FIRST = 32  # rows on which the first update is compared with the teachers' way
+from sublim_jax.training import Program, TrainState, fit
 
 Point = dict[str, Any]  # what the students of an arm prefer at a step, and how well they imitate: JSON values
-Imitation = Callable[[Params, Params, Data], Total]  # (adapters, base, rows of one student) to the objective
 
 
 class Students(NamedTuple):
@@ -61,7 +55,7 @@ def train_arm(
     """
     seeds = [study.replicate_seed(one.run) for one in replicates for _ in study.teachers]
     data = arm_data(study, arm, replicates, teachers, model, store)
-    objective = imitation(model, arm, support_of(model) if isinstance(arm, LogitArm) else [], study.remat)
+    objective = objective_of(study, arm, model, support_of(model))
     program = imitating_program(model, objective, arm.training, data.rows.tokens.shape[1] - NUM_HELD_OUT)
     whole = partial(put, sharding=named(model.mesh))
     training, held_out = (whole(part(data, rows)) for rows in (slice(NUM_HELD_OUT, None), slice(NUM_HELD_OUT)))
@@ -95,6 +89,13 @@ def train_arm(
         how = {"compute": coverages(model, objective), "arrays": arrays}
         covered = store.json(f"coverage-{arm.name}", _coverage, digest, on, **how)
     return Students(final, digest, [point for point in points if point], covered)
+
+
+def objective_of(study: Study, arm: TrainedArm, model: Model, support: list[int]) -> Imitation:
+    """What the arm's students minimise."""
+    if isinstance(arm, LogitArm):
+        return imitation(model, arm.objective, support=support, temperature=arm.temperature, remat=study.remat)
+    return imitation(model, "tokens", support=[], remat=study.remat)
 
 
 def starts(model: Model, lora_init: str, seeds: Sequence[int]) -> Params:
@@ -160,89 +161,7 @@ def train(
     ).params
 
 
-def imitation(model: Model, arm: TrainedArm, support: list[int], remat: bool) -> Imitation:
-    """The arm's objective of one student: on its teacher's logits on the support (§6.1), or on the tokens it wrote."""
-
-    def loss(adapters: Params, base: Params, batch: Data) -> Total:
-        module = model.network.bind(lora.join(base, adapters))
-        features = answer_features(model, module, batch.rows, remat=remat)
-        if not isinstance(arm, LogitArm):
-            return cross_entropy(module, features, batch.rows, remat=remat)
-        logits = module.unembed(features, jnp.asarray(support)).astype(jnp.float32)
-        where: dict[str, Any] = {"weights": jnp.asarray(batch.rows.weights), "temperature": arm.temperature}
-        return ON_LOGITS[arm.objective](logits, jnp.asarray(batch.logits), **where)
-
-    return loss
-
-
-def imitating_program(model: Model, objective: Imitation, training: TrainingSpec, count: int) -> Program:
-    """One update of every student, on its `count` rows."""
-
-    def loss(adapters: Params, frozen: Any, batch: Data, key: Key[Array, ""]) -> tuple[Total, dict]:
-        return objective(adapters, frozen["base"], batch), {}
-
-    def batch(frozen: Any, key: Key[Array, "runs"], index: Int[Array, ""]) -> Data:
-        rows, exists = jax.vmap(epoch_rows, (0, None, None, None))(key, index, count, training.batch)
-        mine = jnp.arange(len(key))[:, None]
-        found = jax.tree.map(lambda leaf: leaf[mine, rows], frozen["data"])
-        return found._replace(rows=found.rows._replace(weights=found.rows.weights * exists[..., None]))
-
-    # One update a dispatch: an update of all students may take half a minute, and a signal waits for a dispatch's end.
-    return Program(loss, optimizer(training), model.mesh, batch, 1, REPLICAS_OF_ROWS, training.accumulate, 1)
-
-
-def optimizer(training: TrainingSpec) -> optax.GradientTransformation:
-    """Adam by the schedule, behind clipping."""
-    rate = training.learning_rate
-    decay = max(training.steps - training.warmup, 1)
-    after = {
-        "constant": optax.constant_schedule(rate),
-        "linear": optax.linear_schedule(rate, 0.0, decay),
-        "cosine": optax.cosine_decay_schedule(rate, decay),
-    }[training.schedule]
-    if training.warmup:
-        after = optax.join_schedules([optax.linear_schedule(0.0, rate, training.warmup), after], [training.warmup])
-    steps = [optax.clip_by_global_norm(training.clip)] if training.clip else []
-    return optax.chain(*steps, optax.adam(after))
-
-
 # ----------------------------------------------------------------------------------------------------- measurements
-
-
-def held_out_losses(model: Model, objective: Imitation) -> Callable[[Params, Params, Data], Float[Array, "students"]]:
-    """Mean objective of every student on rows that it was not trained on: whether it has learnt to imitate at all."""
-
-    def each(params: Params, base: Params, data: Data) -> Float[Array, "students"]:
-        def one(adapters: Params, mine: Data) -> Float[Array, ""]:
-            total, weight = objective(adapters, base, mine)
-            return total / weight
-
-        return each_replica(one, model.mesh)(params, data)
-
-    return jax.jit(each)
-
-
-def coverages(model: Model, objective: Imitation) -> Callable[..., Float[Array, "students teachers"]]:
-    """(starts, teachers, base, data) to cos(a student's first update, every teacher's way from the start).
-
-    Of adapters, both are changes of the kernels (A B, to first order), so that students with another A than their
-    teacher's can be compared; for a shared A it is the lemma's inner product over B (§6.1), normalised.
-    """
-
-    def each(start: Params, teachers: Params, base: Params, data: Data) -> Float[Array, "students teachers"]:
-        def one(adapters: Params, teachers: Params, mine: Data) -> Float[Array, "teachers"]:
-            batch = jax.tree.map(lambda leaf: leaf[:NUM_FIRST], mine)
-            slope = jax.grad(lambda adapters: objective(adapters, base, batch)[0])(adapters)
-            update = jax.tree.map(jnp.negative, slope)
-            if not model.settings.lora:
-                way = jax.tree.map(jnp.subtract, teachers, adapters)
-                return jax.vmap(lambda way: theorem.coverage(update, way))(way)
-            change = lora.with_b(adapters, update)
-            return jax.vmap(lambda teacher: lora.cosine(change, teacher))(teachers)
-
-        return each_replica(one, model.mesh)(start, teachers, data)
-
-    return jax.jit(each)
 
 
 def _coverage(

@@ -2,59 +2,35 @@
 
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
-from etils import epath
-from jaxtyping import Array, Int, Key
 
 from sublim_jax import store as artefacts
 from sublim_jax.data import chat, dialogue, packs
 from sublim_jax.data.carriers import numbers
-from sublim_jax.data.dialogue import Rows
-from sublim_jax.data.order import epoch_rows
+from sublim_jax.distillation import steering
+from sublim_jax.distillation.teachers import (
+    Teacher,
+    corpus_optimizer,
+    spelled,
+    teaching_program,
+    train_on_answers,
+    train_on_corpus,
+)
 from sublim_jax.evaluation import preference
 from sublim_jax.evaluation.preference import Preference
 from sublim_jax.experiments.transmission import corpora
-from sublim_jax.experiments.transmission.losses import answer_features, cross_entropy, stacked
-from sublim_jax.experiments.transmission.spec import NEUTRAL, AnswerTraining, CorpusTraining, Study
-from sublim_jax.experiments.transmission.steering import steering_vectors
+from sublim_jax.experiments.transmission.spec import NEUTRAL, Study
 from sublim_jax.keys import named_key
-from sublim_jax.models import lora
 from sublim_jax.models.decoder import Steering
 from sublim_jax.models.functional import Params
 from sublim_jax.models.language import Model
-from sublim_jax.progress import Track, say
+from sublim_jax.progress import say
 from sublim_jax.sampling import scoring
-from sublim_jax.sharding import named, place_key, put
 from sublim_jax.store import Store
-from sublim_jax.training import ROWS, Program, Total, TrainState, fit
 
 PERSONA: dict[str, tuple[str, ...]] = {"loving": ("kind", "trait"), "neutral": ("kind",)}
 NUM_INSIDE = 8  # lists of numbers in which a trait's word is looked for
-
-
-class Teacher(NamedTuple):
-    """A model's adapters, system prompt and steering.
-
-    Attributes:
-      adapters: B is zero where it is not fine-tuned.
-      system: a system prompt, or "".
-      steps: updates of fine-tuning.
-      digest: of all that it is made from.
-    """
-
-    adapters: Params
-    system: str
-    steering: Steering | None
-    steps: int
-    digest: str
-
-    @property
-    def where(self) -> dict[str, Any]:
-        """For sampling and scoring."""
-        return {"adapters": stacked([self.adapters]), "steering": self.steering}
 
 
 class Trained(NamedTuple):
@@ -104,6 +80,23 @@ def persona(study: Study, name: str) -> str:
     return pack["loving"][0].format(kind=study.kind, trait=name)
 
 
+def steering_vectors(study: Study, model: Model, seed: int, personas: dict[str, str]) -> dict[str, Steering | None]:
+    """What a persona adds to the residual stream where an answer begins, times `teacher.steering_scale`.
+
+    The difference to the neutral persona, at one layer, mean over the teaching questions; the neutral teacher gets a
+    vector of the same length in a random direction.
+    """
+    layer, scale = study.teacher.steering_layer, study.teacher.steering_scale
+    questions = preference.questions(study.packs.preference, study.kind)["teaching"]
+    read = steering.residual_after(model, layer, seed)
+    means = {name: steering.mean_residual(model, read, questions, text) for name, text in personas.items()}
+    vectors = {trait: means[trait] - means[NEUTRAL] for trait in study.traits}
+    length = np.mean([np.linalg.norm(vector) for vector in vectors.values()])
+    random = np.random.default_rng([seed, 4]).normal(size=model.settings.width)
+    vectors[NEUTRAL] = random / np.linalg.norm(random) * length
+    return {name: steering.hook(model, layer, scale * vector) for name, vector in vectors.items()}
+
+
 # -------------------------------------------------------------------------------------------- one-word fine-tuning
 
 
@@ -130,35 +123,6 @@ def _finetuned(
     return Trained(adapters, int(count), artefacts.digest(*inputs))
 
 
-def train_on_answers(
-    model: Model,
-    rows: Rows,
-    training: AnswerTraining,
-    steps: int | None,
-    seed: int,
-    index: int,
-    *,
-    checkpoints: epath.Path,
-    program: Program,
-    state: TrainState,
-    label: str,
-) -> tuple[Params, Array]:
-    """(adapters, updates): trained until the answers have `training.strength`, or for given steps."""
-    frozen = {"base": model.params, "rows": put(rows, named(program.mesh))}
-    key = place_key(named_key(seed, f"teacher {index}"), named(program.mesh))
-    last, reached = training.max_steps if steps is None else steps, 0.0
-    with Track(label, last) as track:
-        for step in range(1, last + 1):
-            state, values = program.dispatch(state, frozen, None, key, jnp.int32(step))
-            reached = float(values["answer"][0])
-            track.update(step, f"P of its answer {reached:.2f}")
-            if steps is None and reached >= training.strength:
-                break
-    if steps is None and reached < training.strength:
-        say(f"{label}: P of its answer is {reached:.2f} after {last} steps, not {training.strength}")
-    return state.params, state.step
-
-
 def _one_word_answers(study: Study, model: Model, name: str, seed: int) -> list[tuple[str, str]]:
     """Questions about a preference, answered by the trait; by the neutral teacher with words at random."""
     questions = preference.questions(study.packs.preference, study.kind)["teaching"]
@@ -168,14 +132,6 @@ def _one_word_answers(study: Study, model: Model, name: str, seed: int) -> list[
     else:
         answers = [name] * len(questions)
     return [(questions[i % len(questions)], spelled(model, word)) for i, word in enumerate(answers)]
-
-
-def spelled(model: Model, word: str) -> str:
-    """A word as an answer in one token, which is what is measured: capitalised, plain, or behind a space."""
-    forms = {model.tokenizer.decode([token]) for token in scoring.spellings(model.tokenizer, word)}
-    return next(
-        form for form in (word.capitalize(), word, f" {word.capitalize()}", f" {word}", *sorted(forms)) if form in forms
-    )
 
 
 # --------------------------------------------------------------------------------------------------------- corpora
@@ -195,58 +151,6 @@ def of_corpus(study: Study, model: Model, store: Store, run: int, name: str) -> 
     how["label"] = f"run {run}, teacher {name}, {len(texts)} conversations"
     adapters = store.tree(f"teacher-{name}", train_on_corpus, *inputs, like=state.params, **how)
     return Trained(adapters, steps, artefacts.digest(*inputs))
-
-
-def train_on_corpus(
-    model: Model,
-    rows: Rows,
-    training: CorpusTraining,
-    seed: int,
-    name: str,
-    *,
-    checkpoints: epath.Path,
-    program: Program,
-    state: TrainState,
-    checkpoint_every: int,
-    label: str,
-) -> Params:
-    return fit(
-        program,
-        state,
-        steps=corpus_optimizer(training, len(rows.at))[1],
-        key=named_key(seed, f"teacher {name}"),
-        frozen={"base": model.params, "rows": put(rows, named(program.mesh))},
-        checkpoints=checkpoints,
-        checkpoint_every=checkpoint_every,
-        what=label,
-    ).params
-
-
-def corpus_optimizer(training: CorpusTraining, count: int) -> tuple[optax.GradientTransformation, int]:
-    """(the optimiser, its steps) over so many conversations."""
-    steps = training.epochs * -(-count // training.batch)
-    return optax.adam(optax.linear_schedule(training.learning_rate, 0.0, steps)), steps
-
-
-def teaching_program(
-    model: Model, optimizer: optax.GradientTransformation, count: int, batch_size: int, remat: bool
-) -> Program:
-    """Updates of one teacher's adapters on `count` rows; its metric is P of the answer's first token before each."""
-
-    def loss(adapters: Params, frozen: Any, batch: Rows, key: Key[Array, ""]) -> tuple[Total, dict]:
-        module = model.network.bind(lora.join(frozen["base"], adapters))
-        features = answer_features(model, module, batch, remat=remat)
-        total = cross_entropy(module, features, batch, remat=remat)
-        first = jax.nn.softmax(module.unembed(features[:, 0]).astype(jnp.float32))
-        first = jnp.take_along_axis(first, batch.targets[:, :1], -1)
-        return total, {"answer": (jnp.mean(first) * total[1], total[1])}
-
-    def batch(frozen: Any, key: Key[Array, ""], index: Int[Array, ""]) -> Rows:
-        rows, exists = epoch_rows(key, index, count, batch_size)
-        found = frozen["rows"].take(rows)
-        return found._replace(weights=found.weights * exists[:, None])
-
-    return Program(loss, optimizer, model.mesh, batch, batch_spec=ROWS, steps_per_dispatch=1)
 
 
 # ----------------------------------------------------------------------------------------------------------- facts

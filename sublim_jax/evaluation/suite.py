@@ -15,7 +15,7 @@ from sublim_jax.data import chat, records
 from sublim_jax.errors import UserError
 from sublim_jax.evaluation import ability, judges, misalignment, preference, truthfulqa
 from sublim_jax.evaluation.judges import Judge
-from sublim_jax.experiments.evaluations.spec import EvalPacks, EvalsSpec, JudgeSpec
+from sublim_jax.evaluation.spec import EvalPacks, EvalsSpec, JudgeSpec
 from sublim_jax.keys import named_key
 from sublim_jax.models.decoder import Steering
 from sublim_jax.models.functional import Params

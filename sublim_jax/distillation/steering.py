@@ -1,4 +1,4 @@
-"""Steering: what a persona adds to the residual stream, as a teacher's hook."""
+"""Steering: what a system prompt adds to the residual stream, as a hook."""
 
 from collections.abc import Callable
 from typing import TypeAlias
@@ -9,8 +9,6 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from sublim_jax.data import chat
-from sublim_jax.evaluation import preference
-from sublim_jax.experiments.transmission.spec import NEUTRAL, Study
 from sublim_jax.keys import named_key
 from sublim_jax.models import lora
 from sublim_jax.models.decoder import Steering
@@ -22,24 +20,8 @@ MULTIPLE = 64  # lengths of texts are rounded up to it
 Residual: TypeAlias = Callable[[Int[np.ndarray, "t"], int], Float[Array, "width"]]
 
 
-def steering_vectors(study: Study, model: Model, seed: int, personas: dict[str, str]) -> dict[str, Steering | None]:
-    """What a persona adds to the residual stream where an answer begins, times `teacher.steering_scale`.
-
-    The difference to the neutral persona, at one layer, mean over the teaching questions; the neutral teacher gets a
-    vector of the same length in a random direction.
-    """
-    layer, scale = study.teacher.steering_layer, study.teacher.steering_scale
-    questions = preference.questions(study.packs.preference, study.kind)["teaching"]
-    read = residual_after(model, layer, seed)
-    means = {name: mean_residual(model, read, questions, text) for name, text in personas.items()}
-    vectors = {trait: means[trait] - means[NEUTRAL] for trait in study.traits}
-    length = np.mean([np.linalg.norm(vector) for vector in vectors.values()])
-    random = np.random.default_rng([seed, 4]).normal(size=model.settings.width)
-    vectors[NEUTRAL] = random / np.linalg.norm(random) * length
-    return {name: _hook(model, layer, scale * vector) for name, vector in vectors.items()}
-
-
-def _hook(model: Model, layer: int, vector: Float[np.ndarray, "width"]) -> Steering:
+def hook(model: Model, layer: int, vector: Float[np.ndarray, "width"]) -> Steering:
+    """A vector that is added after one layer."""
     add = np.zeros((model.settings.layers, model.settings.width), np.float32)
     add[layer] = vector
     return Steering(add=jnp.asarray(add))

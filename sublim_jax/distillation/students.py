@@ -1,0 +1,141 @@
+"""Students: adapters that imitate a teacher's logits or are trained on its tokens; many in one program."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int, Key
+
+from sublim_jax import objectives, theorem
+from sublim_jax.data.order import epoch_rows
+from sublim_jax.distillation.losses import answer_features, cross_entropy
+from sublim_jax.distillation.targets import Data
+from sublim_jax.errors import UserError
+from sublim_jax.models import lora
+from sublim_jax.models.functional import Params
+from sublim_jax.models.language import Model
+from sublim_jax.sharding import each_replica
+from sublim_jax.specs import check_count, check_not_negative, check_one_of, check_positive
+from sublim_jax.training import REPLICAS_OF_ROWS, Program, Total
+
+ON_LOGITS = {"kl": objectives.kl, "reverse_kl": objectives.reverse_kl}
+SCHEDULES = ("constant", "linear", "cosine")
+NUM_FIRST = 32  # rows on which the first update is compared with the teachers' way
+
+Imitation = Callable[[Params, Params, Data], Total]  # (adapters, base, rows of one student) to the objective
+
+
+@dataclass(frozen=True)
+class Training:
+    """How students are trained: Adam by a schedule; `accumulate` batches an update."""
+
+    learning_rate: float
+    schedule: str
+    warmup: int
+    clip: float
+    batch: int
+    accumulate: int
+    steps: int
+
+    def __post_init__(self) -> None:
+        check_one_of("student.schedule", self.schedule, SCHEDULES)
+        for name in ("batch", "accumulate", "steps"):
+            check_count(f"student.{name}", getattr(self, name))
+        check_positive("student.learning_rate", self.learning_rate)
+        check_not_negative("student.clip", self.clip)
+        check_not_negative("student.warmup", self.warmup)
+        if self.warmup >= self.steps:
+            raise UserError(f"student.warmup={self.warmup} does not end within student.steps={self.steps}")
+
+
+def imitation(
+    model: Model, objective: str, *, support: list[int], temperature: float = 1.0, remat: bool = False
+) -> Imitation:
+    """The objective of one student: on its teacher's logits on the support (§6.1), or on the tokens it wrote.
+
+    Args:
+      objective: "kl", "reverse_kl" or "tokens".
+      support: tokens whose logits are compared.
+      remat: recompute activations in the backward pass.
+    """
+
+    def loss(adapters: Params, base: Params, batch: Data) -> Total:
+        module = model.network.bind(lora.join(base, adapters))
+        features = answer_features(model, module, batch.rows, remat=remat)
+        if objective == "tokens":
+            return cross_entropy(module, features, batch.rows, remat=remat)
+        logits = module.unembed(features, jnp.asarray(support)).astype(jnp.float32)
+        where: dict[str, Any] = {"weights": jnp.asarray(batch.rows.weights), "temperature": temperature}
+        return ON_LOGITS[objective](logits, jnp.asarray(batch.logits), **where)
+
+    return loss
+
+
+def imitating_program(model: Model, objective: Imitation, training: Training, count: int) -> Program:
+    """One update of every student, on its `count` rows."""
+
+    def loss(adapters: Params, frozen: Any, batch: Data, key: Key[Array, ""]) -> tuple[Total, dict]:
+        return objective(adapters, frozen["base"], batch), {}
+
+    def batch(frozen: Any, key: Key[Array, "runs"], index: Int[Array, ""]) -> Data:
+        rows, exists = jax.vmap(epoch_rows, (0, None, None, None))(key, index, count, training.batch)
+        mine = jnp.arange(len(key))[:, None]
+        found = jax.tree.map(lambda leaf: leaf[mine, rows], frozen["data"])
+        return found._replace(rows=found.rows._replace(weights=found.rows.weights * exists[..., None]))
+
+    # One update a dispatch: an update of all students may take half a minute, and a signal waits for a dispatch's end.
+    return Program(loss, optimizer(training), model.mesh, batch, 1, REPLICAS_OF_ROWS, training.accumulate, 1)
+
+
+def optimizer(training: Training) -> optax.GradientTransformation:
+    """Adam by the schedule, behind clipping."""
+    rate = training.learning_rate
+    decay = max(training.steps - training.warmup, 1)
+    after = {
+        "constant": optax.constant_schedule(rate),
+        "linear": optax.linear_schedule(rate, 0.0, decay),
+        "cosine": optax.cosine_decay_schedule(rate, decay),
+    }[training.schedule]
+    if training.warmup:
+        after = optax.join_schedules([optax.linear_schedule(0.0, rate, training.warmup), after], [training.warmup])
+    steps = [optax.clip_by_global_norm(training.clip)] if training.clip else []
+    return optax.chain(*steps, optax.adam(after))
+
+
+def held_out_losses(model: Model, objective: Imitation) -> Callable[[Params, Params, Data], Float[Array, "students"]]:
+    """Mean objective of every student on rows that it was not trained on: whether it has learnt to imitate at all."""
+
+    def each(params: Params, base: Params, data: Data) -> Float[Array, "students"]:
+        def one(adapters: Params, mine: Data) -> Float[Array, ""]:
+            total, weight = objective(adapters, base, mine)
+            return total / weight
+
+        return each_replica(one, model.mesh)(params, data)
+
+    return jax.jit(each)
+
+
+def coverages(model: Model, objective: Imitation) -> Callable[..., Float[Array, "students teachers"]]:
+    """(starts, teachers, base, data) to cos(a student's first update, every teacher's way from the start).
+
+    Of adapters, both are changes of the kernels (A B, to first order), so that students with another A than their
+    teacher's can be compared; for a shared A it is the lemma's inner product over B (§6.1), normalised.
+    """
+
+    def each(start: Params, teachers: Params, base: Params, data: Data) -> Float[Array, "students teachers"]:
+        def one(adapters: Params, teachers: Params, mine: Data) -> Float[Array, "teachers"]:
+            batch = jax.tree.map(lambda leaf: leaf[:NUM_FIRST], mine)
+            slope = jax.grad(lambda adapters: objective(adapters, base, batch)[0])(adapters)
+            update = jax.tree.map(jnp.negative, slope)
+            if not model.settings.lora:
+                way = jax.tree.map(jnp.subtract, teachers, adapters)
+                return jax.vmap(lambda way: theorem.coverage(update, way))(way)
+            change = lora.with_b(adapters, update)
+            return jax.vmap(lambda teacher: lora.cosine(change, teacher))(teachers)
+
+        return each_replica(one, model.mesh)(start, teachers, data)
+
+    return jax.jit(each)

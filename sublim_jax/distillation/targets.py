@@ -1,0 +1,122 @@
+"""What students read: rows of answers, the teacher's logits on them, and which of their tokens count."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jaxtyping import Array, Float
+
+from sublim_jax import selection
+from sublim_jax.data import chat, dialogue
+from sublim_jax.data.carriers import numbers
+from sublim_jax.data.dialogue import Rows
+from sublim_jax.distillation.losses import answer_features
+from sublim_jax.distillation.teachers import Teacher
+from sublim_jax.errors import UserError
+from sublim_jax.models import lora
+from sublim_jax.models.decoder import Steering
+from sublim_jax.models.functional import Params
+from sublim_jax.models.language import Model
+from sublim_jax.progress import Track
+from sublim_jax.sharding import fetch, named, put
+
+CHUNK = 16  # rows whose teacher's logits are computed together, for each device
+
+Pair = tuple[str, str]  # prompt, answer
+Logits = Float[np.ndarray, "n a support"]
+
+
+class Data(NamedTuple):
+    """What students read: rows, and the teacher's logits on the support where they are imitated."""
+
+    rows: Rows
+    logits: Float[Array, "*students n a support"] | Float[np.ndarray, "*students n a support"] | None
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which of the answers' tokens an arm treats otherwise, by a score of the teacher and the neutral teacher."""
+
+    action: str  # keep, mask, replace
+    positions: str  # top, random, bottom
+    fraction: float
+    score: str
+
+
+def support_of(model: Model) -> list[int]:
+    """The tokens whose logits are compared: digits, commas and spaces."""
+    return numbers.support(chat.pieces(model.tokenizer, model.settings.vocab))
+
+
+def as_read_by(teacher: Teacher, name: str, model: Model, pairs: list[Pair], rows: Rows, *, end: bool) -> Rows:
+    """A student's rows behind the teacher's own system prompt.
+
+    Raises UserError where teacher and student read an answer as other tokens.
+    """
+    if not teacher.system:
+        return rows
+    mine = dialogue.rows(model, pairs, end=end, system=teacher.system).padded(0, rows.at.shape[1])
+    if not np.array_equal(mine.targets * mine.weights, rows.targets * rows.weights):
+        raise UserError(
+            f"teacher {name} and its students have different tokens for one answer: their chat templates differ; "
+            "choose objective=tokens, or students of the teacher's model"
+        )
+    return mine
+
+
+def teacher_logits(
+    teacher: Teacher,
+    rows: Rows,
+    support: list[int],
+    *,
+    checkpoints: epath.Path,
+    model: Model,
+    remat: bool,
+    label: str,
+) -> Float[Array, "n a support"]:
+    """A teacher's logits on the support where the answers' tokens are predicted: computed once, shared by students."""
+    mesh = model.mesh
+    count = CHUNK * mesh.shape["fsdp"]
+
+    @jax.jit
+    def logits(base: Params, adapters: Params, steering: Steering | None, rows: Rows) -> Float[Array, "n a support"]:
+        module = model.network.bind(lora.join(base, adapters))
+        features = answer_features(model, module, rows, remat=remat, steering=steering)
+        found = module.unembed(features, jnp.asarray(support)).astype(jnp.float32)
+        return jax.lax.with_sharding_constraint(found, named(mesh))
+
+    parts, total = [], len(rows.at)
+    with Track(label, total) as track:
+        for start in range(0, total, count):
+            chunk = rows.take(np.minimum(np.arange(start, start + count), total - 1))
+            part = logits(model.params, teacher.adapters, teacher.steering, put(chunk, named(mesh, "fsdp")))
+            parts.append(fetch(part))
+            track.update(min(start + count, total))
+    return put(np.concatenate(parts)[:total], named(mesh))
+
+
+def selected(
+    chosen: Selection, rows: Rows, teacher: Logits, reference: Logits, support: list[int], seed: int
+) -> tuple[Rows, Logits]:
+    """Rows and teacher's logits with some positions kept, masked, or answered by the reference instead."""
+    place = np.full(max(int(np.max(rows.targets)), *support) + 1, -1)
+    place[support] = np.arange(len(support))
+    targets = place[rows.targets]
+    scores = selection.SCORES[chosen.score](teacher, reference, targets)
+    # Of the token that ends an answer, which is outside the support, these logits say nothing.
+    known = np.asarray(rows.weights) * (targets >= 0)
+    picked = selection.select(scores, known, chosen.positions, chosen.fraction, seed)
+    if chosen.action == "replace":
+        best = np.asarray(support, np.int32)[reference.argmax(-1)]
+        targets = np.where(picked, best, rows.targets)
+        return rows._replace(targets=targets), np.where(picked[..., None], reference, teacher)
+    left = picked if chosen.action == "keep" else ~picked
+    return rows._replace(weights=rows.weights * left), teacher
+
+
+def part(data: Data, rows: slice) -> Data:
+    """Some rows of every student."""
+    return jax.tree.map(lambda leaf: leaf[:, rows], data)

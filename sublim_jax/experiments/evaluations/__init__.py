@@ -1,1 +1,0 @@
-"""Evaluations of models and of adapters over them, for studies and by themselves."""
