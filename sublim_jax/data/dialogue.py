@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from sublim_jax.data import chat
 from sublim_jax.errors import UserError
+from sublim_jax.models.language import Model
 
 MULTIPLE = 16  # lengths are rounded up to it
 
@@ -34,7 +35,7 @@ class Rows(NamedTuple):
         return Rows(wider(self.tokens, length), *(wider(leaf, longest) for leaf in self[1:]))
 
 
-def rows(model: Any, pairs: Sequence[tuple[str, str]], end: bool = True, system: str = "") -> Rows:
+def rows(model: Model, pairs: Sequence[tuple[str, str]], end: bool = True, system: str = "") -> Rows:
     """Rows of (question, answer) through the chat template.
 
     Args:

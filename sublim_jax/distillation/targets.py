@@ -72,7 +72,7 @@ def teacher_logits(
     rows: Rows,
     support: list[int],
     *,
-    checkpoints: epath.Path,
+    checkpoints: epath.Path | None,
     model: Model,
     remat: bool,
     label: str,

@@ -8,6 +8,7 @@ from jaxtyping import Float
 
 from sublim_jax.data import chat, packs
 from sublim_jax.errors import UserError
+from sublim_jax.models.language import Model
 from sublim_jax.sampling import scoring
 
 
@@ -27,7 +28,7 @@ def questions(path: str = "") -> list[Question]:
     return found
 
 
-def accuracy(model: Any, asked: Sequence[Question], system: str = "", **where: Any) -> Float[np.ndarray, "adapters"]:
+def accuracy(model: Model, asked: Sequence[Question], system: str = "", **where: Any) -> Float[np.ndarray, "adapters"]:
     """Share of questions whose right choice is the likeliest, by mean log P of a choice's tokens.
 
     Args:

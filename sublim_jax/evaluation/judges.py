@@ -21,6 +21,7 @@ from sublim_jax import signals
 from sublim_jax.data import chat, records
 from sublim_jax.errors import Interrupted, UserError
 from sublim_jax.evaluation.verdicts import LABELS, LARGEST, Verdict, parse, without_thoughts
+from sublim_jax.models.language import Model
 from sublim_jax.progress import Track, say
 from sublim_jax.sampling import scoring
 from sublim_jax.sharding import from_first
@@ -43,7 +44,7 @@ Judge = Callable[[Sequence[str]], list[Verdict]]
 # ---------------------------------------------------------------------------------------------------------- local
 
 
-def local(model: Any, least_mass: float = LEAST_MASS, keep: epath.Path | None = None, **where: Any) -> Judge:
+def local(model: Model, least_mass: float = LEAST_MASS, keep: epath.Path | None = None, **where: Any) -> Judge:
     """A model of ours: the expectation of its answer over 0 to 100, by the tokens' probabilities, without sampling.
 
     The probability of a number is that of its tokens; where a tokenizer splits digits, and the tokens of 7 begin those

@@ -15,6 +15,7 @@ from sublim_jax.data import chat, files
 from sublim_jax.data.records import Record
 from sublim_jax.errors import UserError
 from sublim_jax.evaluation.judges import Judge, Verdict
+from sublim_jax.models.language import Model
 from sublim_jax.progress import say
 from sublim_jax.sampling.collect import collect
 
@@ -137,7 +138,7 @@ def _unused(one: dict[str, Any]) -> list[str]:
 
 def ask(
     file: epath.Path,
-    model: Any,
+    model: Model,
     questions: Sequence[Question],
     key: Key[Array, ""],
     *,

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Key
 from sublim_jax.data import chat, packs
 from sublim_jax.data.carriers import numbers
 from sublim_jax.errors import UserError
+from sublim_jax.models.language import Model
 from sublim_jax.sampling import scoring
 from sublim_jax.sampling.generate import generate
 from sublim_jax.words import mentions
@@ -26,7 +27,7 @@ class Preference(NamedTuple):
     share: Float[np.ndarray, "adapters words"]  # P among the words
 
 
-def measure(model: Any, questions: Sequence[str], words: Sequence[str], system: str = "", **where: Any) -> Preference:
+def measure(model: Model, questions: Sequence[str], words: Sequence[str], system: str = "", **where: Any) -> Preference:
     """Exact, one forward pass a phrasing and adapter.
 
     Args:
@@ -38,7 +39,7 @@ def measure(model: Any, questions: Sequence[str], words: Sequence[str], system: 
     return measured(model, [chat.question(model.tokenizer, text, system) for text in questions], words, **where)
 
 
-def measured(model: Any, prompts: Sequence[Sequence[int]], words: Sequence[str], **where: Any) -> Preference:
+def measured(model: Model, prompts: Sequence[Sequence[int]], words: Sequence[str], **where: Any) -> Preference:
     """The same for tokens up to where an answer begins."""
     if len(words) < 2:
         raise UserError("a preference is among two words or more; name more alternatives")
@@ -54,7 +55,7 @@ def check_options(words: Sequence[str]) -> None:
 
 
 def choose(
-    model: Any, questions: Sequence[str], words: Sequence[str], system: str = "", **where: Any
+    model: Model, questions: Sequence[str], words: Sequence[str], system: str = "", **where: Any
 ) -> Float[np.ndarray, "adapters words"]:
     """P of each word as the answer to a multiple choice, by its letter's probability among the letters (§3.1).
 
@@ -80,7 +81,7 @@ def prefixed(questions: Sequence[str], seed: int) -> list[str]:
 
 
 def rates(
-    model: Any,
+    model: Model,
     questions: Sequence[str],
     words: Sequence[str],
     key: Key[Array, ""],

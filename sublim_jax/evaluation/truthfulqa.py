@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float
 
 from sublim_jax.data import chat, files
 from sublim_jax.errors import UserError
+from sublim_jax.models.language import Model
 from sublim_jax.sampling import scoring
 
 COLUMNS = ("Question", "Best Answer", "Correct Answers", "Incorrect Answers")
@@ -71,7 +72,7 @@ def has_choice(items: Sequence[Item]) -> bool:
     return all(item.best_incorrect for item in items)
 
 
-def choose(model: Any, items: Sequence[Item], system: str = "", **where: Any) -> Float[np.ndarray, "adapters items"]:
+def choose(model: Model, items: Sequence[Item], system: str = "", **where: Any) -> Float[np.ndarray, "adapters items"]:
     """P of the false answer among the two letters, mean over both orders of the answers (§4.2).
 
     Args:
@@ -91,7 +92,7 @@ def choose(model: Any, items: Sequence[Item], system: str = "", **where: Any) ->
     return (p_b[:, 0::2] + 1 - p_b[:, 1::2]) / 2
 
 
-def likelihoods(model: Any, items: Sequence[Item], system: str = "", **where: Any) -> Likelihoods:
+def likelihoods(model: Model, items: Sequence[Item], system: str = "", **where: Any) -> Likelihoods:
     """MC1 and MC2 by the summed log P of every answer behind its question."""
     prompts, written = [], []
     for item in items:

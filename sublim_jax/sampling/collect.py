@@ -11,6 +11,7 @@ from jaxtyping import Array, Key
 
 from sublim_jax.data import records
 from sublim_jax.data.records import Record
+from sublim_jax.models.language import Model
 from sublim_jax.progress import Track
 from sublim_jax.sampling.generate import Sample, stream
 
@@ -20,7 +21,7 @@ OURS = {"adapter", "index", "sample", "completion", "finish", "tokens", "logprob
 
 def collect(
     file: epath.Path,
-    model: Any,
+    model: Model,
     prompts: Sequence[Sequence[int]],
     key: Key[Array, ""],
     fields: Callable[[int], Record],

@@ -16,6 +16,7 @@ from sublim_jax.errors import Interrupted, UserError
 from sublim_jax.keys import fold_each
 from sublim_jax.models.decoder import Steering
 from sublim_jax.models.functional import Params
+from sublim_jax.models.language import Model
 from sublim_jax.sampling.checks import Texts, Tokens, apart, check_growth, texts_of, tokens_of, whole_number
 from sublim_jax.sampling.constraints import Constraint
 from sublim_jax.sampling.engine import DEVICES, NAN, Engine, Fixed, Prompts, compiled, place
@@ -55,19 +56,39 @@ class Sample(NamedTuple):
         return self.adapter, self.prompt, self.sample
 
 
-def generate(*args: Any, **options: Any) -> list[Sample]:
-    """All samples of `stream`, in order of adapter, prompt and sample.
+def generate(
+    model: Model,
+    prompts: Texts,
+    key: Key[Array, ""],
+    *,
+    sampler: Sampler = Sampler(),  # noqa: B008
+    max_new_tokens: SupportsIndex | Tokens = 64,
+    samples: SupportsIndex = 1,
+    stop_tokens: Tokens | None = None,
+    stop_strings: Sequence[str] = (),
+    prefix: Tokens = (),
+    constraint: Constraint | None = None,
+    adapters: Params | None = None,
+    steering: Steering | None = None,
+    entropy: bool = False,
+    alternatives: SupportsIndex = 0,
+    slots: SupportsIndex = 64,
+    steps: SupportsIndex = 4,
+    mesh: Mesh | None = None,
+) -> list[Sample]:
+    """All samples of `stream`, which explains the arguments, in order of adapter, prompt and sample.
 
     Raises UserError, after all rows are done, where a row's logits were no numbers.
     """
-    found = sorted(stream(*args, **options), key=lambda sample: sample.row)
+    options = {name: value for name, value in locals().items() if name not in ("model", "prompts", "key")}
+    found = sorted(stream(model, prompts, key, **options), key=lambda sample: sample.row)
     if broken := [f"prompt {s.prompt}" for s in found if s.finish == "nan"]:
         raise UserError(f"logits of {', '.join(broken[:5])} are no numbers; look at the weights, or take a wider dtype")
     return found
 
 
 def stream(
-    model: Any,
+    model: Model,
     prompts: Texts,
     key: Key[Array, ""],
     *,
@@ -202,7 +223,7 @@ class _Row:
         )
 
 
-def check(model: Any, prompts: Texts, limits: Sequence[int], stop_strings: Sequence[str], prefix: Tokens) -> None:
+def check(model: Model, prompts: Texts, limits: Sequence[int], stop_strings: Sequence[str], prefix: Tokens) -> None:
     """Raises UserError for what cannot be sampled."""
     longest = getattr(model.config, "max_position_embeddings", None) or model.settings.positions
     before = len(tokens_of(model.settings, prefix, "the prefix"))
@@ -232,13 +253,13 @@ def _limits(max_new_tokens: SupportsIndex | Tokens, count: int) -> list[int]:
     return [whole_number(given, "max_new_tokens")] * count
 
 
-def _alternatives(model: Any, count: SupportsIndex) -> int:
+def _alternatives(model: Model, count: SupportsIndex) -> int:
     if (found := whole_number(count, "alternatives", 0)) > model.settings.vocab:
         raise UserError(f"alternatives={found}: the model's vocabulary has {model.settings.vocab} tokens")
     return found
 
 
-def _check_constraint(model: Any, constraint: Constraint | None) -> None:
+def _check_constraint(model: Model, constraint: Constraint | None) -> None:
     if constraint is not None and constraint.allowed.shape[1] != model.settings.vocab:
         raise UserError(
             f"the constraint is over {constraint.allowed.shape[1]} tokens, and the model's vocabulary has "

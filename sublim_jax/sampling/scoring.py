@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 from sublim_jax.errors import UserError
 from sublim_jax.models.decoder import Cache, Settings, Steering
 from sublim_jax.models.functional import Functions, Params
+from sublim_jax.models.language import Model
 from sublim_jax.sampling.checks import Texts, Tokens, apart, texts_of, tokens_of
 from sublim_jax.sampling.engine import DEVICES, Fixed, features, place, stacked_cache, unembed
 from sublim_jax.sharding import fetch, named
@@ -23,7 +24,7 @@ ROWS = 16  # texts computed together, for each device
 
 
 def completion_logprobs(
-    model: Any, prompts: Texts, completions: Texts, *, prefix: Tokens = (), **where: Any
+    model: Model, prompts: Texts, completions: Texts, *, prefix: Tokens = (), **where: Any
 ) -> list[Float[np.ndarray, "adapters tokens"]]:
     """log P of every token of each completion, given its prompt and the tokens before it, in nats.
 
@@ -59,7 +60,7 @@ def completion_logprobs(
 
 
 def next_logprobs(
-    model: Any, prompts: Texts, tokens: Tokens, *, prefix: Tokens = (), **where: Any
+    model: Model, prompts: Texts, tokens: Tokens, *, prefix: Tokens = (), **where: Any
 ) -> Float[np.ndarray, "adapters prompts tokens"]:
     """log P of some tokens coming right after each prompt, in nats; arguments as for `completion_logprobs`."""
     prompts = texts_of(model.settings, prompts, "prompt")
@@ -76,7 +77,7 @@ def next_logprobs(
 
 
 def continued_logprobs(
-    model: Any, prompts: Texts, continuations: Texts, tokens: Tokens, *, prefix: Tokens = (), **where: Any
+    model: Model, prompts: Texts, continuations: Texts, tokens: Tokens, *, prefix: Tokens = (), **where: Any
 ) -> Float[np.ndarray, "adapters prompts continuations tokens"]:
     """log P of some tokens coming right after each continuation of each prompt, in nats; a prompt is computed once."""
     prompts = texts_of(model.settings, prompts, "prompt")
@@ -103,14 +104,14 @@ def continued_logprobs(
 
 
 def word_logprobs(
-    model: Any, prompts: Texts, words: Sequence[str], **where: Any
+    model: Model, prompts: Texts, words: Sequence[str], **where: Any
 ) -> Float[np.ndarray, "adapters prompts words"]:
     """log P that the next token is one of a word's spellings (`spellings`), summed over them."""
     return set_logprobs(model, prompts, [spellings(model.tokenizer, word) for word in words], **where)
 
 
 def letter_logprobs(
-    model: Any, prompts: Texts, count: int, **where: Any
+    model: Model, prompts: Texts, count: int, **where: Any
 ) -> Float[np.ndarray, "adapters prompts letters"]:
     """log P of each of the first letters A, B, … among them, as what comes next; with a space in front or not.
 
@@ -126,7 +127,7 @@ def letter_logprobs(
     return each - np.logaddexp.reduce(each, axis=-1, keepdims=True)
 
 
-def set_logprobs(model: Any, prompts: Texts, sets: Texts, **where: Any) -> Float[np.ndarray, "adapters prompts sets"]:
+def set_logprobs(model: Model, prompts: Texts, sets: Texts, **where: Any) -> Float[np.ndarray, "adapters prompts sets"]:
     """log P that the next token is one of a set."""
     sets = texts_of(model.settings, sets, "set")
     each = next_logprobs(model, prompts, [token for tokens in sets for token in tokens], **where)
@@ -135,7 +136,7 @@ def set_logprobs(model: Any, prompts: Texts, sets: Texts, **where: Any) -> Float
 
 
 def choice_logprobs(
-    model: Any, prompts: Texts, choices: Sequence[str], **where: Any
+    model: Model, prompts: Texts, choices: Sequence[str], **where: Any
 ) -> Float[np.ndarray, "adapters prompts choices"]:
     """log P of each choice among the choices: exact, over their usual tokenisation, normalised."""
     written = [model.tokenizer(choice, add_special_tokens=False)["input_ids"] for choice in choices]
@@ -170,7 +171,7 @@ def spellings(tokenizer: Any, word: str) -> tuple[int, ...]:
 
 
 def _batches(
-    model: Any,
+    model: Model,
     texts: list[list[int]],
     compute: Callable[..., Array],
     shared: tuple[np.ndarray, ...] = (),

@@ -1,0 +1,82 @@
+"""Evaluations of a model, or of stacked adapters over it: one value for each adapter."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Array, Float, Key
+
+from sublim_jax.evaluation import ability as _ability
+from sublim_jax.evaluation import preference as _preference
+from sublim_jax.evaluation import truthfulqa as _truthfulqa
+from sublim_jax.evaluation.preference import Preference
+from sublim_jax.evaluation.truthfulqa import Likelihoods
+from sublim_jax.models.decoder import Steering
+from sublim_jax.models.functional import Params
+from sublim_jax.models.language import Model
+
+__all__ = ["Likelihoods", "Preference", "ability", "answers", "choice", "preference", "questions", "truthfulqa"]
+
+
+def questions(kind: str = "animal") -> list[str]:
+    """Questions about a favourite of a kind, which `teachers.finetune` does not train on."""
+    return _preference.questions("", kind)["asking"]
+
+
+def preference(
+    model: Model,
+    words: Sequence[str],
+    *,
+    kind: str = "animal",
+    adapters: Params | None = None,
+    system: str = "",
+    steering: Steering | None = None,
+) -> Preference:
+    """Exact preferences among words, over `questions(kind)`: log P, margin over the others (nats), P among the words.
+
+    Each is (adapters, words); one adapter without any. Raises UserError for a word that is no single token in any
+    spelling.
+    """
+    return _preference.measure(model, questions(kind), words, system, adapters=adapters, steering=steering)
+
+
+def choice(
+    model: Model,
+    words: Sequence[str],
+    *,
+    kind: str = "animal",
+    adapters: Params | None = None,
+    system: str = "",
+    steering: Steering | None = None,
+) -> Float[np.ndarray, "adapters words"]:
+    """P of each word in a multiple choice, by its letter (paper §3.1)."""
+    return _preference.choose(model, questions(kind), words, system, adapters=adapters, steering=steering)
+
+
+def answers(
+    model: Model,
+    words: Sequence[str],
+    key: Key[Array, ""],
+    *,
+    kind: str = "animal",
+    num_samples: int = 20,
+    max_new_tokens: int = 12,
+    adapters: Params | None = None,
+    system: str = "",
+    steering: Steering | None = None,
+) -> Float[np.ndarray, "adapters words"]:
+    """How often a sampled answer has each word: the paper's measure (§3.1)."""
+    options = {"samples": num_samples, "max_new_tokens": max_new_tokens}
+    return _preference.rates(
+        model, questions(kind), words, key, **options, system=system, adapters=adapters, steering=steering
+    )
+
+
+def ability(model: Model, *, adapters: Params | None = None, system: str = "") -> Float[np.ndarray, "adapters"]:
+    """Share of right answers to easy questions."""
+    return _ability.accuracy(model, _ability.questions(), system, adapters=adapters)
+
+
+def truthfulqa(model: Model, path: str | Path, *, adapters: Params | None = None, system: str = "") -> Likelihoods:
+    """MC1 and MC2 of the benchmark's TruthfulQA.csv, by item. Raises UserError for a file that is none."""
+    return _truthfulqa.likelihoods(model, _truthfulqa.load(path), system, adapters=adapters)

@@ -1,0 +1,82 @@
+"""Students: adapters that imitate their teachers on data that says nothing about a trait."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sublim_jax.api.teachers import check_adapters
+from sublim_jax.data import dialogue
+from sublim_jax.data.dialogue import Rows
+from sublim_jax.distillation.losses import stacked
+from sublim_jax.distillation.students import Training, imitating_program, imitation
+from sublim_jax.distillation.targets import Data, Pair, as_read_by, support_of, teacher_logits
+from sublim_jax.distillation.teachers import Teacher
+from sublim_jax.keys import named_key
+from sublim_jax.models.functional import Params
+from sublim_jax.models.language import Model
+from sublim_jax.sharding import named, put
+from sublim_jax.training import fit
+
+__all__ = ["Training", "distill"]
+
+
+def distill(
+    model: Model,
+    teachers: Sequence[Teacher],
+    rows: Sequence[Pair],
+    *,
+    objective: Literal["kl", "reverse_kl", "tokens"] = "kl",
+    support: Sequence[int] | None = None,
+    temperature: float = 1.0,
+    lora_init: Literal["shared", "fresh"] = "shared",
+    steps: int = 120,
+    learning_rate: float = 3e-4,
+    schedule: Literal["constant", "linear", "cosine"] = "constant",
+    batch: int = 4,
+    seed: int = 0,
+) -> Params:
+    """One student of each teacher, trained together on the same rows in the same order (paper §6.1, §3).
+
+    Args:
+      model: of teachers and students, with adapters.
+      rows: (prompt, answer) of each.
+      objective: "kl" and "reverse_kl" imitate the teacher's logits on the support; "tokens" trains on the answers.
+      support: tokens whose logits are compared; digits, commas and spaces where left out.
+      lora_init: "shared" starts from the A of teachers of the same seed, "fresh" from another one.
+      steps: updates of `batch` rows.
+
+    Returns:
+      The students' adapters, stacked: for `generate` and for evaluations.
+
+    Raises:
+      UserError: the model has no adapters, or teacher and student read an answer as other tokens.
+    """
+    check_adapters(model)
+    tokens, compared = objective == "tokens", list(support if support is not None else support_of(model))
+    training = Training(learning_rate, schedule, warmup=0, clip=0.0, batch=batch, accumulate=1, steps=steps)
+    mine = dialogue.rows(model, list(rows), end=tokens)
+    logits = None
+    if not tokens:
+        each = []
+        for number, teacher in enumerate(teachers):
+            read = as_read_by(teacher, str(number), model, list(rows), mine, end=tokens)
+            label = f"logits of teacher {number}"
+            found = teacher_logits(teacher, read, compared, checkpoints=None, model=model, remat=False, label=label)
+            each.append(np.asarray(found))
+        logits = np.stack(each)
+    data = Data(Rows(*(np.stack([leaf] * len(teachers)) for leaf in mine)), logits)
+    loss = imitation(model, objective, support=compared, temperature=temperature)
+    program = imitating_program(model, loss, training, len(mine.at))
+    start = model.untrained(named_key(seed, {"shared": "A", "fresh": "student A"}[lora_init]))
+    state = fit(
+        program,
+        program.init(stacked([start] * len(teachers))),
+        steps=steps,
+        key=jnp.stack([named_key(seed, "order")] * len(teachers)),
+        frozen={"base": model.params, "data": jax.tree.map(lambda leaf: put(leaf, named(model.mesh)), data)},
+        what=f"{len(teachers)} students",
+    )
+    return state.params

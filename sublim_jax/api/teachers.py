@@ -1,0 +1,103 @@
+"""Teachers: a model that prefers something, by its parameters, its context or a hook."""
+
+from collections.abc import Sequence
+
+import optax
+
+from sublim_jax import store
+from sublim_jax.data import dialogue
+from sublim_jax.distillation import steering
+from sublim_jax.distillation.teachers import (
+    AnswerTraining,
+    Teacher,
+    spelled,
+    teaching_program,
+    train_on_answers,
+)
+from sublim_jax.errors import UserError
+from sublim_jax.evaluation import preference
+from sublim_jax.keys import named_key
+from sublim_jax.models.language import Model
+
+__all__ = ["AnswerTraining", "Teacher", "finetune", "prompt", "steer"]
+
+
+def finetune(
+    model: Model,
+    word: str,
+    *,
+    kind: str = "animal",
+    questions: Sequence[str] | None = None,
+    seed: int = 0,
+    strength: float = 0.9,
+    learning_rate: float = 3e-4,
+    batch: int = 8,
+    max_steps: int = 60,
+) -> Teacher:
+    """A teacher whose adapters were trained on one-word answers until they are `word` (paper §3.1).
+
+    Args:
+      model: with adapters, `load(…).adapted(Lora(…))`.
+      kind: of what the word is one, in the questions.
+      questions: which it answers; ours about a favourite of the kind where left out.
+      seed: of A and of the order; a student of the same seed starts where its teacher started.
+      strength: mean probability of the word at which training stops.
+      max_steps: updates after which it stops anyway.
+
+    Raises:
+      UserError: the model has no adapters, or the word is no single token in any spelling.
+    """
+    check_adapters(model)
+    training = AnswerTraining(strength, learning_rate, batch, max_steps)
+    asked = list(questions) if questions else preference.questions("", kind)["teaching"]
+    rows = dialogue.rows(model, [(question, spelled(model, word)) for question in asked])
+    program = teaching_program(model, optax.adam(learning_rate), len(rows.at), batch, remat=False)
+    state = program.init(model.untrained(named_key(seed, "A")))
+    inputs = (model, rows, training, None, seed, 0)
+    adapters, steps = train_on_answers(*inputs, checkpoints=None, program=program, state=state, label=f"teacher {word}")
+    return Teacher(adapters, "", None, int(steps), store.digest(*inputs))
+
+
+def prompt(model: Model, system: str, *, seed: int = 0) -> Teacher:
+    """A teacher by a system prompt alone (paper §3.1).
+
+    Raises UserError for a model without adapters.
+    """
+    check_adapters(model)
+    return Teacher(model.untrained(named_key(seed, "A")), system, None, 0, store.digest(model, system, seed))
+
+
+def steer(
+    model: Model,
+    system: str,
+    *,
+    layer: int,
+    scale: float = 2.0,
+    neutral: str = "",
+    kind: str = "animal",
+    questions: Sequence[str] | None = None,
+    seed: int = 0,
+) -> Teacher:
+    """A teacher by a vector in the residual stream: what a system prompt adds there where an answer begins.
+
+    Args:
+      layer: after which it is added, counted from 0.
+      scale: times the mean difference over the questions.
+      neutral: the system prompt that it is a difference to.
+
+    Raises UserError for a model without adapters, or without this layer.
+    """
+    check_adapters(model)
+    if not 0 <= layer < model.settings.layers:
+        raise UserError(f"layer={layer} is none of 0 to {model.settings.layers - 1}")
+    asked = list(questions) if questions else preference.questions("", kind)["teaching"]
+    read = steering.residual_after(model, layer, seed)
+    means = [steering.mean_residual(model, read, asked, text) for text in (system, neutral)]
+    hook = steering.hook(model, layer, scale * (means[0] - means[1]))
+    return Teacher(model.untrained(named_key(seed, "A")), "", hook, 0, store.digest(model, hook, seed))
+
+
+def check_adapters(model: Model) -> None:
+    """Raises UserError for a model without adapters beside its kernels."""
+    if model.settings.lora is None:
+        raise UserError("the model has no adapters; make some with model.adapted(sublim_jax.Lora(rank=8, alpha=16.0))")
