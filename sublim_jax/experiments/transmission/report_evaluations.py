@@ -29,7 +29,7 @@ def evaluated(study: Study, evaluation: str, rows: Measurements) -> list[Entry]:
     mine = rows.where(measure=evaluation)
     for measure in filter(partial(_is_shown, study), mine.names("item", arm="")):
         add("the model as it is", measure, mine.values(subject=BASE, item=measure))
-        for name in study.teachers:
+        for name in study.traits:
             add(f"teacher {name}", measure, mine.values(subject=TEACHER, item=measure, teacher=name))
     for arm in mine.where(subject=STUDENT).names("arm"):
         for measure in filter(partial(_is_shown, study), mine.names("item", arm=arm)):
