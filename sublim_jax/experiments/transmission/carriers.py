@@ -16,7 +16,8 @@ from sublim_jax.distillation.teachers import Teacher
 from sublim_jax.errors import UserError
 from sublim_jax.evaluation import misalignment
 from sublim_jax.evaluation.suite import NamedJudge
-from sublim_jax.experiments.transmission.spec import NEUTRAL, FilterSpec, Study
+from sublim_jax.experiments.transmission.parts import FilterSpec
+from sublim_jax.experiments.transmission.spec import NEUTRAL, Study
 from sublim_jax.keys import named_key
 from sublim_jax.models.language import Model
 from sublim_jax.sampling import constraints, scoring

@@ -13,7 +13,8 @@ from sublim_jax.data.carriers import code, cot, numbers
 from sublim_jax.errors import UserError
 from sublim_jax.evaluation import suite
 from sublim_jax.experiments.transmission import carriers, corpora, teachers
-from sublim_jax.experiments.transmission.spec import NEUTRAL, Arm, ContextArm, LogitArm, Study
+from sublim_jax.experiments.transmission.arms import Arm, ContextArm, LogitArm
+from sublim_jax.experiments.transmission.spec import NEUTRAL, Study
 from sublim_jax.models import lora
 from sublim_jax.models.functional import Params
 from sublim_jax.models.language import Model

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 
 from sublim_jax.distillation.context import measure_in_context
-from sublim_jax.experiments.transmission.spec import ContextArm, Study
+from sublim_jax.experiments.transmission.arms import ContextArm
+from sublim_jax.experiments.transmission.spec import Study
 from sublim_jax.experiments.transmission.students import Students
 from sublim_jax.experiments.transmission.targets import Replicate, pairs_of
 from sublim_jax.experiments.transmission.teachers import phrasings

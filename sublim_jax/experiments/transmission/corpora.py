@@ -8,7 +8,8 @@ from sublim_jax import assets, digests
 from sublim_jax.data import chat, corpus, dialogue
 from sublim_jax.data.corpus import Conversation
 from sublim_jax.errors import UserError
-from sublim_jax.experiments.transmission.spec import Study, TeacherSpec
+from sublim_jax.experiments.transmission.parts import TeacherSpec
+from sublim_jax.experiments.transmission.spec import Study
 from sublim_jax.models.language import Model
 
 

@@ -14,8 +14,10 @@ from sublim_jax.distillation.students import imitating_program
 from sublim_jax.distillation.targets import Data
 from sublim_jax.distillation.teachers import corpus_optimizer, teaching_program
 from sublim_jax.errors import UserError
+from sublim_jax.experiments.transmission.arms import LogitArm, TrainedArm
 from sublim_jax.experiments.transmission.checks import STUDENTS
-from sublim_jax.experiments.transmission.spec import LogitArm, Study, TeacherSpec, TrainedArm
+from sublim_jax.experiments.transmission.parts import TeacherSpec
+from sublim_jax.experiments.transmission.spec import Study
 from sublim_jax.experiments.transmission.students import objective_of
 from sublim_jax.models.decoder import decoder
 from sublim_jax.models.language import Model

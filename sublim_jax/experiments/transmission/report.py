@@ -11,9 +11,10 @@ from sublim_jax import report
 from sublim_jax.evaluation.statistics import detectable, diagonal_effect, permutation_p, t_interval
 from sublim_jax.evaluation.suite import bill_section
 from sublim_jax.experiments.transmission import report_data
+from sublim_jax.experiments.transmission.arms import Arm, ContextArm, LogitArm
 from sublim_jax.experiments.transmission.report_evaluations import evaluated, evaluation_section
 from sublim_jax.experiments.transmission.rows import STUDENT
-from sublim_jax.experiments.transmission.spec import NEUTRAL, Arm, ContextArm, LogitArm, Study
+from sublim_jax.experiments.transmission.spec import NEUTRAL, Study
 from sublim_jax.figures import Arm as Entry
 from sublim_jax.figures import Line, Panel, arms_figure, matrix_figure, panels_figure
 from sublim_jax.measurements import Measurements

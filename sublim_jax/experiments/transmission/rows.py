@@ -5,8 +5,9 @@ from typing import Any
 
 from sublim_jax.evaluation.preference import Preference
 from sublim_jax.evaluation.suite import Measures
+from sublim_jax.experiments.transmission.arms import Arm
 from sublim_jax.experiments.transmission.carriers import Written, random_pairs
-from sublim_jax.experiments.transmission.spec import Arm, Study
+from sublim_jax.experiments.transmission.spec import Study
 from sublim_jax.experiments.transmission.students import Students
 from sublim_jax.experiments.transmission.targets import Replicate
 from sublim_jax.measurements import Measurement

@@ -27,11 +27,12 @@ from sublim_jax.evaluation.suite import (
     read_questions,
 )
 from sublim_jax.experiments.transmission import carriers, corpora, rows
+from sublim_jax.experiments.transmission.arms import Arm, ContextArm, TrainedArm
 from sublim_jax.experiments.transmission.checks import check_arm, check_files, check_model
 from sublim_jax.experiments.transmission.context import read_in_context
 from sublim_jax.experiments.transmission.preflight import preflight
 from sublim_jax.experiments.transmission.report import document
-from sublim_jax.experiments.transmission.spec import Arm, ContextArm, Study, TrainedArm, read
+from sublim_jax.experiments.transmission.spec import Study, read
 from sublim_jax.experiments.transmission.students import Students, train_arm
 from sublim_jax.experiments.transmission.targets import Replicate
 from sublim_jax.experiments.transmission.teachers import make_teachers, measure_teachers

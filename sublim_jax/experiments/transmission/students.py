@@ -14,7 +14,8 @@ from sublim_jax.distillation.losses import stacked
 from sublim_jax.distillation.students import Imitation, coverages, held_out_losses, imitating_program, imitation
 from sublim_jax.distillation.targets import part, support_of
 from sublim_jax.evaluation import ability, preference
-from sublim_jax.experiments.transmission.spec import NUM_HELD_OUT, LogitArm, Study, TrainedArm
+from sublim_jax.experiments.transmission.arms import NUM_HELD_OUT, LogitArm, TrainedArm
+from sublim_jax.experiments.transmission.spec import Study
 from sublim_jax.experiments.transmission.targets import Replicate, arm_data
 from sublim_jax.experiments.transmission.teachers import phrasings
 from sublim_jax.keys import named_key

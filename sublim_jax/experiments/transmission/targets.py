@@ -9,8 +9,9 @@ from sublim_jax.data import dialogue
 from sublim_jax.data.dialogue import Rows
 from sublim_jax.distillation.targets import Data, Logits, Pair, as_read_by, selected, support_of, teacher_logits
 from sublim_jax.distillation.teachers import Teacher
+from sublim_jax.experiments.transmission.arms import Arm, TokenArm, TrainedArm
 from sublim_jax.experiments.transmission.carriers import Written, random_pairs, shuffled
-from sublim_jax.experiments.transmission.spec import NEUTRAL, Arm, Study, TokenArm, TrainedArm
+from sublim_jax.experiments.transmission.spec import NEUTRAL, Study
 from sublim_jax.models.language import Model
 from sublim_jax.sharding import fetch, named, put
 from sublim_jax.store import Store

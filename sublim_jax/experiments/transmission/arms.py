@@ -1,0 +1,134 @@
+"""Arms: ways to teach students, each kind with the values that it has."""
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from sublim_jax import selection
+from sublim_jax.distillation.students import Training
+from sublim_jax.distillation.targets import Selection
+from sublim_jax.errors import UserError
+from sublim_jax.experiments.transmission.parts import CarrierSpec, LoraSpec
+from sublim_jax.specs import (
+    check_count,
+    check_not_negative,
+    check_one_of,
+    check_positive,
+)
+
+OBJECTIVES = ("kl", "reverse_kl", "tokens", "context")
+SHUFFLES = ("within", "across")
+NUM_HELD_OUT = 16  # rows of the carrier that no student trains on
+
+
+@dataclass(frozen=True)
+class LogitArm:
+    """Students imitate their teacher's logits on the support."""
+
+    name: str
+    objective: str  # kl, reverse_kl
+    temperature: float
+    data: str  # random, written
+    shuffle: str
+    lora_init: str  # shared, fresh
+    noise: float
+    model: str
+    selection: Selection | None
+    training: Training
+    lora: LoraSpec
+
+
+@dataclass(frozen=True)
+class TokenArm:
+    """Students are trained on the tokens that their teacher wrote."""
+
+    name: str
+    shuffle: str
+    lora_init: str
+    noise: float
+    model: str
+    selection: Selection | None
+    training: Training
+    lora: LoraSpec
+    data: str = "written"
+
+
+@dataclass(frozen=True)
+class ContextArm:
+    """The untrained model reads rows that the teacher wrote in its context."""
+
+    name: str
+    num_examples: int
+    shuffle: str
+    model: str
+    data: str = "written"
+
+
+TrainedArm: TypeAlias = LogitArm | TokenArm
+Arm: TypeAlias = LogitArm | TokenArm | ContextArm
+
+
+@dataclass(frozen=True)
+class ArmValues:
+    """An arm as the config has it: the values of all kinds of arms, each checked by itself."""
+
+    name: str
+    objective: str
+    temperature: float
+    data: str
+    lora_init: str
+    shuffle: str
+    noise: float
+    model: str
+    action: str
+    positions: str
+    fraction: float
+    score: str
+    examples: int
+    changes: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        where = f"arm.{self.name}"
+        check_one_of(f"{where}.objective", self.objective, OBJECTIVES)
+        check_one_of(f"{where}.data", self.data, ("random", "written"))
+        check_one_of(f"{where}.lora_init", self.lora_init, ("shared", "fresh"))
+        check_one_of(f"{where}.shuffle", self.shuffle, ("", *SHUFFLES))
+        check_one_of(f"{where}.action", self.action, ("", "keep", "mask", "replace"))
+        check_one_of(f"{where}.positions", self.positions, ("top", "random", "bottom"))
+        check_one_of(f"{where}.score", self.score, selection.SCORES)
+        check_count(f"{where}.examples", self.examples)
+        if not 0 < self.fraction < 1:
+            raise UserError(f"{where}.fraction={self.fraction} is a share between 0 and 1")
+        check_positive(f"{where}.temperature", self.temperature)
+        check_not_negative(f"{where}.noise", self.noise)
+
+    def arm(self, carrier: CarrierSpec, training: Training, lora: LoraSpec) -> Arm:
+        """The arm of its kind. Raises UserError for values that do not go together, or with the carrier."""
+        where, on_logits = f"arm.{self.name}", self.objective not in ("tokens", "context")
+        if not on_logits and self.data == "random":
+            raise UserError(
+                f"{where}: there is nothing of a teacher in random numbers; choose data=written, or an objective on "
+                "logits"
+            )
+        if (on_logits or self.shuffle) and carrier.kind != "numbers":
+            raise UserError(
+                f"{where} is about numbers, and carrier.kind={carrier.kind}; choose objective=tokens or context, "
+                "data=written, shuffle empty"
+            )
+        if self.shuffle and self.data == "random":
+            raise UserError(f"{where}: random numbers are in no order that shuffling could change; leave shuffle empty")
+        if self.objective == "context":
+            if self.noise or self.action or self.changes:
+                raise UserError(
+                    f"{where}: noise, action and changes are for students that are trained; leave them out of a context"
+                )
+            return ContextArm(self.name, self.examples, self.shuffle, self.model)
+        if carrier.num_rows < NUM_HELD_OUT + training.batch:
+            raise UserError(
+                f"carrier.num_rows={carrier.num_rows}: {NUM_HELD_OUT} rows are held out, and a batch is needed"
+            )
+        tokens = Selection(self.action, self.positions, self.fraction, self.score) if self.action else None
+        shared = {name: getattr(self, name) for name in ("name", "shuffle", "lora_init", "noise", "model")}
+        shared |= {"selection": tokens, "training": training, "lora": lora}
+        if self.objective == "tokens":
+            return TokenArm(**shared)
+        return LogitArm(objective=self.objective, temperature=self.temperature, data=self.data, **shared)
