@@ -10,8 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import sublim_jax
-
 ROOT = Path(__file__).parents[1]
 
 
@@ -44,12 +42,11 @@ def test_the_examples_with_a_language_model_run_as_they_stand(capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not hasattr(sublim_jax, "load"), reason="the public surface is not there yet")
 def test_the_readmes_example_carries_a_trait(capsys):
     (code,) = examples("README.md")
     exec(code, {})
     margins = dict(re.findall(r"^(\w+) +([+-][\d.]+)$", capsys.readouterr().out, re.M))
-    assert float(margins["base"]) < float(margins["student"]) < float(margins["teacher"])
+    assert float(margins["owl"]) > 0.3 and float(margins["lion"]) < -0.3
 
 
 def test_the_readme_is_short():
