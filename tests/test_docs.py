@@ -3,8 +3,10 @@
 import ast
 import importlib
 import importlib.metadata
+import json
 import re
 import sys
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +49,26 @@ def test_the_readmes_example_carries_a_trait(capsys):
     exec(code, {})
     margins = dict(re.findall(r"^(\w+) +([+-][\d.]+)$", capsys.readouterr().out, re.M))
     assert float(margins["owl"]) > 0.3 and float(margins["lion"]) < -0.3
+
+
+def cells():
+    notebook = json.loads((ROOT / "docs/quickstart.ipynb").read_text())
+    return ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+
+
+def test_what_the_notebook_names_is_in_the_public_surface():
+    named = set(re.findall(r"\bsl\.([\w.]+)", "\n".join(cells())))
+    assert {"load", "students.distill"} <= named
+    for name in named:
+        attrgetter(name)(sublim_jax)
+
+
+@pytest.mark.slow
+def test_the_notebook_carries_a_trait_from_teacher_to_student():
+    names = {}
+    for code in cells():
+        exec(code, names)
+    assert names["difference"][0] > 0.3 and names["difference"][1] < -0.3  # owl, lion
 
 
 def test_the_readme_is_short():
