@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import sublim_jax
+
 ROOT = Path(__file__).parents[1]
 
 
