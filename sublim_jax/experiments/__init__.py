@@ -12,11 +12,11 @@ import importlib
 from types import ModuleType
 
 MODULES = {
-    "mnist": "mnist",
+    "mnist": "mnist.run",
     "alignment": "alignment",
-    "trajectory": "trajectory",
-    "forecast": "forecast",
-    "examples": "examples",
+    "trajectory": "along_training.trajectory",
+    "forecast": "along_training.forecast",
+    "examples": "along_training.examples",
     "transmission": "transmission",
     "cross_model": "cross_model",
     "sample": "sample",

@@ -14,7 +14,7 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from sublim_jax import assets, digests, report
+from sublim_jax import assets, digests, experiments, report
 from sublim_jax.digests import Source
 from sublim_jax.errors import UserError
 from sublim_jax.experiments import transmission
@@ -49,7 +49,11 @@ def run(config: ConfigDict, workdir: Workdir, *, update: bool = False) -> None:
         inside = Workdir(workdir.path / name)
         try:
             if not from_first(partial(finished, inside, one)):
-                importlib.import_module(f"sublim_jax.experiments.{one.experiment}").run(one, inside, update=update)
+                experiment = experiments.load(one.experiment)
+                if hasattr(experiment, "read"):
+                    experiment.run(experiment.read(one), inside.path, update=update)
+                else:
+                    experiment.run(one, inside, update=update)
                 write_json(inside.path / FINISHED, stamp(one))
             found[name] = report.results_of(inside)["arms"]
         except UserError as error:
@@ -83,8 +87,9 @@ def check(config: ConfigDict) -> None:
     for name in config.experiments:
         try:
             one = config_of(config, name)
-            experiment = importlib.import_module(f"sublim_jax.experiments.{one.experiment}")
-            getattr(experiment, "check_values", experiment.check)(one)
+            experiment = experiments.load(one.experiment)
+            check = getattr(experiment, "read", None) or getattr(experiment, "check_values", experiment.check)
+            check(one)
         except UserError as error:
             raise UserError(f"{name}: {error}") from error
 
