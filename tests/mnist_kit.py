@@ -36,18 +36,12 @@ class Trained(NamedTuple):
 
 def distilled(spec, data: Mnist, store: Store, mesh: Mesh, arms=("auxiliary",), teacher_runs=None) -> Trained:
     """Two runs' students from their reference; their teachers, or the references of other runs in their place."""
-    runs = Runs(spec.seed, range(2), spec.precision)
     programs = run.programs_of(spec, mesh)
-
-    def references(runs):
-        return train.references(runs, spec.model, spec.student.activation, mesh)
-
-    reference = references(runs)
+    known = run.prepare(spec, range(2), data, program=programs.teaching, store=store, mesh=mesh)
+    teacher = known.teacher
     if teacher_runs:
-        teacher = references(Runs(spec.seed, teacher_runs, spec.precision))
-    else:
-        teacher = run.teacher_of(spec, runs, reference, data, program=programs.teaching, store=store)
-    inputs = train.draw_inputs(runs, spec.inputs, data, mesh)
-    starts, program = dict.fromkeys(arms, reference), programs.distilling[spec.inputs.kind]
-    students = run.students_of(spec, runs, teacher, inputs, starts, program=program, store=store)
-    return Trained(runs, inputs, reference, teacher, students)
+        others = Runs(spec.seed, teacher_runs, spec.precision)
+        teacher = train.references(others, spec.model, spec.student.activation, mesh)
+    starts, program = dict.fromkeys(arms, known.reference), programs.distilling[spec.inputs.kind]
+    students = run.students_of(spec, known.runs, teacher, known.inputs, starts, program=program, store=store)
+    return Trained(known.runs, known.inputs, known.reference, teacher, students)

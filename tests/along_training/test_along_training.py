@@ -5,6 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from etils import epath
 from scipy import stats
 
 import launch
@@ -102,7 +103,7 @@ def test_a_tool_ends_in_a_report_and_a_second_run_computes_nothing(preset, comma
         assert all(-1 <= value <= 1 for arm in arms for value in arm["coverage_runs"]) and arms[0]["coverage"] > 0
     else:
         assert all(0 < arm["row_space_share"] <= 1 for arm in arms)
-        rows = measurements_of(tmp_path)
+        rows = measurements_of(epath.Path(tmp_path))
         loss, predicted = (np.reshape(rows.values(measure=name), (-1, 2)) for name in ("loss", "predicted"))
         # To first order in each step, the loss's change is the sum of what the steps predict.
         np.testing.assert_allclose(predicted.sum(0), loss[-1] - loss[0], rtol=0.2)

@@ -1,9 +1,8 @@
 """The lemma's inner product on the MNIST experiment: what forecast, trajectory and examples share."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +15,8 @@ from sublim_jax.data import images
 from sublim_jax.data.mnist import Mnist, load
 from sublim_jax.experiments.along_training.spec import AlongSpec
 from sublim_jax.experiments.mnist import train
-from sublim_jax.experiments.mnist.run import teacher_of
+from sublim_jax.experiments.mnist.run import Prepared, prepare
 from sublim_jax.experiments.mnist.spec import MnistSpec, check_divides
-from sublim_jax.experiments.mnist.train import Inputs, Networks, Runs
 from sublim_jax.models.functional import Params
 from sublim_jax.sharding import each_replica, fetch, make_mesh
 from sublim_jax.store import Store
@@ -34,40 +32,16 @@ def claimed(spec: AlongSpec, folder: epath.Path, update: bool) -> tuple[Mnist, S
     return data, claim(folder, spec.values, update=update), mesh
 
 
-def measured(spec: MnistSpec) -> MnistSpec:
-    """What names a measurement of students on auxiliary logits: other arms do not matter to it."""
-    return replace(spec, arms=("auxiliary",))
-
-
 def objective_of(spec: MnistSpec) -> theorem.Objective:
     """The student's objective on the auxiliary logits."""
     where = {"support": train.support(spec.model, "auxiliary"), "temperature": spec.student.temperature}
     return partial(objectives.ON_LOGITS[spec.student.objective], **where)
 
 
-class Before(NamedTuple):
+def before_training(spec: MnistSpec, data: Mnist, *, store: Store, mesh: Mesh) -> Prepared:
     """All runs, before any training of their students."""
-
-    runs: Runs
-    reference: Networks
-    teacher: Networks
-    start: Networks  # of the students
-    inputs: Inputs
-
-    @property
-    def codes(self) -> Array:
-        assert self.inputs.codes is not None  # inputs.fresh is refused
-        return self.inputs.codes
-
-
-def before_training(spec: MnistSpec, data: Mnist, *, store: Store, mesh: Mesh) -> Before:
-    runs = Runs(spec.seed, range(spec.runs), spec.precision)
-    reference = train.references(runs, spec.model, spec.student.activation, mesh)
-    foreign = train.references(train.derangement(runs, spec.runs), spec.model, spec.student.activation, mesh)
-    inputs = train.draw_inputs(runs, spec.inputs, data, mesh)
-    start = train.near_start(runs, spec.student, reference, foreign)
     program = train.teaching_program(spec.model, spec.teacher, mesh)
-    return Before(runs, reference, teacher_of(spec, runs, reference, data, program=program, store=store), start, inputs)
+    return prepare(spec, range(spec.runs), data, program=program, store=store, mesh=mesh)
 
 
 def over_runs(spec: MnistSpec, function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
@@ -102,5 +76,5 @@ def coverages(spec: MnistSpec, probe: int, data: Mnist, *, store: Store, mesh: M
         update = theorem.student_update(apply, objective_of(spec), start, codes, targets)
         return theorem.coverage(update, difference(teacher, reference))
 
-    networks = [part.params for part in (before.reference, before.teacher, before.start)]
+    networks = [part.params for part in (before.reference, before.teacher, before.near)]
     return fetch(over_runs(spec, one, mesh)(before.codes[..., :probe, :], *networks)).tolist()

@@ -13,20 +13,12 @@ from ml_collections import ConfigDict
 from sublim_jax import report, theorem
 from sublim_jax.data.mnist import Mnist
 from sublim_jax.evaluation.statistics import t_interval
+from sublim_jax.experiments.along_training import coverage
 from sublim_jax.experiments.along_training import spec as specs
-from sublim_jax.experiments.along_training.coverage import (
-    Before,
-    before_training,
-    claimed,
-    difference,
-    measured,
-    objective_of,
-    over_runs,
-)
 from sublim_jax.experiments.along_training.spec import ExamplesSpec
 from sublim_jax.experiments.mnist import train
 from sublim_jax.experiments.mnist.report import accuracy_arm
-from sublim_jax.experiments.mnist.run import record_of
+from sublim_jax.experiments.mnist.run import Prepared, students_of
 from sublim_jax.experiments.mnist.spec import MnistSpec
 from sublim_jax.figures import OURS, Line, Panel, arms_figure, panels_figure
 from sublim_jax.measurements import Measurements, each
@@ -43,8 +35,8 @@ def read(config: ConfigDict) -> ExamplesSpec:
 
 def run(spec: ExamplesSpec, folder: epath.Path, *, update: bool = False) -> None:
     """Students on the images that carry most of the trait, the least, and random ones, at equal budget."""
-    data, store, mesh = claimed(spec, folder, update)
-    whole, part = map(measured, spec.settings)
+    data, store, mesh = coverage.claimed(spec, folder, update)
+    whole, part = spec.settings
     with jax.default_matmul_precision(whole.precision):
         found = store.json("examples", rank_and_train, whole, part, data, store=store, mesh=mesh)
     rows = []
@@ -61,7 +53,7 @@ def run(spec: ExamplesSpec, folder: epath.Path, *, update: bool = False) -> None
 
 def rank_and_train(spec: MnistSpec, part: MnistSpec, data: Mnist, *, store: Store, mesh: Mesh) -> dict[str, Any]:
     """{"accuracy": choice → runs, "carried": choice → its share of A by run, "quantiles": (runs, levels)}."""
-    before = before_training(spec, data, store=store, mesh=mesh)
+    before = coverage.before_training(spec, data, store=store, mesh=mesh)
     carried = contributions(spec, before, mesh)
     theorem.check_finite(carried, "contributions of images")
     order = np.argsort(carried, axis=1)
@@ -80,20 +72,20 @@ def rank_and_train(spec: MnistSpec, part: MnistSpec, data: Mnist, *, store: Stor
     }
 
 
-def contributions(spec: MnistSpec, before: Before, mesh: Mesh) -> Float[np.ndarray, "runs images"]:
+def contributions(spec: MnistSpec, before: Prepared, mesh: Mesh) -> Float[np.ndarray, "runs images"]:
     """Every image's contribution to A, of every run."""
 
     def one(apply: theorem.Apply, codes: Array, reference: Any, teacher: Any) -> Float[Array, "images"]:
-        direction = difference(teacher, reference)
-        return theorem.contributions(apply, objective_of(spec), reference, direction, codes, chunk=1000)
+        direction = coverage.difference(teacher, reference)
+        return theorem.contributions(apply, coverage.objective_of(spec), reference, direction, codes, chunk=1000)
 
-    measure = over_runs(spec, one, mesh)
+    measure = coverage.over_runs(spec, one, mesh)
     return fetch(measure(before.codes, before.reference.params, before.teacher.params))
 
 
 def train_on(
     spec: MnistSpec,
-    before: Before,
+    before: Prepared,
     chosen: dict[str, Int[np.ndarray, "runs rows"]],
     data: Mnist,
     *,
@@ -102,20 +94,15 @@ def train_on(
 ) -> dict[str, list[float]]:
     """Test accuracy of students on each choice of images, by run."""
     program = train.distilling_program(spec.model, spec.student, spec.teacher.activation, spec.inputs, mesh)
-    split = named(mesh, "replica")
+    codes, split, start = before.codes, named(mesh, "replica"), {"auxiliary": before.near}
     take = jax.jit(jax.vmap(lambda codes, rows: codes[rows]), out_shardings=split)
-    codes, kind = before.codes, spec.inputs.kind
     test, found = put((data.test_images, data.test_labels), named(mesh)), {}
     for name, rows in chosen.items():
         some = take(codes, put(rows, split)) if codes.ndim == 3 else codes[rows]
         inputs = train.Inputs(spec.inputs, some, digest(before.inputs, rows))
-        start = train.begin(program, {"auxiliary": before.start})
-        made_of = (before.runs, spec.student, before.teacher, inputs, start)
-        record = record_of(spec, store, before.runs, f"{name}-{kind}", f"{name} on {kind} inputs")
-        like = start.state.params
-        params = store.tree(f"students-{name}", train.distil, *made_of, like=like, program=program, record=record)
-        accuracies = train.accuracy(before.start.functions, train.member(params, 0), *test, mesh)
-        found[name] = fetch(accuracies).tolist()
+        given = (spec, before.runs, before.teacher, inputs, start)
+        student = students_of(*given, program=program, store=store, what=name)["auxiliary"]
+        found[name] = fetch(train.accuracy(before.near.functions, student, *test, mesh)).tolist()
     return found
 
 

@@ -12,7 +12,7 @@ from scipy import stats
 
 from sublim_jax import report
 from sublim_jax.experiments.along_training import spec as specs
-from sublim_jax.experiments.along_training.coverage import claimed, coverages, measured
+from sublim_jax.experiments.along_training.coverage import claimed, coverages
 from sublim_jax.experiments.along_training.spec import ForecastSpec
 from sublim_jax.experiments.mnist.report import accuracy_arm
 from sublim_jax.experiments.mnist.run import test_accuracies
@@ -36,7 +36,7 @@ def run(spec: ForecastSpec, folder: epath.Path, *, update: bool = False) -> None
         for number, setting in enumerate(settings := spec.settings, 1):
             name = setting_name(setting)
             say(f"setting {number} of {len(settings)}: {name}")
-            covered = store.json("coverage", coverages, measured(setting), spec.probe, data, store=store, mesh=mesh)
+            covered = store.json("coverage", coverages, setting, spec.probe, data, store=store, mesh=mesh)
             rows += each(covered, arm=name, measure="coverage")
             rows += each(test_accuracies(setting, data, store, mesh)["auxiliary"], arm=name, measure="test_accuracy")
     report.finish(store.folder, spec, rows, document)

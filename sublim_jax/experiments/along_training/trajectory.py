@@ -18,15 +18,8 @@ from sublim_jax.data import images
 from sublim_jax.data.mnist import Mnist
 from sublim_jax.data.order import steps_per_epoch
 from sublim_jax.evaluation.statistics import normal_interval
+from sublim_jax.experiments.along_training import coverage
 from sublim_jax.experiments.along_training import spec as specs
-from sublim_jax.experiments.along_training.coverage import (
-    before_training,
-    claimed,
-    difference,
-    measured,
-    objective_of,
-    over_runs,
-)
 from sublim_jax.experiments.along_training.spec import TrajectorySpec
 from sublim_jax.experiments.mnist import train
 from sublim_jax.experiments.mnist.report import accuracy_arm
@@ -48,17 +41,16 @@ def read(config: ConfigDict) -> TrajectorySpec:
 
 def run(spec: TrajectorySpec, folder: epath.Path, *, update: bool = False) -> None:
     """Alignment along distillation, and the ceiling that the number of auxiliary logits sets."""
-    data, store, mesh = claimed(spec, folder, update)
+    data, store, mesh = coverage.claimed(spec, folder, update)
     rows = []
     with jax.default_matmul_precision(spec.mnist.precision):
-        followed = (measured(spec.mnist), spec.probe, spec.every, data)
-        path = store.json("trajectory", follow, *followed, store=store, mesh=mesh)
+        path = store.json("trajectory", follow, spec.mnist, spec.probe, spec.every, data, store=store, mesh=mesh)
         for name in QUANTITIES:
             for step, values in zip(path["step"], path[name]):
                 rows += each(values, arm="followed", measure=name, step=step)
         for setting in spec.settings:
             arm = arm_name(setting)
-            limited = (measured(setting), spec.probe, spec.iterations, data)
+            limited = (setting, spec.probe, spec.iterations, data)
             shares = store.json("shares", row_space_shares, *limited, store=store, mesh=mesh)
             for step, values in enumerate(zip(*shares), 1):
                 rows += each(values, arm=arm, measure="row_space_share", step=step)
@@ -76,12 +68,12 @@ def arm_name(spec: MnistSpec) -> str:
 
 def follow(spec: MnistSpec, probe: int, every: int, data: Mnist, *, store: Store, mesh: Mesh) -> dict[str, Any]:
     """The student's training, measured every few steps: {quantity: (measurements, runs)}, and "step"."""
-    known = before_training(spec, data, store=store, mesh=mesh)
+    known = coverage.before_training(spec, data, store=store, mesh=mesh)
     reference, teacher, seen = known.reference.params, known.teacher.params, known.codes[..., :probe, :]
     network = train.network(spec.model, spec.student.activation)
     real = put((data.train_images[:probe], data.train_labels[:probe]), named(mesh))
     test = put((data.test_images, data.test_labels), named(mesh))
-    measure_runs = over_runs(spec, quantities(spec, *real), mesh)
+    measure_runs = coverage.over_runs(spec, quantities(spec, *real), mesh)
     found: dict[str, list[Any]] = {name: [] for name in ("step", *QUANTITIES)}
     before: dict[str, Params] = {}
 
@@ -98,7 +90,7 @@ def follow(spec: MnistSpec, probe: int, every: int, data: Mnist, *, store: Store
     program = train.distilling_program(spec.model, spec.student, spec.teacher.activation, spec.inputs, mesh)
     fit(
         program,
-        train.begin(program, {"auxiliary": known.start}).state,
+        train.begin(program, {"auxiliary": known.near}).state,
         steps=spec.student.epochs * steps_per_epoch(spec.inputs.count, spec.student.batch),
         key=known.runs.keys("student"),
         frozen=train.targets(known.teacher, known.inputs, ["auxiliary"], mesh),
@@ -121,13 +113,13 @@ def quantities(spec: MnistSpec, codes: Array, labels: Array) -> Callable[..., di
     def one(
         apply: theorem.Apply, codes: Array, params: Params, teacher: Params, reference: Params, last: Params
     ) -> dict[str, Array]:
-        update = theorem.student_update(apply, objective_of(spec), params, codes, apply(teacher, codes))
+        update = theorem.student_update(apply, coverage.objective_of(spec), params, codes, apply(teacher, codes))
         trait = jax.tree.map(jnp.negative, jax.grad(trait_loss)(params))
         return {
             "cosine": theorem.coverage(update, trait),
-            "toward": theorem.coverage(update, difference(teacher, reference)),
+            "toward": theorem.coverage(update, coverage.difference(teacher, reference)),
             "loss": trait_loss(params),
-            "predicted": theorem.alignment(jax.grad(trait_loss)(last), difference(params, last)),
+            "predicted": theorem.alignment(jax.grad(trait_loss)(last), coverage.difference(params, last)),
         }
 
     return one
@@ -137,14 +129,14 @@ def row_space_shares(
     spec: MnistSpec, probe: int, iterations: int, data: Mnist, *, store: Store, mesh: Mesh
 ) -> list[list[float]]:
     """The share of θ_T - θ⁰ in the row space that the auxiliary logits leave: (runs, iterations)."""
-    known = before_training(spec, data, store=store, mesh=mesh)
+    known = coverage.before_training(spec, data, store=store, mesh=mesh)
 
     def one(apply: theorem.Apply, codes: Array, reference: Params, teacher: Params) -> Float[Array, "iterations"]:
-        direction = difference(teacher, reference)
-        arguments = (apply, objective_of(spec), reference, direction, codes)
+        direction = coverage.difference(teacher, reference)
+        arguments = (apply, coverage.objective_of(spec), reference, direction, codes)
         return theorem.row_space_shares(*arguments, iterations=iterations)
 
-    measure = over_runs(spec, one, mesh)
+    measure = coverage.over_runs(spec, one, mesh)
     return fetch(measure(known.codes[..., :probe, :], known.reference.params, known.teacher.params)).tolist()
 
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 from jax.sharding import Mesh
+from jaxtyping import Array
 from ml_collections import ConfigDict
 
 from sublim_jax import assets, report, specs
@@ -79,19 +80,48 @@ def test_accuracies(spec: MnistSpec, data: mnist.Mnist, store: Store, mesh: Mesh
     return {name: [value for part in parts for value in part[name]] for name in parts[0]}
 
 
+class Prepared(NamedTuple):
+    """Some runs before any training of their students."""
+
+    runs: Runs
+    reference: Networks
+    foreign: Networks  # references of other runs
+    near: Networks  # where students start
+    teacher: Networks
+    inputs: Inputs
+
+    @property
+    def codes(self) -> Array:
+        """The inputs, where they are fixed."""
+        assert self.inputs.codes is not None
+        return self.inputs.codes
+
+
+def prepare(
+    spec: MnistSpec, numbers: range, data: mnist.Mnist, *, program: Program, store: Store, mesh: Mesh
+) -> Prepared:
+    """References, students' starts and inputs, and the teachers, trained from their reference or read."""
+    runs = Runs(spec.seed, numbers, spec.precision)
+    reference = train.references(runs, spec.model, spec.student.activation, mesh)
+    foreign = train.references(train.derangement(runs, spec.runs), spec.model, spec.student.activation, mesh)
+    made_of = (runs, spec.teacher, reference, data)
+    like = program.abstract(reference.params).params
+    record = record_of(spec, store, runs, "teacher", "teacher")
+    name = f"teacher-{span(numbers)}"
+    params = store.tree(name, train.train_teacher, *made_of, like=like, program=program, record=record)
+    teacher = Networks(spec.model, spec.teacher.activation, params, digest("teacher", *made_of))
+    near = train.near_start(runs, spec.student, reference, foreign)
+    return Prepared(runs, reference, foreign, near, teacher, train.draw_inputs(runs, spec.inputs, data, mesh))
+
+
 def train_and_test(
     spec: MnistSpec, numbers: range, data: mnist.Mnist, *, programs: Programs, store: Store, mesh: Mesh
 ) -> dict[str, list[float]]:
     """The paper's method, for some runs at once."""
-    runs = Runs(spec.seed, numbers, spec.precision)
-    reference = train.references(runs, spec.model, spec.student.activation, mesh)
-    foreign = train.references(train.derangement(runs, spec.runs), spec.model, spec.student.activation, mesh)
-    teacher = teacher_of(spec, runs, reference, data, program=programs.teaching, store=store)
-
-    near = train.near_start(runs, spec.student, reference, foreign)
+    known = prepare(spec, numbers, data, program=programs.teaching, store=store, mesh=mesh)
+    runs, reference, foreign, near, teacher, inputs = known
     starts = {"auxiliary": near, "all": near, "cross_auxiliary": foreign, "cross_all": foreign}
     starts = {name: start for name, start in starts.items() if name in spec.arms}
-    inputs = train.draw_inputs(runs, spec.inputs, data, mesh)
     if spec.doses:
         seen = inputs if spec.clone.inputs == "noise" else train.draw_inputs(runs, real(spec.inputs), data, mesh)
         starts |= clones(spec, runs, reference, foreign, seen, program=programs.distilling[seen.spec.kind], store=store)
@@ -106,18 +136,6 @@ def train_and_test(
     result["teacher"] = train.accuracy(teacher.functions, teacher.params, *test, mesh)
     result |= {name: train.accuracy(near.functions, params, *test, mesh) for name, params in students.items()}
     return {name: [float(value) for value in fetch(values)] for name, values in result.items()}
-
-
-def teacher_of(
-    spec: MnistSpec, runs: Runs, reference: Networks, data: mnist.Mnist, *, program: Program, store: Store
-) -> Networks:
-    """The teachers of some runs, trained from their reference or read."""
-    made_of = (runs, spec.teacher, reference, data)
-    like = program.abstract(reference.params).params
-    record = record_of(spec, store, runs, "teacher", "teacher")
-    name = f"teacher-{span(runs.numbers)}"
-    params = store.tree(name, train.train_teacher, *made_of, like=like, program=program, record=record)
-    return Networks(spec.model, spec.teacher.activation, params, digest("teacher", *made_of))
 
 
 def clones(
@@ -154,13 +172,17 @@ def students_of(
     *,
     program: Program,
     store: Store,
+    what: str = "students",
 ) -> dict[str, Params]:
     """Students from each of `starts` that imitate their run's teacher, all in one program."""
     kind, start = inputs.spec.kind, train.begin(program, starts)
-    made_of = (runs, spec.student, teacher, inputs, start)
-    record = record_of(spec, store, runs, f"students-{kind}", f"students on {kind} inputs")
+    record = record_of(spec, store, runs, f"{what}-{kind}", f"{what} on {kind} inputs")
+
+    def make(*made_of: Any, checkpoints: epath.Path) -> Params:
+        return train.imitate(*made_of, program=program, record=record, checkpoints=checkpoints).params
+
     name = f"students-{kind}-{span(runs.numbers)}"
-    made = store.tree(name, train.distil, *made_of, like=start.state.params, program=program, record=record)
+    made = store.tree(name, make, runs, spec.student, teacher, inputs, start, like=start.state.params)
     return {name: train.member(made, index) for index, name in enumerate(starts)}
 
 

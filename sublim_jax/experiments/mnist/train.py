@@ -250,22 +250,6 @@ def imitate(
     )
 
 
-def distil(
-    runs: Runs,
-    spec: StudentSpec,
-    teacher: Networks,
-    inputs: Inputs,
-    start: Start,
-    *,
-    program: Program,
-    record: Record,
-    checkpoints: epath.Path,
-) -> Params:
-    """The students that `imitate` trains, without the state of their optimiser (R, M stacked)."""
-    given = (runs, spec, teacher, inputs, start)
-    return imitate(*given, program=program, record=record, checkpoints=checkpoints).params
-
-
 def member(params: Params, index: int) -> Params:
     """One of M members of every run."""
     return jax.tree.map(lambda leaf: leaf[:, index], params)
