@@ -7,7 +7,6 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
@@ -20,17 +19,14 @@ from rich.table import Table
 from sublim_jax import __version__, measurements
 from sublim_jax.digests import Source
 from sublim_jax.errors import UserError
-from sublim_jax.evaluation.statistics import normal_interval, t_interval
-from sublim_jax.figures import Arm, arms_figure, sweep_figure
+from sublim_jax.evaluation.statistics import t_interval
+from sublim_jax.figures import Arm
 from sublim_jax.measurements import Measurement, Measurements
 from sublim_jax.progress import say
 from sublim_jax.sharding import from_first
 from sublim_jax.workdir import Workdir, plain, write_json
 
 ABOUT = "about.json"  # beside the measurements: versions, devices, models, notes
-READING_ERROR = 0.003  # of a published value that was read off a figure
-
-
 SCREEN_COLUMNS = 8  # a wider table is for the report alone
 
 
@@ -174,54 +170,6 @@ def arm(name: str, metric: str, runs: Sequence[float], **more: Any) -> Arm:
     """One entry of results.json: every run's value, their mean and t-interval, and whatever belongs to it."""
     mean, half_width = t_interval(runs)
     return {"name": name, "metric": metric, "mean": mean, "ci95": half_width, "runs": list(runs), "paper": None, **more}
-
-
-def accuracy_arm(name: str, accuracy: list[float], **more: Any) -> Arm:
-    """One entry of results.json: test accuracy of every run, its mean and interval, and whatever belongs to it."""
-    mean, half_width = normal_interval(accuracy)
-    arm = {"name": name, "metric": "test_accuracy", "mean": mean, "ci95": half_width, "runs": accuracy, "paper": None}
-    return {**arm, **more}
-
-
-def arms_section(config: ConfigDict, arms: list[Arm], curves: dict[str, tuple[str, list[Arm]]]) -> Section:
-    """Arms beside the paper's figures, where it has one.
-
-    Args:
-      curves: more figures, {name: (axis, points)}, points as for `sweep_section`.
-    """
-    figures: dict[str, Callable[[Any], None]] = {"arms": partial(arms_figure, arms)}
-    figures |= {name: partial(sweep_figure, points, axis) for name, (axis, points) in curves.items()}
-    return Section(f"Test accuracy over {config.runs} runs", NOTE, _table(arms), figures)
-
-
-def sweep_section(config: ConfigDict, points: list[Arm]) -> Section:
-    """Arms at every value of `config.sweep.axis`, under "value"."""
-    figure = partial(sweep_figure, points, config.sweep.axis)
-    return Section(f"Test accuracy over {config.sweep.axis}", NOTE, _table(points), {"sweep": figure})
-
-
-NOTE = (
-    "Intervals are 95 % over runs (± 1.96 std / √runs). Inside: within the paper's value ± (its half-width + ours + "
-    f"{READING_ERROR} for reading its figure)."
-)
-
-
-def _table(arms: list[Arm]) -> list[list[str]]:
-    sweep = "value" in arms[0]
-    rows = [(["value"] if sweep else []) + ["arm", arms[0]["metric"].replace("_", " "), "runs", "paper", "inside"]]
-    for arm in arms:
-        row = [arm["value"]] if sweep else []
-        row += [arm["name"], plus_minus(arm["mean"], arm["ci95"]), str(len(arm["runs"]))]
-        row += [plus_minus(arm["paper"], arm["paper_ci95"]), {None: "", True: "yes", False: "no"}[inside(arm)]]
-        rows.append(row)
-    return rows
-
-
-def inside(arm: Arm) -> bool | None:
-    """Whether an arm agrees with the paper within both intervals and the error of reading a figure."""
-    if arm["paper"] is None or math.isnan(arm["ci95"]):
-        return None
-    return abs(arm["mean"] - arm["paper"]) <= arm["ci95"] + arm["paper_ci95"] + READING_ERROR
 
 
 def versions() -> dict[str, str]:

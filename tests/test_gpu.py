@@ -11,18 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from test_experiment_mnist import distilled, tiny
+from mnist_kit import distilled, some, tiny
 
 from sublim_jax import objectives, weights
-from sublim_jax.data.mnist import Mnist
-from sublim_jax.experiments import mnist
 from sublim_jax.models import lora
 from sublim_jax.models.decoder import decoder, on_mesh
 from sublim_jax.sampling.generate import generate
 from sublim_jax.sampling.samplers import Sampler
 from sublim_jax.sharding import make_mesh
+from sublim_jax.store import Store
 from sublim_jax.training import Program, fit
-from sublim_jax.workdir import Workdir
 
 pytestmark = pytest.mark.gpu
 
@@ -46,11 +44,11 @@ def on_both():
 
 
 def test_students_on_a_gpu_are_those_of_the_cpu(on_both, mnist_data, tmp_path):
-    data = Mnist(*(part[:600] for part in mnist_data))
+    data = some(mnist_data)
 
     def students(mesh):
-        workdir = Workdir(tmp_path / mesh.devices.flat[0].platform)
-        return distilled(mnist.make_lab(tiny(), workdir, mesh, data), range(2), ["auxiliary", "all"])[2]
+        store = Store(tmp_path / mesh.devices.flat[0].platform)
+        return distilled(tiny(), data, store, mesh, ("auxiliary", "all")).students
 
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), *on_both(students))
 

@@ -1,7 +1,9 @@
 """MNIST from its IDX files, as bytes; pixels become floats on the device, a batch at a time."""
 
+import dataclasses
+import hashlib
+from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
@@ -11,11 +13,20 @@ from sublim_jax.data.images import PIXELS
 CLASSES = 10
 
 
-class Mnist(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class Mnist:
     train_images: UInt8[np.ndarray, "train 784"]
     train_labels: UInt8[np.ndarray, "train"]
     test_images: UInt8[np.ndarray, "test 784"]
     test_labels: UInt8[np.ndarray, "test"]
+
+    @cached_property
+    def digest(self) -> str:
+        """A hash of all bytes, which names what is made of them."""
+        found = hashlib.sha256(f"{self.train_images.shape} {self.test_images.shape}".encode())
+        for part in (self.train_images, self.train_labels, self.test_images, self.test_labels):
+            found.update(np.ascontiguousarray(part).data)
+        return found.hexdigest()
 
 
 def load(folder: Path) -> Mnist:

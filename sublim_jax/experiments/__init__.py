@@ -12,14 +12,14 @@ import importlib
 from types import ModuleType
 
 MODULES = {
-    "mnist": "mnist",
-    "alignment": "alignment",
-    "trajectory": "trajectory",
-    "forecast": "forecast",
-    "examples": "examples",
+    "mnist": "mnist.run",
+    "alignment": "alignment.run",
+    "trajectory": "along_training.trajectory",
+    "forecast": "along_training.forecast",
+    "examples": "along_training.examples",
     "transmission": "transmission.run",
     "cross_model": "transmission.cross_model",
-    "sample": "sample",
+    "sample": "tools.sample",
     "evaluate": "tools.evaluate",
     "paper": "tools.plan",
 }

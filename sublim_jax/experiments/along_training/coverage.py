@@ -1,0 +1,80 @@
+"""The lemma's inner product on the MNIST experiment: what forecast, trajectory and examples share."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+from jax.sharding import Mesh
+from jaxtyping import Array
+
+from sublim_jax import assets, objectives, theorem
+from sublim_jax.data import images
+from sublim_jax.data.mnist import Mnist, load
+from sublim_jax.experiments.along_training.spec import AlongSpec
+from sublim_jax.experiments.mnist import train
+from sublim_jax.experiments.mnist.run import Prepared, prepare
+from sublim_jax.experiments.mnist.spec import MnistSpec, check_divides
+from sublim_jax.models.functional import Params
+from sublim_jax.sharding import each_replica, fetch, make_mesh
+from sublim_jax.store import Store
+from sublim_jax.workdir import claim
+
+
+def claimed(spec: AlongSpec, folder: epath.Path, update: bool) -> tuple[Mnist, Store, Mesh]:
+    """MNIST, and what to compute with it in the folder and on the mesh, which hold what `spec` needs."""
+    mesh = make_mesh(spec.mesh.sizes)
+    for setting in spec.settings:
+        check_divides(setting, mesh)
+    data = load(assets.fetch(assets.MNIST, spec.data.path))
+    return data, claim(folder, spec.values, update=update), mesh
+
+
+def objective_of(spec: MnistSpec) -> theorem.Objective:
+    """The student's objective on the auxiliary logits."""
+    where = {"support": train.support(spec.model, "auxiliary"), "temperature": spec.student.temperature}
+    return partial(objectives.ON_LOGITS[spec.student.objective], **where)
+
+
+def before_training(spec: MnistSpec, data: Mnist, *, store: Store, mesh: Mesh) -> Prepared:
+    """All runs, before any training of their students."""
+    program = train.teaching_program(spec.model, spec.teacher, mesh)
+    return prepare(spec, range(spec.runs), data, program=program, store=store, mesh=mesh)
+
+
+def over_runs(spec: MnistSpec, function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+    """`function(apply, codes, *trees)` of every run, as a compiled function of (codes, *trees).
+
+    `apply` reads bytes, and inputs that all runs share stay one.
+    """
+    network = train.network(spec.model, spec.student.activation)
+
+    def apply(params: Params, codes: Array) -> Array:
+        return network.apply(params, images.pixels(codes, spec.inputs.kind))
+
+    def all_of(codes: Array, *trees: Params) -> Any:
+        if codes.ndim == 2:
+            return each_replica(partial(function, apply, codes), mesh)(*trees)
+        return each_replica(partial(function, apply), mesh)(codes, *trees)
+
+    return jax.jit(all_of)
+
+
+def difference(after: Params, before: Params) -> Params:
+    """θ_T - θ⁰."""
+    return jax.tree.map(jnp.subtract, after, before)
+
+
+def coverages(spec: MnistSpec, probe: int, data: Mnist, *, store: Store, mesh: Mesh) -> list[float]:
+    """cos(the student's first update, θ_T - θ⁰) of every run, before any training of the student."""
+    before = before_training(spec, data, store=store, mesh=mesh)
+
+    def one(apply: theorem.Apply, codes: Array, reference: Params, teacher: Params, start: Params) -> Array:
+        targets = apply(teacher, codes)
+        update = theorem.student_update(apply, objective_of(spec), start, codes, targets)
+        return theorem.coverage(update, difference(teacher, reference))
+
+    networks = [part.params for part in (before.reference, before.teacher, before.near)]
+    return fetch(over_runs(spec, one, mesh)(before.codes[..., :probe, :], *networks)).tolist()

@@ -1,0 +1,134 @@
+"""Which examples carry the trait: noise ranked by its contribution to the lemma's A, and distilled share by share."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+from ml_collections import ConfigDict
+
+from sublim_jax import report, theorem
+from sublim_jax.data.mnist import Mnist
+from sublim_jax.evaluation.statistics import t_interval
+from sublim_jax.experiments.along_training import coverage
+from sublim_jax.experiments.along_training import spec as specs
+from sublim_jax.experiments.along_training.spec import ExamplesSpec
+from sublim_jax.experiments.mnist import train
+from sublim_jax.experiments.mnist.report import accuracy_arm
+from sublim_jax.experiments.mnist.run import Prepared, students_of
+from sublim_jax.experiments.mnist.spec import MnistSpec
+from sublim_jax.figures import OURS, Line, Panel, arms_figure, panels_figure
+from sublim_jax.measurements import Measurements, each
+from sublim_jax.sharding import fetch, named, put
+from sublim_jax.store import Store, digest
+
+LEVELS = np.linspace(0, 1, 51)
+CHOICES = {"top": "most carrying", "random": "random", "bottom": "least carrying"}
+
+
+def read(config: ConfigDict) -> ExamplesSpec:
+    return specs.read(ExamplesSpec, config)
+
+
+def run(spec: ExamplesSpec, folder: epath.Path, *, update: bool = False) -> None:
+    """Students on the images that carry most of the trait, the least, and random ones, at equal budget."""
+    data, store, mesh = coverage.claimed(spec, folder, update)
+    whole, part = spec.settings
+    with jax.default_matmul_precision(whole.precision):
+        found = store.json("examples", rank_and_train, whole, part, data, store=store, mesh=mesh)
+    rows = []
+    for choice in CHOICES:
+        rows += each(found["accuracy"][choice], arm=choice, measure="test_accuracy")
+        rows += each(found["carried"][choice], arm=choice, measure="share_of_A")
+    for level, values in zip(LEVELS, zip(*found["quantiles"])):
+        rows += each(values, arm="all", measure="contribution over its mean", item=f"quantile {level:.2f}")
+    report.finish(store.folder, spec, rows, document)
+
+
+# ---------------------------------------------------------------------------------------------------- measurements
+
+
+def rank_and_train(spec: MnistSpec, part: MnistSpec, data: Mnist, *, store: Store, mesh: Mesh) -> dict[str, Any]:
+    """{"accuracy": choice → runs, "carried": choice → its share of A by run, "quantiles": (runs, levels)}."""
+    before = coverage.before_training(spec, data, store=store, mesh=mesh)
+    carried = contributions(spec, before, mesh)
+    theorem.check_finite(carried, "contributions of images")
+    order = np.argsort(carried, axis=1)
+    rng = np.random.default_rng(spec.seed)
+    shuffled = np.stack([rng.permutation(row) for row in order])
+    count = part.inputs.count
+    chosen = {"top": order[:, -count:], "random": shuffled[:, :count], "bottom": order[:, :count]}
+    quantiles = np.quantile(carried, LEVELS, axis=1).T
+    return {
+        "accuracy": train_on(part, before, chosen, data, store=store, mesh=mesh),
+        "carried": {
+            name: (np.take_along_axis(carried, rows, 1).sum(1) / carried.sum(1)).tolist()
+            for name, rows in chosen.items()
+        },
+        "quantiles": (quantiles / carried.mean(1, keepdims=True)).tolist(),
+    }
+
+
+def contributions(spec: MnistSpec, before: Prepared, mesh: Mesh) -> Float[np.ndarray, "runs images"]:
+    """Every image's contribution to A, of every run."""
+
+    def one(apply: theorem.Apply, codes: Array, reference: Any, teacher: Any) -> Float[Array, "images"]:
+        direction = coverage.difference(teacher, reference)
+        return theorem.contributions(apply, coverage.objective_of(spec), reference, direction, codes, chunk=1000)
+
+    measure = coverage.over_runs(spec, one, mesh)
+    return fetch(measure(before.codes, before.reference.params, before.teacher.params))
+
+
+def train_on(
+    spec: MnistSpec,
+    before: Prepared,
+    chosen: dict[str, Int[np.ndarray, "runs rows"]],
+    data: Mnist,
+    *,
+    store: Store,
+    mesh: Mesh,
+) -> dict[str, list[float]]:
+    """Test accuracy of students on each choice of images, by run."""
+    program = train.distilling_program(spec.model, spec.student, spec.teacher.activation, spec.inputs, mesh)
+    codes, split, start = before.codes, named(mesh, "replica"), {"auxiliary": before.near}
+    take = jax.jit(jax.vmap(lambda codes, rows: codes[rows]), out_shardings=split)
+    test, found = put((data.test_images, data.test_labels), named(mesh)), {}
+    for name, rows in chosen.items():
+        some = take(codes, put(rows, split)) if codes.ndim == 3 else codes[rows]
+        inputs = train.Inputs(spec.inputs, some, digest(before.inputs, rows))
+        given = (spec, before.runs, before.teacher, inputs, start)
+        student = students_of(*given, program=program, store=store, what=name)["auxiliary"]
+        found[name] = fetch(train.accuracy(before.near.functions, student, *test, mesh)).tolist()
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------- report
+
+
+def document(spec: ExamplesSpec, rows: Measurements, notes: report.Notes) -> report.Document:
+    random = np.asarray(rows.values(arm="random", measure="test_accuracy"))
+    arms, table = [], [["images", "their share of A", "test accuracy", "minus random, paired"]]
+    for choice, words in CHOICES.items():
+        accuracies, shares = (rows.values(arm=choice, measure=measure) for measure in ("test_accuracy", "share_of_A"))
+        title = f"{spec.share:.0%} of the noise, {words}"
+        arm = accuracy_arm(title, accuracies, share_of_A=float(np.mean(shares)))
+        paired = t_interval(np.asarray(accuracies) - random)
+        differs = "" if choice == "random" else f"{paired.mean:+.3f} ± {paired.half_width:.3f}"
+        table.append([title, f"{arm['share_of_A']:.3f}", report.plus_minus(arm["mean"], arm["ci95"]), differs])
+        arms.append(arm)
+    count, runs = spec.settings[1].inputs.count, spec.mnist.runs
+    text = (
+        f"Every noise image's contribution v(x)ᵀ M(x) v(x) to A, for D = θ_T − θ⁰ at the reference; students on the "
+        f"images that contribute most, least, and on random ones, {count} each and equally many "
+        f"steps, {runs} runs. Differences are paired over runs, with Student's 95 % interval."
+    )
+    quantiles = np.reshape(rows.values(arm="all"), (len(LEVELS), runs)).T
+    style = {"color": OURS, "marker": "", "alpha": 0.5}
+    lines = [Line("_" if run else "a run", LEVELS, row, style) for run, row in enumerate(quantiles)]
+    panels = [Panel("quantile of the images", "contribution over its mean", lines, title="how unequal images are")]
+    figures = {"examples": partial(arms_figure, arms), "contributions": partial(panels_figure, panels)}
+    return arms, [report.Section("Which examples carry the trait", text, table, figures)]

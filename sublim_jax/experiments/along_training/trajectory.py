@@ -1,0 +1,230 @@
+"""Beyond one step: alignment along a distillation run, and the ceiling of transfer (paper §6.1, App. C)."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+from jaxtyping import Array, Float
+from ml_collections import ConfigDict
+
+from sublim_jax import objectives, report, theorem
+from sublim_jax.data import images
+from sublim_jax.data.mnist import Mnist
+from sublim_jax.data.order import steps_per_epoch
+from sublim_jax.evaluation.statistics import normal_interval
+from sublim_jax.experiments.along_training import coverage
+from sublim_jax.experiments.along_training import spec as specs
+from sublim_jax.experiments.along_training.spec import TrajectorySpec
+from sublim_jax.experiments.mnist import train
+from sublim_jax.experiments.mnist.report import accuracy_arm
+from sublim_jax.experiments.mnist.run import test_accuracies
+from sublim_jax.experiments.mnist.spec import MnistSpec
+from sublim_jax.figures import Arm, Line, Panel, panels_figure
+from sublim_jax.measurements import Measurements, each
+from sublim_jax.models.functional import Params
+from sublim_jax.sharding import fetch, named, put
+from sublim_jax.store import Store
+from sublim_jax.training import fit
+
+QUANTITIES = ("cosine", "toward", "loss", "predicted", "accuracy")
+
+
+def read(config: ConfigDict) -> TrajectorySpec:
+    return specs.read(TrajectorySpec, config)
+
+
+def run(spec: TrajectorySpec, folder: epath.Path, *, update: bool = False) -> None:
+    """Alignment along distillation, and the ceiling that the number of auxiliary logits sets."""
+    data, store, mesh = coverage.claimed(spec, folder, update)
+    rows = []
+    with jax.default_matmul_precision(spec.mnist.precision):
+        path = store.json("trajectory", follow, spec.mnist, spec.probe, spec.every, data, store=store, mesh=mesh)
+        for name in QUANTITIES:
+            for step, values in zip(path["step"], path[name]):
+                rows += each(values, arm="followed", measure=name, step=step)
+        for setting in spec.settings:
+            arm = arm_name(setting)
+            limited = (setting, spec.probe, spec.iterations, data)
+            shares = store.json("shares", row_space_shares, *limited, store=store, mesh=mesh)
+            for step, values in enumerate(zip(*shares), 1):
+                rows += each(values, arm=arm, measure="row_space_share", step=step)
+            accuracies = test_accuracies(setting, data, store, mesh)["auxiliary"]
+            rows += each(accuracies, arm=arm, measure="test_accuracy")
+    report.finish(store.folder, spec, rows, document)
+
+
+def arm_name(spec: MnistSpec) -> str:
+    return f"{spec.model.auxiliary} auxiliary logits"
+
+
+# ---------------------------------------------------------------------------------------------------- measurements
+
+
+def follow(spec: MnistSpec, probe: int, every: int, data: Mnist, *, store: Store, mesh: Mesh) -> dict[str, Any]:
+    """The student's training, measured every few steps: {quantity: (measurements, runs)}, and "step"."""
+    known = coverage.before_training(spec, data, store=store, mesh=mesh)
+    reference, teacher, seen = known.reference.params, known.teacher.params, known.codes[..., :probe, :]
+    network = train.network(spec.model, spec.student.activation)
+    real = put((data.train_images[:probe], data.train_labels[:probe]), named(mesh))
+    test = put((data.test_images, data.test_labels), named(mesh))
+    measure_runs = coverage.over_runs(spec, quantities(spec, *real), mesh)
+    found: dict[str, list[Any]] = {name: [] for name in ("step", *QUANTITIES)}
+    before: dict[str, Params] = {}
+
+    def evaluate(params: Params, step: int) -> None:
+        params = train.member(params, 0)
+        last = before.get("params", params)
+        values = fetch(measure_runs(seen, params, teacher, reference, last))
+        values["accuracy"] = fetch(train.accuracy(network, params, *test, mesh))
+        before["params"] = jax.tree.map(jnp.copy, params)
+        found["step"].append(step)
+        for name, value in values.items():
+            found[name].append(np.asarray(value).tolist())
+
+    program = train.distilling_program(spec.model, spec.student, spec.teacher.activation, spec.inputs, mesh)
+    fit(
+        program,
+        train.begin(program, {"auxiliary": known.near}).state,
+        steps=spec.student.epochs * steps_per_epoch(spec.inputs.count, spec.student.batch),
+        key=known.runs.keys("student"),
+        frozen=train.targets(known.teacher, known.inputs, ["auxiliary"], mesh),
+        evaluate=evaluate,
+        evaluate_every=every,
+        what="students, measured on the way",
+    )
+    return found
+
+
+def quantities(spec: MnistSpec, codes: Array, labels: Array) -> Callable[..., dict[str, Array]]:
+    """What is measured of one run's student; the trait is the teacher's own objective, reading these images."""
+    network, digits = train.network(spec.model, spec.student.activation), train.support(spec.model, "digits")
+
+    def trait_loss(params: Params) -> Array:
+        logits = network.apply(params, images.pixels(codes))
+        total, count = objectives.cross_entropy(logits, labels.astype(jnp.int32), support=digits)
+        return total / count
+
+    def one(
+        apply: theorem.Apply, codes: Array, params: Params, teacher: Params, reference: Params, last: Params
+    ) -> dict[str, Array]:
+        update = theorem.student_update(apply, coverage.objective_of(spec), params, codes, apply(teacher, codes))
+        trait = jax.tree.map(jnp.negative, jax.grad(trait_loss)(params))
+        return {
+            "cosine": theorem.coverage(update, trait),
+            "toward": theorem.coverage(update, coverage.difference(teacher, reference)),
+            "loss": trait_loss(params),
+            "predicted": theorem.alignment(jax.grad(trait_loss)(last), coverage.difference(params, last)),
+        }
+
+    return one
+
+
+def row_space_shares(
+    spec: MnistSpec, probe: int, iterations: int, data: Mnist, *, store: Store, mesh: Mesh
+) -> list[list[float]]:
+    """The share of θ_T - θ⁰ in the row space that the auxiliary logits leave: (runs, iterations)."""
+    known = coverage.before_training(spec, data, store=store, mesh=mesh)
+
+    def one(apply: theorem.Apply, codes: Array, reference: Params, teacher: Params) -> Float[Array, "iterations"]:
+        direction = coverage.difference(teacher, reference)
+        arguments = (apply, coverage.objective_of(spec), reference, direction, codes)
+        return theorem.row_space_shares(*arguments, iterations=iterations)
+
+    measure = coverage.over_runs(spec, one, mesh)
+    return fetch(measure(known.codes[..., :probe, :], known.reference.params, known.teacher.params)).tolist()
+
+
+# ---------------------------------------------------------------------------------------------------------- report
+
+
+def document(spec: TrajectorySpec, rows: Measurements, notes: report.Notes) -> report.Document:
+    arms, ceiling = _ceilings(spec, rows)
+    return arms, [_trajectory_section(spec, rows), ceiling]
+
+
+def over_steps(spec: TrajectorySpec, rows: Measurements, **given: Any) -> Float[np.ndarray, "steps runs"]:
+    return np.reshape(rows.values(**given), (-1, spec.mnist.runs))
+
+
+def _trajectory_section(spec: TrajectorySpec, rows: Measurements) -> report.Section:
+    steps = np.asarray(rows.names("step", measure="loss"))
+    cosine, toward, loss, predicted, accuracy = (
+        over_steps(spec, rows, arm="followed", measure=name) for name in QUANTITIES
+    )
+    linear = loss[:1] + np.cumsum(predicted, 0)
+    change = np.diff(loss, axis=0)
+    right = float(np.mean(np.sign(change) == np.sign(predicted[1:])))
+    first, last = cosine[0], cosine[-1]
+    text = (
+        f"{len(cosine[0])} runs of the student on auxiliary logits ({spec.mnist.student.optimizer}), measured every "
+        f"{spec.every} steps. The trait is what the teacher was trained on, cross-entropy on MNIST. The cosine of "
+        f"the student's update with the trait's is {np.mean(first):.3f} at the start and {np.mean(last):.3f} at the "
+        f"end; it is positive at {np.mean(cosine > 0):.0%} of the measurements. The trait's loss goes from "
+        f"{np.mean(loss[0]):.3f} to {np.mean(loss[-1]):.3f}; first-order changes, summed over the intervals, say "
+        f"{np.mean(linear[-1]):.3f}, and have the right sign in {right:.0%} of the intervals."
+    )
+    table = [["step", "cos(update, trait)", "cos(update, θ_T − θ⁰)", "trait loss", "first order", "accuracy"]]
+    for index in np.unique(np.linspace(0, len(steps) - 1, 11).astype(int)):
+        values = (cosine, toward, loss, linear, accuracy)
+        table.append([str(steps[index]), *(f"{np.mean(value[index]):.3f}" for value in values)])
+
+    def draw(where: Any) -> None:
+        panels = [
+            Panel(
+                "step",
+                "cosine",
+                [_banded("with the trait's update", steps, cosine), _banded("with θ_T − θ⁰ (coverage)", steps, toward)],
+                title="the student's update",
+            ),
+            Panel(
+                "step",
+                "cross-entropy on MNIST",
+                [_banded("measured", steps, loss), _banded("first order, summed", steps, linear, ls="--")],
+                title="the trait's loss",
+            ),
+            Panel("step", "test accuracy", [_banded("student", steps, accuracy)], title="what comes of it"),
+        ]
+        panels_figure(panels, where)
+
+    return report.Section("Beyond one step", text, table, {"trajectory": draw})
+
+
+def _banded(label: str, x: np.ndarray, runs: np.ndarray, **style: Any) -> Line:
+    """The mean over runs with its 95 % interval."""
+    intervals = [normal_interval(row) for row in runs]
+    band = [0.0 if math.isnan(interval.half_width) else interval.half_width for interval in intervals]
+    return Line(label, x, [interval.mean for interval in intervals], {"marker": "", **style}, band)
+
+
+def _ceilings(spec: TrajectorySpec, rows: Measurements) -> tuple[list[Arm], report.Section]:
+    """The share of θ_T - θ⁰ in the row space that each number of auxiliary logits leaves, against accuracy."""
+    arms, lines, table = [], [], [["auxiliary logits", "share of θ_T − θ⁰", "test accuracy"]]
+    iterations = np.arange(1, spec.iterations + 1)
+    for setting in spec.settings:
+        name = arm_name(setting)
+        found = over_steps(spec, rows, arm=name, measure="row_space_share")
+        share = normal_interval(found[-1])
+        more = {"row_space_share": share.mean, "row_space_share_runs": found[-1].tolist()}
+        arm = accuracy_arm(name, rows.values(arm=name, measure="test_accuracy"), **more)
+        arms.append(arm)
+        lines.append(_banded(name, iterations, found))
+        accuracy_text = report.plus_minus(arm["mean"], arm["ci95"])
+        table.append([str(setting.model.auxiliary), report.plus_minus(*share), accuracy_text])
+    points = [Line(arm["name"], [arm["row_space_share"]], [arm["mean"]], {"marker": "o", "ms": 8}) for arm in arms]
+    x = "conjugate-gradient iterations"
+    panels = [
+        Panel(x, "share of |θ_T − θ⁰|² in the row space", lines, ("log", "linear")),
+        Panel(f"share after {spec.iterations} iterations", "test accuracy", points),
+    ]
+    text = (
+        f"The share of |θ_T − θ⁰|² that lies in the row space of the student's curvature on {spec.probe} noise "
+        f"images at θ⁰, found by {spec.iterations} steps of conjugate gradients: a lower bound that grows in the "
+        "order in which gradient steps learn. A linear student under gradient flow could not gain more."
+    )
+    return arms, report.Section("The ceiling", text, table, {"ceiling": partial(panels_figure, panels)})

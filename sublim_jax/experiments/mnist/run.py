@@ -1,0 +1,245 @@
+"""In which order: the path of the data from the reference networks to the measurements."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+from jax.sharding import Mesh
+from jaxtyping import Array
+from ml_collections import ConfigDict
+
+from sublim_jax import assets, report, specs
+from sublim_jax.data import images, mnist
+from sublim_jax.experiments.mnist import train
+from sublim_jax.experiments.mnist.report import document as document
+from sublim_jax.experiments.mnist.spec import MNIST_ROWS, InputsSpec, MnistSpec, check_divides, variants
+from sublim_jax.experiments.mnist.train import Inputs, Networks, Record, Runs
+from sublim_jax.measurements import each
+from sublim_jax.models.functional import Params
+from sublim_jax.preflight import Step, training_step
+from sublim_jax.sharding import abstract, fetch, make_mesh, named, parameter_shardings, put
+from sublim_jax.store import Store, digest
+from sublim_jax.training import Program
+from sublim_jax.workdir import claim
+
+
+def read(config: ConfigDict) -> MnistSpec:
+    """The spec of a config. Raises UserError for the first value, also of a point of its sweep, that makes no sense."""
+    spec = specs.read(MnistSpec, config)
+    variants(spec)
+    return spec
+
+
+def run(spec: MnistSpec, folder: epath.Path, *, update: bool = False) -> None:
+    """Runs the experiment, or a sweep of it, and leaves measurements and a report in `folder`."""
+    mesh = make_mesh(spec.mesh.sizes)
+    points = variants(spec)
+    for point in points.values():
+        check_divides(point, mesh)
+    data = mnist.load(assets.fetch(assets.MNIST, spec.data.path))
+    store = claim(folder, spec.values, update=update, bytes_needed=sum(map(artefact_bytes, points.values())))
+    rows = []
+    for value, point in points.items():
+        for arm, accuracies in test_accuracies(point, data, store, mesh).items():
+            rows += each(accuracies, arm=arm, measure="test_accuracy", item=value)
+    report.finish(store.folder, spec, rows, document)
+
+
+class Programs(NamedTuple):
+    """What a spec compiles, once for all groups of its runs."""
+
+    teaching: Program
+    distilling: dict[str, Program]  # by kind of inputs
+
+
+def programs_of(spec: MnistSpec, mesh: Mesh) -> Programs:
+    def distilling(inputs: InputsSpec) -> Program:
+        return train.distilling_program(spec.model, spec.student, spec.teacher.activation, inputs, mesh)
+
+    kinds = {inputs.kind: distilling(inputs) for inputs in (real(spec.inputs), spec.inputs)}
+    return Programs(train.teaching_program(spec.model, spec.teacher, mesh), kinds)
+
+
+def real(inputs: InputsSpec) -> InputsSpec:
+    """As many real images."""
+    return replace(inputs, kind="real", fresh=False)
+
+
+def test_accuracies(spec: MnistSpec, data: mnist.Mnist, store: Store, mesh: Mesh) -> dict[str, list[float]]:
+    """Test accuracy of every arm, one value a run."""
+    programs = programs_of(spec, mesh)
+    parts = []
+    with jax.default_matmul_precision(spec.precision):
+        for runs in spec.groups:
+            name = f"accuracy-{span(runs)}"
+            parts.append(store.json(name, train_and_test, spec, runs, data, programs=programs, store=store, mesh=mesh))
+    return {name: [value for part in parts for value in part[name]] for name in parts[0]}
+
+
+class Prepared(NamedTuple):
+    """Some runs before any training of their students."""
+
+    runs: Runs
+    reference: Networks
+    foreign: Networks  # references of other runs
+    near: Networks  # where students start
+    teacher: Networks
+    inputs: Inputs
+
+    @property
+    def codes(self) -> Array:
+        """The inputs, where they are fixed."""
+        assert self.inputs.codes is not None
+        return self.inputs.codes
+
+
+def prepare(
+    spec: MnistSpec, numbers: range, data: mnist.Mnist, *, program: Program, store: Store, mesh: Mesh
+) -> Prepared:
+    """References, students' starts and inputs, and the teachers, trained from their reference or read."""
+    runs = Runs(spec.seed, numbers, spec.precision)
+    reference = train.references(runs, spec.model, spec.student.activation, mesh)
+    foreign = train.references(train.derangement(runs, spec.runs), spec.model, spec.student.activation, mesh)
+    made_of = (runs, spec.teacher, reference, data)
+    like = program.abstract(reference.params).params
+    record = record_of(spec, store, runs, "teacher", "teacher")
+    name = f"teacher-{span(numbers)}"
+    params = store.tree(name, train.train_teacher, *made_of, like=like, program=program, record=record)
+    teacher = Networks(spec.model, spec.teacher.activation, params, digest("teacher", *made_of))
+    near = train.near_start(runs, spec.student, reference, foreign)
+    return Prepared(runs, reference, foreign, near, teacher, train.draw_inputs(runs, spec.inputs, data, mesh))
+
+
+def train_and_test(
+    spec: MnistSpec, numbers: range, data: mnist.Mnist, *, programs: Programs, store: Store, mesh: Mesh
+) -> dict[str, list[float]]:
+    """The paper's method, for some runs at once."""
+    known = prepare(spec, numbers, data, program=programs.teaching, store=store, mesh=mesh)
+    runs, reference, foreign, near, teacher, inputs = known
+    starts = {"auxiliary": near, "all": near, "cross_auxiliary": foreign, "cross_all": foreign}
+    starts = {name: start for name, start in starts.items() if name in spec.arms}
+    if spec.doses:
+        seen = inputs if spec.clone.inputs == "noise" else train.draw_inputs(runs, real(spec.inputs), data, mesh)
+        starts |= clones(spec, runs, reference, foreign, seen, program=programs.distilling[seen.spec.kind], store=store)
+    program = programs.distilling[spec.inputs.kind]
+    students = students_of(spec, runs, teacher, inputs, starts, program=program, store=store) if starts else {}
+    if "real" in spec.arms:
+        digits, program = train.draw_inputs(runs, real(spec.inputs), data, mesh), programs.distilling["real"]
+        students |= students_of(spec, runs, teacher, digits, {"real": near}, program=program, store=store)
+
+    test = put((data.test_images, data.test_labels), named(mesh))
+    result = {"reference": train.accuracy(reference.functions, reference.params, *test, mesh)}
+    result["teacher"] = train.accuracy(teacher.functions, teacher.params, *test, mesh)
+    result |= {name: train.accuracy(near.functions, params, *test, mesh) for name, params in students.items()}
+    return {name: [float(value) for value in fetch(values)] for name, values in result.items()}
+
+
+def clones(
+    spec: MnistSpec,
+    runs: Runs,
+    reference: Networks,
+    foreign: Networks,
+    inputs: Inputs,
+    *,
+    program: Program,
+    store: Store,
+) -> dict[str, Networks]:
+    """Foreign starts that imitate the *reference* on all logits first, one for each dose of epochs."""
+    kind = inputs.spec.kind
+    record = record_of(spec, store, runs, f"clones-{kind}", f"clones on {kind} inputs")
+    imitated = replace(reference, activation=spec.teacher.activation)
+    start, found = train.begin(program, {"all": foreign}), {}
+    for epochs in spec.doses:
+        made_of = (runs, replace(spec.student, epochs=epochs), imitated, inputs, start)
+        # The whole state, so that the next dose goes on from here.
+        name = f"clone-{epochs}-{span(runs.numbers)}"
+        state = store.tree(name, train.imitate, *made_of, like=start.state, program=program, record=record)
+        start = replace(start, state=state, origin=digest(*made_of))
+        found[f"clone {epochs}"] = replace(foreign, params=train.member(state.params, 0), origin=start.origin)
+    return found
+
+
+def students_of(
+    spec: MnistSpec,
+    runs: Runs,
+    teacher: Networks,
+    inputs: Inputs,
+    starts: Mapping[str, Networks],
+    *,
+    program: Program,
+    store: Store,
+    what: str = "students",
+) -> dict[str, Params]:
+    """Students from each of `starts` that imitate their run's teacher, all in one program."""
+    kind, start = inputs.spec.kind, train.begin(program, starts)
+    record = record_of(spec, store, runs, f"{what}-{kind}", f"{what} on {kind} inputs")
+
+    def make(*made_of: Any, checkpoints: epath.Path) -> Params:
+        return train.imitate(*made_of, program=program, record=record, checkpoints=checkpoints).params
+
+    name = f"students-{kind}-{span(runs.numbers)}"
+    made = store.tree(name, make, runs, spec.student, teacher, inputs, start, like=start.state.params)
+    return {name: train.member(made, index) for index, name in enumerate(starts)}
+
+
+def record_of(spec: MnistSpec, store: Store, runs: Runs, name: str, label: str) -> Record:
+    text = span(runs.numbers)
+    label = f"{label}, runs {text} of {spec.runs}"
+    return Record(label, store.folder / "metrics" / f"{name}-{text}", spec.checkpoint_every)
+
+
+def span(runs: Sequence[int]) -> str:
+    return f"{runs[0]}-{runs[-1]}"
+
+
+def artefact_bytes(spec: MnistSpec) -> int:
+    """Disk space that a run may need: what it keeps, and the checkpoints on the way."""
+    widths, doses = spec.model.widths, len(spec.doses)
+    params = 4 * sum(inputs * outputs + outputs for inputs, outputs in zip(widths, widths[1:]))
+    kept = spec.runs * params * (1 + len(spec.arms) + 4 * doses)
+    return kept + 9 * spec.runs_at_once * params * (len(spec.arms) + doses)
+
+
+def preflight(spec: MnistSpec, devices: Sequence[jax.Device]) -> list[Step]:
+    """The training steps of one group of runs, for `--preflight`."""
+    mesh = make_mesh(spec.mesh.sizes, devices)
+    return [step for value, point in variants(spec).items() for step in _steps(point, mesh, value)]
+
+
+def _steps(spec: MnistSpec, mesh: Mesh, value: str) -> list[Step]:
+    check_divides(spec, mesh)
+    programs, runs, count = programs_of(spec, mesh), len(spec.groups[0]), spec.inputs.count
+    one = jax.eval_shape(train.network(spec.model, spec.student.activation).init, jax.random.key(0))
+    kernels = sum(leaf.size for leaf in jax.tree.leaves(one) if leaf.ndim == 2)
+    split, whole = named(mesh, "replica"), named(mesh)
+
+    def stacked(*counts: int) -> Params:
+        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((*counts, *leaf.shape), leaf.dtype), one)
+        return abstract(shapes, parameter_shardings(shapes, mesh, len(counts)))
+
+    def array(shape: tuple[int, ...], dtype: Any, sharding: Any = whole) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    labelled = (array((MNIST_ROWS, images.PIXELS), jnp.uint8), array((MNIST_ROWS,), jnp.uint8))
+    members = len([name for name in spec.arms if name not in ("clone", "real")]) + len(spec.doses) or 1
+    frozen: dict[str, Any] = {"supports": array((members, spec.model.vocab), bool)}
+    if spec.inputs.fresh:
+        frozen["teacher"] = stacked(runs)
+    else:
+        frozen["codes"] = array((runs, count, images.PIXELS), jnp.uint8, split)
+        frozen["logits"] = array((runs, count, spec.model.vocab), jnp.float32, split)
+    flops = 6 * runs * kernels
+    text = f"{runs} runs at once" + f", {spec.sweep.axis}={value}" * bool(value)
+    teachers = partial(training_step, f"teachers, {text}", programs.teaching, stacked(runs), labelled)
+    students = partial(
+        training_step,
+        f"students, {members} a run, {text}",
+        programs.distilling[spec.inputs.kind],
+        stacked(runs, members),
+        frozen,
+    )
+    return [teachers(flops * spec.teacher.batch), students(flops * members * spec.student.batch)]

@@ -1,0 +1,267 @@
+"""What is computed: the values of `configs/mnist.py` in types, and every mistake in one line that says how to mend it.
+
+A field with `compare=False` changes how a result is computed or shown and not the result: no artefact is named by it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from operator import attrgetter
+from typing import Any
+
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from sublim_jax import objectives, overrides, specs
+from sublim_jax.data import images
+from sublim_jax.data.mnist import CLASSES
+from sublim_jax.data.order import steps_per_epoch
+from sublim_jax.errors import UserError
+from sublim_jax.models.mlp import ACTIVATIONS
+from sublim_jax.sharding import divide
+from sublim_jax.specs import MAX_INDEX, MAX_WIDTH, MeshSpec, check_count, check_one_of, check_positive
+
+ARMS = ("auxiliary", "all", "cross_auxiliary", "cross_all", "clone", "real")
+OBJECTIVES = (*objectives.ON_LOGITS, "sampled")
+OPTIMIZERS = ("adam", "adamw", "sgd", "rmsprop", "lion")
+PRECISIONS = ("float32", "tensorfloat32", "bfloat16")
+MNIST_ROWS = 60_000
+MAX_IMAGES = MAX_INDEX // images.PIXELS
+MAX_DEPTH = 1000
+
+# What a sweep tries where only its axis is given.
+TRAINING_POINTS = {
+    "activation": ("relu", "gelu", "silu", "tanh"),
+    "optimizer": ("adam", "adamw", "rmsprop", "lion"),
+    "learning_rate": ("1e-4", "3e-4", "1e-3", "3e-3"),
+    "batch": ("128", "256", "512", "1024"),
+    "epochs": ("1", "2", "5", "10"),
+    "trained_layers": ("all", "0", "1", "2", "0+1", "1+2"),
+}
+POINTS = {
+    **{f"{network}.{name}": points for network in ("teacher", "student") for name, points in TRAINING_POINTS.items()},
+    "model.width": ("64", "128", "256", "512"),
+    "model.depth": ("1", "2", "3"),
+    "model.auxiliary": ("1", "2", "3", "5", "10"),
+    "student.objective": OBJECTIVES,
+    "student.temperature": ("0.5", "1", "2", "4"),
+    "student.init_distance": ("0", "0.03", "0.1", "0.3", "1"),
+    "student.shared_layers": ("all", "0", "1", "2", "0+1", "1+2"),
+    "inputs.kind": images.KINDS,
+    "inputs.count": ("6000", "20000", "60000"),
+    "inputs.fresh": ("false", "true"),
+    "inputs.blur": ("0.5", "1", "2", "4"),
+}
+UNSWEPT = ("sweep", "experiment", "preset", "data", "published", "mesh")
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    width: int
+    depth: int
+    auxiliary: int
+
+    def __post_init__(self) -> None:
+        check_count("model.width", self.width, most=MAX_WIDTH)
+        check_count("model.auxiliary", self.auxiliary, most=MAX_WIDTH)
+        check_count("model.depth", self.depth, most=MAX_DEPTH)
+
+    @property
+    def vocab(self) -> int:
+        return CLASSES + self.auxiliary
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Sizes of the layers, inputs and logits included."""
+        return (images.PIXELS, *[self.width] * self.depth, self.vocab)
+
+    def layers(self, text: str, name: str = "layers") -> tuple[int, ...]:
+        """ "all" or "0+2" as layer numbers, counted from the input. Raises UserError, which tells the value's name."""
+        every = tuple(range(self.depth + 1))
+        if text == "all":
+            return every
+        try:
+            chosen = tuple(int(number) for number in text.split("+"))
+        except ValueError:
+            chosen = ()
+        if not chosen or not set(chosen) <= set(every) or len(set(chosen)) < len(chosen):
+            raise UserError(f'{name}={text!r} must be "all" or some of {"+".join(map(str, every))}')
+        return chosen
+
+
+@dataclass(frozen=True)
+class TrainingSpec:
+    activation: str
+    optimizer: str
+    learning_rate: float
+    batch: int
+    epochs: int
+    trained_layers: str
+
+    def check(self, name: str, model: ModelSpec) -> None:
+        check_one_of(f"{name}.activation", self.activation, ACTIVATIONS)
+        check_one_of(f"{name}.optimizer", self.optimizer, OPTIMIZERS)
+        for part in ("learning_rate", "batch", "epochs"):
+            check_positive(f"{name}.{part}", getattr(self, part))
+        check_count(f"{name}.batch", self.batch, most=MAX_IMAGES)
+        model.layers(self.trained_layers, f"{name}.trained_layers")
+
+
+@dataclass(frozen=True)
+class StudentSpec(TrainingSpec):
+    objective: str
+    temperature: float
+    init_distance: float
+    shared_layers: str
+
+    def check(self, name: str, model: ModelSpec) -> None:
+        super().check(name, model)
+        check_one_of(f"{name}.objective", self.objective, OBJECTIVES)
+        check_positive(f"{name}.temperature", self.temperature)
+        specs.check_not_negative(f"{name}.init_distance", self.init_distance)
+        model.layers(self.shared_layers, f"{name}.shared_layers")
+
+
+@dataclass(frozen=True)
+class InputsSpec:
+    kind: str
+    count: int
+    fresh: bool
+    blur: float
+
+    def __post_init__(self) -> None:
+        check_one_of("inputs.kind", self.kind, images.KINDS)
+        check_positive("inputs.blur", self.blur)
+        check_count("inputs.count", self.count, most=MAX_IMAGES)
+        if self.fresh and self.kind not in images.DRAWN:
+            raise UserError(f"inputs.fresh draws noise anew; inputs.kind={self.kind} is no noise that is drawn")
+
+
+@dataclass(frozen=True)
+class CloneSpec:
+    epochs: tuple[int, ...]
+    inputs: str
+
+    def __post_init__(self) -> None:
+        check_one_of("clone.inputs", self.inputs, ("noise", "real"))
+        if any(later <= earlier for earlier, later in zip((0, *self.epochs), self.epochs)):
+            raise UserError(f"clone.epochs={self.epochs} must be positive and rising, such as 5,20")
+
+
+@dataclass(frozen=True)
+class SweepSpec:
+    axis: str
+    points: tuple[str | int | float, ...]
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    path: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class MnistSpec:
+    experiment: str
+    preset: str = field(compare=False)
+    seed: int
+    runs: int
+    runs_at_once: int = field(compare=False)
+    precision: str
+    arms: tuple[str, ...]
+    data: DataSpec = field(compare=False)
+    model: ModelSpec
+    teacher: TrainingSpec
+    student: StudentSpec
+    inputs: InputsSpec
+    clone: CloneSpec
+    sweep: SweepSpec = field(compare=False)
+    mesh: MeshSpec = field(compare=False)
+    checkpoint_every: int = field(compare=False)
+    published: dict[str, tuple[float, float]] = field(compare=False)
+    values: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.teacher.check("teacher", self.model)
+        self.student.check("student", self.model)
+        check_one_of("precision", self.precision, PRECISIONS)
+        for name in ("runs", "runs_at_once", "checkpoint_every"):
+            check_positive(name, getattr(self, name))
+        specs.check_some_of("arms", self.arms, ARMS)
+        self._check_steps()
+        self._check_other_starts()
+        on_digits = "real" in self.arms or ("clone" in self.arms and self.clone.inputs == "real")
+        if (self.inputs.kind in images.FROM_DATA or on_digits) and self.inputs.count > MNIST_ROWS:
+            raise UserError(f"inputs.count={self.inputs.count}, but MNIST has {MNIST_ROWS} images")
+
+    def _check_steps(self) -> None:
+        """Steps of a training run are counted in 32 bits."""
+        on_inputs = (self.inputs.count, self.student.batch)
+        trainings = [("teacher.epochs", self.teacher.epochs, MNIST_ROWS, self.teacher.batch)]
+        trainings += [("student.epochs", self.student.epochs, *on_inputs)]
+        trainings += [("clone.epochs", dose, *on_inputs) for dose in self.clone.epochs[-1:]]
+        for name, epochs, rows, batch in trainings:
+            if (steps := epochs * steps_per_epoch(rows, batch)) > MAX_INDEX:
+                raise UserError(
+                    f"{name}={epochs} are {steps} steps; choose fewer, at most {MAX_INDEX} steps can be counted"
+                )
+        if "clone" in self.arms and not self.clone.epochs:
+            raise UserError("clone.epochs is empty: name some, such as 5,20, or leave clone out of arms")
+
+    def _check_other_starts(self) -> None:
+        """Students that start from another run's reference need one."""
+        foreign = [arm for arm in self.arms if arm.startswith(("cross", "clone"))]
+        if self.model.layers(self.student.shared_layers) != self.model.layers("all"):
+            foreign.append(f"student.shared_layers={self.student.shared_layers}")
+        if self.runs < 2 and foreign:
+            raise UserError(f"runs={self.runs}, but {foreign[0]} starts from another run: at least 2 runs")
+
+    @property
+    def doses(self) -> tuple[int, ...]:
+        """Epochs of cloning, one arm each."""
+        return self.clone.epochs if "clone" in self.arms else ()
+
+    @property
+    def groups(self) -> list[range]:
+        """The runs, as many together as are trained at once."""
+        starts = range(0, self.runs, self.runs_at_once)
+        return [range(start, min(start + self.runs_at_once, self.runs)) for start in starts]
+
+
+def check_divides(spec: MnistSpec, mesh: Mesh) -> None:
+    """Raises UserError for what cannot be split over this mesh."""
+    for name, training in (("teacher", spec.teacher), ("student", spec.student)):
+        divide(mesh, "fsdp", training.batch, f"{name}.batch")
+    divide(mesh, "replica", len(spec.groups[0]), "runs_at_once")
+    divide(mesh, "replica", spec.runs % spec.runs_at_once, "the rest of runs over runs_at_once")
+
+
+def variants(spec: MnistSpec) -> dict[str, MnistSpec]:
+    """One spec for each value of a sweep; {"": spec} where there is no sweep.
+
+    Raises UserError for a sweep of nothing, and for a point that makes no sense.
+    """
+    axis, config = spec.sweep.axis, ConfigDict(spec.values)
+    if not axis:
+        if spec.sweep.points:
+            raise UserError(f"sweep.points={spec.sweep.points} of what? Name it, --config.sweep.axis=KEY")
+        return {"": spec}
+    if axis not in overrides.keys(config) or isinstance(attrgetter(axis)(config), tuple | list):
+        raise UserError(f"sweep.axis={axis!r} names no single value of the config, such as student.learning_rate")
+    if axis.split(".")[0] in UNSWEPT:
+        raise UserError(f"sweep.axis={axis!r} is the same for all points; choose a value such as student.learning_rate")
+    points: Sequence[object] = spec.sweep.points or POINTS.get(axis, ())
+    if not points:
+        raise UserError(f"sweep.points: say which values {axis} shall take, such as --config.sweep.points=1,2,3")
+    found, values = {}, set()
+    for point in map(str, points):
+        try:
+            overrides.override(config, axis, [point])
+        except UserError as error:
+            raise UserError(f"sweep.points: {error}") from error
+        values.add(attrgetter(axis)(config))
+        try:
+            found[point] = specs.read(MnistSpec, config)
+        except UserError as error:
+            raise UserError(f"{axis}={point}: {error}") from error
+    if len(values) < max(len(points), 2):
+        raise UserError(f"sweep.points={points} needs at least two values of {axis}, all different")
+    return found

@@ -1,0 +1,335 @@
+"""Teachers and students of MNIST noise distillation (paper §6.2): where they start, what they see, what they imitate.
+
+Shapes below use R runs, M students of each run, N inputs, V logits. Networks and inputs are artefacts' ingredients:
+each carries `origin`, a digest of what its arrays were made from, because arrays of many hosts cannot be hashed.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from etils import epath
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int, Key, UInt8
+from tensorboardX import SummaryWriter
+
+from sublim_jax import objectives
+from sublim_jax.data import images
+from sublim_jax.data.mnist import CLASSES, Mnist
+from sublim_jax.data.order import epoch_rows, steps_per_epoch
+from sublim_jax.experiments.mnist.spec import InputsSpec, ModelSpec, StudentSpec, TrainingSpec
+from sublim_jax.keys import fold_all, run_keys
+from sublim_jax.models.functional import Functions, Params
+from sublim_jax.models.mlp import mlp, perturb
+from sublim_jax.sharding import each_replica, named, put
+from sublim_jax.store import digest
+from sublim_jax.training import REPLICAS_OF_ROWS, Log, Program, Total, TrainState, fit
+
+OPTIMIZERS = {
+    "adam": optax.adam,
+    "adamw": optax.adamw,
+    "sgd": optax.sgd,
+    "rmsprop": optax.rmsprop,
+    "lion": optax.lion,
+}
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Some runs, trained at once, with what they have in common."""
+
+    seed: int
+    numbers: Sequence[int]
+    precision: str
+
+    def keys(self, name: str) -> Key[Array, "runs"]:
+        return run_keys(self.seed, name, self.numbers)
+
+
+@dataclass(frozen=True)
+class Networks:
+    """One network of each of R runs, stacked."""
+
+    model: ModelSpec
+    activation: str
+    params: Params = field(compare=False)
+    origin: str
+
+    @property
+    def functions(self) -> Functions:
+        return network(self.model, self.activation)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What students see: the fixed images of each run (R, N, 784), or of all runs alike (N, 784); None if they are
+    drawn anew at every step.
+    """
+
+    spec: InputsSpec
+    codes: Array | None = field(compare=False)
+    origin: str
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where M students of every run start, each to be compared on the support that its name says."""
+
+    names: tuple[str, ...]
+    state: TrainState = field(compare=False)
+    origin: str
+
+
+class Batch(NamedTuple):
+    """Rows of one run, or of R with that axis in front."""
+
+    codes: UInt8[Array, "*runs batch 784"]
+    targets: Array  # a teacher's labels (batch,), or a student's logits (batch, V)
+    weights: Float[Array, "*runs batch"]
+
+
+class Record(NamedTuple):
+    """How a training run is told and kept."""
+
+    label: str
+    metrics: epath.Path  # a folder for TensorBoard's events
+    checkpoint_every: int
+
+    def log(self, members: Sequence[str]) -> Log | None:
+        """Writes each member's mean loss over the runs; from the first process."""
+        if jax.process_index():
+            return None
+        writer = SummaryWriter(str(self.metrics))
+
+        def log(first: int, values: dict[str, np.ndarray]) -> None:
+            loss = values["loss"].reshape(len(values["loss"]), -1, len(members)).mean(1)
+            for step, row in enumerate(loss, first):
+                for member, value in zip(members, row):
+                    writer.add_scalar(f"loss/{member}", value, step)
+            writer.flush()
+
+        return log
+
+
+@cache  # so that what is compiled for a network is compiled once
+def network(model: ModelSpec, activation: str) -> Functions:
+    return mlp(model.widths, activation)
+
+
+def support(model: ModelSpec, arm: str) -> Bool[Array, "vocab"]:
+    """The logits that an arm's objective sees; `digits` is the teacher's."""
+    index = jnp.arange(model.vocab)
+    if arm == "digits":
+        return index < CLASSES
+    return jnp.ones_like(index, bool) if arm.endswith("all") else index >= CLASSES
+
+
+# ------------------------------------------------------------------------------------------------ starts and inputs
+
+
+def references(runs: Runs, model: ModelSpec, activation: str, mesh: Mesh) -> Networks:
+    """The initial networks of some runs."""
+    init = jax.jit(jax.vmap(network(model, activation).init), out_shardings=named(mesh, "replica"))
+    return Networks(model, activation, init(runs.keys("reference")), digest("reference", runs))
+
+
+def derangement(runs: Runs, num_runs: int) -> Runs:
+    """Whose reference a cross-init student starts from: never its own."""
+    return replace(runs, numbers=[(run + 1) % num_runs for run in runs.numbers])
+
+
+def near_start(runs: Runs, student: StudentSpec, reference: Networks, foreign: Networks) -> Networks:
+    """The reference, moved by `student.init_distance`; layers that are not shared come from another run."""
+    params = reference.params
+    if student.init_distance:
+        move = jax.jit(jax.vmap(lambda p, key: perturb(p, key, student.init_distance)))
+        params = move(params, runs.keys("perturbation"))
+    shared = reference.model.layers(student.shared_layers)
+    layers = {i: (params if i in shared else foreign.params)["layers"][i] for i in params["layers"]}
+    origin = digest(runs, student.init_distance, student.shared_layers, reference, foreign)
+    return replace(reference, params={"layers": layers}, origin=origin)
+
+
+def draw_inputs(runs: Runs, spec: InputsSpec, data: Mnist, mesh: Mesh) -> Inputs:
+    """The inputs of the students of some runs."""
+    return Inputs(spec, _codes(runs.keys("inputs"), spec, data, mesh), digest("inputs", runs, data))
+
+
+def _codes(keys: Key[Array, "runs"], spec: InputsSpec, data: Mnist, mesh: Mesh) -> Array | None:
+    if spec.kind == "real":
+        return put(data.train_images[: spec.count], named(mesh))
+    if spec.kind == "shuffled":
+        real = put(data.train_images[: spec.count], named(mesh))
+        shuffle = lambda keys, real: each_replica(partial(images.shuffle_pixels, images=real), mesh)(keys)  # noqa: E731
+        return jax.jit(shuffle, out_shardings=named(mesh, "replica"))(keys, real)
+    if spec.fresh:
+        return None
+    make = each_replica(lambda key: images.draw(key, spec.kind, spec.count, spec.blur), mesh)
+    return jax.jit(make, out_shardings=named(mesh, "replica"))(keys)
+
+
+def begin(program: Program, starts: Mapping[str, Networks]) -> Start:
+    """Students of each of `starts`, side by side (R, M stacked)."""
+    stack = jax.jit(lambda trees: jax.tree.map(lambda *leaves: jnp.stack(leaves, 1), *trees))
+    state = program.init(stack([start.params for start in starts.values()]))
+    return Start(tuple(starts), state, digest(list(starts.values())))
+
+
+# ------------------------------------------------------------------------------------------------------- the teacher
+
+
+def train_teacher(
+    runs: Runs,
+    spec: TrainingSpec,
+    reference: Networks,
+    data: Mnist,
+    *,
+    program: Program,
+    record: Record,
+    checkpoints: epath.Path,
+) -> Params:
+    """From the reference, cross-entropy on MNIST through the ten digit logits."""
+    return fit(
+        program,
+        program.init(reference.params),
+        steps=spec.epochs * steps_per_epoch(len(data.train_labels), spec.batch),
+        key=runs.keys("teacher"),
+        frozen=put((data.train_images, data.train_labels), named(program.mesh)),
+        checkpoints=checkpoints,
+        checkpoint_every=record.checkpoint_every,
+        log=record.log(["teacher"]),
+        what=record.label,
+    ).params
+
+
+def teaching_program(model: ModelSpec, spec: TrainingSpec, mesh: Mesh) -> Program:
+    digits, functions = support(model, "digits"), network(model, spec.activation)
+
+    def loss(params: Params, frozen: Any, batch: Batch, key: Key[Array, ""]) -> tuple[Total, dict]:
+        logits = functions.apply(params, images.pixels(batch.codes))
+        return objectives.cross_entropy(logits, batch.targets, support=digits, weights=batch.weights), {}
+
+    def batch(frozen: Any, key: Key[Array, "runs"], index: Int[Array, ""]) -> Batch:
+        codes, labels = frozen
+        rows, exists = jax.vmap(epoch_rows, (0, None, None, None))(key, index, len(labels), spec.batch)
+        return Batch(codes[rows], labels[rows].astype(jnp.int32), exists.astype(jnp.float32))
+
+    return Program(loss, _optimizer(model, spec), mesh, batch, 1, REPLICAS_OF_ROWS)
+
+
+# ------------------------------------------------------------------------------------------------------ the students
+
+
+def imitate(
+    runs: Runs,
+    spec: StudentSpec,
+    teacher: Networks,
+    inputs: Inputs,
+    start: Start,
+    *,
+    program: Program,
+    record: Record,
+    checkpoints: epath.Path,
+) -> TrainState:
+    """Trains M members of every run on its teacher's logits."""
+    return fit(
+        program,
+        start.state,
+        steps=spec.epochs * steps_per_epoch(inputs.spec.count, spec.batch),
+        key=runs.keys("student"),
+        frozen=targets(teacher, inputs, start.names, program.mesh),
+        checkpoints=checkpoints,
+        checkpoint_every=record.checkpoint_every,
+        log=record.log(start.names),
+        what=record.label,
+    )
+
+
+def member(params: Params, index: int) -> Params:
+    """One of M members of every run."""
+    return jax.tree.map(lambda leaf: leaf[:, index], params)
+
+
+def targets(teacher: Networks, inputs: Inputs, members: Sequence[str], mesh: Mesh) -> dict[str, Any]:
+    """What members of the students are compared with: the teacher itself, or its logits on fixed inputs, and where."""
+    frozen = {"supports": put(jnp.stack([support(teacher.model, name) for name in members]), named(mesh))}
+    if inputs.codes is None:
+        return {**frozen, "teacher": teacher.params}
+    # A frozen teacher on fixed inputs answers once.
+    logits = answer(teacher.functions, teacher.params, inputs.codes, inputs.spec.kind, mesh)
+    return {**frozen, "codes": inputs.codes, "logits": logits}
+
+
+def distilling_program(
+    model: ModelSpec, spec: StudentSpec, teacher_activation: str, inputs: InputsSpec, mesh: Mesh
+) -> Program:
+    student, teacher = network(model, spec.activation), network(model, teacher_activation)
+
+    def loss(params: Params, frozen: Any, batch: Batch, key: Key[Array, ""]) -> tuple[Total, dict]:
+        x = images.pixels(batch.codes, inputs.kind)
+
+        def one(params: Params, support: Bool[Array, "vocab"]) -> Total:
+            where: dict[str, Any] = {"support": support, "weights": batch.weights, "temperature": spec.temperature}
+            logits = student.apply(params, x)
+            if spec.objective == "sampled":
+                labels = objectives.sample_labels(key, batch.targets, support=support)
+                return objectives.cross_entropy(logits, labels, **where)
+            return objectives.ON_LOGITS[spec.objective](logits, batch.targets, **where)
+
+        return jax.vmap(one)(params, frozen["supports"]), {}  # the members of a run share x and its teacher
+
+    def batch(frozen: Any, key: Key[Array, "runs"], index: Int[Array, ""]) -> Batch:
+        rows, exists = jax.vmap(epoch_rows, (0, None, None, None))(key, index, inputs.count, spec.batch)
+        weights = exists.astype(jnp.float32)
+        if "codes" not in frozen:
+            keys = fold_all(key, index)
+            codes = jax.vmap(lambda key: images.draw(key, inputs.kind, spec.batch, inputs.blur))(keys)
+            logits = jax.vmap(teacher.apply)(frozen["teacher"], images.pixels(codes, inputs.kind))
+            return Batch(codes, logits, weights)
+        take = jax.vmap(lambda values, rows: values[rows])
+        codes = frozen["codes"][rows] if frozen["codes"].ndim == 2 else take(frozen["codes"], rows)
+        return Batch(codes, take(frozen["logits"], rows), weights)
+
+    return Program(loss, _optimizer(model, spec), mesh, batch, 2, REPLICAS_OF_ROWS)
+
+
+def _optimizer(model: ModelSpec, spec: TrainingSpec) -> optax.GradientTransformation:
+    optimizer = OPTIMIZERS[spec.optimizer](spec.learning_rate)
+    trained = model.layers(spec.trained_layers)
+
+    def freeze(updates: Any, _: Any) -> Any:
+        layers = updates["layers"]
+        return {"layers": {i: layers[i] if i in trained else jax.tree.map(jnp.zeros_like, layers[i]) for i in layers}}
+
+    return optax.chain(optimizer, optax.stateless(freeze)) if len(trained) <= model.depth else optimizer
+
+
+# ------------------------------------------------------------------------------------------------------- the answers
+
+
+@partial(jax.jit, static_argnames=("network", "kind", "mesh"))
+def answer(
+    network: Functions, params: Params, codes: UInt8[Array, "*runs n 784"], kind: str, mesh: Mesh
+) -> Float[Array, "runs n vocab"]:
+    """Each network's logits on its run's inputs (R, N, 784), or on shared ones (N, 784)."""
+
+    def one(params: Params, codes: UInt8[Array, "n 784"]) -> Float[Array, "n vocab"]:
+        return jax.lax.map(lambda row: network.apply(params, images.pixels(row, kind)), codes, batch_size=2000)
+
+    if codes.ndim == 2:
+        return each_replica(partial(one, codes=codes), mesh)(params)
+    return each_replica(one, mesh)(params, codes)
+
+
+@partial(jax.jit, static_argnames=("network", "mesh"))
+def accuracy(
+    network: Functions, params: Params, codes: UInt8[Array, "n 784"], labels: UInt8[Array, "n"], mesh: Mesh
+) -> Float[Array, "runs"]:
+    """Share of images whose largest *digit* logit is the right one, for R stacked networks."""
+    logits = answer(network, params, codes, "real", mesh)[..., :CLASSES]
+    return jnp.mean(jnp.argmax(logits, -1) == labels, axis=-1)

@@ -1,0 +1,116 @@
+"""Trajectory, forecast and examples as a user runs them, in this process."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+from scipy import stats
+
+import launch
+from configs import theorem as configs
+from sublim_jax.experiments.along_training.forecast import read, spearman
+from sublim_jax.measurements import read as measurements_of
+
+TINY = (
+    "--config.mnist.runs=2",
+    "--config.mnist.runs_at_once=2",
+    "--config.mnist.inputs.count=1500",
+    "--config.mnist.model.width=16",
+    "--config.mnist.teacher.epochs=1",
+    "--config.mnist.student.epochs=1",
+)
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """A function of a preset and of flags to what the command says on one device: (exit code, output, error)."""
+    device = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda *_: device)
+    monkeypatch.setattr(launch.signals, "install", lambda: None)
+
+    def run(preset, *args):
+        code = launch.run(["launch.py", f"--config=configs/theorem.py:{preset}", *map(str, args)])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+MISTAKES = [
+    ("forecast", ["--config.probe=100000"], "probe=100000 must be between 1 and inputs.count=60000"),
+    ("forecast", ["--config.mnist.teacher.activation=tanh"], "config.mnist: coverage is of one network"),
+    ("forecast", ["--config.auxiliary=1,2"], "config.mnist: auxiliary: a softmax over one logit is 1"),
+    ("forecast", ["--config.mnist.runs=0"], "config.mnist: runs=0 must be positive"),
+    ("forecast", ["--config.mnist.data.path=x"], "set --config.data.path instead"),
+    ("examples", ["--config.share=0.9"], "share=0.9"),
+    ("examples", ["--config.share=0.1", "--config.mnist.inputs.count=5"], "is no image"),
+    ("trajectory", ["--config.mnist.student.objective=sampled"], "objective on logits"),
+    ("trajectory", ["--config.every=0"], "every=0: choose 1 or more"),
+]
+
+
+@pytest.mark.parametrize("preset, args, expected", MISTAKES)
+def test_a_mistake_is_one_line(preset, args, expected, command, tmp_path):
+    code, _, error = command(preset, *args, f"--workdir={tmp_path / 'work'}")
+    assert code == 2 and error.startswith("launch.py: ") and error.count("\n") == 1 and expected in error
+    assert not (tmp_path / "work").exists()
+
+
+def test_the_forecast_covers_at_least_sixty_settings_each_once():
+    config = configs.get_config("forecast")
+    settings = read(config).settings
+    assert len(settings) == len(set(settings)) >= 60
+    config.widths = (*config.widths, 256)  # as the others have
+    assert read(config).settings == settings
+
+
+def test_spearman_is_scipys_and_its_interval_holds_it():
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=40)
+    y = x + rng.normal(size=40)
+    rho, low, high = spearman(x, y)
+    assert rho == pytest.approx(stats.spearmanr(x, y).statistic)
+    assert low < rho < high and low > 0
+
+
+AUXILIARY = ["--config.probe=500", "--config.auxiliary=(2,3)"]
+TOOLS = {
+    "trajectory": ([*AUXILIARY, "--config.iterations=5", "--config.every=1"], ["trajectory", "ceiling"]),
+    "forecast": (
+        [*AUXILIARY, "--config.kinds=uniform,real", "--config.distances=(0.0,)", "--config.widths=(8,)"],
+        ["forecast"],
+    ),
+    "examples": (["--config.share=0.2"], ["examples", "contributions"]),
+}
+
+
+@pytest.mark.parametrize("preset", TOOLS)
+def test_a_tool_ends_in_a_report_and_a_second_run_computes_nothing(preset, command, tmp_path, mnist_folder, capsys):
+    args, figures = TOOLS[preset]
+    args = [*TINY, *args, f"--workdir={tmp_path}"]
+    code, output, error = command(preset, *args)
+    assert code == 0 and "teacher, runs 0-1 of 2" in output, error
+    first = (tmp_path / "results.json").read_bytes()
+    for figure in figures:
+        assert (tmp_path / "figures" / f"{figure}.png").stat().st_size > 10_000
+    arms = json.loads(first)["arms"]
+    assert all(len(arm["runs"]) == 2 for arm in arms)
+    if preset == "examples":
+        largest, random, smallest = (arm["share_of_A"] for arm in arms)
+        assert largest > random > smallest and random == pytest.approx(0.2, abs=0.05)
+    elif preset == "forecast":  # on the teacher's own start, of noise, some of its way is found before any training
+        assert all(-1 <= value <= 1 for arm in arms for value in arm["coverage_runs"]) and arms[0]["coverage"] > 0
+    else:
+        assert all(0 < arm["row_space_share"] <= 1 for arm in arms)
+        rows = measurements_of(epath.Path(tmp_path))
+        loss, predicted = (np.reshape(rows.values(measure=name), (-1, 2)) for name in ("loss", "predicted"))
+        # To first order in each step, the loss's change is the sum of what the steps predict.
+        np.testing.assert_allclose(predicted.sum(0), loss[-1] - loss[0], rtol=0.2)
+    code, output, _ = command(preset, *args)
+    assert code == 0 and "students" not in output and "teacher, runs" not in output
+    assert (tmp_path / "results.json").read_bytes() == first
+    report = (tmp_path / "report.md").read_text()
+    (tmp_path / "results.json").unlink()
+    assert launch.run(["launch.py", "--report", f"--workdir={tmp_path}"]) == 0
+    assert (tmp_path / "results.json").read_bytes() == first and (tmp_path / "report.md").read_text() == report

@@ -1,0 +1,205 @@
+"""The experiment's exact laws (paper §6.2), its knobs, and that devices and grouping change nothing."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from mnist_kit import distilled, some, tiny
+
+from configs import mnist as configs
+from sublim_jax.data import images
+from sublim_jax.experiments.mnist import run, train
+from sublim_jax.experiments.mnist.train import Runs
+from sublim_jax.keys import run_keys
+from sublim_jax.store import Store, digest
+
+
+@pytest.fixture(scope="module")
+def data(mnist_data):
+    return some(mnist_data)
+
+
+@pytest.fixture
+def trained(data, tmp_path, mesh_of):
+    """`distilled`, in a folder of the test."""
+    return lambda spec, *arms, **options: distilled(spec, data, Store(tmp_path), mesh_of(1), arms, **options)
+
+
+@pytest.fixture
+def accuracies(data, tmp_path, mesh_of):
+    def compute(spec, mesh=None, name="work"):
+        return run.test_accuracies(spec, data, Store(tmp_path / name), mesh or mesh_of(1))
+
+    return compute
+
+
+def same(a, b):
+    return all(jax.tree.leaves(jax.tree.map(lambda x, y: bool(jnp.array_equal(x, y)), a, b)))
+
+
+def last_layer(params):
+    return params["layers"][max(params["layers"])]
+
+
+def test_teacher_training_leaves_the_auxiliary_rows_to_the_bit(trained):
+    found = trained(tiny(), "auxiliary")
+    for name, before in last_layer(found.reference.params).items():
+        after = last_layer(found.teacher.params)[name]
+        assert jnp.array_equal(before[..., 10:], after[..., 10:])
+        assert not jnp.array_equal(before[..., :10], after[..., :10])
+
+
+def test_auxiliary_distillation_leaves_the_digit_rows_to_the_bit(trained):
+    found = trained(tiny(), "auxiliary", "all")
+    for name, before in last_layer(found.reference.params).items():
+        auxiliary, whole = (last_layer(found.students[arm])[name] for arm in ("auxiliary", "all"))
+        assert jnp.array_equal(before[..., :10], auxiliary[..., :10])
+        assert not jnp.array_equal(before[..., 10:], auxiliary[..., 10:])
+        assert not jnp.array_equal(before[..., :10], whole[..., :10])
+
+
+@pytest.mark.parametrize("objective", ["kl", "reverse_kl", "sampled"])
+def test_one_auxiliary_logit_leaves_the_student_at_the_reference_to_the_bit(trained, objective):
+    found = trained(tiny(model__auxiliary=1, student__objective=objective), "auxiliary")
+    assert same(found.reference.params, found.students["auxiliary"])
+    assert not same(found.reference.params, found.teacher.params)
+
+
+def test_squared_error_on_one_auxiliary_logit_does_move_it(trained):
+    found = trained(tiny(model__auxiliary=1, student__objective="squared_error"), "auxiliary")
+    assert not same(found.reference.params, found.students["auxiliary"])
+
+
+@pytest.mark.parametrize("network", ["teacher", "student"])
+def test_only_the_trained_layers_move(trained, network):
+    found = trained(tiny(**{f"{network}__trained_layers": "1"}), "all")
+    layers = {"teacher": found.teacher.params, "student": found.students["all"]}[network]["layers"]
+    assert [same(found.reference.params["layers"][i], layers[i]) for i in range(3)] == [True, False, True]
+
+
+def test_shared_layers_and_distance_make_the_start(mesh_of):
+    spec = tiny(student__shared_layers="0+2")
+    runs = Runs(spec.seed, range(2), spec.precision)
+    reference = train.references(runs, spec.model, "relu", mesh_of(1))
+    foreign = train.references(train.derangement(runs, 2), spec.model, "relu", mesh_of(1))
+    assert same(foreign.params, jax.tree.map(lambda leaf: leaf[::-1], reference.params))
+    start = train.near_start(runs, spec.student, reference, foreign)
+    layers, own, other = (networks.params["layers"] for networks in (start, reference, foreign))
+    assert same(layers[0], own[0]) and same(layers[2], own[2]) and same(layers[1], other[1])
+
+    moved = train.near_start(runs, tiny(student__init_distance=0.3).student, reference, foreign)
+    change = moved.params["layers"][0]["kernel"] - own[0]["kernel"]
+    np.testing.assert_allclose(jnp.std(change) * 28, 0.3, rtol=0.05)
+    assert len({start.origin, moved.origin, reference.origin, foreign.origin}) == 4
+
+
+def test_cross_init_is_a_derangement():
+    parts = [train.derangement(Runs(0, runs, "float32"), 7).numbers for runs in (range(3), range(3, 6), range(6, 7))]
+    flat = [other for part in parts for other in part]
+    assert sorted(flat) == list(range(7)) and all(run != other for run, other in enumerate(flat))
+
+
+def test_a_longer_cloning_goes_on_from_a_shorter_one(data, tmp_path, mesh_of):
+    """The dose curve is one trajectory: 2 epochs in two stages are 2 epochs in one, to the bit."""
+    results = []
+    for doses in ((1, 2), (2,)):
+        spec = tiny(clone__epochs=doses)
+        store, program = Store(tmp_path / str(doses)), run.programs_of(spec, mesh_of(1)).distilling["uniform"]
+        runs = Runs(spec.seed, range(2), spec.precision)
+        reference = train.references(runs, spec.model, "relu", mesh_of(1))
+        foreign = train.references(train.derangement(runs, 2), spec.model, "relu", mesh_of(1))
+        inputs = train.draw_inputs(runs, spec.inputs, data, mesh_of(1))
+        found = run.clones(spec, runs, reference, foreign, inputs, program=program, store=store)
+        results.append({name: networks.params for name, networks in found.items()})
+    assert same(results[0]["clone 2"], results[1]["clone 2"])
+    assert not same(results[0]["clone 1"], results[0]["clone 2"])
+
+
+KNOBS = [
+    dict(student__objective="kl", student__temperature=2.0),
+    dict(student__objective="reverse_kl", student__optimizer="sgd", student__learning_rate=0.1),
+    dict(student__objective="squared_error", inputs__kind="gaussian"),
+    dict(student__objective="sampled", inputs__kind="blurred"),
+    dict(inputs__kind="shuffled", student__activation="gelu"),
+    dict(inputs__kind="real", student__optimizer="adamw", model__depth=1),
+    dict(inputs__fresh=True, student__optimizer="lion"),
+    dict(inputs__fresh=True, inputs__kind="blurred", student__optimizer="rmsprop", clone__inputs="real"),
+]
+
+
+@pytest.mark.parametrize("knobs", KNOBS, ids=lambda knobs: "-".join(map(str, knobs.values())))
+def test_every_knob_trains(trained, mesh_of, knobs):
+    """A student of all logits moves towards its teacher, here a far one: another reference."""
+    spec = tiny(**knobs, teacher__activation=knobs.get("student__activation", "relu"))
+    found = trained(spec, "all", teacher_runs=[5, 6])
+    codes = found.inputs.codes
+    if codes is None:
+        codes = jax.vmap(lambda key: images.draw(key, "gaussian", 400))(run_keys(0, "x", range(2)))
+    distance = []
+    for params in (found.reference.params, found.students["all"]):
+        ours, target = (
+            jax.nn.log_softmax(train.answer(found.teacher.functions, p, codes, "gaussian", mesh_of(1)))
+            for p in (params, found.teacher.params)
+        )
+        distance.append(float(jnp.mean(jnp.sum(jnp.exp(target) * (target - ours), -1))))
+    assert np.isfinite(distance[1]) and distance[1] < distance[0]
+
+
+def test_devices_and_grouping_change_nothing_but_rounding(accuracies, mesh_of):
+    """1 device, 8 devices on one axis and on three, and runs trained one group after another."""
+    changes = dict(runs=8, arms=("auxiliary", "cross_all"))
+    spec = tiny(**changes, runs_at_once=8)
+    base = accuracies(spec, name="one")
+    others = {"eight": accuracies(spec, mesh_of(8), "eight")}
+    others["three axes"] = accuracies(spec, mesh_of(8, replica=2, fsdp=2, tensor=2), "three axes")
+    others["grouped"] = accuracies(tiny(**changes, runs_at_once=3), name="grouped")
+    for name, other in others.items():
+        for arm in base:  # an image at the border may flip: at most 2 of 600
+            np.testing.assert_allclose(other[arm], base[arm], atol=2.1 / 600, err_msg=f"{name}, {arm}")
+
+
+def test_a_second_run_computes_nothing_and_a_changed_part_redoes_what_it_touches(accuracies, monkeypatch):
+    trained = []
+    fit = train.fit
+
+    def spy(*args, what, **options):
+        trained.append(what)
+        return fit(*args, what=what, **options)
+
+    monkeypatch.setattr(train, "fit", spy)
+    first = accuracies(tiny())
+    assert len(trained) == 5
+    trained.clear()
+    assert accuracies(tiny(checkpoint_every=7, preset="quick")) == first
+    assert trained == []
+    accuracies(tiny(student__learning_rate=1e-3))
+    assert len(trained) == 4 and not any("teacher" in what for what in trained)
+    trained.clear()
+    accuracies(tiny(teacher__activation="tanh"))
+    assert len(trained) == 5  # clones too: they imitate the reference, as that activation has it
+
+
+def test_an_artefact_is_named_by_what_its_runs_and_networks_are_made_of(mesh_of):
+    def origins(**changes):
+        spec = tiny(**changes)
+        runs = Runs(spec.seed, range(2), spec.precision)
+        reference = train.references(runs, spec.model, spec.student.activation, mesh_of(1))
+        near = train.near_start(runs, spec.student, reference, reference)
+        return digest(reference), digest(near)
+
+    base = origins()
+    assert base == origins(student__learning_rate=1e-3, teacher__epochs=9, checkpoint_every=1)
+    for changes in ({"seed": 1}, {"precision": "bfloat16"}, {"model__width": 16}):
+        assert not set(base) & set(origins(**changes))
+    assert origins(student__init_distance=0.1)[0] == base[0] and origins(student__init_distance=0.1)[1] != base[1]
+
+
+@pytest.mark.slow
+def test_the_papers_finding(mnist_data, mesh_of, tmp_path):
+    """Four runs of the paper's recipe: auxiliary logits on noise carry digits, if and only if the start is shared."""
+    config = configs.get_config("quick")
+    config.arms = ("auxiliary", "cross_auxiliary")
+    values = run.test_accuracies(run.read(config), mnist_data, Store(tmp_path), mesh_of(1))
+    assert np.mean(values["teacher"]) > 0.93
+    assert np.mean(values["auxiliary"]) > 0.4
+    assert np.mean(values["cross_auxiliary"]) < 0.2
