@@ -32,15 +32,15 @@ def get_config(preset: str = "check") -> ConfigDict:
     if preset in ("check", "smoke"):
         config.experiment = "alignment"
         # How far the teacher moves: the root mean square change of its logits on the support, so many steps from
-        # 10^least to 10^most. In float64: float32 cannot resolve steps so small.
-        config.steps = ConfigDict({"least": -8.0, "most": 0.0, "number": 17})
+        # 10^min to 10^max. In float64: float32 cannot resolve steps so small.
+        config.steps = ConfigDict({"min": -8.0, "max": 0.0, "num": 17})
         config.support = (10, 11, 12)  # the logits, of 13, on which the student is compared with its teacher
         config.examples = 128  # inputs of the student
         config.learning_rate = 0.1  # α, the length of the student's step
-        config.draws = 300  # of networks and data, for the sign of D_S·D_T
-        config.label_draws = 3000  # of labels sampled at temperature 1
+        config.num_draws = 300  # of networks and data, for the sign of D_S·D_T
+        config.num_label_draws = 3000  # of labels sampled at temperature 1
         if preset == "smoke":
-            config.draws, config.label_draws = 20, 200
+            config.num_draws, config.num_label_draws = 20, 200
     elif preset in ("trajectory", "forecast", "examples"):
         config.experiment = preset
         config.mnist = mnist.get_config("coverage")  # how teachers and students are trained: configs/mnist.py

@@ -72,7 +72,7 @@ ZERO = re.compile(
     r"seed|rank|clip|warmup|noise|most|per_minute|layer|scale|log_ratio|judge_least|least_mass|init_distance|top_k|min_p"
     r"|tensor|temperature|largest|distances"
 )
-NEGATIVE = re.compile(r"mesh\.|steps\.(least|most)|steering_scale")  # a number below 0 is one like others
+NEGATIVE = re.compile(r"mesh\.|steps\.(min|max)|steering_scale")  # a number below 0 is one like others
 TWINS = re.compile(r"(^|\.)arm\.(?!soft\.|cross\.)|^plan\.(?!mnist\.)")  # as others of their kind
 
 

@@ -13,7 +13,7 @@ from types import ModuleType
 
 MODULES = {
     "mnist": "mnist",
-    "alignment": "alignment",
+    "alignment": "alignment.run",
     "trajectory": "trajectory",
     "forecast": "forecast",
     "examples": "examples",
