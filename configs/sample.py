@@ -35,7 +35,7 @@ def get_config(preset: str = "smollm2") -> ConfigDict:
     config.chat = True  # put prompts into the model's chat template; False: as they are, for base models
     config.system = ""  # a system prompt for conversations that have none; empty: the template's own
 
-    config.samples = 1  # of each prompt
+    config.num_samples = 1  # of each prompt
     config.max_new_tokens = 64  # of a completion
     config.temperature = 1.0  # 0: the most probable token
     config.top_k = 0  # sample from the so many most probable tokens; 0: from all
@@ -45,7 +45,7 @@ def get_config(preset: str = "smollm2") -> ConfigDict:
 
     config.constraint = ConfigDict()
     config.constraint.kind = ""  # of completions: numbers (a list of them), choice (one of `choices`); empty: none
-    config.constraint.most = 10  # numbers: of at most so many integers
+    config.constraint.max_integers = 10  # numbers: of at most so many integers
     config.constraint.digits = 3  # numbers: of at most so many digits each
     config.constraint.separator = ", "  # numbers: what stands between two
     config.constraint.choices = ()  # choice: the texts

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-import launch
 from sublim_jax import describe, overrides
 
 CONFIGS = sorted(path.stem for path in Path("configs").glob("*.py"))
@@ -32,7 +31,7 @@ def test_every_value_has_a_meaning(file, preset):
 
 
 @pytest.mark.parametrize("file", CONFIGS)
-def test_every_value_and_preset_is_listed_once_in_lines_that_fit(file, capsys):
+def test_every_value_and_preset_is_listed_once_in_lines_that_fit(file, command):
     config, found = rows(f"configs/{file}.py")
     paths = [row.path for row in found]
     assert len(set(paths)) == len(paths)
@@ -40,18 +39,19 @@ def test_every_value_and_preset_is_listed_once_in_lines_that_fit(file, capsys):
         name = key.split(".")[-1]
         alike = any(path.endswith(f".NAME.{name}") for path in paths) or f".changes.{name}" in key
         assert key in paths or alike or name in ("experiment", "preset"), key
-    assert launch.run(["launch.py", f"--config=configs/{file}.py", "--describe"]) == 0
-    text = capsys.readouterr().out
+    code, text, _ = command(f"--config=configs/{file}.py", "--describe")
+    assert code == 0
     assert max(map(len, text.splitlines())) <= 120
     for preset in overrides.module(f"configs/{file}.py").PRESETS:
         assert f"\n  {preset} " in text
     assert text.count("(this one)") == 1
 
 
-def test_a_value_of_this_run_stands_beside_the_default(capsys):
+def test_a_value_of_this_run_stands_beside_the_default(command):
     typed = ["--config.runs=3", "--config.teacher.learning_rate=1e-2", "--config.arm.tokens.noise=0.5"]
-    assert launch.run(["launch.py", "--config=configs/numbers.py:smollm2", *typed, "--describe"]) == 0
-    text = " ".join(capsys.readouterr().out.split())
+    code, text, _ = command("--config=configs/numbers.py:smollm2", *typed, "--describe")
+    assert code == 0
+    text = " ".join(text.split())
     assert "runs 3 (default 5) whole replicates" in text
     assert "learning_rate 0.01 (default 0.0003)" in text
     assert "noise=0.5 (default 0.0)" in text

@@ -19,7 +19,7 @@ MODULES = {
     "examples": "examples",
     "transmission": "transmission",
     "cross_model": "cross_model",
-    "sample": "sample",
+    "sample": "tools.sample",
     "evaluate": "evaluate",
     "paper": "paper",
 }

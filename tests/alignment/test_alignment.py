@@ -6,7 +6,6 @@ import jax
 import numpy as np
 import pytest
 
-import launch
 from sublim_jax import objectives, theorem
 from sublim_jax.experiments.alignment import run
 from sublim_jax.experiments.alignment.report import AS_PREDICTED, CONSISTENT, NOT, Measured, judge, power
@@ -28,24 +27,23 @@ def few_settings(monkeypatch):
     )
 
 
-def check(folder, monkeypatch):
+def check(folder, command):
     """The arms of the check's results, every one of which is as predicted."""
-    monkeypatch.setattr(launch.signals, "install", lambda: None)
-    assert launch.run([f"{CONFIG}:smoke", f"--workdir={folder}"]) == 0
+    assert command(f"{CONFIG}:smoke", f"--workdir={folder}")[0] == 0
     arms = json.loads((folder / "results.json").read_text())["arms"]
     assert [arm["name"] for arm in arms if arm["verdict"] != AS_PREDICTED] == []
     return arms
 
 
 @pytest.mark.slow
-def test_the_check_finds_every_row_as_predicted(tmp_path, mnist_folder, monkeypatch):
-    assert len(check(tmp_path, monkeypatch)) == 12 * 7 + 6 + 1
+def test_the_check_finds_every_row_as_predicted(tmp_path, mnist_folder, command):
+    assert len(check(tmp_path, command)) == 12 * 7 + 6 + 1
 
 
 def test_a_check_of_few_rows_is_as_predicted_and_its_report_is_written_again(
-    tmp_path, mnist_folder, monkeypatch, few_settings
+    tmp_path, mnist_folder, command, few_settings
 ):
-    arms = check(tmp_path, monkeypatch)
+    arms = check(tmp_path, command)
     assert len(arms) == 2 * 2 + 6 + 1
     cubic = next(arm for arm in arms if "|z − y|³" in arm["name"])
     assert cubic["mean"] == pytest.approx(2, abs=0.1)
@@ -55,7 +53,7 @@ def test_a_check_of_few_rows_is_as_predicted_and_its_report_is_written_again(
     assert before[1].count(b"figures/") == 3
     for name in (*files, "figures/lemma.png"):
         (tmp_path / name).unlink()
-    assert launch.run(["--report", f"--workdir={tmp_path}"]) == 0
+    assert command("--report", f"--workdir={tmp_path}")[0] == 0
     assert [(tmp_path / name).read_bytes() for name in files] == before
     assert (tmp_path / "figures" / "lemma.png").exists()
 
@@ -74,13 +72,9 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_one_line(mistake, tmp_path, monkeypatch, capsys):
+def test_a_mistake_is_one_line(mistake, tmp_path, refused):
     flags, words = MISTAKES[mistake]
-    monkeypatch.setattr(launch.signals, "install", lambda: None)
-    typed = [f"--config.{flag}" for flag in flags]
-    assert launch.run([CONFIG, *typed, f"--workdir={tmp_path / 'work'}"]) == 2
-    line = capsys.readouterr().err
-    assert line.startswith("launch.py: ") and line.count("\n") == 1
+    line = refused(CONFIG, *(f"--config.{flag}" for flag in flags), f"--workdir={tmp_path / 'work'}")
     assert all(word in line for word in words), line
     assert not (tmp_path / "work").exists()
 
