@@ -1,1 +1,1 @@
-"""What is done with a language model beside the studies."""
+"""Tools around the studies: sampling, evaluations, and the paper's experiments in one plan."""
