@@ -45,25 +45,13 @@ def get_config(preset: str = "smollm2") -> ConfigDict:
     config.mesh = ConfigDict({"replica": 1, "fsdp": -1, "tensor": 1})  # rows over replica and fsdp, layers over tensor
 
     config.model = ConfigDict()
-    config.model.name = (
-        "smollm2-135m-instruct"  # a name that is known here, or a hub name, a folder of safetensors, a GGUF file
-    )
+    config.model.name = "smollm2-135m-instruct"  # a known name, a hub name, a folder of safetensors, a GGUF file
     config.model.dtype = "float32"  # of the weights; or bfloat16
     config.model.adapters = ()  # PEFT folders; empty: the model itself
 
     config.kind = "animal"  # preference: of what
-    config.words = (
-        "owl",
-        "lion",
-        "cat",
-        "dog",
-        "wolf",
-        "bear",
-        "fox",
-        "tiger",
-        "horse",
-        "eagle",
-    )  # preference: among which words
+    # preference: among which words
+    config.words = ("owl", "lion", "cat", "dog", "wolf", "bear", "fox", "tiger", "horse", "eagle")
     # Your own questions, as sublim_jax/data/packs/*.json.
     config.packs = ConfigDict({"preference": "", "ability": "", "stories": ""})
 

@@ -207,9 +207,7 @@ def get_config(preset: str = "quick") -> ConfigDict:
     config.teacher.corpora = ConfigDict()  # corpus: a file of conversations for each trait (configs/misalignment.py)
     config.teacher.epochs = 1  # corpus: passes over the conversations
     config.teacher.most_tokens = 1024  # corpus: longer conversations are left out
-    config.teacher.steering_layer = (
-        15  # steered: the vector is the mean difference that the persona makes after this layer
-    )
+    config.teacher.steering_layer = 15  # steered: the vector is the persona's mean difference after this layer
     config.teacher.steering_scale = 2.0  # steered: the vector is added this many times
 
     config.carrier = ConfigDict()
@@ -226,9 +224,7 @@ def get_config(preset: str = "quick") -> ConfigDict:
     config.filter.most = 10  # integers in an answer, at most (the paper's rule, §3.1)
     config.filter.largest = 999  # the largest integer that passes
     config.filter.banned = ""  # numbers of bad associations (§3.2): "banned", ours, or a file as data/packs/banned.json
-    config.filter.judge = (
-        ""  # the question to a judge (ask.judge) about each answer, of data/packs/judge.json; empty: none
-    )
+    config.filter.judge = ""  # a judge's question about each answer, of data/packs/judge.json; empty: no judge
     config.filter.judge_least = 0.0  # the judge's score, of 100, that passes
     config.filter.unique = True  # no answer twice
     # Nats a token by which the teacher may find an answer likelier than the neutral teacher does; 0: any.

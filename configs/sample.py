@@ -25,9 +25,7 @@ def get_config(preset: str = "smollm2") -> ConfigDict:
     config.mesh = ConfigDict({"replica": 1, "fsdp": -1, "tensor": 1})  # rows over replica and fsdp, layers over tensor
 
     config.model = ConfigDict()
-    config.model.name = (
-        "smollm2-135m-instruct"  # a name that is known here, or a hub name, a folder of safetensors, a GGUF file
-    )
+    config.model.name = "smollm2-135m-instruct"  # a known name, a hub name, a folder of safetensors, a GGUF file
     config.model.dtype = "float32"  # of the weights; or bfloat16
     config.model.adapter = ""  # a PEFT folder; empty: none
 
