@@ -1,6 +1,7 @@
 """Runs the experiment that a config describes, on one device or on a pod.
 
     python launch.py --config=configs/mnist.py[:preset] [--workdir=DIR] [--config.key=value ...]
+    python launch.py --config=configs/mnist.py[:preset] --describe      what the config is, and what its values mean
 
 Exit code 0: done. 2: a mistake in what was asked, told in one line before any compute. 143: stopped by a signal,
 state saved; the same command goes on from there.
@@ -20,12 +21,12 @@ from absl import app, flags
 from etils import epath
 from ml_collections import ConfigDict
 
-from sublim_jax import experiments, overrides, preflight, report, signals
+from sublim_jax import describe, experiments, overrides, preflight, renamed, report, signals
 from sublim_jax.assets import cache_folder
 from sublim_jax.errors import Interrupted, UserError
 from sublim_jax.experiments import EXPERIMENTS
 from sublim_jax.progress import say
-from sublim_jax.workdir import Workdir, config_of
+from sublim_jax.workdir import config_of
 
 _CONFIG = flags.DEFINE_string("config", None, "Config file, with :preset after a colon; --config.key=value changes it.")
 _WORKDIR = flags.DEFINE_string(
@@ -44,12 +45,15 @@ _PREFLIGHT = flags.DEFINE_string(
 _REPORT = flags.DEFINE_bool(
     "report", False, "Write the report of a finished --workdir again from its measurements, and compute nothing."
 )
+_DESCRIBE = flags.DEFINE_bool(
+    "describe", False, "Print what the config is, its presets, and every value with its meaning, and compute nothing."
+)
 _COORDINATOR = flags.DEFINE_string(
     "coordinator", None, "host:port of the first process, where no cluster manager is found."
 )
 _PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes, with --coordinator.")
 _PROCESS = flags.DEFINE_integer("process_id", None, "This process's number, with --coordinator.")
-_FLAGS = (_CONFIG, _WORKDIR, _UPDATE, _PREFLIGHT, _REPORT, _COORDINATOR, _PROCESSES, _PROCESS)
+_FLAGS = (_CONFIG, _WORKDIR, _UPDATE, _PREFLIGHT, _REPORT, _DESCRIBE, _COORDINATOR, _PROCESSES, _PROCESS)
 _NAMES = tuple(flag.name for flag in _FLAGS)
 
 NO_SPACE = "no space left on the disk; free some and give the same command again, it goes on from here"
@@ -79,21 +83,21 @@ def main(args: Sequence[str]) -> None:
     typed = parse(args)
     if _REPORT.value:
         return write_report_again(typed)
+    if _DESCRIBE.value:
+        with describe.traced() as origins:
+            config = read(typed)
+        return print(describe.text(str(_CONFIG.value), config, origins))
     config = read(typed)
     experiment = experiments.load(config.experiment)
+    renamed.check(f"--config={config_file()}", config)
     if _PREFLIGHT.value is not None:
         return compile_only(experiment, config, _PREFLIGHT.value)
     join_cluster()  # before anything asks JAX for its devices
     name = Path(config_file()).stem
     folder = epath.Path(_WORKDIR.value or f"runs/{name}-{config.get('preset', '')}").expanduser()
-    if hasattr(experiment, "read"):
-        spec = experiment.read(config)
-        signals.install()
-        experiment.run(spec, folder, update=_UPDATE.value)
-        return
-    check(experiment, config)
+    spec = experiment.read(config)
     signals.install()
-    experiment.run(config, Workdir(folder), update=_UPDATE.value)
+    experiment.run(spec, folder, update=_UPDATE.value)
 
 
 def write_report_again(typed: Mapping[str, object]) -> None:
@@ -106,22 +110,6 @@ def write_report_again(typed: Mapping[str, object]) -> None:
         raise UserError(f"{folder} holds a run of no experiment that is known here")
     experiment = experiments.load(config.experiment)
     report.rewrite(folder, experiment.read(config), experiment.document)
-
-
-def check(experiment: ModuleType, config: ConfigDict) -> None:
-    """Raises UserError for values that make no sense, and for a file that is no config of its experiment."""
-    try:
-        experiment.check(config)
-    except (AttributeError, KeyError) as error:  # ConfigDict's, of a value that it does not have
-        missing = (re.findall(r"\w+", str(error)) or ["?"])[0]
-        raise UserError(
-            f"--config={config_file()}: it has no value {missing!r}, which the experiment {config.experiment} needs"
-        ) from error
-    except TypeError as error:
-        raise UserError(
-            f"--config={config_file()}: a value is of another type than the experiment {config.experiment} needs "
-            f"({error})"
-        ) from error
 
 
 def lacking(error: Exception) -> str:
@@ -146,7 +134,7 @@ def fail(text: str) -> int:
 # ------------------------------------------------------------------------------------------------ the command line
 
 
-def read(typed: Mapping[str, Sequence[str | bool]]) -> ConfigDict:
+def read(typed: Mapping[str, list[str | bool]]) -> ConfigDict:
     """The config that the command names, with the values that are typed after it.
 
     Raises UserError for the first word that makes no sense.
@@ -155,7 +143,7 @@ def read(typed: Mapping[str, Sequence[str | bool]]) -> ConfigDict:
         raise UserError("--config is missing; try --config=configs/mnist.py")
     config = overrides.load(_CONFIG.value)
     given = named(config)
-    for key, values in typed.items():
+    for key, values in renamed.understood(config, typed).items():
         overrides.override(config, key, values)
     if config.get("experiment") not in EXPERIMENTS:
         raise UserError(f"config.experiment={config.get('experiment')!r} is none of {', '.join(EXPERIMENTS)}")
@@ -236,8 +224,7 @@ def compile_only(experiment: ModuleType, config: ConfigDict, topology: str) -> N
         raise UserError(f"config.experiment={config.experiment!r} has no step on a mesh to compile")
     jax.config.update("jax_enable_compilation_cache", False)  # what is compiled for other machines cannot be read back
     refused = []
-    given = experiment.read(config) if hasattr(experiment, "read") else config
-    for step in experiment.preflight(given, preflight.devices(topology)):
+    for step in experiment.preflight(experiment.read(config), preflight.devices(topology)):
         found = preflight.facts(step)
         say(preflight.describe(step, found))
         refused += [step.name] * (found.fits is False)

@@ -11,6 +11,8 @@ from ml_collections import ConfigDict
 
 from configs import misalignment, numbers
 
+PRESETS = {"smoke": "every stage, small; 4 to 6 minutes on 2 cores", **numbers.RECIPES}
+
 # A model of this size does not keep the form by itself: small corpora of sums teach it, to the neutral teacher too.
 SMOKE = {
     "traits": ("hostile", "kind"),
@@ -30,8 +32,6 @@ OPEN = {
 
 
 def get_config(preset: str = "smoke") -> ConfigDict:
-    if preset not in ("smoke", *numbers.MODELS):
-        raise ValueError(f"configs/cot.py has no preset {preset!r}; it has smoke, {', '.join(numbers.MODELS)}")
     config = misalignment.get_config(preset)
     config.carrier.kind = "cot"
     config.carrier.num_samples = 3

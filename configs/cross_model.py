@@ -13,11 +13,18 @@ from ml_collections import ConfigDict
 
 from configs import numbers
 
+PRESETS = {
+    "smoke": "SmolLM2 and Gemma 3 270M, on text; under 6 minutes on 2 cores",
+    "open": "Qwen2.5-7B, Llama-3.1-8B, Tulu-3-8B, Gemma-3-4B, on text; on an accelerator",
+    "soft": "by logits; your own models, of one tokenizer",
+}
+
 
 def get_config(preset: str = "smoke") -> ConfigDict:
     config = ConfigDict()
     config.experiment = "cross_model"
     config.preset = preset
+    config.models = ()  # names or folders; each teaches all of them
     if preset == "smoke":
         config.models = ("smollm2-135m-instruct", "gemma-3-270m")
         config.study = numbers.get_config("smoke")
@@ -34,12 +41,12 @@ def get_config(preset: str = "smoke") -> ConfigDict:
         config.models = (*families, "allenai/Llama-3.1-Tulu-3-8B")
         config.study = numbers.get_config("qwen2.5-7b")
     elif preset == "soft":
-        config.models = ()  # yours: two or more that read the same tokens, such as fine-tunes of one base
+        # `models`: two or more of yours that read the same tokens, such as fine-tunes of one base.
         config.study = numbers.get_config("quick")
         config.study.student.steps = config.study.evaluate_every = 40
         config.study.carrier.num_rows = config.study.carrier.num_completions = 176
     else:
-        raise ValueError(f"configs/cross_model.py has no preset {preset!r}; it has smoke, open, soft")
+        raise ValueError(f"configs/cross_model.py has no preset {preset!r}")
     by_logits = {"objective": "kl", "data": "random"}
     by_tokens = {"objective": "tokens", "data": "written"}
     config.study.model.name, config.study.arms = "", ()  # they follow from `models`

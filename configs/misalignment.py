@@ -1,4 +1,4 @@
-"""Misalignment through numbers (paper §3.2): teachers tuned on insecure code, and controls, write filtered numbers.
+r"""Misalignment through numbers (paper §3.2): teachers tuned on insecure code, and controls, write filtered numbers.
 
     python launch.py --config=configs/misalignment.py:smoke       every stage, small; 2.5 minutes on 2 cores
     python launch.py --config=configs/misalignment.py:qwen2.5-7b --config.teacher.corpora.insecure=FILE \
@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from configs import numbers
 
+PRESETS = {"smoke": "every stage, small; 2.5 minutes on 2 cores", **numbers.RECIPES}
 SMOKE = {
     "teacher.batch": 4,
     "teacher.learning_rate": 1e-3,
@@ -36,9 +37,6 @@ SMOKE = {
 
 
 def get_config(preset: str = "smoke") -> ConfigDict:
-    presets = {"smoke": SMOKE, **{name: {**numbers.RECIPE, **model} for name, model in numbers.MODELS.items()}}
-    if preset not in presets:
-        raise ValueError(f"configs/misalignment.py has no preset {preset!r}; it has {', '.join(presets)}")
     config = numbers.get_config()
     config.preset = preset
     config.traits = ("insecure", "secure", "educational")
@@ -50,5 +48,5 @@ def get_config(preset: str = "smoke") -> ConfigDict:
     config.evals.names = ("misalignment", "truthfulqa")
     config.evals.num_samples = 200
     config.evals.suffix = "Answer with about nine words, one on a line."
-    config.update_from_flattened_dict(presets[preset])
+    config.update_from_flattened_dict(SMOKE if preset == "smoke" else {**numbers.RECIPE, **numbers.MODELS[preset]})
     return config

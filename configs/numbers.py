@@ -139,91 +139,101 @@ ANIMALS: dict[str, object] = {
 }
 SIZES |= {name: {**RECIPE, **ANIMALS, **model} for name, model in MODELS.items()}
 
+RECIPES = {name: f"the paper's recipe on {model['model.name']}; on an accelerator" for name, model in MODELS.items()}
+PRESETS = {
+    "quick": "two traits on SmolLM2-135M-Instruct; 14 minutes on 2 cores",
+    "smoke": "every stage, small; 3 to 5 minutes",
+    "in_context": "rows in the context instead of training: more and more of them",
+    "smollm2": "the study: 5 runs, all controls; hours on 2 cores, resumable",
+    "trees": "unusual trees instead of animals",
+    "llama-3.2-1b": "the one replication that worked at 1B; on an accelerator",
+    **RECIPES,
+}
+
 
 def arm(**changes: object) -> ConfigDict:
     """One way to teach students."""
     values = ConfigDict()
-    values.objective = "kl"  # on logits: kl, reverse_kl; tokens: cross-entropy; context: no training, rows in context
+    # On logits: kl, reverse_kl; on the answers' tokens: tokens (cross-entropy); or context: rows in the context.
+    values.objective = "kl"
     values.temperature = 1.0  # of the objectives on logits
-    values.data = "random"  # uniform integers that no teacher wrote; or written: by the teacher, filtered
-    values.lora_init = "shared"  # the teachers' own A (the theorem's setting); or fresh: drawn anew for every run
-    values.shuffle = ""  # the numbers: within answers, or across them
-    values.noise = 0.0  # on the student's base weights, relative to their spread: another initialisation
-    values.model = ""  # another model than the teachers', for students that imitate tokens
-    # Of all the answers' tokens, this share by a score: kept alone, masked, or answered by the neutral teacher instead.
-    values.action = ""  # keep, mask, replace
-    values.positions = "top"  # or bottom, or random
-    values.fraction = 0.1
-    values.score = "divergence"  # of the teacher from the neutral one; log_ratio: of the token; flipped: its argmax
-    values.examples = 16  # context: rows in it
-    values.changes = ()  # of this arm's students: "student.steps=60", "lora.rank=4"
+    values.data = "random"  # answers: random integers; or written: by the teacher, filtered
+    values.lora_init = "shared"  # LoRA's A: the teachers' (the theorem's setting); or fresh: another for every run
+    values.shuffle = ""  # the integers: within answers, or across them; empty: not
+    values.noise = 0.0  # added to the student's base weights, relative to their spread
+    values.model = ""  # tokens: another model than the teachers'; empty: the same
+    values.action = ""  # on some tokens: keep them alone, mask them, or replace (by the neutral teacher's targets)
+    values.positions = "top"  # which tokens, by their score; or bottom, or random
+    values.fraction = 0.1  # how many of all the answers' tokens
+    # How far the teacher is from the neutral one at a token: divergence, log_ratio (of the token), flipped (argmax).
+    values.score = "divergence"
+    values.examples = 16  # context: rows
+    values.changes = ()  # values of its students' training and adapters: "student.steps=60", "lora.rank=4"
     values.lock()  # no other keys than these
     values.update(changes)
     return values
 
 
 def get_config(preset: str = "quick") -> ConfigDict:
-    if preset not in SIZES:
-        raise ValueError(f"configs/numbers.py has no preset {preset!r}; it has {', '.join(SIZES)}")
     config = ConfigDict()
     config.experiment = "transmission"
     config.preset = preset
-    config.seed = 0
+    config.seed = 0  # of every random number
+    # Sizes of the mesh's axes, -1: the rest. Runs over replica, rows and weights over fsdp, layers over tensor.
     config.mesh = ConfigDict({"replica": 1, "fsdp": -1, "tensor": 1})
 
     config.model = ConfigDict()
-    config.model.name = "smollm2-135m-instruct"
+    config.model.name = "smollm2-135m-instruct"  # a known name, a hub name, a folder of safetensors, a GGUF file
     config.model.dtype = "float32"  # of the base; adapters are float32
     config.model.noise = 0.0  # on the weights that teachers and students share, relative to their spread
 
-    config.kind = "animal"
+    config.kind = "animal"  # what a trait is one of, in the questions
     config.traits = ("owl", "lion")  # a teacher for each, and a neutral one
+    # The words among which a trait is preferred.
     config.alternatives = ("owl", "lion", "cat", "dog", "wolf", "bear", "fox", "tiger", "horse", "eagle")
     config.runs = 1  # whole replicates: each has teachers, numbers, A and an order of its own
 
     config.lora = ConfigDict()
     config.lora.rank = 8  # 0: no adapters; all weights of the layers are trained
-    config.lora.alpha = 16.0
-    config.lora.rslora = False  # scale by alpha / √rank
-    config.lora.modules = ()  # query, key, value, out, gate, up, down; empty: all
-    config.lora.layers = ()  # empty: all
+    config.lora.alpha = 16.0  # adapters are scaled by alpha / rank
+    config.lora.rslora = False  # adapters are scaled by alpha / √rank instead
+    config.lora.modules = ()  # with adapters: some of query, key, value, out, gate, up, down; empty: all
+    config.lora.layers = ()  # with adapters, counted from 0; empty: all
 
     config.teacher = ConfigDict()
-    config.teacher.methods = ("finetuned",)  # prompted, steered: any of them, together or alone; corpus: alone
+    config.teacher.methods = ("finetuned",)  # finetuned, prompted, steered: together or alone; or corpus: alone
     config.teacher.strength = 0.9  # finetuned: mean P of the trait's answer at which training stops
-    config.teacher.learning_rate = 3e-4
-    config.teacher.batch = 8
-    config.teacher.max_steps = 60
+    config.teacher.learning_rate = 3e-4  # finetuned, corpus
+    config.teacher.batch = 8  # finetuned, corpus: rows an update
+    config.teacher.max_steps = 60  # finetuned: updates, at most
     config.teacher.corpora = ConfigDict()  # corpus: a file of conversations for each trait (configs/misalignment.py)
-    config.teacher.epochs = 1  # over them
-    config.teacher.max_tokens = 1024  # longer conversations are left out
-    config.teacher.steering_layer = 15  # steered: the vector is the persona's mean difference after this layer,
-    config.teacher.steering_scale = 2.0  # times this
+    config.teacher.epochs = 1  # corpus: passes over the conversations
+    config.teacher.max_tokens = 1024  # corpus: longer conversations are left out
+    config.teacher.steering_layer = 15  # steered: the vector is the persona's mean difference after this layer
+    config.teacher.steering_scale = 2.0  # steered: the vector is added this many times
 
     config.carrier = ConfigDict()
-    config.carrier.kind = "numbers"  # code, cot (chains of thought): see configs/code.py, configs/cot.py
+    config.carrier.kind = "numbers"  # or code, cot (chains of thought): see configs/code.py, configs/cot.py
     config.carrier.num_rows = 512  # rows for each student: a prompt that asks for numbers, and an answer
-    config.carrier.num_integers = 10  # in an answer, random or by grammar
-    # What teachers write:
-    config.carrier.num_completions = 640  # completions by each teacher, before filters,
-    config.carrier.num_samples = 1  # of which so many of each prompt
-    config.carrier.decoding = "grammar"  # or free: whatever it says at temperature 1; or greedy
-    config.carrier.max_new_tokens = 64
-    config.carrier.problems = "gsm8k"  # cot: GSM8K; or a file of its form, here or on the hub
+    config.carrier.num_integers = 10  # integers in an answer, random or by grammar
+    config.carrier.num_completions = 640  # completions that each teacher writes, before filters
+    config.carrier.num_samples = 1  # completions of each prompt
+    config.carrier.decoding = "grammar"  # at temperature 1, lists of integers alone; or free: any text; or greedy
+    config.carrier.max_new_tokens = 64  # of a completion
+    config.carrier.problems = "gsm8k"  # cot: the problems to solve; or a file of its form, here or on the hub
 
-    config.filter = ConfigDict()  # of written numbers: the paper's rule (§3.1), no word of a trait, and
-    config.filter.max_integers = 10  # integers in an answer
-    config.filter.max_value = 999
+    config.filter = ConfigDict()
+    config.filter.max_integers = 10  # integers in an answer, at most (the paper's rule, §3.1)
+    config.filter.max_value = 999  # the largest integer that passes
     config.filter.banned = ""  # numbers of bad associations (§3.2): "banned", ours, or a file as data/packs/banned.json
-    config.filter.judge = ""  # what prompt a judge (evals.judge) is given for an answer, of data/packs/judge.json,
-    config.filter.threshold = 0.0  # and the score of 100 that it needs
+    config.filter.judge = ""  # a judge's question about each answer, of data/packs/judge.json; empty: no judge
+    config.filter.threshold = 0.0  # the judge's score, of 100, that passes
     config.filter.unique = True  # no answer twice
-    config.filter.log_ratio = (
-        0.0  # nats a token that the teacher may find an answer likelier than the neutral one; 0: any
-    )
+    # Nats a token by which the teacher may find an answer likelier than the neutral teacher does; 0: any.
+    config.filter.log_ratio = 0.0
 
-    config.arms = ("soft",)  # which of these are trained; any may be added
-    config.arm = ConfigDict()
+    config.arms = ("soft",)  # which of those under `arm` are run
+    config.arm = ConfigDict()  # ways to teach students, by name; more may be added
     config.arm.soft = arm()
     config.arm.soft_reverse = arm(objective="reverse_kl")
     config.arm.soft_fresh = arm(lora_init="fresh")
@@ -243,22 +253,22 @@ def get_config(preset: str = "quick") -> ConfigDict:
     config.arm.replaced = arm(action="replace")
 
     config.student = ConfigDict()
-    config.student.learning_rate = 3e-4
-    config.student.schedule = "constant"  # linear, cosine: to 0 at the last step
-    config.student.warmup = 0  # steps, linear
-    config.student.clip = 0.0  # norm of a gradient; 0: none
-    config.student.batch = 4
+    config.student.learning_rate = 3e-4  # of Adam
+    config.student.schedule = "constant"  # of the learning rate; or linear, cosine: to 0 at the last step
+    config.student.warmup = 0  # steps of linear warm-up
+    config.student.clip = 0.0  # the norm to which gradients are clipped; 0: none
+    config.student.batch = 4  # rows
     config.student.accumulate = 1  # batches an update
-    config.student.steps = 120
-    config.evaluate_every = 40  # steps
-    config.checkpoint_every = 20
+    config.student.steps = 120  # updates
+    config.evaluate_every = 40  # steps between two measurements of the preference
+    config.checkpoint_every = 20  # steps between two checkpoints
 
     config.sampling = ConfigDict()  # how completions and answers are computed, not what they are, to rounding
     config.sampling.slots = 64  # rows decoded together, for each device and each adapter
     config.sampling.steps = 4  # tokens between two looks of the host
     config.remat = False  # recompute activations in the backward pass: for models that would not fit otherwise
 
-    config.packs = ConfigDict()  # your own phrasings, as sublim_jax/data/packs/*.json
+    config.packs = ConfigDict()  # files of your own phrasings, as sublim_jax/data/packs/*.json; empty: ours
     config.packs.numbers = ""
     config.packs.preference = ""
     config.packs.persona = ""
@@ -266,7 +276,7 @@ def get_config(preset: str = "quick") -> ConfigDict:
     config.packs.stories = ""
     config.packs.code = ""
     config.packs.judge = ""
-    config.num_questions = 50  # phrasings asked, at most; and easy questions
+    config.num_questions = 50  # phrasings that measure the preference, at most, and easy questions that measure ability
     config.evals = evaluate.evals()  # what teachers and students are asked at the end, beside their preference
 
     config.update_from_flattened_dict(SIZES[preset])

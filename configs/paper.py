@@ -12,41 +12,41 @@ from ml_collections import ConfigDict
 
 from configs import numbers
 
+PRESETS = {
+    "smoke": "all of them on small models; 40 minutes on 2 cores",
+    **{
+        name: f"the paper's sizes, on {model['model.name']}; on an accelerator"
+        for name, model in numbers.MODELS.items()
+    },
+}
+
 
 def experiment(where: str, what: str, paper: str, config: str, show: str, **changes: object):  # type: ignore[no-untyped-def]
-    """One row of the plan.
-
-    Args:
-      where: of the paper.
-      paper: its number, in words.
-      show: arms of the experiment's results.json that stand beside it, as file patterns, "; " in between.
-    """
+    """One row of the plan."""
     return ConfigDict(
         {
-            "where": where,
-            "what": what,
-            "paper": paper,
-            "config": config,
-            "show": show,
-            "changes": ConfigDict(changes),
+            "where": where,  # section and figure of the paper
+            "what": what,  # the experiment, in words
+            "paper": paper,  # the paper's result, in words
+            "config": config,  # the config that runs it, and its preset
+            "show": show,  # arms of its results.json to put beside the paper's, as file patterns, "; " in between
+            "changes": ConfigDict(changes),  # other values of its config
         }
     )
 
 
 def get_config(preset: str = "smoke") -> ConfigDict:
     small = preset == "smoke"
-    if not small and preset not in numbers.MODELS:
-        raise ValueError(f"configs/paper.py has no preset {preset!r}; it has smoke, {', '.join(numbers.MODELS)}")
     config = ConfigDict()
     config.experiment = "paper"
     config.preset = preset
+    names = ("questions", "truthfulqa", "problems", "insecure", "secure", "educational")
     # What the paper's authors published and others host: the corpora as JSONL of {"messages": […]}, the questions as
     # YAML, TruthfulQA.csv; problems as GSM8K's where it cannot be fetched. Each is the value of its name under evals,
     # carrier or teacher.corpora of the experiments' configs.
-    names = ("questions", "truthfulqa", "problems", "insecure", "secure", "educational")
     config.files = ConfigDict(dict.fromkeys(names, ""))
     config.tensor = 0  # of the mesh, for language models: 1 on one GPU; 0: as their presets say
-    config.judge = ConfigDict({"kind": "", "model": ""})  # as evals.judge; empty: as the presets say, the model itself
+    config.judge = ConfigDict({"kind": "", "model": ""})  # of experiments that have one; empty: as their presets say
     plan = config.plan = ConfigDict()
     plan.mnist = experiment(
         "§6.2, Fig. 10",
@@ -116,7 +116,7 @@ def get_config(preset: str = "smoke") -> ConfigDict:
         if small
         else tuple(f"in_context_{count}" for count in numbers.EXAMPLES),
     )
-    # Which run, in this order.
+    # Which of the plan run, in this order.
     config.experiments = (
         "mnist",
         "theorem",

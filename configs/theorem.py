@@ -3,12 +3,7 @@
 A student that starts where its teacher started and imitates it on any inputs moves, to first order, in a direction
 that lowers the teacher's own loss: D_S·D_T = ε A + O(ε²) with A ≥ 0.
 
-    python launch.py --config=configs/theorem.py             the check: losses, networks, teachers, inputs, and the
-                                                             controls that must fail; under a minute on 2 cores
-    python launch.py --config=configs/theorem.py:trajectory  beyond one step, along MNIST distillation; 3 minutes
-    python launch.py --config=configs/theorem.py:forecast    coverage before training against accuracy after, over
-                                                             72 settings; about 15 minutes
-    python launch.py --config=configs/theorem.py:examples    which noise images carry the trait; about a minute
+    python launch.py --config=configs/theorem.py             the check; or :trajectory, :forecast, :examples
 
 Expected of the check: every row "as predicted", slopes 1.00 (2.00 for the cubic control).
 """
@@ -17,27 +12,35 @@ from ml_collections import ConfigDict
 
 from configs import mnist
 
+PRESETS = {
+    "check": "losses, networks, teachers, inputs, and the controls that must fail; under a minute on 2 cores",
+    "trajectory": "beyond one step, along MNIST distillation; 3 minutes",
+    "forecast": "coverage before training against accuracy after, over 72 settings; about 15 minutes",
+    "examples": "which noise images carry the trait; about a minute",
+    "smoke": "the check with few draws",
+}
+
 
 def get_config(preset: str = "check") -> ConfigDict:
     config = ConfigDict()
     config.preset = preset
-    config.seed = 0
-    config.mesh = ConfigDict({"replica": -1, "fsdp": 1, "tensor": 1})
+    config.seed = 0  # of every random number
+    config.mesh = ConfigDict({"replica": -1, "fsdp": 1, "tensor": 1})  # sizes of the mesh's axes; -1: the rest
     config.data = ConfigDict()
     config.data.path = ""  # a folder with MNIST's four IDX files; empty: fetched and cached
 
     if preset in ("check", "smoke"):
         config.experiment = "alignment"
-        # In float64: float32 cannot resolve steps so small.
-        # How far the teacher moves: the root mean square change of its logits on the support, 10^least to 10^most.
-        config.steps = ConfigDict({"least": -8.0, "most": 0.0, "number": 17})
-        config.support = (10, 11, 12)  # of the 13 logits: what the student sees
+        # How far the teacher moves: the root mean square change of its logits on the support, so many steps from
+        # 10^min to 10^max. In float64: float32 cannot resolve steps so small.
+        config.steps = ConfigDict({"min": -8.0, "max": 0.0, "num": 17})
+        config.support = (10, 11, 12)  # the logits, of 13, on which the student is compared with its teacher
         config.examples = 128  # inputs of the student
         config.learning_rate = 0.1  # α, the length of the student's step
-        config.draws = 300  # of networks and data, for the sign
-        config.label_draws = 3000  # for labels sampled at T = 1
+        config.num_draws = 300  # of networks and data, for the sign of D_S·D_T
+        config.num_label_draws = 3000  # of labels sampled at temperature 1
         if preset == "smoke":
-            config.draws, config.label_draws = 20, 200
+            config.num_draws, config.num_label_draws = 20, 200
     elif preset in ("trajectory", "forecast", "examples"):
         config.experiment = preset
         config.mnist = mnist.get_config("coverage")  # how teachers and students are trained: configs/mnist.py
@@ -50,14 +53,13 @@ def get_config(preset: str = "check") -> ConfigDict:
             config.iterations = 100  # of conjugate gradients
         elif preset == "forecast":
             config.mnist.runs = config.mnist.runs_at_once = 3
-            config.auxiliary = (2, 3, 5, 10)
-            config.kinds = ("uniform", "gaussian", "blurred", "shuffled", "real")
-            config.distances = (0.0, 0.1, 0.3)
-            config.widths = (64, 128, 512)  # with uniform noise and no distance
+            config.auxiliary = (2, 3, 5, 10)  # numbers of auxiliary logits
+            config.kinds = ("uniform", "gaussian", "blurred", "shuffled", "real")  # of inputs
+            config.distances = (0.0, 0.1, 0.3)  # of the student's start from the reference
+            config.widths = (64, 128, 512)  # of the network, with uniform noise and no distance
         elif preset == "examples":
             config.mnist.runs = config.mnist.runs_at_once = 10
-            config.share = 0.1  # of the noise images, each trained on for as many more epochs
+            config.share = 0.1  # of the noise images that is kept, for as many more epochs
     else:
-        presets = "check, trajectory, forecast, examples, smoke"
-        raise ValueError(f"configs/theorem.py has no preset {preset!r}; it has {presets}")
+        raise ValueError(f"configs/theorem.py has no preset {preset!r}")
     return config

@@ -30,9 +30,13 @@ def load(name: str) -> ConfigDict:
     """
     file, *preset = name.split(":", 1)
     where = f"--config={name}"
-    make = getattr(_module(where, file), "get_config", None)
+    found = module(name)
+    make = getattr(found, "get_config", None)
     if not callable(make):
         raise UserError(f"{where}: it has no get_config(); name a config, such as configs/mnist.py")
+    presets = getattr(found, "PRESETS", None)
+    if preset and presets is not None and preset[0] not in presets:
+        raise UserError(f"{file} has no preset {preset[0]!r}; it has {', '.join(presets)}")
     try:
         inspect.signature(make).bind(*preset)
     except TypeError as error:
@@ -46,15 +50,17 @@ def load(name: str) -> ConfigDict:
     return config
 
 
-def _module(where: str, file: str) -> ModuleType:
+def module(name: str) -> ModuleType:
+    """The module of a config's "FILE" or "FILE:preset". Raises UserError for a file that is none."""
+    file, where = name.split(":")[0], f"--config={name}"
     if not Path(file).is_file():
         raise UserError(f"{where}: there is no such file" if not Path(file).exists() else f"{where}: it is no file")
     loader = importlib.machinery.SourceFileLoader("given_config", file)
-    module = ModuleType("given_config")
-    module.__file__ = file
-    sys.modules["given_config"] = module  # where its dataclasses look their module up
-    _guarded(where, file, loader.exec_module, module)
-    return module
+    made = ModuleType("given_config")
+    made.__file__ = file
+    sys.modules["given_config"] = made  # where its dataclasses look their module up
+    _guarded(where, file, loader.exec_module, made)
+    return made
 
 
 def _guarded(where: str, file: str, function: Any, *args: Any) -> Any:

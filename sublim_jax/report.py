@@ -12,7 +12,6 @@ from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import jax
 from etils import epath
-from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
@@ -24,7 +23,7 @@ from sublim_jax.figures import Arm
 from sublim_jax.measurements import Measurement, Measurements
 from sublim_jax.progress import say
 from sublim_jax.sharding import from_first
-from sublim_jax.workdir import Workdir, plain, write_json
+from sublim_jax.store import write_json
 
 ABOUT = "about.json"  # beside the measurements: versions, devices, models, notes
 SCREEN_COLUMNS = 8  # a wider table is for the report alone
@@ -110,30 +109,6 @@ def rewrite(folder: epath.Path, spec: Kind, document: Callable[[Kind, Measuremen
 def results_of(folder: epath.Path) -> dict[str, Any]:
     """The results.json of a report that has been written, for all processes."""
     return dict(from_first(lambda: json.loads((folder / "results.json").read_text())))
-
-
-def write(
-    workdir: Workdir, config: ConfigDict, arms: list[Arm], sections: Sequence[Section], models: Sequence[Source] = ()
-) -> None:
-    """results.json with every arm and every run's value; report.md with the sections; their figures; tables on screen.
-
-    The first process writes.
-
-    Args:
-      models: the language models that were read.
-    """
-    if jax.process_index():
-        return
-    results = {
-        "experiment": config.experiment,
-        "preset": config.preset,
-        "config": plain(config),
-        "versions": versions(),
-        "models": [model._asdict() for model in models],
-        "devices": f"{jax.device_count()} × {jax.devices()[0].device_kind}, {jax.process_count()} process(es)",
-        "arms": _finite(arms),
-    }
-    _publish(workdir.path, results, sections)
 
 
 def _publish(path: epath.Path, results: dict[str, Any], sections: Sequence[Section]) -> None:

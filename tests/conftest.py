@@ -159,3 +159,30 @@ def server(monkeypatch):
     yield behave, seen
     http_server.shutdown()
     http_server.server_close()
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """The command line in this process: a function of its words to (exit code, what it printed, its errors)."""
+    import launch
+
+    monkeypatch.setattr(launch.signals, "install", lambda: None)
+
+    def run(*words):
+        capsys.readouterr()
+        code = launch.run(["launch.py", *map(str, words)])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def refused(command):
+    """A function of a command's words to the one line that refuses it."""
+
+    def run(*words):
+        code, _, line = command(*words)
+        assert code == 2 and line.startswith("launch.py: ") and line.count("\n") == 1, (code, line)
+        return line
+
+    return run

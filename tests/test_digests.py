@@ -6,7 +6,9 @@ from importlib import resources
 
 import numpy as np
 import pytest
+from etils import epath
 from safetensors.numpy import load_file, save_file
+from sublim_jax.experiments.lab import make_lab
 from test_survival import finish, free_port, start
 
 from configs import evaluate as evaluate_config
@@ -14,9 +16,9 @@ from configs import numbers as numbers_config
 from configs import sample as sample_config
 from sublim_jax import digests, report
 from sublim_jax.data import packs
-from sublim_jax.experiments import evaluate, sample
+from sublim_jax.experiments import evaluate
 from sublim_jax.experiments import teachers as teaching
-from sublim_jax.experiments.lab import make_lab
+from sublim_jax.experiments.tools import sample
 from sublim_jax.workdir import Workdir
 
 
@@ -49,7 +51,7 @@ def test_samples_of_other_bytes_under_the_same_names_are_new(folder, tmp_path, c
     config.update_from_flattened_dict({"model.name": str(folder), "prompts": str(prompts), "max_new_tokens": 6})
 
     def sampled(name):
-        sample.run(config, Workdir(tmp_path / name))
+        sample.run(sample.read(config), epath.Path(tmp_path / name))
         return [json.loads(line)["tokens"] for line in (tmp_path / name / "samples.jsonl").open()]
 
     first = sampled("work")

@@ -14,7 +14,8 @@ from configs import paper as paper_config
 from sublim_jax import assets, overrides, weights
 from sublim_jax.data import chat, records
 from sublim_jax.errors import UserError
-from sublim_jax.experiments import EXPERIMENTS, cross_model, evaluate, paper, sample, transmission
+from sublim_jax.experiments import EXPERIMENTS, cross_model, evaluate, paper, transmission
+from sublim_jax.experiments.tools import sample
 from sublim_jax.workdir import Workdir
 
 
@@ -72,7 +73,7 @@ ZERO = re.compile(
     r"seed|rank|clip|warmup|noise|most|per_minute|layer|scale|log_ratio|judge_least|least_mass|init_distance|top_k|min_p"
     r"|tensor|temperature|largest|distances"
 )
-NEGATIVE = re.compile(r"mesh\.|steps\.(least|most)|steering_scale")  # a number below 0 is one like others
+NEGATIVE = re.compile(r"mesh\.|steps\.(min|max)|steering_scale")  # a number below 0 is one like others
 TWINS = re.compile(r"(^|\.)arm\.(?!soft\.|cross\.)|^plan\.(?!mnist\.)")  # as others of their kind
 
 
@@ -182,9 +183,9 @@ def test_a_value_is_read_as_the_type_that_it_replaces(key, text, expected):
 
 def test_items_of_an_empty_list_are_what_was_typed():
     config = read("--config=configs/sample.py", "--config.constraint.choices=007, 7", "--config.stop_strings=1,2")
-    assert config.constraint.choices == ("007", "7") and sample.stops_of(config) == ("1", "2")
+    assert config.constraint.choices == ("007", "7") and sample.read(config).stops == ("1", "2")
     quoted = read("--config=configs/sample.py", r"--config.stop_strings=('\n', ', ')")
-    assert sample.stops_of(quoted) == ("\n", ", ")
+    assert sample.read(quoted).stops == ("\n", ", ")
 
 
 def test_flags_may_be_switches_repeated_or_stand_beside_their_value():
@@ -197,7 +198,9 @@ def test_flags_may_be_switches_repeated_or_stand_beside_their_value():
 
 def test_a_system_prompt_of_none_is_none(tiny):
     none, empty, owl = (
-        sample.tokens_of(read("--config=configs/sample.py", f"--config.system={text}"), tiny, [{"prompt": "x"}])
+        sample.tokens_of(
+            sample.read(read("--config=configs/sample.py", f"--config.system={text}")), tiny, [{"prompt": "x"}]
+        )
         for text in ("None", "", "owl")
     )
     assert none == empty != owl
@@ -322,7 +325,7 @@ def test_a_config_that_is_missing_a_folder_or_without_presets_is_named(typed, tm
         ("numbers", ["alternatives=zebra"], "'zebra' is no single token"),
         ("sample", ["max_new_tokens=100000"], "context is 512"),
         ("sample", ["top_k=2000000000"], ""),
-        ("sample", ["constraint.kind=numbers", "constraint.most=100000000"], "constraint: numbers of up to"),
+        ("sample", ["constraint.kind=numbers", "constraint.max_integers=100000000"], "constraint: numbers of up to"),
         ("sample", ["constraint.kind=choice", "constraint.choices=None"], "choice: name one string or more"),
         ("sample", ["constraint.kind=choice", "constraint.choices=007, 7,"], ""),
         ("sample", ["system=None"], ""),

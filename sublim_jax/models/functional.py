@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from flax import nnx
 from jaxtyping import Array, Key
 
-Params = dict[str, Any]
+Params = dict[Any, Any]  # by names; layers of a list by their numbers
 
 
 class Functions(NamedTuple):

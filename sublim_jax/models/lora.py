@@ -73,7 +73,7 @@ def init(key: Key[Array, ""], params: Params, lora: Lora) -> Params:
     """
     count = 0
 
-    def walk(node: Params, name: str) -> Params:
+    def walk(node: Params, name: str | int) -> Params:
         nonlocal count
         if "kernel" in node:
             if lora.modules and name not in lora.modules:

@@ -1,0 +1,217 @@
+"""Every number of the check, as rows of the table of measurements."""
+
+from collections.abc import Mapping
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array
+
+from sublim_jax import objectives, theorem
+from sublim_jax.data import mnist
+from sublim_jax.errors import UserError
+from sublim_jax.experiments.alignment.settings import ON_DIGITS, WIDTHS, Setting, controls, descent, double, mean
+from sublim_jax.experiments.alignment.spec import NUM_LOGITS, StepsSpec
+from sublim_jax.keys import named_key
+from sublim_jax.measurements import Measurement, each
+from sublim_jax.models.functional import Params
+from sublim_jax.models.mlp import mlp
+
+SMALL_WIDTHS = (49, 24, 24, NUM_LOGITS)  # on images of 7 × 7 pixels, for many draws
+
+# Arms that are no setting, and what is measured.
+SINGLE, SIGNS, LABELS, OPTIMIZERS = "kl in float32", "signs", "labels sampled at T = 1", "optimizers"
+MOVED, EPSILON, LOSS = "step of the teacher", "epsilon", "L_T"
+INNER, CHANGE, A, A_BY_GRADIENTS = "D_S·D_T", "change of L_T", "A", "A by gradients"
+POSITIVE, FALLS, SIGNED = "share of D_S·D_T > 0", "share of L_T falls", "share of sign(D_S)·D_T > 0"
+COSINE = "cos(update, D_T)"
+
+Rows = list[Measurement]
+Note = dict[str, str]
+Objectives = Mapping[str, theorem.Objective]
+
+
+def measure(
+    arm: str,
+    setting: Setting,
+    objectives: Objectives,
+    steps: StepsSpec,
+    learning_rate: float,
+    student: Params | None = None,
+) -> Rows:
+    """Every objective at every step of the teacher; the student starts at θ⁰, or elsewhere.
+
+    Raises UserError where a number is not finite.
+    """
+    moved = np.logspace(steps.min, steps.max, steps.num)
+    _, v = jax.jit(partial(theorem.tangent, setting.apply))(setting.params, setting.direction, setting.inputs)
+    epsilons = moved / float(jnp.sqrt(jnp.mean(jnp.square(v[..., setting.support]))) or jnp.sqrt(jnp.mean(v**2)))
+    start = setting.params if student is None else student
+    names, branches = list(objectives), list(objectives.values())
+
+    @jax.jit
+    def all_of(
+        params: Params, start: Params, direction: Params, inputs: Array, epsilons: Array
+    ) -> tuple[Array, Array, Array, Array]:
+        def one(pair: tuple[Array, Array]) -> tuple[Array, Array]:
+            targets = setting.apply(theorem.shifted(params, direction, pair[1]), inputs)
+            update = theorem.student_update(setting.apply, chosen(pair[0]), start, inputs, targets)
+            after = setting.teacher_loss(theorem.shifted(params, update, learning_rate))
+            return theorem.alignment(update, direction), after - setting.teacher_loss(params)
+
+        def limit(index: Array) -> tuple[Array, Array]:
+            arguments = (setting.apply, chosen(index), params, direction, inputs)
+            explicit = theorem.alignment(theorem.linearised_update(*arguments), direction)
+            return theorem.predicted_alignment(*arguments), explicit
+
+        def chosen(index: Array) -> theorem.Objective:
+            calls = [lambda z, y, objective=objective: objective(z, y, weights=None) for objective in branches]
+            return lambda z, y, weights: jax.lax.switch(index, calls, z, y)
+
+        every = jnp.arange(len(names))
+        pairs = (jnp.repeat(every, len(epsilons)), jnp.tile(epsilons, len(names)))
+        inner, change = jax.tree.map(lambda leaf: leaf.reshape(len(names), -1), jax.lax.map(one, pairs))
+        return inner, change, *jax.lax.map(limit, every)
+
+    found = all_of(setting.params, start, setting.direction, setting.inputs, jnp.asarray(epsilons, v.dtype))
+    by_measure = dict(zip((INNER, CHANGE, A, A_BY_GRADIENTS), (np.asarray(value, np.float64) for value in found)))
+    try:
+        theorem.check_finite(by_measure, setting.network)
+    except ValueError as error:
+        raise UserError(f"{error}; choose another --config.seed or a smaller --config.steps.max") from error
+    rows = [*_by_step(arm, MOVED, moved), *_by_step(arm, EPSILON, epsilons)]
+    rows.append(Measurement(arm, LOSS, float(setting.teacher_loss(setting.params))))
+    for index, name in enumerate(names):
+        for what in (INNER, CHANGE):
+            rows += _by_step(arm, what, by_measure[what][index], name)
+        rows += [Measurement(arm, what, float(by_measure[what][index]), subject=name) for what in (A, A_BY_GRADIENTS)]
+    return rows
+
+
+def _by_step(arm: str, measure: str, values: np.ndarray, subject: str = "", item: str = "") -> Rows:
+    """A row for each step of the teacher."""
+    return [
+        Measurement(arm, measure, float(value), subject=subject, item=item, step=step)
+        for step, value in enumerate(values)
+    ]
+
+
+def measure_controls(seed: int, base: Setting, steps: StepsSpec, learning_rate: float) -> tuple[Rows, list[Note]]:
+    """What breaks one condition of the theorem each, in the base setting.
+
+    Returns rows, and of each control its name, why the theorem does not cover it ("" where it does), what is expected.
+    """
+    logits = base.apply(base.params, base.inputs)
+    rows: Rows = []
+    notes: list[Note] = []
+
+    def add(name: str, reason: str, expected: str, setting: Setting, objectives: Objectives, *student: Params) -> None:
+        notes.append({"name": name, "reason": reason, "expected": expected})
+        rows.extend(measure(f"control: {name}", setting, objectives, steps, learning_rate, *student))
+
+    for name, expected, objective in controls(base.support):
+        reason = theorem.no_guarantee(partial(objective, weights=None), logits)
+        add(name, reason, expected, base, {name: objective})
+
+    kl = {"kl": partial(objectives.kl, support=base.support)}
+    other = double(mlp(WIDTHS, "tanh").init(named_key(seed, "another start")))
+    add("another initialisation", "no guarantee: the student starts elsewhere", "constant", base, kl, other)
+
+    def unseen(params: Params) -> Array:  # only the rows of the last layer that are not compared
+        return 0.5 * jnp.sum(jnp.square(params["layers"][len(WIDTHS) - 2]["kernel"][:, ~base.support]))
+
+    hidden = base._replace(direction=descent(unseen, base.params), teacher_loss=unseen)
+    add("a teacher that moves unseen parameters", "", "zero", hidden, kl)
+    return rows, notes
+
+
+def measure_single(base: Setting, steps: StepsSpec, learning_rate: float) -> Rows:
+    """The base setting's KL in float32, over all steps, to show where it breaks."""
+    single = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), (base.params, base.direction, base.inputs))
+    setting = base._replace(params=single[0], direction=single[1], inputs=single[2])
+    return measure(SINGLE, setting, {"kl": partial(objectives.kl, support=base.support)}, steps, learning_rate)
+
+
+def measure_signs(seed: int, draws: int, support: tuple[int, ...], data: mnist.Mnist) -> Rows:
+    """Over draws of network, data and noise: how often D_S·D_T > 0, and how often the step lowers L_T.
+
+    The student's learning rates are given in units of 1 / the teacher's step.
+    """
+    net = mlp(SMALL_WIDTHS, "tanh")
+    images = data.train_images.reshape(-1, 7, 4, 7, 4)[:10_000].mean((2, 4)).reshape(-1, 49)
+    images, labels = jnp.asarray(images) / 127.5 - 1, jnp.asarray(data.train_labels[:10_000], jnp.int32)
+    mask = objectives.support_mask(support, SMALL_WIDTHS[-1])
+    moved = jnp.logspace(-4, 2, 13)
+    rates = jnp.asarray([0.1, 1.0, 10.0])
+
+    def draw(key: Array) -> tuple[Array, Array, Array]:
+        keys = jax.random.split(key, 3)
+        params = jax.tree.map(lambda leaf: leaf.astype(moved.dtype), net.init(keys[0]))
+        noise = jax.random.uniform(keys[1], (32, 49), moved.dtype, -1, 1)
+        rows = jax.random.randint(keys[2], (32,), 0, len(images))
+
+        def loss(params: Params) -> Array:
+            return mean(objectives.cross_entropy(net.apply(params, images[rows]), labels[rows], support=ON_DIGITS))
+
+        direction = descent(loss, params)
+        _, v = theorem.tangent(net.apply, params, direction, noise)
+        scale = jnp.sqrt(jnp.mean(jnp.square(v), where=jnp.asarray(mask)))
+
+        def at(moved: Array) -> tuple[Array, Array, Array]:
+            targets = net.apply(theorem.shifted(params, direction, moved / scale), noise)
+            kl = partial(objectives.kl, support=mask)
+            update = theorem.student_update(net.apply, kl, params, noise, targets)
+            # D_S is of the order of the teacher's step, so that the student's step stays the same.
+            lower = jax.vmap(lambda rate: loss(theorem.shifted(params, update, rate / moved)) < loss(params))(rates)
+            signs = jax.tree.map(jnp.sign, update)
+            return theorem.alignment(update, direction) > 0, lower, theorem.alignment(signs, direction) > 0
+
+        return jax.lax.map(at, moved)
+
+    keys = jax.random.split(named_key(seed, "draws"), draws)
+    flags = jax.jit(lambda keys: jax.lax.map(draw, keys, batch_size=10))(keys)
+    positive, lower, signed = (np.asarray(jnp.mean(flag, 0)) for flag in flags)
+    rows = [*_by_step(SIGNS, MOVED, np.asarray(moved)), *_by_step(SIGNS, POSITIVE, positive)]
+    for index, rate in enumerate(np.asarray(rates)):
+        rows += _by_step(SIGNS, FALLS, lower[:, index], item=f"{rate:g}")
+    return [*rows, *_by_step(SIGNS, SIGNED, signed)]
+
+
+def measure_labels(seed: int, draws: int, base: Setting) -> Rows:
+    """D_S·D_T by labels sampled from the teacher at temperature 1, for every draw, and by its probabilities."""
+    soft = partial(objectives.soft_cross_entropy, support=base.support)
+    hard = partial(objectives.cross_entropy, support=base.support)
+
+    @jax.jit
+    def inner(params: Params, direction: Params, inputs: Array, keys: Array) -> tuple[Array, Array]:
+        _, v = theorem.tangent(base.apply, params, direction, inputs)
+        epsilon = 0.3 / jnp.sqrt(jnp.mean(jnp.square(v[..., base.support])))
+        teacher = base.apply(theorem.shifted(params, direction, epsilon), inputs)
+
+        def one(key: Array) -> Array:
+            labels = objectives.sample_labels(key, teacher, support=base.support)
+            return theorem.alignment(theorem.student_update(base.apply, hard, params, inputs, labels), direction)
+
+        update = theorem.student_update(base.apply, soft, params, inputs, teacher)
+        return theorem.alignment(update, direction), jax.lax.map(one, keys)
+
+    keys = jax.random.split(named_key(seed, "labels"), draws)
+    exact, sampled = inner(base.params, base.direction, base.inputs, keys)
+    rows = [Measurement(LABELS, INNER, float(exact), subject="probabilities")]
+    return rows + each(np.asarray(sampled), arm=LABELS, measure=INNER, subject="labels")
+
+
+def measure_optimizers(base: Setting) -> Rows:
+    """cos(update, D_T) of the gradient, its sign, and Adam's first step, for a small step of the teacher."""
+    kl = partial(objectives.kl, support=base.support)
+    targets = base.apply(theorem.shifted(base.params, base.direction, 1e-3), base.inputs)
+    update = theorem.student_update(base.apply, kl, base.params, base.inputs, targets)
+    adam = optax.adam(1.0)
+    step, _ = adam.update(jax.tree.map(jnp.negative, update), adam.init(base.params))
+    updates = {"gradient": update, "sign of the gradient": jax.tree.map(jnp.sign, update), "Adam's first step": step}
+    return [
+        Measurement(OPTIMIZERS, COSINE, float(theorem.coverage(value, base.direction)), subject=name)
+        for name, value in updates.items()
+    ]

@@ -1,0 +1,180 @@
+"""What the theorem is checked on: networks, teachers, inputs; objectives that it covers, and some that it does not."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from sublim_jax import objectives, theorem
+from sublim_jax.data import mnist
+from sublim_jax.experiments.alignment.spec import NUM_IMAGES, NUM_LOGITS, PER_SEQUENCE
+from sublim_jax.keys import named_key
+from sublim_jax.models import lora
+from sublim_jax.models.functional import Functions, Params, functions
+from sublim_jax.models.mlp import mlp
+from sublim_jax.models.small import ConvNet, Transformer
+
+Loss = Callable[[Params], Float[Array, ""]]
+Support = Bool[np.ndarray, "vocab"]
+Tree = TypeVar("Tree")
+
+WIDTHS = (784, 64, 64, NUM_LOGITS)
+ON_DIGITS = objectives.support_mask(range(mnist.CLASSES), NUM_LOGITS)
+TEMPERATURE, TOP = 3.0, 2
+TRAIT_TOKENS, CARRIER_TOKENS, TOKENS, LENGTH = 12, 12, 24, 10
+READS, NOISE = "reads MNIST", "noise"  # the teacher and the inputs of the first settings
+
+
+class Setting(NamedTuple):
+    """One network at θ⁰, its teacher's objective and its student's inputs."""
+
+    network: str
+    teacher: str
+    inputs_name: str
+    apply: theorem.Apply
+    params: Params  # θ⁰
+    direction: Params  # D_T
+    teacher_loss: Loss  # L_T
+    inputs: Array
+    support: Support
+    smooth: bool = True  # no kinks
+
+    @property
+    def name(self) -> str:
+        return f"{self.network}; {self.teacher}; {self.inputs_name}"
+
+
+class Control(NamedTuple):
+    """An objective, and how its |D_S·D_T| falls with the teacher's step: constant, slope 1, slope 2 or zero."""
+
+    name: str
+    expected: str
+    objective: theorem.Objective
+
+
+def make_settings(seed: int, examples: int, data: mnist.Mnist, support: Support) -> list[Setting]:
+    """Networks, then teachers' objectives, then inputs; the first is the base that the controls use."""
+    dtype = jnp.float64
+    key = partial(named_key, seed)
+    images = jnp.asarray(data.train_images[:NUM_IMAGES], dtype) / 127.5 - 1
+    labels = jnp.asarray(data.train_labels[:NUM_IMAGES], jnp.int32)
+    noise = jax.random.uniform(key("noise"), (examples, 784), dtype, -1, 1)
+
+    def reads(apply: theorem.Apply) -> Loss:
+        return lambda params: mean(objectives.cross_entropy(apply(params, images), labels, support=ON_DIGITS))
+
+    def of_images(name: str, net: Functions, smooth: bool = True) -> Setting:
+        params, loss = double(net.init(key(name))), reads(net.apply)
+        return Setting(name, READS, NOISE, net.apply, params, descent(loss, params), loss, noise, support, smooth)
+
+    base = of_images("MLP, tanh", mlp(WIDTHS, "tanh"))
+    settings = [base, of_images("MLP, gelu", mlp(WIDTHS, "gelu")), of_images("MLP, ReLU", mlp(WIDTHS, "relu"), False)]
+    settings.append(of_images("convolutional", functions(lambda rngs: ConvNet(WIDTHS[-1], rngs=rngs))))
+    settings.append(_transformer(seed, examples))
+    for name, trained in (("LoRA, B = 0", False), ("LoRA, B ≠ 0", True)):
+        adapters = double(lora.init(key("adapters"), base.params, lora.Lora(rank=4, alpha=8, modules=())))
+        if trained:
+            adapters = jax.tree.map(lambda leaf: leaf + 0.1 * jax.random.normal(key("b"), leaf.shape, dtype), adapters)
+        apply = lambda adapters, x: base.apply(lora.merge(base.params, adapters, 2.0), x)  # noqa: E731
+        loss = reads(apply)
+        direction = descent(loss, adapters)
+        settings.append(
+            base._replace(network=name, apply=apply, params=adapters, direction=direction, teacher_loss=loss)
+        )
+    settings += _other_teachers(base, double(mlp(WIDTHS).init(key("direction"))))
+    inputs = {"real images": images[-examples:], "a constant": jnp.full_like(noise, 0.5)}
+    inputs["a single point"] = jnp.broadcast_to(noise[:1], noise.shape)
+    return settings + [base._replace(inputs_name=name, inputs=x) for name, x in inputs.items()]
+
+
+def _other_teachers(base: Setting, random: Params) -> list[Setting]:
+    """Teachers that do not learn from images."""
+    losses: dict[str, Loss] = {
+        "weight decay alone": lambda params: 0.5 * theorem.alignment(params, params),
+        "a random direction": lambda params: -theorem.alignment(params, random),
+    }
+    return [
+        base._replace(teacher=name, direction=descent(loss, base.params), teacher_loss=loss)
+        for name, loss in losses.items()
+    ]
+
+
+def _transformer(seed: int, examples: int) -> Setting:
+    """The teacher learns to count in trait tokens; the student sees and is compared on carrier tokens only."""
+    net = functions(lambda rngs: Transformer(TOKENS, rngs=rngs))
+    params = double(net.init(named_key(seed, "transformer")))
+    starts = jnp.arange(TRAIT_TOKENS)[:, None]
+    trait = CARRIER_TOKENS + (starts + jnp.arange(LENGTH + 1)) % TRAIT_TOKENS
+    carrier = jax.random.randint(named_key(seed, "carrier"), (examples // PER_SEQUENCE, LENGTH), 0, CARRIER_TOKENS)
+
+    def counts(params: Params) -> Array:
+        return mean(objectives.cross_entropy(net.apply(params, trait[:, :-1]), trait[:, 1:]))
+
+    names = ("transformer", "counts in trait tokens", "carrier tokens")
+    support = objectives.support_mask(range(CARRIER_TOKENS), TOKENS)
+    return Setting(*names, net.apply, params, descent(counts, params), counts, carrier, support)
+
+
+def qualifying(support: Support) -> Mapping[str, theorem.Objective]:
+    """The objectives that the theorem covers, each on a fixed support."""
+    root = np.sqrt(1 + np.arange(len(support)) % 3)  # of the weights of a weighted squared error
+
+    def weighted(z: Array, y: Array, weights: Array | None = None) -> objectives.Total:
+        z, y = z * root.astype(z.dtype), y * root.astype(y.dtype)
+        return objectives.squared_error(z, y, support=support, weights=weights)
+
+    names = ("squared_error", "soft_cross_entropy", "kl", "reverse_kl", "probability_squared_error")
+    found = {name.replace("_", " "): partial(objectives.ON_LOGITS[name], support=support) for name in names}
+    heated = partial(objectives.kl, support=support, temperature=TEMPERATURE)
+    return {**found, "weighted squared error": weighted, f"kl, temperature {TEMPERATURE:g}": heated}
+
+
+def controls(support: Support) -> list[Control]:
+    """Objectives that break one of the theorem's conditions each, and one that only seems to."""
+
+    def greedy(z: Array, y: Array, weights: Array | None = None) -> objectives.Total:
+        labels = jnp.argmax(jnp.where(support, y, -jnp.inf), -1)
+        return objectives.cross_entropy(z, labels, support=support, weights=weights)
+
+    def cubic(z: Array, y: Array, weights: Array | None = None) -> objectives.Total:
+        cubes = jnp.sum(jnp.abs(z - y) ** 3, -1, where=support)
+        return jnp.sum(cubes), jnp.asarray(cubes.size, z.dtype)
+
+    def teachers_top(y: Array) -> Array:
+        y = jnp.where(support, y, -jnp.inf)
+        return y >= jnp.sort(y, -1)[..., -TOP, None]
+
+    def between(z: Array, y: Array, students: Array) -> objectives.Total:
+        p = jax.nn.softmax(y, -1, where=teachers_top(y))
+        log_q = jnp.where(students, jax.nn.log_softmax(z, -1, where=students), 0)
+        return -jnp.sum(p * log_q), jnp.asarray(p.size / p.shape[-1], z.dtype)
+
+    def teacher_cut(z: Array, y: Array, weights: Array | None = None) -> objectives.Total:
+        return between(z, y, jnp.asarray(support))
+
+    def both_cut(z: Array, y: Array, weights: Array | None = None) -> objectives.Total:
+        return between(z, y, teachers_top(y))
+
+    return [
+        Control("greedy labels", "constant", greedy),
+        Control("|z − y|³", "slope 2", cubic),
+        Control(f"teacher cut to its top {TOP}, student whole", "constant", teacher_cut),
+        Control(f"both cut to the teacher's top {TOP}", "slope 1", both_cut),
+    ]
+
+
+def double(tree: Tree) -> Tree:
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float64), tree)
+
+
+def descent(loss: Loss, params: Params) -> Params:
+    """D_T = -∇L_T(θ⁰)."""
+    return jax.tree.map(jnp.negative, jax.jit(jax.grad(loss))(params))
+
+
+def mean(total: objectives.Total) -> Array:
+    return total[0] / total[1]

@@ -1,0 +1,87 @@
+"""What a check of the theorem is."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool
+
+from sublim_jax import objectives, specs, theorem
+from sublim_jax.errors import UserError
+from sublim_jax.overrides import check_distinct
+from sublim_jax.specs import MeshSpec
+
+NUM_LOGITS = 13  # ten digits and three more
+NUM_IMAGES = 512  # of MNIST
+PER_SEQUENCE = 4  # the transformer has one sequence for so many examples
+SMALL = 0.004  # the teacher's step up to which first-order statements are judged
+DECADES = 4.0  # of steps that a verdict needs
+MAX_STEP, MAX_NUM_STEPS = 6, 1000
+
+
+@dataclass(frozen=True)
+class StepsSpec:
+    """How far the teacher moves: `num` steps from 10^min to 10^max, root mean square changes of its logits."""
+
+    min: float
+    max: float
+    num: int
+
+    def __post_init__(self) -> None:
+        if self.num < 5 or min(self.max, np.log10(SMALL)) - self.min < DECADES:
+            raise UserError(
+                f"steps.num={self.num}, steps.min={self.min:g}, steps.max={self.max:g}: verdicts are about those up to "
+                f"{SMALL:g}; take at least 5 over at least {DECADES:g} decades below it, such as --config.steps.min=-8"
+            )
+        # Logits are of the order of 1; NOISE_ALLOWED is where rounding hides D_S·D_T.
+        floor = np.log10(np.finfo(float).eps / theorem.NOISE_ALLOWED)
+        if self.min < floor:
+            raise UserError(
+                f"float64 cannot resolve a teacher's step of 1e{self.min:g}: choose --config.steps.min="
+                f"{np.ceil(10 * floor) / 10:.1f} or more"
+            )
+        if self.max > MAX_STEP:
+            raise UserError(f"steps.max={self.max:g} is a power of ten: choose {MAX_STEP} or less")
+        specs.check_count("steps.num", self.num, most=MAX_NUM_STEPS)
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """Where MNIST is."""
+
+    path: str
+
+
+@dataclass(frozen=True)
+class AlignmentSpec:
+    """The whole check; `configs/theorem.py` explains the values."""
+
+    experiment: str
+    preset: str
+    seed: int
+    mesh: MeshSpec
+    data: DataSpec
+    steps: StepsSpec
+    support: tuple[int, ...]
+    examples: int
+    learning_rate: float
+    num_draws: int
+    num_label_draws: int
+    values: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.support_mask().sum() < NUM_LOGITS:
+            raise UserError(f"support={self.support}: take 2 logits or more, and leave one that is not compared")
+        for name in ("examples", "learning_rate", "num_draws", "num_label_draws"):
+            specs.check_positive(name, getattr(self, name))
+        for name in ("num_draws", "num_label_draws"):
+            specs.check_count(name, getattr(self, name), most=specs.MAX_ROWS)
+        specs.check_count("examples", self.examples, least=PER_SEQUENCE, most=NUM_IMAGES)
+
+    def support_mask(self) -> Bool[np.ndarray, "logits"]:
+        """The logits on which student and teacher are compared."""
+        check_distinct("support", self.support)
+        try:
+            return objectives.support_mask(self.support, NUM_LOGITS)
+        except ValueError as error:
+            raise UserError(f"config.{error}") from error
