@@ -1,5 +1,6 @@
 """Trajectory, forecast and examples as a user runs them, in this process."""
 
+import gc
 import json
 
 import jax
@@ -31,6 +32,7 @@ def command(monkeypatch, capsys):
     monkeypatch.setattr(launch.signals, "install", lambda: None)
 
     def run(preset, *args):
+        gc.collect()  # of what an earlier command in this process still holds, its workdir's lock
         code = launch.run(["launch.py", f"--config=configs/theorem.py:{preset}", *map(str, args)])
         return code, *capsys.readouterr()
 
@@ -107,8 +109,8 @@ def test_a_tool_ends_in_a_report_and_a_second_run_computes_nothing(preset, comma
         loss, predicted = (np.reshape(rows.values(measure=name), (-1, 2)) for name in ("loss", "predicted"))
         # To first order in each step, the loss's change is the sum of what the steps predict.
         np.testing.assert_allclose(predicted.sum(0), loss[-1] - loss[0], rtol=0.2)
-    code, output, _ = command(preset, *args)
-    assert code == 0 and "students" not in output and "teacher, runs" not in output
+    code, output, error = command(preset, *args)
+    assert code == 0 and "students" not in output and "teacher, runs" not in output, error
     assert (tmp_path / "results.json").read_bytes() == first
     report = (tmp_path / "report.md").read_text()
     (tmp_path / "results.json").unlink()
