@@ -52,7 +52,7 @@ def _lock(path: epath.Path) -> FileLock | None:
     """Keeps a second run out for as long as it is held."""
     if jax.process_index() or "://" in str(path):
         return None
-    lock = FileLock(str(path / ".lock"))
+    lock = FileLock(str(path / ".lock"), is_singleton=True)  # a later run of this process is no second one
     try:
         lock.acquire(timeout=0)
     except Timeout as error:

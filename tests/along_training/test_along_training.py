@@ -1,6 +1,5 @@
 """Trajectory, forecast and examples as a user runs them, in this process."""
 
-import gc
 import json
 
 import jax
@@ -32,7 +31,6 @@ def command(monkeypatch, capsys):
     monkeypatch.setattr(launch.signals, "install", lambda: None)
 
     def run(preset, *args):
-        gc.collect()  # of what an earlier command in this process still holds, its workdir's lock
         code = launch.run(["launch.py", f"--config=configs/theorem.py:{preset}", *map(str, args)])
         return code, *capsys.readouterr()
 
