@@ -56,7 +56,7 @@ def main(_: list[str]) -> None:
         "",
         f"`make bench`, {datetime.date.today()}: {jax.devices()[0].device_kind if gpu else cpu_name()}; "
         f"python {platform.python_version()}, jax {jax.__version__}, torch {slow[3]}. "
-        f"Whole processes, compilation included, best of {_REPEATS.value}, in turns.",
+        f"Whole processes, compilation included, best of {_REPEATS.value}, alternating.",
         "",
         "| | PyTorch | sublim_jax | ratio |",
         "|---|---|---|---|",

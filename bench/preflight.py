@@ -87,7 +87,7 @@ CASES = {
 
 def main(_: list[str]) -> None:
     text = [
-        "# Preflight: Qwen2.5-7B's shape on pods that are not here",
+        "# Preflight: Qwen2.5-7B's shape on TPU pods, compiled ahead of time",
         "",
         f"`make preflight`, {datetime.date.today()}: jax {jax.__version__}, compiled on CPU through libtpu; "
         f"{ROWS} rows of {LENGTH} tokens, every layer recomputed in the backward pass.",
@@ -119,7 +119,7 @@ def main(_: list[str]) -> None:
         "Model FLOPs are 2 N for every token of a forward pass, and 4 N of a backward pass: distillation counts 4 N "
         "for the student (its base is frozen, no gradients of weights) and 2 N for the teacher, fine-tuning 6 N. What "
         "is above that is recomputation, attention and adapters. FLOPs are counted in the traced program, where a "
-        "scanned layer counts as often as it runs; the compiler's own count takes it once. Collectives are read off "
+        "scanned layer counts as often as it runs; the compiler's own count includes it once. Collectives are read off "
         "the compiled program, those of a scanned layer as often as it runs.",
     ]
     (Path(__file__).parents[1] / "docs" / "preflight.md").write_text("\n".join(text) + "\n")

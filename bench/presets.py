@@ -50,11 +50,11 @@ def rows(file: str, preset: str, where: str) -> list[str]:
 
 def main(_: list[str]) -> None:
     text = [
-        "# Presets, compiled for machines that are not here",
+        "# Memory and FLOPs of the presets, compiled ahead of time",
         "",
         f"`make preflight`, {datetime.date.today()}: jax {jax.__version__}, compiled on CPU. A TPU slice of 16 chips "
         "(fsdp 4 × tensor 4) and one H100 of 80 GB (`--config.mesh.tensor=1`; "
-        "`--config.study.mesh.tensor=1` of cross_model.py). Bytes and what is moved are a device's; "
+        "`--config.study.mesh.tensor=1` of cross_model.py). Bytes held and moved are for one device; "
         "FLOPs of an update are of matrix products, over all devices, and beside them how many times the model's own. "
         "cuDNN is not installed where this was compiled, so the GPU's attention is the plain one, which takes more "
         "memory.",

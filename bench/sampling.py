@@ -92,9 +92,9 @@ def main(_: list[str]) -> None:
         f"`make bench`, {datetime.date.today()}: {cpu_name()}; python {platform.python_version()}, jax "
         f"{jax.__version__}; {theirs['versions']}; {llama['versions']}. {len(prompts)} prompts of "
         f"{np.mean([len(p) for p in prompts]):.0f} tokens, up to {TOKENS} new ones, T = 1, float32. Loading and "
-        "compiling are not counted, for none.",
+        "compiling are not counted on either side.",
         "",
-        "| | useful tokens/s | seconds | tokens a row | ours is |",
+        "| | useful tokens/s | seconds | tokens a row | speed-up of ours |",
         "|---|---|---|---|---|",
         f"| transformers, batch {theirs['batch']} (the fastest of "
         f"{', '.join(f'{b}: {r:.0f}' for b, r in theirs['rates'].items())} tokens/s) | {rates['transformers']:.0f} | "
@@ -142,7 +142,7 @@ def shared_prefix(model, rows: int = 256) -> list[str]:
     shared = timed(model, prompts, KEY, prefix=system, **options)[1]
     each = timed(model, [system + prompt for prompt in prompts], KEY, **options)[1]
     return [
-        f"A system prompt of 400 tokens on {rows} rows, one token drawn: {each:.1f} s where every row computes it, "
+        f"A system prompt of 400 tokens on {rows} rows, one token sampled: {each:.1f} s where every row computes it, "
         f"{shared:.1f} s where it is shared, {bare:.1f} s without it: {1 - (shared - bare) / (each - bare):.1%} of its "
         "cost is gone."
     ]

@@ -111,7 +111,7 @@ CASES = {
 
 
 def peer(name):
-    """A small model of transformers with every parameter drawn anew, so that no norm or bias is trivial."""
+    """A small model of transformers with every parameter random anew, so that no norm or bias is trivial."""
     kind, changes = CASES[name]
     base = {k: v for k, v in BASE.items() if kind != "gpt2" or k in ("vocab_size", "bos_token_id", "eos_token_id")}
     config = transformers.AutoConfig.for_model(kind, **{**base, **changes, "attn_implementation": "eager"})
@@ -154,7 +154,7 @@ def seen(request):
         columns = ["logits", "padded left", "padded right", "gradients", "round trip"]
         lines = [
             f"`make parity`, {datetime.date.today()}: jax {jax.__version__}, transformers {transformers.__version__}, "
-            f"torch {torch.__version__}, float32. Small models with every parameter drawn, {LENGTH} tokens; largest "
+            f"torch {torch.__version__}, float32. Small models with every parameter random, {LENGTH} tokens; largest "
             "absolute difference over the largest absolute value. The tests allow 1e-4 for logits, 1e-3 for gradients.",
             "",
             f"| family and setting | {' | '.join(columns)} |",
