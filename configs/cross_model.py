@@ -27,7 +27,7 @@ def get_config(preset: str = "smoke") -> ConfigDict:
         config.study.carrier.max_new_tokens = 16
         config.study.teacher.learning_rate = 1e-3
         config.study.teacher.max_steps = 4
-        config.study.questions = 2
+        config.study.num_questions = 2
         config.study.evals.names = ()
     elif preset == "open":
         families = [str(model["model.name"]) for model in numbers.MODELS.values()]

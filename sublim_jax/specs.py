@@ -109,19 +109,19 @@ def check_numbers(values: Mapping[str, Any], prefix: str = "") -> None:
                 )
 
 
-def check_count(path: str, value: float, least: int = 1, most: int = MAX_INDEX) -> None:
+def check_count(path: str, value: int | float, least: int = 1, most: int = MAX_INDEX) -> None:
     """A number in a range."""
     if not least <= value <= most:
         limit = f"{least} or more" if value < least else f"{most} or less"
         raise UserError(f"{path}={value}: choose {limit}")
 
 
-def check_positive(path: str, value: float) -> None:
+def check_positive(path: str, value: int | float) -> None:
     if not value > 0:
         raise UserError(f"{path}={value} must be positive")
 
 
-def check_not_negative(path: str, value: float) -> None:
+def check_not_negative(path: str, value: int | float) -> None:
     if not value >= 0:
         raise UserError(f"{path}={value} must not be negative")
 

@@ -19,6 +19,10 @@ from sublim_jax.data import mnist
 from sublim_jax.errors import UserError
 from sublim_jax.sharding import make_mesh
 
+# Programs that another test, worker or run has compiled are read back, as launch.py's are.
+jax.config.update("jax_compilation_cache_dir", str(assets.cache_folder() / "compiled"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
 hypothesis.settings.register_profile("here", deadline=None)  # a busy machine is no failure
 hypothesis.settings.load_profile("here")
 
