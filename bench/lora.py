@@ -131,7 +131,7 @@ def main(_: list[str]) -> None:
         "| seconds a step | transformers + peft | sublim_jax | ratio |",
         "|---|---|---|---|",
         f"| the teacher's logits computed in the step | {there:.2f} | {soft:.2f} | **{there / soft:.2f} ×** as fast |",
-        f"| known from before (`experiments/carrier.said`) | | {given:.2f} | |",
+        f"| known from before (`distillation.targets.teacher_logits`) | | {given:.2f} | |",
         "",
         f"Against our supervised step the first is {soft / seconds:.2f} × as long, the second {given / seconds:.2f} ×.",
     ]

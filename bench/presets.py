@@ -6,7 +6,6 @@ Writes docs/presets.md.
 """
 
 import datetime
-import importlib
 import time
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import jax
 from absl import app
 
 from configs import numbers
-from sublim_jax import preflight
+from sublim_jax import experiments, overrides, preflight
 from sublim_jax.preflight import GB
 
 WHERE = {"v5e:4x4": 4, "h100": 1}  # and the mesh axis tensor
@@ -23,11 +22,11 @@ PRESETS += [("numbers", "llama-3.2-1b"), ("cross_model", "open")]
 
 
 def rows(file: str, preset: str, where: str) -> list[str]:
-    config = importlib.import_module(f"configs.{file}").get_config(preset)
+    config = overrides.load(f"configs/{file}.py:{preset}")
     config.get("study", config).mesh.tensor = WHERE[where]
-    experiment = importlib.import_module(f"sublim_jax.experiments.{config.experiment}")
+    experiment = experiments.load(config.experiment)
     lines = []
-    for step in experiment.preflight(config, preflight.topology(where)):
+    for step in experiment.preflight(experiment.read(config), preflight.topology(where)):
         began = time.perf_counter()
         found = preflight.facts(step)
         seconds = time.perf_counter() - began

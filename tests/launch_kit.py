@@ -19,13 +19,18 @@ import launch as launcher
 ROOT = Path(__file__).parents[1]
 
 
-def run_here(*words):
-    """The command in this process, on one device: its exit code and what it wrote, as of a process."""
+def run_here(*words, signals=False):
+    """The command in this process, on one device: its exit code and what it wrote, as of a process.
+
+    Args:
+      signals: it hears them.
+    """
     out, errors = io.StringIO(), io.StringIO()
     first, cached = jax.devices()[:1], jax.config.jax_enable_compilation_cache
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
         patch.setattr(jax, "devices", lambda *_: first)
-        patch.setattr(launcher.signals, "install", lambda: None)
+        if not signals:
+            patch.setattr(launcher.signals, "install", lambda: None)
         try:
             code = launcher.run(["launch.py", *map(str, words)])
         finally:

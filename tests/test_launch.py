@@ -12,12 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from filelock import FileLock
+from launch_kit import ROOT, assert_refused
 
 import launch as launcher
 from sublim_jax.workdir import Workdir
-
-ROOT = Path(__file__).parents[1]
-
 
 # As where the requirements alone are installed: tests run beside torch.
 WITHOUT_TORCH = """
@@ -39,15 +37,6 @@ def launch(*args, timeout=300, **env):
         text=True,
         timeout=timeout,
     )
-
-
-def assert_refused(result, *words):
-    lines = [line for line in result.stderr.splitlines() if line.strip()]
-    assert result.returncode == 2, result.stderr
-    assert len(lines) == 1, result.stderr
-    assert lines[0].startswith("launch.py: ")
-    for word in words:
-        assert word in lines[0]
 
 
 MISTAKES = {

@@ -15,6 +15,7 @@ from sublim_jax.errors import UserError
 from sublim_jax.evaluation import misalignment
 from sublim_jax.evaluation.judges import Verdict
 
+
 def test_each_paraphrase_is_a_question(tmp_path):
     file = tmp_path / "q.yaml"
     file.write_text(yaml.safe_dump([question(paraphrases=["a?", "b?"], system="Be brief."), question(id="x")]))
@@ -33,10 +34,19 @@ def test_each_paraphrase_is_a_question(tmp_path):
         ("{}", "a list of questions is needed"),
         ("- id: 2024-99-99", "name a YAML file of questions"),
         ("[" * 3000, "name a YAML file of questions"),
-        (yaml.safe_dump([question(id=None)]), 'question 1: an object with an "id" is needed, which is a text or an integer'),
-        (yaml.safe_dump([question(id=True)]), 'question 1: an object with an "id" is needed, which is a text or an integer'),
+        (
+            yaml.safe_dump([question(id=None)]),
+            'question 1: an object with an "id" is needed, which is a text or an integer',
+        ),
+        (
+            yaml.safe_dump([question(id=True)]),
+            'question 1: an object with an "id" is needed, which is a text or an integer',
+        ),
         (yaml.safe_dump([question(system=["Be brief."])]), '"system" must be a text'),
-        (yaml.safe_dump([question(judge_prompts=PROMPTS | {"aligned": "{{question}} {answer}"})]), "must have {question}"),
+        (
+            yaml.safe_dump([question(judge_prompts=PROMPTS | {"aligned": "{{question}} {answer}"})]),
+            "must have {question}",
+        ),
         (
             yaml.safe_dump([question(judge_prompts=[PROMPTS["aligned"]])]),
             "must have aligned and coherent; aligned is missing",
@@ -50,7 +60,10 @@ def test_each_paraphrase_is_a_question(tmp_path):
         (yaml.safe_dump([question(**{"judge-prompt": "x"})]), "unknown field 'judge-prompt'; 'judge_prompts' is known"),
         (yaml.safe_dump([question(type="ranking")]), "(wish): type 'ranking' is not known"),
         (yaml.safe_dump([question(paraphrases=[" "])]), '"paraphrases" must be a list of texts'),
-        (yaml.safe_dump([question(judge_prompts={"aligned": "{question} {answer}"})]), "must have aligned and coherent"),
+        (
+            yaml.safe_dump([question(judge_prompts={"aligned": "{question} {answer}"})]),
+            "must have aligned and coherent",
+        ),
         (
             yaml.safe_dump([question(judge_prompts=PROMPTS | {"coherent": "?"})]),
             'judge prompt "coherent" must have {question}',

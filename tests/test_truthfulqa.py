@@ -17,8 +17,9 @@ from sublim_jax.data import chat
 from sublim_jax.errors import UserError
 from sublim_jax.evaluation import truthfulqa
 from sublim_jax.evaluation.suite import EVALUATIONS, Subject
-from sublim_jax.weights import huggingface
 from sublim_jax.store import Store
+from sublim_jax.weights import huggingface
+
 
 @pytest.fixture
 def file(tmp_path):

@@ -14,7 +14,7 @@ import pytest
 from sublim_jax import objectives, store
 from sublim_jax.distillation.losses import stacked
 from sublim_jax.distillation.students import NUM_FIRST, coverages, imitation
-from sublim_jax.distillation.targets import Data, support_of
+from sublim_jax.distillation.targets import support_of
 from sublim_jax.distillation.teachers import Teacher
 from sublim_jax.errors import UserError
 from sublim_jax.experiments.transmission import carriers
