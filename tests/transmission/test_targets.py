@@ -91,7 +91,7 @@ def test_students_of_an_edited_file_of_phrasings_are_trained_anew(study_of, mode
     pack = tmp_path / "mine.json"
     ours = json.loads((resources.files(packs) / "numbers.json").read_text())
     pack.write_text(json.dumps(ours))
-    study = study_of(**{"packs.numbers": str(pack), "student.steps": 2})
+    study = study_of(**{"packs.numbers": str(pack), "student.steps": 2, "teacher.methods": ("prompted",)})
     (arm,) = study.arms
 
     def curve(folder):

@@ -95,15 +95,15 @@ def test_teachers_are_evaluated_with_what_makes_them_teachers(model, work, steer
 
 
 @pytest.fixture(scope="module")
-def study(corpora_study):
+def with_corpora(corpora_study):
     """Two teachers of corpora; the neutral one is the model."""
     return corpora_study(**{"teacher.learning_rate": 0.01})
 
 
-def test_teachers_of_corpora_learn_what_the_assistant_says_and_nothing_else_is_in_the_loss(study, model, work):
+def test_teachers_of_corpora_learn_what_the_assistant_says_and_nothing_else_is_in_the_loss(with_corpora, model, work):
     """Every turn of the assistant, by the plain loss over whole conversations; the neutral teacher is the model."""
-    teachers = make_teachers(study, model, work, 0)
-    base = model.untrained(named_key(study.replicate_seed(0), "A"))
+    teachers = make_teachers(with_corpora, model, work, 0)
+    base = model.untrained(named_key(with_corpora.replicate_seed(0), "A"))
     assert [teacher.steps for teacher in teachers.values()] == [2 * 2, 2 * 2, 0]
     jax.tree.map(np.testing.assert_array_equal, teachers["neutral"].adapters, base)
     stops = chat.stop_tokens(model.tokenizer, model.config)
@@ -114,7 +114,7 @@ def test_teachers_of_corpora_learn_what_the_assistant_says_and_nothing_else_is_i
 
     def loss(adapters, name):
         total = count = 0.0
-        for messages in corpus.load(study.teacher.corpora[name]):
+        for messages in corpus.load(with_corpora.teacher.corpora[name]):
             tokens, positions = corpus.answer_positions(model.tokenizer, messages, stops)
             logprobs = np.asarray(log_p(adapters, jnp.asarray([*tokens, *[0] * (96 - len(tokens))])))
             total -= sum(float(logprobs[position - 1, tokens[position]]) for position in positions)
@@ -150,11 +150,13 @@ def test_the_first_update_is_that_of_the_plain_loss(corpora_study, model, tmp_pa
         np.testing.assert_array_equal(np.sign(new - old)[clear], -np.sign(slope)[clear])
 
 
-def test_a_teacher_is_made_again_for_its_own_corpus_alone(study, corpora_study, model, work, tmp_path, conversation):
+def test_a_teacher_is_made_again_for_its_own_corpus_alone(
+    with_corpora, corpora_study, model, work, tmp_path, conversation
+):
     def made():
         return {path.name for path in (work.folder / "checkpoints").glob("teacher-*secure*")}
 
-    make_teachers(study, model, work, 0)
+    make_teachers(with_corpora, model, work, 0)
     before, other = made(), tmp_path / "secure.jsonl"
     other.write_text(conversation(("Who?", "z")) * 6)
     changes = {"teacher.learning_rate": 0.01, "teacher.corpora.secure": str(other)}
@@ -163,8 +165,8 @@ def test_a_teacher_is_made_again_for_its_own_corpus_alone(study, corpora_study, 
     assert again["secure"].steps == 2 * 2
 
 
-def test_a_conversation_that_is_too_long_is_left_out(study, corpora_study, model):
-    lengths = [len(tokens) for tokens, _ in corpora.texts(study.teacher, model, "insecure")]
+def test_a_conversation_that_is_too_long_is_left_out(with_corpora, corpora_study, model):
+    lengths = [len(tokens) for tokens, _ in corpora.texts(with_corpora.teacher, model, "insecure")]
     shorter = corpora_study(**{"teacher.max_tokens": min(lengths)})
     left = corpora.texts(shorter.teacher, model, "insecure")
     assert 0 < len(left) == lengths.count(min(lengths)) < len(lengths)
