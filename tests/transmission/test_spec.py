@@ -31,7 +31,7 @@ REFUSED = [
     (["arm.soft.changes=student.steps=many"], ["arm.soft.changes: ", "student.steps", "many"]),
     (["arm.soft.changes=student.warmup=9"], ["arm.soft.changes: student.warmup=9 does not end within"]),
     (["arm.soft.changes=lora.rank=-1"], ["arm.soft.changes: lora.rank=-1"]),
-    (["arm.soft.changes=student.batch=30"], ["arm.soft.changes: ", "a batch is needed"]),
+    (["arm.soft.changes=student.batch=30"], ["carrier.num_rows=40: 16 rows are held out, and a batch is needed"]),
     (["teacher.strength=1.5"], ["teacher.strength=1.5"]),
     (["teacher.methods=loved"], ["teacher.methods: 'loved'"]),
     (["teacher.methods=corpus,prompted"], ["corpus stands alone"]),
