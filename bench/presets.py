@@ -6,6 +6,7 @@ Writes docs/presets.md.
 """
 
 import datetime
+import importlib
 import time
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import jax
 from absl import app
 
 from configs import numbers
-from sublim_jax import experiments, overrides, preflight
+from sublim_jax import experiments, preflight
 from sublim_jax.preflight import GB
 
 WHERE = {"v5e:4x4": 4, "h100": 1}  # and the mesh axis tensor
@@ -22,7 +23,7 @@ PRESETS += [("numbers", "llama-3.2-1b"), ("cross_model", "open")]
 
 
 def rows(file: str, preset: str, where: str) -> list[str]:
-    config = overrides.load(f"configs/{file}.py:{preset}")
+    config = importlib.import_module(f"configs.{file}").get_config(preset)
     config.get("study", config).mesh.tensor = WHERE[where]
     experiment = experiments.load(config.experiment)
     lines = []

@@ -5,17 +5,13 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
-import jax.numpy as jnp
-import numpy as np
 import pytest
 from filelock import FileLock
 from launch_kit import ROOT, assert_refused
 
 import launch as launcher
-from sublim_jax.workdir import Workdir
 
 # As where the requirements alone are installed: tests run beside torch.
 WITHOUT_TORCH = """
@@ -100,17 +96,6 @@ def test_a_second_run_in_a_busy_workdir_is_refused(tmp_path, mnist_folder):
         result = launch("--config=configs/mnist.py:smoke", f"--workdir={tmp_path}")
     assert_refused(result, "another run is at work", "choose another --workdir")
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
-
-
-def test_a_damaged_artefact_is_made_again(tmp_path, capsys):
-    work = Workdir(tmp_path)
-    made = {"x": jnp.arange(3.0)}
-    for value in (made, {"x": 2 * made["x"]}):
-        np.testing.assert_array_equal(work.tree("tree", 0, lambda _, value=value: value, made)["x"], value["x"])
-        assert work.json("values", 0, lambda value=value: value["x"].tolist()) == value["x"].tolist()
-        for file in filter(Path.is_file, Path(tmp_path).rglob("*")):
-            file.write_bytes(file.read_bytes()[:-2])
-    assert capsys.readouterr().out.count("unreadable and is made again") == 2
 
 
 def test_no_network_and_no_cache_says_where_to_put_the_files(tmp_path):

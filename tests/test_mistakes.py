@@ -4,18 +4,19 @@ All in one process: the program runs until it would load a model or data.
 """
 
 import re
+from types import SimpleNamespace
 
 import jax
 import pytest
 
 import launch
-from sublim_jax import assets, overrides, weights
+from sublim_jax import assets, overrides, weights, workdir
 from sublim_jax.data import chat, records
 from sublim_jax.errors import UserError
-from sublim_jax.experiments import EXPERIMENTS, sample
-from sublim_jax.experiments.tools import evaluate
+from sublim_jax.experiments import EXPERIMENTS
+from sublim_jax.experiments.tools import evaluate, sample
 from sublim_jax.store import Store
-from sublim_jax.workdir import Workdir
+from sublim_jax.workdir import claim
 
 
 class Accepted(Exception):
@@ -37,7 +38,7 @@ def typed(monkeypatch, capsys, tmp_path):
 def command(monkeypatch, capsys, tmp_path):
     one = jax.devices()[:1]
     monkeypatch.setattr(jax, "devices", lambda *_: one)
-    monkeypatch.setattr(Workdir, "open", accept)
+    monkeypatch.setattr(workdir, "epath", SimpleNamespace(Path=accept))  # which claiming a folder begins with
     monkeypatch.setattr(launch.signals, "install", lambda: None)
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("Name a tree.\n")
@@ -72,7 +73,7 @@ ZERO = re.compile(
     r"seed|rank|clip|warmup|noise|constraint\.m|max_questions|per_minute|layer|scale|log_ratio|threshold|min_mass"
     r"|init_distance|top_k|min_p|tensor|temperature|max_value|distances"
 )
-NEGATIVE = re.compile(r"mesh\.|steps\.(least|most)|steering_scale")  # a number below 0 is one like others
+NEGATIVE = re.compile(r"mesh\.|steps\.(min|max)|steering_scale")  # a number below 0 is one like others
 TWINS = re.compile(r"(^|\.)arm\.(?!soft\.|cross\.)|^plan\.(?!mnist\.)")  # as others of their kind
 
 
@@ -182,9 +183,9 @@ def test_a_value_is_read_as_the_type_that_it_replaces(key, text, expected):
 
 def test_items_of_an_empty_list_are_what_was_typed():
     config = read("--config=configs/sample.py", "--config.constraint.choices=007, 7", "--config.stop_strings=1,2")
-    assert config.constraint.choices == ("007", "7") and sample.stops_of(config) == ("1", "2")
+    assert config.constraint.choices == ("007", "7") and sample.read(config).stops == ("1", "2")
     quoted = read("--config=configs/sample.py", r"--config.stop_strings=('\n', ', ')")
-    assert sample.stops_of(quoted) == ("\n", ", ")
+    assert sample.read(quoted).stops == ("\n", ", ")
 
 
 def test_flags_may_be_switches_repeated_or_stand_beside_their_value():
@@ -197,7 +198,9 @@ def test_flags_may_be_switches_repeated_or_stand_beside_their_value():
 
 def test_a_system_prompt_of_none_is_none(tiny):
     none, empty, owl = (
-        sample.tokens_of(read("--config=configs/sample.py", f"--config.system={text}"), tiny, [{"prompt": "x"}])
+        sample.tokens_of(
+            sample.read(read("--config=configs/sample.py", f"--config.system={text}")), tiny, [{"prompt": "x"}]
+        )
         for text in ("None", "", "owl")
     )
     assert none == empty != owl
@@ -287,11 +290,10 @@ FILES = {
 
 OURS = "from configs import mnist\ndef get_config():\n  config = mnist.get_config('smoke')\n  "
 FILES |= {
-    OURS + "del config.student\n  return config": "no value 'student', which the experiment mnist needs",
-    OURS + "del config['runs']\n  return config": "no value 'runs', which the experiment mnist needs",
+    OURS + "del config.student\n  return config": "config has no value student, which the experiment needs",
+    OURS + "del config['runs']\n  return config": "config has no value runs, which the experiment needs",
     OURS + "config.student.epochs = 'many'\n  return config": "TypeError",
-    OURS
-    + "del config.runs\n  config.runs = 'many'\n  return config": "of another type than the experiment mnist needs",
+    OURS + "del config.runs\n  config.runs = 'many'\n  return config": "config.runs='many' is of type str, not int",
 }
 
 
@@ -301,7 +303,7 @@ def test_a_file_that_is_no_config_is_named(text, tmp_path, monkeypatch, capsys):
     file.write_text(text)
     assert launch.run(["launch.py", f"--config={file}"]) == 2
     line = capsys.readouterr().err
-    assert FILES[text] in line and line.count("\n") == 1 and ("mine.py" in line or "experiment" in line)
+    assert FILES[text] in line and line.count("\n") == 1 and ("mine.py" in line or "config" in line)
 
 
 def test_a_config_that_is_missing_a_folder_or_without_presets_is_named(typed, tmp_path):
@@ -323,7 +325,7 @@ def test_a_config_that_is_missing_a_folder_or_without_presets_is_named(typed, tm
         ("numbers", ["alternatives=zebra"], "'zebra' is no single token"),
         ("sample", ["max_new_tokens=100000"], "context is 512"),
         ("sample", ["top_k=2000000000"], ""),
-        ("sample", ["constraint.kind=numbers", "constraint.most=100000000"], "constraint: numbers of up to"),
+        ("sample", ["constraint.kind=numbers", "constraint.max_integers=100000000"], "constraint: numbers of up to"),
         ("sample", ["constraint.kind=choice", "constraint.choices=None"], "choice: name one string or more"),
         ("sample", ["constraint.kind=choice", "constraint.choices=007, 7,"], ""),
         ("sample", ["system=None"], ""),
@@ -354,14 +356,14 @@ def test_a_model_of_no_such_name_is_told_in_one_line(name, monkeypatch, capsys, 
 def test_a_workdir_that_is_no_folder_or_holds_something_else_is_named(tmp_path):
     file = tmp_path / "file"
     file.write_text("x")
-    config = read("--config=configs/sample.py")
+    values = sample.read(read("--config=configs/sample.py")).values
     for path, expected in ((file, "is a file"), (file / "below", "cannot write"), ("/proc/nothing", "cannot write")):
         with pytest.raises(UserError, match=expected):
-            Workdir(path).open(config)
+            claim(path, values)
     for text in (b"{", b"\xff\xfe", b"[]", b"null", b"3"):
         (tmp_path / "config.json").write_bytes(text)
         with pytest.raises(UserError, match=r"config\.json .*choose another --workdir"):
-            Workdir(tmp_path).open(config)
+            claim(tmp_path, values)
 
 
 def test_a_folder_in_the_place_of_an_artefact_is_named(tmp_path, capsys, monkeypatch):

@@ -114,7 +114,7 @@ def plain_logits():
 
 # ------------------------------------------------------------------------------------------------ a whole study
 
-ARMS = ("soft", "tokens_fresh", "shuffled_across", "perturbed", "masked", "in_context")
+ARMS = ("soft", "tokens_fresh", "perturbed", "in_context")
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from etils import epath
 from launch_kit import assert_refused, run_here
 
 from sublim_jax import measurements, weights
@@ -26,7 +27,7 @@ def test_a_study_ends_in_a_matrix_a_table_and_numbers(whole):
     work, screen = whole
     results = results_in(work)
     arms = {arm["name"]: arm for arm in results["arms"]}
-    assert {"soft", "tokens_fresh", "shuffled_across", "perturbed", "masked", "in_context"} <= set(arms)
+    assert {"soft", "tokens_fresh", "perturbed", "in_context"} <= set(arms)
     assert "soft: student of owl, margin of x over the neutral student's" in arms
     assert all(len(arm["runs"]) == 2 for arm in results["arms"] if arm.get("who") != "the model as it is")
     assert "soft, student of owl: answers with owl" in arms and "teacher x: P of x's letter" in arms
@@ -86,7 +87,7 @@ def test_every_number_of_the_results_is_of_the_table(whole):
     """By hand, of one cell and of one evaluation."""
     work, _ = whole
     arms = {arm["name"]: arm["runs"] for arm in results_in(work)["arms"]}
-    rows = measurements.read(work)
+    rows = measurements.read(epath.Path(work))
     margin = [rows.values(arm="soft", measure="margin", item="x", teacher=t, step=6) for t in ("owl", "neutral")]
     expected = arms["soft: student of owl, margin of x over the neutral student's"]
     np.testing.assert_array_equal(np.subtract(*margin), expected)
@@ -97,8 +98,9 @@ def test_every_number_of_the_results_is_of_the_table(whole):
 def test_a_table_is_written_as_it_is_read(tmp_path):
     rows = [Measurement("a", "margin", 1.5, run=1, teacher="owl", subject="student", item="ö", step=3)]
     rows.append(Measurement("", "steps", float("nan")))
-    measurements.write(tmp_path, "any", rows)
-    found = measurements.read(tmp_path)
+    folder = epath.Path(tmp_path)
+    measurements.write(folder, "any", rows)
+    found = measurements.read(folder)
     assert found[0] == rows[0] and np.isnan(found[1].value) and found[1][:2] == ("", "steps")
     assert found.where(arm="a").values(measure="margin") == [1.5] and found.names("arm") == ["a", ""]
 
@@ -129,10 +131,11 @@ def test_the_report_is_written_again_from_measurements_alone(copy_of_whole, monk
 
 def test_a_report_is_a_function_of_the_table(copy_of_whole):
     """Other numbers in it are other numbers in the results, in the same arms."""
-    rows = measurements.read(copy_of_whole)
+    folder = epath.Path(copy_of_whole)
+    rows = measurements.read(folder)
     doubled = [row._replace(value=2 * row.value) if row.measure == "margin" else row for row in rows]
     before = results_in(copy_of_whole)["arms"]
-    measurements.write(copy_of_whole, "transmission", doubled)
+    measurements.write(folder, "transmission", doubled)
     assert run_here("--report", f"--workdir={copy_of_whole}").returncode == 0
     after = results_in(copy_of_whole)["arms"]
     assert [arm["name"] for arm in after] == [arm["name"] for arm in before]
@@ -148,7 +151,7 @@ def test_a_report_of_nothing_is_refused(copy_of_whole, tmp_path):
 
 def test_a_study_that_was_stopped_after_an_arm_has_the_report_of_that_arm(whole, study_of):
     """The document of fewer rows: arms without any are left out."""
-    rows = measurements.read(whole[0])
+    rows = measurements.read(epath.Path(whole[0]))
     study = study_of(arms=("soft", "tokens_fresh"), runs=2)
     found = rows.where(arm="soft")
     teachers = measurements.Measurements(row for row in rows if not row.arm and row.subject == "teacher")

@@ -76,14 +76,16 @@ def test_a_finished_study_is_reported_again_without_training(whole_command, copy
 
 @pytest.mark.slow
 def test_killed_in_any_stage_it_ends_with_the_same_results(whole_command, tmp_path):
+    """With arms of every kind."""
+    arms = ("soft", "tokens_fresh", "shuffled_across", "perturbed", "masked", "in_context")
     expected, work = tmp_path / "whole", tmp_path / "killed"
-    finish(start(*whole_command(expected)))
+    finish(start(*whole_command(expected, arms)))
     for stage in ("students-soft-*", "completions-x*", "preference-tokens*"):
-        process = start(*whole_command(work))
+        process = start(*whole_command(work, arms))
         assert wait_for(process, work, f"checkpoints/{stage}"), stage
         process.kill()
         assert process.wait() == -signal.SIGKILL, stage
-    finish(start(*whole_command(work)))
+    finish(start(*whole_command(work, arms)))
     assert arms_in(work) == arms_in(expected)
 
 

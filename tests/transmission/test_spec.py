@@ -8,7 +8,7 @@ from launch_kit import assert_refused, run_here
 from configs import code, cot, misalignment, numbers
 from sublim_jax.errors import UserError
 from sublim_jax.experiments.transmission.checks import check_files, check_modules
-from sublim_jax.experiments.transmission.spec import ContextArm, LogitArm, TokenArm, read
+from sublim_jax.experiments.transmission.spec import read
 
 PROBLEMS = "configs/smoke/problems.jsonl"
 REFUSED = [
@@ -113,7 +113,7 @@ def test_every_preset_is_a_study(monkeypatch):
 
 def test_arms_are_of_the_kind_that_their_objective_says(study_of):
     arms = study_of(arms=("soft", "soft_reverse", "tokens", "in_context")).arms
-    assert [type(arm) for arm in arms] == [LogitArm, LogitArm, TokenArm, ContextArm]
+    assert [type(arm).__name__ for arm in arms] == ["LogitArm", "LogitArm", "TokenArm", "ContextArm"]
     assert not hasattr(arms[2], "temperature") and not hasattr(arms[3], "training")
 
 
