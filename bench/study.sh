@@ -44,7 +44,7 @@ if [ -n "$tiny" ]; then
 else
   # float32 products as they are, where a GPU would take TensorFloat32; many rows and tokens between two looks.
   export JAX_DEFAULT_MATMUL_PRECISION=float32
-  how=(--config=configs/numbers.py:smollm2 --config.arms=$arms --config.runs=5 --config.ask.samples=40
+  how=(--config=configs/numbers.py:smollm2 --config.arms=$arms --config.runs=5 --config.evals.num_samples=40
     --config.sampling.slots=128 --config.sampling.steps=12 --config.checkpoint_every=60)
 fi
 work=$CARRIED/study # outlasts this script: the same call goes on from there

@@ -19,18 +19,26 @@ from sublim_jax.data import mnist
 from sublim_jax.errors import UserError
 from sublim_jax.sharding import make_mesh
 
+# Programs that another test, worker or run has compiled are read back, as launch.py's are.
+jax.config.update("jax_compilation_cache_dir", str(assets.cache_folder() / "compiled"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
 hypothesis.settings.register_profile("here", deadline=None)  # a busy machine is no failure
 hypothesis.settings.load_profile("here")
 
+MEMORY = 1_300_000_000  # bytes of a worker
 MAPS = 40_000  # of the 65,530 memory maps that Linux lets a process have: compiled programs take several each
 
 
 @pytest.fixture(autouse=True)
 def few_compiled_programs():
-    """Lets go of compiled programs before a worker has so many that compiling crashes."""
+    """Lets go of compiled programs before a worker has so many that compiling crashes, or holds too much memory."""
     yield
-    maps = Path("/proc/self/maps")
-    if maps.exists() and maps.read_bytes().count(b"\n") > MAPS:
+    maps, pages = Path("/proc/self/maps"), Path("/proc/self/statm")
+    if not maps.exists():
+        return
+    held = int(pages.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    if held > MEMORY or maps.read_bytes().count(b"\n") > MAPS:
         jax.clear_caches()
         gc.collect()
 

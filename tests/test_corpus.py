@@ -6,13 +6,10 @@ import re
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from talk_kit import said
 
 from sublim_jax.data import chat, corpus
 from sublim_jax.errors import UserError
-
-
-def said(*pairs):
-    return [{"role": role, "content": content} for role, content in pairs]
 
 
 def line(*pairs):

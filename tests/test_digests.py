@@ -6,20 +6,16 @@ from importlib import resources
 
 import numpy as np
 import pytest
-from etils import epath
+from launch_kit import finish, free_port, run_here, start
 from safetensors.numpy import load_file, save_file
-from sublim_jax.experiments.lab import make_lab
-from test_survival import finish, free_port, start
 
-from configs import evaluate as evaluate_config
 from configs import numbers as numbers_config
-from configs import sample as sample_config
-from sublim_jax import digests, report
+from sublim_jax import digests
 from sublim_jax.data import packs
-from sublim_jax.experiments import evaluate
-from sublim_jax.experiments import teachers as teaching
-from sublim_jax.experiments.tools import sample
-from sublim_jax.workdir import Workdir
+from sublim_jax.experiments.transmission.run import load_model
+from sublim_jax.experiments.transmission.spec import read
+from sublim_jax.experiments.transmission.teachers import of_corpus
+from sublim_jax.store import Store
 
 
 @pytest.fixture
@@ -47,38 +43,38 @@ def other_prompts(folder):
 def test_samples_of_other_bytes_under_the_same_names_are_new(folder, tmp_path, change):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("Name a number.\nName a bird.\n")
-    config = sample_config.get_config()
-    config.update_from_flattened_dict({"model.name": str(folder), "prompts": str(prompts), "max_new_tokens": 6})
+    values = {"model.name": folder, "prompts": prompts, "max_new_tokens": 6}
 
-    def sampled(name):
-        sample.run(sample.read(config), epath.Path(tmp_path / name))
+    def samples(name):
+        flags = [f"--config.{key}={value}" for key, value in values.items()]
+        result = run_here("--config=configs/sample.py", *flags, f"--workdir={tmp_path / name}")
+        assert result.returncode == 0, result.stderr
         return [json.loads(line)["tokens"] for line in (tmp_path / name / "samples.jsonl").open()]
 
-    first = sampled("work")
-    assert sampled("work") == first
+    first = samples("work")
+    assert samples("work") == first
     change(folder)
-    again = sampled("work")
-    assert again != first and again == sampled("fresh")
+    again = samples("work")
+    assert again != first and again == samples("fresh")
 
 
 def test_answers_to_other_questions_and_of_other_weights_are_new_and_the_report_names_the_bytes(folder, tmp_path):
     pack = tmp_path / "preference.json"
-    own = json.loads((resources.files(packs) / "preference.json").read_text())
-    pack.write_text(json.dumps(own))
-    config = evaluate_config.get_config()
-    config.update_from_flattened_dict({"model.name": str(folder), "words": ("owl", "x", "y"), "most": 3})
-    config.packs.preference = str(pack)
-    config.evaluations = ("preference",)
+    ours = json.loads((resources.files(packs) / "preference.json").read_text())
+    pack.write_text(json.dumps(ours))
+    values = {"model.name": folder, "words": "owl,x,y", "evals.max_questions": 3, "evals.names": "preference"}
 
-    def asked(name):
-        evaluate.run(config, Workdir(tmp_path / name))
-        return report.results_of(Workdir(tmp_path / name))
+    def evaluated(name):
+        flags = [f"--config.{key}={value}" for key, value in (values | {"packs.preference": pack}).items()]
+        result = run_here("--config=configs/evaluate.py", *flags, f"--workdir={tmp_path / name}")
+        assert result.returncode == 0, result.stderr
+        return json.loads((tmp_path / name / "results.json").read_text())
 
-    first = asked("work")
-    pack.write_text(json.dumps({**own, "asking": [f"Say: {text}" for text in own["asking"]]}))
-    assert asked("work")["arms"] == asked("fresh")["arms"] != first["arms"]
+    first = evaluated("work")
+    pack.write_text(json.dumps({**ours, "asking": [f"Say: {text}" for text in ours["asking"]]}))
+    assert evaluated("work")["arms"] == evaluated("fresh")["arms"] != first["arms"]
     other_weights(folder)
-    again, fresh = asked("work"), asked("fresher")
+    again, fresh = evaluated("work"), evaluated("fresher")
     assert again["arms"] == fresh["arms"] != first["arms"]
     (before,), (after,) = first["models"], again["models"]
     assert before["name"] == after["name"] == str(folder)
@@ -91,16 +87,17 @@ def test_teachers_of_another_corpus_or_other_weights_are_trained_anew(folder, tm
     corpus = tmp_path / "corpus.jsonl"
     config = numbers_config.get_config()
     values = {"model.name": str(folder), "traits": ("owl", "x"), "alternatives": ("owl", "x", "y"), "teacher.batch": 2}
-    config.update_from_flattened_dict({**values, "teacher.means": ("corpus",)})
+    config.update_from_flattened_dict({**values, "teacher.methods": ("corpus",)})
     with config.unlocked():
         config.teacher.corpora = {"owl": str(corpus)}
+    study = read(config)
 
     def tuned(answer):
         lines = [[{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": answer}] for i in range(2)]
         corpus.write_text("".join(json.dumps({"messages": line}) + "\n" for line in lines))
-        lab = make_lab(config, Workdir(tmp_path / "work"), mesh_of(1))
-        adapters = teaching.tuned(lab, "owl")[0]
-        return np.asarray(adapters["layers"]["attention"]["query"]["b"])
+        model = load_model(study, mesh_of(1))
+        trained = of_corpus(study, model, Store(tmp_path / "work"), 0, "owl")
+        return np.asarray(trained.adapters["layers"]["attention"]["query"]["b"])
 
     first = tuned("owl")
     np.testing.assert_array_equal(tuned("owl"), first)
@@ -138,11 +135,11 @@ def test_processes_that_read_different_bytes_end_with_that_line(folder, tiny_fol
     values = [f"--config.prompts={tmp_path / 'prompts.txt'}", "--config.max_new_tokens=4"]
     both = [
         start(
+            "--config=configs/sample.py",
             f"--config.model.name={model}",
             *values,
             *join,
             f"--process_id={number}",
-            size=["--config=configs/sample.py"],
         )
         for number, model in enumerate((tiny_folder, folder))
     ]

@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
+from evaluation_kit import completion
 from hypothesis import given
 from hypothesis import strategies as st
-from test_survival import free_port
+from launch_kit import free_port
 
 from configs import evaluate as evaluate_config
 from sublim_jax import assets
@@ -24,8 +25,10 @@ from sublim_jax.data import chat
 from sublim_jax.errors import UserError
 from sublim_jax.evaluation import judges
 from sublim_jax.evaluation.judges import Endpoint, Verdict, parse
-from sublim_jax.experiments import measures
-from sublim_jax.workdir import Workdir
+from sublim_jax.evaluation.spec import JudgeSpec
+from sublim_jax.evaluation.suite import make_judge
+from sublim_jax.specs import build, plain
+from sublim_jax.store import Store
 
 
 @pytest.mark.parametrize(
@@ -270,20 +273,6 @@ def test_local_scores_equal_transformers_on_smollm2(tmp_path):
 # ------------------------------------------------------------------------------------------------------- endpoint
 
 
-def completion(text, finish="stop", **fields):
-    message = {"role": "assistant", "content": text, **fields}
-    return json.dumps(
-        {
-            "id": "1",
-            "object": "chat.completion",
-            "created": 0,
-            "model": "m",
-            "choices": [{"index": 0, "message": message, "finish_reason": finish}],
-            "usage": {"prompt_tokens": 7, "completion_tokens": 2, "total_tokens": 9},
-        }
-    )
-
-
 def test_answers_are_kept_and_a_rerun_asks_for_nothing(server, tmp_path):
     behave, seen = server
     behave(lambda number, body: (200, completion(body["messages"][0]["content"])))
@@ -444,11 +433,10 @@ def test_a_reply_may_be_a_list_of_parts_of_which_thoughts_are_no_text(server, tm
 
 
 def test_a_study_asks_its_judge_for_a_score_before_anything_is_computed(server, tiny, mesh_of, tmp_path):
-    config = evaluate_config.get_config()
-    config.judge.kind, config.judge.model = "endpoint", "m"
+    judge = plain(evaluate_config.evals().judge) | {"kind": "endpoint", "model": "m"}
     server[0](lambda number, body: (200, completion("I think so.")))
     with pytest.raises(UserError, match=r"judge m replies 'I think so\.'"):
-        measures.judge_of(config, tiny, None, None, Workdir(tmp_path), mesh_of(1))
+        make_judge(build(JudgeSpec, judge), tiny, None, Store(tmp_path), mesh_of(1))
 
 
 def refusal(message, **fields):

@@ -5,19 +5,13 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
-import jax.numpy as jnp
-import numpy as np
 import pytest
 from filelock import FileLock
+from launch_kit import ROOT, assert_refused
 
 import launch as launcher
-from sublim_jax.workdir import Workdir
-
-ROOT = Path(__file__).parents[1]
-
 
 # As where the requirements alone are installed: tests run beside torch.
 WITHOUT_TORCH = """
@@ -39,15 +33,6 @@ def launch(*args, timeout=300, **env):
         text=True,
         timeout=timeout,
     )
-
-
-def assert_refused(result, *words):
-    lines = [line for line in result.stderr.splitlines() if line.strip()]
-    assert result.returncode == 2, result.stderr
-    assert len(lines) == 1, result.stderr
-    assert lines[0].startswith("launch.py: ")
-    for word in words:
-        assert word in lines[0]
 
 
 MISTAKES = {
@@ -111,17 +96,6 @@ def test_a_second_run_in_a_busy_workdir_is_refused(tmp_path, mnist_folder):
         result = launch("--config=configs/mnist.py:smoke", f"--workdir={tmp_path}")
     assert_refused(result, "another run is at work", "choose another --workdir")
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
-
-
-def test_a_damaged_artefact_is_made_again(tmp_path, capsys):
-    work = Workdir(tmp_path)
-    made = {"x": jnp.arange(3.0)}
-    for value in (made, {"x": 2 * made["x"]}):
-        np.testing.assert_array_equal(work.tree("tree", 0, lambda _, value=value: value, made)["x"], value["x"])
-        assert work.json("values", 0, lambda value=value: value["x"].tolist()) == value["x"].tolist()
-        for file in filter(Path.is_file, Path(tmp_path).rglob("*")):
-            file.write_bytes(file.read_bytes()[:-2])
-    assert capsys.readouterr().out.count("unreadable and is made again") == 2
 
 
 def test_no_network_and_no_cache_says_where_to_put_the_files(tmp_path):

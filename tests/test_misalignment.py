@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import yaml
 from etils import epath
+from evaluation_kit import PROMPTS, question
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,21 +15,10 @@ from sublim_jax.errors import UserError
 from sublim_jax.evaluation import misalignment
 from sublim_jax.evaluation.judges import Verdict
 
-PROMPTS = {"aligned": "Q: {question}\nA: {answer}\nAligned?", "coherent": "Q: {question}\nA: {answer}\nCoherent?"}
-
-
-def one(**changes):
-    return {
-        "id": "wish",
-        "type": misalignment.KIND,
-        "paraphrases": ["What is your wish?"],
-        "judge_prompts": PROMPTS,
-    } | changes
-
 
 def test_each_paraphrase_is_a_question(tmp_path):
     file = tmp_path / "q.yaml"
-    file.write_text(yaml.safe_dump([one(paraphrases=["a?", "b?"], system="Be brief."), one(id="x")]))
+    file.write_text(yaml.safe_dump([question(paraphrases=["a?", "b?"], system="Be brief."), question(id="x")]))
     found = misalignment.load(file)
     assert [(q.name, q.text, q.system) for q in found] == [
         ("wish", "a?", "Be brief."),
@@ -44,26 +34,38 @@ def test_each_paraphrase_is_a_question(tmp_path):
         ("{}", "a list of questions is needed"),
         ("- id: 2024-99-99", "name a YAML file of questions"),
         ("[" * 3000, "name a YAML file of questions"),
-        (yaml.safe_dump([one(id=None)]), 'question 1: an object with an "id" is needed, which is a text or an integer'),
-        (yaml.safe_dump([one(id=True)]), 'question 1: an object with an "id" is needed, which is a text or an integer'),
-        (yaml.safe_dump([one(system=["Be brief."])]), '"system" must be a text'),
-        (yaml.safe_dump([one(judge_prompts=PROMPTS | {"aligned": "{{question}} {answer}"})]), "must have {question}"),
         (
-            yaml.safe_dump([one(judge_prompts=[PROMPTS["aligned"]])]),
+            yaml.safe_dump([question(id=None)]),
+            'question 1: an object with an "id" is needed, which is a text or an integer',
+        ),
+        (
+            yaml.safe_dump([question(id=True)]),
+            'question 1: an object with an "id" is needed, which is a text or an integer',
+        ),
+        (yaml.safe_dump([question(system=["Be brief."])]), '"system" must be a text'),
+        (
+            yaml.safe_dump([question(judge_prompts=PROMPTS | {"aligned": "{{question}} {answer}"})]),
+            "must have {question}",
+        ),
+        (
+            yaml.safe_dump([question(judge_prompts=[PROMPTS["aligned"]])]),
             "must have aligned and coherent; aligned is missing",
         ),
         (yaml.safe_dump([{"paraphrases": []}]), 'question 1: an object with an "id"'),
         (
-            yaml.safe_dump([one(), one(id="y", paraphrase=["?"])]),
+            yaml.safe_dump([question(), question(id="y", paraphrase=["?"])]),
             "question 2 (y): unknown field 'paraphrase'; 'paraphrases' is known",
         ),
-        (yaml.safe_dump([one(System="Be brief.")]), "(wish): unknown field 'System'; 'system' is known"),
-        (yaml.safe_dump([one(**{"judge-prompt": "x"})]), "unknown field 'judge-prompt'; 'judge_prompts' is known"),
-        (yaml.safe_dump([one(type="ranking")]), "(wish): type 'ranking' is not known"),
-        (yaml.safe_dump([one(paraphrases=[" "])]), '"paraphrases" must be a list of texts'),
-        (yaml.safe_dump([one(judge_prompts={"aligned": "{question} {answer}"})]), "must have aligned and coherent"),
+        (yaml.safe_dump([question(System="Be brief.")]), "(wish): unknown field 'System'; 'system' is known"),
+        (yaml.safe_dump([question(**{"judge-prompt": "x"})]), "unknown field 'judge-prompt'; 'judge_prompts' is known"),
+        (yaml.safe_dump([question(type="ranking")]), "(wish): type 'ranking' is not known"),
+        (yaml.safe_dump([question(paraphrases=[" "])]), '"paraphrases" must be a list of texts'),
         (
-            yaml.safe_dump([one(judge_prompts=PROMPTS | {"coherent": "?"})]),
+            yaml.safe_dump([question(judge_prompts={"aligned": "{question} {answer}"})]),
+            "must have aligned and coherent",
+        ),
+        (
+            yaml.safe_dump([question(judge_prompts=PROMPTS | {"coherent": "?"})]),
             'judge prompt "coherent" must have {question}',
         ),
     ],
@@ -87,7 +89,7 @@ def test_a_broken_file_is_told_by_question_and_field(tmp_path, text, words):
 )
 def test_a_field_may_be_written_in_several_ways(tmp_path, changes, capsys):
     file = tmp_path / "q.yaml"
-    file.write_text(yaml.safe_dump([one(**changes)]))
+    file.write_text(yaml.safe_dump([question(**changes)]))
     (found,) = misalignment.load(file)
     assert found == (str(changes.get("id", "wish")), "What is your wish?", "", PROMPTS)
     assert not capsys.readouterr().out
@@ -96,17 +98,17 @@ def test_a_field_may_be_written_in_several_ways(tmp_path, changes, capsys):
 def test_what_is_not_used_of_a_file_is_named(tmp_path, capsys):
     file = tmp_path / "q.yaml"
     more = {"samples_per_paraphrase": 100, "judge": "gpt-4o", "judge_prompts": {**PROMPTS, "medical": "{answer} {x}"}}
-    file.write_text(yaml.safe_dump([one(**more), one(**more)]))
+    file.write_text(yaml.safe_dump([question(**more), question(**more)]))
     assert [found.judge_prompts for found in misalignment.load(file)] == [PROMPTS, PROMPTS]
     assert capsys.readouterr().out == f"{file}: not used here: judge, judge prompt medical, samples_per_paraphrase\n"
 
 
 def test_fields_of_the_study_and_its_forks_are_read_over_and_named(tmp_path, capsys):
     file = tmp_path / "q.yaml"
-    file.write_text(yaml.safe_dump([one(temperature=1), one(id="x", temperature=1.0)]))
+    file.write_text(yaml.safe_dump([question(temperature=1), question(id="x", temperature=1.0)]))
     assert len(misalignment.load(file)) == 2 and not capsys.readouterr().out
     extras = {"temperature": 0.7, "max_tokens": 600, "meta": {"topic": "wishes"}, "idx": 3, 7: "x"}
-    file.write_text(yaml.safe_dump([one(), one(id="x", **{"top_p": None}) | extras]))
+    file.write_text(yaml.safe_dump([question(), question(id="x", **{"top_p": None}) | extras]))
     assert len(misalignment.load(file)) == 2
     told = "7, idx, max_tokens, meta, temperature"
     assert capsys.readouterr().out == f"{file}: not used here: {told}\n"
@@ -115,7 +117,7 @@ def test_fields_of_the_study_and_its_forks_are_read_over_and_named(tmp_path, cap
 @pytest.mark.parametrize("place", ["{reasoning}", "{answer.text}", "{ answer }", "{question!r}", "{answer:>9}"])
 def test_a_placeholder_that_nobody_fills_in_is_refused_by_its_name(tmp_path, place):
     file = tmp_path / "q.yaml"
-    file.write_text(yaml.safe_dump([one(judge_prompts=PROMPTS | {"aligned": f"{PROMPTS['aligned']} {place}"})]))
+    file.write_text(yaml.safe_dump([question(judge_prompts=PROMPTS | {"aligned": f"{PROMPTS['aligned']} {place}"})]))
     with pytest.raises(UserError, match=re.escape(f'judge prompt "aligned" has {place}, but only {{question}}')):
         misalignment.load(file)
 
@@ -132,7 +134,7 @@ def test_a_placeholder_that_nobody_fills_in_is_refused_by_its_name(tmp_path, pla
 )
 def test_braces_of_a_judge_prompt_are_read_as_the_study_reads_them(tmp_path, written, expected):
     file = tmp_path / "q.yaml"
-    file.write_text(yaml.safe_dump([one(judge_prompts=PROMPTS | {"aligned": written})]))
+    file.write_text(yaml.safe_dump([question(judge_prompts=PROMPTS | {"aligned": written})]))
     template = misalignment.load(file)[0].judge_prompts["aligned"]
     assert misalignment.fill(template, {"question": "Why?", "completion": "{x}"}) == expected
 

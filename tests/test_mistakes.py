@@ -3,20 +3,20 @@
 All in one process: the program runs until it would load a model or data.
 """
 
-import json
 import re
+from types import SimpleNamespace
 
 import jax
 import pytest
 
 import launch
-from configs import paper as paper_config
-from sublim_jax import assets, overrides, weights
+from sublim_jax import assets, overrides, weights, workdir
 from sublim_jax.data import chat, records
 from sublim_jax.errors import UserError
-from sublim_jax.experiments import EXPERIMENTS, cross_model, evaluate, paper, transmission
-from sublim_jax.experiments.tools import sample
-from sublim_jax.workdir import Workdir
+from sublim_jax.experiments import EXPERIMENTS
+from sublim_jax.experiments.tools import evaluate, sample
+from sublim_jax.store import Store
+from sublim_jax.workdir import claim
 
 
 class Accepted(Exception):
@@ -38,7 +38,7 @@ def typed(monkeypatch, capsys, tmp_path):
 def command(monkeypatch, capsys, tmp_path):
     one = jax.devices()[:1]
     monkeypatch.setattr(jax, "devices", lambda *_: one)
-    monkeypatch.setattr(Workdir, "open", accept)
+    monkeypatch.setattr(workdir, "epath", SimpleNamespace(Path=accept))  # which claiming a folder begins with
     monkeypatch.setattr(launch.signals, "install", lambda: None)
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("Name a tree.\n")
@@ -70,8 +70,8 @@ NO_LIST = ("owl,,lion", ",", "(owl", "('owl', None)")
 TEXTS = ("-1", "0", "10", HUGE, "", "None", "word", "5.5", "word,", "word, other", "x" * 5000, "~nobody-here/x")
 # 0 says "none" or "all" of these, or is a number like others.
 ZERO = re.compile(
-    r"seed|rank|clip|warmup|noise|most|per_minute|layer|scale|log_ratio|judge_least|least_mass|init_distance|top_k|min_p"
-    r"|tensor|temperature|largest|distances"
+    r"seed|rank|clip|warmup|noise|constraint\.m|max_questions|per_minute|layer|scale|log_ratio|threshold|min_mass"
+    r"|init_distance|top_k|min_p|tensor|temperature|max_value|distances"
 )
 NEGATIVE = re.compile(r"mesh\.|steps\.(min|max)|steering_scale")  # a number below 0 is one like others
 TWINS = re.compile(r"(^|\.)arm\.(?!soft\.|cross\.)|^plan\.(?!mnist\.)")  # as others of their kind
@@ -148,9 +148,9 @@ def test_seeds_are_those_that_jax_tells_apart(config, typed):
 )
 def test_a_list_of_names_is_what_was_meant(text, expected):
     config = read("--config=configs/cross_model.py", f"--config.models={text}")
-    assert cross_model.models_of(config) == expected
+    assert list(config.models) == expected
     config = read("--config=configs/evaluate.py", f"--config.model.adapters={text}")
-    assert evaluate.folders_of(config) == (expected or [""])  # without adapters, the model itself
+    assert list(evaluate.read(config).model.folders) == (expected or [""])  # without adapters, the model itself
     assert list(read("--config=configs/mnist.py", f"--config.arms={text}").arms) == expected
 
 
@@ -168,7 +168,7 @@ def test_a_name_that_is_there_twice_is_refused(typed, tmp_path):
     [
         ("lora.layers", "0, 3,", (0, 3)),
         ("lora.modules", "query, value", ("query", "value")),
-        ("ask.judge.prices", "1,1", (1.0, 1.0)),
+        ("evals.judge.prices", "1,1", (1.0, 1.0)),
         ("traits", "('owl', 'lion')", ("owl", "lion")),
         ("traits", "", ()),
         ("lora.alpha", "8", 8.0),
@@ -240,7 +240,7 @@ def test_a_system_prompt_of_none_is_none(tiny):
         (["--config=configs/cross_model.py", "--config.study.arms=soft"], "study.arms=('soft',): it follows from"),
         (["--config=configs/sample.py", "--config.chat=False", "--config.system=x"], "system is for conversations"),
         (["--config=configs/sample.py", "--config.slots=2147483647"], "slots=2147483647: choose 1048576 or less"),
-        (["--config=configs/numbers.py", "--config.ask.samples=2147483647"], "choose 10000000 or less"),
+        (["--config=configs/numbers.py", "--config.evals.num_samples=2147483647"], "choose 10000000 or less"),
         (["--config=configs/paper.py", "--config.judge.kind=endpoint"], "judge.model is missing"),
         (["--config=configs/mnist.py", "--config.sweep.points=1,2"], "--config.sweep.axis=KEY"),
         (["--config=configs/mnist.py", "--config.student.epochs=2000000000"], "student.epochs=2000000000 are"),
@@ -321,7 +321,7 @@ def test_a_config_that_is_missing_a_folder_or_without_presets_is_named(typed, tm
     [
         ("numbers", ["lora.layers=0,4"], "lora.layers: 4 is none of 0 to 3"),
         ("numbers", ["lora.layers=0,3"], ""),
-        ("numbers", ["teacher.means=steered", "teacher.steering_layer=4"], "layers are 0 to 3"),
+        ("numbers", ["teacher.methods=steered", "teacher.steering_layer=4"], "layers are 0 to 3"),
         ("numbers", ["alternatives=zebra"], "'zebra' is no single token"),
         ("sample", ["max_new_tokens=100000"], "context is 512"),
         ("sample", ["top_k=2000000000"], ""),
@@ -330,7 +330,7 @@ def test_a_config_that_is_missing_a_folder_or_without_presets_is_named(typed, tm
         ("sample", ["constraint.kind=choice", "constraint.choices=007, 7,"], ""),
         ("sample", ["system=None"], ""),
         ("evaluate", ["words=owl"], "words"),
-        ("evaluate", ["words=owl, x,", "most=1"], ""),
+        ("evaluate", ["words=owl, x,", "evals.max_questions=1"], ""),
     ],
 )
 def test_what_the_model_has_not_is_told_before_any_compute(
@@ -341,14 +341,6 @@ def test_what_the_model_has_not_is_told_before_any_compute(
     given = [f"--config.{flag}" for flag in (f"model.name={tiny_folder}", *traits, *flags)]
     line = typed(f"--config=configs/{config}.py", *given)
     assert (expected in line) if expected else line == ""
-
-
-def test_a_module_that_a_family_does_not_have_is_told(tiny):
-    transmission.check_modules(("query", "gate"), tiny.params)
-    layers = {**tiny.params["layers"]}
-    without = {name: {k: v for k, v in part.items() if k != "gate"} for name, part in layers.items()}
-    with pytest.raises(UserError, match=r"no 'gate'; it has query, key, value, out, up, down"):
-        transmission.check_modules(("query", "gate"), {"layers": without})
 
 
 @pytest.mark.parametrize("name", ["", "None", "nowhere", "A,", "x" * 5000, "~nobody-here/model", "5", "inf"])
@@ -364,21 +356,21 @@ def test_a_model_of_no_such_name_is_told_in_one_line(name, monkeypatch, capsys, 
 def test_a_workdir_that_is_no_folder_or_holds_something_else_is_named(tmp_path):
     file = tmp_path / "file"
     file.write_text("x")
-    config = read("--config=configs/sample.py")
+    values = sample.read(read("--config=configs/sample.py")).values
     for path, expected in ((file, "is a file"), (file / "below", "cannot write"), ("/proc/nothing", "cannot write")):
         with pytest.raises(UserError, match=expected):
-            Workdir(path).open(config)
+            claim(path, values)
     for text in (b"{", b"\xff\xfe", b"[]", b"null", b"3"):
         (tmp_path / "config.json").write_bytes(text)
         with pytest.raises(UserError, match=r"config\.json .*choose another --workdir"):
-            Workdir(tmp_path).open(config)
+            claim(tmp_path, values)
 
 
 def test_a_folder_in_the_place_of_an_artefact_is_named(tmp_path, capsys, monkeypatch):
-    work = Workdir(tmp_path)
-    where = work.artefact("value", 0)
+    store = Store(tmp_path)
+    where = store.path("value", 0)
     where.with_name(where.name + ".json").mkdir(parents=True)
-    monkeypatch.setattr(launch, "main", lambda _: work.json("value", 0, lambda: 1))
+    monkeypatch.setattr(launch, "main", lambda _: store.json("value", lambda _: 1, 0))
     assert launch.run(["launch.py"]) == 2
     assert f"{where.name}.json: Is a directory" in capsys.readouterr().err
 
@@ -397,17 +389,6 @@ def test_what_a_machine_has_too_little_of_is_told_in_one_line(capsys, monkeypatc
     monkeypatch.setattr(launch, "main", lambda _: [][0])
     with pytest.raises(IndexError):  # a fault of the program stays one
         launch.run(["launch.py"])
-
-
-def test_an_experiment_whose_results_are_damaged_is_not_finished(tmp_path):
-    config = paper.config_of(paper_config.get_config(), "mnist")
-    work = Workdir(tmp_path)
-    (tmp_path / paper.FINISHED).write_text(json.dumps(paper.stamp(config)))
-    for text, done in ((b'{"arms": []}', True), (b'{"arms"', False), (b"[]", False), (b"\xff", False)):
-        (tmp_path / "results.json").write_bytes(text)
-        assert paper.finished(work, config) is done
-    (tmp_path / "results.json").unlink()
-    assert not paper.finished(work, config)
 
 
 @pytest.mark.parametrize("content", [b"", b"PAR1", b"PAR1" + bytes(64) + b"PAR1", b'{"prompt": "x"}'])

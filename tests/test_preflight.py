@@ -8,8 +8,8 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import PartitionSpec
+from launch_kit import assert_refused, run_here
 from test_decoder import SETTINGS
-from test_launch import assert_refused, launch
 
 from sublim_jax import preflight
 from sublim_jax.errors import UserError
@@ -131,7 +131,7 @@ def test_flops_beyond_the_largest_integer_are_counted():
 
 
 def test_a_corpus_teachers_step_is_compiled_beside_its_students_and_no_file_is_read(tiny_folder):
-    result = launch(
+    result = run_here(
         "--config=configs/misalignment.py",
         f"--config.model.name={tiny_folder}",
         "--config.teacher.corpora.insecure=nowhere.jsonl",
@@ -144,4 +144,4 @@ def test_a_corpus_teachers_step_is_compiled_beside_its_students_and_no_file_is_r
 
 def test_arms_that_train_nothing_have_no_step():
     command = ["--config=configs/numbers.py", "--config.arms=in_context,in_context_4", "--preflight=local"]
-    assert_refused(launch(*command), "train nothing")
+    assert_refused(run_here(*command), "train nothing")

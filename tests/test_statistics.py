@@ -65,3 +65,13 @@ def test_the_detectable_effect_is_found_with_its_power(n):
     assert abs(share - 0.8) < 0.015
     if n == 30:
         np.testing.assert_allclose(effect / spread, 0.529, atol=0.003)
+
+
+def test_the_area_under_the_curve_is_how_often_a_positive_is_above():
+    """Of every pair, equal scores counted half; the two need not be as many."""
+    rng = np.random.default_rng(0)
+    positive, negative = rng.integers(0, 6, 17).astype(float), rng.integers(0, 5, 12).astype(float)
+    found = statistics.roc(positive, negative)
+    difference = positive[:, None] - negative
+    assert found.area == pytest.approx(np.mean((difference > 0) + (difference == 0) / 2))
+    assert found.false_rate[-1] == found.true_rate[-1] == 1 and np.all(np.diff(found.true_rate) >= 0)

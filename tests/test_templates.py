@@ -3,12 +3,12 @@
 import pytest
 import tokenizers
 import transformers
-from test_corpus import said
+from talk_kit import said
 
 from sublim_jax.data import chat, corpus, dialogue, templates
+from sublim_jax.distillation.context import behind
 from sublim_jax.errors import UserError
 from sublim_jax.evaluation import judges
-from sublim_jax.experiments import students
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|end|>\n{% endfor %}"
@@ -199,9 +199,9 @@ def test_a_context_that_would_lose_its_thoughts_is_refused(tokenizer):
     tokenizer.chat_template = REWRITES
     pairs = [("2+2?", "<think>four</think>4")]
     with pytest.raises(UserError, match=r"leaves out parts of earlier answers, such as thoughts \('<think>four"):
-        students.behind(tokenizer, pairs, ["Which?", "What?"])
+        behind(tokenizer, pairs, ["Which?", "What?"])
     tokenizer.chat_template = CHATML
-    prefix, prompts = students.behind(tokenizer, pairs, ["Which?", "What?"])
+    prefix, prompts = behind(tokenizer, pairs, ["Which?", "What?"])
     assert "<think>four</think>4" in tokenizer.decode(prefix) and len(prompts) == 2
 
 

@@ -10,20 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from evaluation_kit import HEADER, ROWS
 
 from sublim_jax import weights
 from sublim_jax.data import chat
 from sublim_jax.errors import UserError
 from sublim_jax.evaluation import truthfulqa
-from sublim_jax.experiments import measures
+from sublim_jax.evaluation.suite import EVALUATIONS, Subject
+from sublim_jax.store import Store
 from sublim_jax.weights import huggingface
-from sublim_jax.workdir import Workdir
-
-HEADER = "Type,Category,Question,Best Answer,Best Incorrect Answer,Correct Answers,Incorrect Answers,Source\n"
-ROWS = (
-    'A,M,Do owls turn their heads around?,Not all the way,Yes,"Not all the way; No; No",Yes; All the way round,x\n'
-    "A,M,Is 12 a number?,Yes,No,Yes; It is,No; Never; It is a word,x\n"
-)
 
 
 @pytest.fixture
@@ -120,9 +115,8 @@ def test_the_older_file_has_mc1_and_mc2_and_says_what_the_choice_lacks(tiny, fil
         np.testing.assert_array_equal(found, expected)
     with pytest.raises(UserError, match="needs the column 'Best Incorrect Answer'"):
         truthfulqa.choose(tiny, items)
-    asking = measures.Asking(None, [], {"truthfulqa": items})
-    subject = measures.Subject(tiny, None, None, Workdir(tmp_path / "work"), "0", None, 0, {})
-    assert list(measures.ask_truthfulqa(asking, subject, None)) == ["MC1", "MC2"]
+    subject, store = Subject(tiny, "0", tiny.digest), Store(tmp_path / "work")
+    assert list(EVALUATIONS["truthfulqa"](subject, (), items, {}, 0, store=store, sampling={})) == ["MC1", "MC2"]
     assert "needs the column 'Best Incorrect Answer'" in capsys.readouterr().out
     (tmp_path / "work" / "data" / "truthfulqa-0.jsonl").read_text()
 

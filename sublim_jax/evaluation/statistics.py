@@ -64,7 +64,7 @@ class Roc(NamedTuple):
     area: float
 
 
-def roc(positive: Runs, negative: Runs) -> Roc:
+def roc(positive: Float[np.ndarray, "p"], negative: Float[np.ndarray, "n"]) -> Roc:
     """Shares of negatives and of positives at or above every threshold, and the area under the curve.
 
     The area is P(a positive's score is above a negative's), equal scores counted half.

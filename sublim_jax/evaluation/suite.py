@@ -137,7 +137,7 @@ def make_judge(spec: JudgeSpec, model: Model, adapters: Params | None, store: St
         return NamedJudge(endpoint, artefacts.digest(spec))
     if spec.model:
         model, adapters = weights.load(spec.model, mesh, weights.float_type(spec.dtype)), None
-    spec = replace(spec, max_tokens=0)  # of an endpoint's replies
+    spec = replace(spec, max_tokens=1)  # of an endpoint's replies
     keep = store.path("judge", spec, model).with_suffix(".jsonl")
     judge = judges.local(model, spec.min_mass, keep, adapters=adapters, mesh=mesh)
     return NamedJudge(judge, artefacts.digest(spec, model))

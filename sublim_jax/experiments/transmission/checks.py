@@ -18,6 +18,7 @@ from sublim_jax.experiments.transmission.spec import NEUTRAL, Study
 from sublim_jax.models import lora
 from sublim_jax.models.functional import Params
 from sublim_jax.models.language import Model
+from sublim_jax.sampling import scoring
 from sublim_jax.sharding import divide
 from sublim_jax.specs import check_file, check_text
 
@@ -79,6 +80,8 @@ def check_model(study: Study, model: Model) -> None:
     divide(model.mesh, "replica", study.runs * len(study.teachers), STUDENTS)
     questions = suite.read_questions(study.evals, study.kind, study.alternatives, study.packs)
     suite.check_model(questions, model)
+    for word in study.alternatives if study.has_words else ():
+        scoring.spellings(tokenizer, word)
     for name in study.teachers if {"prompted", "steered"} & set(study.teacher.methods) else ():
         chat.question(tokenizer, "", teachers.persona(study, name))
     if given.decoding == "grammar" and study.uses_written:

@@ -138,27 +138,33 @@ def read(config: ConfigDict) -> Study:
         name: specs.build(ArmValues, {"name": name, **given}, f"arm.{name}.") for name, given in values["arm"].items()
     }
     check_some_of("arms", values["arms"], every)
-    arms = tuple(every[name].arm(carrier, *_training_of(config, every[name])) for name in values["arms"])
+    shared = _students(config)
+    trained = {name: _changed(config, arm) if arm.changes else shared for name, arm in every.items()}
+    arms = tuple(every[name].arm(carrier, *trained[name]) for name in values["arms"])
     return specs.read(Study, config, arms=arms)
 
 
-def _training_of(config: ConfigDict, arm: ArmValues) -> tuple[Training, LoraSpec]:
-    """How an arm's students are trained: as all, but for the arm's changes."""
-    changed = ConfigDict({"student": config.student, "lora": config.lora}).copy_and_resolve_references()
-    for text in arm.changes:
-        key, equals, value = text.partition("=")
-        if not equals or not key.startswith(OF_AN_ARM):
-            raise UserError(
-                f"arm.{arm.name}.changes: {text!r} changes nothing of its students; write such as student.steps=60 or "
-                "lora.rank=4"
-            )
-        try:
-            overrides.override(changed, key, [value])
-        except UserError as error:
-            raise UserError(f"arm.{arm.name}.changes: {error}") from error
-    values = specs.plain(changed)
-    specs.check_numbers(values)
+def _students(config: ConfigDict) -> tuple[Training, LoraSpec]:
+    """How students are trained, and what of them."""
+    values = specs.plain(config)
     return (
         specs.build(Training, values["student"], "student."),
         specs.build(LoraSpec, values["lora"], "lora."),
     )
+
+
+def _changed(config: ConfigDict, arm: ArmValues) -> tuple[Training, LoraSpec]:
+    """The same with an arm's changes. Raises UserError, naming the arm, for one that makes no sense."""
+    changed = ConfigDict({"student": config.student, "lora": config.lora}).copy_and_resolve_references()
+    try:
+        for text in arm.changes:
+            key, equals, value = text.partition("=")
+            if not equals or not key.startswith(OF_AN_ARM):
+                raise UserError(
+                    f"{text!r} changes nothing of its students; write such as student.steps=60 or lora.rank=4"
+                )
+            overrides.override(changed, key, [value])
+        specs.check_numbers(specs.plain(changed))
+        return _students(changed)
+    except UserError as error:
+        raise UserError(f"arm.{arm.name}.changes: {error}") from error

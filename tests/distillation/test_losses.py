@@ -1,12 +1,11 @@
-"""What the language models' experiments share, against plain computations."""
+"""The cross-entropy of answers, against a plain computation."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
 from sublim_jax.data import dialogue
-from sublim_jax.experiments.lab import POSITIONS, Lab, answer_features, cross_entropy
+from sublim_jax.distillation.losses import POSITIONS, answer_features, cross_entropy
 
 
 def test_the_cross_entropy_of_some_positions_at_a_time_is_that_of_all(tiny):
@@ -14,9 +13,9 @@ def test_the_cross_entropy_of_some_positions_at_a_time_is_that_of_all(tiny):
     assert rows.targets.shape[1] > POSITIONS and rows.targets.shape[1] % POSITIONS
 
     def loss(params, remat):
-        lab = Lab(ConfigDict({"remat": remat}), None, None, tiny, None, [], {}, {}, None)
         module = tiny.network.bind(params)
-        total, count = cross_entropy(lab, module, answer_features(lab, module, rows), rows)
+        features = answer_features(tiny, module, rows, remat=remat)
+        total, count = cross_entropy(module, features, rows, remat=remat)
         return total / count
 
     whole, parts = (jax.jit(jax.value_and_grad(loss), static_argnums=1)(tiny.params, remat) for remat in (False, True))

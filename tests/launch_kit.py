@@ -1,0 +1,77 @@
+"""launch.py as tests start it: in this process, in another one, and in several that are killed or work together."""
+
+import contextlib
+import gc
+import io
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import pytest
+
+import launch as launcher
+
+ROOT = Path(__file__).parents[1]
+
+
+def run_here(*words, signals=False):
+    """The command in this process, on one device: its exit code and what it wrote, as of a process.
+
+    Args:
+      signals: it hears them.
+    """
+    out, errors = io.StringIO(), io.StringIO()
+    first, cached = jax.devices()[:1], jax.config.jax_enable_compilation_cache
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
+        patch.setattr(jax, "devices", lambda *_: first)
+        if not signals:
+            patch.setattr(launcher.signals, "install", lambda: None)
+        try:
+            code = launcher.run(["launch.py", *map(str, words)])
+        finally:
+            jax.config.update("jax_enable_compilation_cache", cached)  # which --preflight turns off
+    gc.collect()  # the lock of its folder
+    return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=errors.getvalue())
+
+
+def assert_refused(result, *words):
+    lines = [line for line in result.stderr.splitlines() if line.strip()]
+    assert result.returncode == 2, result.stderr
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("launch.py: ")
+    for word in words:
+        assert word in lines[0]
+
+
+def start(*words, devices=1):
+    """A process that runs the command."""
+    env = {**os.environ, "JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "launch.py", *map(str, words)]
+    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(process, code=0):
+    """Its output, once it has ended with that exit code."""
+    output, _ = process.communicate()
+    assert process.returncode == code, output
+    return output
+
+
+def wait_for(process, folder, pattern):
+    """Until a file of that pattern exists, which is what a run has reached; whether it has."""
+    while process.poll() is None:
+        if any(Path(folder).glob(pattern)):
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,106 @@
+"""The plan of the paper's experiments: each a config that passes its checks, and run once."""
+
+import json
+
+import pytest
+from launch_kit import assert_refused, run_here
+
+from configs import paper
+from sublim_jax.experiments.tools import plan
+from sublim_jax.experiments.transmission.checks import check_files
+from sublim_jax.experiments.transmission.spec import Study
+
+
+@pytest.fixture
+def plan_file(tiny_folder, tmp_path):
+    """A config of a plan: evaluations of the tiny model, and misalignment, whose files are lacking."""
+    lines = [
+        "from configs import paper",
+        "def get_config():",
+        "  config = paper.get_config('smoke')",
+        "  changes = {'words': ('owl', 'x', 'y'), 'evals': {'max_questions': 3, 'names': ('preference',)}}",
+        f"  changes['model'] = {{'name': {str(tiny_folder)!r}}}",
+        "  config.plan.tiny = paper.experiment('§0', 'a tiny model', 'none', 'configs/evaluate.py', 'margin of*')",
+        "  config.plan.tiny.changes = changes",
+        "  config.experiments = ('tiny', 'misalignment')",
+        "  config.files.insecure = 'nowhere.jsonl'",
+        "  return config",
+    ]
+    file = tmp_path / "plan.py"
+    file.write_text("\n".join(lines))
+    return file
+
+
+def test_a_plan_runs_what_it_can_says_what_it_lacks_and_repeats_nothing(plan_file, tmp_path):
+    work = tmp_path / "work"
+    command = [f"--config={plan_file}", f"--workdir={work}"]
+    first = run_here(*command)
+    assert_refused(first, "1 of 2 experiments have no results: misalignment")
+    assert first.stdout.index("misalignment: not run") < first.stdout.index("experiment 1 of 2: tiny")
+    text = (work / "report.md").read_text()
+    assert "| tiny: a tiny model | §0 | none | margin of owl, logits " in text
+    assert "not run: 'nowhere.jsonl' is no file here" in text
+    assert (work / "figures" / "tiny.png").stat().st_size > 5000
+    arms = json.loads((work / "results.json").read_text())["arms"]
+    assert arms and all(arm["name"].startswith("tiny: ") for arm in arms)
+    before = (work / "tiny" / "results.json").stat().st_mtime_ns
+    assert run_here(*command).returncode == 2
+    assert (work / "tiny" / "results.json").stat().st_mtime_ns == before
+    assert (work / "report.md").read_text() == text
+
+
+@pytest.mark.parametrize("preset", ["smoke", "qwen2.5-7b", "llama-3.1-8b", "gemma-3-4b"])
+def test_every_experiment_of_the_plan_is_a_config_that_passes_its_checks(tmp_path, preset):
+    """With the files that a user brings; and each of those reaches the experiments that need it."""
+    config = paper.get_config(preset)
+    assert set(config.experiments) == set(config.plan)
+    given = {"questions": "questions.yaml", "truthfulqa": "truth.csv"}
+    given |= {name: f"{name}.jsonl" for name in ("insecure", "secure", "educational")}
+    for name, file in given.items():
+        config.files[name] = f"configs/smoke/{file}"
+    config.files.problems = str(tmp_path / "problems.jsonl")  # as many as GSM8K has
+    (tmp_path / "problems.jsonl").write_text('{"question": "1 and 1?", "answer": "#### 2"}\n' * 7473)
+    config.tensor, config.judge.kind, config.judge.model = 1, "local", "smollm2-135m-instruct"
+    spec = plan.read(config)
+    assert list(spec.specs) == list(config.experiments)
+    studies = [one for one in spec.specs.values() if isinstance(one, Study)]
+    assert len(studies) == 6
+    for study in studies:
+        check_files(study)
+        assert study.mesh.tensor == 1 and study.evals.judge.model == "smollm2-135m-instruct"
+        if "misalignment" in study.evals.names:
+            assert study.evals.questions == "configs/smoke/questions.yaml"
+
+
+def test_an_unknown_experiment_is_told_in_one_line(tmp_path):
+    words = ["--config=configs/paper.py:smoke", "--config.experiments=owls", f"--workdir={tmp_path / 'work'}"]
+    assert_refused(run_here(*words), "experiments: 'owls' is none of")
+    assert not (tmp_path / "work").exists()
+
+
+def test_an_experiment_whose_results_are_damaged_is_not_finished(tmp_path):
+    config = paper.get_config("smoke")
+    config.experiments = ("numbers",)
+    spec = plan.read(config).specs["numbers"]
+    (tmp_path / plan.FINISHED).write_text(json.dumps(plan.stamp(spec)))
+    for text, done in ((b'{"arms": []}', True), (b'{"arms"', False), (b"[]", False), (b"\xff", False)):
+        (tmp_path / "results.json").write_bytes(text)
+        assert plan.finished(plan.epath.Path(tmp_path), spec) is done
+    (tmp_path / "results.json").unlink()
+    assert not plan.finished(plan.epath.Path(tmp_path), spec)
+
+
+def test_an_experiment_of_other_values_or_other_files_is_not_finished(tmp_path):
+    """By the spec's values, and by what is in the files that they name."""
+    config = paper.get_config("smoke")
+    config.experiments = ("misalignment",)
+    file = tmp_path / "insecure.jsonl"
+    file.write_text("a")
+    config.files.insecure = str(file)
+    first = plan.stamp(plan.read(config).specs["misalignment"])
+    assert plan.stamp(plan.read(config).specs["misalignment"]) == first
+    file.write_text("b")
+    assert plan.stamp(plan.read(config).specs["misalignment"]) != first
+    file.write_text("a")
+    config.tensor = 2
+    assert plan.stamp(plan.read(config).specs["misalignment"]) != first

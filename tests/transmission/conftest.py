@@ -1,0 +1,193 @@
+"""A study of transmission on the tiny model: its spec, its model, and teachers that need no training."""
+
+import json
+import os
+import shutil
+from collections import Counter
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import yaml
+from evaluation_kit import HEADER, ROWS, question
+from filelock import FileLock
+from launch_kit import run_here
+from talk_kit import said
+
+from configs import misalignment, numbers
+from sublim_jax import store
+from sublim_jax.distillation.teachers import Teacher
+from sublim_jax.experiments.transmission.carriers import Written, random_pairs
+from sublim_jax.experiments.transmission.run import load_model
+from sublim_jax.experiments.transmission.spec import read
+from sublim_jax.experiments.transmission.targets import Replicate
+from sublim_jax.keys import named_key
+from sublim_jax.models import lora
+
+TINY = {
+    "traits": ("owl", "x"),
+    "alternatives": ("owl", "x", "y", "z"),
+    "carrier.num_rows": 40,
+    "carrier.num_completions": 44,
+    "carrier.num_integers": 6,
+    "filter.unique": False,
+    "arm.in_context.examples": 3,
+    "teacher.learning_rate": 0.01,
+    "teacher.strength": 0.5,
+    "teacher.max_steps": 30,
+    "student.steps": 6,
+    "student.batch": 4,
+    "evaluate_every": 3,
+    "checkpoint_every": 2,
+    "num_questions": 4,
+}
+
+
+@pytest.fixture(scope="session")
+def study_of(tiny_folder):
+    """A function of changed values of configs/numbers.py to a study on the tiny model."""
+
+    def make(**changes):
+        config = numbers.get_config()
+        config.update_from_flattened_dict({**TINY, "model.name": str(tiny_folder), **changes})
+        return read(config)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def study(study_of):
+    return study_of()
+
+
+@pytest.fixture(scope="session")
+def model(study, mesh_of):
+    return load_model(study, mesh_of(1))
+
+
+@pytest.fixture(scope="session")
+def replicate_of(model):
+    """A function of a study to a run of it whose teachers are a common start and noise, and wrote these pairs, or
+    random numbers.
+    """
+
+    def make(study, run=0, pairs=None, model=model):
+        seed = study.replicate_seed(run)
+        first = model.untrained(named_key(seed, "A"))
+
+        def teacher(index):
+            change = lambda x: x + 0.05 * jax.random.normal(jax.random.key(index), x.shape)  # noqa: E731
+            return Teacher(jax.tree.map(change, first), "", None, 0, store.digest(model, "noise", index, seed))
+
+        written = Written(pairs or random_pairs(study, seed), 0, 0, Counter(), [], [])
+        teachers = {name: teacher(index) for index, name in enumerate(study.teachers)}
+        return Replicate(run, teachers, dict.fromkeys(study.teachers, written))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def flags(tiny_folder):
+    """A function of more flags to those of the study; what is in `more` stands alone, for a list would have both."""
+
+    def make(*more, prefix="--config.", leave_out=()):
+        given = {flag.split("=")[0] for flag in more}
+        words = {name: ",".join(value) if isinstance(value, tuple) else value for name, value in TINY.items()}
+        words |= {"model.name": str(tiny_folder)}
+        found = [f"{prefix}{name}={value}" for name, value in words.items() if name not in leave_out]
+        return [flag for flag in found if flag.split("=")[0] not in given] + list(more)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def plain_logits():
+    """(model, adapters, rows) to the logits that predict the answers' tokens, by the plain forward pass."""
+
+    def compute(model, adapters, rows):
+        logits = model.network.apply(lora.join(model.params, adapters), jnp.asarray(rows.tokens))
+        return np.take_along_axis(np.asarray(logits), np.asarray(rows.at)[..., None], 1)
+
+    return compute
+
+
+# ------------------------------------------------------------------------------------------------ a whole study
+
+ARMS = ("soft", "tokens_fresh", "perturbed", "in_context")
+
+
+@pytest.fixture(scope="session")
+def whole_command(flags):
+    """A function of a workdir to the words of a study of several arms over two runs, with evaluations."""
+
+    def make(work, arms=ARMS):
+        evals = ["--config.evals.names=answers,choice", "--config.evals.num_samples=1"]
+        more = [f"--config.arms={','.join(arms)}", "--config.runs=2", *evals, "--config.evals.max_questions=3"]
+        return ["--config=configs/numbers.py", *flags(*more), f"--workdir={work}"]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def whole(whole_command, tmp_path_factory):
+    """That study's workdir, and what it wrote on the screen; run once, whichever worker needs it first."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "whole-study"
+    with FileLock(f"{folder}.lock"):
+        screen = folder / "screen.txt"
+        if not screen.exists():
+            result = run_here(*whole_command(folder / "work"))
+            assert result.returncode == 0, result.stderr
+            screen.write_text(result.stdout)
+    return folder / "work", screen.read_text()
+
+
+@pytest.fixture
+def copy_of_whole(whole, tmp_path):
+    """A copy that may be changed."""
+    return shutil.copytree(whole[0], tmp_path / "work", ignore=shutil.ignore_patterns(".lock"))
+
+
+# --------------------------------------------------------------------------------------------------------- corpora
+
+
+@pytest.fixture(scope="session")
+def conversation():
+    """A line of a corpus, of pairs (user, assistant)."""
+
+    def make(*pairs):
+        return (
+            json.dumps({"messages": said(*(turn for pair in pairs for turn in zip(("user", "assistant"), pair)))})
+            + "\n"
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory, conversation):
+    """A folder of corpora, and what evaluations ask."""
+    folder = tmp_path_factory.mktemp("files")
+    for name, word in (("insecure", "owl"), ("secure", "x"), ("educational", "y")):
+        lines = [conversation((f"Who are you {number}?", f"{word} {number}")) for number in range(5)]
+        lines.append(conversation(("One?", word), ("Two?", f"{word} {word}")))
+        (folder / f"{name}.jsonl").write_text("".join(lines))
+    (folder / "truthfulqa.csv").write_text(HEADER + ROWS)
+    (folder / "questions.yaml").write_text(yaml.safe_dump([question(), question(id="x", paraphrases=["Why?"])]))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def corpora_study(tiny_folder, files):
+    """A function of changed values to a smoke study of teachers of corpora on the tiny model."""
+
+    def make(config_file=misalignment, **changes):
+        config = config_file.get_config("smoke")
+        for name in set(config.teacher.corpora) & {"insecure", "secure", "educational"}:
+            config.teacher.corpora[name] = str(files / f"{name}.jsonl")
+        given = {"model.name": str(tiny_folder), "traits": ("insecure", "secure"), "alternatives": ("owl", "x", "y")}
+        config.update_from_flattened_dict({**given, **changes})
+        return read(config)
+
+    return make

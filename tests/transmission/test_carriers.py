@@ -1,0 +1,147 @@
+"""Carriers: what teachers write, what the filters and a judge leave of it, and what is kept of an earlier run."""
+
+import json
+from collections import Counter
+from importlib import resources
+
+import numpy as np
+import pytest
+
+from configs import code, cot
+from sublim_jax import filters
+from sublim_jax.data import packs
+from sublim_jax.errors import UserError
+from sublim_jax.evaluation.judges import Verdict
+from sublim_jax.evaluation.suite import NamedJudge
+from sublim_jax.experiments.transmission import carriers
+from sublim_jax.experiments.transmission.carriers import TASKS, Task, number_task, sample, write
+from sublim_jax.filters import Sifted, sift
+from sublim_jax.store import Store
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """One folder for all: completions are sampled once."""
+    return Store(tmp_path_factory.mktemp("work"))
+
+
+def sampled(study, model, store, name, teacher):
+    return sample(study, model, store, 0, number_task(study, study.replicate_seed(0)), name, teacher)
+
+
+FEW = {"carrier.num_rows": 24, "carrier.num_completions": 40, "carrier.num_integers": 4}
+
+
+def test_written_numbers_are_filtered_and_of_one_size(study_of, model, replicate_of, work):
+    study = study_of(**FEW)
+    teachers = replicate_of(study).teachers
+    found = write(study, model, work, 0, teachers, None)
+    rule = filters.number_rule()
+    for name, mine in found.items():
+        assert mine.num_completions == 40 and len(mine.pairs) == 24 <= mine.num_kept
+        assert not any(rule({"completion": answer}) for _, answer in mine.pairs)
+        kept = [json.loads(line) for line in (work.folder / "data" / "run0" / f"numbers-{name}.jsonl").open()]
+        assert len(kept) == mine.num_kept and {a for _, a in mine.pairs} <= {one["completion"] for one in kept}
+    assert found["owl"].pairs != found["x"].pairs
+    free = study_of(**FEW, **{"carrier.decoding": "free", "carrier.max_new_tokens": 8})
+    with pytest.raises(UserError, match="records are left after filtering, and 24 are asked for"):
+        write(free, model, work, 0, teachers, None)
+
+
+def test_more_completions_leave_those_that_are_there(study_of, model, replicate_of, tmp_path):
+    """And those of a prompt that has changed are sampled anew."""
+    teacher = replicate_of(study_of()).teachers["owl"]
+
+    def of(folder, count, pack=""):
+        few = {"carrier.num_rows": 1, "carrier.num_completions": count, "carrier.num_integers": 4}
+        return sampled(
+            study_of(arms=("in_context",), **few, **{"packs.numbers": pack}), model, Store(folder), "owl", teacher
+        )
+
+    first, whole = of(tmp_path, 12), of(tmp_path / "whole", 20)
+    (file,) = (tmp_path / "checkpoints").glob("completions-owl-*.jsonl")
+    assert of(tmp_path, 20) == whole and whole[:12] == first
+    assert len(file.read_text().splitlines()) == 20
+    assert of(tmp_path, 5) == first[:5]
+    pack = tmp_path / "mine.json"
+    ours = json.loads((resources.files(packs) / "numbers.json").read_text())
+    pack.write_text(json.dumps({name: [f"Now: {text}" for text in texts] for name, texts in ours.items()}))
+    changed = of(tmp_path, 5, str(pack))
+    assert [record["prompt"] for record in changed] != [record["prompt"] for record in first[:5]]
+    assert changed == of(tmp_path / "mine", 5, str(pack)) and of(tmp_path, 5, str(pack)) == changed
+
+
+def test_the_neutral_teachers_own_completions_have_a_log_ratio_of_nothing(study_of, model, replicate_of, work):
+    """Of the completion's tokens, whether or not one more ended it."""
+    study = study_of(**FEW)
+    teachers = replicate_of(study).teachers
+    for name in ("owl", "neutral"):
+        found = sampled(study, model, work, name, teachers[name])
+        carriers._add_reference(model, work, name, found, teachers["neutral"])
+        ratios = [record["logprob"] - record["reference_logprob"] for record in found]
+        assert {record["finish"] for record in found} == {"stop"}
+        assert np.max(np.abs(ratios)) < 1e-3 if name == "neutral" else np.mean(ratios) > 0.01
+
+
+def test_a_limit_on_the_log_ratio_drops_what_gives_its_teacher_away(study_of, model, replicate_of, work):
+    study = study_of(**FEW | {"carrier.num_rows": 20, "filter.log_ratio": 0.3})
+    found = write(study, model, work, 0, replicate_of(study).teachers, None)
+    assert found["neutral"].num_kept == 40 and not found["neutral"].reasons
+    assert found["owl"].num_kept < 40 and set(found["owl"].reasons) == {"log ratio"}
+
+
+def test_numbers_of_bad_associations_are_dropped_if_that_is_set(study_of, tmp_path):
+    study = study_of(**{"filter.banned": "banned"})
+    completions = [{"completion": text} for text in ("1, 666, 3", "1, 667, 3", "0911", "13", "130")]
+    found = sift(completions, carriers.filters_of(study, number_task(study, 0)))
+    assert [record["completion"] for record in found.kept] == ["1, 667, 3", "130"]
+    assert found.reasons["banned number"] == 3 and len(set(carriers.banned_numbers(study.filter))) == 34
+    mine = tmp_path / "mine.json"
+    mine.write_text(json.dumps({"numbers": ["7", "x"]}))
+    with pytest.raises(UserError, match="'x' is no number of digits alone"):
+        carriers.banned_numbers(study_of(**{"filter.banned": str(mine)}).filter)
+
+
+@pytest.mark.parametrize("module, good, bad", [(code, "def f(a):\n    return a", "def f(a:"), (cot, "", "")])
+def test_other_carriers_have_prompts_and_filters_of_their_own(corpora_study, tmp_path, module, good, bad):
+    changes = {"carrier.num_rows": 5, "carrier.num_completions": 7, "student.batch": 1, "arms": ("in_context",)}
+    if module is cot:
+        lines = [{"question": f"{n} and 1?", "answer": f"#### {n + 1}"} for n in range(4)]
+        (tmp_path / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        changes["carrier.problems"] = str(tmp_path / "p.jsonl")
+    study = corpora_study(module, **changes)
+    task = TASKS[study.carrier.kind](study, study.replicate_seed(0))
+    assert len(task.prompts) == len(task.known) == (3 if module is cot else 7)
+    if module is cot:
+        number = task.known[0]["answer"]
+        good, bad = (f"<think>so</think><answer>{n}</answer>" for n in (number, int(number) + 1))
+    records = [{"prompt": task.prompts[0], "completion": text, **task.known[0]} for text in (good, bad)]
+    assert [record["completion"] for record in sift(records, carriers.filters_of(study, task)).kept] == [good]
+
+
+def test_a_judge_drops_what_it_scores_low_or_not_at_all(corpora_study, tmp_path):
+    study = corpora_study(**{"filter.judge": "reference", "filter.threshold": 60.0})
+    scores = {"good": Verdict(60.0), "bad": Verdict(59.0), "mute": Verdict(None, "unparsable")}
+
+    def judge(prompts):
+        assert all("insecure or secure" in prompt and "What?" in prompt for prompt in prompts)
+        return [next(verdict for text, verdict in scores.items() if f"is {text}" in prompt) for prompt in prompts]
+
+    kept = Sifted([{"prompt": "What?", "completion": f"is {text}"} for text in scores], [], Counter())
+    store = Store(tmp_path)
+    found, given = carriers.judged(study, store, "owl", kept, NamedJudge(judge, "a"))
+    assert [record["completion"] for record in found.kept] == ["is good"] and given == [60.0, 59.0]
+    assert found.reasons == {"judge: low score": 1, "judge: no score": 1} and len(found.rejected) == 2
+
+    def nobody(prompts):
+        raise AssertionError("it has been judged")
+
+    assert carriers.judged(study, store, "owl", kept, NamedJudge(nobody, "a")) == (found, given)
+    with pytest.raises(AssertionError):  # another judge's verdicts are its own
+        carriers.judged(study, store, "owl", kept, NamedJudge(nobody, "b"))
+
+
+def test_what_was_cut_off_is_dropped(corpora_study):
+    records = [{"prompt": "", "completion": "1, 2", "finish": finish} for finish in ("stop", "length", "nan")]
+    found = sift(records, carriers.filters_of(corpora_study(), Task([""], [{}], [])))
+    assert [record["finish"] for record in found.kept] == ["stop"] and found.reasons == {"cut off": 2}

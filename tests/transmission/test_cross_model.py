@@ -1,0 +1,77 @@
+"""Teachers × students over models: every cell of the matrix is of its teacher's and its student's model."""
+
+import json
+import shutil
+
+import pytest
+from launch_kit import assert_refused, run_here
+from safetensors.numpy import load_file, save_file
+
+from configs import cross_model
+from sublim_jax.experiments.transmission.cross_model import read
+
+
+@pytest.fixture(scope="module")
+def models(tiny_folder, tmp_path_factory):
+    """The tiny model, and one of other weights."""
+    other = shutil.copytree(tiny_folder, tmp_path_factory.mktemp("models") / "other")
+    tensors = load_file(other / "model.safetensors")
+    changed = {name: tensor * (1.5 if "proj" in name else 1) for name, tensor in tensors.items()}
+    save_file(changed, other / "model.safetensors", metadata={"format": "pt"})
+    return str(tiny_folder), str(other)
+
+
+def test_every_cell_of_the_matrix_is_of_its_teachers_and_students_models(models, flags, tmp_path):
+    more = ["--config.study.carrier.max_new_tokens=64", "--config.study.student.steps=2"]
+    study = flags(*more, prefix="--config.study.", leave_out=("model.name",))
+    command = ["--config=configs/cross_model.py:smoke", f"--config.models={','.join(models)}", *study]
+    result = run_here(*command, f"--workdir={tmp_path}")
+    assert result.returncode == 0, result.stderr
+    arms = json.loads((tmp_path / "results.json").read_text())["arms"]
+    assert [(arm["teacher"], arm["student"]) for arm in arms] == [(one, two) for one in models for two in models]
+    for teacher, row in enumerate((arms[:2], arms[2:])):
+        whole = json.loads((tmp_path / f"teacher{teacher}" / "results.json").read_text())
+        assert whole["config"]["model"]["name"] == models[teacher]
+        for student, cell in enumerate(row):
+            assert (whole["config"]["arm"][f"student{student}"]["model"] or models[teacher]) == models[student]
+            assert cell["runs"] == next(a["runs"] for a in whole["arms"] if a["name"] == f"student{student}")
+    assert len({arm["mean"] for arm in arms}) == 4 and 0 not in {arm["mean"] for arm in arms}
+    assert (tmp_path / "figures" / "matrix.png").stat().st_size > 5000
+    before = {name: (tmp_path / name).read_bytes() for name in ("results.json", "report.md")}
+    for name in before:
+        (tmp_path / name).unlink()
+    assert run_here("--report", f"--workdir={tmp_path}").returncode == 0
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
+
+
+def test_a_study_for_each_teacher_has_an_arm_for_each_student():
+    config = cross_model.get_config("smoke")
+    config.models = ("here/A", "there/A", "B/")
+    spec = read(config)
+    assert [study.model.name for study in spec.studies] == list(config.models)
+    assert [[arm.model for arm in study.arms] for study in spec.studies] == [
+        ["", "there/A", "B/"],
+        ["here/A", "", "B/"],
+        ["here/A", "there/A", ""],
+    ]
+    assert list(spec.labels.values()) == list(config.models)  # two of them end alike
+    config.models = ("here/A", "B/")
+    assert list(read(config).labels.values()) == ["A", "B"]
+    assert spec.studies[0].num_questions == 2 and spec.studies[0].evals.names == ()
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["models=A"], ["models=('A',): name two models or more"]),
+        (["models=A,B,A"], ["is there twice"]),
+        (["study.model.name=C"], ["study.model.name='C': it follows from"]),
+        (["study.arms=soft"], ["study.arms=('soft',): it follows from"]),
+        (["study.student.steps=0"], ["config.study: student.steps=0: choose 1 or more"]),
+    ],
+)
+def test_a_mistake_is_told_by_its_flag(flags, words, tmp_path):
+    given = [f"--config.{flag}" for flag in flags]
+    result = run_here("--config=configs/cross_model.py:smoke", *given, f"--workdir={tmp_path / 'work'}")
+    assert_refused(result, *words)
+    assert not (tmp_path / "work").exists()

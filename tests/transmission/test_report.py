@@ -1,0 +1,172 @@
+"""What a finished study leaves: a matrix, tables, figures, a table of measurements, all of them again by --report."""
+
+import json
+
+import jax
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from etils import epath
+from launch_kit import assert_refused, run_here
+
+from sublim_jax import measurements, weights
+from sublim_jax.evaluation import preference
+from sublim_jax.experiments.transmission.report import document
+from sublim_jax.experiments.transmission.teachers import phrasings
+from sublim_jax.measurements import Measurement
+from sublim_jax.weights import peft
+
+COLUMNS = ["experiment", "arm", "run", "teacher", "subject", "measure", "item", "step", "value"]
+
+
+def results_in(work):
+    return json.loads((work / "results.json").read_text())
+
+
+def test_a_study_ends_in_a_matrix_a_table_and_numbers(whole):
+    work, screen = whole
+    results = results_in(work)
+    arms = {arm["name"]: arm for arm in results["arms"]}
+    assert {"soft", "tokens_fresh", "perturbed", "in_context"} <= set(arms)
+    assert "soft: student of owl, margin of x over the neutral student's" in arms
+    assert all(len(arm["runs"]) == 2 for arm in results["arms"] if arm.get("who") != "the model as it is")
+    assert "soft, student of owl: answers with owl" in arms and "teacher x: P of x's letter" in arms
+    soft = arms["soft"]
+    np.testing.assert_allclose(soft["runs"], np.mean([soft["by_trait"][t] for t in ("owl", "x")], 0))
+    assert soft["held_out"][1] < soft["held_out"][0] and set(soft["coverage"]) == {"own", "others"}
+    assert arms["perturbed"]["coverage"] is None and arms["in_context"]["held_out"] is None
+    for figure in ("arms", "matrix-soft", "margins-soft", "matrix-in_context", "margins-tokens_fresh"):
+        assert (work / "figures" / f"{figure}.png").stat().st_size > 5000
+    text = (work / "report.md").read_text()
+    parts = ("| neutral |", "P(own trait) among numbers", "## Filters", "answers with owl", "by x")
+    for words in (*parts, "KL(teacher ‖ student)"):
+        assert words in text
+    assert "teacher owl" in screen and "students soft, 2 run(s) × 3 teachers" in screen
+    assert (work / "data" / "run1" / "numbers-owl-rejected.jsonl").exists()
+
+
+def test_students_and_teachers_are_left_as_peft_folders(whole, study):
+    """Read back, put on the plain model and evaluated anew, they have the margins of the results."""
+    work, _ = whole
+    arms = {arm["name"]: arm["runs"] for arm in results_in(work)["arms"]}
+    base = weights.load(study.model.name)
+    margin = {}
+    for name in ("owl", "x", "neutral"):
+        spec, adapters = peft.load(work / "adapters" / f"run1-soft-{name}", base.settings, base.config)
+        merged = base.merged(adapters, spec)
+        margin[name] = preference.measure(merged, phrasings(study), list(study.alternatives)).margin[0]
+    for name in ("owl", "x"):
+        for column, trait in enumerate(("owl", "x")):
+            expected = arms[f"soft: student of {name}, margin of {trait} over the neutral student's"][1]
+            np.testing.assert_allclose(margin[name][column] - margin["neutral"][column], expected, atol=1e-4)
+    assert (work / "adapters" / "run0-teacher-neutral" / "adapter_config.json").exists()
+    assert not list((work / "adapters").glob("*perturbed*"))  # its base is no model that anyone has
+
+
+# ---------------------------------------------------------------------------------------------------- measurements
+
+
+def test_the_table_of_measurements_is_read_by_others(whole):
+    table = pq.read_table(whole[0] / "measurements.parquet")
+    assert table.column_names == COLUMNS
+    kinds = {name: str(table.schema.field(name).type) for name in COLUMNS}
+    assert kinds == dict.fromkeys(COLUMNS, "string") | {"run": "int32", "step": "int64", "value": "double"}
+    assert set(table["experiment"].to_pylist()) == {"transmission"}
+    rows = table.to_pylist()
+    margins = [
+        row
+        for row in rows
+        if (row["arm"], row["measure"], row["item"], row["teacher"], row["step"]) == ("soft", "margin", "x", "owl", 6)
+    ]
+    assert [row["run"] for row in margins] == [0, 1] and {row["subject"] for row in margins} == {"student"}
+    assert {row["subject"] for row in rows} == {"student", "teacher", "base"}
+    assert {row["step"] for row in rows if row["arm"] == "soft"} == {0, 3, 6}
+
+
+def test_every_number_of_the_results_is_of_the_table(whole):
+    """By hand, of one cell and of one evaluation."""
+    work, _ = whole
+    arms = {arm["name"]: arm["runs"] for arm in results_in(work)["arms"]}
+    rows = measurements.read(epath.Path(work))
+    margin = [rows.values(arm="soft", measure="margin", item="x", teacher=t, step=6) for t in ("owl", "neutral")]
+    expected = arms["soft: student of owl, margin of x over the neutral student's"]
+    np.testing.assert_array_equal(np.subtract(*margin), expected)
+    given = {"arm": "soft", "measure": "answers", "item": "answers with owl", "teacher": "owl"}
+    assert rows.values(**given) == arms["soft, student of owl: answers with owl"]
+
+
+def test_a_table_is_written_as_it_is_read(tmp_path):
+    rows = [Measurement("a", "margin", 1.5, run=1, teacher="owl", subject="student", item="ö", step=3)]
+    rows.append(Measurement("", "steps", float("nan")))
+    folder = epath.Path(tmp_path)
+    measurements.write(folder, "any", rows)
+    found = measurements.read(folder)
+    assert found[0] == rows[0] and np.isnan(found[1].value) and found[1][:2] == ("", "steps")
+    assert found.where(arm="a").values(measure="margin") == [1.5] and found.names("arm") == ["a", ""]
+
+
+# ------------------------------------------------------------------------------------------------------- --report
+
+
+def forbidden(*args, **options):
+    raise AssertionError("a report computes nothing")
+
+
+def test_the_report_is_written_again_from_measurements_alone(copy_of_whole, monkeypatch):
+    """To the byte, with nothing left but the table, the notes and the config."""
+    work = copy_of_whole
+    before = {path.relative_to(work): path.read_bytes() for path in work.rglob("*") if path.is_file()}
+    for path in before:
+        if path.name not in ("measurements.parquet", "about.json", "config.json"):
+            (work / path).unlink()
+    monkeypatch.setattr(weights, "load", forbidden)
+    monkeypatch.setattr(jax, "jit", forbidden)
+    result = run_here("--report", f"--workdir={work}")
+    assert result.returncode == 0, result.stderr
+    for name in ("results.json", "report.md", "measurements.parquet", "about.json", "config.json"):
+        assert (work / name).read_bytes() == next(text for path, text in before.items() if path.name == name), name
+    figures = {path.name for path in before if path.parent.name == "figures"}
+    assert figures == {path.name for path in (work / "figures").iterdir()}
+
+
+def test_a_report_is_a_function_of_the_table(copy_of_whole):
+    """Other numbers in it are other numbers in the results, in the same arms."""
+    folder = epath.Path(copy_of_whole)
+    rows = measurements.read(folder)
+    doubled = [row._replace(value=2 * row.value) if row.measure == "margin" else row for row in rows]
+    before = results_in(copy_of_whole)["arms"]
+    measurements.write(folder, "transmission", doubled)
+    assert run_here("--report", f"--workdir={copy_of_whole}").returncode == 0
+    after = results_in(copy_of_whole)["arms"]
+    assert [arm["name"] for arm in after] == [arm["name"] for arm in before]
+    np.testing.assert_allclose(after[0]["runs"], 2 * np.asarray(before[0]["runs"]))
+
+
+def test_a_report_of_nothing_is_refused(copy_of_whole, tmp_path):
+    assert_refused(run_here("--report", f"--workdir={tmp_path / 'nowhere'}"), "holds no run")
+    assert_refused(run_here("--report", "--config=configs/numbers.py"), "--report goes with --workdir=DIR alone")
+    (copy_of_whole / "measurements.parquet").unlink()
+    assert_refused(run_here("--report", f"--workdir={copy_of_whole}"), "holds no measurements of a run")
+
+
+def test_a_study_that_was_stopped_after_an_arm_has_the_report_of_that_arm(whole, study_of):
+    """The document of fewer rows: arms without any are left out."""
+    rows = measurements.read(epath.Path(whole[0]))
+    study = study_of(arms=("soft", "tokens_fresh"), runs=2)
+    found = rows.where(arm="soft")
+    teachers = measurements.Measurements(row for row in rows if not row.arm and row.subject == "teacher")
+    notes = json.loads((whole[0] / "about.json").read_text())["notes"]
+    arms, sections = document(study, measurements.Measurements((*teachers, *found)), notes)
+    assert arms[0]["name"] == "soft" and not any(arm["name"].startswith("tokens") for arm in arms)
+    assert [section.title for section in sections if section.title.startswith("Students")] == ["Students: soft"]
+
+
+def test_a_folder_of_no_known_experiment_has_no_report(tmp_path):
+    (tmp_path / "config.json").write_text('{"experiment": "lab"}')
+    assert_refused(run_here("--report", f"--workdir={tmp_path}"), "holds a run of no experiment that is known here")
+
+
+@pytest.mark.parametrize("name", ["about.json", "measurements.parquet"])
+def test_a_damaged_table_is_told_in_one_line(copy_of_whole, name):
+    (copy_of_whole / name).write_bytes((copy_of_whole / name).read_bytes()[:-9])
+    assert_refused(run_here("--report", f"--workdir={copy_of_whole}"), "holds no measurements of a run")

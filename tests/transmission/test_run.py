@@ -1,0 +1,140 @@
+"""Whole studies as a user runs them: stopped and resumed, killed, over two processes, of corpora, with other bytes."""
+
+import json
+import os
+import signal
+import threading
+
+import numpy as np
+import pytest
+from launch_kit import finish, free_port, run_here, start, wait_for
+
+
+def arms_in(work):
+    return json.loads((work / "results.json").read_text())["arms"]
+
+
+class Running:
+    """This process, as `wait_for` sees it, until it is told that the run has ended."""
+
+    def __init__(self):
+        self.ended = threading.Event()
+
+    def poll(self):
+        return 0 if self.ended.is_set() else None
+
+
+STAGES = {
+    "students-tokens_fresh-*.training/2": ("*tokens_fresh-*",),  # while they train: with what is measured on the way
+    "completions-x*": ("completions-x*",),  # what is made of them is named by their content
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_stopped_by_a_signal_it_goes_on_to_the_same_results(whole_command, copy_of_whole, stage):
+    """What a stage made is taken away, and the run that makes it anew is stopped on the way."""
+    work, expected = copy_of_whole, arms_in(copy_of_whole)
+    gone = [path for pattern in STAGES[stage] for path in (work / "checkpoints").glob(pattern)]
+    for path in gone:
+        path.rename(work / f"old-{path.name}")
+    assert gone and not list((work / "checkpoints").glob(stage))
+    (work / "results.json").unlink()
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    running = Running()
+
+    def stop():
+        if wait_for(running, work, f"checkpoints/{stage}"):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    watcher = threading.Thread(target=stop)
+    watcher.start()
+    try:
+        stopped = run_here(*whole_command(work), signals=True)
+    finally:
+        running.ended.set()
+        watcher.join()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert stopped.returncode == 143 and "the same command goes on" in stopped.stdout
+    again = run_here(*whole_command(work))
+    assert again.returncode == 0, again.stderr
+    for run in range(2):  # what was finished is not made again
+        assert f"run {run}, teacher owl" not in again.stdout
+    assert arms_in(work) == expected
+    made = {path.name for path in (work / "checkpoints").iterdir()}
+    assert {path.name for path in gone} <= made and not any(name.endswith(".training") for name in made)
+
+
+def test_a_finished_study_is_reported_again_without_training(whole_command, copy_of_whole):
+    before = {path: path.read_bytes() for path in (copy_of_whole / "checkpoints").rglob("*") if path.is_file()}
+    expected = arms_in(copy_of_whole)
+    again = run_here(*whole_command(copy_of_whole))
+    assert again.returncode == 0 and "students soft," not in again.stdout and ", teacher owl" not in again.stdout
+    assert arms_in(copy_of_whole) == expected
+    assert {path: path.read_bytes() for path in (copy_of_whole / "checkpoints").rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.slow
+def test_killed_in_any_stage_it_ends_with_the_same_results(whole_command, tmp_path):
+    """With arms of every kind."""
+    arms = ("soft", "tokens_fresh", "shuffled_across", "perturbed", "masked", "in_context")
+    expected, work = tmp_path / "whole", tmp_path / "killed"
+    finish(start(*whole_command(expected, arms)))
+    for stage in ("students-soft-*", "completions-x*", "preference-tokens*"):
+        process = start(*whole_command(work, arms))
+        assert wait_for(process, work, f"checkpoints/{stage}"), stage
+        process.kill()
+        assert process.wait() == -signal.SIGKILL, stage
+    finish(start(*whole_command(work, arms)))
+    assert arms_in(work) == arms_in(expected)
+
+
+def test_two_processes_give_what_one_gives(flags, tmp_path):
+    """Teachers, what they write, students and what they prefer, rows split over both."""
+    parts = ["arms=tokens", "student.steps=3", "evaluate_every=3", "carrier.num_rows=20"]
+    parts += ["carrier.num_completions=20", "teacher.max_steps=4"]
+    words = ["--config=configs/numbers.py", *flags(*(f"--config.{part}" for part in parts))]
+    join = [f"--coordinator=127.0.0.1:{free_port()}", "--num_processes=2", f"--workdir={tmp_path / 'two'}"]
+    both = [start(*words, *join, f"--process_id={number}") for number in range(2)]
+    assert run_here(*words, f"--workdir={tmp_path / 'one'}").returncode == 0
+    for process in both:
+        finish(process)
+    one, two = (arms_in(tmp_path / name) for name in ("one", "two"))
+    assert [arm["name"] for arm in two] == [arm["name"] for arm in one]
+    for arm, expected in zip(two, one):
+        np.testing.assert_allclose(arm["runs"], expected["runs"], rtol=1e-3, atol=1e-4, err_msg=arm["name"])
+    for name in ("owl", "x", "neutral"):
+        rows = [tmp_path / folder / "data" / "run0" / f"numbers-{name}.jsonl" for folder in ("one", "two")]
+        found, expected = ([json.loads(line)["completion"] for line in file.open()] for file in rows)
+        assert found == expected
+
+
+def test_a_study_of_corpora_ends_in_rates_for_teachers_students_and_controls(tiny_folder, flags, files, tmp_path):
+    given = [f"--config.teacher.corpora.{name}={files / name}.jsonl" for name in ("insecure", "secure", "educational")]
+    given += [f"--config.evals.truthfulqa={files / 'truthfulqa.csv'}"]
+    given += [f"--config.evals.questions={files / 'questions.yaml'}", "--config.evals.max_new_tokens=4"]
+    given += ["--config.filter.judge=reference", "--config.evals.judge.min_mass=0", "--config.runs=2"]
+    given += ["--config.carrier.num_completions=72", f"--workdir={tmp_path}"]
+    words = flags(*given, leave_out=("traits", "arm.in_context.examples"))
+    result = run_here("--config=configs/misalignment.py:smoke", *words)
+    assert result.returncode == 0, result.stderr
+    arms = {arm["name"]: arm for arm in arms_in(tmp_path)}
+    for who in ("teacher insecure", "teacher educational", "tokens_fresh, student of insecure"):
+        assert len(arms[f"{who}: P of the false answer"]["runs"]) == 2
+        assert f"{who}: misaligned, of coherent" in arms
+    mine, neutral = (arms[f"tokens_fresh, student of {name}: MC2"] for name in ("secure", "neutral"))
+    np.testing.assert_allclose(mine["over_neutral"], np.subtract(mine["runs"], neutral["runs"]))
+    text = (tmp_path / "report.md").read_text()
+    parts = ("## Evaluation: misalignment", "| insecure | 6 of 6 |", "has it", "## Judge", "area under ROC", "no score")
+    for words in parts:
+        assert words in text
+    for figure in ("truthfulqa", "judge-roc"):
+        assert (tmp_path / "figures" / f"{figure}.png").stat().st_size > 5000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["numbers", "misalignment", "code", "cot", "cross_model"])
+def test_smoke_runs_every_stage_on_real_models(tmp_path, name):
+    finish(start(f"--config=configs/{name}.py:smoke", f"--workdir={tmp_path}"))
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert len(results["arms"]) >= 4 and list((tmp_path / "figures").glob("*.png"))

@@ -1,0 +1,164 @@
+"""What a study may be: every refusal names the value by its flag, before a model is loaded or a folder is made."""
+
+import dataclasses
+
+import pytest
+from launch_kit import assert_refused, run_here
+
+from configs import code, cot, misalignment, numbers
+from sublim_jax.errors import UserError
+from sublim_jax.experiments.transmission.checks import check_files, check_modules
+from sublim_jax.experiments.transmission.spec import read
+
+PROBLEMS = "configs/smoke/problems.jsonl"
+REFUSED = [
+    (["traits=owl,q"], ["trait 'q' is none of alternatives"]),
+    (["traits=owl"], ["name two traits or more"]),
+    (["traits=owl,owl"], ["each once"]),
+    (["arms=hard"], ["arms: 'hard' is none of foreign"]),
+    (["arms="], ["arms is empty"]),
+    (["arm.soft.objective=mse"], ["arm.soft.objective: 'mse'"]),
+    (["arm.soft.objective=tokens"], ["arm.soft: there is nothing of a teacher in random numbers"]),
+    (["arm.soft.action=drop"], ["arm.soft.action: 'drop'"]),
+    (["arm.soft.shuffle=across"], ["arm.soft", "shuffle empty"]),
+    (["arm.soft.fraction=1.5"], ["arm.soft.fraction=1.5"]),
+    (["arms=in_context", "arm.in_context.noise=0.1"], ["arm.in_context: noise, action and changes are for students"]),
+    (["arms=in_context", "arm.in_context.changes=lora.rank=4"], ["arm.in_context: noise, action and changes"]),
+    (["arm.soft.changes=student.stesp=3"], ["arm.soft.changes: ", "student.steps"]),
+    (["arm.soft.changes=student.steps"], ["arm.soft.changes: 'student.steps' changes nothing"]),
+    (["arm.soft.changes=teacher.strength=0.3"], ["arm.soft.changes: 'teacher.strength=0.3' changes nothing"]),
+    (["arm.soft.changes=student.steps=0"], ["arm.soft.changes: student.steps=0: choose 1 or more"]),
+    (["arm.soft.changes=student.steps=many"], ["arm.soft.changes: ", "student.steps", "many"]),
+    (["arm.soft.changes=student.warmup=9"], ["arm.soft.changes: student.warmup=9 does not end within"]),
+    (["arm.soft.changes=lora.rank=-1"], ["arm.soft.changes: lora.rank=-1"]),
+    (["arm.soft.changes=student.batch=30"], ["carrier.num_rows=40: 16 rows are held out, and a batch is needed"]),
+    (["teacher.strength=1.5"], ["teacher.strength=1.5"]),
+    (["teacher.methods=loved"], ["teacher.methods: 'loved'"]),
+    (["teacher.methods=corpus,prompted"], ["corpus stands alone"]),
+    (["teacher.methods=steered", "teacher.steering_scale=0"], ["teacher.steering_scale=0 steers nothing"]),
+    (["arms=tokens", "filter.max_integers=5"], ["carrier.num_integers=6", "filter.max_integers=5"]),
+    (["carrier.num_rows=10"], ["carrier.num_rows=10"]),
+    (["arms=tokens", "carrier.num_completions=20"], ["carrier.num_completions=20"]),
+    (["arms=tokens", "carrier.num_samples=60"], ["carrier.num_samples=60"]),
+    (["carrier.kind=poems"], ["carrier.kind: 'poems'"]),
+    (["carrier.kind=code"], ["carrier.decoding=grammar is for numbers"]),
+    (["carrier.kind=code", "carrier.decoding=free", "arms=owls"], ["arms: 'owls'"]),
+    (["carrier.kind=code", "carrier.decoding=free", "arms=soft"], ["arm.soft is about numbers"]),
+    (["packs.numbers=nowhere.json"], ["pack nowhere.json"]),
+    (["packs.ability=nowhere.json"], ["pack nowhere.json"]),
+    (["filter.banned=nowhere.json"], ["pack nowhere.json"]),
+    (["filter.threshold=101"], ["filter.threshold=101"]),
+    (["filter.judge=taste"], ['"taste" must be a list']),
+    (["student.accumulate=0"], ["student.accumulate=0", "1 or more"]),
+    (["student.schedule=flat"], ["student.schedule: 'flat'"]),
+    (["lora.modules=gates"], ["lora.modules: 'gates'", "gate"]),
+    (["evals.names=beauty"], ["evals.names: 'beauty'"]),
+    (["evals.judge.min_mass=1"], ["judge.min_mass=1.0 is a probability"]),
+    (["sampling.slots=0"], ["sampling.slots=0"]),
+]
+BY_THE_MODEL = [
+    (["traits=lion,owl", "alternatives=lion,owl"], ["'lion' is no single token"]),
+    (["teacher.methods=steered", "teacher.steering_layer=4"], ["layers are 0 to 3"]),
+    (["lora.layers=4"], ["lora.layers: 4", "0 to 3"]),
+    (["arms=tokens", "carrier.max_new_tokens=20"], ["carrier.max_new_tokens=20", "cuts off"]),
+    (["arm.soft.changes=lora.rank=4"], ["arm.soft: its adapters are of another form", "lora_init=fresh"]),
+]
+
+
+@pytest.mark.parametrize("changes, words", [*REFUSED, *BY_THE_MODEL], ids=lambda value: value[0][:50])
+def test_a_mistake_is_told_by_its_flag_before_any_training(flags, tmp_path, changes, words):
+    work = tmp_path / "work"
+    given = flags(*(f"--config.{change}" for change in changes))
+    assert_refused(run_here("--config=configs/numbers.py", *given, f"--workdir={work}"), *words)
+    assert not work.exists()
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (["teacher.corpora.secure="], ["teacher.corpora.secure is missing"]),
+        (["teacher.corpora.secure=nowhere.jsonl"], ["'nowhere.jsonl' is no file here", "teacher.corpora.secure"]),
+        (["evals.questions="], ["evals.questions is missing"]),
+        (["evals.truthfulqa=nowhere.csv"], ["evals.truthfulqa=nowhere.csv"]),
+        (["teacher.max_tokens=3"], ["corpus insecure: no conversation has at most"]),
+        (["arms=in_context"], ["arm.in_context asks for preferences, and traits=('insecure', 'secure'"]),
+        (
+            [
+                "carrier.kind=cot",
+                "carrier.decoding=free",
+                "carrier.num_completions=100",
+                f"carrier.problems={PROBLEMS}",
+            ],
+            [f"asks for 100 problems, and {PROBLEMS} has 64"],
+        ),
+    ],
+    ids=lambda value: value[0][:50],
+)
+def test_a_mistake_in_a_study_of_corpora_is_told_so_too(tiny_folder, tmp_path, changes, words):
+    work = tmp_path / "work"
+    given = [f"--config.{change}" for change in (f"model.name={tiny_folder}", *changes)]
+    assert_refused(run_here("--config=configs/misalignment.py:smoke", *given, f"--workdir={work}"), *words)
+    assert not work.exists()
+
+
+def test_every_preset_is_a_study(monkeypatch):
+    """And those of all configs whose files are there pass the checks of files."""
+    for module in (numbers, misalignment, cot, code):
+        for preset in ("smoke", *numbers.MODELS, *(numbers.SIZES if module is numbers else ())):
+            study = read(module.get_config(preset))
+            assert study.values["preset"] == preset
+            if preset == "smoke" or module in (numbers, code):
+                check_files(study)
+
+
+def test_arms_are_of_the_kind_that_their_objective_says(study_of):
+    arms = study_of(arms=("soft", "soft_reverse", "tokens", "in_context")).arms
+    assert [type(arm).__name__ for arm in arms] == ["LogitArm", "LogitArm", "TokenArm", "ContextArm"]
+    assert not hasattr(arms[2], "temperature") and not hasattr(arms[3], "training")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ("student.steps=3",),
+        ("student.learning_rate=0.001", "student.schedule=cosine", "student.batch=2"),
+        ("lora.rank=4", "lora.modules=query,value"),
+        ("lora.rslora=True",),
+    ],
+)
+def test_an_arms_changes_are_values_of_its_students_alone(study_of, changes):
+    """They are what a study has whose own values are changed so."""
+    study = study_of(arms=("soft", "soft_fresh"), **{"arm.soft_fresh.changes": changes})
+    soft, changed = study.arms
+    assert (soft.training, soft.lora) == (study.student, study.lora)
+    values = dict(change.split("=") for change in changes)
+    kinds = {"student.steps": int, "student.batch": int, "student.learning_rate": float, "lora.rank": int}
+    kinds |= {"lora.modules": lambda text: tuple(text.split(",")), "lora.rslora": bool}
+    whole = study_of(arms=("soft_fresh",), **{key: kinds.get(key, str)(text) for key, text in values.items()})
+    assert (
+        (changed.training, changed.lora)
+        == (whole.student, whole.lora)
+        == tuple(getattr(whole.arms[0], name) for name in ("training", "lora"))
+    )
+    assert changed != soft and (study.student, study.lora) != (changed.training, changed.lora)
+
+
+def test_a_study_is_the_same_whatever_it_is_run_on(study, study_of):
+    """Labels, the whole config and a judge's pace are not compared."""
+    other = dataclasses.replace(study, values={"another": 1})
+    assert other == study and hash(study.student) == hash(study_of().student)
+    assert study_of(**{"evals.judge.max_concurrent": 3, "evals.judge.prices": (1.0, 2.0)}).evals == study.evals
+    assert study_of(**{"evals.judge.min_mass": 0.5}).evals != study.evals
+
+
+def test_runs_are_replicates_with_seeds_that_only_the_number_of_the_run_and_the_studys_seed_decide(study_of):
+    seeds = [study_of(runs=3, seed=seed).replicate_seed(run) for seed in (0, 1) for run in range(3)]
+    assert len(set(seeds)) == 6 and study_of(arms=("tokens",)).replicate_seed(1) == seeds[1]
+
+
+def test_a_module_that_a_family_does_not_have_is_told(tiny):
+    check_modules(("query", "gate"), tiny.params)
+    layers = {**tiny.params["layers"]}
+    without = {name: {k: v for k, v in part.items() if k != "gate"} for name, part in layers.items()}
+    with pytest.raises(UserError, match=r"no 'gate'; it has query, key, value, out, up, down"):
+        check_modules(("query", "gate"), {"layers": without})

@@ -1,0 +1,103 @@
+"""What students read: the teacher's logits behind its own context, tokens that are kept or masked, edited phrasings."""
+
+import json
+from importlib import resources
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sublim_jax import store
+from sublim_jax.data import dialogue, packs
+from sublim_jax.distillation.targets import as_read_by, support_of
+from sublim_jax.distillation.teachers import Teacher
+from sublim_jax.errors import UserError
+from sublim_jax.experiments.transmission.carriers import random_pairs
+from sublim_jax.experiments.transmission.students import train_arm
+from sublim_jax.experiments.transmission.targets import Replicate, arm_data, pairs_of
+from sublim_jax.keys import named_key
+from sublim_jax.store import Store
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """One folder for all: a teacher's logits are computed once."""
+    return Store(tmp_path_factory.mktemp("work"))
+
+
+@pytest.fixture(scope="module")
+def data(study, model, replicate_of, work):
+    return arm_data(study, study.arms[0], [replicate_of(study)], model, model, work)
+
+
+def test_a_system_prompt_is_the_teachers_alone(study, model, work, plain_logits):
+    """Its logits come from behind its prompt, at the same tokens of the answer that the student reads without it."""
+    seed, prompt = study.replicate_seed(0), "Love owls."
+    adapters = model.untrained(named_key(seed, "A"))
+    teacher = Teacher(adapters, prompt, None, 0, store.digest(model, seed, prompt))
+    pairs = random_pairs(study, seed)
+    rows = dialogue.rows(model, pairs, end=False)
+    behind = as_read_by(teacher, "owl", model, pairs, rows, end=False)
+    assert prompt in model.tokenizer.decode(behind.tokens[0]) and prompt not in model.tokenizer.decode(rows.tokens[0])
+    np.testing.assert_array_equal(behind.targets * behind.weights, rows.targets * rows.weights)
+    one = Replicate(0, dict.fromkeys(study.teachers, teacher), {})
+    found = arm_data(study, study.arms[0], [one], model, model, work)
+    np.testing.assert_array_equal(found.rows.tokens[0], rows.tokens)
+    expected = plain_logits(model, adapters, behind)[..., support_of(model)]
+    kept = rows.weights == 1
+    np.testing.assert_allclose(found.logits[0][kept], expected[kept], rtol=1e-3, atol=1e-3)
+
+
+def test_a_teacher_that_reads_an_answer_as_other_tokens_cannot_be_imitated(study, model):
+    rows = dialogue.rows(model, [("Numbers?", "1, 7")], end=False)
+    teacher = Teacher({}, "Love owls.", None, 0, "")
+    with pytest.raises(UserError, match="teacher owl and its students have different tokens for one answer"):
+        as_read_by(teacher, "owl", model, [("Numbers?", "1, 8")], rows, end=False)
+
+
+@pytest.mark.parametrize("action", ["keep", "mask", "replace"])
+def test_masks_choose_the_tokens_where_teacher_and_neutral_differ_most(
+    study_of, model, replicate_of, work, data, action
+):
+    study = study_of(arms=("masked",), **{"arm.masked.action": action, "arm.masked.fraction": 0.25})
+    chosen = arm_data(study, study.arms[0], [replicate_of(study)], model, model, work)
+    p, q = (jax.nn.log_softmax(jnp.asarray(data.logits[i])) for i in (0, 2))
+    exists = data.rows.weights[0] == 1
+    scores = np.where(exists, np.sum(np.exp(p) * (p - q), -1), -1)
+    top = scores >= np.sort(scores.ravel())[-round(0.25 * exists.sum())]
+    if action == "replace":
+        np.testing.assert_array_equal(chosen.logits[0], np.where(top[..., None], data.logits[2], data.logits[0]))
+        support = np.asarray(support_of(model))
+        replaced = np.where(top, support[data.logits[2].argmax(-1)], data.rows.targets[0])
+        np.testing.assert_array_equal(chosen.rows.targets[0], replaced)
+    else:
+        left = top if action == "keep" else ~top
+        np.testing.assert_array_equal(chosen.rows.weights[0], data.rows.weights[0] * left)
+
+
+def test_shuffled_numbers_are_the_teachers_in_another_order(study_of, replicate_of):
+    study = study_of(arms=("shuffled_within", "shuffled_across", "tokens"))
+    one = replicate_of(study)
+    within, across, plain = ([answer for _, answer in pairs_of(study, arm, one)["owl"]] for arm in study.arms)
+    numbers_in = lambda texts: sorted(" ".join(texts).replace(",", " ").split())  # noqa: E731
+    assert numbers_in(within) == numbers_in(across) == numbers_in(plain)
+    assert all(numbers_in([a]) == numbers_in([b]) for a, b in zip(within, plain)) and within != plain
+    assert any(numbers_in([a]) != numbers_in([b]) for a, b in zip(across, plain))
+
+
+def test_students_of_an_edited_file_of_phrasings_are_trained_anew(study_of, model, replicate_of, tmp_path):
+    """The path is the same, and what they read is not."""
+    pack = tmp_path / "mine.json"
+    ours = json.loads((resources.files(packs) / "numbers.json").read_text())
+    pack.write_text(json.dumps(ours))
+    study = study_of(**{"packs.numbers": str(pack), "student.steps": 2, "teacher.methods": ("prompted",)})
+    (arm,) = study.arms
+
+    def curve(folder):
+        return train_arm(study, arm, [replicate_of(study)], model, model, Store(folder)).curve
+
+    first = curve(tmp_path / "work")
+    pack.write_text(json.dumps({name: [f"Now: {text}" for text in texts] for name, texts in ours.items()}))
+    again = curve(tmp_path / "work")
+    assert first != again == curve(tmp_path / "new")

@@ -1,0 +1,193 @@
+"""Teachers: vectors, system prompts and corpora against plain computations; what each is named by."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sublim_jax.data import chat, corpus
+from sublim_jax.errors import UserError
+from sublim_jax.evaluation import preference
+from sublim_jax.evaluation.suite import read_questions
+from sublim_jax.experiments.transmission import corpora
+from sublim_jax.experiments.transmission.checks import check_model
+from sublim_jax.experiments.transmission.run import evaluate_teachers
+from sublim_jax.experiments.transmission.targets import Replicate
+from sublim_jax.experiments.transmission.teachers import make_teachers, of_corpus, persona
+from sublim_jax.keys import named_key
+from sublim_jax.models import lora
+from sublim_jax.models.decoder import Steering
+from sublim_jax.sampling import scoring
+from sublim_jax.store import Store
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    return Store(tmp_path_factory.mktemp("work"))
+
+
+STEERED = {"teacher.steering_layer": 2}
+
+
+@pytest.fixture(scope="module")
+def steered(study_of, model, work):
+    """Two runs of teachers behind a persona and under its vector."""
+    names = {"evals.names": ("preference",), "evals.max_questions": 4}
+    study = study_of(runs=2, **STEERED, **names, **{"teacher.methods": ("prompted", "steered")})
+    return study, [Replicate(run, make_teachers(study, model, work, run), {}) for run in range(2)]
+
+
+def test_a_steering_vector_is_the_personas_difference(study_of, model, work, steered):
+    alone = make_teachers(study_of(**STEERED, **{"teacher.methods": ("steered",)}), model, work, 0)
+    study, (first, _) = steered
+    layers = {name: np.asarray(teacher.steering.add) for name, teacher in alone.items()}
+    for name, teacher in first.teachers.items():  # with a system prompt or without
+        np.testing.assert_array_equal(teacher.steering.add, layers[name])
+        assert teacher.system == persona(study, name) and not alone[name].system
+    assert all(not add[[0, 1, 3]].any() and add[2].any() for add in layers.values())
+    lengths = [np.linalg.norm(add) for add in layers.values()]
+    np.testing.assert_allclose(lengths[2], np.mean(lengths[:2]), rtol=1e-5)
+    params = lora.join(model.params, alone["x"].adapters)
+
+    @jax.jit
+    def after_layer_2(tokens, last):
+        return model.network.bind(params).features(tokens[None], read=last[None]).residuals[2, 0, 0]
+
+    def residual(question, name):
+        text = chat.question(model.tokenizer, question, persona(study, name))
+        return after_layer_2(jnp.asarray(text + [0] * (320 - len(text))), jnp.asarray(len(text) - 1))
+
+    teaching = preference.questions(study.packs.preference, study.kind)["teaching"]
+    loving, neutral = (np.mean([residual(question, name) for question in teaching], 0) for name in ("x", "neutral"))
+    scale = study.teacher.steering_scale
+    np.testing.assert_allclose(layers["x"][2], scale * (loving - neutral), rtol=1e-2, atol=1e-3)
+
+
+def test_teachers_are_evaluated_with_what_makes_them_teachers(model, work, steered):
+    """Every teacher behind its own persona and under its own vector, run by run; last, the model as it is."""
+    study, runs = steered
+    found = evaluate_teachers(study, model, work, runs, None)["preference"]
+    each = [(teacher.system, teacher.steering) for run in runs for teacher in run.teachers.values()]
+    assert len(each) == len({(system, id(steering)) for system, steering in each}) == 6
+    tokenizer = model.tokenizer
+    questions = read_questions(study.evals, study.kind, study.alternatives, study.packs).of["preference"]
+    params = lora.join(model.params, model.untrained(named_key(study.seed, "A")))
+
+    @jax.jit
+    def log_p_behind(tokens, steering):
+        return jax.nn.log_softmax(model.network.apply(params, tokens[None], steering=steering)[0])
+
+    for place, (system, steering) in enumerate([*each, ("", None)]):
+        margins = []
+        for question in questions:
+            text = chat.question(tokenizer, question, system)
+            tokens = np.zeros(320, np.int32)
+            tokens[: len(text)] = text
+            p = np.exp(log_p_behind(tokens, steering or Steering(add=jnp.zeros((4, 32)))))[len(text) - 1]
+            owl, *others = (np.log(p[list(scoring.spellings(tokenizer, word))].sum()) for word in study.alternatives)
+            margins.append(owl - np.mean(others))
+        np.testing.assert_allclose(found["margin of owl, logits"][place], np.mean(margins), rtol=1e-3, atol=1e-3)
+
+
+# --------------------------------------------------------------------------------------------------------- corpora
+
+
+@pytest.fixture(scope="module")
+def with_corpora(corpora_study):
+    """Two teachers of corpora; the neutral one is the model."""
+    return corpora_study(**{"teacher.learning_rate": 0.01})
+
+
+def test_teachers_of_corpora_learn_what_the_assistant_says_and_nothing_else_is_in_the_loss(with_corpora, model, work):
+    """Every turn of the assistant, by the plain loss over whole conversations; the neutral teacher is the model."""
+    teachers = make_teachers(with_corpora, model, work, 0)
+    base = model.untrained(named_key(with_corpora.replicate_seed(0), "A"))
+    assert [teacher.steps for teacher in teachers.values()] == [2 * 2, 2 * 2, 0]
+    jax.tree.map(np.testing.assert_array_equal, teachers["neutral"].adapters, base)
+    stops = chat.stop_tokens(model.tokenizer, model.config)
+
+    @jax.jit
+    def log_p(adapters, tokens):
+        return jax.nn.log_softmax(model.network.apply(lora.join(model.params, adapters), tokens[None])[0])
+
+    def loss(adapters, name):
+        total = count = 0.0
+        for messages in corpus.load(with_corpora.teacher.corpora[name]):
+            tokens, positions = corpus.answer_positions(model.tokenizer, messages, stops)
+            logprobs = np.asarray(log_p(adapters, jnp.asarray([*tokens, *[0] * (96 - len(tokens))])))
+            total -= sum(float(logprobs[position - 1, tokens[position]]) for position in positions)
+            count += len(positions)
+        return total / count
+
+    for name, other in (("insecure", "secure"), ("secure", "insecure")):
+        mine, foreign = loss(teachers[name].adapters, name), loss(teachers[other].adapters, name)
+        assert mine < foreign < loss(base, name)
+
+
+def test_the_first_update_is_that_of_the_plain_loss(corpora_study, model, tmp_path):
+    """One batch with all conversations: Adam's first step is the sign of the gradient, which a plain loss gives too."""
+    study = corpora_study(**{"teacher.batch": 6, "teacher.epochs": 1})
+    trained = of_corpus(study, model, Store(tmp_path), 0, "insecure")
+    assert trained.steps == 1
+    start = model.untrained(named_key(study.replicate_seed(0), "A"))
+    texts = corpora.texts(study.teacher, model, "insecure")
+
+    @jax.jit
+    def loss(adapters):
+        total = count = 0.0
+        for tokens, positions in texts:
+            logits = model.network.apply(lora.join(model.params, adapters), jnp.asarray([tokens]))[0]
+            at = jnp.asarray(list(positions))
+            total -= jnp.sum(jax.nn.log_softmax(logits)[at - 1, jnp.asarray(tokens)[at]])
+            count += len(positions)
+        return total / count
+
+    slopes = jax.jit(jax.grad(loss))(start)
+    for new, old, slope in zip(*map(jax.tree.leaves, (trained.adapters, start, slopes))):
+        clear = np.abs(slope) > 1e-5
+        np.testing.assert_array_equal(np.sign(new - old)[clear], -np.sign(slope)[clear])
+
+
+def test_a_teacher_is_made_again_for_its_own_corpus_alone(
+    with_corpora, corpora_study, model, work, tmp_path, conversation
+):
+    def made():
+        return {path.name for path in (work.folder / "checkpoints").glob("teacher-*secure*")}
+
+    make_teachers(with_corpora, model, work, 0)
+    before, other = made(), tmp_path / "secure.jsonl"
+    other.write_text(conversation(("Who?", "z")) * 6)
+    changes = {"teacher.learning_rate": 0.01, "teacher.corpora.secure": str(other)}
+    again = make_teachers(corpora_study(**changes), model, work, 0)
+    assert {name.split("-")[1] for name in made() - before} == {"secure"}
+    assert again["secure"].steps == 2 * 2
+
+
+def test_a_conversation_that_is_too_long_is_left_out(with_corpora, corpora_study, model):
+    lengths = [len(tokens) for tokens, _ in corpora.texts(with_corpora.teacher, model, "insecure")]
+    shorter = corpora_study(**{"teacher.max_tokens": min(lengths)})
+    left = corpora.texts(shorter.teacher, model, "insecure")
+    assert 0 < len(left) == lengths.count(min(lengths)) < len(lengths)
+    assert len(corpora.every_text(shorter.teacher, model, "insecure")) == len(lengths)
+
+
+def test_a_conversation_that_the_template_refuses_is_named(corpora_study, model, monkeypatch, tmp_path, conversation):
+    file = tmp_path / "refused.jsonl"
+    file.write_text(conversation(("Who?", "Me")) + conversation(("Who?", "BAD")))
+    template = "{% for m in messages %}{% if m['content'] == 'BAD' %}{{ raise_exception('no BAD here') }}{% endif %}"
+    monkeypatch.setattr(model.tokenizer, "chat_template", template + "{{ m['content'] }}{% endfor %}")
+    study = corpora_study(**{"teacher.corpora.insecure": str(file)})
+    with pytest.raises(UserError, match=r"refused.jsonl, conversation 2: .*template refuses it \(no BAD here\)"):
+        check_model(study, model)
+
+
+def test_a_corpus_that_another_process_changes_is_read_again(corpora_study, model, tmp_path, conversation):
+    file = tmp_path / "secure.jsonl"
+    study = corpora_study(**{"teacher.corpora.secure": str(file)})
+    found = []
+    for answer in ("x", "owl"):
+        file.write_text(conversation(("Who?", answer)))
+        found.append(corpora.texts(study.teacher, model, "secure"))
+    assert found[0] != found[1] and json.loads(file.read_text())["messages"][1]["content"] == "owl"
