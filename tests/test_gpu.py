@@ -16,6 +16,7 @@ from mnist_kit import distilled, some, tiny
 from sublim_jax import objectives, weights
 from sublim_jax.models import lora
 from sublim_jax.models.decoder import decoder, on_mesh
+from sublim_jax.models.language import Model
 from sublim_jax.sampling.generate import generate
 from sublim_jax.sampling.samplers import Sampler
 from sublim_jax.sharding import make_mesh
@@ -92,10 +93,8 @@ def test_decoding_on_a_gpu_gives_the_log_probabilities_of_the_cpu(on_both):
 
     def sampled(mesh):
         tokenizer = SimpleNamespace(decode=lambda tokens, **options: "")
-        model = SimpleNamespace(
-            network=decoder(settings), settings=settings, params=jax.tree.map(jnp.asarray, base), tokenizer=tokenizer
-        )
-        model.config = SimpleNamespace(max_position_embeddings=None)
+        config, params = SimpleNamespace(max_position_embeddings=None), jax.tree.map(jnp.asarray, base)
+        model = Model(settings, decoder(settings), params, tokenizer, config, mesh)
         options = {"max_new_tokens": 12, "stop_tokens": (), "slots": 8, "mesh": mesh}
         each = [generate(model, prompts, jax.random.key(0), sampler=Sampler(t), **options) for t in (0.0, 1.0)]
         return [(sample.tokens, sample.logprobs) for samples in each for sample in samples]
