@@ -15,6 +15,7 @@ from sublim_jax import signals
 from sublim_jax.progress import say
 
 KEPT = 2  # the newest, and one to fall back to
+UNFINISHED = ".orbax-checkpoint-tmp"  # in the names of checkpoints that were being written
 
 
 def abstract(tree: Any) -> Any:
@@ -29,10 +30,13 @@ class Checkpoints:
     """
 
     def __init__(self, directory: epath.PathLike):
+        folder = epath.Path(directory).absolute()
+        if jax.process_index() == 0 and folder.exists():
+            # Orbax can do this, too, by a thread that it does not wait for, and which fails where the program ends first.
+            for path in folder.glob(f"*{UNFINISHED}*"):
+                path.rmtree()
         self._checkpointer = ocp.training.Checkpointer(
-            epath.Path(directory).absolute(),
-            preservation_policy=ocp.training.preservation_policies.LatestN(KEPT),
-            cleanup_tmp_directories=True,
+            folder, preservation_policy=ocp.training.preservation_policies.LatestN(KEPT)
         )
 
     def close(self) -> None:

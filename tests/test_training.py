@@ -16,6 +16,7 @@ import pytest
 from etils import epath
 from jax.sharding import PartitionSpec
 
+from sublim_jax.checkpoints import opened
 from sublim_jax.errors import Interrupted
 from sublim_jax.models.functional import functions
 from sublim_jax.models.small import Transformer
@@ -283,6 +284,14 @@ def test_a_half_written_checkpoint_is_not_seen(mesh_of, tmp_path):
     run(start(program), steps=9, iterator=Rows())
     shutil.move(tmp_path / "8", tmp_path / "8.orbax-checkpoint-tmp")
     assert_bits(whole, run(start(program), steps=12, iterator=Rows()))
+
+
+def test_what_a_killed_run_left_half_written_is_removed(tmp_path):
+    """By the time the checkpoints are open: a thread that did it later would fail where the program ends first."""
+    left = tmp_path / "run" / "4.orbax-checkpoint-tmp-17"
+    left.mkdir(parents=True)
+    with opened(epath.Path(tmp_path / "run")):
+        assert not left.exists()
 
 
 # ----------------------------------------------------------------------------------------- replicas
