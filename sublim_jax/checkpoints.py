@@ -32,7 +32,7 @@ class Checkpoints:
     def __init__(self, directory: epath.PathLike):
         folder = epath.Path(directory).absolute()
         if jax.process_index() == 0 and folder.exists():
-            # Orbax can do this, too, by a thread that it does not wait for, and which fails where the program ends first.
+            # Orbax does this by a thread that it does not wait for, and which fails where the program ends first.
             for path in folder.glob(f"*{UNFINISHED}*"):
                 path.rmtree()
         self._checkpointer = ocp.training.Checkpointer(
