@@ -19,8 +19,10 @@ from sublim_jax.data import mnist
 from sublim_jax.errors import UserError
 from sublim_jax.sharding import make_mesh
 
-# Programs that another test, worker or run has compiled are read back, as launch.py's are.
-jax.config.update("jax_compilation_cache_dir", str(assets.cache_folder() / "compiled"))
+# Programs that another test, worker or run has compiled are read back. With a limit on its size, JAX locks the folder:
+# workers that compile the same at the same time do not write over each other.
+jax.config.update("jax_compilation_cache_dir", str(assets.cache_folder() / "compiled-by-tests"))
+jax.config.update("jax_compilation_cache_max_size", 2 << 30)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 hypothesis.settings.register_profile("here", deadline=None)  # a busy machine is no failure
