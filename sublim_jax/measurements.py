@@ -76,7 +76,7 @@ def each(values: Iterable[float], **fields: Any) -> list[Measurement]:
     return [Measurement(value=float(value), run=run, **fields) for run, value in enumerate(values)]
 
 
-def write(folder: epath.Path, experiment: str, rows: Sequence[Measurement]) -> None:
+def write(folder: epath.PathLike, experiment: str, rows: Sequence[Measurement]) -> None:
     """Writes the table, whole or not at all, by the first process."""
     if jax.process_index():
         return
@@ -84,12 +84,12 @@ def write(folder: epath.Path, experiment: str, rows: Sequence[Measurement]) -> N
     columns["experiment"] = [experiment] * len(rows)
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table({name: columns[name] for name in _SCHEMA.names}, schema=_SCHEMA), sink)
-    scratch = folder / f"{FILE}.tmp"
+    scratch = epath.Path(folder) / f"{FILE}.tmp"
     scratch.write_bytes(sink.getvalue().to_pybytes())
-    scratch.replace(folder / FILE)
+    scratch.replace(epath.Path(folder) / FILE)
 
 
-def read(folder: epath.Path) -> Measurements:
+def read(folder: epath.PathLike) -> Measurements:
     """The table of a finished run. Raises OSError where there is none."""
-    table = pq.read_table(pa.BufferReader((folder / FILE).read_bytes())).drop_columns(["experiment"])
+    table = pq.read_table(pa.BufferReader((epath.Path(folder) / FILE).read_bytes())).drop_columns(["experiment"])
     return Measurements(Measurement(**row) for row in table.to_pylist())
