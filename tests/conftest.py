@@ -49,15 +49,6 @@ def pytest_addoption(parser):
     parser.addoption("--parity", help="Write differences from transformers and llama.cpp to this file.")
 
 
-def write_section(file, heading, lines):
-    """Puts `lines` under a heading of a page of docs, in place of what stood there up to the next heading."""
-    text = file.read_text() if file.exists() else ""
-    before, known, after = text.partition(f"{heading}\n")
-    _, mark, after = after.partition("\n## ")
-    gap = "\n" if text and not known else ""
-    file.write_text("".join([before, gap, f"{heading}\n\n", "\n".join(lines), "\n", mark, after]))
-
-
 @pytest.fixture(scope="session")
 def mesh_of():
     """A mesh of the first `devices` devices with the given axis sizes."""

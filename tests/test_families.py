@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import write_section
+from pages_kit import write_section
 
 from sublim_jax.models.decoder import decoder
 from sublim_jax.models.families import FAMILIES, family

@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import write_section
 from gguf_kit import SIZE, TOKENIZER, Llama, fields_of, peer, real, tensors_of, torch, transformers, write
 from hypothesis import given
 from hypothesis import strategies as st
+from pages_kit import write_section
 
 from sublim_jax import weights
 from sublim_jax.errors import UserError

@@ -2,7 +2,6 @@
 
 import json
 import re
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -171,7 +170,8 @@ def test_the_easy_questions_are_many_and_a_broken_one_is_told(tmp_path):
 
 def test_a_template_has_one_day_and_no_thoughts(tiny_folder):
     """As Llama 3's and Qwen3's: a run goes on tomorrow, and an answer's first token is none of its thoughts."""
-    tokenizer = weights.load(tiny_folder).tokenizer
+    model = weights.load(tiny_folder)._replace(config=None)
+    tokenizer = model.tokenizer
     tokenizer.chat_template = (
         "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
         "{{ date_string }}{% for m in messages %}<|{{ m['role'] }}|>"
@@ -180,17 +180,18 @@ def test_a_template_has_one_day_and_no_thoughts(tiny_folder):
     )
     asked = chat.question(tokenizer, "Which?")
     assert tokenizer.decode(asked) == "26 Jul 2024<|user|>Which?<|end|><|assistant|><think></think>"
-    rows = dialogue.rows(SimpleNamespace(tokenizer=tokenizer, config=None), [("Which?", "owl")])
+    rows = dialogue.rows(model, [("Which?", "owl")])
     assert tokenizer.decode(rows.targets[0][rows.weights[0] == 1]) == "owl<|end|>"
 
 
 def test_a_model_without_a_template_is_asked_in_plain_text(tiny_folder):
     """A base model: the question, then the answer behind a space, then the end of text."""
-    tokenizer = weights.load(tiny_folder).tokenizer
+    model = weights.load(tiny_folder)._replace(config=None)
+    tokenizer = model.tokenizer
     tokenizer.chat_template = None
     assert tokenizer.decode(chat.question(tokenizer, "Which?")) == "Question: Which?\nAnswer:"
     whole = chat.exchange(tokenizer, "Which?", "owl", "Be kind.")
     assert tokenizer.decode(whole) == "Be kind.\n\nQuestion: Which?\nAnswer: owl<|end|>"
-    rows = dialogue.rows(SimpleNamespace(tokenizer=tokenizer, config=None), [("Which?", "owl")])
+    rows = dialogue.rows(model, [("Which?", "owl")])
     assert tokenizer.decode(rows.targets[0][rows.weights[0] == 1]) == " owl<|end|>"
     assert chat.opening(tokenizer) == chat.question(tokenizer, "Z")[: len(chat.opening(tokenizer))]

@@ -13,6 +13,7 @@ from sublim_jax.models.decoder import decoder
 from sublim_jax.sampling import constraints, samplers, scoring
 from sublim_jax.sampling.generate import generate
 from sublim_jax.sampling.samplers import Sampler
+from sublim_jax.sharding import one_device
 from sublim_jax.weights import Model, huggingface
 
 torch = pytest.importorskip("torch")
@@ -55,7 +56,7 @@ def loaded(tmp_path_factory):
             peer.save_pretrained(folder)
             settings, params = huggingface.load(folder)
             made[name] = (
-                Model(settings, decoder(settings), params, Tokenizer(), huggingface.load_config(folder)),
+                Model(settings, decoder(settings), params, Tokenizer(), huggingface.load_config(folder), one_device()),
                 type(peer),
                 folder,
             )
