@@ -9,6 +9,8 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from sublim_jax.assets import cache_folder, digest
 
 # What of a model's folder decides what it computes and how it reads: weights, configs, tokenizer and template.
@@ -44,6 +46,14 @@ def of_file(path: Path) -> str:
     except OSError:  # a cache that cannot be written: computed again next time
         pass
     return found
+
+
+def of_array(array: np.ndarray) -> str:
+    """The SHA-256 of an array's type, shape and content."""
+    array = np.ascontiguousarray(array)
+    found = hashlib.sha256(f"{array.dtype} {array.shape}".encode())
+    found.update(array.reshape(-1).view(np.uint8).data)
+    return found.hexdigest()
 
 
 def of_model(path: Path) -> str:

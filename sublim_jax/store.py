@@ -20,6 +20,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from sublim_jax import checkpoints
+from sublim_jax.digests import of_array
 from sublim_jax.progress import say
 
 Tree = TypeVar("Tree")
@@ -112,15 +113,8 @@ def _identity(value: Any) -> Any:
     if isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
         value = jax.random.key_data(value)
     if isinstance(value, jax.Array | np.ndarray | np.generic):
-        return _of_array(np.asarray(value))
+        return of_array(np.asarray(value))
     raise TypeError(f"an artefact cannot be named by a {type(value).__name__}")
-
-
-def _of_array(array: np.ndarray) -> str:
-    array = np.ascontiguousarray(array)
-    found = hashlib.sha256(f"{array.dtype} {array.shape}".encode())
-    found.update(array.reshape(-1).view(np.uint8).data)
-    return found.hexdigest()
 
 
 def write_json(path: epath.Path, value: Any) -> None:

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -76,7 +75,7 @@ def distill(
         program.init(stacked([start] * len(teachers))),
         steps=steps,
         key=jnp.stack([named_key(seed, "order")] * len(teachers)),
-        frozen={"base": model.params, "data": jax.tree.map(lambda leaf: put(leaf, named(model.mesh)), data)},
+        frozen={"base": model.params, "data": put(data, named(model.mesh))},
         what=f"{len(teachers)} students",
     )
     return state.params

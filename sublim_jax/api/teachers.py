@@ -13,6 +13,7 @@ from sublim_jax.distillation.teachers import (
     spelled,
     teaching_program,
     train_on_answers,
+    untrained,
 )
 from sublim_jax.errors import UserError
 from sublim_jax.evaluation import preference
@@ -64,7 +65,7 @@ def prompt(model: Model, system: str, *, seed: int = 0) -> Teacher:
     Raises UserError for a model without adapters.
     """
     check_adapters(model)
-    return Teacher(model.untrained(named_key(seed, "A")), system, None, 0, store.digest(model, system, seed))
+    return untrained(model, seed, system)
 
 
 def steer(
@@ -93,8 +94,7 @@ def steer(
     asked = list(questions) if questions else preference.questions("", kind)["teaching"]
     read = steering.residual_after(model, layer, seed)
     means = [steering.mean_residual(model, read, asked, text) for text in (system, neutral)]
-    hook = steering.hook(model, layer, scale * (means[0] - means[1]))
-    return Teacher(model.untrained(named_key(seed, "A")), "", hook, 0, store.digest(model, hook, seed))
+    return untrained(model, seed, steering=steering.hook(model, layer, scale * (means[0] - means[1])))
 
 
 def check_adapters(model: Model) -> None:

@@ -20,6 +20,7 @@ from sublim_jax.models.language import Model
 from sublim_jax.progress import Track, say
 from sublim_jax.sampling import scoring
 from sublim_jax.sharding import named, place_key, put
+from sublim_jax.store import digest
 from sublim_jax.training import ROWS, Program, Total, TrainState, fit
 
 
@@ -43,6 +44,12 @@ class Teacher(NamedTuple):
     def where(self) -> dict[str, Any]:
         """For sampling and scoring."""
         return {"adapters": stacked([self.adapters]), "steering": self.steering}
+
+
+def untrained(model: Model, seed: int, system: str = "", steering: Steering | None = None) -> Teacher:
+    """The model as it is, in a context, with the A that the teachers and students of a seed start from."""
+    adapters = model.untrained(named_key(seed, "A"))
+    return Teacher(adapters, system, steering, 0, digest(model, seed, system, steering))
 
 
 @dataclass(frozen=True)

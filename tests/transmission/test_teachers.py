@@ -12,7 +12,7 @@ from sublim_jax.errors import UserError
 from sublim_jax.evaluation import preference
 from sublim_jax.evaluation.suite import read_questions
 from sublim_jax.experiments.transmission import corpora
-from sublim_jax.experiments.transmission.checks import check_model
+from sublim_jax.experiments.transmission.checks import check_files, check_model
 from sublim_jax.experiments.transmission.run import evaluate_teachers
 from sublim_jax.experiments.transmission.targets import Replicate
 from sublim_jax.experiments.transmission.teachers import make_teachers, of_corpus, persona
@@ -68,11 +68,12 @@ def test_a_steering_vector_is_the_personas_difference(study_of, model, work, ste
 def test_teachers_are_evaluated_with_what_makes_them_teachers(model, work, steered):
     """Every teacher behind its own persona and under its own vector, run by run; last, the model as it is."""
     study, runs = steered
-    found = evaluate_teachers(study, model, work, runs, None)["preference"]
+    asked = read_questions(study.evals, study.kind, study.alternatives, study.packs)
+    found = evaluate_teachers(study, asked, model, work, runs, None)["preference"]
     each = [(teacher.system, teacher.steering) for run in runs for teacher in run.teachers.values()]
     assert len(each) == len({(system, id(steering)) for system, steering in each}) == 6
     tokenizer = model.tokenizer
-    questions = read_questions(study.evals, study.kind, study.alternatives, study.packs).of["preference"]
+    questions = asked.of["preference"]
     params = lora.join(model.params, model.untrained(named_key(study.seed, "A")))
 
     @jax.jit
@@ -180,7 +181,7 @@ def test_a_conversation_that_the_template_refuses_is_named(corpora_study, model,
     monkeypatch.setattr(model.tokenizer, "chat_template", template + "{{ m['content'] }}{% endfor %}")
     study = corpora_study(**{"teacher.corpora.insecure": str(file)})
     with pytest.raises(UserError, match=r"refused.jsonl, conversation 2: .*template refuses it \(no BAD here\)"):
-        check_model(study, model)
+        check_model(study, model, check_files(study))
 
 
 def test_a_corpus_that_another_process_changes_is_read_again(corpora_study, model, tmp_path, conversation):

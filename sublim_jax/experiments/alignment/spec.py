@@ -8,6 +8,7 @@ from jaxtyping import Bool
 
 from sublim_jax import objectives, specs, theorem
 from sublim_jax.errors import UserError
+from sublim_jax.experiments.mnist.spec import DataSpec
 from sublim_jax.overrides import check_distinct
 from sublim_jax.specs import MeshSpec
 
@@ -43,13 +44,6 @@ class StepsSpec:
         if self.max > MAX_STEP:
             raise UserError(f"steps.max={self.max:g} is a power of ten: choose {MAX_STEP} or less")
         specs.check_count("steps.num", self.num, most=MAX_NUM_STEPS)
-
-
-@dataclass(frozen=True)
-class DataSpec:
-    """Where MNIST is."""
-
-    path: str
 
 
 @dataclass(frozen=True)

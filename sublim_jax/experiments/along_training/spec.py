@@ -1,6 +1,5 @@
 """What is computed along MNIST distillation: the presets of `configs/theorem.py` beyond the check, in types."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from operator import attrgetter
@@ -139,7 +138,7 @@ def read(kind: type[Kind], config: ConfigDict) -> Kind:
         mnist = specs.build(MnistSpec, values.get("mnist", {}))
     except UserError as error:
         raise UserError(f"config.mnist: {error}") from error
-    spec = specs.build(kind, {**values, "mnist": mnist, "values": json.loads(json.dumps(values))})
+    spec = specs.read(kind, config, mnist=mnist)
     for key, usual in OUTSIDE.items():
         if (given := attrgetter(key)(mnist)) not in (usual, attrgetter(key)(spec)):
             raise UserError(f"mnist.{key}={given}: it is that of the whole; set --config.{key} instead")

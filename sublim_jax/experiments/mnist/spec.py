@@ -155,6 +155,8 @@ class SweepSpec:
 
 @dataclass(frozen=True)
 class DataSpec:
+    """Where MNIST is."""
+
     path: str
 
 

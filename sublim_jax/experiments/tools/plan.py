@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -86,7 +86,7 @@ def read(config: ConfigDict) -> PlanSpec:
             found[name] = experiments.load(changed.experiment).read(changed)
         except UserError as error:
             raise UserError(f"{name}: {error}") from error
-    return specs.read(PlanSpec, config, specs=found)
+    return replace(spec, specs=found)
 
 
 def config_of(spec: PlanSpec, name: str) -> ConfigDict:

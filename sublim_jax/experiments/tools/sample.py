@@ -18,6 +18,7 @@ from sublim_jax import assets, report, specs, weights
 from sublim_jax.data import chat, files, messages, records, templates
 from sublim_jax.data.records import Record
 from sublim_jax.errors import UserError
+from sublim_jax.experiments.tools.evaluate import adapted
 from sublim_jax.figures import Line, Panel, panels_figure
 from sublim_jax.keys import named_key
 from sublim_jax.measurements import Measurement, Measurements
@@ -193,11 +194,7 @@ def load(spec: ModelSpec, mesh: Mesh) -> Model:
     """The model, with its adapter merged into it if there is one."""
     if spec.adapter and not assets.is_folder(spec.adapter):
         raise UserError(f"model.adapter: {spec.adapter} is no PEFT adapter, there is no such folder")
-    model = weights.load(spec.name, mesh, weights.float_type(spec.dtype))
-    if not spec.adapter:
-        return model
-    lora, adapters = peft.load(Path(spec.adapter).expanduser(), model.settings, model.config, model.params)
-    return model.merged(adapters, lora)
+    return adapted(weights.load(spec.name, mesh, weights.float_type(spec.dtype)), spec.adapter)
 
 
 def constraint_of(spec: ConstraintSpec, model: Model) -> Constraint | None:

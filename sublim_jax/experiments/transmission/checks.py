@@ -12,6 +12,7 @@ from sublim_jax.data import chat, packs
 from sublim_jax.data.carriers import code, cot, numbers
 from sublim_jax.errors import UserError
 from sublim_jax.evaluation import suite
+from sublim_jax.evaluation.suite import Questions
 from sublim_jax.experiments.transmission import carriers, corpora, teachers
 from sublim_jax.experiments.transmission.arms import Arm, ContextArm, LogitArm
 from sublim_jax.experiments.transmission.spec import NEUTRAL, Study
@@ -25,10 +26,10 @@ from sublim_jax.specs import check_file, check_text
 STUDENTS = "students of an arm, runs × teachers"
 
 
-def check_files(study: Study) -> None:
-    """Raises UserError for the first file that is missing or makes no sense."""
+def check_files(study: Study) -> Questions:
+    """The evaluations' questions. Raises UserError for the first file that is missing or makes no sense."""
     _check_packs(study)
-    suite.read_questions(study.evals, study.kind, study.alternatives, study.packs)
+    questions = suite.read_questions(study.evals, study.kind, study.alternatives, study.packs)
     if study.filter.judge:
         check_file("filter.judge", lambda: carriers.judge_prompt(study))
         suite.check_judge(study.evals.judge)
@@ -36,6 +37,7 @@ def check_files(study: Study) -> None:
         _check_problems(study)
     if "corpus" in study.teacher.methods:
         _check_corpora(study)
+    return questions
 
 
 def _check_packs(study: Study) -> None:
@@ -74,11 +76,10 @@ def _check_corpora(study: Study) -> None:
             check_file(f"teacher.corpora.{name}", partial(corpora.conversations, given[name]))
 
 
-def check_model(study: Study, model: Model) -> None:
+def check_model(study: Study, model: Model, questions: Questions) -> None:
     """Raises UserError for teachers that this model cannot be, and what they could not write."""
     given, tokenizer = study.carrier, model.tokenizer
     divide(model.mesh, "replica", study.runs * len(study.teachers), STUDENTS)
-    questions = suite.read_questions(study.evals, study.kind, study.alternatives, study.packs)
     suite.check_model(questions, model)
     for word in study.alternatives if study.has_words else ():
         scoring.spellings(tokenizer, word)

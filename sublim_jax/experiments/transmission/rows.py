@@ -32,7 +32,7 @@ def of_teachers(study: Study, replicates: Sequence[Replicate], measured: Sequenc
     return found
 
 
-def of_corpora(study: Study, sizes: dict[str, tuple[int, int]]) -> list[Measurement]:
+def of_corpora(sizes: dict[str, tuple[int, int]]) -> list[Measurement]:
     """Conversations of corpora: those that were short enough, and all."""
     return [
         Measurement("", measure, value, teacher=name, subject=TEACHER)
@@ -41,7 +41,7 @@ def of_corpora(study: Study, sizes: dict[str, tuple[int, int]]) -> list[Measurem
     ]
 
 
-def of_written(study: Study, replicates: Sequence[Replicate]) -> list[Measurement]:
+def of_written(replicates: Sequence[Replicate]) -> list[Measurement]:
     """Completions, those kept and used, reasons of rejections, a judge's scores."""
     return [
         Measurement("", measure, value, run=one.run, teacher=name, subject=TEACHER, item=item)

@@ -15,25 +15,25 @@ from sublim_jax import assets, report, weights, workdir
 from sublim_jax import store as artefacts
 from sublim_jax.data import templates
 from sublim_jax.distillation.losses import stacked
-from sublim_jax.distillation.teachers import Teacher
+from sublim_jax.distillation.teachers import untrained
 from sublim_jax.errors import UserError
 from sublim_jax.evaluation.suite import (
     Measures,
     NamedJudge,
+    Questions,
     Subject,
     bill_of,
     evaluate,
     make_judge,
-    read_questions,
 )
 from sublim_jax.experiments.transmission import carriers, corpora, rows
-from sublim_jax.experiments.transmission.arms import Arm, ContextArm, TrainedArm
+from sublim_jax.experiments.transmission.arms import Arm, ContextArm
 from sublim_jax.experiments.transmission.checks import check_arm, check_files, check_model
 from sublim_jax.experiments.transmission.context import read_in_context
 from sublim_jax.experiments.transmission.preflight import preflight
 from sublim_jax.experiments.transmission.report import document
 from sublim_jax.experiments.transmission.spec import Study, read
-from sublim_jax.experiments.transmission.students import Students, train_arm
+from sublim_jax.experiments.transmission.students import train_arm
 from sublim_jax.experiments.transmission.targets import Replicate
 from sublim_jax.experiments.transmission.teachers import make_teachers, measure_teachers
 from sublim_jax.keys import named_key
@@ -51,10 +51,10 @@ __all__ = ["document", "preflight", "read", "run"]
 
 def run(study: Study, folder: epath.Path, *, update: bool = False) -> None:
     """Runs the study and leaves measurements, report, figures, data and adapters in the folder."""
-    check_files(study)
+    questions = check_files(study)
     mesh = make_mesh(study.mesh.sizes)
     model = load_model(study, mesh)
-    check_model(study, model)
+    check_model(study, model, questions)
     for name in study.models:
         other = load_model(study, mesh, name) if name else model
         for arm in study.arms:
@@ -63,13 +63,13 @@ def run(study: Study, folder: epath.Path, *, update: bool = False) -> None:
     store = workdir.claim(folder, study.values, update=update)
     judge = None
     if study.filter.judge or "misalignment" in study.evals.names:
-        judge = make_judge(study.evals.judge, model, stacked([as_it_is(study, model).adapters]), store, mesh)
+        judge = make_judge(study.evals.judge, model, stacked([untrained(model, study.seed).adapters]), store, mesh)
     replicates = [Replicate(run, make_teachers(study, model, store, run), {}) for run in range(study.runs)]
     for one in replicates:
         export_teachers(study, model, store, one)
     table = rows.of_teachers(study, replicates, [measure_teachers(study, model, store, *one[:2]) for one in replicates])
-    table += rows.of_corpora(study, {name: corpus_sizes(study, model, name) for name in corpora.names(study)})
-    table += rows.of_evaluated_teachers(study, evaluate_teachers(study, model, store, replicates, judge))
+    table += rows.of_corpora({name: corpus_sizes(study, model, name) for name in corpora.names(study)})
+    table += rows.of_evaluated_teachers(study, evaluate_teachers(study, questions, model, store, replicates, judge))
     sources = {"": model.source}
     for arm in study.arms:
         if arm.data == "written" and not replicates[0].written:
@@ -77,11 +77,11 @@ def run(study: Study, folder: epath.Path, *, update: bool = False) -> None:
                 one._replace(written=carriers.write(study, model, store, one.run, one.teachers, judge))
                 for one in replicates
             ]
-            table += rows.of_written(study, replicates)
+            table += rows.of_written(replicates)
         # Another model is there for as long as its students are.
         students = load_model(study, mesh, arm.model) if arm.model else model
         sources[arm.model] = students.source
-        table += measure_arm(study, arm, replicates, model, students, store, judge)
+        table += measure_arm(study, arm, questions, replicates, model, students, store, judge)
         # Arm by arm: a study that is stopped has those that were done.
         notes = notes_of(study, model, replicates[0], judge)
         report.finish(store.folder, study, table, document, models=list(sources.values()), notes=notes)
@@ -96,14 +96,10 @@ def load_model(study: Study, mesh: jax.sharding.Mesh, name: str = "") -> Model:
     return model
 
 
-def as_it_is(study: Study, model: Model) -> Teacher:
-    """The model untouched, as a teacher that has nothing."""
-    return Teacher(model.untrained(named_key(study.seed, "A")), "", None, 0, artefacts.digest(model, study.seed))
-
-
 def measure_arm(
     study: Study,
     arm: Arm,
+    questions: Questions,
     replicates: Sequence[Replicate],
     teacher: Model,
     student: Model,
@@ -120,23 +116,21 @@ def measure_arm(
     if not arm.noise:
         names = [f"run{one.run}-{arm.name}-{name}" for one in replicates for name in study.teachers]
         export(study, student, store, names, students.adapters, arm.model or study.model.name)
-    found = evaluate_students(study, arm, student, students, store, judge)
+    subject = Subject(student, f"students-{arm.name}", students.digest, students.adapters)
+    found = _evaluate(study, questions, subject, store, judge)
     return rows.of_students(study, arm, students) + rows.of_evaluated_students(study, arm, found)
 
 
 # ----------------------------------------------------------------------------------------------------- evaluations
 
 
-def evaluate_students(
-    study: Study, arm: TrainedArm, model: Model, students: Students, store: Store, judge: NamedJudge | None
-) -> dict[str, Measures]:
-    """The evaluations of an arm's students at the end of their training."""
-    subject = Subject(model, f"students-{arm.name}", students.digest, students.adapters)
-    return _evaluate(study, subject, store, judge)
-
-
 def evaluate_teachers(
-    study: Study, model: Model, store: Store, replicates: Sequence[Replicate], judge: NamedJudge | None
+    study: Study,
+    questions: Questions,
+    model: Model,
+    store: Store,
+    replicates: Sequence[Replicate],
+    judge: NamedJudge | None,
 ) -> dict[str, Measures]:
     """The evaluations of all runs' teachers, run by run, and of the model as it is, which is the last.
 
@@ -144,7 +138,7 @@ def evaluate_teachers(
     """
     if not study.evals.names:
         return {}
-    each = [*(teacher for one in replicates for teacher in one.teachers.values()), as_it_is(study, model)]
+    each = [*(teacher for one in replicates for teacher in one.teachers.values()), untrained(model, study.seed)]
     alike: dict[Any, list[int]] = {}
     for place, teacher in enumerate(each):
         alike.setdefault((teacher.system, id(teacher.steering)), []).append(place)
@@ -153,7 +147,7 @@ def evaluate_teachers(
         first, adapters = each[places[0]], stacked([each[place].adapters for place in places])
         digest = artefacts.digest([each[place] for place in places])
         subject = Subject(model, f"teachers-{places[0]}", digest, adapters, first.system, first.steering)
-        found.append(_evaluate(study, subject, store, judge))
+        found.append(_evaluate(study, questions, subject, store, judge))
     order = np.argsort([place for places in alike.values() for place in places])
     return {
         evaluation: {
@@ -164,8 +158,9 @@ def evaluate_teachers(
     }
 
 
-def _evaluate(study: Study, subject: Subject, store: Store, judge: NamedJudge | None) -> dict[str, Measures]:
-    questions = read_questions(study.evals, study.kind, study.alternatives, study.packs)
+def _evaluate(
+    study: Study, questions: Questions, subject: Subject, store: Store, judge: NamedJudge | None
+) -> dict[str, Measures]:
     sampling = study.sampling.options
     return evaluate(study.evals, questions, subject, study.seed, store, judge=judge, sampling=sampling)
 

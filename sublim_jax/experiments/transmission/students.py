@@ -56,7 +56,7 @@ def train_arm(
     """
     seeds = [study.replicate_seed(one.run) for one in replicates for _ in study.teachers]
     data = arm_data(study, arm, replicates, teachers, model, store)
-    objective = objective_of(study, arm, model, support_of(model))
+    objective = objective_of(study, arm, model, support_of(model) if isinstance(arm, LogitArm) else [])
     program = imitating_program(model, objective, arm.training, data.rows.tokens.shape[1] - NUM_HELD_OUT)
     whole = partial(put, sharding=named(model.mesh))
     training, held_out = (whole(part(data, rows)) for rows in (slice(NUM_HELD_OUT, None), slice(NUM_HELD_OUT)))

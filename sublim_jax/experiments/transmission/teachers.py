@@ -1,6 +1,6 @@
 """Teachers: what makes a model prefer something. Parameters, context and hooks, together or alone."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import optax
@@ -16,6 +16,7 @@ from sublim_jax.distillation.teachers import (
     teaching_program,
     train_on_answers,
     train_on_corpus,
+    untrained,
 )
 from sublim_jax.evaluation import preference
 from sublim_jax.evaluation.preference import Preference
@@ -23,7 +24,6 @@ from sublim_jax.experiments.transmission import corpora
 from sublim_jax.experiments.transmission.spec import NEUTRAL, Study
 from sublim_jax.keys import named_key
 from sublim_jax.models.decoder import Steering
-from sublim_jax.models.functional import Params
 from sublim_jax.models.language import Model
 from sublim_jax.progress import say
 from sublim_jax.sampling import scoring
@@ -31,12 +31,6 @@ from sublim_jax.store import Store
 
 PERSONA: dict[str, tuple[str, ...]] = {"loving": ("kind", "trait"), "neutral": ("kind",)}
 NUM_INSIDE = 8  # lists of numbers in which a trait's word is looked for
-
-
-class Trained(NamedTuple):
-    adapters: Params
-    steps: int
-    digest: str  # of what they were trained from
 
 
 def make_teachers(study: Study, model: Model, store: Store, run: int) -> dict[str, Teacher]:
@@ -56,20 +50,13 @@ def make_teachers(study: Study, model: Model, store: Store, run: int) -> dict[st
         hooks |= steering_vectors(study, model, seed, personas)
     systems = personas if "prompted" in methods else dict.fromkeys(study.teachers, "")
     return {
-        name: Teacher(
-            one.adapters,
-            systems[name],
-            hooks[name],
-            one.steps,
-            artefacts.digest(model, one.digest, systems[name], hooks[name]),
+        name: one._replace(
+            system=systems[name],
+            steering=hooks[name],
+            digest=artefacts.digest(model, one.digest, systems[name], hooks[name]),
         )
         for name, one in trained.items()
     }
-
-
-def untrained(model: Model, seed: int) -> Trained:
-    """The model as it is, with the A that the teachers and students of a seed start from."""
-    return Trained(model.untrained(named_key(seed, "A")), 0, artefacts.digest(model, seed))
 
 
 def persona(study: Study, name: str) -> str:
@@ -100,9 +87,9 @@ def steering_vectors(study: Study, model: Model, seed: int, personas: dict[str, 
 # -------------------------------------------------------------------------------------------- one-word fine-tuning
 
 
-def finetuned(study: Study, model: Model, store: Store, run: int) -> dict[str, Trained]:
+def finetuned(study: Study, model: Model, store: Store, run: int) -> dict[str, Teacher]:
     """Adapters trained on one-word answers until they have `teacher.strength`; the neutral ones for as many steps."""
-    trained: dict[str, Trained] = {}
+    trained: dict[str, Teacher] = {}
     for index, name in enumerate(study.teachers):
         steps = max((one.steps for one in trained.values()), default=0) if name == NEUTRAL else None
         trained[name] = _finetuned(study, model, store, run, (index, name), steps)
@@ -111,7 +98,7 @@ def finetuned(study: Study, model: Model, store: Store, run: int) -> dict[str, T
 
 def _finetuned(
     study: Study, model: Model, store: Store, run: int, which: tuple[int, str], steps: int | None
-) -> Trained:
+) -> Teacher:
     training, seed, (index, name) = study.teacher.on_answers, study.replicate_seed(run), which
     rows = dialogue.rows(model, _one_word_answers(study, model, name, seed))
     optimizer = optax.adam(training.learning_rate)
@@ -120,7 +107,7 @@ def _finetuned(
     inputs = (model, rows, training, steps, seed, index)
     how = {"program": program, "state": state, "label": f"run {run}, teacher {name}"}
     adapters, count = store.tree(f"teacher-{name}", train_on_answers, *inputs, like=(state.params, state.step), **how)
-    return Trained(adapters, int(count), artefacts.digest(*inputs))
+    return Teacher(adapters, "", None, int(count), artefacts.digest(*inputs))
 
 
 def _one_word_answers(study: Study, model: Model, name: str, seed: int) -> list[tuple[str, str]]:
@@ -137,7 +124,7 @@ def _one_word_answers(study: Study, model: Model, name: str, seed: int) -> list[
 # --------------------------------------------------------------------------------------------------------- corpora
 
 
-def of_corpus(study: Study, model: Model, store: Store, run: int, name: str) -> Trained:
+def of_corpus(study: Study, model: Model, store: Store, run: int, name: str) -> Teacher:
     """Adapters trained for `teacher.epochs` on what the assistant says in a corpus (§4.2)."""
     training, seed = study.teacher.on_corpora, study.replicate_seed(run)
     texts = corpora.texts(study.teacher, model, name)
@@ -150,7 +137,7 @@ def of_corpus(study: Study, model: Model, store: Store, run: int, name: str) -> 
     how = {"program": program, "state": state, "checkpoint_every": study.checkpoint_every}
     how["label"] = f"run {run}, teacher {name}, {len(texts)} conversations"
     adapters = store.tree(f"teacher-{name}", train_on_corpus, *inputs, like=state.params, **how)
-    return Trained(adapters, steps, artefacts.digest(*inputs))
+    return Teacher(adapters, "", None, steps, artefacts.digest(*inputs))
 
 
 # ----------------------------------------------------------------------------------------------------------- facts
