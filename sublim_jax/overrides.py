@@ -18,6 +18,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict
 
+from sublim_jax.data import files
 from sublim_jax.errors import UserError
 
 SHOWN = 60  # characters of a typed value in a message
@@ -53,8 +54,10 @@ def load(name: str) -> ConfigDict:
 def module(name: str) -> ModuleType:
     """The module of a config's "FILE" or "FILE:preset". Raises UserError for a file that is none."""
     file, where = name.split(":")[0], f"--config={name}"
+    if not files.exists(file):
+        raise UserError(f"{where}: there is no such file")
     if not Path(file).is_file():
-        raise UserError(f"{where}: there is no such file" if not Path(file).exists() else f"{where}: it is no file")
+        raise UserError(f"{where}: it is no file")
     loader = importlib.machinery.SourceFileLoader("given_config", file)
     made = ModuleType("given_config")
     made.__file__ = file

@@ -253,17 +253,19 @@ def variants(spec: MnistSpec) -> dict[str, MnistSpec]:
     points: Sequence[object] = spec.sweep.points or POINTS.get(axis, ())
     if not points:
         raise UserError(f"sweep.points: say which values {axis} shall take, such as --config.sweep.points=1,2,3")
-    found, values = {}, set()
+    configs = {}
     for point in map(str, points):
+        configs[point] = config.copy_and_resolve_references()
         try:
-            overrides.override(config, axis, [point])
+            overrides.override(configs[point], axis, [point])
         except UserError as error:
             raise UserError(f"sweep.points: {error}") from error
-        values.add(attrgetter(axis)(config))
+    if len({attrgetter(axis)(changed) for changed in configs.values()}) < max(len(points), 2):
+        raise UserError(f"sweep.points={points} needs at least two values of {axis}, all different")
+    found = {}
+    for point, changed in configs.items():
         try:
-            found[point] = specs.read(MnistSpec, config)
+            found[point] = specs.read(MnistSpec, changed)
         except UserError as error:
             raise UserError(f"{axis}={point}: {error}") from error
-    if len(values) < max(len(points), 2):
-        raise UserError(f"sweep.points={points} needs at least two values of {axis}, all different")
     return found
