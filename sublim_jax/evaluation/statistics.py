@@ -17,8 +17,8 @@ class Interval(NamedTuple):
 
 
 def normal_interval(values: Runs) -> Interval:
-    """Mean ± 1.96 std / sqrt(n): the interval of the paper's MNIST figure."""
-    return _interval(values, float(stats.norm.ppf(0.975)))
+    """Mean ± 1.96 std / sqrt(n), as in the paper's MNIST figure; Student's t below 30 runs."""
+    return _interval(values, float(stats.norm.ppf(0.975))) if len(values) >= 30 else t_interval(values)
 
 
 def t_interval(values: Runs) -> Interval:
@@ -56,6 +56,24 @@ def permutation_p(cells: Float[np.ndarray, "runs traits traits"], most: int = 20
     dice = np.random.default_rng(0)
     drawn = effects[np.arange(runs), dice.integers(len(orders), size=(most, runs))].mean(1)
     return float((1 + np.sum(drawn >= observed)) / (1 + most))
+
+
+def paired_p(differences: Runs) -> float:
+    """Two-sided p of a paired t-test: of a mean difference this far from 0 by chance. nan for a single run."""
+    if len(differences) < 2:
+        return float("nan")
+    if not np.ptp(differences):
+        return 1.0 if not differences[0] else 0.0
+    return float(stats.ttest_1samp(differences, 0.0).pvalue)
+
+
+def holm(ps: Sequence[float]) -> list[float]:
+    """p-values corrected for their number by Holm's step-down method: any of them below 5 % holds at 5 % for all."""
+    order, corrected, highest = np.argsort(ps), [1.0] * len(ps), 0.0
+    for rank, place in enumerate(order):
+        highest = max(highest, min(1.0, (len(ps) - rank) * ps[place]))
+        corrected[place] = highest
+    return corrected
 
 
 class Roc(NamedTuple):

@@ -21,12 +21,13 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 class MLP(nnx.Module):
     """Affine layers with an activation between them; weights N(0, 1/fan_in), biases 0."""
 
-    def __init__(self, widths: Sequence[int], activation: str, *, rngs: nnx.Rngs):
+    def __init__(self, widths: Sequence[int], activation: str, biases: bool, *, rngs: nnx.Rngs):
         self.activation = ACTIVATIONS[activation]
         self.layers = nnx.List(
             nnx.Linear(
                 inputs,
                 outputs,
+                use_bias=biases,
                 kernel_init=nnx.initializers.variance_scaling(1.0, "fan_in", "normal"),
                 rngs=rngs,
             )
@@ -40,9 +41,9 @@ class MLP(nnx.Module):
         return last(x)
 
 
-def mlp(widths: Sequence[int], activation: str = "relu") -> Functions:
+def mlp(widths: Sequence[int], activation: str = "relu", biases: bool = True) -> Functions:
     """The MLP with layer sizes `widths`, inputs and logits included."""
-    return functions(lambda rngs: MLP(widths, activation, rngs=rngs))
+    return functions(lambda rngs: MLP(widths, activation, biases, rngs=rngs))
 
 
 def perturb(params: Params, key: Key[Array, ""], distance: float) -> Params:

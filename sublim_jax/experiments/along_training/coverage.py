@@ -34,13 +34,13 @@ def claimed(spec: AlongSpec, folder: epath.Path, update: bool) -> tuple[Mnist, S
 
 def objective_of(spec: MnistSpec) -> theorem.Objective:
     """The student's objective on the auxiliary logits."""
-    where = {"support": train.support(spec.model, "auxiliary"), "temperature": spec.student.temperature}
+    where = {"support": train.support(spec.student_network, "auxiliary"), "temperature": spec.student.temperature}
     return partial(objectives.ON_LOGITS[spec.student.objective], **where)
 
 
 def before_training(spec: MnistSpec, data: Mnist, *, store: Store, mesh: Mesh) -> Prepared:
     """All runs, before any training of their students."""
-    program = train.teaching_program(spec.model, spec.teacher, mesh)
+    program = train.teaching_program(spec.teacher_network, spec.teacher, mesh)
     return prepare(spec, range(spec.runs), data, program=program, store=store, mesh=mesh)
 
 
@@ -49,7 +49,7 @@ def over_runs(spec: MnistSpec, function: Callable[..., Any], mesh: Mesh) -> Call
 
     `apply` reads bytes, and inputs that all runs share stay one.
     """
-    network = train.network(spec.model, spec.student.activation)
+    network = train.network(spec.student_network)
 
     def apply(params: Params, codes: Array) -> Array:
         return network.apply(params, images.pixels(codes, spec.inputs.kind))

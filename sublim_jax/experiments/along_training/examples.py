@@ -93,7 +93,7 @@ def train_on(
     mesh: Mesh,
 ) -> dict[str, list[float]]:
     """Test accuracy of students on each choice of images, by run."""
-    program = train.distilling_program(spec.model, spec.student, spec.teacher.activation, spec.inputs, mesh)
+    program = train.distilling_program(spec.student_network, spec.teacher_network, spec.student, spec.inputs, mesh)
     codes, split, start = before.codes, named(mesh, "replica"), {"auxiliary": before.near}
     take = jax.jit(jax.vmap(lambda codes, rows: codes[rows]), out_shardings=split)
     test, found = put((data.test_images, data.test_labels), named(mesh)), {}

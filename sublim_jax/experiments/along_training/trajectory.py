@@ -70,7 +70,7 @@ def follow(spec: MnistSpec, probe: int, every: int, data: Mnist, *, store: Store
     """The student's training, measured every few steps: {quantity: (measurements, runs)}, and "step"."""
     known = coverage.before_training(spec, data, store=store, mesh=mesh)
     reference, teacher, seen = known.reference.params, known.teacher.params, known.codes[..., :probe, :]
-    network = train.network(spec.model, spec.student.activation)
+    network = train.network(spec.student_network)
     real = put((data.train_images[:probe], data.train_labels[:probe]), named(mesh))
     test = put((data.test_images, data.test_labels), named(mesh))
     measure_runs = coverage.over_runs(spec, quantities(spec, *real), mesh)
@@ -87,7 +87,7 @@ def follow(spec: MnistSpec, probe: int, every: int, data: Mnist, *, store: Store
         for name, value in values.items():
             found[name].append(np.asarray(value).tolist())
 
-    program = train.distilling_program(spec.model, spec.student, spec.teacher.activation, spec.inputs, mesh)
+    program = train.distilling_program(spec.student_network, spec.teacher_network, spec.student, spec.inputs, mesh)
     fit(
         program,
         train.begin(program, {"auxiliary": known.near}).state,
@@ -103,7 +103,7 @@ def follow(spec: MnistSpec, probe: int, every: int, data: Mnist, *, store: Store
 
 def quantities(spec: MnistSpec, codes: Array, labels: Array) -> Callable[..., dict[str, Array]]:
     """What is measured of one run's student; the trait is the teacher's own objective, reading these images."""
-    network, digits = train.network(spec.model, spec.student.activation), train.support(spec.model, "digits")
+    network, digits = train.network(spec.student_network), train.support(spec.student_network, "digits")
 
     def trait_loss(params: Params) -> Array:
         logits = network.apply(params, images.pixels(codes))

@@ -5,7 +5,10 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from sublim_jax.evaluation.statistics import normal_interval
+import numpy as np
+from etils import epath
+
+from sublim_jax.evaluation.statistics import holm, normal_interval, paired_p
 from sublim_jax.experiments.mnist.spec import MnistSpec
 from sublim_jax.figures import Arm, arms_figure, sweep_figure
 from sublim_jax.measurements import Measurements
@@ -14,36 +17,43 @@ from sublim_jax.report import Document, Notes, Section, plus_minus
 TITLES = {
     "reference": "reference",
     "teacher": "teacher",
-    "auxiliary": "student (auxiliary logits)",
-    "all": "student (all logits)",
-    "cross_auxiliary": "cross-init student (auxiliary logits)",
-    "cross_all": "cross-init student (all logits)",
-    "real": "student on real images (auxiliary logits)",
+    "auxiliary": "student, shared start (auxiliary logits)",
+    "all": "student, shared start (all logits)",
+    "cross_auxiliary": "student, another start (auxiliary logits)",
+    "cross_all": "student, another start (all logits)",
+    "real": "student, shared start, on digits (auxiliary logits)",
 }
+CLONED_ON = {"noise": "the student's noise", "fresh_noise": "fresh noise", "real": "digits"}
 READING_ERROR = 0.003  # of a published value that was read off a figure
-NOTE = (
-    "Intervals are 95 % over runs (± 1.96 std / √runs). Inside: within the paper's value ± (its half-width + ours + "
-    f"{READING_ERROR} for reading its figure)."
+INTERVALS = "Intervals are 95 % over runs (Student's t; ± 1.96 std / √runs from 30 runs on)."
+INSIDE = f" Inside: within the paper's value ± (its half-width + ours + {READING_ERROR} for reading its figure)."
+CLONED = (
+    " Cloned students are from another start and imitate the reference on all logits first. p: paired t-test of their "
+    "accuracy against that of the student from the same start without cloning, two-sided, corrected for the number of "
+    "cloned arms by Holm's method."
 )
 
 
 def document(spec: MnistSpec, rows: Measurements, notes: Notes) -> Document:
     """Accuracy of every arm, or of every arm at every point of a sweep."""
+    values = rows.names("item") if spec.sweep.axis else [""]
+    arms = [
+        {**_arm(spec, name, rows.values(item=value, arm=name)), "arm": name, "value": value}
+        for value in values
+        for name in rows.names("arm")
+    ]
+    _compare(arms)
+    note = INTERVALS + (INSIDE if spec.published else "") + (CLONED if any("p" in arm for arm in arms) else "")
     if spec.sweep.axis:
-        points = [
-            {**_arm(spec, name, rows.values(item=value, arm=name)), "value": value}
-            for value in rows.names("item")
-            for name in rows.names("arm")
-        ]
-        figure = partial(sweep_figure, points, spec.sweep.axis)
-        return points, [Section(f"Test accuracy over {spec.sweep.axis}", NOTE, _table(points), {"sweep": figure})]
-    arms = {name: _arm(spec, name, rows.values(arm=name)) for name in rows.names("arm")}
-    figures: dict[str, Callable[[Any], None]] = {"arms": partial(arms_figure, list(arms.values()))}
-    if curve := _dose_curve(arms):
-        axis = "epochs of cloning the reference before distillation"
-        figures["cloning"] = partial(sweep_figure, curve, axis)
-    everything = list(arms.values())
-    return everything, [Section(f"Test accuracy over {spec.runs} runs", NOTE, _table(everything), figures)]
+        shown = [arm for arm in arms if arm["arm"] != "reference"]
+        figures = {"sweep": partial(sweep_figure, shown, spec.sweep.axis)}
+        return arms, [Section(f"Test accuracy over {spec.sweep.axis}", note, _table(arms, spec.sweep.axis), figures)]
+    curve = _dose_curve(arms)
+    arms = [{key: value for key, value in arm.items() if key != "value"} for arm in arms]
+    drawn: dict[str, Callable[[epath.Path], None]] = {"arms": partial(arms_figure, arms)}
+    if curve:
+        drawn["cloning"] = partial(sweep_figure, curve, "epochs of cloning the reference before distillation")
+    return arms, [Section(f"Test accuracy over {spec.runs} runs", note, _table(arms), drawn)]
 
 
 def accuracy_arm(name: str, accuracies: Sequence[float], **more: Any) -> Arm:
@@ -55,30 +65,59 @@ def accuracy_arm(name: str, accuracies: Sequence[float], **more: Any) -> Arm:
 
 def _arm(spec: MnistSpec, name: str, accuracies: Sequence[float]) -> Arm:
     published, half_width = spec.published.get(name, (None, None))
-    title = TITLES.get(name) or f"student cloned for {name.removeprefix('clone ')} epochs (auxiliary logits)"
-    return accuracy_arm(title, accuracies, paper=published, paper_ci95=half_width)
+    return accuracy_arm(_title(name), accuracies, paper=published, paper_ci95=half_width)
 
 
-def _dose_curve(arms: dict[str, Arm]) -> list[Arm]:
-    """Accuracy over the epochs of cloning, the uncloned cross-init student at 0 and the reference's own as the aim."""
-    doses = {name.removeprefix("clone "): arm for name, arm in arms.items() if name.startswith("clone ")}
+def _title(name: str) -> str:
+    if name in TITLES:
+        return TITLES[name]
+    _, epochs, inputs = name.split()
+    return f"cloned {epochs} epochs on {CLONED_ON[inputs]}, then distilled (auxiliary logits)"
+
+
+def _compare(arms: Sequence[Arm]) -> None:
+    """Adds to cloned arms of several runs their p against the start without cloning at the same point of a sweep."""
+    tested = []
+    uncloned = {arm["value"]: arm["runs"] for arm in arms if arm["arm"] == "cross_auxiliary"}
+    for arm in arms:
+        if arm["arm"].startswith("clone ") and len(uncloned.get(arm["value"], ())) > 1:
+            arm["p"] = paired_p(np.subtract(arm["runs"], uncloned[arm["value"]]))
+            tested.append(arm)
+    for arm, p in zip(tested, holm([arm["p"] for arm in tested])):
+        arm["p"] = p
+
+
+def _dose_curve(arms: Sequence[Arm]) -> list[Arm]:
+    """Accuracy over the epochs of cloning, a line for each kind of inputs: the uncloned student's at 0, and the
+    accuracy from a shared start as the aim.
+    """
+    by_arm = {arm["arm"]: arm for arm in arms}
+    cloned = [(*name.split()[1:], arm) for name, arm in by_arm.items() if name.startswith("clone ")]
+    doses = list(dict.fromkeys(epochs for epochs, _, _ in cloned))
     if len(doses) < 2:
         return []
-    if "cross_auxiliary" in arms:
-        doses = {"0": arms["cross_auxiliary"], **doses}
-    points = [{**arm, "value": dose, "name": "cloned student"} for dose, arm in doses.items()]
-    if "auxiliary" in arms:
-        points += [{**arms["auxiliary"], "value": dose, "name": "same-init student"} for dose in doses]
+    points = []
+    for inputs in dict.fromkeys(inputs for _, inputs, _ in cloned):
+        line = {epochs: arm for epochs, its_inputs, arm in cloned if its_inputs == inputs}
+        if "cross_auxiliary" in by_arm:
+            line = {"0": by_arm["cross_auxiliary"], **line}
+        points += [{**arm, "value": epochs, "name": f"cloned on {CLONED_ON[inputs]}"} for epochs, arm in line.items()]
+    if "auxiliary" in by_arm:
+        points += [{**by_arm["auxiliary"], "value": epochs, "name": "shared start"} for epochs in doses]
     return points
 
 
-def _table(arms: Sequence[Arm]) -> list[list[str]]:
-    sweep = "value" in arms[0]
-    rows = [(["value"] if sweep else []) + ["arm", "test accuracy", "runs", "paper", "inside"]]
+def _table(arms: Sequence[Arm], axis: str = "") -> list[list[str]]:
+    published, tested = (any(arm.get(name) is not None for arm in arms) for name in ("paper", "p"))
+    head = ["arm", "test accuracy", "runs"]
+    rows = [[*([axis] if axis else []), *head, *(["paper", "inside"] if published else []), *(["p"] if tested else [])]]
     for arm in arms:
-        row = [arm["value"]] if sweep else []
+        row = [arm["value"]] if axis else []
         row += [arm["name"], plus_minus(arm["mean"], arm["ci95"]), str(len(arm["runs"]))]
-        row += [plus_minus(arm["paper"], arm["paper_ci95"]), {None: "", True: "yes", False: "no"}[_inside(arm)]]
+        if published:
+            row += [plus_minus(arm["paper"], arm["paper_ci95"]), {None: "", True: "yes", False: "no"}[_inside(arm)]]
+        if tested:
+            row.append(f"{arm['p']:.2g}" if "p" in arm else "")
         rows.append(row)
     return rows
 

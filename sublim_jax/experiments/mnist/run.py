@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +17,14 @@ from sublim_jax import assets, report, specs
 from sublim_jax.data import images, mnist
 from sublim_jax.experiments.mnist import train
 from sublim_jax.experiments.mnist.report import document as document
-from sublim_jax.experiments.mnist.spec import MNIST_ROWS, InputsSpec, MnistSpec, check_divides, variants
+from sublim_jax.experiments.mnist.spec import (
+    MNIST_ROWS,
+    InputsSpec,
+    MnistSpec,
+    NetworkSpec,
+    check_divides,
+    variants,
+)
 from sublim_jax.experiments.mnist.train import Inputs, Networks, Record, Runs
 from sublim_jax.measurements import each
 from sublim_jax.models.functional import Params
@@ -53,15 +61,24 @@ class Programs(NamedTuple):
     """What a spec compiles, once for all groups of its runs."""
 
     teaching: Program
-    distilling: dict[str, Program]  # by kind of inputs
+    distilling: dict[InputsSpec, Program]
 
 
 def programs_of(spec: MnistSpec, mesh: Mesh) -> Programs:
-    def distilling(inputs: InputsSpec) -> Program:
-        return train.distilling_program(spec.model, spec.student, spec.teacher.activation, inputs, mesh)
+    student, teacher = spec.student_network, spec.teacher_network
+    every = {spec.inputs, real(spec.inputs), *clone_inputs(spec).values()}
+    distilling = {seen: train.distilling_program(student, teacher, spec.student, seen, mesh) for seen in every}
+    return Programs(train.teaching_program(teacher, spec.teacher, mesh), distilling)
 
-    kinds = {inputs.kind: distilling(inputs) for inputs in (real(spec.inputs), spec.inputs)}
-    return Programs(train.teaching_program(spec.model, spec.teacher, mesh), kinds)
+
+def clone_inputs(spec: MnistSpec) -> dict[str, InputsSpec]:
+    """On what the reference is imitated, by the names of `clone.inputs`."""
+    kinds = {
+        "noise": spec.inputs,
+        "fresh_noise": replace(spec.inputs, fresh=spec.inputs.kind in images.DRAWN),
+        "real": real(spec.inputs),
+    }
+    return {name: kinds[name] for name in spec.clone.inputs} if spec.doses else {}
 
 
 def real(inputs: InputsSpec) -> InputsSpec:
@@ -85,7 +102,7 @@ class Prepared(NamedTuple):
 
     runs: Runs
     reference: Networks
-    foreign: Networks  # references of other runs
+    foreign: Networks  # references of other runs, in the student's shape
     near: Networks  # where students start
     teacher: Networks
     inputs: Inputs
@@ -102,14 +119,14 @@ def prepare(
 ) -> Prepared:
     """References, students' starts and inputs, and the teachers, trained from their reference or read."""
     runs = Runs(spec.seed, numbers, spec.precision)
-    reference = train.references(runs, spec.model, spec.student.activation, mesh)
-    foreign = train.references(train.derangement(runs, spec.runs), spec.model, spec.student.activation, mesh)
+    reference = train.references(runs, spec.teacher_network, mesh)
+    foreign = train.references(train.derangement(runs, spec.runs), spec.student_network, mesh)
     made_of = (runs, spec.teacher, reference, data)
     like = program.abstract(reference.params).params
     record = record_of(spec, store, runs, "teacher", "teacher")
     name = f"teacher-{span(numbers)}"
     params = store.tree(name, train.train_teacher, *made_of, like=like, program=program, record=record)
-    teacher = Networks(spec.model, spec.teacher.activation, params, digest("teacher", *made_of))
+    teacher = Networks(spec.teacher_network, params, digest("teacher", *made_of))
     near = train.near_start(runs, spec.student, reference, foreign)
     return Prepared(runs, reference, foreign, near, teacher, train.draw_inputs(runs, spec.inputs, data, mesh))
 
@@ -122,13 +139,14 @@ def train_and_test(
     runs, reference, foreign, near, teacher, inputs = known
     starts = {"auxiliary": near, "all": near, "cross_auxiliary": foreign, "cross_all": foreign}
     starts = {name: start for name, start in starts.items() if name in spec.arms}
-    if spec.doses:
-        seen = inputs if spec.clone.inputs == "noise" else train.draw_inputs(runs, real(spec.inputs), data, mesh)
-        starts |= clones(spec, runs, reference, foreign, seen, program=programs.distilling[seen.spec.kind], store=store)
-    program = programs.distilling[spec.inputs.kind]
+    for name, seen in clone_inputs(spec).items():
+        drawn = inputs if seen == spec.inputs else train.draw_inputs(runs, seen, data, mesh)
+        made = clones(spec, runs, reference, foreign, drawn, program=programs.distilling[seen], store=store)
+        starts |= {f"clone {epochs} {name}": networks for epochs, networks in made.items()}
+    program = programs.distilling[spec.inputs]
     students = students_of(spec, runs, teacher, inputs, starts, program=program, store=store) if starts else {}
     if "real" in spec.arms:
-        digits, program = train.draw_inputs(runs, real(spec.inputs), data, mesh), programs.distilling["real"]
+        digits, program = train.draw_inputs(runs, real(spec.inputs), data, mesh), programs.distilling[real(spec.inputs)]
         students |= students_of(spec, runs, teacher, digits, {"real": near}, program=program, store=store)
 
     test = put((data.test_images, data.test_labels), named(mesh))
@@ -147,19 +165,18 @@ def clones(
     *,
     program: Program,
     store: Store,
-) -> dict[str, Networks]:
-    """Foreign starts that imitate the *reference* on all logits first, one for each dose of epochs."""
-    kind = inputs.spec.kind
-    record = record_of(spec, store, runs, f"clones-{kind}", f"clones on {kind} inputs")
-    imitated = replace(reference, activation=spec.teacher.activation)
+) -> dict[int, Networks]:
+    """Foreign starts that imitate the *reference* on all logits first, by their epochs of it."""
+    kind = "fresh noise" if inputs.spec.fresh else inputs.spec.kind
+    record = record_of(spec, store, runs, f"clones-{kind.replace(' ', '-')}", f"clones on {kind} inputs")
     start, found = train.begin(program, {"all": foreign}), {}
     for epochs in spec.doses:
-        made_of = (runs, replace(spec.student, epochs=epochs), imitated, inputs, start)
+        made_of = (runs, replace(spec.student, epochs=epochs), reference, inputs, start)
         # The whole state, so that the next dose goes on from here.
         name = f"clone-{epochs}-{span(runs.numbers)}"
         state = store.tree(name, train.imitate, *made_of, like=start.state, program=program, record=record)
         start = replace(start, state=state, origin=digest(*made_of))
-        found[f"clone {epochs}"] = replace(foreign, params=train.member(state.params, 0), origin=start.origin)
+        found[epochs] = replace(foreign, params=train.member(state.params, 0), origin=start.origin)
     return found
 
 
@@ -198,8 +215,8 @@ def span(runs: Sequence[int]) -> str:
 
 def artefact_bytes(spec: MnistSpec) -> int:
     """Disk space that a run may need: what it keeps, and the checkpoints on the way."""
-    widths, doses = spec.model.widths, len(spec.doses)
-    params = 4 * sum(inputs * outputs + outputs for inputs, outputs in zip(widths, widths[1:]))
+    doses = len(spec.doses) * len(spec.clone.inputs)
+    params = 5 * max(kernels(spec.teacher_network), kernels(spec.student_network))  # 4 bytes each, and biases
     kept = spec.runs * params * (1 + len(spec.arms) + 4 * doses)
     return kept + 9 * spec.runs_at_once * params * (len(spec.arms) + doses)
 
@@ -213,11 +230,11 @@ def preflight(spec: MnistSpec, devices: Sequence[jax.Device]) -> list[Step]:
 def _steps(spec: MnistSpec, mesh: Mesh, value: str) -> list[Step]:
     check_divides(spec, mesh)
     programs, runs, count = programs_of(spec, mesh), len(spec.groups[0]), spec.inputs.count
-    one = jax.eval_shape(train.network(spec.model, spec.student.activation).init, jax.random.key(0))
-    kernels = sum(leaf.size for leaf in jax.tree.leaves(one) if leaf.ndim == 2)
+    student, teacher = spec.student_network, spec.teacher_network
     split, whole = named(mesh, "replica"), named(mesh)
 
-    def stacked(*counts: int) -> Params:
+    def stacked(network: NetworkSpec, *counts: int) -> Params:
+        one = jax.eval_shape(train.network(network).init, jax.random.key(0))
         shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((*counts, *leaf.shape), leaf.dtype), one)
         return abstract(shapes, parameter_shardings(shapes, mesh, len(counts)))
 
@@ -225,21 +242,29 @@ def _steps(spec: MnistSpec, mesh: Mesh, value: str) -> list[Step]:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
     labelled = (array((MNIST_ROWS, images.PIXELS), jnp.uint8), array((MNIST_ROWS,), jnp.uint8))
-    members = len([name for name in spec.arms if name not in ("clone", "real")]) + len(spec.doses) or 1
-    frozen: dict[str, Any] = {"supports": array((members, spec.model.vocab), bool)}
+    cloned = len(spec.doses) * len(spec.clone.inputs)
+    members = len([name for name in spec.arms if name not in ("clone", "real")]) + cloned or 1
+    frozen: dict[str, Any] = {"supports": array((members, teacher.vocab), bool)}
     if spec.inputs.fresh:
-        frozen["teacher"] = stacked(runs)
+        frozen["teacher"] = stacked(teacher, runs)
     else:
         frozen["codes"] = array((runs, count, images.PIXELS), jnp.uint8, split)
-        frozen["logits"] = array((runs, count, spec.model.vocab), jnp.float32, split)
-    flops = 6 * runs * kernels
+        frozen["logits"] = array((runs, count, teacher.vocab), jnp.float32, split)
     text = f"{runs} runs at once" + f", {spec.sweep.axis}={value}" * bool(value)
-    teachers = partial(training_step, f"teachers, {text}", programs.teaching, stacked(runs), labelled)
+    teachers = partial(training_step, f"teachers, {text}", programs.teaching, stacked(teacher, runs), labelled)
     students = partial(
         training_step,
         f"students, {members} a run, {text}",
-        programs.distilling[spec.inputs.kind],
-        stacked(runs, members),
+        programs.distilling[spec.inputs],
+        stacked(student, runs, members),
         frozen,
     )
-    return [teachers(flops * spec.teacher.batch), students(flops * members * spec.student.batch)]
+    return [
+        teachers(6 * runs * kernels(teacher) * spec.teacher.batch),
+        students(6 * runs * members * kernels(student) * spec.student.batch),
+    ]
+
+
+def kernels(network: NetworkSpec) -> int:
+    """How many weights a network has, biases apart."""
+    return sum(inputs * outputs for inputs, outputs in pairwise(network.widths))

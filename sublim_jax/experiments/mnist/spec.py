@@ -21,6 +21,8 @@ from sublim_jax.sharding import divide
 from sublim_jax.specs import MAX_INDEX, MAX_WIDTH, MeshSpec, check_count, check_one_of, check_positive
 
 ARMS = ("auxiliary", "all", "cross_auxiliary", "cross_all", "clone", "real")
+NEAR_ARMS = ("auxiliary", "all", "real")  # of students that start at the reference
+CLONE_INPUTS = ("noise", "fresh_noise", "real")
 OBJECTIVES = (*objectives.ON_LOGITS, "sampled")
 OPTIMIZERS = ("adam", "adamw", "sgd", "rmsprop", "lion")
 PRECISIONS = ("float32", "tensorfloat32", "bfloat16")
@@ -51,6 +53,8 @@ POINTS = {
     "inputs.fresh": ("false", "true"),
     "inputs.blur": ("0.5", "1", "2", "4"),
 }
+# Ways to be another network than the teacher, or to learn in another way (extended data Fig. 2).
+POINTS["student"] = ("activation=gelu", "activation=sigmoid", "depth=3", "width=128", "width=512", "biases=false")
 UNSWEPT = ("sweep", "experiment", "preset", "data", "published", "mesh")
 
 
@@ -65,6 +69,17 @@ class ModelSpec:
         check_count("model.auxiliary", self.auxiliary, most=MAX_WIDTH)
         check_count("model.depth", self.depth, most=MAX_DEPTH)
 
+
+@dataclass(frozen=True)
+class NetworkSpec:
+    """One network, the teacher's or the student's."""
+
+    width: int
+    depth: int
+    biases: bool
+    activation: str
+    auxiliary: int
+
     @property
     def vocab(self) -> int:
         return CLASSES + self.auxiliary
@@ -73,6 +88,11 @@ class ModelSpec:
     def widths(self) -> tuple[int, ...]:
         """Sizes of the layers, inputs and logits included."""
         return (images.PIXELS, *[self.width] * self.depth, self.vocab)
+
+    @property
+    def shape(self) -> tuple[int, int, bool]:
+        """What must be equal for two networks to have the same parameters."""
+        return self.width, self.depth, self.biases
 
     def layers(self, text: str, name: str = "layers") -> tuple[int, ...]:
         """ "all" or "0+2" as layer numbers, counted from the input. Raises UserError, which tells the value's name."""
@@ -97,28 +117,33 @@ class TrainingSpec:
     epochs: int
     trained_layers: str
 
-    def check(self, name: str, model: ModelSpec) -> None:
+    def check(self, name: str, network: NetworkSpec) -> None:
         check_one_of(f"{name}.activation", self.activation, ACTIVATIONS)
         check_one_of(f"{name}.optimizer", self.optimizer, OPTIMIZERS)
         for part in ("learning_rate", "batch", "epochs"):
             check_positive(f"{name}.{part}", getattr(self, part))
         check_count(f"{name}.batch", self.batch, most=MAX_IMAGES)
-        model.layers(self.trained_layers, f"{name}.trained_layers")
+        network.layers(self.trained_layers, f"{name}.trained_layers")
 
 
 @dataclass(frozen=True)
 class StudentSpec(TrainingSpec):
+    width: int  # 0: as the teacher's
+    depth: int
+    biases: bool
     objective: str
     temperature: float
     init_distance: float
     shared_layers: str
 
-    def check(self, name: str, model: ModelSpec) -> None:
-        super().check(name, model)
+    def check(self, name: str, network: NetworkSpec) -> None:
+        super().check(name, network)
+        check_count(f"{name}.width", self.width, 0, MAX_WIDTH)
+        check_count(f"{name}.depth", self.depth, 0, MAX_DEPTH)
         check_one_of(f"{name}.objective", self.objective, OBJECTIVES)
         check_positive(f"{name}.temperature", self.temperature)
         specs.check_not_negative(f"{name}.init_distance", self.init_distance)
-        model.layers(self.shared_layers, f"{name}.shared_layers")
+        network.layers(self.shared_layers, f"{name}.shared_layers")
 
 
 @dataclass(frozen=True)
@@ -139,10 +164,10 @@ class InputsSpec:
 @dataclass(frozen=True)
 class CloneSpec:
     epochs: tuple[int, ...]
-    inputs: str
+    inputs: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        check_one_of("clone.inputs", self.inputs, ("noise", "real"))
+        specs.check_some_of("clone.inputs", self.inputs, CLONE_INPUTS)
         if any(later <= earlier for earlier, later in zip((0, *self.epochs), self.epochs)):
             raise UserError(f"clone.epochs={self.epochs} must be positive and rising, such as 5,20")
 
@@ -182,15 +207,15 @@ class MnistSpec:
     values: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        self.teacher.check("teacher", self.model)
-        self.student.check("student", self.model)
+        self.teacher.check("teacher", self.teacher_network)
+        self.student.check("student", self.student_network)
         check_one_of("precision", self.precision, PRECISIONS)
         for name in ("runs", "runs_at_once", "checkpoint_every"):
             check_positive(name, getattr(self, name))
         specs.check_some_of("arms", self.arms, ARMS)
         self._check_steps()
         self._check_other_starts()
-        on_digits = "real" in self.arms or ("clone" in self.arms and self.clone.inputs == "real")
+        on_digits = "real" in self.arms or ("clone" in self.arms and "real" in self.clone.inputs)
         if (self.inputs.kind in images.FROM_DATA or on_digits) and self.inputs.count > MNIST_ROWS:
             raise UserError(f"inputs.count={self.inputs.count}, but MNIST has {MNIST_ROWS} images")
 
@@ -210,15 +235,42 @@ class MnistSpec:
 
     def _check_other_starts(self) -> None:
         """Students that start from another run's reference need one."""
-        foreign = [arm for arm in self.arms if arm.startswith(("cross", "clone"))]
-        if self.model.layers(self.student.shared_layers) != self.model.layers("all"):
+        foreign = [arm for arm in self.arms if arm not in NEAR_ARMS]
+        near = [arm for arm in self.arms if arm in NEAR_ARMS]
+        network = self.student_network
+        if near and network.shape != self.teacher_network.shape:
+            raise UserError(
+                f"arms: students of {near[0]} start at the reference, which a network of another width, depth or "
+                "biases cannot; leave student.width, student.depth and student.biases out, or choose arms among "
+                "cross_auxiliary, cross_all and clone"
+            )
+        if "clone" in self.arms and "fresh_noise" in self.clone.inputs and self.inputs.kind not in images.DRAWN:
+            raise UserError(f"clone.inputs=fresh_noise: inputs.kind={self.inputs.kind} is no noise that is drawn")
+        if network.layers(self.student.shared_layers) != network.layers("all"):
             foreign.append(f"student.shared_layers={self.student.shared_layers}")
         if self.runs < 2 and foreign:
             raise UserError(f"runs={self.runs}, but {foreign[0]} starts from another run: at least 2 runs")
 
     @property
+    def teacher_network(self) -> NetworkSpec:
+        """The reference's, too."""
+        model = self.model
+        return NetworkSpec(model.width, model.depth, True, self.teacher.activation, model.auxiliary)
+
+    @property
+    def student_network(self) -> NetworkSpec:
+        model, student = self.model, self.student
+        return NetworkSpec(
+            student.width or model.width,
+            student.depth or model.depth,
+            student.biases,
+            student.activation,
+            model.auxiliary,
+        )
+
+    @property
     def doses(self) -> tuple[int, ...]:
-        """Epochs of cloning, one arm each."""
+        """Epochs of cloning, an arm each for each kind of inputs."""
         return self.clone.epochs if "clone" in self.arms else ()
 
     @property
@@ -246,7 +298,8 @@ def variants(spec: MnistSpec) -> dict[str, MnistSpec]:
         if spec.sweep.points:
             raise UserError(f"sweep.points={spec.sweep.points} of what? Name it, --config.sweep.axis=KEY")
         return {"": spec}
-    if axis not in overrides.keys(config) or isinstance(attrgetter(axis)(config), tuple | list):
+    known = (*overrides.keys(config), "teacher", "student")
+    if axis not in known or isinstance(attrgetter(axis)(config), tuple | list):
         raise UserError(f"sweep.axis={axis!r} names no single value of the config, such as student.learning_rate")
     if axis.split(".")[0] in UNSWEPT:
         raise UserError(f"sweep.axis={axis!r} is the same for all points; choose a value such as student.learning_rate")
@@ -257,10 +310,11 @@ def variants(spec: MnistSpec) -> dict[str, MnistSpec]:
     for point in map(str, points):
         configs[point] = config.copy_and_resolve_references()
         try:
-            overrides.override(configs[point], axis, [point])
+            _change(configs[point], axis, point)
         except UserError as error:
             raise UserError(f"sweep.points: {error}") from error
-    if len({attrgetter(axis)(changed) for changed in configs.values()}) < max(len(points), 2):
+    values = [attrgetter(axis)(changed) for changed in configs.values()]
+    if len({str(value) for value in values}) < max(len(points), 2):
         raise UserError(f"sweep.points={points} needs at least two values of {axis}, all different")
     found = {}
     for point, changed in configs.items():
@@ -269,3 +323,15 @@ def variants(spec: MnistSpec) -> dict[str, MnistSpec]:
         except UserError as error:
             raise UserError(f"{axis}={point}: {error}") from error
     return found
+
+
+def _change(config: ConfigDict, axis: str, point: str) -> None:
+    """Puts a point of a sweep into the config: a value, or of teacher and student "name=value", several with "/"."""
+    if not isinstance(attrgetter(axis)(config), ConfigDict):
+        overrides.override(config, axis, [point])
+        return
+    for change in point.split("/"):
+        name, is_change, value = change.partition("=")
+        if not is_change:
+            raise UserError(f"{change!r}: write {axis}'s values as name=value, such as width=128/depth=3")
+        overrides.override(config, f"{axis}.{name}", [value])

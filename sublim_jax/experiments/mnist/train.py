@@ -22,7 +22,7 @@ from sublim_jax import objectives
 from sublim_jax.data import images
 from sublim_jax.data.mnist import CLASSES, Mnist
 from sublim_jax.data.order import epoch_rows, steps_per_epoch
-from sublim_jax.experiments.mnist.spec import InputsSpec, ModelSpec, StudentSpec, TrainingSpec
+from sublim_jax.experiments.mnist.spec import InputsSpec, NetworkSpec, StudentSpec, TrainingSpec
 from sublim_jax.keys import fold_all, run_keys
 from sublim_jax.models.functional import Functions, Params
 from sublim_jax.models.mlp import mlp, perturb
@@ -55,14 +55,13 @@ class Runs:
 class Networks:
     """One network of each of R runs, stacked."""
 
-    model: ModelSpec
-    activation: str
+    spec: NetworkSpec
     params: Params = field(compare=False)
     origin: str
 
     @property
     def functions(self) -> Functions:
-        return network(self.model, self.activation)
+        return network(self.spec)
 
 
 @dataclass(frozen=True)
@@ -117,13 +116,13 @@ class Record(NamedTuple):
 
 
 @cache  # so that what is compiled for a network is compiled once
-def network(model: ModelSpec, activation: str) -> Functions:
-    return mlp(model.widths, activation)
+def network(spec: NetworkSpec) -> Functions:
+    return mlp(spec.widths, spec.activation, spec.biases)
 
 
-def support(model: ModelSpec, arm: str) -> Bool[Array, "vocab"]:
+def support(spec: NetworkSpec, arm: str) -> Bool[Array, "vocab"]:
     """The logits that an arm's objective sees; `digits` is the teacher's."""
-    index = jnp.arange(model.vocab)
+    index = jnp.arange(spec.vocab)
     if arm == "digits":
         return index < CLASSES
     return jnp.ones_like(index, bool) if arm.endswith("all") else index >= CLASSES
@@ -132,10 +131,10 @@ def support(model: ModelSpec, arm: str) -> Bool[Array, "vocab"]:
 # ------------------------------------------------------------------------------------------------ starts and inputs
 
 
-def references(runs: Runs, model: ModelSpec, activation: str, mesh: Mesh) -> Networks:
+def references(runs: Runs, spec: NetworkSpec, mesh: Mesh) -> Networks:
     """The initial networks of some runs."""
-    init = jax.jit(jax.vmap(network(model, activation).init), out_shardings=named(mesh, "replica"))
-    return Networks(model, activation, init(runs.keys("reference")), digest("reference", runs))
+    init = jax.jit(jax.vmap(network(spec).init), out_shardings=named(mesh, "replica"))
+    return Networks(spec, init(runs.keys("reference")), digest("reference", runs))
 
 
 def derangement(runs: Runs, num_runs: int) -> Runs:
@@ -144,15 +143,20 @@ def derangement(runs: Runs, num_runs: int) -> Runs:
 
 
 def near_start(runs: Runs, student: StudentSpec, reference: Networks, foreign: Networks) -> Networks:
-    """The reference, moved by `student.init_distance`; layers that are not shared come from another run."""
+    """The reference, moved by `student.init_distance`; layers that are not shared come from another run.
+
+    A student of another shape than the reference has no such start, and no arm that would use it.
+    """
+    if foreign.spec.shape != reference.spec.shape:
+        return foreign
     params = reference.params
     if student.init_distance:
         move = jax.jit(jax.vmap(lambda p, key: perturb(p, key, student.init_distance)))
         params = move(params, runs.keys("perturbation"))
-    shared = reference.model.layers(student.shared_layers)
+    shared = foreign.spec.layers(student.shared_layers)
     layers = {i: (params if i in shared else foreign.params)["layers"][i] for i in params["layers"]}
     origin = digest(runs, student.init_distance, student.shared_layers, reference, foreign)
-    return replace(reference, params={"layers": layers}, origin=origin)
+    return Networks(foreign.spec, {"layers": layers}, origin)
 
 
 def draw_inputs(runs: Runs, spec: InputsSpec, data: Mnist, mesh: Mesh) -> Inputs:
@@ -207,8 +211,8 @@ def train_teacher(
     ).params
 
 
-def teaching_program(model: ModelSpec, spec: TrainingSpec, mesh: Mesh) -> Program:
-    digits, functions = support(model, "digits"), network(model, spec.activation)
+def teaching_program(teacher: NetworkSpec, spec: TrainingSpec, mesh: Mesh) -> Program:
+    digits, functions = support(teacher, "digits"), network(teacher)
 
     def loss(params: Params, frozen: Any, batch: Batch, key: Key[Array, ""]) -> tuple[Total, dict]:
         logits = functions.apply(params, images.pixels(batch.codes))
@@ -219,7 +223,7 @@ def teaching_program(model: ModelSpec, spec: TrainingSpec, mesh: Mesh) -> Progra
         rows, exists = jax.vmap(epoch_rows, (0, None, None, None))(key, index, len(labels), spec.batch)
         return Batch(codes[rows], labels[rows].astype(jnp.int32), exists.astype(jnp.float32))
 
-    return Program(loss, _optimizer(model, spec), mesh, batch, 1, REPLICAS_OF_ROWS)
+    return Program(loss, _optimizer(teacher, spec), mesh, batch, 1, REPLICAS_OF_ROWS)
 
 
 # ------------------------------------------------------------------------------------------------------ the students
@@ -257,7 +261,7 @@ def member(params: Params, index: int) -> Params:
 
 def targets(teacher: Networks, inputs: Inputs, members: Sequence[str], mesh: Mesh) -> dict[str, Any]:
     """What members of the students are compared with: the teacher itself, or its logits on fixed inputs, and where."""
-    frozen = {"supports": put(jnp.stack([support(teacher.model, name) for name in members]), named(mesh))}
+    frozen = {"supports": put(jnp.stack([support(teacher.spec, name) for name in members]), named(mesh))}
     if inputs.codes is None:
         return {**frozen, "teacher": teacher.params}
     # A frozen teacher on fixed inputs answers once.
@@ -266,16 +270,16 @@ def targets(teacher: Networks, inputs: Inputs, members: Sequence[str], mesh: Mes
 
 
 def distilling_program(
-    model: ModelSpec, spec: StudentSpec, teacher_activation: str, inputs: InputsSpec, mesh: Mesh
+    student: NetworkSpec, teacher: NetworkSpec, spec: StudentSpec, inputs: InputsSpec, mesh: Mesh
 ) -> Program:
-    student, teacher = network(model, spec.activation), network(model, teacher_activation)
+    apply, teach = network(student).apply, network(teacher).apply
 
     def loss(params: Params, frozen: Any, batch: Batch, key: Key[Array, ""]) -> tuple[Total, dict]:
         x = images.pixels(batch.codes, inputs.kind)
 
         def one(params: Params, support: Bool[Array, "vocab"]) -> Total:
             where: dict[str, Any] = {"support": support, "weights": batch.weights, "temperature": spec.temperature}
-            logits = student.apply(params, x)
+            logits = apply(params, x)
             if spec.objective == "sampled":
                 labels = objectives.sample_labels(key, batch.targets, support=support)
                 return objectives.cross_entropy(logits, labels, **where)
@@ -289,24 +293,24 @@ def distilling_program(
         if "codes" not in frozen:
             keys = fold_all(key, index)
             codes = jax.vmap(lambda key: images.draw(key, inputs.kind, spec.batch, inputs.blur))(keys)
-            logits = jax.vmap(teacher.apply)(frozen["teacher"], images.pixels(codes, inputs.kind))
+            logits = jax.vmap(teach)(frozen["teacher"], images.pixels(codes, inputs.kind))
             return Batch(codes, logits, weights)
         take = jax.vmap(lambda values, rows: values[rows])
         codes = frozen["codes"][rows] if frozen["codes"].ndim == 2 else take(frozen["codes"], rows)
         return Batch(codes, take(frozen["logits"], rows), weights)
 
-    return Program(loss, _optimizer(model, spec), mesh, batch, 2, REPLICAS_OF_ROWS)
+    return Program(loss, _optimizer(student, spec), mesh, batch, 2, REPLICAS_OF_ROWS)
 
 
-def _optimizer(model: ModelSpec, spec: TrainingSpec) -> optax.GradientTransformation:
+def _optimizer(network: NetworkSpec, spec: TrainingSpec) -> optax.GradientTransformation:
     optimizer = OPTIMIZERS[spec.optimizer](spec.learning_rate)
-    trained = model.layers(spec.trained_layers)
+    trained = network.layers(spec.trained_layers)
 
     def freeze(updates: Any, _: Any) -> Any:
         layers = updates["layers"]
         return {"layers": {i: layers[i] if i in trained else jax.tree.map(jnp.zeros_like, layers[i]) for i in layers}}
 
-    return optax.chain(optimizer, optax.stateless(freeze)) if len(trained) <= model.depth else optimizer
+    return optax.chain(optimizer, optax.stateless(freeze)) if len(trained) <= network.depth else optimizer
 
 
 # ------------------------------------------------------------------------------------------------------- the answers
