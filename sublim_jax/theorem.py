@@ -8,6 +8,9 @@ D_S = -∇_θ E_x[L_S(f_θ(x), f_θT(x))]. Where L_S has a minimum at agreement,
 with v = J_f(x) D_T, M = -∂²L_S/∂y∂z at student logits z = teacher logits y, and H = E_x[Jᵀ M J]. For D_T = -∇L_T the
 student's step lowers the teacher's own loss: L_T(θ⁰ + α D_S) - L_T(θ⁰) = -ε α A + O(ε²).
 
+Where ∂L_S/∂z is 0 at agreement for every y, M is the loss's curvature ∂²L_S/∂z² there. That is how M is computed: an
+objective may detach its teacher with `stop_gradient`, after which no derivative by y can be had.
+
 Everything here is exact, with no estimator: D_T is known, so A takes one forward-mode product and no trace.
 
 `apply(params, inputs) -> logits` is any network, parameters any pytree (of adapters, for LoRA), `objective` any
@@ -250,24 +253,28 @@ def verify(
 def no_guarantee(objective: Objective, logits: Logits) -> str:
     """Why the lemma does not cover an objective at these logits; an empty string where it does.
 
-    It asks for a minimum at agreement: no gradient at z = y, and M = -∂²L/∂y∂z positive semidefinite and not 0.
+    It asks for a minimum at agreement: no gradient at z = y, and M = ∂²L/∂z² positive semidefinite and not 0. What
+    counts as 0 is relative to the gradient at logits that differ by about 1, so that a loss may have any unit.
     """
     rows = logits.reshape(-1, logits.shape[-1])[:64]
-    scale = jnp.finfo(rows.dtype).eps ** 0.5
+    resolution = jnp.finfo(rows.dtype).eps ** 0.5
 
     def loss(z: Array, y: Array) -> Array:
         return objective(z[None], y[None])[0]
 
+    away = rows + jax.random.normal(jax.random.key(0), rows.shape, rows.dtype)
     gradient = jax.vmap(jax.grad(loss))(rows, rows)
-    mixed = -jax.vmap(jax.jacfwd(jax.grad(loss), argnums=1))(rows, rows)
-    if not (bool(jnp.all(jnp.isfinite(gradient))) and bool(jnp.all(jnp.isfinite(mixed)))):
+    curvature = jax.vmap(jax.hessian(loss))(rows, rows)
+    usual = jax.vmap(jax.grad(loss))(away, rows)
+    if not all(bool(jnp.all(jnp.isfinite(array))) for array in (gradient, curvature, usual)):
         return "no guarantee: its derivatives at agreement are not finite"
-    if float(jnp.max(jnp.abs(gradient))) > scale:
+    zero = float(resolution * jnp.max(jnp.abs(usual)))
+    if float(jnp.max(jnp.abs(gradient))) > zero:
         return "no guarantee: its gradient at agreement is not 0"
-    values = np.linalg.eigvalsh(np.asarray(mixed + mixed.mT, np.float64) / 2)
-    if np.max(np.abs(values)) <= scale:
+    values = np.linalg.eigvalsh(np.asarray(curvature, np.float64))
+    if np.max(np.abs(values)) <= zero:
         return "no guarantee: its curvature at agreement is 0, so D_S·D_T is of higher order in ε"
-    if np.min(values) < -scale * np.max(np.abs(values)):
+    if np.min(values) < -resolution * np.max(np.abs(values)):
         return "no guarantee: its curvature at agreement is negative in some direction"
     return ""
 
@@ -299,13 +306,13 @@ def tangent(apply: Apply, params: Params, direction: Params, inputs: Inputs) -> 
 
 
 def _curvature(objective: Objective, logits: Logits, v: Logits, weights: Weights) -> tuple[Logits, Array]:
-    """M v, and the count: minus the change of ∂L/∂z as y moves along v, at z = y."""
+    """M v, and the count: the change of ∂L/∂z as z moves along v, at z = y."""
 
-    def gradient(y: Logits) -> tuple[Logits, Array]:
-        return jax.grad(lambda z: objective(z, y, weights=weights), has_aux=True)(logits)
+    def gradient(z: Logits) -> tuple[Logits, Array]:
+        return jax.grad(lambda z: objective(z, logits, weights=weights), has_aux=True)(z)
 
     _, change, count = jax.jvp(gradient, (logits,), (v,), has_aux=True)
-    return -change, count
+    return change, count
 
 
 def _sum_over_chunks(function: Callable[[Any], Any], rows: Any, chunk: int | None) -> Any:

@@ -41,7 +41,7 @@ def distilled(spec, data: Mnist, store: Store, mesh: Mesh, arms=("auxiliary",), 
     teacher = known.teacher
     if teacher_runs:
         others = Runs(spec.seed, teacher_runs, spec.precision)
-        teacher = train.references(others, spec.model, spec.student.activation, mesh)
-    starts, program = dict.fromkeys(arms, known.reference), programs.distilling[spec.inputs.kind]
+        teacher = train.references(others, spec.teacher_network, mesh)
+    starts, program = dict.fromkeys(arms, known.reference), programs.distilling[spec.inputs]
     students = run.students_of(spec, known.runs, teacher, known.inputs, starts, program=program, store=store)
     return Trained(known.runs, known.inputs, known.reference, teacher, students)

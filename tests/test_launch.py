@@ -121,9 +121,9 @@ def test_results_and_a_second_config_in_the_same_workdir(tmp_path, mnist_folder)
     assert [arm["name"] for arm in results["arms"]] == [
         "reference",
         "teacher",
-        "student (auxiliary logits)",
-        "student cloned for 1 epochs (auxiliary logits)",
-        "student cloned for 2 epochs (auxiliary logits)",
+        "student, shared start (auxiliary logits)",
+        "cloned 1 epochs on the student's noise, then distilled (auxiliary logits)",
+        "cloned 2 epochs on the student's noise, then distilled (auxiliary logits)",
     ]
     for arm in results["arms"]:
         assert len(arm["runs"]) == 2
@@ -159,8 +159,8 @@ def test_a_sweep_ends_in_one_figure(tmp_path, mnist_folder):
     assert result.returncode == 0, result.stderr
     arms = json.loads((tmp_path / "results.json").read_text())["arms"]
     assert [(arm["value"], arm["name"]) for arm in arms if "student" in arm["name"]] == [
-        ("kl", "student (auxiliary logits)"),
-        ("squared_error", "student (auxiliary logits)"),
+        ("kl", "student, shared start (auxiliary logits)"),
+        ("squared_error", "student, shared start (auxiliary logits)"),
     ]
     assert (tmp_path / "figures" / "sweep.png").exists()
     assert result.stdout.count("teacher, runs") == 1  # shared by both

@@ -5,14 +5,15 @@ import pytest
 from scipy import stats
 
 from sublim_jax.evaluation import statistics
-from sublim_jax.evaluation.statistics import normal_interval, t_interval
+from sublim_jax.evaluation.statistics import holm, normal_interval, paired_p, t_interval
 
 
 def test_the_papers_interval():
-    values = [0.5, 0.6, 0.4, 0.7]
+    values = np.random.default_rng(0).normal(size=100)
     mean, half_width = normal_interval(values)
-    assert mean == pytest.approx(0.55)
-    assert half_width == pytest.approx(1.96 * np.std(values, ddof=1) / 2, rel=1e-4)
+    assert mean == pytest.approx(values.mean())
+    assert half_width == pytest.approx(1.96 * np.std(values, ddof=1) / 10, rel=1e-4)
+    assert normal_interval(values[:29]) == t_interval(values[:29])
 
 
 def test_students_interval_is_scipys():
@@ -75,3 +76,15 @@ def test_the_area_under_the_curve_is_how_often_a_positive_is_above():
     difference = positive[:, None] - negative
     assert found.area == pytest.approx(np.mean((difference > 0) + (difference == 0) / 2))
     assert found.false_rate[-1] == found.true_rate[-1] == 1 and np.all(np.diff(found.true_rate) >= 0)
+
+
+def test_holms_correction_by_hand():
+    """Textbook values: 4 p, in rising order times 4, 3, 2 and 1, never falling."""
+    np.testing.assert_allclose(holm([0.01, 0.04, 0.03, 0.005]), [0.03, 0.06, 0.06, 0.02])
+    assert holm([0.9, 0.6]) == [1.0, 1.0] and holm([]) == []
+
+
+def test_a_paired_test_is_scipys_on_pairs():
+    a, b = np.random.default_rng(0).normal(size=(2, 12))
+    assert paired_p(a + 0.3 - b) == pytest.approx(stats.ttest_rel(a + 0.3, b).pvalue)
+    assert np.isnan(paired_p([1.0])) and paired_p([0.0, 0.0]) == 1.0 and paired_p([2.0, 2.0]) == 0.0

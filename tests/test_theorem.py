@@ -198,7 +198,41 @@ def negative(z, y, **where):
     return -total, count
 
 
-@pytest.mark.parametrize("objective, words", [(greedy, "gradient"), (cubic, "higher order"), (negative, "negative")])
+def indefinite(z, y, weights=None, **_):
+    signs = jnp.where(jnp.arange(VOCAB) % 2, 1.0, -1.0).astype(z.dtype)
+    return jnp.sum(signs * jnp.square(z - y)), jnp.asarray(z.size / z.shape[-1], z.dtype)
+
+
+OUTSIDE = [(greedy, "gradient"), (cubic, "higher order"), (negative, "negative"), (indefinite, "negative")]
+
+
+def detached(z, y, **where):
+    return objectives.kl(z, jax.lax.stop_gradient(y), **where)
+
+
+def tiny_unit(z, y, **where):
+    total, count = objectives.squared_error(z, y, **where)
+    return 1e-9 * total, count
+
+
+def hot(z, y, **where):
+    return objectives.kl(z, y, temperature=30.0, **where)
+
+
+@pytest.mark.parametrize("objective", [detached, tiny_unit, hot])
+def test_a_covered_loss_is_covered_however_it_is_written_and_in_any_unit(objective):
+    """Detached teachers are the usual idiom; no threshold may depend on the loss's unit."""
+    apply, params, direction, x = network()
+    check = theorem.verify(apply, objective, params, direction, x, 1e-4)
+    assert check.no_guarantee == "" and check.alignment > 0 and check.relative_error < 1e-2
+    if objective is detached:
+        plain = theorem.verify(apply, objectives.kl, params, direction, x, 1e-4)
+        assert check.predicted == pytest.approx(plain.predicted, rel=1e-12)
+    single = jax.tree.map(jnp.float32, (params, direction, x))
+    assert theorem.verify(apply, objective, *single, 1e-2).no_guarantee == ""
+
+
+@pytest.mark.parametrize("objective, words", OUTSIDE)
 def test_a_loss_outside_the_theorem_is_marked(objective, words):
     apply, params, direction, x = network()
     check = theorem.verify(apply, objective, params, direction, x, 1e-3)

@@ -19,9 +19,9 @@ def test_a_sweep_is_one_spec_for_each_value():
 
 
 def test_every_axis_has_a_ladder_that_passes_the_checks(mesh_of):
-    config = configs.get_config("quick")
     for axis in POINTS:
-        config.sweep.axis = axis
+        config = configs.get_config("architectures" if axis.startswith("student") else "paper")
+        config.sweep.axis, config.sweep.points = axis, ()
         for point in variants(read(config)).values():
             check_divides(point, mesh_of(1))
 
@@ -40,3 +40,50 @@ def test_a_point_of_a_sweep_that_makes_no_sense_is_told(points, expected):
     config.sweep.points = points
     with pytest.raises(UserError, match=expected):
         read(config)
+
+
+def test_a_sweep_over_students_changes_several_values_at_a_point():
+    config = configs.get_config("architectures")
+    config.sweep.points = ("activation=gelu", "width=128/depth=3", "optimizer=sgd/learning_rate=1")
+    points = variants(read(config))
+    assert [point.student_network.widths for point in points.values()] == [
+        (784, 256, 256, 60),
+        (784, 128, 128, 128, 60),
+        (784, 256, 256, 60),
+    ]
+    assert {point.teacher_network.widths for point in points.values()} == {(784, 256, 256, 60)}
+    assert [point.student.optimizer for point in points.values()] == ["adam", "adam", "sgd"]
+
+
+@pytest.mark.parametrize(
+    "points, expected",
+    [
+        (("gelu", "sigmoid"), "name=value"),
+        (("width=8", "colour=red"), "there is no config.student.colour"),
+        (("width=8", "width=wide"), "a whole number"),
+        (("width=8", "width=8/depth=2"), None),
+    ],
+)
+def test_a_point_of_several_values_that_makes_no_sense_is_told(points, expected):
+    config = configs.get_config("architectures")
+    config.sweep.points = points
+    if expected is None:
+        assert len(variants(read(config))) == 2
+        return
+    with pytest.raises(UserError, match=expected):
+        read(config)
+
+
+@pytest.mark.parametrize("name, value", [("width", 64), ("depth", 1), ("biases", False)])
+def test_a_student_of_another_shape_cannot_start_at_the_reference(name, value):
+    assert (
+        tiny(**{f"student__{name}": value}, arms=("cross_auxiliary", "clone")).student_network != tiny().student_network
+    )
+    with pytest.raises(UserError, match="arms: students of auxiliary start at the reference"):
+        tiny(**{f"student__{name}": value})
+    assert tiny(student__activation="gelu")  # which has the same parameters
+
+
+def test_only_noise_that_is_drawn_can_be_drawn_afresh():
+    with pytest.raises(UserError, match="fresh_noise: .*shuffled is no noise"):
+        tiny(inputs__kind="shuffled", clone__inputs=("fresh_noise",))

@@ -80,8 +80,8 @@ def test_only_the_trained_layers_move(trained, network):
 def test_shared_layers_and_distance_make_the_start(mesh_of):
     spec = tiny(student__shared_layers="0+2")
     runs = Runs(spec.seed, range(2), spec.precision)
-    reference = train.references(runs, spec.model, "relu", mesh_of(1))
-    foreign = train.references(train.derangement(runs, 2), spec.model, "relu", mesh_of(1))
+    reference = train.references(runs, spec.teacher_network, mesh_of(1))
+    foreign = train.references(train.derangement(runs, 2), spec.student_network, mesh_of(1))
     assert same(foreign.params, jax.tree.map(lambda leaf: leaf[::-1], reference.params))
     start = train.near_start(runs, spec.student, reference, foreign)
     layers, own, other = (networks.params["layers"] for networks in (start, reference, foreign))
@@ -104,15 +104,66 @@ def test_a_longer_cloning_goes_on_from_a_shorter_one(data, tmp_path, mesh_of):
     results = []
     for doses in ((1, 2), (2,)):
         spec = tiny(clone__epochs=doses)
-        store, program = Store(tmp_path / str(doses)), run.programs_of(spec, mesh_of(1)).distilling["uniform"]
+        store, program = Store(tmp_path / str(doses)), run.programs_of(spec, mesh_of(1)).distilling[spec.inputs]
         runs = Runs(spec.seed, range(2), spec.precision)
-        reference = train.references(runs, spec.model, "relu", mesh_of(1))
-        foreign = train.references(train.derangement(runs, 2), spec.model, "relu", mesh_of(1))
+        reference = train.references(runs, spec.teacher_network, mesh_of(1))
+        foreign = train.references(train.derangement(runs, 2), spec.student_network, mesh_of(1))
         inputs = train.draw_inputs(runs, spec.inputs, data, mesh_of(1))
         found = run.clones(spec, runs, reference, foreign, inputs, program=program, store=store)
         results.append({name: networks.params for name, networks in found.items()})
-    assert same(results[0]["clone 2"], results[1]["clone 2"])
-    assert not same(results[0]["clone 1"], results[0]["clone 2"])
+    assert same(results[0][2], results[1][2])
+    assert not same(results[0][1], results[0][2])
+
+
+ARCHITECTURES = [
+    dict(student__activation="gelu"),
+    dict(student__activation="sigmoid"),
+    dict(student__depth=3),
+    dict(student__width=16),
+    dict(student__width=64),
+    dict(student__biases=False),
+]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda values: "-".join(map(str, values.values())))
+@pytest.mark.parametrize("inputs", ["fresh_noise", "real"])
+def test_a_clone_of_any_architecture_comes_near_the_reference(data, tmp_path, mesh_of, architecture, inputs):
+    """On images that neither has seen, it is nearer to it in KL than where it started."""
+    changes = dict(student__learning_rate=3e-3, clone__epochs=(20,), clone__inputs=(inputs,), arms=("clone",))
+    spec, mesh = tiny(**architecture, **changes), mesh_of(1)
+    runs = Runs(spec.seed, range(2), spec.precision)
+    reference = train.references(runs, spec.teacher_network, mesh)
+    foreign = train.references(train.derangement(runs, 2), spec.student_network, mesh)
+    seen = run.clone_inputs(spec)[inputs]
+    drawn = train.draw_inputs(runs, seen, data, mesh)
+    program = run.programs_of(spec, mesh).distilling[seen]
+    clone = run.clones(spec, runs, reference, foreign, drawn, program=program, store=Store(tmp_path))[20]
+    assert np.shape(clone.params["layers"][0]["kernel"]) == (2, 784, spec.student.width or spec.model.width)
+    assert ("bias" in clone.params["layers"][0]) == spec.student.biases
+    held_out = {"real": jnp.asarray(data.test_images), "fresh_noise": images.draw(jax.random.key(9), "uniform", 400)}
+    where = (held_out[inputs], "real" if inputs == "real" else "uniform", mesh)
+    target = jax.nn.log_softmax(train.answer(reference.functions, reference.params, *where))
+    distance = [
+        float(jnp.mean(jnp.sum(jnp.exp(target) * (target - jax.nn.log_softmax(logits)), -1)))
+        for logits in (train.answer(one.functions, one.params, *where) for one in (foreign, clone))
+    ]
+    assert distance[1] < distance[0]
+
+
+def test_every_kind_of_cloning_inputs_is_an_arm(accuracies):
+    found = accuracies(
+        tiny(arms=("cross_auxiliary", "clone"), clone__epochs=(1,), clone__inputs=("noise", "fresh_noise", "real"))
+    )
+    arms = ["clone 1 noise", "clone 1 fresh_noise", "clone 1 real"]
+    assert list(found) == ["reference", "teacher", "cross_auxiliary", *arms]
+
+
+def test_a_teacher_is_shared_by_students_of_every_architecture(accuracies, monkeypatch):
+    trained, fit = [], train.fit
+    monkeypatch.setattr(train, "fit", lambda *args, what, **more: trained.append(what) or fit(*args, what=what, **more))
+    for architecture in ARCHITECTURES[:3]:
+        accuracies(tiny(**architecture, arms=("cross_auxiliary",)))
+    assert sum(what.startswith("teacher") for what in trained) == 1
 
 
 KNOBS = [
@@ -123,7 +174,7 @@ KNOBS = [
     dict(inputs__kind="shuffled", student__activation="gelu"),
     dict(inputs__kind="real", student__optimizer="adamw", model__depth=1),
     dict(inputs__fresh=True, student__optimizer="lion"),
-    dict(inputs__fresh=True, inputs__kind="blurred", student__optimizer="rmsprop", clone__inputs="real"),
+    dict(inputs__fresh=True, inputs__kind="blurred", student__optimizer="rmsprop", clone__inputs=("real",)),
 ]
 
 
@@ -183,7 +234,7 @@ def test_an_artefact_is_named_by_what_its_runs_and_networks_are_made_of(mesh_of)
     def origins(**changes):
         spec = tiny(**changes)
         runs = Runs(spec.seed, range(2), spec.precision)
-        reference = train.references(runs, spec.model, spec.student.activation, mesh_of(1))
+        reference = train.references(runs, spec.teacher_network, mesh_of(1))
         near = train.near_start(runs, spec.student, reference, reference)
         return digest(reference), digest(near)
 
@@ -196,7 +247,8 @@ def test_an_artefact_is_named_by_what_its_runs_and_networks_are_made_of(mesh_of)
 @pytest.mark.slow
 def test_the_papers_finding(mnist_data, mesh_of, tmp_path):
     """Four runs of the paper's recipe: auxiliary logits on noise carry digits, if and only if the start is shared."""
-    config = configs.get_config("quick")
+    config = configs.get_config("paper")
+    config.runs = config.runs_at_once = 4
     config.arms = ("auxiliary", "cross_auxiliary")
     values = run.test_accuracies(run.read(config), mnist_data, Store(tmp_path), mesh_of(1))
     assert np.mean(values["teacher"]) > 0.93
