@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import matplotlib
 import numpy as np
 
+from sublim_jax.evaluation.statistics import normal_interval
+
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
@@ -35,6 +37,17 @@ class Panel(NamedTuple):
     lines: Sequence[Line]
     scales: tuple[str, str] = ("linear", "linear")
     title: str = ""
+
+
+def banded(label: str, x: Numbers, runs: Sequence[Numbers] | np.ndarray, **style: Any) -> Line:
+    """The mean over runs at each x, with its 95 % interval.
+
+    Args:
+      runs: every run's value, at each x.
+    """
+    found = [normal_interval(row) for row in runs]
+    band = [0.0 if math.isnan(interval.half_width) else interval.half_width for interval in found]
+    return Line(label, x, [interval.mean for interval in found], {"marker": "", **style}, band)
 
 
 def panels_figure(panels: Sequence[Panel], path: Any) -> None:

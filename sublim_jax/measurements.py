@@ -6,10 +6,13 @@
 `results.json`, `report.md` and the figures are functions of this table, of the spec and of a few notes.
 """
 
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 from etils import epath
@@ -71,9 +74,19 @@ class Measurements(tuple[Measurement, ...]):
         return list(dict.fromkeys(getattr(row, field) for row in self.where(**given)))
 
 
-def each(values: Iterable[float], **fields: Any) -> list[Measurement]:
-    """One row a run, of every run's value."""
-    return [Measurement(value=float(value), run=run, **fields) for run, value in enumerate(values)]
+def each(values: npt.ArrayLike, along: str | Mapping[str, Sequence[Any]] = "run", **fields: Any) -> list[Measurement]:
+    """One row of each number of an array, in order.
+
+    Args:
+      along: the fields that tell them apart, one an axis, each with its values; or one field that counts from 0.
+    """
+    numbers = np.asarray(values, np.float64)
+    axes = {along: range(len(numbers))} if isinstance(along, str) else along
+    places = itertools.product(*axes.values())
+    return [
+        Measurement(value=value, **dict(zip(axes, place)), **fields)
+        for place, value in zip(places, numbers.ravel().tolist(), strict=True)
+    ]
 
 
 def write(folder: epath.PathLike, experiment: str, rows: Sequence[Measurement]) -> None:

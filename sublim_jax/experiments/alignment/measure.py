@@ -13,7 +13,7 @@ from sublim_jax import objectives, theorem
 from sublim_jax.data import mnist
 from sublim_jax.errors import UserError
 from sublim_jax.experiments.alignment.settings import ON_DIGITS, WIDTHS, Setting, controls, descent, double, mean
-from sublim_jax.experiments.alignment.spec import NUM_LOGITS, StepsSpec
+from sublim_jax.experiments.alignment.spec import NUM_LOGITS, AlignmentSpec
 from sublim_jax.keys import named_key
 from sublim_jax.measurements import Measurement, each
 from sublim_jax.models.functional import Params
@@ -28,24 +28,21 @@ INNER, CHANGE, A, A_BY_GRADIENTS = "D_S·D_T", "change of L_T", "A", "A by gradi
 POSITIVE, FALLS, SIGNED = "share of D_S·D_T > 0", "share of L_T falls", "share of sign(D_S)·D_T > 0"
 COSINE = "cos(update, D_T)"
 
-Rows = list[Measurement]
 Note = dict[str, str]
-Objectives = Mapping[str, theorem.Objective]
 
 
 def measure(
     arm: str,
     setting: Setting,
-    objectives: Objectives,
-    steps: StepsSpec,
-    learning_rate: float,
+    objectives: Mapping[str, theorem.Objective],
+    spec: AlignmentSpec,
     student: Params | None = None,
-) -> Rows:
+) -> list[Measurement]:
     """Every objective at every step of the teacher; the student starts at θ⁰, or elsewhere.
 
     Raises UserError where a number is not finite.
     """
-    moved = np.logspace(steps.min, steps.max, steps.num)
+    moved = np.logspace(spec.steps.min, spec.steps.max, spec.steps.num)
     _, v = jax.jit(partial(theorem.tangent, setting.apply))(setting.params, setting.direction, setting.inputs)
     epsilons = moved / float(jnp.sqrt(jnp.mean(jnp.square(v[..., setting.support]))) or jnp.sqrt(jnp.mean(v**2)))
     start = setting.params if student is None else student
@@ -58,7 +55,7 @@ def measure(
         def one(pair: tuple[Array, Array]) -> tuple[Array, Array]:
             targets = setting.apply(theorem.shifted(params, direction, pair[1]), inputs)
             update = theorem.student_update(setting.apply, chosen(pair[0]), start, inputs, targets)
-            after = setting.teacher_loss(theorem.shifted(params, update, learning_rate))
+            after = setting.teacher_loss(theorem.shifted(params, update, spec.learning_rate))
             return theorem.alignment(update, direction), after - setting.teacher_loss(params)
 
         def limit(index: Array) -> tuple[Array, Array]:
@@ -78,63 +75,55 @@ def measure(
     found = all_of(setting.params, start, setting.direction, setting.inputs, jnp.asarray(epsilons, v.dtype))
     by_measure = dict(zip((INNER, CHANGE, A, A_BY_GRADIENTS), (np.asarray(value, np.float64) for value in found)))
     try:
-        theorem.check_finite(by_measure, setting.network)
+        theorem.check_finite(by_measure, setting.about.network)
     except ValueError as error:
         raise UserError(f"{error}; choose another --config.seed or a smaller --config.steps.max") from error
-    rows = [*_by_step(arm, MOVED, moved), *_by_step(arm, EPSILON, epsilons)]
+    rows = each(moved, "step", arm=arm, measure=MOVED) + each(epsilons, "step", arm=arm, measure=EPSILON)
     rows.append(Measurement(arm, LOSS, float(setting.teacher_loss(setting.params))))
-    for index, name in enumerate(names):
-        for what in (INNER, CHANGE):
-            rows += _by_step(arm, what, by_measure[what][index], name)
-        rows += [Measurement(arm, what, float(by_measure[what][index]), subject=name) for what in (A, A_BY_GRADIENTS)]
+    axes = {"subject": names, "step": range(len(moved))}
+    for what, values in by_measure.items():
+        rows += each(values, axes if values.ndim == 2 else {"subject": names}, arm=arm, measure=what)
     return rows
 
 
-def _by_step(arm: str, measure: str, values: np.ndarray, subject: str = "", item: str = "") -> Rows:
-    """A row for each step of the teacher."""
-    return [
-        Measurement(arm, measure, float(value), subject=subject, item=item, step=step)
-        for step, value in enumerate(values)
-    ]
-
-
-def measure_controls(seed: int, base: Setting, steps: StepsSpec, learning_rate: float) -> tuple[Rows, list[Note]]:
+def measure_controls(spec: AlignmentSpec, base: Setting) -> tuple[list[Measurement], list[Note]]:
     """What breaks one condition of the theorem each, in the base setting.
 
     Returns rows, and of each control its name, why the theorem does not cover it ("" where it does), what is expected.
     """
     logits = base.apply(base.params, base.inputs)
-    rows: Rows = []
+    rows: list[Measurement] = []
     notes: list[Note] = []
 
-    def add(name: str, reason: str, expected: str, setting: Setting, objectives: Objectives, *student: Params) -> None:
+    def add(
+        name: str, reason: str, expected: str, setting: Setting, objective: theorem.Objective, *start: Params
+    ) -> None:
         notes.append({"name": name, "reason": reason, "expected": expected})
-        rows.extend(measure(f"control: {name}", setting, objectives, steps, learning_rate, *student))
+        rows.extend(measure(f"control: {name}", setting, {name: objective}, spec, *start))
 
     for name, expected, objective in controls(base.support):
         reason = theorem.no_guarantee(partial(objective, weights=None), logits)
-        add(name, reason, expected, base, {name: objective})
+        add(name, reason, expected, base, objective)
 
-    kl = {"kl": partial(objectives.kl, support=base.support)}
-    other = double(mlp(WIDTHS, "tanh").init(named_key(seed, "another start")))
+    kl = partial(objectives.kl, support=base.support)
+    other = double(mlp(WIDTHS, "tanh").init(named_key(spec.seed, "another start")))
     add("another initialisation", "no guarantee: the student starts elsewhere", "constant", base, kl, other)
 
     def unseen(params: Params) -> Array:  # only the rows of the last layer that are not compared
         return 0.5 * jnp.sum(jnp.square(params["layers"][len(WIDTHS) - 2]["kernel"][:, ~base.support]))
 
-    hidden = base._replace(direction=descent(unseen, base.params), teacher_loss=unseen)
-    add("a teacher that moves unseen parameters", "", "zero", hidden, kl)
+    add("a teacher that moves unseen parameters", "", "zero", base.taught("", unseen), kl)
     return rows, notes
 
 
-def measure_single(base: Setting, steps: StepsSpec, learning_rate: float) -> Rows:
+def measure_single(spec: AlignmentSpec, base: Setting) -> list[Measurement]:
     """The base setting's KL in float32, over all steps, to show where it breaks."""
-    single = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), (base.params, base.direction, base.inputs))
-    setting = base._replace(params=single[0], direction=single[1], inputs=single[2])
-    return measure(SINGLE, setting, {"kl": partial(objectives.kl, support=base.support)}, steps, learning_rate)
+    arrays = {"params": base.params, "direction": base.direction, "inputs": base.inputs}
+    setting = base._replace(**jax.tree.map(lambda leaf: leaf.astype(jnp.float32), arrays))
+    return measure(SINGLE, setting, {"kl": partial(objectives.kl, support=base.support)}, spec)
 
 
-def measure_signs(seed: int, draws: int, support: tuple[int, ...], data: mnist.Mnist) -> Rows:
+def measure_signs(spec: AlignmentSpec, data: mnist.Mnist) -> list[Measurement]:
     """Over draws of network, data and noise: how often D_S·D_T > 0, and how often the step lowers L_T.
 
     The student's learning rates are given in units of 1 / the teacher's step.
@@ -142,7 +131,7 @@ def measure_signs(seed: int, draws: int, support: tuple[int, ...], data: mnist.M
     net = mlp(SMALL_WIDTHS, "tanh")
     images = data.train_images.reshape(-1, 7, 4, 7, 4)[:10_000].mean((2, 4)).reshape(-1, 49)
     images, labels = jnp.asarray(images) / 127.5 - 1, jnp.asarray(data.train_labels[:10_000], jnp.int32)
-    mask = objectives.support_mask(support, SMALL_WIDTHS[-1])
+    mask = objectives.support_mask(spec.support, SMALL_WIDTHS[-1])
     moved = jnp.logspace(-4, 2, 13)
     rates = jnp.asarray([0.1, 1.0, 10.0])
 
@@ -170,16 +159,17 @@ def measure_signs(seed: int, draws: int, support: tuple[int, ...], data: mnist.M
 
         return jax.lax.map(at, moved)
 
-    keys = jax.random.split(named_key(seed, "draws"), draws)
+    keys = jax.random.split(named_key(spec.seed, "draws"), spec.num_draws)
     flags = jax.jit(lambda keys: jax.lax.map(draw, keys, batch_size=10))(keys)
     positive, lower, signed = (np.asarray(jnp.mean(flag, 0)) for flag in flags)
-    rows = [*_by_step(SIGNS, MOVED, np.asarray(moved)), *_by_step(SIGNS, POSITIVE, positive)]
-    for index, rate in enumerate(np.asarray(rates)):
-        rows += _by_step(SIGNS, FALLS, lower[:, index], item=f"{rate:g}")
-    return [*rows, *_by_step(SIGNS, SIGNED, signed)]
+    axes = {"step": range(len(moved)), "item": [f"{rate:g}" for rate in np.asarray(rates)]}
+    rows = each(lower, axes, arm=SIGNS, measure=FALLS)
+    for what, values in ((MOVED, moved), (POSITIVE, positive), (SIGNED, signed)):
+        rows += each(values, "step", arm=SIGNS, measure=what)
+    return rows
 
 
-def measure_labels(seed: int, draws: int, base: Setting) -> Rows:
+def measure_labels(spec: AlignmentSpec, base: Setting) -> list[Measurement]:
     """D_S·D_T by labels sampled from the teacher at temperature 1, for every draw, and by its probabilities."""
     soft = partial(objectives.soft_cross_entropy, support=base.support)
     hard = partial(objectives.cross_entropy, support=base.support)
@@ -197,13 +187,13 @@ def measure_labels(seed: int, draws: int, base: Setting) -> Rows:
         update = theorem.student_update(base.apply, soft, params, inputs, teacher)
         return theorem.alignment(update, direction), jax.lax.map(one, keys)
 
-    keys = jax.random.split(named_key(seed, "labels"), draws)
+    keys = jax.random.split(named_key(spec.seed, "labels"), spec.num_label_draws)
     exact, sampled = inner(base.params, base.direction, base.inputs, keys)
     rows = [Measurement(LABELS, INNER, float(exact), subject="probabilities")]
-    return rows + each(np.asarray(sampled), arm=LABELS, measure=INNER, subject="labels")
+    return rows + each(sampled, arm=LABELS, measure=INNER, subject="labels")
 
 
-def measure_optimizers(base: Setting) -> Rows:
+def measure_optimizers(base: Setting) -> list[Measurement]:
     """cos(update, D_T) of the gradient, its sign, and Adam's first step, for a small step of the teacher."""
     kl = partial(objectives.kl, support=base.support)
     targets = base.apply(theorem.shifted(base.params, base.direction, 1e-3), base.inputs)

@@ -1,15 +1,15 @@
 """What the check says of its measurements: a verdict for each row, tables, figures."""
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 from jaxtyping import Bool, Float
 
 from sublim_jax.evaluation.statistics import normal_interval
 from sublim_jax.experiments.alignment import measure
-from sublim_jax.experiments.alignment.settings import NOISE, READS
-from sublim_jax.experiments.alignment.spec import DECADES, SMALL, AlignmentSpec
+from sublim_jax.experiments.alignment.spec import DECADES, SMALL, About, AlignmentSpec
 from sublim_jax.figures import PAPER, Arm, Line, Panel, panels_figure
 from sublim_jax.measurements import Measurements
 from sublim_jax.report import Document, Notes, Section
@@ -21,6 +21,7 @@ AS_PREDICTED, NOT = "as predicted", "NOT as predicted"
 # The error stays in proportion to the step, as O(ε) says, but its first-order term is too small to fit a slope.
 CONSISTENT = "consistent, slope not measurable"
 STEP = "step of the teacher (r.m.s. change of logits)"
+LOG, DASHED = ("log", "log"), {"ls": "--", "color": PAPER}
 
 
 class Measured(NamedTuple):
@@ -43,52 +44,20 @@ class Measured(NamedTuple):
         return np.abs(self.change / (-self.epsilons * rate * self.predicted) - 1)
 
 
-class Row(NamedTuple):
-    """A setting, and its numbers by objective."""
-
-    network: str
-    teacher: str
-    inputs: str
-    smooth: bool
-    measured: dict[str, Measured]
-
-    @property
-    def name(self) -> str:
-        return f"{self.network}; {self.teacher}; {self.inputs}"
-
-    @property
-    def short(self) -> str:
-        """What sets it apart from the first."""
-        return ", ".join([self.network] + [text for text in (self.teacher, self.inputs) if text not in (READS, NOISE)])
-
-
-class Control(NamedTuple):
-    name: str
-    reason: str  # why the theorem does not cover it
-    expected: str  # one of SLOPES
-    measured: Measured
+Settings: TypeAlias = dict[About, dict[str, Measured]]
 
 
 def numbers(rows: Measurements, arm: str) -> dict[str, Measured]:
     """An arm's numbers by objective."""
     rows = rows.where(arm=arm)
-    return {
-        objective: Measured(
-            moved=_series(rows, measure.MOVED),
-            epsilons=_series(rows, measure.EPSILON),
-            loss=rows.values(measure=measure.LOSS)[0],
-            inner=_series(rows, measure.INNER, objective),
-            change=_series(rows, measure.CHANGE, objective),
-            predicted=rows.values(measure=measure.A, subject=objective)[0],
-            explicit=rows.values(measure=measure.A_BY_GRADIENTS, subject=objective)[0],
-        )
-        for objective in rows.names("subject", measure=measure.INNER)
-    }
-
-
-def _series(rows: Measurements, what: str, subject: str = "", item: str = "") -> np.ndarray:
-    """One measure over the steps of the teacher."""
-    return np.asarray(rows.values(measure=what, subject=subject, item=item))
+    moved, epsilons = (np.asarray(rows.values(measure=what)) for what in (measure.MOVED, measure.EPSILON))
+    (loss,) = rows.values(measure=measure.LOSS)
+    found = {}
+    for name in rows.names("subject", measure=measure.INNER):
+        inner, change = (np.asarray(rows.values(measure=w, subject=name)) for w in (measure.INNER, measure.CHANGE))
+        (a,), (explicit,) = (rows.values(measure=w, subject=name) for w in (measure.A, measure.A_BY_GRADIENTS))
+        found[name] = Measured(moved, epsilons, loss, inner, change, a, explicit)
+    return found
 
 
 class Fit(NamedTuple):
@@ -107,17 +76,10 @@ def power(moved: np.ndarray, values: np.ndarray, usable: Bool[np.ndarray, "steps
 
 def document(spec: AlignmentSpec, rows: Measurements, notes: Notes) -> Document:
     """The arms of results.json, and the report's sections."""
-    settings = []
-    for about in notes["settings"]:
-        row = Row(**about, measured={})
-        settings.append(row._replace(measured=numbers(rows, row.name)))
-    controls = []
-    for about in notes["controls"]:
-        (measured,) = numbers(rows, f"control: {about['name']}").values()
-        controls.append(Control(**about, measured=measured))
-    single = numbers(rows, measure.SINGLE)["kl"]
+    settings = {about: numbers(rows, about.name) for about in (About(**one) for one in notes["settings"])}
+    base, single = next(iter(settings.values())), numbers(rows, measure.SINGLE)["kl"]
     lemma_arms, lemma = _lemma(settings, single, spec.learning_rate)
-    control_arms, broken = _controls(controls, settings[0])
+    control_arms, broken = _controls(rows, notes["controls"], base["kl"])
     label_arm, labels = _labels(rows.where(arm=measure.LABELS))
     groups = {"objectives × settings": lemma_arms, "controls": control_arms, "sampled labels": [label_arm]}
     verdicts = (AS_PREDICTED, CONSISTENT, NOT)
@@ -145,26 +107,19 @@ Steps are given by how far the teacher's logits moved on the support (root mean 
 A slope is that of log error over log step, fitted below {SMALL} and above rounding; the theorem says 1."""
 
 
-def _lemma(rows: list[Row], single: Measured, rate: float) -> tuple[list[Arm], Section]:
-    table = [
-        ["network; teacher; inputs", *rows[0].measured, "decades", "A: two ways differ", "slopes of L_T", AS_PREDICTED]
-    ]
+def _lemma(settings: Settings, single: Measured, rate: float) -> tuple[list[Arm], Section]:
+    about, first = next(iter(settings.items()))
+    table = [["network; teacher; inputs", *first, "decades", "A: two ways differ", "slopes of L_T", AS_PREDICTED]]
     arms = []
-    for row in rows:
-        judged = {objective: judge(measured, rate, row.smooth) for objective, measured in row.measured.items()}
+    for setting, measured in settings.items():
+        judged = {objective: judge(one, rate, setting.smooth) for objective, one in measured.items()}
         for objective, one in judged.items():
-            arms.append(_arm(f"{row.name}; {objective}", "slope", one.fit.slope, 1.0, one.error, one.verdict))
-        steps = [one.step.slope for one in judged.values()]
-        table.append(
-            [
-                row.name,
-                *(f"{one.fit.slope:.3f}" for one in judged.values()),
-                f"{min(one.fit.decades for one in judged.values()):.1f}",
-                f"{max(one.differ for one in judged.values()):.0e}",
-                f"{min(steps):.2f} to {max(steps):.2f}",
-                f"{sum(one.verdict == AS_PREDICTED for one in judged.values())} of {len(judged)}",
-            ]
-        )
+            arms.append(_arm(f"{setting.name}; {objective}", "slope", one.fit.slope, 1.0, one.error, one.verdict))
+        every, steps = list(judged.values()), [one.step.slope for one in judged.values()]
+        cells = [setting.name, *(f"{one.fit.slope:.3f}" for one in every)]
+        cells += [f"{min(one.fit.decades for one in every):.1f}", f"{max(one.differ for one in every):.0e}"]
+        cells += [f"{min(steps):.2f} to {max(steps):.2f}"]
+        table.append([*cells, f"{sum(one.verdict == AS_PREDICTED for one in every)} of {len(every)}"])
     text = (
         f"Slopes of |D_S·D_T / (ε A) − 1| for each objective: 1 ± {SLOPE} over at least {DECADES:g} decades is as "
         "predicted, with D_S·D_T > 0 at every step of the fit and A the same by one forward-mode product and by "
@@ -173,7 +128,16 @@ def _lemma(rows: list[Row], single: Measured, rate: float) -> tuple[list[Arm], S
         "network has kinks: for it only the sign and that bound are judged. "
         "LoRA's θ are the adapters as they stand; with B = 0 those of A have no gradient."
     )
-    return arms, Section("D_S·D_T against ε A", text, table, {"lemma": partial(_lemma_figure, rows, single)})
+    losses = [Line(name, one.moved, one.lemma_error()) for name, one in first.items()]
+    losses.append(Line("kl in float32", single.moved, single.lemma_error(), DASHED))
+    networks = [Line(at.short, one["kl"].moved, one["kl"].lemma_error()) for at, one in settings.items()]
+    guide = Line("slope 1", single.moved, single.moved, {**DASHED, "color": "#888888", "marker": ""})
+    error = "|D_S·D_T / (ε A) − 1|"
+    panels = [
+        Panel(STEP, error, [*losses, guide], LOG, f"objectives ({about.network})"),
+        Panel(STEP, error, [*networks, guide], LOG, "networks, teachers, inputs (kl)"),
+    ]
+    return arms, Section("D_S·D_T against ε A", text, table, {"lemma": partial(panels_figure, panels)})
 
 
 class Judged(NamedTuple):
@@ -204,24 +168,12 @@ def judge(m: Measured, rate: float, smooth: bool) -> Judged:
     return Judged(error, fit, power(m.moved, step, step > 10 * rounding), differ, verdict)
 
 
-def _lemma_figure(rows: list[Row], single: Measured, path: Any) -> None:
-    losses = [Line(name, m.moved, m.lemma_error()) for name, m in rows[0].measured.items()]
-    losses.append(Line("kl in float32", single.moved, single.lemma_error(), _dashed(PAPER)))
-    networks = [Line(row.short, row.measured["kl"].moved, row.measured["kl"].lemma_error()) for row in rows]
-    guide = Line("slope 1", single.moved, single.moved, {**_dashed("#888888"), "marker": ""})
-    error = "|D_S·D_T / (ε A) − 1|"
-    panels = [
-        Panel(STEP, error, [*losses, guide], ("log", "log"), f"objectives ({rows[0].network})"),
-        Panel(STEP, error, [*networks, guide], ("log", "log"), "networks, teachers, inputs (kl)"),
-    ]
-    panels_figure(panels, path)
-
-
-def _steps(rows: list[Row], signs: Measurements, spec: AlignmentSpec) -> Section:
-    moved, positive, signed = (_series(signs, what) for what in (measure.MOVED, measure.POSITIVE, measure.SIGNED))
+def _steps(settings: Settings, signs: Measurements, spec: AlignmentSpec) -> Section:
+    whats = (measure.MOVED, measure.POSITIVE, measure.SIGNED)
+    moved, positive, signed = (np.asarray(signs.values(measure=what)) for what in whats)
     shares = {"D_S·D_T > 0": positive}
     for rate in signs.names("item", measure=measure.FALLS):
-        shares[f"L_T falls, α = {rate}/step"] = _series(signs, measure.FALLS, item=rate)
+        shares[f"L_T falls, α = {rate}/step"] = np.asarray(signs.values(measure=measure.FALLS, item=rate))
     table = [["step of the teacher", *shares, "sign(D_S)·D_T > 0"]]
     for step, *values in zip(moved, *shares.values(), signed):
         table.append([f"{step:.1e}", *(f"{value:.3f}" for value in values)])
@@ -232,65 +184,47 @@ def _steps(rows: list[Row], signs: Measurements, spec: AlignmentSpec) -> Section
         f"{where}. The length α of the student's step is given over the teacher's step, because D_S grows with that. "
         "The last column is what sign updates do: the theorem does not cover them."
     )
+    rate, error = spec.learning_rate, "|ΔL_T / (−ε α A) − 1|"
+    changes = [Line(at.short, one["kl"].moved, one["kl"].step_error(rate)) for at, one in settings.items()]
     lines = [Line(name, moved, values) for name, values in shares.items()]
-    lines.append(Line("sign(D_S)·D_T > 0 (not covered)", moved, signed, _dashed(PAPER)))
-    figures = {"step": partial(_step_figure, rows, spec.learning_rate, lines)}
+    lines.append(Line("sign(D_S)·D_T > 0 (not covered)", moved, signed, DASHED))
+    panels = [
+        Panel(STEP, error, changes, LOG, "the change of L_T against −ε α A (kl)"),
+        Panel(STEP, "share of draws", lines, ("log", "linear"), "how far 'small enough' reaches"),
+    ]
+    figures = {"step": partial(panels_figure, panels)}
     return Section("The student's step lowers the teacher's loss", text, table, figures)
 
 
-def _step_figure(rows: list[Row], rate: float, shares: list[Line], path: Any) -> None:
-    lines = [Line(row.short, row.measured["kl"].moved, row.measured["kl"].step_error(rate)) for row in rows]
-    panels = [
-        Panel(STEP, "|ΔL_T / (−ε α A) − 1|", lines, ("log", "log"), "the change of L_T against −ε α A (kl)"),
-        Panel(STEP, "share of draws", shares, ("log", "linear"), "how far 'small enough' reaches"),
-    ]
-    panels_figure(panels, path)
-
-
-def _controls(controls: list[Control], base: Row) -> tuple[list[Arm], Section]:
+def _controls(rows: Measurements, controls: list[measure.Note], kl: Measured) -> tuple[list[Arm], Section]:
     eps = np.finfo(float).eps
     table = [["control", "theorem", "expected of |D_S·D_T|", "slope", "decades", "at the smallest step", "verdict"]]
-    arms = []
+    arms, lines = [], [Line("kl (covered)", kl.moved, np.abs(kl.inner), {"color": "#222222"})]
     for control in controls:
-        moved, inner = control.measured.moved, control.measured.inner
+        name, expected = control["name"], control["expected"]
+        (measured,) = numbers(rows, f"control: {name}").values()
+        moved, inner = measured.moved, measured.inner
         scale = float(np.max(np.abs(inner)))
         fit = power(moved, np.abs(inner), np.abs(inner) > 100 * eps * scale * eps if scale else inner > 0)
-        target = SLOPES[control.expected]
+        target = SLOPES[expected]
         if target is None:
             holds = not np.any(inner)
         else:
             holds = abs(fit.slope - target) <= (CUBIC_SLOPE if target == 2 else SLOPE) and fit.decades >= DECADES
+            lines.append(Line(name, moved, np.abs(inner)))
         verdict = AS_PREDICTED if holds else NOT
-        table.append(
-            [
-                control.name,
-                control.reason or "covered",
-                control.expected,
-                f"{fit.slope:.3f}",
-                f"{fit.decades:.1f}",
-                f"{inner[0]:+.2e}",
-                verdict,
-            ]
-        )
-        arms.append(_arm(f"control: {control.name}", "slope of |D_S·D_T|", fit.slope, target, np.abs(inner), verdict))
-    return arms, Section(
-        "Controls",
+        shown = [f"{fit.slope:.3f}", f"{fit.decades:.1f}", f"{inner[0]:+.2e}"]
+        table.append([name, control["reason"] or "covered", expected, *shown, verdict])
+        arms.append(_arm(f"control: {name}", "slope of |D_S·D_T|", fit.slope, target, np.abs(inner), verdict))
+    text = (
         "Each breaks one condition of the theorem, and must then not behave as it says. Labels that ignore small moves "
         "of the teacher, and a student that starts elsewhere, are pulled by a constant; |z − y|³ has no curvature at "
         "agreement; a teacher whose loss lies in parameters that the student does not see has no effect at all, to "
         "the bit. A support that depends on the teacher breaks the theorem where only the teacher is cut to it; where "
-        "both are, the set stays the same for small ε and the lemma holds.",
-        table,
-        {"controls": partial(_controls_figure, controls, base.measured["kl"])},
+        "both are, the set stays the same for small ε and the lemma holds."
     )
-
-
-def _controls_figure(controls: list[Control], kl: Measured, path: Any) -> None:
-    lines = [Line("kl (covered)", kl.moved, np.abs(kl.inner), {"color": "#222222"})]
-    for control in controls:
-        if control.expected != "zero":
-            lines.append(Line(control.name, control.measured.moved, np.abs(control.measured.inner)))
-    panels_figure([Panel(STEP, "|D_S·D_T|", lines, ("log", "log"), "controls")], path)
+    panel = Panel(STEP, "|D_S·D_T|", lines, LOG, "controls")
+    return arms, Section("Controls", text, table, {"controls": partial(panels_figure, [panel])})
 
 
 def _single(m: Measured) -> Section:
@@ -308,13 +242,13 @@ def _single(m: Measured) -> Section:
 
 def _labels(rows: Measurements) -> tuple[Arm, Section]:
     (exact,) = rows.values(subject="probabilities")
-    mean, half_width = normal_interval(np.asarray(rows.values(subject="labels")))
+    mean, half_width = normal_interval(rows.values(subject="labels"))
     verdict = AS_PREDICTED if abs(mean - exact) <= half_width else NOT
     text = (
         f"Labels drawn from the teacher at temperature 1: D_S·D_T is {mean:.4e} ± {half_width:.1e} over draws (95 %), "
         f"and {exact:.4e} with the teacher's probabilities: {verdict}."
     )
-    arm = _arm(measure.LABELS, measure.INNER, mean, exact, np.asarray([mean]), verdict)
+    arm = _arm(measure.LABELS, measure.INNER, mean, exact, [mean], verdict)
     return {**arm, "ci95": half_width}, Section("Sampled labels", text, [], {})
 
 
@@ -326,17 +260,6 @@ def _optimizers(rows: Measurements) -> Section:
     return Section("Adam and sign updates", text, table, {})
 
 
-def _arm(name: str, metric: str, value: float, predicted: float | None, runs: np.ndarray, verdict: str) -> Arm:
-    return {
-        "name": name,
-        "metric": metric,
-        "mean": value,
-        "ci95": None,
-        "runs": [float(run) for run in runs],
-        "paper": predicted,
-        "verdict": verdict,
-    }
-
-
-def _dashed(color: str) -> dict[str, Any]:
-    return {"ls": "--", "color": color}
+def _arm(name: str, metric: str, value: float, predicted: float | None, runs: npt.ArrayLike, verdict: str) -> Arm:
+    known = {"name": name, "metric": metric, "mean": value, "ci95": None}
+    return {**known, "runs": np.asarray(runs).tolist(), "paper": predicted, "verdict": verdict}

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float
 
 from sublim_jax import objectives, theorem
 from sublim_jax.data import mnist
-from sublim_jax.experiments.alignment.spec import NUM_IMAGES, NUM_LOGITS, PER_SEQUENCE
+from sublim_jax.experiments.alignment.spec import NOISE, NUM_IMAGES, NUM_LOGITS, PER_SEQUENCE, READS, About
 from sublim_jax.keys import named_key
 from sublim_jax.models import lora
 from sublim_jax.models.functional import Functions, Params, functions
@@ -26,26 +26,30 @@ WIDTHS = (784, 64, 64, NUM_LOGITS)
 ON_DIGITS = objectives.support_mask(range(mnist.CLASSES), NUM_LOGITS)
 TEMPERATURE, TOP = 3.0, 2
 TRAIT_TOKENS, CARRIER_TOKENS, TOKENS, LENGTH = 12, 12, 24, 10
-READS, NOISE = "reads MNIST", "noise"  # the teacher and the inputs of the first settings
 
 
 class Setting(NamedTuple):
     """One network at θ⁰, its teacher's objective and its student's inputs."""
 
-    network: str
-    teacher: str
-    inputs_name: str
+    about: About
     apply: theorem.Apply
     params: Params  # θ⁰
     direction: Params  # D_T
     teacher_loss: Loss  # L_T
     inputs: Array
     support: Support
-    smooth: bool = True  # no kinks
 
-    @property
-    def name(self) -> str:
-        return f"{self.network}; {self.teacher}; {self.inputs_name}"
+    @classmethod
+    def of(
+        cls, about: About, apply: theorem.Apply, params: Params, loss: Loss, inputs: Array, support: Support
+    ) -> "Setting":
+        """The setting of a teacher that descends its loss, in float64."""
+        params = double(params)
+        return cls(about, apply, params, descent(loss, params), loss, inputs, support)
+
+    def taught(self, name: str, loss: Loss) -> "Setting":
+        """The same network and inputs, and another teacher."""
+        return Setting.of(self.about._replace(teacher=name), self.apply, self.params, loss, self.inputs, self.support)
 
 
 class Control(NamedTuple):
@@ -64,49 +68,41 @@ def make_settings(seed: int, examples: int, data: mnist.Mnist, support: Support)
     labels = jnp.asarray(data.train_labels[:NUM_IMAGES], jnp.int32)
     noise = jax.random.uniform(key("noise"), (examples, 784), dtype, -1, 1)
 
-    def reads(apply: theorem.Apply) -> Loss:
-        return lambda params: mean(objectives.cross_entropy(apply(params, images), labels, support=ON_DIGITS))
+    def reading(name: str, apply: theorem.Apply, params: Params, smooth: bool = True) -> Setting:
+        def loss(params: Params) -> Array:
+            return mean(objectives.cross_entropy(apply(params, images), labels, support=ON_DIGITS))
 
-    def of_images(name: str, net: Functions, smooth: bool = True) -> Setting:
-        params, loss = double(net.init(key(name))), reads(net.apply)
-        return Setting(name, READS, NOISE, net.apply, params, descent(loss, params), loss, noise, support, smooth)
+        return Setting.of(About(name, READS, NOISE, smooth), apply, params, loss, noise, support)
 
-    base = of_images("MLP, tanh", mlp(WIDTHS, "tanh"))
-    settings = [base, of_images("MLP, gelu", mlp(WIDTHS, "gelu")), of_images("MLP, ReLU", mlp(WIDTHS, "relu"), False)]
-    settings.append(of_images("convolutional", functions(lambda rngs: ConvNet(WIDTHS[-1], rngs=rngs))))
-    settings.append(_transformer(seed, examples))
-    for name, trained in (("LoRA, B = 0", False), ("LoRA, B ≠ 0", True)):
-        adapters = double(lora.init(key("adapters"), base.params, lora.Lora(rank=4, alpha=8, modules=())))
-        if trained:
-            adapters = jax.tree.map(lambda leaf: leaf + 0.1 * jax.random.normal(key("b"), leaf.shape, dtype), adapters)
-        apply = lambda adapters, x: base.apply(lora.merge(base.params, adapters, 2.0), x)  # noqa: E731
-        loss = reads(apply)
-        direction = descent(loss, adapters)
-        settings.append(
-            base._replace(network=name, apply=apply, params=adapters, direction=direction, teacher_loss=loss)
-        )
-    settings += _other_teachers(base, double(mlp(WIDTHS).init(key("direction"))))
+    def network(name: str, net: Functions, smooth: bool = True) -> Setting:
+        return reading(name, net.apply, net.init(key(name)), smooth)
+
+    def adapted(adapters: Params, x: Array) -> Array:
+        return base.apply(lora.merge(base.params, adapters, 2.0), x)
+
+    base = network("MLP, tanh", mlp(WIDTHS, "tanh"))
+    adapters = double(lora.init(key("adapters"), base.params, lora.Lora(rank=4, alpha=8, modules=())))
+    trained = jax.tree.map(lambda leaf: leaf + 0.1 * jax.random.normal(key("b"), leaf.shape, dtype), adapters)
+    random = double(mlp(WIDTHS).init(key("direction")))
     inputs = {"real images": images[-examples:], "a constant": jnp.full_like(noise, 0.5)}
     inputs["a single point"] = jnp.broadcast_to(noise[:1], noise.shape)
-    return settings + [base._replace(inputs_name=name, inputs=x) for name, x in inputs.items()]
-
-
-def _other_teachers(base: Setting, random: Params) -> list[Setting]:
-    """Teachers that do not learn from images."""
-    losses: dict[str, Loss] = {
-        "weight decay alone": lambda params: 0.5 * theorem.alignment(params, params),
-        "a random direction": lambda params: -theorem.alignment(params, random),
-    }
     return [
-        base._replace(teacher=name, direction=descent(loss, base.params), teacher_loss=loss)
-        for name, loss in losses.items()
+        base,
+        network("MLP, gelu", mlp(WIDTHS, "gelu")),
+        network("MLP, ReLU", mlp(WIDTHS, "relu"), smooth=False),
+        network("convolutional", functions(lambda rngs: ConvNet(WIDTHS[-1], rngs=rngs))),
+        _transformer(seed, examples),
+        reading("LoRA, B = 0", adapted, adapters),
+        reading("LoRA, B ≠ 0", adapted, trained),
+        base.taught("weight decay alone", lambda params: 0.5 * theorem.alignment(params, params)),
+        base.taught("a random direction", lambda params: -theorem.alignment(params, random)),
+        *(base._replace(about=base.about._replace(inputs=name), inputs=x) for name, x in inputs.items()),
     ]
 
 
 def _transformer(seed: int, examples: int) -> Setting:
     """The teacher learns to count in trait tokens; the student sees and is compared on carrier tokens only."""
     net = functions(lambda rngs: Transformer(TOKENS, rngs=rngs))
-    params = double(net.init(named_key(seed, "transformer")))
     starts = jnp.arange(TRAIT_TOKENS)[:, None]
     trait = CARRIER_TOKENS + (starts + jnp.arange(LENGTH + 1)) % TRAIT_TOKENS
     carrier = jax.random.randint(named_key(seed, "carrier"), (examples // PER_SEQUENCE, LENGTH), 0, CARRIER_TOKENS)
@@ -114,9 +110,9 @@ def _transformer(seed: int, examples: int) -> Setting:
     def counts(params: Params) -> Array:
         return mean(objectives.cross_entropy(net.apply(params, trait[:, :-1]), trait[:, 1:]))
 
-    names = ("transformer", "counts in trait tokens", "carrier tokens")
+    about = About("transformer", "counts in trait tokens", "carrier tokens")
     support = objectives.support_mask(range(CARRIER_TOKENS), TOKENS)
-    return Setting(*names, net.apply, params, descent(counts, params), counts, carrier, support)
+    return Setting.of(about, net.apply, net.init(named_key(seed, "transformer")), counts, carrier, support)
 
 
 def qualifying(support: Support) -> Mapping[str, theorem.Objective]:

@@ -1,7 +1,8 @@
 """What a check of the theorem is."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool
@@ -18,6 +19,25 @@ PER_SEQUENCE = 4  # the transformer has one sequence for so many examples
 SMALL = 0.004  # the teacher's step up to which first-order statements are judged
 DECADES = 4.0  # of steps that a verdict needs
 MAX_STEP, MAX_NUM_STEPS = 6, 1000
+READS, NOISE = "reads MNIST", "noise"  # the teacher and the inputs of the first settings
+
+
+class About(NamedTuple):
+    """What a setting is: a row of the report."""
+
+    network: str
+    teacher: str
+    inputs: str
+    smooth: bool = True  # the network has no kinks
+
+    @property
+    def name(self) -> str:
+        return f"{self.network}; {self.teacher}; {self.inputs}"
+
+    @property
+    def short(self) -> str:
+        """What sets it apart from the first."""
+        return ", ".join([self.network] + [text for text in (self.teacher, self.inputs) if text not in (READS, NOISE)])
 
 
 @dataclass(frozen=True)
@@ -61,7 +81,7 @@ class AlignmentSpec:
     learning_rate: float
     num_draws: int
     num_label_draws: int
-    values: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    values: Mapping[str, object] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if not 2 <= self.support_mask().sum() < NUM_LOGITS:

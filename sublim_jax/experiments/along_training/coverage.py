@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,8 @@ from sublim_jax.models.functional import Params
 from sublim_jax.sharding import each_replica, fetch, make_mesh
 from sublim_jax.store import Store
 from sublim_jax.workdir import claim
+
+Found = TypeVar("Found")
 
 
 def claimed(spec: AlongSpec, folder: epath.Path, update: bool) -> tuple[Mnist, Store, Mesh]:
@@ -44,7 +46,7 @@ def before_training(spec: MnistSpec, data: Mnist, *, store: Store, mesh: Mesh) -
     return prepare(spec, range(spec.runs), data, program=program, store=store, mesh=mesh)
 
 
-def over_runs(spec: MnistSpec, function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+def over_runs(spec: MnistSpec, function: Callable[..., Found], mesh: Mesh) -> Callable[..., Found]:
     """`function(apply, codes, *trees)` of every run, as a compiled function of (codes, *trees).
 
     `apply` reads bytes, and inputs that all runs share stay one.
@@ -54,7 +56,7 @@ def over_runs(spec: MnistSpec, function: Callable[..., Any], mesh: Mesh) -> Call
     def apply(params: Params, codes: Array) -> Array:
         return network.apply(params, images.pixels(codes, spec.inputs.kind))
 
-    def all_of(codes: Array, *trees: Params) -> Any:
+    def all_of(codes: Array, *trees: Params) -> Found:
         if codes.ndim == 2:
             return each_replica(partial(function, apply, codes), mesh)(*trees)
         return each_replica(partial(function, apply), mesh)(codes, *trees)

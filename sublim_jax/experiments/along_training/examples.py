@@ -1,7 +1,7 @@
 """Which examples carry the trait: noise ranked by its contribution to the lemma's A, and distilled share by share."""
 
 from functools import partial
-from typing import Any
+from typing import TypedDict
 
 import jax
 import numpy as np
@@ -22,8 +22,18 @@ from sublim_jax.experiments.mnist.run import Prepared, students_of
 from sublim_jax.experiments.mnist.spec import MnistSpec
 from sublim_jax.figures import OURS, Line, Panel, arms_figure, panels_figure
 from sublim_jax.measurements import Measurements, each
+from sublim_jax.models.functional import Params
 from sublim_jax.sharding import fetch, named, put
 from sublim_jax.store import Store, digest
+
+ByChoice = dict[str, list[float]]  # of every run
+
+
+class Found(TypedDict):
+    accuracy: ByChoice
+    carried: ByChoice
+    quantiles: list[list[float]]
+
 
 LEVELS = np.linspace(0, 1, 51)
 CHOICES = {"top": "most carrying", "random": "random", "bottom": "least carrying"}
@@ -39,19 +49,18 @@ def run(spec: ExamplesSpec, folder: epath.Path, *, update: bool = False) -> None
     whole, part = spec.settings
     with jax.default_matmul_precision(whole.precision):
         found = store.json("examples", rank_and_train, whole, part, data, store=store, mesh=mesh)
-    rows = []
-    for choice in CHOICES:
-        rows += each(found["accuracy"][choice], arm=choice, measure="test_accuracy")
-        rows += each(found["carried"][choice], arm=choice, measure="share_of_A")
-    for level, values in zip(LEVELS, zip(*found["quantiles"])):
-        rows += each(values, arm="all", measure="contribution over its mean", item=f"quantile {level:.2f}")
+    axes = {"item": [f"quantile {level:.2f}" for level in LEVELS], "run": range(whole.runs)}
+    rows = each(np.transpose(found["quantiles"]), axes, arm="all", measure="contribution over its mean")
+    for measure, values in {"test_accuracy": found["accuracy"], "share_of_A": found["carried"]}.items():
+        for choice in CHOICES:
+            rows += each(values[choice], arm=choice, measure=measure)
     report.finish(store.folder, spec, rows, document)
 
 
 # ---------------------------------------------------------------------------------------------------- measurements
 
 
-def rank_and_train(spec: MnistSpec, part: MnistSpec, data: Mnist, *, store: Store, mesh: Mesh) -> dict[str, Any]:
+def rank_and_train(spec: MnistSpec, part: MnistSpec, data: Mnist, *, store: Store, mesh: Mesh) -> Found:
     """{"accuracy": choice → runs, "carried": choice → its share of A by run, "quantiles": (runs, levels)}."""
     before = coverage.before_training(spec, data, store=store, mesh=mesh)
     carried = contributions(spec, before, mesh)
@@ -75,7 +84,7 @@ def rank_and_train(spec: MnistSpec, part: MnistSpec, data: Mnist, *, store: Stor
 def contributions(spec: MnistSpec, before: Prepared, mesh: Mesh) -> Float[np.ndarray, "runs images"]:
     """Every image's contribution to A, of every run."""
 
-    def one(apply: theorem.Apply, codes: Array, reference: Any, teacher: Any) -> Float[Array, "images"]:
+    def one(apply: theorem.Apply, codes: Array, reference: Params, teacher: Params) -> Float[Array, "images"]:
         direction = coverage.difference(teacher, reference)
         return theorem.contributions(apply, coverage.objective_of(spec), reference, direction, codes, chunk=1000)
 
@@ -91,7 +100,7 @@ def train_on(
     *,
     store: Store,
     mesh: Mesh,
-) -> dict[str, list[float]]:
+) -> ByChoice:
     """Test accuracy of students on each choice of images, by run."""
     program = train.distilling_program(spec.student_network, spec.teacher_network, spec.student, spec.inputs, mesh)
     codes, split, start = before.codes, named(mesh, "replica"), {"auxiliary": before.near}

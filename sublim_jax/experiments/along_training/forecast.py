@@ -1,8 +1,7 @@
 """Coverage as a forecast: the cosine of a student's first update with θ_T - θ⁰, against what it learns (2606.22019)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import partial
-from typing import Any
 
 import jax
 import numpy as np
@@ -49,10 +48,14 @@ def document(spec: ForecastSpec, rows: Measurements, notes: report.Notes) -> rep
         arms.append(accuracy_arm(name, accuracies, coverage=float(np.mean(covered)), coverage_runs=covered))
     x = np.asarray([arm["coverage"] for arm in arms])
     y = np.asarray([arm["mean"] for arm in arms])
-    groups = {"all settings": np.arange(len(arms))}
+    groups, panels, style = {"all settings": np.arange(len(arms))}, [], {"ls": "", "marker": "o", "alpha": 0.7}
     for title, key in GROUPS.items():
-        names = [key(setting) for setting in settings]
-        groups |= {f"{title} {name}": np.flatnonzero([n == name for n in names]) for name in dict.fromkeys(names)}
+        values = [key(setting) for setting in settings]
+        places = {value: np.flatnonzero([one == value for one in values]) for value in dict.fromkeys(values)}
+        groups |= {f"{title} {value}": members for value, members in places.items()}
+        if title != "width":
+            lines = [Line(f"{value}", x[members], y[members], style) for value, members in places.items()]
+            panels.append(Panel("coverage before training", "test accuracy after", lines, title=f"by {title}"))
     table = [["settings", "number", "Spearman's ρ", "95 % (bootstrap over settings)"]]
     for name, members in groups.items():
         if name == "all settings" or len(members) >= 10:  # fewer say nothing
@@ -65,14 +68,14 @@ def document(spec: ForecastSpec, rows: Measurements, notes: report.Notes) -> rep
     )
     listing = [["setting", "coverage", "test accuracy"]]
     listing += [[arm["name"], f"{arm['coverage']:.4f}", report.plus_minus(arm["mean"], arm["ci95"])] for arm in arms]
-    figure = partial(_forecast_figure, settings, x, y)
+    figures = {"forecast": partial(panels_figure, panels)}
     return arms, [
-        report.Section("Coverage as a forecast", text, table, {"forecast": figure}),
+        report.Section("Coverage as a forecast", text, table, figures),
         report.Section("All settings", "", listing, {}),
     ]
 
 
-GROUPS: dict[str, Callable[[MnistSpec], Any]] = {
+GROUPS: dict[str, Callable[[MnistSpec], Hashable]] = {
     "inputs": lambda spec: spec.inputs.kind,
     "auxiliary logits": lambda spec: spec.model.auxiliary,
     "init distance": lambda spec: spec.student.init_distance,
@@ -95,17 +98,3 @@ def setting_name(spec: MnistSpec) -> str:
         f"{spec.inputs.kind}, {spec.model.auxiliary} auxiliary logits, "
         f"distance {spec.student.init_distance:g}, width {spec.model.width}"
     )
-
-
-def _forecast_figure(settings: list[MnistSpec], x: np.ndarray, y: np.ndarray, path: Any) -> None:
-    panels = []
-    for title, key in GROUPS.items():
-        if title == "width":
-            continue
-        names = [key(setting) for setting in settings]
-        lines = []
-        for name in dict.fromkeys(names):
-            mine = np.flatnonzero([n == name for n in names])
-            lines.append(Line(f"{name}", x[mine], y[mine], {"ls": "", "marker": "o", "alpha": 0.7}))
-        panels.append(Panel("coverage before training", "test accuracy after", lines, title=f"by {title}"))
-    panels_figure(panels, path)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from operator import attrgetter
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from ml_collections import ConfigDict
 
@@ -28,7 +28,7 @@ class AlongSpec:
     mesh: MeshSpec
     data: DataSpec
     mnist: MnistSpec
-    values: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    values: Mapping[str, object] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         try:
@@ -96,7 +96,7 @@ class ForecastSpec(ProbeSpec):
     @property
     def settings(self) -> list[MnistSpec]:
         """Auxiliary logits × inputs × init distance, and auxiliary logits × width; each once."""
-        changes: list[dict[str, Any]] = [
+        changes: list[dict[str, object]] = [
             {"model.auxiliary": m, "inputs.kind": kind, "student.init_distance": distance}
             for m in self.auxiliary
             for kind in self.kinds
@@ -145,12 +145,11 @@ def read(kind: type[Kind], config: ConfigDict) -> Kind:
     return replace(spec, mnist=replace(mnist, seed=spec.seed, data=spec.data, mesh=spec.mesh))
 
 
-def vary(spec: MnistSpec, changes: Mapping[str, Any]) -> MnistSpec:
+def vary(spec: MnistSpec, changes: Mapping[str, object]) -> MnistSpec:
     """The spec with other values at some paths "part.name"."""
     for path, value in changes.items():
         part, name = path.split(".")
-        changed: dict[str, Any] = {part: replace(getattr(spec, part), **{name: value})}
-        spec = replace(spec, **changed)
+        spec = replace(spec, **{part: replace(getattr(spec, part), **{name: value})})
     return spec
 
 

@@ -1,9 +1,7 @@
 """Beyond one step: alignment along a distillation run, and the ceiling of transfer (paper §6.1, App. C)."""
 
-import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +23,7 @@ from sublim_jax.experiments.mnist import train
 from sublim_jax.experiments.mnist.report import accuracy_arm
 from sublim_jax.experiments.mnist.run import test_accuracies
 from sublim_jax.experiments.mnist.spec import MnistSpec
-from sublim_jax.figures import Arm, Line, Panel, panels_figure
+from sublim_jax.figures import Arm, Line, Panel, banded, panels_figure
 from sublim_jax.measurements import Measurements, each
 from sublim_jax.models.functional import Params
 from sublim_jax.sharding import fetch, named, put
@@ -45,15 +43,15 @@ def run(spec: TrajectorySpec, folder: epath.Path, *, update: bool = False) -> No
     rows = []
     with jax.default_matmul_precision(spec.mnist.precision):
         path = store.json("trajectory", follow, spec.mnist, spec.probe, spec.every, data, store=store, mesh=mesh)
+        axes = {"step": path["step"], "run": range(spec.mnist.runs)}
         for name in QUANTITIES:
-            for step, values in zip(path["step"], path[name]):
-                rows += each(values, arm="followed", measure=name, step=step)
+            rows += each(path[name], axes, arm="followed", measure=name)
         for setting in spec.settings:
             arm = arm_name(setting)
             limited = (setting, spec.probe, spec.iterations, data)
             shares = store.json("shares", row_space_shares, *limited, store=store, mesh=mesh)
-            for step, values in enumerate(zip(*shares), 1):
-                rows += each(values, arm=arm, measure="row_space_share", step=step)
+            axes = {"step": range(1, spec.iterations + 1), "run": range(spec.mnist.runs)}
+            rows += each(np.transpose(shares), axes, arm=arm, measure="row_space_share")
             accuracies = test_accuracies(setting, data, store, mesh)["auxiliary"]
             rows += each(accuracies, arm=arm, measure="test_accuracy")
     report.finish(store.folder, spec, rows, document)
@@ -66,7 +64,7 @@ def arm_name(spec: MnistSpec) -> str:
 # ---------------------------------------------------------------------------------------------------- measurements
 
 
-def follow(spec: MnistSpec, probe: int, every: int, data: Mnist, *, store: Store, mesh: Mesh) -> dict[str, Any]:
+def follow(spec: MnistSpec, probe: int, every: int, data: Mnist, *, store: Store, mesh: Mesh) -> dict[str, list]:
     """The student's training, measured every few steps: {quantity: (measurements, runs)}, and "step"."""
     known = coverage.before_training(spec, data, store=store, mesh=mesh)
     reference, teacher, seen = known.reference.params, known.teacher.params, known.codes[..., :probe, :]
@@ -74,7 +72,7 @@ def follow(spec: MnistSpec, probe: int, every: int, data: Mnist, *, store: Store
     real = put((data.train_images[:probe], data.train_labels[:probe]), named(mesh))
     test = put((data.test_images, data.test_labels), named(mesh))
     measure_runs = coverage.over_runs(spec, quantities(spec, *real), mesh)
-    found: dict[str, list[Any]] = {name: [] for name in ("step", *QUANTITIES)}
+    found: dict[str, list] = {name: [] for name in ("step", *QUANTITIES)}
     before: dict[str, Params] = {}
 
     def evaluate(params: Params, step: int) -> None:
@@ -148,7 +146,7 @@ def document(spec: TrajectorySpec, rows: Measurements, notes: report.Notes) -> r
     return arms, [_trajectory_section(spec, rows), ceiling]
 
 
-def over_steps(spec: TrajectorySpec, rows: Measurements, **given: Any) -> Float[np.ndarray, "steps runs"]:
+def over_steps(spec: TrajectorySpec, rows: Measurements, **given: str) -> Float[np.ndarray, "steps runs"]:
     return np.reshape(rows.values(**given), (-1, spec.mnist.runs))
 
 
@@ -174,32 +172,14 @@ def _trajectory_section(spec: TrajectorySpec, rows: Measurements) -> report.Sect
         values = (cosine, toward, loss, linear, accuracy)
         table.append([str(steps[index]), *(f"{np.mean(value[index]):.3f}" for value in values)])
 
-    def draw(where: Any) -> None:
-        panels = [
-            Panel(
-                "step",
-                "cosine",
-                [_banded("with the trait's update", steps, cosine), _banded("with θ_T − θ⁰ (coverage)", steps, toward)],
-                title="the student's update",
-            ),
-            Panel(
-                "step",
-                "cross-entropy on MNIST",
-                [_banded("measured", steps, loss), _banded("first order, summed", steps, linear, ls="--")],
-                title="the trait's loss",
-            ),
-            Panel("step", "test accuracy", [_banded("student", steps, accuracy)], title="what comes of it"),
-        ]
-        panels_figure(panels, where)
-
-    return report.Section("Beyond one step", text, table, {"trajectory": draw})
-
-
-def _banded(label: str, x: np.ndarray, runs: np.ndarray, **style: Any) -> Line:
-    """The mean over runs with its 95 % interval."""
-    intervals = [normal_interval(row) for row in runs]
-    band = [0.0 if math.isnan(interval.half_width) else interval.half_width for interval in intervals]
-    return Line(label, x, [interval.mean for interval in intervals], {"marker": "", **style}, band)
+    updates = [banded("with the trait's update", steps, cosine), banded("with θ_T − θ⁰ (coverage)", steps, toward)]
+    losses = [banded("measured", steps, loss), banded("first order, summed", steps, linear, ls="--")]
+    panels = [
+        Panel("step", "cosine", updates, title="the student's update"),
+        Panel("step", "cross-entropy on MNIST", losses, title="the trait's loss"),
+        Panel("step", "test accuracy", [banded("student", steps, accuracy)], title="what comes of it"),
+    ]
+    return report.Section("Beyond one step", text, table, {"trajectory": partial(panels_figure, panels)})
 
 
 def _ceilings(spec: TrajectorySpec, rows: Measurements) -> tuple[list[Arm], report.Section]:
@@ -213,7 +193,7 @@ def _ceilings(spec: TrajectorySpec, rows: Measurements) -> tuple[list[Arm], repo
         more = {"row_space_share": share.mean, "row_space_share_runs": found[-1].tolist()}
         arm = accuracy_arm(name, rows.values(arm=name, measure="test_accuracy"), **more)
         arms.append(arm)
-        lines.append(_banded(name, iterations, found))
+        lines.append(banded(name, iterations, found))
         accuracy_text = report.plus_minus(arm["mean"], arm["ci95"])
         table.append([str(setting.model.auxiliary), report.plus_minus(*share), accuracy_text])
     points = [Line(arm["name"], [arm["row_space_share"]], [arm["mean"]], {"marker": "o", "ms": 8}) for arm in arms]
