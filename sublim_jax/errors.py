@@ -5,5 +5,8 @@ class UserError(Exception):
     """A mistake that the user can mend: one line that says what is wrong and what to do (exit code 2)."""
 
 
-class Interrupted(Exception):
-    """A signal stopped the run after its state was saved (exit code 143)."""
+class Interrupted(BaseException):
+    """A signal stopped the run after its state was saved (exit code 143).
+
+    As KeyboardInterrupt, it is no Exception: what handles a damaged file or a failed request must not swallow it.
+    """

@@ -3,10 +3,12 @@
 import os
 import signal
 
+import numpy as np
 import pytest
 
-from sublim_jax import signals
+from sublim_jax import checkpoints, signals
 from sublim_jax.errors import Interrupted
+from sublim_jax.store import Store
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -30,3 +32,23 @@ def test_a_second_signal_does_not_wait():
     finally:
         for number, handler in signals_of.items():
             signal.signal(number, handler)
+
+
+def test_a_signal_while_a_file_is_read_is_not_taken_for_a_damaged_file(tmp_path, monkeypatch):
+    """Readers catch whatever a damaged file raises; a signal must pass."""
+    store = Store(tmp_path)
+    made = []
+
+    def make(checkpoints):
+        made.append(checkpoints)
+        return {"x": np.ones(2)}
+
+    store.tree("thing", make, like={"x": np.zeros(2)})
+
+    def interrupted(*_):
+        raise Interrupted("stopped by SIGTERM")
+
+    monkeypatch.setattr(checkpoints, "load_tree", interrupted)
+    with pytest.raises(Interrupted):
+        store.tree("thing", make, like={"x": np.zeros(2)})
+    assert len(made) == 1

@@ -46,7 +46,8 @@ def cross_entropy(module: Decoder, features: Features, rows: Rows, *, remat: boo
     """
 
     def of(features: Array, targets: Array, weights: Array) -> Total:
-        logits = module.unembed(features).astype(jnp.float32)
+        logits = module.unembed(features)
+        logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
         return objectives.cross_entropy(logits, targets, weights=weights)
 
     columns = (features, jnp.asarray(rows.targets), jnp.asarray(rows.weights))

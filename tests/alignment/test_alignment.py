@@ -1,17 +1,40 @@
 """The check of the theorem as a user runs it, and verdicts that can fail."""
 
 import json
+from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sublim_jax import objectives, theorem
-from sublim_jax.experiments.alignment import run
-from sublim_jax.experiments.alignment.report import AS_PREDICTED, CONSISTENT, NOT, Measured, judge, power
-from sublim_jax.experiments.alignment.settings import controls, qualifying
+from sublim_jax import objectives, overrides, theorem
+from sublim_jax.experiments.alignment import measure, run
+from sublim_jax.experiments.alignment.report import (
+    AS_PREDICTED,
+    CONSISTENT,
+    NOT,
+    OUTSIDE,
+    Measured,
+    control_verdict,
+    judge,
+    numbers,
+    power,
+)
+from sublim_jax.experiments.alignment.settings import Setting, controls, qualifying
+from sublim_jax.experiments.alignment.spec import About
+from sublim_jax.measurements import Measurements
+from sublim_jax.models.mlp import mlp
 
 CONFIG = "--config=configs/theorem.py"
+OUTSIDE_THE_THEOREM = (
+    "greedy labels",
+    "|z − y|³",
+    "teacher cut to its top 2, student whole",
+    "−|z − y|²",
+    "an indefinite quadratic of z − y",
+    "another initialisation",
+)
 
 
 @pytest.fixture
@@ -26,20 +49,22 @@ def check(folder, command):
     """The arms of the check's results, every one of which is as predicted."""
     assert command(f"{CONFIG}:smoke", f"--workdir={folder}")[0] == 0
     arms = json.loads((folder / "results.json").read_text())["arms"]
-    assert [arm["name"] for arm in arms if arm["verdict"] != AS_PREDICTED] == []
+    outside = [arm["name"] for arm in arms if arm["verdict"] == OUTSIDE]
+    assert outside == [f"control: {name}" for name in OUTSIDE_THE_THEOREM]
+    assert [arm["name"] for arm in arms if arm["verdict"] not in (AS_PREDICTED, OUTSIDE)] == []
     return arms
 
 
 @pytest.mark.slow
 def test_the_check_finds_every_row_as_predicted(tmp_path, mnist_folder, command):
-    assert len(check(tmp_path, command)) == 12 * 7 + 6 + 1
+    assert len(check(tmp_path, command)) == 12 * 6 + 8 + 1
 
 
 def test_a_check_of_few_rows_is_as_predicted_and_its_report_is_written_again(
     tmp_path, mnist_folder, command, few_settings
 ):
     arms = check(tmp_path, command)
-    assert len(arms) == 2 + 6 + 1
+    assert len(arms) == 2 + 8 + 1
     cubic = next(arm for arm in arms if "|z − y|³" in arm["name"])
     assert cubic["mean"] == pytest.approx(2, abs=0.1)
     files = ("results.json", "report.md")
@@ -114,5 +139,115 @@ def test_objectives_are_marked_as_the_theorem_sorts_them():
         logits = jax.random.normal(jax.random.key(0), (20, 6), "float64")
         for name, objective in qualifying(support).items():
             assert theorem.no_guarantee(objective, logits) == "", name
-        reasons = [theorem.no_guarantee(control.objective, logits) for control in controls(support)]
-    assert [bool(reason) for reason in reasons] == [True, True, True, False], reasons
+        reasons = [theorem.no_guarantee(control.objective, logits) for control in controls(support, logits, logits)]
+    assert [bool(reason) for reason in reasons] == [True, True, True, False, True, True], reasons
+
+
+# ------------------------------------------------------------------------------------------------- planted faults
+
+
+SPEC = run.read(overrides.load("configs/theorem.py:smoke"))
+SUPPORT = objectives.support_mask((4, 5, 6), 7)
+
+
+@pytest.fixture
+def small():
+    """A small network whose teacher learns labels; the student sees noise."""
+    with jax.enable_x64(True):
+        net = mlp((5, 8, 8, 7), "tanh")
+        inputs, images = jax.random.normal(jax.random.key(1), (2, 32, 5), "float64")
+        labels = jax.random.randint(jax.random.key(2), (32,), 0, 4)
+
+        def loss(params):
+            total, count = objectives.cross_entropy(net.apply(params, images), labels)
+            return total / count
+
+        about = About("MLP", "labels", "noise")
+        yield Setting.of(about, net.apply, net.init(jax.random.key(0)), loss, inputs, SUPPORT)
+
+
+def verdict(setting, objective=None):
+    objective = objective or partial(objectives.kl, support=SUPPORT)
+    rows = Measurements(measure.measure("one", setting, {"kl": objective}, SPEC))
+    return judge(numbers(rows, "one")["kl"], SPEC.learning_rate, smooth=True).verdict
+
+
+def test_without_a_fault_the_small_setting_is_as_predicted(small):
+    assert verdict(small) == AS_PREDICTED
+
+
+def rising(setting, monkeypatch):
+    return setting._replace(teacher_loss=lambda params: -setting.teacher_loss(params))
+
+
+def unrelated(setting, monkeypatch):
+    other = mlp((5, 8, 8, 7), "tanh").init(jax.random.key(7))
+    return setting._replace(teacher_loss=lambda params: theorem.alignment(params, other))
+
+
+def curvature(change):
+    def plant(setting, monkeypatch):
+        true = theorem._curvature
+
+        def planted(objective, logits, v, weights):
+            pulled, count = true(objective, logits, v, weights)
+            return change(pulled, v), count
+
+        monkeypatch.setattr(theorem, "_curvature", planted)
+        return setting
+
+    return plant
+
+
+def detached(setting, monkeypatch):
+    true = theorem.student_update
+    stop = jax.lax.stop_gradient
+    monkeypatch.setattr(
+        theorem,
+        "student_update",
+        lambda apply, *rest, **more: true(lambda params, x: stop(apply(params, x)), *rest, **more),
+    )
+    return setting
+
+
+FAULTS = {
+    "the teacher's loss with the other sign": rising,
+    "a loss that has nothing to do with the teacher": unrelated,
+    "M with the other sign": curvature(lambda pulled, v: -pulled),
+    "twice M": curvature(lambda pulled, v: 2 * pulled),
+    "the identity in place of M": curvature(lambda pulled, v: jnp.where(SUPPORT, v, 0)),
+    "a student whose gradient is detached": detached,
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_turns_the_verdict(fault, small, monkeypatch):
+    assert verdict(FAULTS[fault](small, monkeypatch)) == NOT
+
+
+def test_a_control_that_is_covered_is_judged_by_its_sign(small):
+    logits, v = theorem.tangent(small.apply, small.params, small.direction, small.inputs)
+    by_name = {control.name: control for control in controls(SUPPORT, logits, v)}
+    covered = by_name["both cut to the teacher's top 2"]
+
+    def negated(z, y, weights=None):
+        total, count = covered.objective(z, y, weights=weights)
+        return -total, count
+
+    for objective, expected in ((covered.objective, AS_PREDICTED), (negated, NOT)):
+        rows = Measurements(measure.measure("one", small, {"it": objective}, SPEC))
+        found = numbers(rows, "one")["it"].up_to(covered.max_epsilon)
+        assert control_verdict(found, covered.expected, False, SPEC.learning_rate) == expected
+
+
+@pytest.mark.parametrize("name", ["−|z − y|²", "an indefinite quadratic of z − y"])
+def test_a_loss_that_obeys_taylor_and_breaks_the_theorem_has_slope_1_and_the_wrong_sign(small, name):
+    logits, v = theorem.tangent(small.apply, small.params, small.direction, small.inputs)
+    (control,) = (one for one in controls(SUPPORT, logits, v) if one.name == name)
+    rows = Measurements(measure.measure("one", small, {"it": control.objective}, SPEC))
+    found = numbers(rows, "one")["it"]
+    judged = judge(found, SPEC.learning_rate, smooth=True)
+    assert judged.fit.slope == pytest.approx(1, abs=0.05) and judged.verdict == NOT
+    assert np.all(found.inner < 0) and np.all(found.change[found.moved > 1e-6] > 0)
+    assert control_verdict(found, control.expected, True, SPEC.learning_rate) == OUTSIDE
+    assert control_verdict(found.negated(), control.expected, True, SPEC.learning_rate) == NOT

@@ -23,7 +23,7 @@ SMALL_WIDTHS = (49, 24, 24, NUM_LOGITS)  # on images of 7 × 7 pixels, for many 
 
 # Arms that are no setting, and what is measured.
 SINGLE, SIGNS, LABELS, OPTIMIZERS = "kl in float32", "signs", "labels sampled at T = 1", "optimizers"
-MOVED, EPSILON, LOSS = "step of the teacher", "epsilon", "L_T"
+MOVED, EPSILON, MAX_EPSILON, LOSS = "step of the teacher", "epsilon", "largest epsilon that is judged", "L_T"
 INNER, CHANGE, A, A_BY_GRADIENTS = "D_S·D_T", "change of L_T", "A", "A by gradients"
 POSITIVE, FALLS, SIGNED = "share of D_S·D_T > 0", "share of L_T falls", "share of sign(D_S)·D_T > 0"
 COSINE = "cos(update, D_T)"
@@ -55,13 +55,16 @@ def measure(
         def one(pair: tuple[Array, Array]) -> tuple[Array, Array]:
             targets = setting.apply(theorem.shifted(params, direction, pair[1]), inputs)
             update = theorem.student_update(setting.apply, chosen(pair[0]), start, inputs, targets)
-            after = setting.teacher_loss(theorem.shifted(params, update, spec.learning_rate))
-            return theorem.alignment(update, direction), after - setting.teacher_loss(params)
+            after = setting.teacher_loss(theorem.shifted(start, update, spec.learning_rate))
+            return theorem.alignment(update, direction), after - setting.teacher_loss(start)
 
         def limit(index: Array) -> tuple[Array, Array]:
-            arguments = (setting.apply, chosen(index), params, direction, inputs)
-            explicit = theorem.alignment(theorem.linearised_update(*arguments), direction)
-            return theorem.predicted_alignment(*arguments), explicit
+            def inner(epsilon: Array) -> Array:
+                return one((index, epsilon))[0]
+
+            # By two paths that share nothing: vᵀ M v of the logits, and the derivative by ε of D_S·D_T itself.
+            explicit = jax.jvp(inner, (jnp.zeros_like(epsilons[0]),), (jnp.ones_like(epsilons[0]),))[1]
+            return theorem.predicted_alignment(setting.apply, chosen(index), params, direction, inputs), explicit
 
         def chosen(index: Array) -> theorem.Objective:
             calls = [lambda z, y, objective=objective: objective(z, y, weights=None) for objective in branches]
@@ -91,7 +94,7 @@ def measure_controls(spec: AlignmentSpec, base: Setting) -> tuple[list[Measureme
 
     Returns rows, and of each control its name, why the theorem does not cover it ("" where it does), what is expected.
     """
-    logits = base.apply(base.params, base.inputs)
+    logits, v = theorem.tangent(base.apply, base.params, base.direction, base.inputs)
     rows: list[Measurement] = []
     notes: list[Note] = []
 
@@ -101,9 +104,10 @@ def measure_controls(spec: AlignmentSpec, base: Setting) -> tuple[list[Measureme
         notes.append({"name": name, "reason": reason, "expected": expected})
         rows.extend(measure(f"control: {name}", setting, {name: objective}, spec, *start))
 
-    for name, expected, objective in controls(base.support):
+    for name, expected, objective, max_epsilon in controls(base.support, logits, v):
         reason = theorem.no_guarantee(partial(objective, weights=None), logits)
         add(name, reason, expected, base, objective)
+        rows.append(Measurement(f"control: {name}", MAX_EPSILON, max_epsilon))
 
     kl = partial(objectives.kl, support=base.support)
     other = double(mlp(WIDTHS, "tanh").init(named_key(spec.seed, "another start")))

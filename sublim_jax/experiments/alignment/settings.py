@@ -53,11 +53,15 @@ class Setting(NamedTuple):
 
 
 class Control(NamedTuple):
-    """An objective, and how its |D_S·D_T| falls with the teacher's step: constant, slope 1, slope 2 or zero."""
+    """An objective, and how its D_S·D_T goes with the teacher's step: constant, slope 1, slope 2 or zero.
+
+    "slope 1, wrong sign": D_S·D_T = ε A + O(ε²), as Taylor's theorem has it for any smooth loss, with A < 0.
+    """
 
     name: str
     expected: str
     objective: theorem.Objective
+    max_epsilon: float = np.inf  # up to which it is expected
 
 
 def make_settings(seed: int, examples: int, data: mnist.Mnist, support: Support) -> list[Setting]:
@@ -123,14 +127,35 @@ def qualifying(support: Support) -> Mapping[str, theorem.Objective]:
         z, y = z * root.astype(z.dtype), y * root.astype(y.dtype)
         return objectives.squared_error(z, y, support=support, weights=weights)
 
-    names = ("squared_error", "soft_cross_entropy", "kl", "reverse_kl", "probability_squared_error")
+    # Not the soft cross-entropy: its gradient is KL's, and a row must not count twice.
+    names = ("squared_error", "kl", "reverse_kl", "probability_squared_error")
     found = {name.replace("_", " "): partial(objectives.ON_LOGITS[name], support=support) for name in names}
     heated = partial(objectives.kl, support=support, temperature=TEMPERATURE)
     return {**found, "weighted squared error": weighted, f"kl, temperature {TEMPERATURE:g}": heated}
 
 
-def controls(support: Support) -> list[Control]:
-    """Objectives that break one of the theorem's conditions each, and one that only seems to."""
+def controls(
+    support: Support, logits: Float[Array, "*positions vocab"], v: Float[Array, "*positions vocab"]
+) -> list[Control]:
+    """Objectives that break one of the theorem's conditions each, and one that only seems to.
+
+    Args:
+      logits: at θ⁰, on the student's inputs.
+      v: J_f D_T there. The indefinite loss has its minimum along the logit that moves least.
+    """
+    ranked = jnp.sort(logits[..., support], -1)
+    gap = ranked[..., -TOP] - ranked[..., -TOP - 1]
+    same_top = jnp.min(gap / (2 * jnp.max(jnp.abs(v[..., support]), -1)))  # ε below which no logit overtakes
+    squares = jnp.where(support, jnp.sum(jnp.square(v), range(v.ndim - 1)), jnp.inf)
+    signs = jnp.where(jnp.arange(len(support)) == jnp.argmin(squares), 1.0, -1.0)
+
+    def negative(z: Array, y: Array, weights: Array | None = None) -> objectives.Total:
+        total, count = objectives.squared_error(z, y, support=support, weights=weights)
+        return -total, count
+
+    def indefinite(z: Array, y: Array, weights: Array | None = None) -> objectives.Total:
+        values = jnp.sum(signs.astype(z.dtype) * jnp.square(z - y), -1, where=support)
+        return jnp.sum(values), jnp.asarray(values.size, z.dtype)
 
     def greedy(z: Array, y: Array, weights: Array | None = None) -> objectives.Total:
         labels = jnp.argmax(jnp.where(support, y, -jnp.inf), -1)
@@ -159,7 +184,9 @@ def controls(support: Support) -> list[Control]:
         Control("greedy labels", "constant", greedy),
         Control("|z − y|³", "slope 2", cubic),
         Control(f"teacher cut to its top {TOP}, student whole", "constant", teacher_cut),
-        Control(f"both cut to the teacher's top {TOP}", "slope 1", both_cut),
+        Control(f"both cut to the teacher's top {TOP}", "slope 1", both_cut, float(same_top)),
+        Control("−|z − y|²", "slope 1, wrong sign", negative),
+        Control("an indefinite quadratic of z − y", "slope 1, wrong sign", indefinite),
     ]
 
 
