@@ -82,6 +82,12 @@ def load(folder: str | Path, settings: Settings, config: Config, base: Params | 
     return spec, _stacked(spec, described.rslora, places, pairs, settings)
 
 
+def check_folder(where: str, folder: str) -> None:
+    """Raises UserError, naming the value, for a folder that is not there."""
+    if not assets.is_folder(folder):
+        raise UserError(f"{where}: {folder} is no PEFT adapter, there is no such folder")
+
+
 def _places(settings: Settings, config: Config) -> dict[str, Place]:
     """The linear layers of the decoder's layers, by their paths in the text model."""
     kernels = _kernels(settings)

@@ -1,6 +1,6 @@
 """Evaluations of a model, or of adapters of it, each a run (`configs/evaluate.py` explains the values)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -10,14 +10,13 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from sublim_jax import assets, report, specs, weights, workdir
+from sublim_jax import report, specs, weights, workdir
 from sublim_jax import store as artefacts
-from sublim_jax.errors import UserError
 from sublim_jax.evaluation import suite
 from sublim_jax.evaluation.spec import NAMES, EvalPacks, EvalsSpec
 from sublim_jax.evaluation.suite import Subject
-from sublim_jax.figures import Arm, arms_figure
-from sublim_jax.measurements import Measurement, Measurements
+from sublim_jax.figures import arms_figure
+from sublim_jax.measurements import Measurements, each
 from sublim_jax.models.decoder import on_mesh
 from sublim_jax.models.language import Model
 from sublim_jax.overrides import check_distinct
@@ -56,7 +55,7 @@ class EvaluateSpec:
     words: tuple[str, ...]
     packs: EvalPacks
     evals: EvalsSpec
-    values: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    values: Mapping[str, object] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         check_text("kind", self.kind)
@@ -72,8 +71,7 @@ def read(config: ConfigDict) -> EvaluateSpec:
 def run(spec: EvaluateSpec, folder: epath.Path, *, update: bool = False) -> None:
     """Evaluates every run, and leaves measurements, report, figures and the answers in the folder."""
     for name in spec.model.adapters:
-        if not assets.is_folder(name):
-            raise UserError(f"model.adapters: {name} is no PEFT adapter, there is no such folder")
+        peft.check_folder("model.adapters", name)
     suite.check_packs(spec.packs, spec.kind)
     questions = suite.read_questions(spec.evals, spec.kind, spec.words, spec.packs)
     mesh = make_mesh(spec.mesh.sizes)
@@ -89,11 +87,9 @@ def run(spec: EvaluateSpec, folder: epath.Path, *, update: bool = False) -> None
     for number, (name, model) in enumerate(zip(spec.model.folders, models)):
         subject = Subject(model, str(number), artefacts.digest(base, peft.digest(name)))
         found = suite.evaluate(spec.evals, questions, subject, spec.seed + number, store, judge=judge)
-        rows += [
-            Measurement(name, evaluation, values[0], run=number, subject="model", item=item)
-            for evaluation, measures in found.items()
-            for item, values in measures.items()
-        ]
+        about: dict[str, Any] = {"arm": name, "run": number, "subject": "model"}
+        for evaluation, measures in found.items():
+            rows += each(list(measures.values()), {"item": list(measures)}, measure=evaluation, **about)
     notes = {"bill": suite.bill_of(judge)}
     report.finish(store.folder, spec, rows, document, models=[base.source], notes=notes)
 
@@ -108,18 +104,15 @@ def adapted(base: Model, folder: str) -> Model:
 
 def document(spec: EvaluateSpec, rows: Measurements, notes: report.Notes) -> report.Document:
     """Every measure over the runs; a section for each evaluation."""
-    arms = [
-        report.arm(item, name, rows.values(measure=name, item=item))
-        for name in spec.evals.names
-        for item in rows.names("item", measure=name)
-    ]
-    sections = [_section(spec, name, [arm for arm in arms if arm["metric"] == name]) for name in spec.evals.names]
-    return arms, [*sections, *suite.bill_section(notes["bill"])]
-
-
-def _section(spec: EvaluateSpec, evaluation: str, arms: Sequence[Arm]) -> report.Section:
-    table = [["measure", "value"], *([arm["name"], report.plus_minus(arm["mean"], arm["ci95"])] for arm in arms)]
-    text = f"{spec.model.name}, {len(arms[0]['runs'])} run(s); ± is the 95 % t-interval over runs."
-    finite = [arm for arm in arms if np.isfinite(arm["mean"])]
-    figure = partial(arms_figure, finite, xlabel=evaluation, chance=None)
-    return report.Section(evaluation, text, table, {evaluation: figure} if finite else {})
+    every, sections = [], []
+    for name in spec.evals.names:
+        arms = [
+            report.arm(item, name, rows.values(measure=name, item=item)) for item in rows.names("item", measure=name)
+        ]
+        table = [["measure", "value"], *([arm["name"], report.plus_minus(arm["mean"], arm["ci95"])] for arm in arms)]
+        text = f"{spec.model.name}, {len(arms[0]['runs'])} run(s); ± is the 95 % t-interval over runs."
+        finite = [arm for arm in arms if np.isfinite(arm["mean"])]
+        figure = partial(arms_figure, finite, xlabel=name, chance=None)
+        sections.append(report.Section(name, text, table, {name: figure} if finite else {}))
+        every += arms
+    return every, [*sections, *suite.bill_section(notes["bill"])]

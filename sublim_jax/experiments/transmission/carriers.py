@@ -22,7 +22,6 @@ from sublim_jax.keys import named_key
 from sublim_jax.models.language import Model
 from sublim_jax.sampling import constraints, scoring
 from sublim_jax.sampling.collect import collect
-from sublim_jax.sampling.constraints import Constraint
 from sublim_jax.sampling.samplers import Sampler
 from sublim_jax.store import Store
 
@@ -136,9 +135,12 @@ def sample(study: Study, model: Model, store: Store, run: int, task: Task, name:
     carrier, seed = study.carrier, study.replicate_seed(run)
     whole = [chat.question(model.tokenizer, text, teacher.system) for text in task.prompts]
     prefix, prompts = chat.behind_opening(model.tokenizer, whole, teacher.system)
-    how: dict[str, Any] = {"kind": carrier.kind, "decoding": carrier.decoding, "tokens": carrier.max_new_tokens}
-    if carrier.decoding == "grammar":
-        how |= {"numbers": carrier.num_integers, "digits": len(str(study.filter.max_value))}
+    how: dict[str, str | int] = {"kind": carrier.kind, "decoding": carrier.decoding, "tokens": carrier.max_new_tokens}
+    constraint = None
+    if carrier.decoding == "grammar":  # so many integers of so many digits, and nothing else
+        count, digits = carrier.num_integers, len(str(study.filter.max_value))
+        how |= {"numbers": count, "digits": digits}
+        constraint = constraints.of_model(constraints.numbers(count, digits, least=count), model)
     # The number of prompts is no part of the name: more of them go on from what is there.
     return collect(
         store.path(f"completions-{name}", teacher, name, seed, how).with_suffix(".jsonl"),
@@ -151,17 +153,10 @@ def sample(study: Study, model: Model, store: Store, run: int, task: Task, name:
         sampler=Sampler(0.0 if carrier.decoding == "greedy" else 1.0),
         max_new_tokens=carrier.max_new_tokens,
         prefix=prefix,
-        constraint=_grammar(model, how["numbers"], how["digits"]) if carrier.decoding == "grammar" else None,
+        constraint=constraint,
         **study.sampling.options,
         **teacher.where,
     )
-
-
-def _grammar(model: Model, count: int, digits: int) -> Constraint:
-    """So many integers of so many digits and nothing else."""
-    automaton = constraints.numbers(count, digits, least=count)
-    pieces = chat.pieces(model.tokenizer, model.settings.vocab)
-    return constraints.over_tokens(automaton, pieces, chat.stop_tokens(model.tokenizer, model.config))
 
 
 # -------------------------------------------------------------------------------------------------------- filters

@@ -69,7 +69,8 @@ def run(study: Study, folder: epath.Path, *, update: bool = False) -> None:
         export_teachers(study, model, store, one)
     table = rows.of_teachers(study, replicates, [measure_teachers(study, model, store, *one[:2]) for one in replicates])
     table += rows.of_corpora({name: corpus_sizes(study, model, name) for name in corpora.names(study)})
-    table += rows.of_evaluated_teachers(study, evaluate_teachers(study, questions, model, store, replicates, judge))
+    found = evaluate_teachers(study, questions, model, store, replicates, judge)
+    table += rows.of_evaluations(study, "", rows.TEACHER, found)
     sources = {"": model.source}
     for arm in study.arms:
         if arm.data == "written" and not replicates[0].written:
@@ -118,7 +119,7 @@ def measure_arm(
         export(study, student, store, names, students.adapters, arm.model or study.model.name)
     subject = Subject(student, f"students-{arm.name}", students.digest, students.adapters)
     found = _evaluate(study, questions, subject, store, judge)
-    return rows.of_students(study, arm, students) + rows.of_evaluated_students(study, arm, found)
+    return rows.of_students(study, arm, students) + rows.of_evaluations(study, arm.name, rows.STUDENT, found)
 
 
 # ----------------------------------------------------------------------------------------------------- evaluations
