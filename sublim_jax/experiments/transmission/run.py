@@ -29,11 +29,10 @@ from sublim_jax.evaluation.suite import (
 from sublim_jax.experiments.transmission import carriers, corpora, rows
 from sublim_jax.experiments.transmission.arms import Arm, ContextArm
 from sublim_jax.experiments.transmission.checks import check_arm, check_files, check_model
-from sublim_jax.experiments.transmission.context import read_in_context
 from sublim_jax.experiments.transmission.preflight import preflight
 from sublim_jax.experiments.transmission.report import document
 from sublim_jax.experiments.transmission.spec import Study, read
-from sublim_jax.experiments.transmission.students import train_arm
+from sublim_jax.experiments.transmission.students import read_in_context, train_arm
 from sublim_jax.experiments.transmission.targets import Replicate
 from sublim_jax.experiments.transmission.teachers import make_teachers, measure_teachers
 from sublim_jax.keys import named_key
