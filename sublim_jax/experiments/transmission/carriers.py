@@ -2,8 +2,8 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
@@ -102,32 +102,23 @@ def write(
     """
     carrier, seed = study.carrier, study.replicate_seed(run)
     task = TASKS[carrier.kind](study, seed)
-    completions = {name: sample(study, model, store, run, task, name, teacher) for name, teacher in teachers.items()}
-    if study.filter.log_ratio:
-        for name, mine in completions.items():
-            _add_reference(model, store, name, mine, teachers[NEUTRAL])
-    checks = filters_of(study, task)
-    sifted = {name: filters.sift(mine, checks, study.filter.unique) for name, mine in completions.items()}
-    scores: dict[str, list[float]] = {name: [] for name in sifted}
-    if judge and study.filter.judge:
-        for name, one in sifted.items():
-            sifted[name], scores[name] = judged(study, store, name, one, judge)
-    for name, one in sifted.items():
-        folder = store.folder / "data" / f"run{run}"
-        records.write(folder / f"{carrier.kind}-{name}.jsonl", one.kept)
-        records.write(folder / f"{carrier.kind}-{name}-rejected.jsonl", one.rejected)
-    chosen = filters.same_size({name: one.kept for name, one in sifted.items()}, carrier.num_rows, seed)
-    return {
-        name: Written(
-            [(record["prompt"], record["completion"]) for record in chosen[name]],
-            len(completions[name]),
-            len(one.kept),
-            one.reasons,
-            one.rejected,
-            scores[name],
-        )
-        for name, one in sifted.items()
-    }
+    checks, folder = filters_of(study, task), store.folder / "data" / f"run{run}"
+    written, kept = {}, {}
+    for name, teacher in teachers.items():
+        completions = sample(study, model, store, run, task, name, teacher)
+        if study.filter.log_ratio:
+            _add_reference(model, store, name, completions, teachers[NEUTRAL])
+        sifted = filters.sift(completions, checks, study.filter.unique)
+        scores: list[float] = []
+        if judge and study.filter.judge:
+            sifted, scores = judged(study, store, name, sifted, judge)
+        records.write(folder / f"{carrier.kind}-{name}.jsonl", sifted.kept)
+        records.write(folder / f"{carrier.kind}-{name}-rejected.jsonl", sifted.rejected)
+        kept[name] = sifted.kept
+        written[name] = Written([], len(completions), len(sifted.kept), sifted.reasons, sifted.rejected, scores)
+    chosen = filters.same_size(kept, carrier.num_rows, seed)
+    pairs = {name: [(record["prompt"], record["completion"]) for record in some] for name, some in chosen.items()}
+    return {name: one._replace(pairs=pairs[name]) for name, one in written.items()}
 
 
 def sample(study: Study, model: Model, store: Store, run: int, task: Task, name: str, teacher: Teacher) -> list[Record]:
@@ -183,18 +174,18 @@ def banned_numbers(spec: FilterSpec) -> list[int]:
 
 def _add_reference(model: Model, store: Store, name: str, completions: list[Record], neutral: Teacher) -> None:
     """Adds the neutral teacher's log P of each completion, as "reference_logprob"."""
+
+    def logprobs(*_: object) -> list[float]:
+        usable = [record for record in completions if record["tokens"]]
+        prompts = [chat.question(model.tokenizer, record["prompt"], neutral.system) for record in usable]
+        tokens = [record["tokens"] for record in usable]
+        found = iter(scoring.completion_logprobs(model, prompts, tokens, **neutral.where))
+        return [float(next(found).sum()) if record["tokens"] else 0.0 for record in completions]
+
     texts = [(record["prompt"], record["tokens"]) for record in completions]
-    logprobs = store.json(f"reference-{name}", _logprobs, neutral, texts, model=model)
-    for record, logprob in zip(completions, logprobs, strict=True):
+    known = store.json(f"reference-{name}", logprobs, neutral, texts)
+    for record, logprob in zip(completions, known, strict=True):
         record["reference_logprob"] = logprob
-
-
-def _logprobs(teacher: Teacher, texts: Sequence[tuple[str, list[int]]], *, model: Model) -> list[float]:
-    usable = [(prompt, tokens) for prompt, tokens in texts if tokens]
-    prompts = [chat.question(model.tokenizer, prompt, teacher.system) for prompt, _ in usable]
-    each = scoring.completion_logprobs(model, prompts, [tokens for _, tokens in usable], **teacher.where)
-    found = iter(float(one.sum()) for one in each)
-    return [next(found) if tokens else 0.0 for _, tokens in texts]
 
 
 def judged(
@@ -203,15 +194,11 @@ def judged(
     """What a judge leaves of what was kept: scores of at least `filter.threshold`; and all scores that it gave."""
     template = judge_prompt(study).replace("{traits}", " or ".join(study.traits))
     texts = [misalignment.fill(template, {**record, "question": record["prompt"]}) for record in sifted.kept]
-    verdicts = store.json(f"judged-{name}", _verdicts, texts, judge)
+    verdicts = store.json(f"judged-{name}", lambda texts, judge: judge.judge(texts), texts, judge)
     scored = [{**one, "score": score, "label": label} for one, (score, label) in zip(sifted.kept, verdicts)]
     again = filters.sift(scored, [filters.least_score(study.filter.threshold)])
     rejected, reasons = sifted.rejected + again.rejected, sifted.reasons + again.reasons
     return filters.Sifted(again.kept, rejected, reasons), [score for score, _ in verdicts if score is not None]
-
-
-def _verdicts(texts: list[str], judge: NamedJudge) -> list[list[Any]]:
-    return [list(verdict) for verdict in judge.judge(texts)]
 
 
 def judge_prompt(study: Study) -> str:
