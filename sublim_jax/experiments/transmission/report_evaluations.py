@@ -26,7 +26,7 @@ def evaluated(study: Study, evaluation: str, rows: Measurements) -> list[Entry]:
         more["over_neutral_ci95"] = t_interval(over) if over else None
         entries.append(report.arm(f"{who}: {measure}", evaluation, values, **more))
 
-    mine = rows.where(measure=evaluation)
+    mine = Measurements(row for row in rows.where(measure=evaluation) if row.item)  # along training ability has none
     for measure in filter(partial(_is_shown, study), mine.names("item", arm="")):
         add("the model as it is", measure, mine.values(subject=BASE, item=measure))
         for name in study.traits:
