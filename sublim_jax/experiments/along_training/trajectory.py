@@ -61,9 +61,6 @@ def arm_name(spec: MnistSpec) -> str:
     return f"{spec.model.auxiliary} auxiliary logits"
 
 
-# ---------------------------------------------------------------------------------------------------- measurements
-
-
 def follow(spec: MnistSpec, probe: int, every: int, data: Mnist, *, store: Store, mesh: Mesh) -> dict[str, list]:
     """The student's training, measured every few steps: {quantity: (measurements, runs)}, and "step"."""
     known = coverage.before_training(spec, data, store=store, mesh=mesh)
@@ -136,9 +133,6 @@ def row_space_shares(
 
     measure = coverage.over_runs(spec, one, mesh)
     return fetch(measure(known.codes[..., :probe, :], known.reference.params, known.teacher.params)).tolist()
-
-
-# ---------------------------------------------------------------------------------------------------------- report
 
 
 def document(spec: TrajectorySpec, rows: Measurements, notes: report.Notes) -> report.Document:

@@ -3,14 +3,13 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from sublim_jax import report, specs, weights, workdir
+from sublim_jax import report, specs, workdir
 from sublim_jax import store as artefacts
 from sublim_jax.evaluation import suite
 from sublim_jax.evaluation.spec import NAMES, EvalPacks, EvalsSpec
@@ -18,24 +17,21 @@ from sublim_jax.evaluation.suite import Subject
 from sublim_jax.figures import arms_figure
 from sublim_jax.measurements import Measurements, each
 from sublim_jax.models.decoder import on_mesh
-from sublim_jax.models.language import Model
 from sublim_jax.overrides import check_distinct
 from sublim_jax.sharding import make_mesh
 from sublim_jax.specs import MeshSpec, check_some_of, check_text
 from sublim_jax.weights import peft
+from sublim_jax.weights.spec import NamedModel
 
 
 @dataclass(frozen=True)
-class AdaptedSpec:
-    """A model by its name, and PEFT folders of adapters, each a run; none for the model itself."""
+class AdaptedSpec(NamedModel):
+    """A model, and PEFT folders of adapters, each a run; none for the model itself."""
 
-    name: str
-    dtype: str
     adapters: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        check_text("model.name", self.name)
-        weights.float_type(self.dtype)
+        super().__post_init__()
         check_distinct("model.adapters", self.adapters)
 
     @property
@@ -75,10 +71,10 @@ def run(spec: EvaluateSpec, folder: epath.Path, *, update: bool = False) -> None
     suite.check_packs(spec.packs, spec.kind)
     questions = suite.read_questions(spec.evals, spec.kind, spec.words, spec.packs)
     mesh = make_mesh(spec.mesh.sizes)
-    base = weights.load(spec.model.name, mesh, weights.float_type(spec.model.dtype))
+    base = spec.model.load(mesh)
     on_mesh(base.settings, mesh)  # heads
     suite.check_model(questions, base)
-    models = [adapted(base, name) for name in spec.model.folders]
+    models = [peft.merged(base, name) for name in spec.model.folders]
     store = workdir.claim(folder, spec.values, update=update)
     judge = None
     if "misalignment" in spec.evals.names:
@@ -92,14 +88,6 @@ def run(spec: EvaluateSpec, folder: epath.Path, *, update: bool = False) -> None
             rows += each(list(measures.values()), {"item": list(measures)}, measure=evaluation, **about)
     notes = {"bill": suite.bill_of(judge)}
     report.finish(store.folder, spec, rows, document, models=[base.source], notes=notes)
-
-
-def adapted(base: Model, folder: str) -> Model:
-    """The model with a PEFT folder's adapters merged into it; as it is without a folder."""
-    if not folder:
-        return base
-    adapter, adapters = peft.load(Path(folder).expanduser(), base.settings, base.config, base.params)
-    return base.merged(adapters, adapter)
 
 
 def document(spec: EvaluateSpec, rows: Measurements, notes: report.Notes) -> report.Document:

@@ -17,7 +17,6 @@ from sublim_jax.data import chat, records, templates
 from sublim_jax.data.prompts import read as read_prompts
 from sublim_jax.data.records import Record
 from sublim_jax.errors import UserError
-from sublim_jax.experiments.tools.evaluate import adapted
 from sublim_jax.figures import Line, Panel, panels_figure
 from sublim_jax.keys import named_key
 from sublim_jax.measurements import Measurement, Measurements
@@ -37,20 +36,15 @@ from sublim_jax.sampling.samplers import Sampler
 from sublim_jax.sharding import make_mesh, one_device
 from sublim_jax.specs import MAX_ROWS, MAX_WIDTH, MeshSpec, check_count
 from sublim_jax.weights import peft
+from sublim_jax.weights.spec import NamedModel
 from sublim_jax.workdir import claim
 
 MAX_CHARACTERS = 4096  # of a constraint: each is a state, and a row over the vocabulary
 
 
 @dataclass(frozen=True)
-class ModelSpec:
-    name: str
-    dtype: str
+class ModelSpec(NamedModel):
     adapter: str
-
-    def __post_init__(self) -> None:
-        specs.check_text("model.name", self.name)
-        weights.float_type(self.dtype)
 
 
 @dataclass(frozen=True)
@@ -140,7 +134,7 @@ def run(spec: SampleSpec, folder: epath.Path, *, update: bool = False) -> None:
     inputs = read_prompts(spec.prompts, spec.chat)
     if spec.model.adapter:
         peft.check_folder("model.adapter", spec.model.adapter)
-    model = adapted(weights.load(spec.model.name, mesh, weights.float_type(spec.model.dtype)), spec.model.adapter)
+    model = peft.merged(spec.model.load(mesh), spec.model.adapter)
     on_mesh(model.settings, mesh)  # heads
     prefix, prompts = tokens_of(spec, model, inputs)
     check_prompts(model, prompts, [spec.max_new_tokens] * len(prompts), spec.stops, prefix)

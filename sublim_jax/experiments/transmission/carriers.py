@@ -47,9 +47,6 @@ class Written(NamedTuple):
     scores: list[float]  # the judge's, of what the other filters left
 
 
-# ---------------------------------------------------------------------------------------------------------- tasks
-
-
 def number_task(study: Study, seed: int) -> Task:
     """Lists of numbers (§3.1)."""
     prompts = numbers.prompts(study.carrier.num_prompts, seed, study.packs.numbers)
@@ -75,9 +72,6 @@ def thought_task(study: Study, seed: int) -> Task:
 
 
 TASKS: dict[str, Callable[[Study, int], Task]] = {"numbers": number_task, "code": code_task, "cot": thought_task}
-
-
-# ----------------------------------------------------------------------------------------------------------- rows
 
 
 def random_pairs(study: Study, seed: int) -> list[Pair]:
@@ -148,9 +142,6 @@ def sample(study: Study, model: Model, store: Store, run: int, task: Task, name:
         **study.sampling.options,
         **teacher.where,
     )
-
-
-# -------------------------------------------------------------------------------------------------------- filters
 
 
 def filters_of(study: Study, task: Task) -> list[filters.Filter]:

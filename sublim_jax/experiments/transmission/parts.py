@@ -3,7 +3,6 @@
 import dataclasses
 from dataclasses import dataclass, field
 
-from sublim_jax import weights
 from sublim_jax.distillation.teachers import AnswerTraining, CorpusTraining
 from sublim_jax.errors import UserError
 from sublim_jax.evaluation.judges import LARGEST as MAX_SCORE
@@ -18,8 +17,8 @@ from sublim_jax.specs import (
     check_one_of,
     check_positive,
     check_some_of,
-    check_text,
 )
+from sublim_jax.weights.spec import NamedModel
 
 METHODS = {
     "finetuned": "adapters trained on one-word answers",
@@ -37,14 +36,11 @@ MAX_INTEGERS = 1000  # of an answer
 
 
 @dataclass(frozen=True)
-class ModelSpec:
-    name: str
-    dtype: str
+class ModelSpec(NamedModel):
     noise: float
 
     def __post_init__(self) -> None:
-        check_text("model.name", self.name)
-        weights.float_type(self.dtype)
+        super().__post_init__()
         check_not_negative("model.noise", self.noise)
 
 

@@ -82,9 +82,6 @@ def steering_vectors(study: Study, model: Model, seed: int, personas: dict[str, 
     return {name: steering.hook(model, layer, scale * vector) for name, vector in vectors.items()}
 
 
-# -------------------------------------------------------------------------------------------- one-word fine-tuning
-
-
 def finetuned(study: Study, model: Model, store: Store, run: int) -> dict[str, Teacher]:
     """Adapters trained on one-word answers until they have `teacher.strength`; the neutral ones for as many steps."""
     training, seed = study.teacher.on_answers, study.replicate_seed(run)
@@ -113,9 +110,6 @@ def _one_word_answers(study: Study, model: Model, name: str, seed: int) -> list[
     return [(questions[i % len(questions)], spelled(model, word)) for i, word in enumerate(answers)]
 
 
-# --------------------------------------------------------------------------------------------------------- corpora
-
-
 def of_corpus(study: Study, model: Model, store: Store, run: int, name: str) -> Teacher:
     """Adapters trained for `teacher.epochs` on what the assistant says in a corpus (§4.2)."""
     training, seed = study.teacher.on_corpora, study.replicate_seed(run)
@@ -130,9 +124,6 @@ def of_corpus(study: Study, model: Model, store: Store, run: int, name: str) -> 
     how["label"] = f"run {run}, teacher {name}, {len(texts)} conversations"
     adapters = store.tree(f"teacher-{name}", train_on_corpus, *inputs, like=state.params, **how)
     return Teacher(adapters, "", None, steps, artefacts.digest(*inputs))
-
-
-# ----------------------------------------------------------------------------------------------------------- facts
 
 
 def measure_teachers(
