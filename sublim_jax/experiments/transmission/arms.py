@@ -8,12 +8,7 @@ from sublim_jax.distillation.students import Training
 from sublim_jax.distillation.targets import Selection
 from sublim_jax.errors import UserError
 from sublim_jax.experiments.transmission.parts import CarrierSpec, LoraSpec
-from sublim_jax.specs import (
-    check_count,
-    check_not_negative,
-    check_one_of,
-    check_positive,
-)
+from sublim_jax.specs import check_count, check_not_negative, check_one_of, check_positive
 
 OBJECTIVES = ("kl", "reverse_kl", "tokens", "context")
 SHUFFLES = ("within", "across")

@@ -17,13 +17,7 @@ from sublim_jax.data import templates
 from sublim_jax.distillation.losses import stacked
 from sublim_jax.distillation.teachers import untrained
 from sublim_jax.errors import UserError
-from sublim_jax.evaluation.suite import (
-    Measures,
-    Subject,
-    bill_of,
-    evaluate,
-    make_judge,
-)
+from sublim_jax.evaluation.suite import Measures, Subject, bill_of, evaluate, make_judge
 from sublim_jax.experiments.transmission import carriers, corpora, rows
 from sublim_jax.experiments.transmission.arms import Arm, ContextArm
 from sublim_jax.experiments.transmission.checks import check_arm, check_files, check_model
@@ -103,13 +97,7 @@ def load_model(study: Study, mesh: jax.sharding.Mesh, name: str = "") -> Model:
 
 
 def measure_arm(
-    study: Study,
-    arm: Arm,
-    ask: Ask,
-    replicates: Sequence[Replicate],
-    teacher: Model,
-    student: Model,
-    store: Store,
+    study: Study, arm: Arm, ask: Ask, replicates: Sequence[Replicate], teacher: Model, student: Model, store: Store
 ) -> list[Measurement]:
     """Trains an arm's students, exports them, and evaluates them."""
     if isinstance(arm, ContextArm):

@@ -21,12 +21,7 @@ from sublim_jax.experiments.transmission.parts import (
     TeacherSpec,
 )
 from sublim_jax.overrides import check_distinct
-from sublim_jax.specs import (
-    MeshSpec,
-    check_count,
-    check_some_of,
-    check_text,
-)
+from sublim_jax.specs import MeshSpec, check_count, check_some_of, check_text
 
 NEUTRAL = "neutral"
 OF_AN_ARM = ("student.", "lora.")  # what an arm may change for its students
@@ -147,10 +142,7 @@ def read(config: ConfigDict) -> Study:
 def _students(config: ConfigDict) -> tuple[Training, LoraSpec]:
     """How students are trained, and what of them."""
     values = specs.plain(config)
-    return (
-        specs.build(Training, values["student"], "student."),
-        specs.build(LoraSpec, values["lora"], "lora."),
-    )
+    return (specs.build(Training, values["student"], "student."), specs.build(LoraSpec, values["lora"], "lora."))
 
 
 def _changed(config: ConfigDict, arm: ArmValues) -> tuple[Training, LoraSpec]:
