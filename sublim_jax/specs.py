@@ -39,6 +39,15 @@ class MeshSpec:
         return dataclasses.asdict(self)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExperimentSpec:
+    """What every experiment's spec has; `values` is all of its config as JSON values, for the report."""
+
+    experiment: str
+    preset: str
+    values: Mapping[str, object] = dataclasses.field(default_factory=dict, compare=False, repr=False)
+
+
 def read(kind: type[Spec], config: ConfigDict, **made: object) -> Spec:
     """The spec of that kind that a config describes; values that the spec does not have are passed over.
 

@@ -1,7 +1,6 @@
 """What a check of the theorem is."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -11,7 +10,7 @@ from sublim_jax import objectives, specs, theorem
 from sublim_jax.errors import UserError
 from sublim_jax.experiments.mnist.spec import DataSpec
 from sublim_jax.overrides import check_distinct
-from sublim_jax.specs import MeshSpec
+from sublim_jax.specs import ExperimentSpec, MeshSpec
 
 NUM_LOGITS = 13  # ten digits and three more
 NUM_IMAGES = 512  # of MNIST
@@ -66,12 +65,10 @@ class StepsSpec:
         specs.check_count("steps.num", self.num, most=MAX_NUM_STEPS)
 
 
-@dataclass(frozen=True)
-class AlignmentSpec:
+@dataclass(frozen=True, kw_only=True)
+class AlignmentSpec(ExperimentSpec):
     """The whole check; `configs/theorem.py` explains the values."""
 
-    experiment: str
-    preset: str
     seed: int
     mesh: MeshSpec
     data: DataSpec
@@ -81,7 +78,6 @@ class AlignmentSpec:
     learning_rate: float
     num_draws: int
     num_label_draws: int
-    values: Mapping[str, object] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if not 2 <= self.support_mask().sum() < NUM_LOGITS:

@@ -1,7 +1,6 @@
 """Evaluations of a model, or of adapters of it, each a run (`configs/evaluate.py` explains the values)."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -19,7 +18,7 @@ from sublim_jax.measurements import Measurements, each
 from sublim_jax.models.decoder import on_mesh
 from sublim_jax.overrides import check_distinct
 from sublim_jax.sharding import make_mesh
-from sublim_jax.specs import MeshSpec, check_some_of, check_text
+from sublim_jax.specs import ExperimentSpec, MeshSpec, check_some_of, check_text
 from sublim_jax.weights import peft
 from sublim_jax.weights.spec import NamedModel
 
@@ -40,10 +39,8 @@ class AdaptedSpec(NamedModel):
         return self.adapters or ("",)
 
 
-@dataclass(frozen=True)
-class EvaluateSpec:
-    experiment: str
-    preset: str
+@dataclass(frozen=True, kw_only=True)
+class EvaluateSpec(ExperimentSpec):
     seed: int
     mesh: MeshSpec
     model: AdaptedSpec
@@ -51,7 +48,6 @@ class EvaluateSpec:
     words: tuple[str, ...]
     packs: EvalPacks
     evals: EvalsSpec
-    values: Mapping[str, object] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         check_text("kind", self.kind)

@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +24,7 @@ from sublim_jax.measurements import Measurements, each
 from sublim_jax.progress import say
 from sublim_jax.report import Described
 from sublim_jax.sharding import from_first, make_mesh
-from sublim_jax.specs import check_count, check_one_of, check_some_of
+from sublim_jax.specs import ExperimentSpec, check_count, check_one_of, check_some_of
 from sublim_jax.store import write_json
 
 FINISHED = "finished.json"  # in an experiment's folder: the stamp that it was finished with
@@ -59,17 +58,14 @@ class JudgeChoice:
             raise UserError("judge.model is missing: the name that the endpoint knows its model by")
 
 
-@dataclass(frozen=True)
-class PlanSpec:
-    experiment: str
-    preset: str
+@dataclass(frozen=True, kw_only=True)
+class PlanSpec(ExperimentSpec):
     files: dict[str, str]
     tensor: int
     judge: JudgeChoice
     plan: dict[str, Row]
     experiments: tuple[str, ...]
     specs: dict[str, Any] = field(default_factory=dict, compare=False)  # of the experiments
-    values: Mapping[str, object] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         check_some_of("experiments", self.experiments, self.plan)

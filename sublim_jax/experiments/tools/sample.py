@@ -1,8 +1,8 @@
 """Prompts in, completions out (`configs/sample.py`): finished rows are written as they come, and a rerun goes on."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -34,7 +34,7 @@ from sublim_jax.sampling.generate import CHUNK, LANES, cache_length
 from sublim_jax.sampling.generate import check as check_prompts
 from sublim_jax.sampling.samplers import Sampler
 from sublim_jax.sharding import make_mesh, one_device
-from sublim_jax.specs import MAX_ROWS, MAX_WIDTH, MeshSpec, check_count
+from sublim_jax.specs import MAX_ROWS, MAX_WIDTH, ExperimentSpec, MeshSpec, check_count
 from sublim_jax.weights import peft
 from sublim_jax.weights.spec import NamedModel
 from sublim_jax.workdir import claim
@@ -81,12 +81,10 @@ class ConstraintSpec:
         return automaton
 
 
-@dataclass(frozen=True)
-class SampleSpec:
+@dataclass(frozen=True, kw_only=True)
+class SampleSpec(ExperimentSpec):
     """The whole job; `configs/sample.py` explains the values."""
 
-    experiment: str
-    preset: str
     seed: int
     mesh: MeshSpec
     model: ModelSpec
@@ -102,7 +100,6 @@ class SampleSpec:
     stop_strings: tuple[str | int, ...]
     constraint: ConstraintSpec
     slots: int
-    values: Mapping[str, object] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         check_count("max_new_tokens", self.max_new_tokens)
@@ -165,15 +162,8 @@ def run(spec: SampleSpec, folder: epath.Path, *, update: bool = False) -> None:
     )
     records.write(store.folder / "samples.jsonl", ordered)
     rows = [
-        Measurement(
-            "completions",
-            "tokens",
-            len(record["tokens"]),
-            run=record["sample"],
-            subject=record["finish"],
-            item=str(record["index"]),
-        )
-        for record in ordered
+        Measurement("completions", "tokens", len(r["tokens"]), r["sample"], subject=r["finish"], item=str(r["index"]))
+        for r in ordered
     ]
     notes = {"system": system_note(spec, model.tokenizer, inputs)}
     report.finish(store.folder, spec, rows, document, models=[model.source], notes=notes)

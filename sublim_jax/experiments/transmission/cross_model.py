@@ -22,19 +22,17 @@ from sublim_jax.measurements import Measurement, Measurements, each
 from sublim_jax.overrides import check_distinct
 from sublim_jax.preflight import Step
 from sublim_jax.progress import say
+from sublim_jax.specs import ExperimentSpec
 
 METRIC, P = "logits, own trait above others'", "permutation_p"
 
 
-@dataclass(frozen=True)
-class CrossModelSpec:
+@dataclass(frozen=True, kw_only=True)
+class CrossModelSpec(ExperimentSpec):
     """A study for each teacher's model, with an arm for every student's model."""
 
-    experiment: str
-    preset: str
     models: tuple[str, ...]
     studies: tuple[Study, ...]
-    values: dict[str, Any]
 
     @property
     def labels(self) -> dict[str, str]:

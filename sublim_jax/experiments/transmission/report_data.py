@@ -1,6 +1,5 @@
 """Teachers and data in a study's report: preferences, corpora, filters, a judge, samples."""
 
-from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
@@ -54,7 +53,9 @@ def corpora_section(study: Study, rows: Measurements) -> report.Section:
             values = mine.values(measure=evaluation, item=item)
             over = np.subtract(values, base.values(measure=evaluation, item=item)[0]).tolist()
             cells += [report.plus_minus(*t_interval(values)), report.plus_minus(*t_interval(over))]
-            cells.append(has_trait(over) if name != NEUTRAL else "")
+            mean = np.mean(over)
+            verdict = "not known" if not np.isfinite(mean) else "has it" if mean >= MIN_TRAIT else "has it not"
+            cells.append(verdict if name != NEUTRAL else "")
         table.append(cells)
     text = (
         f"Trained on what assistants say, {study.teacher.epochs} epoch(s), batches of {study.teacher.batch}; "
@@ -66,14 +67,6 @@ def corpora_section(study: Study, rows: Measurements) -> report.Section:
             f"{MIN_TRAIT:.0%} or more above the model as it is."
         )
     return report.Section("Teachers' corpora", text, table, {})
-
-
-def has_trait(over: Sequence[float]) -> str:
-    """Whether a teacher is far enough above the model as it is, on average."""
-    mean = float(np.mean(over))
-    if not np.isfinite(mean):
-        return "not known"
-    return "has it" if mean >= MIN_TRAIT else "has it not"
 
 
 def judge_section(study: Study, rows: Measurements) -> report.Section:

@@ -1,7 +1,6 @@
 """What a study of transmission is, from teachers to evaluations. `configs/numbers.py` explains the values."""
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -21,16 +20,14 @@ from sublim_jax.experiments.transmission.parts import (
     TeacherSpec,
 )
 from sublim_jax.overrides import check_distinct
-from sublim_jax.specs import MeshSpec, check_count, check_some_of, check_text
+from sublim_jax.specs import ExperimentSpec, MeshSpec, check_count, check_some_of, check_text
 
 NEUTRAL = "neutral"
 OF_AN_ARM = ("student.", "lora.")  # what an arm may change for its students
 
 
-@dataclass(frozen=True)
-class Study:
-    experiment: str
-    preset: str
+@dataclass(frozen=True, kw_only=True)
+class Study(ExperimentSpec):
     seed: int
     mesh: MeshSpec
     model: ModelSpec
@@ -51,7 +48,6 @@ class Study:
     packs: PacksSpec
     num_questions: int
     evals: EvalsSpec
-    values: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         check_text("kind", self.kind)
