@@ -15,51 +15,49 @@ SHUFFLES = ("within", "across")
 NUM_HELD_OUT = 16  # rows of the carrier that no student trains on
 
 
-@dataclass(frozen=True)
-class LogitArm:
-    """Students imitate their teacher's logits on the support."""
+@dataclass(frozen=True, kw_only=True)
+class _Arm:
+    """What students read, and what model they are; "" is the teachers'."""
 
     name: str
-    objective: str  # kl, reverse_kl
-    temperature: float
-    data: str  # random, written
+    data: str = "written"  # or random
     shuffle: str
+    model: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class _TrainedArm(_Arm):
+    """Students that are trained, from the teachers' A or another one."""
+
     lora_init: str  # shared, fresh
     noise: float
-    model: str
     selection: Selection | None
     training: Training
     lora: LoraSpec
 
 
-@dataclass(frozen=True)
-class TokenArm:
+@dataclass(frozen=True, kw_only=True)
+class LogitArm(_TrainedArm):
+    """Students imitate their teacher's logits on the support."""
+
+    objective: str  # kl, reverse_kl
+    temperature: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenArm(_TrainedArm):
     """Students are trained on the tokens that their teacher wrote."""
 
-    name: str
-    shuffle: str
-    lora_init: str
-    noise: float
-    model: str
-    selection: Selection | None
-    training: Training
-    lora: LoraSpec
-    data: str = "written"
 
-
-@dataclass(frozen=True)
-class ContextArm:
+@dataclass(frozen=True, kw_only=True)
+class ContextArm(_Arm):
     """The untrained model reads rows that the teacher wrote in its context."""
 
-    name: str
     num_examples: int
-    shuffle: str
-    model: str
-    data: str = "written"
 
 
 TrainedArm: TypeAlias = LogitArm | TokenArm
-Arm: TypeAlias = LogitArm | TokenArm | ContextArm
+Arm: TypeAlias = TrainedArm | ContextArm
 
 
 @dataclass(frozen=True)
@@ -116,7 +114,7 @@ class ArmValues:
                 raise UserError(
                     f"{where}: noise, action and changes are for students that are trained; leave them out of a context"
                 )
-            return ContextArm(self.name, self.examples, self.shuffle, self.model)
+            return ContextArm(name=self.name, shuffle=self.shuffle, model=self.model, num_examples=self.examples)
         if carrier.num_rows < NUM_HELD_OUT + training.batch:
             raise UserError(
                 f"carrier.num_rows={carrier.num_rows}: {NUM_HELD_OUT} rows are held out, and a batch is needed"
