@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 from etils import epath
@@ -79,7 +78,7 @@ def run(spec: EvaluateSpec, folder: epath.Path, *, update: bool = False) -> None
     for number, (name, model) in enumerate(zip(spec.model.folders, models)):
         subject = Subject(model, str(number), artefacts.digest(base, peft.digest(name)))
         found = suite.evaluate(spec.evals, questions, subject, spec.seed + number, store, judge=judge)
-        about: dict[str, Any] = {"arm": name, "run": number, "subject": "model"}
+        about = {"arm": name, "run": number, "subject": "model"}
         for evaluation, measures in found.items():
             rows += each(list(measures.values()), {"item": list(measures)}, measure=evaluation, **about)
     notes = {"bill": suite.bill_of(judge)}

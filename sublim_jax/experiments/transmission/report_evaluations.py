@@ -1,6 +1,5 @@
 """Evaluations in a study's report: of the model as it is, of teachers, and of each arm's students."""
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -66,7 +65,7 @@ def evaluation_section(study: Study, evaluation: str, entries: list[Entry]) -> r
         f"± is the 95 % t-interval over {study.runs} run(s); in brackets, the mean difference to the neutral "
         "teacher's student of the same run."
     )
-    figures: dict[str, Callable[[Any], None]] = {}
+    figures = {}
     pictured = columns[:1] if evaluation == "misalignment" else columns[: len(study.traits)]
     for number, column in enumerate(pictured):
         finite = [entry for entry in entries if entry["measure"] == column and np.isfinite(entry["mean"])]

@@ -1,7 +1,6 @@
 """What a study measured, as rows of the table of measurements."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from sublim_jax.evaluation.preference import Preference
 from sublim_jax.evaluation.suite import Measures
@@ -45,7 +44,7 @@ def of_written(replicates: Sequence[Replicate]) -> list[Measurement]:
     found = []
     for one in replicates:
         for name, written in one.written.items():
-            about: dict[str, Any] = {"arm": "", "run": one.run, "teacher": name, "subject": TEACHER}
+            about = {"arm": "", "run": one.run, "teacher": name, "subject": TEACHER}
             counts = {"completions": written.num_completions, "kept": written.num_kept, "used": len(written.pairs)}
             found += each(list(counts.values()), {"measure": list(counts)}, **about)
             reasons, numbers = written.reasons, [str(number) for number in range(len(written.scores))]
