@@ -9,15 +9,8 @@ from jaxtyping import Float
 from sublim_jax import report
 from sublim_jax.evaluation.statistics import detectable, diagonal_effect, permutation_p, t_interval
 from sublim_jax.evaluation.suite import bill_section
+from sublim_jax.experiments.transmission import report_sections as parts
 from sublim_jax.experiments.transmission.arms import Arm, ContextArm, LogitArm
-from sublim_jax.experiments.transmission.report_data import (
-    corpora_section,
-    filter_section,
-    judge_section,
-    samples_section,
-    teachers_section,
-)
-from sublim_jax.experiments.transmission.report_evaluations import evaluated, evaluation_section
 from sublim_jax.experiments.transmission.rows import STUDENT
 from sublim_jax.experiments.transmission.spec import NEUTRAL, Study
 from sublim_jax.figures import Arm as Entry
@@ -34,23 +27,23 @@ def document(study: Study, rows: Measurements, notes: report.Notes) -> report.Do
     if study.has_words:
         found = [entries_of(study, arm, mine) for arm, mine in students]
         entries += [entry for one in found for entry in one]
-        sections += [effects_section(study, [one[0] for one in found]), teachers_section(study, rows, notes)]
+        sections += [effects_section(study, [one[0] for one in found]), parts.teachers_section(study, rows, notes)]
     else:
         sections.append(learnt_section(students))
     if "corpus" in study.teacher.methods:
-        sections.append(corpora_section(study, rows))
+        sections.append(parts.corpora_section(study, rows))
     for name in study.evals.names:
-        each = evaluated(study, name, rows)
+        each = parts.evaluated(study, name, rows)
         entries += each
-        sections.append(evaluation_section(study, name, each))
+        sections.append(parts.evaluation_section(study, name, each))
     if rows.where(measure="completions"):
-        sections.append(filter_section(study, rows))
+        sections.append(parts.filter_section(study, rows))
     if study.filter.judge:
-        sections.append(judge_section(study, rows))
+        sections.append(parts.judge_section(study, rows))
     sections += bill_section(notes["bill"])
     if study.has_words:
         sections += [arm_section(study, arm, mine) for arm, mine in students]
-    return entries, [*sections, samples_section(study, notes)]
+    return entries, [*sections, parts.samples_section(study, notes)]
 
 
 def by_word(study: Study, mine: Measurements, measure: str) -> Float[np.ndarray, "points runs students words"]:
