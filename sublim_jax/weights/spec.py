@@ -6,18 +6,19 @@ from jax.sharding import Mesh
 
 from sublim_jax import weights
 from sublim_jax.models.language import Model
-from sublim_jax.specs import check_text
+from sublim_jax.specs import Checked, Text
 
 
 @dataclass(frozen=True)
-class NamedModel:
+class NamedModel(Checked):
     """A model by a name that `weights.load` knows, in a precision."""
 
-    name: str
+    where = "model."
+    name: Text
     dtype: str
 
     def __post_init__(self) -> None:
-        check_text("model.name", self.name)
+        super().__post_init__()
         weights.float_type(self.dtype)
 
     def load(self, mesh: Mesh) -> Model:

@@ -12,7 +12,7 @@ from sublim_jax.data import images
 from sublim_jax.errors import UserError
 from sublim_jax.experiments.mnist.spec import DataSpec, MnistSpec
 from sublim_jax.overrides import check_distinct
-from sublim_jax.specs import ExperimentSpec, MeshSpec
+from sublim_jax.specs import Count, ExperimentSpec, MeshSpec
 
 # Of config.mnist, what the whole config says, and what it is there.
 OUTSIDE = {"seed": 0, "data.path": "", "mesh.replica": -1, "mesh.fsdp": 1, "mesh.tensor": 1}
@@ -28,6 +28,7 @@ class AlongSpec(ExperimentSpec):
     mnist: MnistSpec
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         try:
             for setting in (self.mnist, *self.settings):
                 check_covered(setting)
@@ -58,13 +59,8 @@ class ProbeSpec(AlongSpec):
 
 @dataclass(frozen=True, kw_only=True)
 class TrajectorySpec(ProbeSpec):
-    every: int
-    iterations: int
-
-    def __post_init__(self) -> None:
-        for name in ("every", "iterations"):
-            specs.check_count(name, getattr(self, name))
-        super().__post_init__()
+    every: Count
+    iterations: Count
 
     @property
     def settings(self) -> list[MnistSpec]:

@@ -15,9 +15,8 @@ from sublim_jax.evaluation.suite import Subject
 from sublim_jax.figures import arms_figure
 from sublim_jax.measurements import Measurements, each
 from sublim_jax.models.decoder import on_mesh
-from sublim_jax.overrides import check_distinct
 from sublim_jax.sharding import make_mesh
-from sublim_jax.specs import ExperimentSpec, MeshSpec, check_some_of, check_text
+from sublim_jax.specs import Distinct, ExperimentSpec, MeshSpec, Text, check_some_of
 from sublim_jax.weights import peft
 from sublim_jax.weights.spec import NamedModel
 
@@ -26,11 +25,7 @@ from sublim_jax.weights.spec import NamedModel
 class AdaptedSpec(NamedModel):
     """A model, and PEFT folders of adapters, each a run; none for the model itself."""
 
-    adapters: tuple[str, ...]
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_distinct("model.adapters", self.adapters)
+    adapters: Distinct
 
     @property
     def folders(self) -> tuple[str, ...]:
@@ -43,14 +38,13 @@ class EvaluateSpec(ExperimentSpec):
     seed: int
     mesh: MeshSpec
     model: AdaptedSpec
-    kind: str
-    words: tuple[str, ...]
+    kind: Text
+    words: Distinct
     packs: EvalPacks
     evals: EvalsSpec
 
     def __post_init__(self) -> None:
-        check_text("kind", self.kind)
-        check_distinct("words", self.words)
+        super().__post_init__()
         check_some_of("evals.names", self.evals.names, NAMES)
 
 

@@ -8,7 +8,7 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 from etils import epath
@@ -24,7 +24,7 @@ from sublim_jax.measurements import Measurements, each
 from sublim_jax.progress import say
 from sublim_jax.report import Described
 from sublim_jax.sharding import from_first, make_mesh
-from sublim_jax.specs import ExperimentSpec, check_count, check_one_of, check_some_of
+from sublim_jax.specs import Checked, ExperimentSpec, Place, check_one_of, check_some_of
 from sublim_jax.store import write_json
 
 FINISHED = "finished.json"  # in an experiment's folder: the stamp that it was finished with
@@ -46,14 +46,15 @@ class Row:
 
 
 @dataclass(frozen=True)
-class JudgeChoice:
+class JudgeChoice(Checked):
     """Of all experiments; empty: as their presets say."""
 
-    kind: str
+    where = "judge."
+    kind: Annotated[str, partial(check_one_of, choices=("", "local", "endpoint"))]
     model: str
 
     def __post_init__(self) -> None:
-        check_one_of("judge.kind", self.kind, ("", "local", "endpoint"))
+        super().__post_init__()
         if self.kind == "endpoint" and not self.model:
             raise UserError("judge.model is missing: the name that the endpoint knows its model by")
 
@@ -61,15 +62,15 @@ class JudgeChoice:
 @dataclass(frozen=True, kw_only=True)
 class PlanSpec(ExperimentSpec):
     files: dict[str, str]
-    tensor: int
+    tensor: Place
     judge: JudgeChoice
     plan: dict[str, Row]
     experiments: tuple[str, ...]
     specs: dict[str, Any] = field(default_factory=dict, compare=False)  # of the experiments
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_some_of("experiments", self.experiments, self.plan)
-        check_count("tensor", self.tensor, 0)
 
 
 def read(config: ConfigDict) -> PlanSpec:

@@ -34,7 +34,7 @@ from sublim_jax.sampling.generate import CHUNK, LANES, cache_length
 from sublim_jax.sampling.generate import check as check_prompts
 from sublim_jax.sampling.samplers import Sampler
 from sublim_jax.sharding import make_mesh, one_device
-from sublim_jax.specs import MAX_ROWS, MAX_WIDTH, ExperimentSpec, MeshSpec, check_count
+from sublim_jax.specs import Checked, Count, ExperimentSpec, MeshSpec, Rows, Width
 from sublim_jax.weights import peft
 from sublim_jax.weights.spec import NamedModel
 from sublim_jax.workdir import claim
@@ -48,16 +48,16 @@ class ModelSpec(NamedModel):
 
 
 @dataclass(frozen=True)
-class ConstraintSpec:
+class ConstraintSpec(Checked):
+    where = "constraint."
     kind: str
-    max_integers: int
-    digits: int
+    max_integers: Count
+    digits: Count
     separator: str
     choices: tuple[str | int, ...]
 
     def __post_init__(self) -> None:
-        for name in ("max_integers", "digits"):
-            check_count(f"constraint.{name}", getattr(self, name))
+        super().__post_init__()
         self.automaton()
 
     def automaton(self) -> Automaton | None:
@@ -91,20 +91,18 @@ class SampleSpec(ExperimentSpec):
     prompts: str
     chat: bool
     system: str
-    num_samples: int
-    max_new_tokens: int
+    num_samples: Rows
+    max_new_tokens: Count
     temperature: float
     top_k: int
     top_p: float
     min_p: float
     stop_strings: tuple[str | int, ...]
     constraint: ConstraintSpec
-    slots: int
+    slots: Width
 
     def __post_init__(self) -> None:
-        check_count("max_new_tokens", self.max_new_tokens)
-        check_count("num_samples", self.num_samples, most=MAX_ROWS)
-        check_count("slots", self.slots, most=MAX_WIDTH)
+        super().__post_init__()
         self.sampler()
         check_distinct("stop_strings", self.stops)
         if not all(self.stops):

@@ -1,14 +1,15 @@
 """Arms: ways to teach students, each kind with the values that it has."""
 
 from dataclasses import dataclass
-from typing import TypeAlias
+from functools import partial
+from typing import Annotated, TypeAlias
 
 from sublim_jax import selection
 from sublim_jax.distillation.students import Training
 from sublim_jax.distillation.targets import Selection
 from sublim_jax.errors import UserError
 from sublim_jax.experiments.transmission.parts import CarrierSpec, LoraSpec
-from sublim_jax.specs import check_count, check_not_negative, check_one_of, check_positive
+from sublim_jax.specs import Checked, Count, NotNegative, Positive, check_one_of
 
 OBJECTIVES = ("kl", "reverse_kl", "tokens", "context")
 SHUFFLES = ("within", "across")
@@ -61,38 +62,31 @@ Arm: TypeAlias = TrainedArm | ContextArm
 
 
 @dataclass(frozen=True)
-class ArmValues:
+class ArmValues(Checked):
     """An arm as the config has it: the values of all kinds of arms, each checked by itself."""
 
     name: str
-    objective: str
-    temperature: float
-    data: str
-    lora_init: str
-    shuffle: str
-    noise: float
+    objective: Annotated[str, partial(check_one_of, choices=OBJECTIVES)]
+    temperature: Positive
+    data: Annotated[str, partial(check_one_of, choices=("random", "written"))]
+    lora_init: Annotated[str, partial(check_one_of, choices=("shared", "fresh"))]
+    shuffle: Annotated[str, partial(check_one_of, choices=("", *SHUFFLES))]
+    noise: NotNegative
     model: str
-    action: str
-    positions: str
+    action: Annotated[str, partial(check_one_of, choices=("", "keep", "mask", "replace"))]
+    positions: Annotated[str, partial(check_one_of, choices=("top", "random", "bottom"))]
     fraction: float
-    score: str
-    examples: int
+    score: Annotated[str, partial(check_one_of, choices=selection.SCORES)]
+    examples: Count
     changes: tuple[str, ...]
 
+    def path(self, name: str) -> str:
+        return f"arm.{self.name}.{name}"
+
     def __post_init__(self) -> None:
-        where = f"arm.{self.name}"
-        check_one_of(f"{where}.objective", self.objective, OBJECTIVES)
-        check_one_of(f"{where}.data", self.data, ("random", "written"))
-        check_one_of(f"{where}.lora_init", self.lora_init, ("shared", "fresh"))
-        check_one_of(f"{where}.shuffle", self.shuffle, ("", *SHUFFLES))
-        check_one_of(f"{where}.action", self.action, ("", "keep", "mask", "replace"))
-        check_one_of(f"{where}.positions", self.positions, ("top", "random", "bottom"))
-        check_one_of(f"{where}.score", self.score, selection.SCORES)
-        check_count(f"{where}.examples", self.examples)
+        super().__post_init__()
         if not 0 < self.fraction < 1:
-            raise UserError(f"{where}.fraction={self.fraction} is a share between 0 and 1")
-        check_positive(f"{where}.temperature", self.temperature)
-        check_not_negative(f"{where}.noise", self.noise)
+            raise UserError(f"{self.path('fraction')}={self.fraction} is a share between 0 and 1")
 
     def arm(self, carrier: CarrierSpec, training: Training, lora: LoraSpec) -> Arm:
         """The arm of its kind. Raises UserError for values that do not go together, or with the carrier."""

@@ -19,8 +19,7 @@ from sublim_jax.experiments.transmission.parts import (
     SamplingSpec,
     TeacherSpec,
 )
-from sublim_jax.overrides import check_distinct
-from sublim_jax.specs import ExperimentSpec, MeshSpec, check_count, check_some_of, check_text
+from sublim_jax.specs import Count, Distinct, ExperimentSpec, MeshSpec, Text, check_some_of
 
 NEUTRAL = "neutral"
 OF_AN_ARM = ("student.", "lora.")  # what an arm may change for its students
@@ -31,28 +30,26 @@ class Study(ExperimentSpec):
     seed: int
     mesh: MeshSpec
     model: ModelSpec
-    kind: str
+    kind: Text
     traits: tuple[str, ...]
-    alternatives: tuple[str, ...]
-    runs: int
+    alternatives: Distinct
+    runs: Count
     lora: LoraSpec
     teacher: TeacherSpec
     carrier: CarrierSpec
     filter: FilterSpec
     arms: tuple[Arm, ...]
     student: Training
-    evaluate_every: int
-    checkpoint_every: int
+    evaluate_every: Count
+    checkpoint_every: Count
     sampling: SamplingSpec
     remat: bool
     packs: PacksSpec
-    num_questions: int
+    num_questions: Count
     evals: EvalsSpec
 
     def __post_init__(self) -> None:
-        check_text("kind", self.kind)
-        for name in ("runs", "num_questions", "evaluate_every", "checkpoint_every"):
-            check_count(name, getattr(self, name))
+        super().__post_init__()
         self._check_traits()
         if self.uses_written:
             self._check_written()
@@ -66,7 +63,6 @@ class Study(ExperimentSpec):
             )
         if wrong := [trait for trait in self.traits if not trait.strip() or set(trait) & set("/\\")]:
             raise UserError(f"traits: {wrong[0]!r} cannot name a file of its teacher's; choose a word")
-        check_distinct("alternatives", self.alternatives)
         if "corpus" not in self.teacher.methods:
             for trait in self.traits:
                 if trait not in self.alternatives:
