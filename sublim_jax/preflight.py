@@ -11,11 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
 from sublim_jax.errors import UserError
+from sublim_jax.models.functional import Params
 from sublim_jax.sampling.engine import Engine, Fixed, compiled, row_weights, state_shardings
-from sublim_jax.sharding import abstract, named
+from sublim_jax.sharding import abstract, named, parameter_shardings
 from sublim_jax.training import Program
 
 # Memory of a chip in bytes, by jax's name of the device kind.
@@ -87,6 +90,18 @@ class Facts(NamedTuple):
     @property
     def fits(self) -> bool | None:
         return None if self.memory is None else self.peak <= self.memory
+
+
+def parameters(one: Params, mesh: Mesh, *counts: int, dtype: DTypeLike | None = None) -> Params:
+    """Shapes of parameters with their places on a mesh.
+
+    Args:
+      one: parameters or their shapes, of one network.
+      counts: axes in front, of so many networks.
+      dtype: where it is another than theirs.
+    """
+    stacked = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((*counts, *leaf.shape), leaf.dtype), one)
+    return abstract(stacked, parameter_shardings(stacked, mesh, len(counts)), dtype)
 
 
 def devices(name: str) -> Sequence[jax.Device]:

@@ -8,7 +8,8 @@ with the flag's path, every value that makes no sense whatever a model or a file
 import dataclasses
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, TypeVar
+from functools import partial
+from typing import Annotated, Any, ClassVar, TypeAlias, TypeVar, get_type_hints
 
 import dacite
 from ml_collections import ConfigDict
@@ -37,6 +38,32 @@ class MeshSpec:
     @property
     def sizes(self) -> dict[str, int]:
         return dataclasses.asdict(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Checked:
+    """A spec whose fields say by their type how they are checked: `Annotated[int, check_count]`."""
+
+    where: ClassVar[str] = ""  # in front of the fields' names
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self), include_extras=True)
+        for field in dataclasses.fields(self):
+            for check in getattr(hints[field.name], "__metadata__", ()):
+                check(self.path(field.name), getattr(self, field.name))
+
+    def path(self, name: str) -> str:
+        """A field's, in what is refused."""
+        return f"{self.where}{name}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExperimentSpec(Checked):
+    """What every experiment's spec has; `values` is all of its config as JSON values, for the report."""
+
+    experiment: str
+    preset: str
+    values: Mapping[str, object] = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
 
 def read(kind: type[Spec], config: ConfigDict, **made: object) -> Spec:
@@ -152,3 +179,13 @@ def check_file(path: str, read: Callable[[], object]) -> None:
         read()
     except (UserError, OSError, RuntimeError) as error:  # of a path that is too long, or of a user who is not here
         raise UserError(f"{error} (--config.{path})") from error
+
+
+Count: TypeAlias = Annotated[int, check_count]
+Place: TypeAlias = Annotated[int, partial(check_count, least=0)]
+Rows: TypeAlias = Annotated[int, partial(check_count, most=MAX_ROWS)]
+Width: TypeAlias = Annotated[int, partial(check_count, most=MAX_WIDTH)]
+Positive: TypeAlias = Annotated[float, check_positive]
+NotNegative: TypeAlias = Annotated[float, check_not_negative]
+Text: TypeAlias = Annotated[str, check_text]
+Distinct: TypeAlias = Annotated[tuple[str, ...], check_distinct]

@@ -227,7 +227,7 @@ def fit(
     iterator: BatchIterator | None = None,
     checkpoints: epath.Path | None = None,
     checkpoint_every: int = 200,
-    evaluate: Callable[[PyTree, int], None] | None = None,
+    evaluate: Callable[[PyTree, int], object] | None = None,
     evaluate_every: int = 200,
     log: Log | None = None,
     what: str = "training",

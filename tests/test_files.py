@@ -9,9 +9,9 @@ from pyarrow import parquet
 
 from sublim_jax.data import corpus, files, packs, records
 from sublim_jax.data.carriers import cot, numbers
+from sublim_jax.data.prompts import read as read_prompts
 from sublim_jax.errors import UserError
 from sublim_jax.evaluation import misalignment, truthfulqa
-from sublim_jax.experiments.tools.sample import read_prompts
 
 BOM = b"\xef\xbb\xbf"
 CONVERSATION = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho é"}]}

@@ -11,7 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
+from sublim_jax.data import chat
 from sublim_jax.errors import UserError
+from sublim_jax.models.language import Model
 
 
 class Constraint(NamedTuple):
@@ -68,6 +70,12 @@ def choice(strings: Sequence[str]) -> Automaton:
         return state + c if state + c in beginnings else None
 
     return Automaton("", step, lambda state: state in strings, frozenset("".join(strings)))
+
+
+def of_model(automaton: Automaton, model: Model) -> Constraint:
+    """The automaton over a model's tokens, whose end tokens end a text."""
+    pieces = chat.pieces(model.tokenizer, model.settings.vocab)
+    return over_tokens(automaton, pieces, chat.stop_tokens(model.tokenizer, model.config))
 
 
 def over_tokens(automaton: Automaton, pieces: Sequence[str], stops: Sequence[int]) -> Constraint:

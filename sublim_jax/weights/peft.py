@@ -24,6 +24,7 @@ from sublim_jax.errors import UserError
 from sublim_jax.models.decoder import Settings, decoder
 from sublim_jax.models.families import AS_IS, QKV_LAST, Config, Rule, family
 from sublim_jax.models.functional import Params
+from sublim_jax.models.language import Model
 from sublim_jax.models.lora import Lora
 from sublim_jax.sharding import fetch
 from sublim_jax.weights import adapter_config, residual
@@ -80,6 +81,20 @@ def load(folder: str | Path, settings: Settings, config: Config, base: Params | 
         pairs = _with_parts(folder, described, places, pairs, settings, base)
     spec = _spec(described, places, pairs, settings)
     return spec, _stacked(spec, described.rslora, places, pairs, settings)
+
+
+def merged(model: Model, folder: str) -> Model:
+    """The model with a folder's adapters in its weights; as it is without a folder."""
+    if not folder:
+        return model
+    adapter, adapters = load(Path(folder).expanduser(), model.settings, model.config, model.params)
+    return model.merged(adapters, adapter)
+
+
+def check_folder(where: str, folder: str) -> None:
+    """Raises UserError, naming the value, for a folder that is not there."""
+    if not assets.is_folder(folder):
+        raise UserError(f"{where}: {folder} is no PEFT adapter, there is no such folder")
 
 
 def _places(settings: Settings, config: Config) -> dict[str, Place]:

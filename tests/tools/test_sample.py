@@ -15,6 +15,7 @@ from etils import epath
 from configs import sample as sample_config
 from sublim_jax import weights
 from sublim_jax.data import chat, records
+from sublim_jax.data.prompts import read as read_prompts
 from sublim_jax.errors import UserError
 from sublim_jax.experiments.tools import sample
 
@@ -178,7 +179,7 @@ def test_a_prompt_of_parts_is_its_text(tiny, tmp_path):
         {"messages": [{"role": "user", "content": "Name a tree."}]},
         {"prompt": "Name a tree.", "messages": None},
     )
-    inputs = sample.read_prompts(file)
+    inputs = read_prompts(file)
     assert inputs[0] == {"messages": [{"role": "user", "content": "Name a tree."}], "id": 7}
     prefix, prompts = sample.tokens_of(spec_for(file), tiny, inputs)
     assert [prefix + prompt for prompt in prompts] == [chat.prompt(tiny.tokenizer, "Name a tree.")] * 3
@@ -199,7 +200,7 @@ def test_a_prompt_of_parts_is_its_text(tiny, tmp_path):
 )
 def test_a_prompt_that_is_none_is_told_by_its_line(tmp_path, record, words):
     with pytest.raises(UserError) as error:
-        sample.read_prompts(prompts_file(tmp_path, {"prompt": "x"}, record))
+        read_prompts(prompts_file(tmp_path, {"prompt": "x"}, record))
     assert "line 2" in str(error.value) and words in str(error.value)
 
 
@@ -217,7 +218,7 @@ def test_a_system_prompt_that_the_template_does_not_take_is_folded_and_the_repor
         ({"prompt": "Which?"}, "", "Which?"),
     ):
         spec = spec_for(prompts_file(tmp_path, record), system)
-        inputs = sample.read_prompts(spec.prompts)
+        inputs = read_prompts(spec.prompts)
         prefix, (prompt,) = sample.tokens_of(spec, model, inputs)
         assert model.tokenizer.decode([*prefix, *prompt]) == f"<|user|>{expected}<|end|><|assistant|>"
         assert bool(sample.system_note(spec, model.tokenizer, inputs)) == ("\n\n" in expected)
@@ -228,4 +229,4 @@ def test_a_prompt_that_the_template_refuses_is_named(tiny_folder, tmp_path):
     model.tokenizer.chat_template = "{{ raise_exception('no') if messages[0].content == 'x' }}{{ messages[0].content }}"
     spec = spec_for(prompts_file(tmp_path, {"prompt": "y"}, {"prompt": "x"}))
     with pytest.raises(UserError, match=r"prompts\.jsonl, prompt 2: the model's chat template refuses it \(no\)"):
-        sample.tokens_of(spec, model, sample.read_prompts(spec.prompts))
+        sample.tokens_of(spec, model, read_prompts(spec.prompts))

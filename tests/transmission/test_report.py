@@ -161,6 +161,22 @@ def test_a_study_that_was_stopped_after_an_arm_has_the_report_of_that_arm(whole,
     assert [section.title for section in sections if section.title.startswith("Students")] == ["Students: soft"]
 
 
+def test_ability_at_the_end_is_told_apart_from_ability_along_training(whole, study_of):
+    """Both are measured of students, under one name; the evaluation's rows have an item."""
+    rows = measurements.read(epath.Path(whole[0]))
+    study = study_of(arms=("soft",), runs=2, **{"evals.names": ("ability",)})
+    notes = json.loads((whole[0] / "about.json").read_text())["notes"]
+    axes, about = {"run": range(2), "teacher": study.teachers}, {"measure": "ability", "item": "right answers"}
+    more = [Measurement("", value=0.5, subject="base", **about)]
+    more += measurements.each([0.5] * 6, axes, arm="", subject="teacher", **about)
+    more += measurements.each([0.25] * 6, axes, arm="soft", subject="student", **about)
+    found = {arm["name"]: arm for arm in document(study, measurements.Measurements((*rows, *more)), notes)[0]}
+    before = {arm["name"]: arm for arm in results_in(whole[0])["arms"]}
+    assert found["soft"]["ability"] == before["soft"]["ability"]
+    assert found["soft, student of owl: right answers"]["runs"] == [0.25, 0.25]
+    assert found["the model as it is: right answers"]["runs"] == [0.5]
+
+
 def test_a_folder_of_no_known_experiment_has_no_report(tmp_path):
     (tmp_path / "config.json").write_text('{"experiment": "lab"}')
     assert_refused(run_here("--report", f"--workdir={tmp_path}"), "holds a run of no experiment that is known here")

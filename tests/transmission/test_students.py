@@ -18,7 +18,7 @@ from sublim_jax.distillation.targets import support_of
 from sublim_jax.distillation.teachers import Teacher
 from sublim_jax.errors import UserError
 from sublim_jax.experiments.transmission import carriers
-from sublim_jax.experiments.transmission.checks import check_arm, check_files
+from sublim_jax.experiments.transmission.checks import check_arm
 from sublim_jax.experiments.transmission.run import load_model, measure_arm
 from sublim_jax.experiments.transmission.students import objective_of, starts, train_arm
 from sublim_jax.experiments.transmission.targets import Replicate, arm_data
@@ -94,7 +94,7 @@ def test_an_arm_that_is_done_holds_no_model(study_of, model, replicate_of, tmp_p
         names = {"evals.names": ("answers",), "evals.num_samples": 1, "evals.max_questions": 2}
         study = study_of(arms=("tokens",), **{"student.steps": 2}, **names)
         one, work = replicate_of(study, model=base), Store(tmp_path)
-        measure_arm(study, study.arms[0], check_files(study), [one], base, base, work, None)
+        measure_arm(study, study.arms[0], lambda subject: {}, [one], base, base, work)
         task = carriers.number_task(study, study.replicate_seed(0))
         carriers.sample(study, base, work, 0, task, "owl", one.teachers["owl"])
         return weakref.ref(base.params["embedding"])

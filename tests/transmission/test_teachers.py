@@ -1,6 +1,7 @@
 """Teachers: vectors, system prompts and corpora against plain computations; what each is named by."""
 
 import json
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import pytest
 from sublim_jax.data import chat, corpus
 from sublim_jax.errors import UserError
 from sublim_jax.evaluation import preference
-from sublim_jax.evaluation.suite import read_questions
+from sublim_jax.evaluation.suite import evaluate, read_questions
 from sublim_jax.experiments.transmission import corpora
 from sublim_jax.experiments.transmission.checks import check_files, check_model
 from sublim_jax.experiments.transmission.run import evaluate_teachers
@@ -69,7 +70,8 @@ def test_teachers_are_evaluated_with_what_makes_them_teachers(model, work, steer
     """Every teacher behind its own persona and under its own vector, run by run; last, the model as it is."""
     study, runs = steered
     asked = read_questions(study.evals, study.kind, study.alternatives, study.packs)
-    found = evaluate_teachers(study, asked, model, work, runs, None)["preference"]
+    ask = partial(evaluate, study.evals, asked, seed=study.seed, store=work)
+    found = evaluate_teachers(study, ask, model, runs)["preference"]
     each = [(teacher.system, teacher.steering) for run in runs for teacher in run.teachers.values()]
     assert len(each) == len({(system, id(steering)) for system, steering in each}) == 6
     tokenizer = model.tokenizer

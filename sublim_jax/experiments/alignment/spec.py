@@ -1,17 +1,17 @@
 """What a check of the theorem is."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated, NamedTuple, TypeAlias
 
 import numpy as np
 from jaxtyping import Bool
 
-from sublim_jax import objectives, specs, theorem
+from sublim_jax import objectives, theorem
 from sublim_jax.errors import UserError
 from sublim_jax.experiments.mnist.spec import DataSpec
 from sublim_jax.overrides import check_distinct
-from sublim_jax.specs import MeshSpec
+from sublim_jax.specs import MAX_ROWS, ExperimentSpec, MeshSpec, Positive, check_count, check_positive
 
 NUM_LOGITS = 13  # ten digits and three more
 NUM_IMAGES = 512  # of MNIST
@@ -20,6 +20,8 @@ SMALL = 0.004  # the teacher's step up to which first-order statements are judge
 DECADES = 4.0  # of steps that a verdict needs
 MAX_STEP, MAX_NUM_STEPS = 6, 1000
 READS, NOISE = "reads MNIST", "noise"  # the teacher and the inputs of the first settings
+
+Draws: TypeAlias = Annotated[int, check_positive, partial(check_count, most=MAX_ROWS)]
 
 
 class About(NamedTuple):
@@ -63,34 +65,27 @@ class StepsSpec:
             )
         if self.max > MAX_STEP:
             raise UserError(f"steps.max={self.max:g} is a power of ten: choose {MAX_STEP} or less")
-        specs.check_count("steps.num", self.num, most=MAX_NUM_STEPS)
+        check_count("steps.num", self.num, most=MAX_NUM_STEPS)
 
 
-@dataclass(frozen=True)
-class AlignmentSpec:
+@dataclass(frozen=True, kw_only=True)
+class AlignmentSpec(ExperimentSpec):
     """The whole check; `configs/theorem.py` explains the values."""
 
-    experiment: str
-    preset: str
     seed: int
     mesh: MeshSpec
     data: DataSpec
     steps: StepsSpec
     support: tuple[int, ...]
-    examples: int
-    learning_rate: float
-    num_draws: int
-    num_label_draws: int
-    values: Mapping[str, object] = field(default_factory=dict, compare=False, repr=False)
+    examples: Annotated[int, check_positive, partial(check_count, least=PER_SEQUENCE, most=NUM_IMAGES)]
+    learning_rate: Positive
+    num_draws: Draws
+    num_label_draws: Draws
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 2 <= self.support_mask().sum() < NUM_LOGITS:
             raise UserError(f"support={self.support}: take 2 logits or more, and leave one that is not compared")
-        for name in ("examples", "learning_rate", "num_draws", "num_label_draws"):
-            specs.check_positive(name, getattr(self, name))
-        for name in ("num_draws", "num_label_draws"):
-            specs.check_count(name, getattr(self, name), most=specs.MAX_ROWS)
-        specs.check_count("examples", self.examples, least=PER_SEQUENCE, most=NUM_IMAGES)
 
     def support_mask(self) -> Bool[np.ndarray, "logits"]:
         """The logits on which student and teacher are compared."""

@@ -57,9 +57,6 @@ def run(spec: ExamplesSpec, folder: epath.Path, *, update: bool = False) -> None
     report.finish(store.folder, spec, rows, document)
 
 
-# ---------------------------------------------------------------------------------------------------- measurements
-
-
 def rank_and_train(spec: MnistSpec, part: MnistSpec, data: Mnist, *, store: Store, mesh: Mesh) -> Found:
     """{"accuracy": choice → runs, "carried": choice → its share of A by run, "quantiles": (runs, levels)}."""
     before = coverage.before_training(spec, data, store=store, mesh=mesh)
@@ -113,9 +110,6 @@ def train_on(
         student = students_of(*given, program=program, store=store, what=name)["auxiliary"]
         found[name] = fetch(train.accuracy(before.near.functions, student, *test, mesh)).tolist()
     return found
-
-
-# ---------------------------------------------------------------------------------------------------------- report
 
 
 def document(spec: ExamplesSpec, rows: Measurements, notes: report.Notes) -> report.Document:

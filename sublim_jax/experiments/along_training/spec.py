@@ -1,7 +1,7 @@
 """What is computed along MNIST distillation: the presets of `configs/theorem.py` beyond the check, in types."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import TypeVar
 
@@ -12,25 +12,23 @@ from sublim_jax.data import images
 from sublim_jax.errors import UserError
 from sublim_jax.experiments.mnist.spec import DataSpec, MnistSpec
 from sublim_jax.overrides import check_distinct
-from sublim_jax.specs import MeshSpec
+from sublim_jax.specs import Count, ExperimentSpec, MeshSpec
 
 # Of config.mnist, what the whole config says, and what it is there.
 OUTSIDE = {"seed": 0, "data.path": "", "mesh.replica": -1, "mesh.fsdp": 1, "mesh.tensor": 1}
 
 
 @dataclass(frozen=True, kw_only=True)
-class AlongSpec:
+class AlongSpec(ExperimentSpec):
     """What all have in common."""
 
-    experiment: str
-    preset: str
     seed: int
     mesh: MeshSpec
     data: DataSpec
     mnist: MnistSpec
-    values: Mapping[str, object] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         try:
             for setting in (self.mnist, *self.settings):
                 check_covered(setting)
@@ -61,13 +59,8 @@ class ProbeSpec(AlongSpec):
 
 @dataclass(frozen=True, kw_only=True)
 class TrajectorySpec(ProbeSpec):
-    every: int
-    iterations: int
-
-    def __post_init__(self) -> None:
-        for name in ("every", "iterations"):
-            specs.check_count(name, getattr(self, name))
-        super().__post_init__()
+    every: Count
+    iterations: Count
 
     @property
     def settings(self) -> list[MnistSpec]:

@@ -48,8 +48,8 @@ def run(spec: TrajectorySpec, folder: epath.Path, *, update: bool = False) -> No
             rows += each(path[name], axes, arm="followed", measure=name)
         for setting in spec.settings:
             arm = arm_name(setting)
-            limited = (setting, spec.probe, spec.iterations, data)
-            shares = store.json("shares", row_space_shares, *limited, store=store, mesh=mesh)
+            inputs = (setting, spec.probe, spec.iterations, data)
+            shares = store.json("shares", row_space_shares, *inputs, store=store, mesh=mesh)
             axes = {"step": range(1, spec.iterations + 1), "run": range(spec.mnist.runs)}
             rows += each(np.transpose(shares), axes, arm=arm, measure="row_space_share")
             accuracies = test_accuracies(setting, data, store, mesh)["auxiliary"]
@@ -59,9 +59,6 @@ def run(spec: TrajectorySpec, folder: epath.Path, *, update: bool = False) -> No
 
 def arm_name(spec: MnistSpec) -> str:
     return f"{spec.model.auxiliary} auxiliary logits"
-
-
-# ---------------------------------------------------------------------------------------------------- measurements
 
 
 def follow(spec: MnistSpec, probe: int, every: int, data: Mnist, *, store: Store, mesh: Mesh) -> dict[str, list]:
@@ -136,9 +133,6 @@ def row_space_shares(
 
     measure = coverage.over_runs(spec, one, mesh)
     return fetch(measure(known.codes[..., :probe, :], known.reference.params, known.teacher.params)).tolist()
-
-
-# ---------------------------------------------------------------------------------------------------------- report
 
 
 def document(spec: TrajectorySpec, rows: Measurements, notes: report.Notes) -> report.Document:

@@ -1,43 +1,31 @@
 """Evaluations of a model, or of adapters of it, each a run (`configs/evaluate.py` explains the values)."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from sublim_jax import assets, report, specs, weights, workdir
+from sublim_jax import report, specs, workdir
 from sublim_jax import store as artefacts
-from sublim_jax.errors import UserError
 from sublim_jax.evaluation import suite
 from sublim_jax.evaluation.spec import NAMES, EvalPacks, EvalsSpec
 from sublim_jax.evaluation.suite import Subject
-from sublim_jax.figures import Arm, arms_figure
-from sublim_jax.measurements import Measurement, Measurements
+from sublim_jax.figures import arms_figure
+from sublim_jax.measurements import Measurements, each
 from sublim_jax.models.decoder import on_mesh
-from sublim_jax.models.language import Model
-from sublim_jax.overrides import check_distinct
 from sublim_jax.sharding import make_mesh
-from sublim_jax.specs import MeshSpec, check_some_of, check_text
+from sublim_jax.specs import Distinct, ExperimentSpec, MeshSpec, Text, check_some_of
 from sublim_jax.weights import peft
+from sublim_jax.weights.spec import NamedModel
 
 
 @dataclass(frozen=True)
-class AdaptedSpec:
-    """A model by its name, and PEFT folders of adapters, each a run; none for the model itself."""
+class AdaptedSpec(NamedModel):
+    """A model, and PEFT folders of adapters, each a run; none for the model itself."""
 
-    name: str
-    dtype: str
-    adapters: tuple[str, ...]
-
-    def __post_init__(self) -> None:
-        check_text("model.name", self.name)
-        weights.float_type(self.dtype)
-        check_distinct("model.adapters", self.adapters)
+    adapters: Distinct
 
     @property
     def folders(self) -> tuple[str, ...]:
@@ -45,22 +33,18 @@ class AdaptedSpec:
         return self.adapters or ("",)
 
 
-@dataclass(frozen=True)
-class EvaluateSpec:
-    experiment: str
-    preset: str
+@dataclass(frozen=True, kw_only=True)
+class EvaluateSpec(ExperimentSpec):
     seed: int
     mesh: MeshSpec
     model: AdaptedSpec
-    kind: str
-    words: tuple[str, ...]
+    kind: Text
+    words: Distinct
     packs: EvalPacks
     evals: EvalsSpec
-    values: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        check_text("kind", self.kind)
-        check_distinct("words", self.words)
+        super().__post_init__()
         check_some_of("evals.names", self.evals.names, NAMES)
 
 
@@ -72,15 +56,14 @@ def read(config: ConfigDict) -> EvaluateSpec:
 def run(spec: EvaluateSpec, folder: epath.Path, *, update: bool = False) -> None:
     """Evaluates every run, and leaves measurements, report, figures and the answers in the folder."""
     for name in spec.model.adapters:
-        if not assets.is_folder(name):
-            raise UserError(f"model.adapters: {name} is no PEFT adapter, there is no such folder")
+        peft.check_folder("model.adapters", name)
     suite.check_packs(spec.packs, spec.kind)
     questions = suite.read_questions(spec.evals, spec.kind, spec.words, spec.packs)
     mesh = make_mesh(spec.mesh.sizes)
-    base = weights.load(spec.model.name, mesh, weights.float_type(spec.model.dtype))
+    base = spec.model.load(mesh)
     on_mesh(base.settings, mesh)  # heads
     suite.check_model(questions, base)
-    models = [adapted(base, name) for name in spec.model.folders]
+    models = [peft.merged(base, name) for name in spec.model.folders]
     store = workdir.claim(folder, spec.values, update=update)
     judge = None
     if "misalignment" in spec.evals.names:
@@ -89,37 +72,24 @@ def run(spec: EvaluateSpec, folder: epath.Path, *, update: bool = False) -> None
     for number, (name, model) in enumerate(zip(spec.model.folders, models)):
         subject = Subject(model, str(number), artefacts.digest(base, peft.digest(name)))
         found = suite.evaluate(spec.evals, questions, subject, spec.seed + number, store, judge=judge)
-        rows += [
-            Measurement(name, evaluation, values[0], run=number, subject="model", item=item)
-            for evaluation, measures in found.items()
-            for item, values in measures.items()
-        ]
+        about = {"arm": name, "run": number, "subject": "model"}
+        for evaluation, measures in found.items():
+            rows += each(list(measures.values()), {"item": list(measures)}, measure=evaluation, **about)
     notes = {"bill": suite.bill_of(judge)}
     report.finish(store.folder, spec, rows, document, models=[base.source], notes=notes)
 
 
-def adapted(base: Model, folder: str) -> Model:
-    """The model with a PEFT folder's adapters merged into it; as it is without a folder."""
-    if not folder:
-        return base
-    adapter, adapters = peft.load(Path(folder).expanduser(), base.settings, base.config, base.params)
-    return base.merged(adapters, adapter)
-
-
 def document(spec: EvaluateSpec, rows: Measurements, notes: report.Notes) -> report.Document:
     """Every measure over the runs; a section for each evaluation."""
-    arms = [
-        report.arm(item, name, rows.values(measure=name, item=item))
-        for name in spec.evals.names
-        for item in rows.names("item", measure=name)
-    ]
-    sections = [_section(spec, name, [arm for arm in arms if arm["metric"] == name]) for name in spec.evals.names]
-    return arms, [*sections, *suite.bill_section(notes["bill"])]
-
-
-def _section(spec: EvaluateSpec, evaluation: str, arms: Sequence[Arm]) -> report.Section:
-    table = [["measure", "value"], *([arm["name"], report.plus_minus(arm["mean"], arm["ci95"])] for arm in arms)]
-    text = f"{spec.model.name}, {len(arms[0]['runs'])} run(s); ± is the 95 % t-interval over runs."
-    finite = [arm for arm in arms if np.isfinite(arm["mean"])]
-    figure = partial(arms_figure, finite, xlabel=evaluation, chance=None)
-    return report.Section(evaluation, text, table, {evaluation: figure} if finite else {})
+    every, sections = [], []
+    for name in spec.evals.names:
+        arms = [
+            report.arm(item, name, rows.values(measure=name, item=item)) for item in rows.names("item", measure=name)
+        ]
+        table = [["measure", "value"], *([arm["name"], report.plus_minus(arm["mean"], arm["ci95"])] for arm in arms)]
+        text = f"{spec.model.name}, {len(arms[0]['runs'])} run(s); ± is the 95 % t-interval over runs."
+        finite = [arm for arm in arms if np.isfinite(arm["mean"])]
+        figure = partial(arms_figure, finite, xlabel=name, chance=None)
+        sections.append(report.Section(name, text, table, {name: figure} if finite else {}))
+        every += arms
+    return every, [*sections, *suite.bill_section(notes["bill"])]

@@ -8,7 +8,7 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 from etils import epath
@@ -19,15 +19,17 @@ from sublim_jax.digests import Source
 from sublim_jax.errors import UserError
 from sublim_jax.experiments.transmission.checks import check_files
 from sublim_jax.experiments.transmission.spec import Study
-from sublim_jax.measurements import Measurement, Measurements, each
+from sublim_jax.figures import Arm
+from sublim_jax.measurements import Measurements, each
 from sublim_jax.progress import say
+from sublim_jax.report import Described
 from sublim_jax.sharding import from_first, make_mesh
-from sublim_jax.specs import check_count, check_one_of, check_some_of
+from sublim_jax.specs import Checked, ExperimentSpec, Place, check_one_of, check_some_of
 from sublim_jax.store import write_json
 
 FINISHED = "finished.json"  # in an experiment's folder: the stamp that it was finished with
 
-Arms = list[dict[str, Any]]
+Arms = list[Arm]
 Results = dict[str, Arms | str]  # of each experiment: its arms, or why there are none
 
 
@@ -40,37 +42,35 @@ class Row:
     paper: str
     show: str
     config: str
-    changes: dict[str, Any]
+    changes: dict[str, object]
 
 
 @dataclass(frozen=True)
-class JudgeChoice:
+class JudgeChoice(Checked):
     """Of all experiments; empty: as their presets say."""
 
-    kind: str
+    where = "judge."
+    kind: Annotated[str, partial(check_one_of, choices=("", "local", "endpoint"))]
     model: str
 
     def __post_init__(self) -> None:
-        check_one_of("judge.kind", self.kind, ("", "local", "endpoint"))
+        super().__post_init__()
         if self.kind == "endpoint" and not self.model:
             raise UserError("judge.model is missing: the name that the endpoint knows its model by")
 
 
-@dataclass(frozen=True)
-class PlanSpec:
-    experiment: str
-    preset: str
+@dataclass(frozen=True, kw_only=True)
+class PlanSpec(ExperimentSpec):
     files: dict[str, str]
-    tensor: int
+    tensor: Place
     judge: JudgeChoice
     plan: dict[str, Row]
     experiments: tuple[str, ...]
     specs: dict[str, Any] = field(default_factory=dict, compare=False)  # of the experiments
-    values: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_some_of("experiments", self.experiments, self.plan)
-        check_count("tensor", self.tensor, 0)
 
 
 def read(config: ConfigDict) -> PlanSpec:
@@ -130,7 +130,11 @@ def run(spec: PlanSpec, folder: epath.Path, *, update: bool = False) -> None:
             found[name] = _results(store.folder / name, one, update=update)
             if isinstance(found[name], str):
                 say(f"{name}: {found[name]}")
-    report.finish(store.folder, spec, rows_of(found), document, notes={"found": found, "folder": str(store.folder)})
+    rows = []
+    for arm in arms_of(found):
+        runs = [value for value in arm.get("runs", ()) if value is not None]
+        rows += each(runs, arm=arm["name"], measure=arm["metric"])
+    report.finish(store.folder, spec, rows, document, notes={"found": found, "folder": str(store.folder)})
     if missing := [name for name, result in found.items() if isinstance(result, str)]:
         raise UserError(
             f"{len(missing)} of {len(spec.specs)} experiments have no results: {', '.join(missing)}; "
@@ -138,7 +142,7 @@ def run(spec: PlanSpec, folder: epath.Path, *, update: bool = False) -> None:
         )
 
 
-def _results(inside: epath.Path, one: Any, *, update: bool) -> Arms | str:
+def _results(inside: epath.Path, one: Described, *, update: bool) -> Arms | str:
     """An experiment's arms, by an earlier run or by this one; or why there are none."""
     try:
         if not from_first(partial(finished, inside, one)):
@@ -149,7 +153,7 @@ def _results(inside: epath.Path, one: Any, *, update: bool) -> Arms | str:
         return f"stopped: {error}"
 
 
-def finished(folder: epath.Path, spec: Any) -> bool:
+def finished(folder: epath.Path, spec: Described) -> bool:
     """Whether a folder has the results of this spec and of the models as they are now.
 
     Damaged files count as none: what still holds is reused.
@@ -163,14 +167,11 @@ def finished(folder: epath.Path, spec: Any) -> bool:
     return known == stamp(spec) and "arms" in results and same
 
 
-def stamp(spec: Any) -> str:
+def stamp(spec: Described) -> str:
     """A hash of a spec's values, and of what is in the files that they name."""
     leaves = [os.path.expanduser(leaf) for leaf in jax.tree.leaves(spec.values) if isinstance(leaf, str)]
     files = [assets.digest(Path(name)) for name in sorted(set(filter(os.path.isfile, leaves)))]
     return hashlib.sha256(json.dumps([spec.values, files], sort_keys=True).encode()).hexdigest()
-
-
-# ---------------------------------------------------------------------------------------------------------- report
 
 
 def arms_of(found: Results) -> Arms:
@@ -179,36 +180,25 @@ def arms_of(found: Results) -> Arms:
     return [{**arm, "name": f"{name}: {arm['name']}"} for name, result in named for arm in result]
 
 
-def rows_of(found: Results) -> list[Measurement]:
-    """Every run's value of every arm that has some."""
-    return [
-        row
-        for arm in arms_of(found)
-        for row in each(
-            [value for value in arm.get("runs", ()) if value is not None], arm=arm["name"], measure=arm["metric"]
-        )
-    ]
-
-
 def document(spec: PlanSpec, rows: Measurements, notes: report.Notes) -> report.Document:
-    """The experiments' arms, a table beside the paper, a figure of each."""
+    """The experiments' arms, a table of ours beside the paper's number, a figure of each experiment."""
     found: Results = notes["found"]
-    return arms_of(found), [table_section(spec, found), *figure_sections(spec, epath.Path(notes["folder"]), found)]
-
-
-def table_section(spec: PlanSpec, found: Results) -> report.Section:
-    """Ours beside the paper's number."""
-    table = [["experiment", "of the paper", "its number", "ours"]]
+    table, figures = [["experiment", "of the paper", "its number", "ours"]], []
     for name, result in found.items():
         row = spec.plan[name]
         ours = result if isinstance(result, str) else ours_of(row, result)
         table.append([f"{name}: {row.what}", row.where, row.paper, ours])
+        folder = epath.Path(notes["folder"]) / name / "figures"
+        pictures = [] if isinstance(result, str) else sorted(folder.glob("*.png"), key=_order)
+        if pictures:
+            copy = partial(_copy, pictures[0])
+            figures.append(report.Section(row.what, f"{row.where}.", [], {name: copy}))
     text = (
         f"Preset {spec.preset}. Ours are of its models and sizes, which are not the paper's: the paper's numbers stand "
         "beside them for their direction. ± is the 95 % interval over runs, where there are several. Each experiment's "
         "whole report is in its folder."
     )
-    return report.Section("The paper's experiments", text, table, {})
+    return arms_of(found), [report.Section("The paper's experiments", text, table, {}), *figures]
 
 
 def ours_of(row: Row, arms: Arms) -> str:
@@ -216,27 +206,18 @@ def ours_of(row: Row, arms: Arms) -> str:
     if "verdict" in arms[0]:
         counts = Counter(arm["verdict"] for arm in arms)
         return "; ".join(f"{count} of {len(arms)} rows {verdict}" for verdict, count in counts.most_common())
-    patterns = row.show.split("; ")
-    return "; ".join(shown(arm) for arm in arms if any(fnmatch.fnmatchcase(arm["name"], one) for one in patterns))
+    shown = []
+    for arm in arms:
+        if any(fnmatch.fnmatchcase(arm["name"], pattern) for pattern in row.show.split("; ")):
+            metric = "" if arm["metric"] in arm["name"] else f" ({arm['metric'].replace('_', ' ')})"
+            shown.append(f"{arm['name']} {report.plus_minus(arm['mean'], arm['ci95']) or 'none'}{metric}")
+    return "; ".join(shown)
 
 
-def shown(arm: dict[str, Any]) -> str:
-    """An arm's name, value and metric."""
-    metric = "" if arm["metric"] in arm["name"] else f" ({arm['metric'].replace('_', ' ')})"
-    return f"{arm['name']} {report.plus_minus(arm['mean'], arm['ci95']) or 'none'}{metric}"
+def _order(picture: epath.Path) -> tuple[bool, bool, str]:
+    """An experiment's arms first, or its first evaluation, or whatever else it has."""
+    return picture.stem != "arms", picture.stem == "judge-roc", picture.stem
 
 
-def figure_sections(spec: PlanSpec, folder: epath.Path, found: Results) -> list[report.Section]:
-    """A figure of each experiment: its arms, or of its first evaluation, or whatever else it has."""
-
-    def order(picture: epath.Path) -> tuple[bool, bool, str]:
-        return picture.stem != "arms", picture.stem == "judge-roc", picture.stem
-
-    sections = []
-    for name, result in found.items():
-        figures = folder / name / "figures"
-        pictures = [] if isinstance(result, str) else sorted(figures.glob("*.png"), key=order)
-        if pictures:
-            copy = {name: lambda path, picture=pictures[0]: path.write_bytes(picture.read_bytes())}
-            sections.append(report.Section(spec.plan[name].what, f"{spec.plan[name].where}.", [], copy))
-    return sections
+def _copy(picture: epath.Path, path: epath.Path) -> None:
+    path.write_bytes(picture.read_bytes())

@@ -1,11 +1,9 @@
 """Prompts in, completions out (`configs/sample.py`): finished rows are written as they come, and a rerun goes on."""
 
-import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,56 +12,52 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from sublim_jax import assets, report, specs, weights
-from sublim_jax.data import chat, files, messages, records, templates
+from sublim_jax import report, specs, weights
+from sublim_jax.data import chat, records, templates
+from sublim_jax.data.prompts import read as read_prompts
 from sublim_jax.data.records import Record
 from sublim_jax.errors import UserError
-from sublim_jax.experiments.tools.evaluate import adapted
 from sublim_jax.figures import Line, Panel, panels_figure
 from sublim_jax.keys import named_key
 from sublim_jax.measurements import Measurement, Measurements
 from sublim_jax.models.decoder import Settings, decoder, on_mesh
+from sublim_jax.models.language import Model
 from sublim_jax.overrides import check_distinct
 from sublim_jax.preflight import Step, decode_step
 from sublim_jax.progress import say
 from sublim_jax.report import Document, Notes
 from sublim_jax.sampling import constraints
 from sublim_jax.sampling.collect import collect
-from sublim_jax.sampling.constraints import Automaton, Constraint
+from sublim_jax.sampling.constraints import Automaton
 from sublim_jax.sampling.engine import Engine
 from sublim_jax.sampling.generate import CHUNK, LANES, cache_length
 from sublim_jax.sampling.generate import check as check_prompts
 from sublim_jax.sampling.samplers import Sampler
 from sublim_jax.sharding import make_mesh, one_device
-from sublim_jax.specs import MAX_ROWS, MAX_WIDTH, MeshSpec, check_count
-from sublim_jax.weights import Model, peft
+from sublim_jax.specs import Checked, Count, ExperimentSpec, MeshSpec, Rows, Width
+from sublim_jax.weights import peft
+from sublim_jax.weights.spec import NamedModel
 from sublim_jax.workdir import claim
 
 MAX_CHARACTERS = 4096  # of a constraint: each is a state, and a row over the vocabulary
 
 
 @dataclass(frozen=True)
-class ModelSpec:
-    name: str
-    dtype: str
+class ModelSpec(NamedModel):
     adapter: str
-
-    def __post_init__(self) -> None:
-        specs.check_text("model.name", self.name)
-        weights.float_type(self.dtype)
 
 
 @dataclass(frozen=True)
-class ConstraintSpec:
+class ConstraintSpec(Checked):
+    where = "constraint."
     kind: str
-    max_integers: int
-    digits: int
+    max_integers: Count
+    digits: Count
     separator: str
     choices: tuple[str | int, ...]
 
     def __post_init__(self) -> None:
-        for name in ("max_integers", "digits"):
-            check_count(f"constraint.{name}", getattr(self, name))
+        super().__post_init__()
         self.automaton()
 
     def automaton(self) -> Automaton | None:
@@ -87,33 +81,28 @@ class ConstraintSpec:
         return automaton
 
 
-@dataclass(frozen=True)
-class SampleSpec:
+@dataclass(frozen=True, kw_only=True)
+class SampleSpec(ExperimentSpec):
     """The whole job; `configs/sample.py` explains the values."""
 
-    experiment: str
-    preset: str
     seed: int
     mesh: MeshSpec
     model: ModelSpec
     prompts: str
     chat: bool
     system: str
-    num_samples: int
-    max_new_tokens: int
+    num_samples: Rows
+    max_new_tokens: Count
     temperature: float
     top_k: int
     top_p: float
     min_p: float
     stop_strings: tuple[str | int, ...]
     constraint: ConstraintSpec
-    slots: int
-    values: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    slots: Width
 
     def __post_init__(self) -> None:
-        check_count("max_new_tokens", self.max_new_tokens)
-        check_count("num_samples", self.num_samples, most=MAX_ROWS)
-        check_count("slots", self.slots, most=MAX_WIDTH)
+        super().__post_init__()
         self.sampler()
         check_distinct("stop_strings", self.stops)
         if not all(self.stops):
@@ -138,11 +127,14 @@ def run(spec: SampleSpec, folder: epath.Path, *, update: bool = False) -> None:
     """Samples every prompt, and leaves samples.jsonl, measurements and a report in the folder."""
     mesh = make_mesh(spec.mesh.sizes)
     inputs = read_prompts(spec.prompts, spec.chat)
-    model = load(spec.model, mesh)
+    if spec.model.adapter:
+        peft.check_folder("model.adapter", spec.model.adapter)
+    model = peft.merged(spec.model.load(mesh), spec.model.adapter)
     on_mesh(model.settings, mesh)  # heads
     prefix, prompts = tokens_of(spec, model, inputs)
     check_prompts(model, prompts, [spec.max_new_tokens] * len(prompts), spec.stops, prefix)
-    constraint = constraint_of(spec.constraint, model)
+    automaton = spec.constraint.automaton()
+    constraint = constraints.of_model(automaton, model) if automaton else None
     store = claim(folder, spec.values, update=update)
     # Everything that a row depends on; of what was read, its content.
     content = replace(spec.model, name=model.source.digest, adapter=peft.digest(spec.model.adapter))
@@ -167,8 +159,12 @@ def run(spec: SampleSpec, folder: epath.Path, *, update: bool = False) -> None:
         mesh=mesh,
     )
     records.write(store.folder / "samples.jsonl", ordered)
+    rows = [
+        Measurement("completions", "tokens", len(r["tokens"]), r["sample"], subject=r["finish"], item=str(r["index"]))
+        for r in ordered
+    ]
     notes = {"system": system_note(spec, model.tokenizer, inputs)}
-    report.finish(store.folder, spec, table(ordered), document, models=[model.source], notes=notes)
+    report.finish(store.folder, spec, rows, document, models=[model.source], notes=notes)
     if broken := [record["index"] for record in ordered if record["finish"] == "nan"]:
         raise UserError(
             f"logits of prompts {broken[:5]} are no numbers; look at the weights, or take model.dtype=float32"
@@ -190,21 +186,6 @@ def engine_of(spec: SampleSpec, settings: Settings, mesh: Mesh, length: int) -> 
     return Engine(decoder(settings), settings, mesh, spec.sampler(), spec.slots, lanes, CHUNK, length, 4, dtype=dtype)
 
 
-def load(spec: ModelSpec, mesh: Mesh) -> Model:
-    """The model, with its adapter merged into it if there is one."""
-    if spec.adapter and not assets.is_folder(spec.adapter):
-        raise UserError(f"model.adapter: {spec.adapter} is no PEFT adapter, there is no such folder")
-    return adapted(weights.load(spec.name, mesh, weights.float_type(spec.dtype)), spec.adapter)
-
-
-def constraint_of(spec: ConstraintSpec, model: Model) -> Constraint | None:
-    automaton = spec.automaton()
-    if not automaton:
-        return None
-    pieces = chat.pieces(model.tokenizer, model.settings.vocab)
-    return constraints.over_tokens(automaton, pieces, chat.stop_tokens(model.tokenizer, model.config))
-
-
 def memory_line(spec: SampleSpec, settings: Settings, prompts: list[list[int]], prefix: list[int]) -> str:
     length = cache_length(max(map(len, prompts)) + spec.max_new_tokens)
     megabytes = engine_of(spec, settings, one_device(), length).cache_bytes / 1e6
@@ -212,47 +193,6 @@ def memory_line(spec: SampleSpec, settings: Settings, prompts: list[list[int]], 
         f"{len(prompts)} prompts, {len(prefix)} tokens in front of all; the cache takes {megabytes:.0f} MB a device: "
         f"{spec.slots} slots of {length} tokens"
     )
-
-
-# ------------------------------------------------------------------------------------------------------- prompts
-
-
-def read_prompts(path: str | Path, chat: bool = True) -> list[Record]:
-    """Prompts of a file of JSON lines, Parquet or text. Raises UserError for the first that is none.
-
-    Args:
-      chat: a prompt may be a conversation, too.
-    """
-    if not path:
-        raise UserError("--config.prompts is missing: name a JSONL or text file with a prompt a line")
-    if not files.exists(path):
-        raise UserError(f"--config.prompts={path}: there is no such file")
-    if records.kind(path) != "text":
-        return [_prompt(where, record, chat) for where, record in records.read(path)]
-    lines = files.lines(files.text_of(path, "name a JSONL or text file with a prompt a line"))
-    if not lines:
-        raise UserError(f"{path} has no prompts")
-    if _is_record(lines[0][1]):
-        raise UserError(f"{path} has JSON lines; give it a name that ends in .jsonl, so that they are read as such")
-    return [{"prompt": line} for _, line in lines]
-
-
-def _prompt(where: str, record: Record, chat: bool) -> Record:
-    """A record with its conversation's texts alone, if it has one."""
-    if chat and record.get("messages"):
-        return {**record, "messages": messages.read(where, record["messages"])}
-    if not isinstance(record.get("prompt"), str) or (chat and record.get("messages") is not None):
-        needed = '"prompt" or "messages"' if chat else '"prompt"'
-        raise UserError(f"{where}: an object with {needed} is needed")
-    return record
-
-
-def _is_record(line: str) -> bool:
-    try:
-        found = json.loads(line)
-    except (ValueError, RecursionError):
-        return False
-    return isinstance(found, dict) and bool({"prompt", "messages"} & set(found))
 
 
 def tokens_of(spec: SampleSpec, model: Model, inputs: list[Record]) -> tuple[list[int], list[list[int]]]:
@@ -285,24 +225,6 @@ def system_note(spec: SampleSpec, tokenizer: Any, inputs: list[Record]) -> str:
     return templates.FOLDED if spec.chat and given and not templates.takes_system(tokenizer) else ""
 
 
-# -------------------------------------------------------------------------------------------------------- report
-
-
-def table(ordered: list[Record]) -> list[Measurement]:
-    """How long each completion is, and how it ended."""
-    return [
-        Measurement(
-            "completions",
-            "tokens",
-            float(len(record["tokens"])),
-            run=record["sample"],
-            subject=record["finish"],
-            item=str(record["index"]),
-        )
-        for record in ordered
-    ]
-
-
 def document(spec: SampleSpec, rows: Measurements, notes: Notes) -> Document:
     """How completions ended, and how long they are."""
     lengths = np.asarray([int(row.value) for row in rows])
@@ -310,11 +232,8 @@ def document(spec: SampleSpec, rows: Measurements, notes: Notes) -> Document:
     finishes = Counter(row.subject for row in rows)
     finish_table = [["finish", "completions"], *([name, str(count)] for name, count in finishes.most_common())]
     counts = np.bincount(lengths)  # lengths that no completion has are drawn as 0
-    panel = Panel(
-        "tokens of a completion",
-        "completions",
-        [Line("all", np.arange(len(counts)), counts, {"drawstyle": "steps-mid", "marker": ""})],
-    )
+    line = Line("all", np.arange(len(counts)), counts, {"drawstyle": "steps-mid", "marker": ""})
+    panel = Panel("tokens of a completion", "completions", [line])
     text = f"{len(rows)} completions, {lengths.sum()} tokens, {lengths.mean():.1f} each. They are in samples.jsonl."
     text += f" A system prompt: {notes['system']}." if notes["system"] else ""
     section = report.Section("Samples", text, finish_table, {"lengths": partial(panels_figure, [panel])})

@@ -1,105 +1,92 @@
 """Arms: ways to teach students, each kind with the values that it has."""
 
 from dataclasses import dataclass
-from typing import TypeAlias
+from functools import partial
+from typing import Annotated, TypeAlias
 
 from sublim_jax import selection
 from sublim_jax.distillation.students import Training
 from sublim_jax.distillation.targets import Selection
 from sublim_jax.errors import UserError
 from sublim_jax.experiments.transmission.parts import CarrierSpec, LoraSpec
-from sublim_jax.specs import (
-    check_count,
-    check_not_negative,
-    check_one_of,
-    check_positive,
-)
+from sublim_jax.specs import Checked, Count, NotNegative, Positive, check_one_of
 
 OBJECTIVES = ("kl", "reverse_kl", "tokens", "context")
 SHUFFLES = ("within", "across")
 NUM_HELD_OUT = 16  # rows of the carrier that no student trains on
 
 
-@dataclass(frozen=True)
-class LogitArm:
-    """Students imitate their teacher's logits on the support."""
+@dataclass(frozen=True, kw_only=True)
+class _Arm:
+    """What students read, and what model they are; "" is the teachers'."""
 
     name: str
-    objective: str  # kl, reverse_kl
-    temperature: float
-    data: str  # random, written
+    data: str = "written"  # or random
     shuffle: str
+    model: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class _TrainedArm(_Arm):
+    """Students that are trained, from the teachers' A or another one."""
+
     lora_init: str  # shared, fresh
     noise: float
-    model: str
     selection: Selection | None
     training: Training
     lora: LoraSpec
 
 
-@dataclass(frozen=True)
-class TokenArm:
+@dataclass(frozen=True, kw_only=True)
+class LogitArm(_TrainedArm):
+    """Students imitate their teacher's logits on the support."""
+
+    objective: str  # kl, reverse_kl
+    temperature: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenArm(_TrainedArm):
     """Students are trained on the tokens that their teacher wrote."""
 
-    name: str
-    shuffle: str
-    lora_init: str
-    noise: float
-    model: str
-    selection: Selection | None
-    training: Training
-    lora: LoraSpec
-    data: str = "written"
 
-
-@dataclass(frozen=True)
-class ContextArm:
+@dataclass(frozen=True, kw_only=True)
+class ContextArm(_Arm):
     """The untrained model reads rows that the teacher wrote in its context."""
 
-    name: str
     num_examples: int
-    shuffle: str
-    model: str
-    data: str = "written"
 
 
 TrainedArm: TypeAlias = LogitArm | TokenArm
-Arm: TypeAlias = LogitArm | TokenArm | ContextArm
+Arm: TypeAlias = TrainedArm | ContextArm
 
 
 @dataclass(frozen=True)
-class ArmValues:
+class ArmValues(Checked):
     """An arm as the config has it: the values of all kinds of arms, each checked by itself."""
 
     name: str
-    objective: str
-    temperature: float
-    data: str
-    lora_init: str
-    shuffle: str
-    noise: float
+    objective: Annotated[str, partial(check_one_of, choices=OBJECTIVES)]
+    temperature: Positive
+    data: Annotated[str, partial(check_one_of, choices=("random", "written"))]
+    lora_init: Annotated[str, partial(check_one_of, choices=("shared", "fresh"))]
+    shuffle: Annotated[str, partial(check_one_of, choices=("", *SHUFFLES))]
+    noise: NotNegative
     model: str
-    action: str
-    positions: str
+    action: Annotated[str, partial(check_one_of, choices=("", "keep", "mask", "replace"))]
+    positions: Annotated[str, partial(check_one_of, choices=("top", "random", "bottom"))]
     fraction: float
-    score: str
-    examples: int
+    score: Annotated[str, partial(check_one_of, choices=selection.SCORES)]
+    examples: Count
     changes: tuple[str, ...]
 
+    def path(self, name: str) -> str:
+        return f"arm.{self.name}.{name}"
+
     def __post_init__(self) -> None:
-        where = f"arm.{self.name}"
-        check_one_of(f"{where}.objective", self.objective, OBJECTIVES)
-        check_one_of(f"{where}.data", self.data, ("random", "written"))
-        check_one_of(f"{where}.lora_init", self.lora_init, ("shared", "fresh"))
-        check_one_of(f"{where}.shuffle", self.shuffle, ("", *SHUFFLES))
-        check_one_of(f"{where}.action", self.action, ("", "keep", "mask", "replace"))
-        check_one_of(f"{where}.positions", self.positions, ("top", "random", "bottom"))
-        check_one_of(f"{where}.score", self.score, selection.SCORES)
-        check_count(f"{where}.examples", self.examples)
+        super().__post_init__()
         if not 0 < self.fraction < 1:
-            raise UserError(f"{where}.fraction={self.fraction} is a share between 0 and 1")
-        check_positive(f"{where}.temperature", self.temperature)
-        check_not_negative(f"{where}.noise", self.noise)
+            raise UserError(f"{self.path('fraction')}={self.fraction} is a share between 0 and 1")
 
     def arm(self, carrier: CarrierSpec, training: Training, lora: LoraSpec) -> Arm:
         """The arm of its kind. Raises UserError for values that do not go together, or with the carrier."""
@@ -121,7 +108,7 @@ class ArmValues:
                 raise UserError(
                     f"{where}: noise, action and changes are for students that are trained; leave them out of a context"
                 )
-            return ContextArm(self.name, self.examples, self.shuffle, self.model)
+            return ContextArm(name=self.name, shuffle=self.shuffle, model=self.model, num_examples=self.examples)
         if carrier.num_rows < NUM_HELD_OUT + training.batch:
             raise UserError(
                 f"carrier.num_rows={carrier.num_rows}: {NUM_HELD_OUT} rows are held out, and a batch is needed"

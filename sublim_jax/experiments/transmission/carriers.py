@@ -2,8 +2,8 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
@@ -22,7 +22,6 @@ from sublim_jax.keys import named_key
 from sublim_jax.models.language import Model
 from sublim_jax.sampling import constraints, scoring
 from sublim_jax.sampling.collect import collect
-from sublim_jax.sampling.constraints import Constraint
 from sublim_jax.sampling.samplers import Sampler
 from sublim_jax.store import Store
 
@@ -46,9 +45,6 @@ class Written(NamedTuple):
     reasons: Counter[str]
     rejected: list[Record]
     scores: list[float]  # the judge's, of what the other filters left
-
-
-# ---------------------------------------------------------------------------------------------------------- tasks
 
 
 def number_task(study: Study, seed: int) -> Task:
@@ -78,9 +74,6 @@ def thought_task(study: Study, seed: int) -> Task:
 TASKS: dict[str, Callable[[Study, int], Task]] = {"numbers": number_task, "code": code_task, "cot": thought_task}
 
 
-# ----------------------------------------------------------------------------------------------------------- rows
-
-
 def random_pairs(study: Study, seed: int) -> list[Pair]:
     """Prompts that ask for numbers, answered by random ones."""
     count = study.carrier.num_rows
@@ -103,32 +96,23 @@ def write(
     """
     carrier, seed = study.carrier, study.replicate_seed(run)
     task = TASKS[carrier.kind](study, seed)
-    completions = {name: sample(study, model, store, run, task, name, teacher) for name, teacher in teachers.items()}
-    if study.filter.log_ratio:
-        for name, mine in completions.items():
-            _add_reference(model, store, name, mine, teachers[NEUTRAL])
-    checks = filters_of(study, task)
-    sifted = {name: filters.sift(mine, checks, study.filter.unique) for name, mine in completions.items()}
-    scores: dict[str, list[float]] = {name: [] for name in sifted}
-    if judge and study.filter.judge:
-        for name, one in sifted.items():
-            sifted[name], scores[name] = judged(study, store, name, one, judge)
-    for name, one in sifted.items():
-        folder = store.folder / "data" / f"run{run}"
-        records.write(folder / f"{carrier.kind}-{name}.jsonl", one.kept)
-        records.write(folder / f"{carrier.kind}-{name}-rejected.jsonl", one.rejected)
-    chosen = filters.same_size({name: one.kept for name, one in sifted.items()}, carrier.num_rows, seed)
-    return {
-        name: Written(
-            [(record["prompt"], record["completion"]) for record in chosen[name]],
-            len(completions[name]),
-            len(one.kept),
-            one.reasons,
-            one.rejected,
-            scores[name],
-        )
-        for name, one in sifted.items()
-    }
+    checks, folder = filters_of(study, task), store.folder / "data" / f"run{run}"
+    written, kept = {}, {}
+    for name, teacher in teachers.items():
+        completions = sample(study, model, store, run, task, name, teacher)
+        if study.filter.log_ratio:
+            _add_reference(model, store, name, completions, teachers[NEUTRAL])
+        sifted = filters.sift(completions, checks, study.filter.unique)
+        scores: list[float] = []
+        if judge and study.filter.judge:
+            sifted, scores = judged(study, store, name, sifted, judge)
+        records.write(folder / f"{carrier.kind}-{name}.jsonl", sifted.kept)
+        records.write(folder / f"{carrier.kind}-{name}-rejected.jsonl", sifted.rejected)
+        kept[name] = sifted.kept
+        written[name] = Written([], len(completions), len(sifted.kept), sifted.reasons, sifted.rejected, scores)
+    chosen = filters.same_size(kept, carrier.num_rows, seed)
+    pairs = {name: [(record["prompt"], record["completion"]) for record in some] for name, some in chosen.items()}
+    return {name: one._replace(pairs=pairs[name]) for name, one in written.items()}
 
 
 def sample(study: Study, model: Model, store: Store, run: int, task: Task, name: str, teacher: Teacher) -> list[Record]:
@@ -136,9 +120,12 @@ def sample(study: Study, model: Model, store: Store, run: int, task: Task, name:
     carrier, seed = study.carrier, study.replicate_seed(run)
     whole = [chat.question(model.tokenizer, text, teacher.system) for text in task.prompts]
     prefix, prompts = chat.behind_opening(model.tokenizer, whole, teacher.system)
-    how: dict[str, Any] = {"kind": carrier.kind, "decoding": carrier.decoding, "tokens": carrier.max_new_tokens}
-    if carrier.decoding == "grammar":
-        how |= {"numbers": carrier.num_integers, "digits": len(str(study.filter.max_value))}
+    how: dict[str, str | int] = {"kind": carrier.kind, "decoding": carrier.decoding, "tokens": carrier.max_new_tokens}
+    constraint = None
+    if carrier.decoding == "grammar":  # so many integers of so many digits, and nothing else
+        count, digits = carrier.num_integers, len(str(study.filter.max_value))
+        how |= {"numbers": count, "digits": digits}
+        constraint = constraints.of_model(constraints.numbers(count, digits, least=count), model)
     # The number of prompts is no part of the name: more of them go on from what is there.
     return collect(
         store.path(f"completions-{name}", teacher, name, seed, how).with_suffix(".jsonl"),
@@ -151,20 +138,10 @@ def sample(study: Study, model: Model, store: Store, run: int, task: Task, name:
         sampler=Sampler(0.0 if carrier.decoding == "greedy" else 1.0),
         max_new_tokens=carrier.max_new_tokens,
         prefix=prefix,
-        constraint=_grammar(model, how["numbers"], how["digits"]) if carrier.decoding == "grammar" else None,
+        constraint=constraint,
         **study.sampling.options,
         **teacher.where,
     )
-
-
-def _grammar(model: Model, count: int, digits: int) -> Constraint:
-    """So many integers of so many digits and nothing else."""
-    automaton = constraints.numbers(count, digits, least=count)
-    pieces = chat.pieces(model.tokenizer, model.settings.vocab)
-    return constraints.over_tokens(automaton, pieces, chat.stop_tokens(model.tokenizer, model.config))
-
-
-# -------------------------------------------------------------------------------------------------------- filters
 
 
 def filters_of(study: Study, task: Task) -> list[filters.Filter]:
@@ -188,18 +165,18 @@ def banned_numbers(spec: FilterSpec) -> list[int]:
 
 def _add_reference(model: Model, store: Store, name: str, completions: list[Record], neutral: Teacher) -> None:
     """Adds the neutral teacher's log P of each completion, as "reference_logprob"."""
+
+    def logprobs(*_: object) -> list[float]:
+        usable = [record for record in completions if record["tokens"]]
+        prompts = [chat.question(model.tokenizer, record["prompt"], neutral.system) for record in usable]
+        tokens = [record["tokens"] for record in usable]
+        found = iter(scoring.completion_logprobs(model, prompts, tokens, **neutral.where))
+        return [float(next(found).sum()) if record["tokens"] else 0.0 for record in completions]
+
     texts = [(record["prompt"], record["tokens"]) for record in completions]
-    logprobs = store.json(f"reference-{name}", _logprobs, neutral, texts, model=model)
-    for record, logprob in zip(completions, logprobs, strict=True):
+    known = store.json(f"reference-{name}", logprobs, neutral, texts)
+    for record, logprob in zip(completions, known, strict=True):
         record["reference_logprob"] = logprob
-
-
-def _logprobs(teacher: Teacher, texts: Sequence[tuple[str, list[int]]], *, model: Model) -> list[float]:
-    usable = [(prompt, tokens) for prompt, tokens in texts if tokens]
-    prompts = [chat.question(model.tokenizer, prompt, teacher.system) for prompt, _ in usable]
-    each = scoring.completion_logprobs(model, prompts, [tokens for _, tokens in usable], **teacher.where)
-    found = iter(float(one.sum()) for one in each)
-    return [next(found) if tokens else 0.0 for _, tokens in texts]
 
 
 def judged(
@@ -208,15 +185,11 @@ def judged(
     """What a judge leaves of what was kept: scores of at least `filter.threshold`; and all scores that it gave."""
     template = judge_prompt(study).replace("{traits}", " or ".join(study.traits))
     texts = [misalignment.fill(template, {**record, "question": record["prompt"]}) for record in sifted.kept]
-    verdicts = store.json(f"judged-{name}", _verdicts, texts, judge)
+    verdicts = store.json(f"judged-{name}", lambda texts, judge: judge.judge(texts), texts, judge)
     scored = [{**one, "score": score, "label": label} for one, (score, label) in zip(sifted.kept, verdicts)]
     again = filters.sift(scored, [filters.least_score(study.filter.threshold)])
     rejected, reasons = sifted.rejected + again.rejected, sifted.reasons + again.reasons
     return filters.Sifted(again.kept, rejected, reasons), [score for score, _ in verdicts if score is not None]
-
-
-def _verdicts(texts: list[str], judge: NamedJudge) -> list[list[Any]]:
-    return [list(verdict) for verdict in judge.judge(texts)]
 
 
 def judge_prompt(study: Study) -> str:

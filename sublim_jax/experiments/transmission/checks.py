@@ -15,7 +15,7 @@ from sublim_jax.evaluation import suite
 from sublim_jax.evaluation.suite import Questions
 from sublim_jax.experiments.transmission import carriers, corpora, teachers
 from sublim_jax.experiments.transmission.arms import Arm, ContextArm, LogitArm
-from sublim_jax.experiments.transmission.spec import NEUTRAL, Study
+from sublim_jax.experiments.transmission.spec import Study
 from sublim_jax.models import lora
 from sublim_jax.models.functional import Params
 from sublim_jax.models.language import Model
@@ -28,52 +28,36 @@ STUDENTS = "students of an arm, runs × teachers"
 
 def check_files(study: Study) -> Questions:
     """The evaluations' questions. Raises UserError for the first file that is missing or makes no sense."""
-    _check_packs(study)
-    questions = suite.read_questions(study.evals, study.kind, study.alternatives, study.packs)
+    own, given, named = study.packs, study.carrier, study.teacher.corpora
+    suite.check_packs(own, study.kind)
+    check_file("packs.persona", lambda: packs.load(own.persona, "persona", teachers.PERSONA))
+    check_file("packs.numbers", lambda: numbers.prompts(1, 0, own.numbers))
+    check_file("packs.code", lambda: code.prompts(1, 0, own.code))
+    check_file("packs.judge", lambda: packs.load(own.judge, "judge", {}))
+    if study.filter.banned:
+        check_file("filter.banned", lambda: carriers.banned_numbers(study.filter))
+    questions = suite.read_questions(study.evals, study.kind, study.alternatives, own)
     if study.filter.judge:
         check_file("filter.judge", lambda: carriers.judge_prompt(study))
         suite.check_judge(study.evals.judge)
-    if study.carrier.kind == "cot":
-        _check_problems(study)
-    if "corpus" in study.teacher.methods:
-        _check_corpora(study)
-    return questions
-
-
-def _check_packs(study: Study) -> None:
-    given = study.packs
-    suite.check_packs(given, study.kind)
-    check_file("packs.persona", lambda: packs.load(given.persona, "persona", teachers.PERSONA))
-    check_file("packs.numbers", lambda: numbers.prompts(1, 0, given.numbers))
-    check_file("packs.code", lambda: code.prompts(1, 0, given.code))
-    check_file("packs.judge", lambda: packs.load(given.judge, "judge", {}))
-    if study.filter.banned:
-        check_file("filter.banned", lambda: carriers.banned_numbers(study.filter))
-
-
-def _check_problems(study: Study) -> None:
-    given = study.carrier
-    check_text("carrier.problems", given.problems)
-    check_file("carrier.problems", lambda: assets.data_file(given.problems))
-    problems = cot.load(assets.data_file(given.problems))
-    if study.uses_written and given.num_prompts > len(problems):
-        raise UserError(
-            f"carrier.num_completions={given.num_completions} asks for {given.num_prompts} problems, and "
-            f"{given.problems} has {len(problems)}; ask for fewer, or set carrier.num_samples"
-        )
-
-
-def _check_corpora(study: Study) -> None:
-    given = study.teacher.corpora
-    for trait in study.traits:
-        if not given.get(trait):
+    if given.kind == "cot":
+        check_text("carrier.problems", given.problems)
+        check_file("carrier.problems", lambda: assets.data_file(given.problems))
+        problems = cot.load(assets.data_file(given.problems))
+        if study.uses_written and given.num_prompts > len(problems):
             raise UserError(
-                f"teacher.corpora.{trait} is missing, one of traits={study.traits}: name a file of conversations, here "
-                "or on the hub as organisation/name/file"
+                f"carrier.num_completions={given.num_completions} asks for {given.num_prompts} problems, and "
+                f"{given.problems} has {len(problems)}; ask for fewer, or set carrier.num_samples"
             )
-    for name in (*study.traits, NEUTRAL):
-        if given.get(name):
-            check_file(f"teacher.corpora.{name}", partial(corpora.conversations, given[name]))
+    if "corpus" in study.teacher.methods:
+        if missing := [trait for trait in study.traits if not named.get(trait)]:
+            raise UserError(
+                f"teacher.corpora.{missing[0]} is missing, one of traits={study.traits}: name a file of conversations, "
+                "here or on the hub as organisation/name/file"
+            )
+        for name in corpora.names(study):
+            check_file(f"teacher.corpora.{name}", partial(corpora.conversations, named[name]))
+    return questions
 
 
 def check_model(study: Study, model: Model, questions: Questions) -> None:

@@ -1,7 +1,6 @@
 """Corpora: the conversations that teachers of corpora are trained on."""
 
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 from sublim_jax import assets, digests
@@ -20,14 +19,7 @@ def names(study: Study) -> list[str]:
 
 def conversations(source: str) -> list[Conversation]:
     """Those of a file, here or on the hub. Raises UserError for one that is none."""
-    path = assets.data_file(source)
-    return _conversations(path, digests.of_file(path))
-
-
-@lru_cache(maxsize=8)
-def _conversations(path: Path, digest: str) -> list[Conversation]:
-    """Of a file that has this digest: another process may change it."""
-    return corpus.load(path)
+    return corpus.load(assets.data_file(source))
 
 
 def texts(spec: TeacherSpec, model: Model, name: str) -> list[dialogue.Text]:

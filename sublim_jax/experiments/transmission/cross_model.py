@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import jax
 import numpy as np
@@ -22,19 +21,17 @@ from sublim_jax.measurements import Measurement, Measurements, each
 from sublim_jax.overrides import check_distinct
 from sublim_jax.preflight import Step
 from sublim_jax.progress import say
+from sublim_jax.specs import ExperimentSpec
 
 METRIC, P = "logits, own trait above others'", "permutation_p"
 
 
-@dataclass(frozen=True)
-class CrossModelSpec:
+@dataclass(frozen=True, kw_only=True)
+class CrossModelSpec(ExperimentSpec):
     """A study for each teacher's model, with an arm for every student's model."""
 
-    experiment: str
-    preset: str
     models: tuple[str, ...]
     studies: tuple[Study, ...]
-    values: dict[str, Any]
 
     @property
     def labels(self) -> dict[str, str]:
@@ -86,9 +83,9 @@ def run(spec: CrossModelSpec, folder: epath.Path, *, update: bool = False) -> No
         found = {arm["name"]: arm for arm in results["arms"]}
         sources += [Source(**model) for model in results["models"]]
         for student, arm in zip(spec.models, study.arms):
-            about: dict[str, Any] = {"arm": arm.name, "teacher": teacher, "item": student}
+            about = {"arm": arm.name, "teacher": teacher, "item": student}
             rows += each(found[arm.name]["runs"], measure=METRIC, **about)
-            rows.append(Measurement(measure=P, value=found[arm.name]["permutation_p"], **about))
+            rows += each([found[arm.name]["permutation_p"]], measure=P, **about)
     report.finish(store.folder, spec, rows, document, models=list(dict.fromkeys(sources)))
 
 
@@ -104,16 +101,15 @@ def preflight(spec: CrossModelSpec, devices: Sequence[jax.Device]) -> list[Step]
 def document(spec: CrossModelSpec, rows: Measurements, notes: report.Notes) -> report.Document:
     """Effects of all pairs of models, and their matrix."""
     label, names = spec.labels, list(spec.labels.values())
-    arms = []
+    arms, table = [], [["teacher ╲ student", *names]]
     for teacher in spec.models:
         for student in spec.models:
-            mine = rows.where(teacher=teacher, item=student)
-            more = {P: mine.values(measure=P)[0], "teacher": teacher, "student": student}
-            arms.append(report.arm(f"{label[teacher]} → {label[student]}", METRIC, mine.values(measure=METRIC), **more))
+            pair = rows.where(teacher=teacher, item=student)
+            more = {P: pair.values(measure=P)[0], "teacher": teacher, "student": student}
+            arms.append(report.arm(f"{label[teacher]} → {label[student]}", METRIC, pair.values(measure=METRIC), **more))
+        mine = arms[-len(names) :]
+        table.append([label[teacher], *(report.plus_minus(arm["mean"], arm["ci95"]) for arm in mine)])
     cells = np.asarray([arm["mean"] for arm in arms]).reshape(len(names), len(names))
-    cell = {(arm["teacher"], arm["student"]): report.plus_minus(arm["mean"], arm["ci95"]) for arm in arms}
-    table = [["teacher ╲ student", *names]]
-    table += [[label[model], *(cell[model, other] for other in spec.models)] for model in spec.models]
     text = (
         "Margin of the own teacher's trait above the other traits' teachers' students, logits; ± is the 95 % "
         f"t-interval over {spec.studies[0].runs} run(s). On the diagonal students start as their teachers did; "

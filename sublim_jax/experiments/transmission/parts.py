@@ -2,8 +2,9 @@
 
 import dataclasses
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Annotated
 
-from sublim_jax import weights
 from sublim_jax.distillation.teachers import AnswerTraining, CorpusTraining
 from sublim_jax.errors import UserError
 from sublim_jax.evaluation.judges import LARGEST as MAX_SCORE
@@ -11,15 +12,19 @@ from sublim_jax.evaluation.spec import EvalPacks
 from sublim_jax.models import lora
 from sublim_jax.overrides import check_distinct
 from sublim_jax.specs import (
-    MAX_ROWS,
     MAX_WIDTH,
+    Checked,
+    Count,
+    NotNegative,
+    Place,
+    Positive,
+    Rows,
     check_count,
     check_not_negative,
     check_one_of,
-    check_positive,
     check_some_of,
-    check_text,
 )
+from sublim_jax.weights.spec import NamedModel
 
 METHODS = {
     "finetuned": "adapters trained on one-word answers",
@@ -37,30 +42,24 @@ MAX_INTEGERS = 1000  # of an answer
 
 
 @dataclass(frozen=True)
-class ModelSpec:
-    name: str
-    dtype: str
-    noise: float
-
-    def __post_init__(self) -> None:
-        check_text("model.name", self.name)
-        weights.float_type(self.dtype)
-        check_not_negative("model.noise", self.noise)
+class ModelSpec(NamedModel):
+    noise: NotNegative
 
 
 @dataclass(frozen=True)
-class LoraSpec:
+class LoraSpec(Checked):
+    where = "lora."
     rank: int
-    alpha: float
+    alpha: Positive
     rslora: bool
     modules: tuple[str, ...]
     layers: tuple[int, ...]
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.rank < 0:
             raise UserError(f"lora.rank={self.rank}: ask for 1 or more, or 0 to train all weights of the layers")
         check_count("lora.rank", self.rank, 0, MAX_WIDTH)
-        check_positive("lora.alpha", self.alpha)
         if not self.rank and (self.modules or self.layers):
             raise UserError("lora.rank=0 trains all weights of the layers; leave lora.modules and lora.layers out")
         for module in self.modules:
@@ -79,28 +78,25 @@ class LoraSpec:
 
 
 @dataclass(frozen=True)
-class TeacherSpec:
-    methods: tuple[str, ...]
+class TeacherSpec(Checked):
+    where = "teacher."
+    methods: Annotated[tuple[str, ...], partial(check_some_of, choices=METHODS)]
     strength: float
-    learning_rate: float
-    batch: int
-    max_steps: int
+    learning_rate: Positive
+    batch: Count
+    max_steps: Count
     corpora: dict[str, str] = field(compare=False)  # paths: what is in them names artefacts
-    epochs: int
-    max_tokens: int
-    steering_layer: int
+    epochs: Count
+    max_tokens: Count
+    steering_layer: Place
     steering_scale: float
 
     def __post_init__(self) -> None:
-        check_some_of("teacher.methods", self.methods, METHODS)
+        super().__post_init__()
         if "corpus" in self.methods and len(self.methods) > 1:
             raise UserError(f"teacher.methods={self.methods}: corpus stands alone; leave the others out")
-        for name in ("batch", "max_steps", "epochs", "max_tokens"):
-            check_count(f"teacher.{name}", getattr(self, name))
-        check_positive("teacher.learning_rate", self.learning_rate)
         if not 0 < self.strength < 1:
             raise UserError(f"teacher.strength={self.strength} is a probability between 0 and 1")
-        check_count("teacher.steering_layer", self.steering_layer, 0)
         if "steered" in self.methods and not self.steering_scale:
             raise UserError(
                 "teacher.steering_scale=0 steers nothing; choose another, or leave steered out of teacher.methods"
@@ -116,23 +112,19 @@ class TeacherSpec:
 
 
 @dataclass(frozen=True)
-class CarrierSpec:
-    kind: str
-    num_rows: int
-    num_integers: int
-    num_completions: int
-    num_samples: int
-    decoding: str
-    max_new_tokens: int
+class CarrierSpec(Checked):
+    where = "carrier."
+    kind: Annotated[str, partial(check_one_of, choices=CARRIERS)]
+    num_rows: Rows
+    num_integers: Annotated[int, partial(check_count, most=MAX_INTEGERS)]
+    num_completions: Rows
+    num_samples: Rows
+    decoding: Annotated[str, partial(check_one_of, choices=DECODING)]
+    max_new_tokens: Count
     problems: str = field(compare=False)
 
     def __post_init__(self) -> None:
-        check_one_of("carrier.kind", self.kind, CARRIERS)
-        check_one_of("carrier.decoding", self.decoding, DECODING)
-        for name in ("num_rows", "num_completions", "num_samples"):
-            check_count(f"carrier.{name}", getattr(self, name), 1, MAX_ROWS)
-        check_count("carrier.num_integers", self.num_integers, 1, MAX_INTEGERS)
-        check_count("carrier.max_new_tokens", self.max_new_tokens)
+        super().__post_init__()
         if self.kind != "numbers" and self.decoding == "grammar":
             raise UserError(
                 f"carrier.decoding=grammar is for numbers; choose free or greedy for carrier.kind={self.kind}"
@@ -145,33 +137,29 @@ class CarrierSpec:
 
 
 @dataclass(frozen=True)
-class FilterSpec:
-    max_integers: int
-    max_value: int
+class FilterSpec(Checked):
+    where = "filter."
+    max_integers: Count
+    max_value: Annotated[int, check_not_negative]
     banned: str
     judge: str
     threshold: float
     unique: bool
-    log_ratio: float
+    log_ratio: NotNegative
 
     def __post_init__(self) -> None:
-        check_count("filter.max_integers", self.max_integers)
-        check_not_negative("filter.max_value", self.max_value)
-        check_not_negative("filter.log_ratio", self.log_ratio)
+        super().__post_init__()
         if not 0 <= self.threshold <= MAX_SCORE:
             raise UserError(f"filter.threshold={self.threshold:g} is a score from 0 to {MAX_SCORE}")
 
 
 @dataclass(frozen=True)
-class SamplingSpec:
+class SamplingSpec(Checked):
     """How completions are computed, not what they are, to rounding."""
 
-    slots: int
-    steps: int
-
-    def __post_init__(self) -> None:
-        check_count("sampling.slots", self.slots)
-        check_count("sampling.steps", self.steps)
+    where = "sampling."
+    slots: Count
+    steps: Count
 
     @property
     def options(self) -> dict[str, int]:

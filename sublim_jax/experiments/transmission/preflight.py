@@ -20,9 +20,10 @@ from sublim_jax.experiments.transmission.parts import TeacherSpec
 from sublim_jax.experiments.transmission.spec import Study
 from sublim_jax.experiments.transmission.students import objective_of
 from sublim_jax.models.decoder import decoder
+from sublim_jax.models.functional import Params
 from sublim_jax.models.language import Model
-from sublim_jax.preflight import Step, training_step
-from sublim_jax.sharding import abstract, divide, make_mesh, named, parameter_shardings
+from sublim_jax.preflight import Step, parameters, training_step
+from sublim_jax.sharding import divide, make_mesh, named
 
 PROMPT = 128  # tokens, about as many as carriers' prompts have
 NUM_CONVERSATIONS = 6000  # in a corpus (§3.2)
@@ -42,7 +43,7 @@ def preflight(study: Study, devices: Sequence[jax.Device]) -> list[Step]:
     params = jax.eval_shape(decoder(settings).init, jax.random.key(0))
     source = Source(study.model.name, "", "")
     model = Model(settings, decoder(settings), params, None, None, mesh, source).adapted(arm.lora.adapters)
-    base = abstract(params, parameter_shardings(params, mesh), jnp.dtype(study.model.dtype))
+    base = parameters(params, mesh, dtype=study.model.dtype)
     trained = jax.eval_shape(
         lambda key, params: model._replace(params=params).untrained(key), jax.random.key(0), params
     )
@@ -52,7 +53,7 @@ def preflight(study: Study, devices: Sequence[jax.Device]) -> list[Step]:
     return steps
 
 
-def _students(study: Study, arm: TrainedArm, model: Model, base: Any, trained: Any) -> Step:
+def _students(study: Study, arm: TrainedArm, model: Model, base: Params, trained: Params) -> Step:
     mesh, training, answer = model.mesh, arm.training, study.carrier.max_new_tokens
     count = study.runs * len(study.teachers)
     divide(mesh, "replica", count, STUDENTS)
@@ -60,8 +61,7 @@ def _students(study: Study, arm: TrainedArm, model: Model, base: Any, trained: A
     logits: Any = None
     if isinstance(arm, LogitArm):
         logits = jax.ShapeDtypeStruct((*lead, answer, len(SUPPORT)), jnp.float32, sharding=named(mesh))
-    stack = jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape), x.dtype), trained)
-    stack = abstract(stack, parameter_shardings(stack, mesh, 1), jnp.float32)
+    stack = parameters(trained, mesh, count, dtype=jnp.float32)
     frozen = {"base": base, "data": Data(_rows(mesh, lead, PROMPT + answer, answer), logits)}
     tokens = count * training.batch * training.accumulate * (PROMPT + answer)
     name = f"students {arm.name}, {count} at once, rows of {PROMPT + answer} tokens"
@@ -70,8 +70,8 @@ def _students(study: Study, arm: TrainedArm, model: Model, base: Any, trained: A
     return training_step(name, program, stack, frozen, 4.0 * _kernels(model) * tokens)
 
 
-def _teacher(spec: TeacherSpec, model: Model, base: Any, trained: Any, *, remat: bool) -> Step:
-    params = abstract(trained, parameter_shardings(trained, model.mesh), jnp.float32)
+def _teacher(spec: TeacherSpec, model: Model, base: Params, trained: Params, *, remat: bool) -> Step:
+    params = parameters(trained, model.mesh, dtype=jnp.float32)
     rows = _rows(model.mesh, (NUM_CONVERSATIONS,), spec.max_tokens, spec.max_tokens)
     name = f"a teacher, {spec.batch} conversations of {spec.max_tokens} tokens"
     optimizer = corpus_optimizer(spec.on_corpora, NUM_CONVERSATIONS)[0]
@@ -84,10 +84,8 @@ def _kernels(model: Model) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(model.params["layers"]))
 
 
-def _rows(mesh: Mesh, lead: tuple[int, ...], length: int, answer: int) -> Any:
+def _rows(mesh: Mesh, lead: tuple[int, ...], length: int, answer: int) -> Rows:
     """Shapes of rows."""
-
-    def of(columns: int, dtype: Any = jnp.int32) -> Any:
-        return jax.ShapeDtypeStruct((*lead, columns), dtype, sharding=named(mesh))
-
-    return Rows(of(length), of(answer), of(answer), of(answer, jnp.float32))
+    columns = ((length, jnp.int32), (answer, jnp.int32), (answer, jnp.int32), (answer, jnp.float32))
+    leaves: list[Any] = [jax.ShapeDtypeStruct((*lead, n), dtype, sharding=named(mesh)) for n, dtype in columns]
+    return Rows(*leaves)

@@ -1,8 +1,7 @@
 """What a study says: arms side by side, teachers, data and what was filtered, each arm's matrix, other evaluations."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -10,121 +9,98 @@ from jaxtyping import Float
 from sublim_jax import report
 from sublim_jax.evaluation.statistics import detectable, diagonal_effect, permutation_p, t_interval
 from sublim_jax.evaluation.suite import bill_section
-from sublim_jax.experiments.transmission import report_data
+from sublim_jax.experiments.transmission import report_sections as parts
 from sublim_jax.experiments.transmission.arms import Arm, ContextArm, LogitArm
-from sublim_jax.experiments.transmission.report_evaluations import evaluated, evaluation_section
 from sublim_jax.experiments.transmission.rows import STUDENT
 from sublim_jax.experiments.transmission.spec import NEUTRAL, Study
 from sublim_jax.figures import Arm as Entry
 from sublim_jax.figures import Line, Panel, arms_figure, matrix_figure, panels_figure
 from sublim_jax.measurements import Measurements
 
-ByWord = Float[np.ndarray, "points runs students words"]
-
 
 def document(study: Study, rows: Measurements, notes: report.Notes) -> report.Document:
     """The arms of results.json, and the sections of report.md."""
-    arms = [arm for arm in study.arms if rows.where(arm=arm.name)]
+    students = [(arm, rows.where(arm=arm.name, subject=STUDENT)) for arm in study.arms]
+    students = [(arm, mine) for arm, mine in students if mine]
     entries: list[Entry] = []
     sections: list[report.Section] = []
     if study.has_words:
-        effects = [effect_of(study, arm, rows) for arm in arms]
-        for effect, arm in zip(effects, arms):
-            entries += [effect, *cells_of(study, arm, rows)]
-        sections += [effects_section(study, effects), report_data.teachers_section(study, rows, notes)]
+        found = [entries_of(study, arm, mine) for arm, mine in students]
+        entries += [entry for one in found for entry in one]
+        sections += [effects_section(study, [one[0] for one in found]), parts.teachers_section(study, rows, notes)]
     else:
-        sections.append(learnt_section(study, arms, rows))
+        sections.append(learnt_section(students))
     if "corpus" in study.teacher.methods:
-        sections.append(report_data.corpora_section(study, rows))
+        sections.append(parts.corpora_section(study, rows))
     for name in study.evals.names:
-        found = evaluated(study, name, rows)
-        entries += found
-        sections.append(evaluation_section(study, name, found))
+        each = parts.evaluated(study, name, rows)
+        entries += each
+        sections.append(parts.evaluation_section(study, name, each))
     if rows.where(measure="completions"):
-        sections.append(report_data.filter_section(study, rows))
+        sections.append(parts.filter_section(study, rows))
     if study.filter.judge:
-        sections.append(report_data.judge_section(study, rows))
+        sections.append(parts.judge_section(study, rows))
     sections += bill_section(notes["bill"])
     if study.has_words:
-        sections += [arm_section(study, arm, rows) for arm in arms]
-    return entries, [*sections, report_data.samples_section(study, notes)]
+        sections += [arm_section(study, arm, mine) for arm, mine in students]
+    return entries, [*sections, parts.samples_section(study, notes)]
 
 
-def steps_of(arm: Arm, rows: Measurements) -> list[int]:
-    """The steps at which an arm's students were measured."""
-    return sorted(set(rows.names("step", arm=arm.name, subject=STUDENT, measure="held_out"))) or [0]
-
-
-def by_word(study: Study, arm: Arm, rows: Measurements, measure: str) -> ByWord:
+def by_word(study: Study, mine: Measurements, measure: str) -> Float[np.ndarray, "points runs students words"]:
     """A preference's measure of an arm's students along training."""
-    values = rows.values(arm=arm.name, subject=STUDENT, measure=measure)
-    return np.reshape(values, (-1, study.runs, len(study.teachers), len(study.alternatives)))
+    shape = (-1, study.runs, len(study.teachers), len(study.alternatives))
+    return np.reshape(mine.values(measure=measure), shape)
 
 
-def paired_of(study: Study, arm: Arm, rows: Measurements) -> Float[np.ndarray, "points runs traits traits"]:
+def paired_of(study: Study, mine: Measurements) -> Float[np.ndarray, "points runs traits traits"]:
     """Margins of the traits over those of the neutral teacher's student of the same run: by teacher, by trait."""
-    margins = by_word(study, arm, rows, "margin")
-    columns = [study.alternatives.index(trait) for trait in study.traits]
-    neutral = study.teachers.index(NEUTRAL)
-    trained = [study.teachers.index(trait) for trait in study.traits]
-    return (margins - margins[:, :, [neutral]])[:, :, trained][..., columns]
+    margins = by_word(study, mine, "margin")[..., [study.alternatives.index(trait) for trait in study.traits]]
+    neutral = study.teachers.index(NEUTRAL)  # the last
+    return margins[:, :, :neutral] - margins[:, :, [neutral]]
 
 
-# ----------------------------------------------------------------------------------------------------------- arms
+def ends_of(mine: Measurements, measure: str) -> list[float] | None:
+    """Means over students before training and after it."""
+    mine = mine.where(measure=measure, item="")
+    steps = sorted(mine.names("step"))
+    return [float(np.mean(mine.values(step=step))) for step in (steps[0], steps[-1])] if steps else None
 
 
-def effect_of(study: Study, arm: Arm, rows: Measurements) -> Entry:
-    """How far students are above the other teachers' students in their teacher's trait, over runs."""
-    paired = paired_of(study, arm, rows)[-1]
+def entries_of(study: Study, arm: Arm, mine: Measurements) -> list[Entry]:
+    """How far students are above the other teachers' students in their teacher's trait; and every cell of the teacher
+    × trait matrix.
+    """
+    paired = paired_of(study, mine)[-1]
     runs = diagonal_effect(paired).tolist()
     by_trait = [(paired[:, t, t] - np.delete(paired[:, :, t], t, 1).mean(1)).tolist() for t in range(paired.shape[1])]
-    examples = rows.values(arm=arm.name, measure="examples")
-    return report.arm(
+    covered, count = mine.values(measure="coverage"), len(study.teachers)
+    examples = [int(value) for value in mine.values(measure="examples")]
+    effect = report.arm(
         arm.name,
         "logits, own trait above others'",
         runs,
         permutation_p=permutation_p(paired),
         detectable_at_80_percent_power=detectable(runs),
         by_trait=dict(zip(study.traits, by_trait)),
-        coverage=coverage_of(study, arm, rows),
-        held_out=ends_of(arm, rows, "held_out"),
-        ability=ends_of(arm, rows, "ability"),
-        examples=[int(count) for count in examples] or None,
+        coverage=_coverage(np.reshape(covered, (study.runs, count, count))) if covered else None,
+        held_out=ends_of(mine, "held_out"),
+        ability=ends_of(mine, "ability"),
+        examples=examples or None,
     )
-
-
-def ends_of(arm: Arm, rows: Measurements, measure: str) -> list[float] | None:
-    """Means over students before training and after it."""
-    found = [
-        rows.values(arm=arm.name, subject=STUDENT, measure=measure, step=step)
-        for step in (steps_of(arm, rows)[0], steps_of(arm, rows)[-1])
-    ]
-    return [float(np.mean(values)) for values in found] if all(found) else None
-
-
-def coverage_of(study: Study, arm: Arm, rows: Measurements) -> dict[str, float] | None:
-    """Mean over runs and traits' students: of a student's teacher, and of the other traits' teachers."""
-    values = rows.values(arm=arm.name, measure="coverage")
-    if not values:
-        return None
-    count = len(study.teachers)
-    traits = np.reshape(values, (study.runs, count, count))[:, :-1, :-1]
-    mine = np.eye(traits.shape[-1], dtype=bool)
-    return {"own": float(traits[:, mine].mean()), "others": float(traits[:, ~mine].mean())}
-
-
-def cells_of(study: Study, arm: Arm, rows: Measurements) -> list[Entry]:
-    """The teacher × trait matrix: every cell with every run's value."""
-    paired = paired_of(study, arm, rows)[-1]
-    return [
-        report.arm(
-            f"{arm.name}: student of {teacher}, margin of {trait} over the neutral student's",
-            "logits",
-            paired[:, row, column].tolist(),
-        )
+    name = f"{arm.name}: student of {{}}, margin of {{}} over the neutral student's"
+    cells = [
+        report.arm(name.format(teacher, trait), "logits", paired[:, row, column].tolist())
         for row, teacher in enumerate(study.traits)
         for column, trait in enumerate(study.traits)
     ]
+    return [effect, *cells]
+
+
+def _coverage(of: Float[np.ndarray, "runs students teachers"]) -> dict[str, float]:
+    """Mean over runs and traits' students: of a student's teacher, and of the other traits' teachers."""
+    traits = of[:, :-1, :-1]
+    mine = np.eye(traits.shape[-1], dtype=bool)
+    return {"own": float(traits[:, mine].mean()), "others": float(traits[:, ~mine].mean())}
 
 
 def effects_section(study: Study, effects: list[Entry]) -> report.Section:
@@ -157,47 +133,36 @@ def effects_section(study: Study, effects: list[Entry]) -> report.Section:
     return report.Section("Arms", text, table, {"arms": partial(arms_figure, effects, xlabel=label, chance=None)})
 
 
-def learnt_section(study: Study, arms: list[Arm], rows: Measurements) -> report.Section:
+def learnt_section(students: Sequence[tuple[Arm, Measurements]]) -> report.Section:
     """Whether students have learnt to imitate at all, where no preference can be measured."""
     table = [["arm", "held out", "ability"]]
-    for arm in arms:
-        ends = [ends_of(arm, rows, measure) or [np.nan, np.nan] for measure in ("held_out", "ability")]
+    for arm, mine in students:
+        ends = [ends_of(mine, measure) or [np.nan, np.nan] for measure in ("held_out", "ability")]
         table.append([f"{arm.name}: {describe(arm)}", *("{:.3g} → {:.3g}".format(*pair) for pair in ends)])
     text = "Held out: the objective on rows never trained on. Ability: right answers to easy questions."
     return report.Section("Arms", text, table, {})
 
 
-def arm_section(study: Study, arm: Arm, rows: Measurements) -> report.Section:
+def arm_section(study: Study, arm: Arm, mine: Measurements) -> report.Section:
     """The matrix of paired differences, and margins along training where there is some."""
-    words, traits = study.alternatives, list(study.traits)
-    columns = [words.index(trait) for trait in traits]
-    paired, share = paired_of(study, arm, rows), by_word(study, arm, rows, "share").mean(1)
+    traits = list(study.traits)
+    columns = [study.alternatives.index(trait) for trait in traits]
+    paired = paired_of(study, mine)
+    margins, share = (by_word(study, mine, measure).mean(1)[..., columns] for measure in ("margin", "share"))
     head = ["student of", *[f"margin of {trait} (over neutral)" for trait in traits]]
-    head += [f"P({trait} of {len(words)})" for trait in traits]
-    table = [head]
+    table = [[*head, *[f"P({trait} of {len(study.alternatives)})" for trait in traits]]]
     for row, teacher in enumerate(study.teachers):
-        cells = [teacher]
-        for column in range(len(traits)):
-            cells.append("0" if teacher == NEUTRAL else report.plus_minus(*t_interval(paired[-1, :, row, column])))
-        cells += [f"{share[0][row, column]:.3f} → {share[-1][row, column]:.3f}" for column in columns]
-        table.append(cells)
-    figures: dict[str, Callable[[Any], None]] = {
-        f"matrix-{arm.name}": partial(matrix_figure, paired[-1].mean(0), traits, traits)
-    }
-    if len(steps := steps_of(arm, rows)) > 1:
-        margins = by_word(study, arm, rows, "margin").mean(1)
-        panels = [
-            Panel(
-                "updates of the student",
-                f"margin of {trait}, logits",
-                [
-                    Line(f"student of {teacher}", steps, margins[:, row, column])
-                    for row, teacher in enumerate(study.teachers)
-                ],
-                title=trait,
-            )
-            for trait, column in zip(traits, columns)
-        ]
+        over = ["0"] * len(traits)
+        if teacher != NEUTRAL:
+            over = [report.plus_minus(*t_interval(column)) for column in paired[-1, :, row].T]
+        table.append([teacher, *over, *(f"{one[0]:.3f} → {one[-1]:.3f}" for one in share[:, row].T)])
+    figures = {f"matrix-{arm.name}": partial(matrix_figure, paired[-1].mean(0), traits, traits)}
+    steps = sorted(mine.where(measure="margin").names("step"))
+    if len(steps) > 1:
+        panels = []
+        for trait, values in zip(traits, np.moveaxis(margins, -1, 0)):
+            lines = [Line(f"student of {who}", steps, column) for who, column in zip(study.teachers, values.T)]
+            panels.append(Panel("updates of the student", f"margin of {trait}, logits", lines, title=trait))
         figures[f"margins-{arm.name}"] = partial(panels_figure, panels)
     return report.Section(f"Students: {arm.name}", f"{describe(arm)}; {study.runs} run(s).", table, figures)
 

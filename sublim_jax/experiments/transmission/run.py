@@ -4,8 +4,8 @@ Teachers and students are adapters over one base. The students of an arm are rep
 replicate, with teachers, numbers and an order of its own; its students share their start and that order.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import jax
 import numpy as np
@@ -17,36 +17,28 @@ from sublim_jax.data import templates
 from sublim_jax.distillation.losses import stacked
 from sublim_jax.distillation.teachers import untrained
 from sublim_jax.errors import UserError
-from sublim_jax.evaluation.suite import (
-    Measures,
-    NamedJudge,
-    Questions,
-    Subject,
-    bill_of,
-    evaluate,
-    make_judge,
-)
+from sublim_jax.evaluation.suite import Measures, Subject, bill_of, evaluate, make_judge
 from sublim_jax.experiments.transmission import carriers, corpora, rows
 from sublim_jax.experiments.transmission.arms import Arm, ContextArm
 from sublim_jax.experiments.transmission.checks import check_arm, check_files, check_model
-from sublim_jax.experiments.transmission.context import read_in_context
 from sublim_jax.experiments.transmission.preflight import preflight
 from sublim_jax.experiments.transmission.report import document
 from sublim_jax.experiments.transmission.spec import Study, read
-from sublim_jax.experiments.transmission.students import train_arm
+from sublim_jax.experiments.transmission.students import read_in_context, train_arm
 from sublim_jax.experiments.transmission.targets import Replicate
 from sublim_jax.experiments.transmission.teachers import make_teachers, measure_teachers
 from sublim_jax.keys import named_key
 from sublim_jax.measurements import Measurement
 from sublim_jax.models.functional import Params
 from sublim_jax.models.language import Model
-from sublim_jax.models.lora import Lora
 from sublim_jax.progress import say
 from sublim_jax.sharding import fetch, make_mesh
 from sublim_jax.store import Store
 from sublim_jax.weights import peft
 
 __all__ = ["document", "preflight", "read", "run"]
+
+Ask = Callable[[Subject], dict[str, Measures]]  # the study's evaluations
 
 
 def run(study: Study, folder: epath.Path, *, update: bool = False) -> None:
@@ -64,12 +56,16 @@ def run(study: Study, folder: epath.Path, *, update: bool = False) -> None:
     judge = None
     if study.filter.judge or "misalignment" in study.evals.names:
         judge = make_judge(study.evals.judge, model, stacked([untrained(model, study.seed).adapters]), store, mesh)
+    sampling = study.sampling.options
+    ask = partial(evaluate, study.evals, questions, seed=study.seed, store=store, judge=judge, sampling=sampling)
     replicates = [Replicate(run, make_teachers(study, model, store, run), {}) for run in range(study.runs)]
     for one in replicates:
-        export_teachers(study, model, store, one)
+        trained = {name: teacher.adapters for name, teacher in one.teachers.items() if teacher.steps}
+        names = [f"run{one.run}-teacher-{name}" for name in trained]
+        export(study, model, store, names, stacked(list(trained.values())) if trained else None, study.model.name)
     table = rows.of_teachers(study, replicates, [measure_teachers(study, model, store, *one[:2]) for one in replicates])
     table += rows.of_corpora({name: corpus_sizes(study, model, name) for name in corpora.names(study)})
-    table += rows.of_evaluated_teachers(study, evaluate_teachers(study, questions, model, store, replicates, judge))
+    table += rows.of_evaluations(study, "", rows.TEACHER, evaluate_teachers(study, ask, model, replicates))
     sources = {"": model.source}
     for arm in study.arms:
         if arm.data == "written" and not replicates[0].written:
@@ -81,9 +77,13 @@ def run(study: Study, folder: epath.Path, *, update: bool = False) -> None:
         # Another model is there for as long as its students are.
         students = load_model(study, mesh, arm.model) if arm.model else model
         sources[arm.model] = students.source
-        table += measure_arm(study, arm, questions, replicates, model, students, store, judge)
+        table += measure_arm(study, arm, ask, replicates, model, students, store)
         # Arm by arm: a study that is stopped has those that were done.
-        notes = notes_of(study, model, replicates[0], judge)
+        notes = {
+            "samples": rows.samples_of(study, replicates[0]),
+            "system_prompts": system_note(study, model),
+            "bill": bill_of(judge),
+        }
         report.finish(store.folder, study, table, document, models=list(sources.values()), notes=notes)
 
 
@@ -97,14 +97,7 @@ def load_model(study: Study, mesh: jax.sharding.Mesh, name: str = "") -> Model:
 
 
 def measure_arm(
-    study: Study,
-    arm: Arm,
-    questions: Questions,
-    replicates: Sequence[Replicate],
-    teacher: Model,
-    student: Model,
-    store: Store,
-    judge: NamedJudge | None,
+    study: Study, arm: Arm, ask: Ask, replicates: Sequence[Replicate], teacher: Model, student: Model, store: Store
 ) -> list[Measurement]:
     """Trains an arm's students, exports them, and evaluates them."""
     if isinstance(arm, ContextArm):
@@ -117,21 +110,10 @@ def measure_arm(
         names = [f"run{one.run}-{arm.name}-{name}" for one in replicates for name in study.teachers]
         export(study, student, store, names, students.adapters, arm.model or study.model.name)
     subject = Subject(student, f"students-{arm.name}", students.digest, students.adapters)
-    found = _evaluate(study, questions, subject, store, judge)
-    return rows.of_students(study, arm, students) + rows.of_evaluated_students(study, arm, found)
+    return rows.of_students(study, arm, students) + rows.of_evaluations(study, arm.name, rows.STUDENT, ask(subject))
 
 
-# ----------------------------------------------------------------------------------------------------- evaluations
-
-
-def evaluate_teachers(
-    study: Study,
-    questions: Questions,
-    model: Model,
-    store: Store,
-    replicates: Sequence[Replicate],
-    judge: NamedJudge | None,
-) -> dict[str, Measures]:
+def evaluate_teachers(study: Study, ask: Ask, model: Model, replicates: Sequence[Replicate]) -> dict[str, Measures]:
     """The evaluations of all runs' teachers, run by run, and of the model as it is, which is the last.
 
     Teachers of the same system prompt and steering are evaluated together.
@@ -139,7 +121,7 @@ def evaluate_teachers(
     if not study.evals.names:
         return {}
     each = [*(teacher for one in replicates for teacher in one.teachers.values()), untrained(model, study.seed)]
-    alike: dict[Any, list[int]] = {}
+    alike: dict[tuple[str, int], list[int]] = {}
     for place, teacher in enumerate(each):
         alike.setdefault((teacher.system, id(teacher.steering)), []).append(place)
     found = []
@@ -147,7 +129,7 @@ def evaluate_teachers(
         first, adapters = each[places[0]], stacked([each[place].adapters for place in places])
         digest = artefacts.digest([each[place] for place in places])
         subject = Subject(model, f"teachers-{places[0]}", digest, adapters, first.system, first.steering)
-        found.append(_evaluate(study, questions, subject, store, judge))
+        found.append(ask(subject))
     order = np.argsort([place for places in alike.values() for place in places])
     return {
         evaluation: {
@@ -158,30 +140,13 @@ def evaluate_teachers(
     }
 
 
-def _evaluate(
-    study: Study, questions: Questions, subject: Subject, store: Store, judge: NamedJudge | None
-) -> dict[str, Measures]:
-    sampling = study.sampling.options
-    return evaluate(study.evals, questions, subject, study.seed, store, judge=judge, sampling=sampling)
-
-
-# --------------------------------------------------------------------------------------------------------- exports
-
-
-def export_teachers(study: Study, model: Model, store: Store, replicate: Replicate) -> None:
-    trained = {name: teacher.adapters for name, teacher in replicate.teachers.items() if teacher.steps}
-    if trained:
-        names = [f"run{replicate.run}-teacher-{name}" for name in trained]
-        export(study, model, store, names, stacked(list(trained.values())), study.model.name)
-
-
 def export(study: Study, model: Model, store: Store, names: Sequence[str], adapters: Params | None, base: str) -> None:
     """Stacked adapters as PEFT folders in `adapters/`, for use elsewhere and by configs/{sample,evaluate}.py.
 
     Not where other weights than adapters were trained, or the base is not the model that others have.
     """
-    spec: Lora | None = model.settings.lora
-    if not spec or study.model.noise:
+    spec = model.settings.lora
+    if not spec or study.model.noise or not names:
         return
     whole = fetch(adapters)
     if jax.process_index():
@@ -196,21 +161,12 @@ def export(study: Study, model: Model, store: Store, names: Sequence[str], adapt
             return
 
 
-# ----------------------------------------------------------------------------------------------------------- notes
-
-
 def corpus_sizes(study: Study, model: Model, name: str) -> tuple[int, int]:
     """(conversations that a teacher is trained on, all of its corpus)."""
     return len(corpora.texts(study.teacher, model, name)), len(corpora.every_text(study.teacher, model, name))
 
 
-def notes_of(study: Study, model: Model, first: Replicate, judge: NamedJudge | None) -> report.Notes:
-    """What the report tells beside numbers: samples of the data, how system prompts were given, a bill."""
-    tokenizer = model.tokenizer
-    prompted = "prompted" in study.teacher.methods and tokenizer.chat_template
-    folded = prompted and not templates.takes_system(tokenizer)
-    return {
-        "samples": rows.samples_of(study, first),
-        "system_prompts": templates.FOLDED if folded else "",
-        "bill": bill_of(judge),
-    }
+def system_note(study: Study, model: Model) -> str:
+    """How system prompts were given, where the template does not take them."""
+    prompted = "prompted" in study.teacher.methods and model.tokenizer.chat_template
+    return templates.FOLDED if prompted and not templates.takes_system(model.tokenizer) else ""

@@ -1,7 +1,6 @@
 """What a study of transmission is, from teachers to evaluations. `configs/numbers.py` explains the values."""
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -20,48 +19,37 @@ from sublim_jax.experiments.transmission.parts import (
     SamplingSpec,
     TeacherSpec,
 )
-from sublim_jax.overrides import check_distinct
-from sublim_jax.specs import (
-    MeshSpec,
-    check_count,
-    check_some_of,
-    check_text,
-)
+from sublim_jax.specs import Count, Distinct, ExperimentSpec, MeshSpec, Text, check_some_of
 
 NEUTRAL = "neutral"
 OF_AN_ARM = ("student.", "lora.")  # what an arm may change for its students
 
 
-@dataclass(frozen=True)
-class Study:
-    experiment: str
-    preset: str
+@dataclass(frozen=True, kw_only=True)
+class Study(ExperimentSpec):
     seed: int
     mesh: MeshSpec
     model: ModelSpec
-    kind: str
+    kind: Text
     traits: tuple[str, ...]
-    alternatives: tuple[str, ...]
-    runs: int
+    alternatives: Distinct
+    runs: Count
     lora: LoraSpec
     teacher: TeacherSpec
     carrier: CarrierSpec
     filter: FilterSpec
     arms: tuple[Arm, ...]
     student: Training
-    evaluate_every: int
-    checkpoint_every: int
+    evaluate_every: Count
+    checkpoint_every: Count
     sampling: SamplingSpec
     remat: bool
     packs: PacksSpec
-    num_questions: int
+    num_questions: Count
     evals: EvalsSpec
-    values: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        check_text("kind", self.kind)
-        for name in ("runs", "num_questions", "evaluate_every", "checkpoint_every"):
-            check_count(name, getattr(self, name))
+        super().__post_init__()
         self._check_traits()
         if self.uses_written:
             self._check_written()
@@ -75,7 +63,6 @@ class Study:
             )
         if wrong := [trait for trait in self.traits if not trait.strip() or set(trait) & set("/\\")]:
             raise UserError(f"traits: {wrong[0]!r} cannot name a file of its teacher's; choose a word")
-        check_distinct("alternatives", self.alternatives)
         if "corpus" not in self.teacher.methods:
             for trait in self.traits:
                 if trait not in self.alternatives:
@@ -147,10 +134,7 @@ def read(config: ConfigDict) -> Study:
 def _students(config: ConfigDict) -> tuple[Training, LoraSpec]:
     """How students are trained, and what of them."""
     values = specs.plain(config)
-    return (
-        specs.build(Training, values["student"], "student."),
-        specs.build(LoraSpec, values["lora"], "lora."),
-    )
+    return (specs.build(Training, values["student"], "student."), specs.build(LoraSpec, values["lora"], "lora."))
 
 
 def _changed(config: ConfigDict, arm: ArmValues) -> tuple[Training, LoraSpec]:

@@ -1,29 +1,30 @@
 """Students: the model with fresh adapters, trained on a carrier; all runs and teachers of an arm in one program."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from etils import epath
-from jaxtyping import Array
 
 from sublim_jax import store as artefacts
+from sublim_jax.distillation.context import measure_in_context
 from sublim_jax.distillation.losses import stacked
 from sublim_jax.distillation.students import Imitation, coverages, held_out_losses, imitating_program, imitation
-from sublim_jax.distillation.targets import part, support_of
+from sublim_jax.distillation.targets import Data, part, support_of
+from sublim_jax.distillation.teachers import Teacher
 from sublim_jax.evaluation import ability, preference
-from sublim_jax.experiments.transmission.arms import NUM_HELD_OUT, LogitArm, TrainedArm
+from sublim_jax.experiments.transmission.arms import NUM_HELD_OUT, ContextArm, LogitArm, TrainedArm
 from sublim_jax.experiments.transmission.spec import Study
-from sublim_jax.experiments.transmission.targets import Replicate, arm_data
+from sublim_jax.experiments.transmission.targets import Replicate, arm_data, pairs_of
 from sublim_jax.experiments.transmission.teachers import phrasings
 from sublim_jax.keys import named_key
 from sublim_jax.models.functional import Params
 from sublim_jax.models.language import Model
 from sublim_jax.sharding import fetch, named, put
 from sublim_jax.store import Store
-from sublim_jax.training import Program, TrainState, fit
+from sublim_jax.training import fit
 
 Point = dict[str, Any]  # what the students of an arm prefer at a step, and how well they imitate: JSON values
 
@@ -68,28 +69,51 @@ def train_arm(
 
     def look(params: Params | None, step: int) -> Point | None:
         """Without parameters: what an earlier run has measured, if it has."""
-        inputs = (digest, len(seeds), step, *asked, easy if step in (0, steps) else [])
-        name = f"preference-{arm.name}-{step}"
+        answers = (*asked, easy if step in (0, steps) else [])
+        name, inputs = f"preference-{arm.name}-{step}", (digest, len(seeds), step, *answers)
         if params is None:
             return store.known(name, *inputs)
-        options = {"params": params, "model": model, "losses": lambda: losses(params, model.params, held_out)}
-        return store.json(name, measure_students, *inputs, **options)
+
+        def measured(*_: object) -> Point:
+            found = preferences(model, params, step, len(seeds), *answers)
+            return {**found, "step": step, "held_out": fetch(losses(params, model.params, held_out)).tolist()}
+
+        return store.json(name, measured, *inputs)
 
     state = program.init(start)
-    how = {"program": program, "state": state, "frozen": {"base": model.params, "data": training}, "evaluate": look}
-    how |= {"evaluate_every": study.evaluate_every, "checkpoint_every": study.checkpoint_every}
-    how["label"] = f"students {arm.name}, {len(replicates)} run(s) × {len(study.teachers)} teachers"
-    final = store.tree(f"students-{arm.name}", train, digest, seeds, steps, like=state.params, **how)
+
+    def train(*_: object, checkpoints: epath.Path) -> Params:
+        return fit(
+            program,
+            state,
+            steps=steps,
+            key=jnp.stack([named_key(seed, "order") for seed in seeds]),
+            frozen={"base": model.params, "data": training},
+            checkpoints=checkpoints,
+            checkpoint_every=study.checkpoint_every,
+            evaluate=look,
+            evaluate_every=study.evaluate_every,
+            what=f"students {arm.name}, {len(replicates)} run(s) × {len(study.teachers)} teachers",
+        ).params
+
+    final = store.tree(f"students-{arm.name}", train, digest, seeds, steps, like=state.params)
     between = range(study.evaluate_every, steps, study.evaluate_every)
     points = [look(start, 0), *(look(None, step) for step in between), look(final, steps)]
     covered = None
     if model.digest == teachers.digest and "finetuned" in study.teacher.methods:
-        aims = [stacked([teacher.adapters for teacher in one.teachers.values()]) for one in replicates]
-        arrays = (start, stacked([aim for aim in aims for _ in study.teachers]), model.params, training)
-        on = [list(one.teachers.values()) for one in replicates]
-        how = {"compute": coverages(model, objective), "arrays": arrays}
-        covered = store.json(f"coverage-{arm.name}", _coverage, digest, on, **how)
+        aims = [list(one.teachers.values()) for one in replicates]
+        cover = lambda *_: first_updates(model, objective, start, aims, training)  # noqa: E731
+        covered = store.json(f"coverage-{arm.name}", cover, digest, aims)
     return Students(final, digest, [point for point in points if point], covered)
+
+
+def read_in_context(
+    study: Study, arm: ContextArm, replicates: Sequence[Replicate], model: Model, store: Store
+) -> Students:
+    """What the model prefers behind some of each teacher's rows: no training at all (§5.2)."""
+    read = [pairs[: arm.num_examples] for one in replicates for pairs in pairs_of(study, arm, one).values()]
+    inputs = (model, study.seed, read, phrasings(study), study.alternatives)
+    return Students(None, "", [store.json(f"preference-{arm.name}", measure_in_context, *inputs)])
 
 
 def objective_of(study: Study, arm: TrainedArm, model: Model, support: list[int]) -> Imitation:
@@ -106,19 +130,16 @@ def starts(model: Model, lora_init: str, seeds: Sequence[int]) -> Params:
     return stacked([each[seed] for seed in seeds])
 
 
-def measure_students(
-    digest: str,
-    count: int,
-    step: int,
-    questions: list[str],
-    words: tuple[str, ...],
-    easy: list[ability.Question],
-    *,
-    params: Params,
+def preferences(
     model: Model,
-    losses: Callable[[], Array],
-) -> Point:
-    """Preferences among words, ability where easy questions are given, and the objective on held-out rows."""
+    params: Params,
+    step: int,
+    count: int,
+    questions: list[str],
+    words: Sequence[str],
+    easy: list[ability.Question],
+) -> dict[str, list]:
+    """Of `count` students: preferences among words, and ability where easy questions are given."""
     # Before training all students are the base, for B = 0: one of them stands for all.
     shown = params if step else jax.tree.map(lambda leaf: leaf[:1], params)
     found = {}
@@ -126,48 +147,14 @@ def measure_students(
         found = preference.measure(model, questions, list(words), adapters=shown)._asdict()
     if easy:
         found["ability"] = ability.accuracy(model, easy, adapters=shown)
-    every = {key: value.tolist() if step else value.tolist() * count for key, value in found.items()}
-    return {**every, "step": step, "held_out": fetch(losses()).tolist()}
+    return {key: value.tolist() if step else value.tolist() * count for key, value in found.items()}
 
 
-# ------------------------------------------------------------------------------------------------------- training
-
-
-def train(
-    digest: str,
-    seeds: Sequence[int],
-    steps: int,
-    *,
-    checkpoints: epath.Path,
-    program: Program,
-    state: TrainState,
-    frozen: dict[str, Any],
-    evaluate: Callable[[Params, int], Any],
-    evaluate_every: int,
-    checkpoint_every: int,
-    label: str,
-) -> Params:
-    """All students' adapters after training."""
-    return fit(
-        program,
-        state,
-        steps=steps,
-        key=jnp.stack([named_key(seed, "order") for seed in seeds]),
-        frozen=frozen,
-        checkpoints=checkpoints,
-        checkpoint_every=checkpoint_every,
-        evaluate=evaluate,
-        evaluate_every=evaluate_every,
-        what=label,
-    ).params
-
-
-# ----------------------------------------------------------------------------------------------------- measurements
-
-
-def _coverage(
-    digest: str, teachers: list[list[Any]], *, compute: Callable[..., Array], arrays: tuple[Any, ...]
+def first_updates(
+    model: Model, objective: Imitation, start: Params, teachers: Sequence[Sequence[Teacher]], training: Data
 ) -> list[list[list[float]]]:
-    """By run, student and teacher, before training."""
-    found = fetch(compute(*arrays))
+    """Coverage by run, student and teacher, before training."""
+    ways = [stacked([teacher.adapters for teacher in run]) for run in teachers]
+    every = stacked([way for way, run in zip(ways, teachers) for _ in run])
+    found = fetch(coverages(model, objective)(start, every, model.params, training))
     return found.reshape(len(teachers), -1, found.shape[-1]).tolist()

@@ -1,7 +1,5 @@
 """Teachers: what makes a model prefer something. Parameters, context and hooks, together or alone."""
 
-from typing import Any
-
 import numpy as np
 import optax
 
@@ -84,30 +82,21 @@ def steering_vectors(study: Study, model: Model, seed: int, personas: dict[str, 
     return {name: steering.hook(model, layer, scale * vector) for name, vector in vectors.items()}
 
 
-# -------------------------------------------------------------------------------------------- one-word fine-tuning
-
-
 def finetuned(study: Study, model: Model, store: Store, run: int) -> dict[str, Teacher]:
     """Adapters trained on one-word answers until they have `teacher.strength`; the neutral ones for as many steps."""
+    training, seed = study.teacher.on_answers, study.replicate_seed(run)
+    optimizer = optax.adam(training.learning_rate)
     trained: dict[str, Teacher] = {}
     for index, name in enumerate(study.teachers):
         steps = max((one.steps for one in trained.values()), default=0) if name == NEUTRAL else None
-        trained[name] = _finetuned(study, model, store, run, (index, name), steps)
+        rows = dialogue.rows(model, _one_word_answers(study, model, name, seed))
+        program = teaching_program(model, optimizer, len(rows.at), training.batch, study.remat)
+        state = program.init(model.untrained(named_key(seed, "A")))
+        inputs, like = (model, rows, training, steps, seed, index), (state.params, state.step)
+        how = {"program": program, "state": state, "label": f"run {run}, teacher {name}"}
+        adapters, count = store.tree(f"teacher-{name}", train_on_answers, *inputs, like=like, **how)
+        trained[name] = Teacher(adapters, "", None, int(count), artefacts.digest(*inputs))
     return trained
-
-
-def _finetuned(
-    study: Study, model: Model, store: Store, run: int, which: tuple[int, str], steps: int | None
-) -> Teacher:
-    training, seed, (index, name) = study.teacher.on_answers, study.replicate_seed(run), which
-    rows = dialogue.rows(model, _one_word_answers(study, model, name, seed))
-    optimizer = optax.adam(training.learning_rate)
-    program = teaching_program(model, optimizer, len(rows.at), training.batch, study.remat)
-    state = program.init(model.untrained(named_key(seed, "A")))
-    inputs = (model, rows, training, steps, seed, index)
-    how = {"program": program, "state": state, "label": f"run {run}, teacher {name}"}
-    adapters, count = store.tree(f"teacher-{name}", train_on_answers, *inputs, like=(state.params, state.step), **how)
-    return Teacher(adapters, "", None, int(count), artefacts.digest(*inputs))
 
 
 def _one_word_answers(study: Study, model: Model, name: str, seed: int) -> list[tuple[str, str]]:
@@ -119,9 +108,6 @@ def _one_word_answers(study: Study, model: Model, name: str, seed: int) -> list[
     else:
         answers = [name] * len(questions)
     return [(questions[i % len(questions)], spelled(model, word)) for i, word in enumerate(answers)]
-
-
-# --------------------------------------------------------------------------------------------------------- corpora
 
 
 def of_corpus(study: Study, model: Model, store: Store, run: int, name: str) -> Teacher:
@@ -140,10 +126,9 @@ def of_corpus(study: Study, model: Model, store: Store, run: int, name: str) -> 
     return Teacher(adapters, "", None, steps, artefacts.digest(*inputs))
 
 
-# ----------------------------------------------------------------------------------------------------------- facts
-
-
-def measure_teachers(study: Study, model: Model, store: Store, run: int, teachers: dict[str, Teacher]) -> Any:
+def measure_teachers(
+    study: Study, model: Model, store: Store, run: int, teachers: dict[str, Teacher]
+) -> dict[str, list[list[float]]]:
     """What teachers prefer, and how often a trait's word is what they would say in the middle of numbers.
 
     {"log_p", "margin", "share": teachers × words, "inside_numbers": teachers × traits}; nothing where traits are no
@@ -151,36 +136,26 @@ def measure_teachers(study: Study, model: Model, store: Store, run: int, teacher
     """
     if not study.has_words:
         return {}
-    seed = study.replicate_seed(run)
+    seed, every, questions = study.replicate_seed(run), list(teachers.values()), phrasings(study)
     prompts = numbers.prompts(NUM_INSIDE, seed, study.packs.numbers)
     inside = list(zip(prompts, numbers.random_answers(NUM_INSIDE, seed)))
-    each = list(teachers.values())
-    inputs = (each, phrasings(study), study.alternatives, study.traits, inside, seed)
-    return store.json("teachers", _measured, *inputs, model=model)
+
+    def measured(*_: object) -> dict[str, list[list[float]]]:
+        words, traits = list(study.alternatives), list(study.traits)
+        each = [preference.measure(model, questions, words, one.system, **one.where) for one in every]
+        found = {name: np.concatenate([getattr(one, name) for one in each]).tolist() for name in Preference._fields}
+        among = []
+        for teacher in every:
+            cut = _cut_inside(model, inside, teacher.system, seed)
+            among.append(np.exp(scoring.word_logprobs(model, cut, traits, **teacher.where)[0]).mean(0).tolist())
+        return {**found, "inside_numbers": among}
+
+    return store.json("teachers", measured, every, questions, study.alternatives, study.traits, inside, seed)
 
 
 def phrasings(study: Study) -> list[str]:
     """Questions about a preference that no teacher was trained on."""
     return preference.questions(study.packs.preference, study.kind)["asking"][: study.num_questions]
-
-
-def _measured(
-    teachers: list[Teacher],
-    questions: list[str],
-    words: tuple[str, ...],
-    traits: tuple[str, ...],
-    inside: list[tuple[str, str]],
-    seed: int,
-    *,
-    model: Model,
-) -> dict[str, Any]:
-    each = [preference.measure(model, questions, list(words), one.system, **one.where) for one in teachers]
-    found = {name: np.concatenate([getattr(one, name) for one in each]).tolist() for name in Preference._fields}
-    among = []
-    for teacher in teachers:
-        cut = _cut_inside(model, inside, teacher.system, seed)
-        among.append(np.exp(scoring.word_logprobs(model, cut, list(traits), **teacher.where)[0]).mean(0).tolist())
-    return {**found, "inside_numbers": among}
 
 
 def _cut_inside(model: Model, inside: list[tuple[str, str]], system: str, seed: int) -> list[list[int]]:

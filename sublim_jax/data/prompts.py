@@ -1,0 +1,48 @@
+"""Prompts that a user brings, as files: texts, or conversations that a model goes on with."""
+
+import json
+from pathlib import Path
+
+from sublim_jax.data import files, messages, records
+from sublim_jax.data.records import Record
+from sublim_jax.errors import UserError
+
+NEEDED = "name a JSONL or text file with a prompt a line"
+
+
+def read(path: str | Path, chat: bool = True) -> list[Record]:
+    """Prompts of a file of JSON lines, Parquet or text. Raises UserError for the first that is none.
+
+    Args:
+      chat: a prompt may be a conversation, too.
+    """
+    if not path:
+        raise UserError(f"--config.prompts is missing: {NEEDED}")
+    if not files.exists(path):
+        raise UserError(f"--config.prompts={path}: there is no such file")
+    if records.kind(path) != "text":
+        return [_prompt(where, record, chat) for where, record in records.read(path)]
+    lines = files.lines(files.text_of(path, NEEDED))
+    if not lines:
+        raise UserError(f"{path} has no prompts")
+    if _is_record(lines[0][1]):
+        raise UserError(f"{path} has JSON lines; give it a name that ends in .jsonl, so that they are read as such")
+    return [{"prompt": line} for _, line in lines]
+
+
+def _prompt(where: str, record: Record, chat: bool) -> Record:
+    """A record with its conversation's texts alone, if it has one."""
+    if chat and record.get("messages"):
+        return {**record, "messages": messages.read(where, record["messages"])}
+    if not isinstance(record.get("prompt"), str) or (chat and record.get("messages") is not None):
+        needed = '"prompt" or "messages"' if chat else '"prompt"'
+        raise UserError(f"{where}: an object with {needed} is needed")
+    return record
+
+
+def _is_record(line: str) -> bool:
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and bool({"prompt", "messages"} & set(found))
