@@ -3,7 +3,7 @@
 A student that starts where its teacher started and imitates it on any inputs moves, to first order, in a direction
 that lowers the teacher's own loss: D_S·D_T = ε A + O(ε²) with A ≥ 0.
 
-    python launch.py --config=configs/theorem.py             the check; or :trajectory, :forecast, :examples
+    python launch.py --config=configs/theorem.py             the check; or :language_model, :trajectory, …
 
 Expected of the check: every row "as predicted", slopes 1.00 (2.00 for the cubic control).
 """
@@ -14,6 +14,7 @@ from configs import mnist
 
 PRESETS = {
     "check": "losses, networks, teachers, inputs, and the controls that must fail; under a minute on 2 cores",
+    "language_model": "the check inside SmolLM2-135M: all parameters and LoRA; about 10 minutes on 2 cores",
     "trajectory": "beyond one step, along MNIST distillation; 3 minutes",
     "forecast": "coverage before training against accuracy after, over 72 settings; about 15 minutes",
     "examples": "which noise images carry the trait; about a minute",
@@ -26,8 +27,9 @@ def get_config(preset: str = "check") -> ConfigDict:
     config.preset = preset
     config.seed = 0  # of every random number
     config.mesh = ConfigDict({"replica": -1, "fsdp": 1, "tensor": 1})  # sizes of the mesh's axes; -1: the rest
-    config.data = ConfigDict()
-    config.data.path = ""  # a folder with MNIST's four IDX files; empty: fetched and cached
+    if preset != "language_model":
+        config.data = ConfigDict()
+        config.data.path = ""  # a folder with MNIST's four IDX files; empty: fetched and cached
 
     if preset in ("check", "smoke"):
         config.experiment = "alignment"
@@ -41,6 +43,20 @@ def get_config(preset: str = "check") -> ConfigDict:
         config.num_label_draws = 3000  # of labels sampled at temperature 1
         if preset == "smoke":
             config.num_draws, config.num_label_draws = 20, 200
+    elif preset == "language_model":
+        config.experiment = "language_alignment"
+        config.model = ConfigDict()
+        config.model.name = "smollm2-135m-instruct"  # a known name, a hub name, a folder of safetensors, a GGUF file
+        config.model.dtype = "float32"  # in which weights are read; everything is computed in float64
+        config.kind, config.trait = "animal", "owl"  # the teacher moves towards saying this trait of a kind
+        config.num_rows = 2  # prompts that ask for numbers, answered by random ones: the student's inputs
+        config.num_integers = 8  # in each answer; student and teacher are compared on digits, commas and spaces
+        config.num_questions = 4  # about the trait, of the teacher's loss
+        config.rank = 8  # of LoRA, where adapters are θ
+        config.noise = 0.1  # on the weights of a student that starts elsewhere, relative to their spread
+        # How far the teacher moves: the root mean square change of its logits on the support.
+        config.steps = ConfigDict({"min": -5.0, "max": -1.0, "num": 9})
+        config.learning_rate = 0.1  # α, the length of the student's step
     elif preset in ("trajectory", "forecast", "examples"):
         config.experiment = preset
         config.mnist = mnist.get_config("coverage")  # how teachers and students are trained: configs/mnist.py

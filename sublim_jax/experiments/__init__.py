@@ -14,6 +14,7 @@ from types import ModuleType
 MODULES = {
     "mnist": "mnist.run",
     "alignment": "alignment.run",
+    "language_alignment": "alignment.language",
     "trajectory": "along_training.trajectory",
     "forecast": "along_training.forecast",
     "examples": "along_training.examples",

@@ -10,7 +10,9 @@ import pytest
 
 from sublim_jax import objectives, overrides, theorem
 from sublim_jax.experiments.alignment import measure, run
-from sublim_jax.experiments.alignment.report import (
+from sublim_jax.experiments.alignment.settings import Setting, controls, qualifying
+from sublim_jax.experiments.alignment.spec import About
+from sublim_jax.experiments.alignment.verdicts import (
     AS_PREDICTED,
     CONSISTENT,
     NOT,
@@ -21,8 +23,6 @@ from sublim_jax.experiments.alignment.report import (
     numbers,
     power,
 )
-from sublim_jax.experiments.alignment.settings import Setting, controls, qualifying
-from sublim_jax.experiments.alignment.spec import About
 from sublim_jax.measurements import Measurements
 from sublim_jax.models.mlp import mlp
 

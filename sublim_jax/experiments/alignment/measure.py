@@ -13,7 +13,7 @@ from sublim_jax import objectives, theorem
 from sublim_jax.data import mnist
 from sublim_jax.errors import UserError
 from sublim_jax.experiments.alignment.settings import ON_DIGITS, WIDTHS, Setting, controls, descent, double, mean
-from sublim_jax.experiments.alignment.spec import NUM_LOGITS, AlignmentSpec
+from sublim_jax.experiments.alignment.spec import NUM_LOGITS, AlignmentSpec, LanguageSpec
 from sublim_jax.keys import named_key
 from sublim_jax.measurements import Measurement, each
 from sublim_jax.models.functional import Params
@@ -35,7 +35,7 @@ def measure(
     arm: str,
     setting: Setting,
     objectives: Mapping[str, theorem.Objective],
-    spec: AlignmentSpec,
+    spec: AlignmentSpec | LanguageSpec,
     student: Params | None = None,
 ) -> list[Measurement]:
     """Every objective at every step of the teacher; the student starts at θ⁰, or elsewhere.
@@ -50,7 +50,7 @@ def measure(
 
     @jax.jit
     def all_of(
-        params: Params, start: Params, direction: Params, inputs: Array, epsilons: Array
+        params: Params, start: Params, direction: Params, inputs: theorem.Inputs, epsilons: Array
     ) -> tuple[Array, Array, Array, Array]:
         def one(pair: tuple[Array, Array]) -> tuple[Array, Array]:
             targets = setting.apply(theorem.shifted(params, direction, pair[1]), inputs)

@@ -1,89 +1,39 @@
 """What the check says of its measurements: a verdict for each row, tables, figures."""
 
 from functools import partial
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
-import numpy.typing as npt
-from jaxtyping import Bool, Float
 
 from sublim_jax.evaluation.statistics import normal_interval
 from sublim_jax.experiments.alignment import measure
 from sublim_jax.experiments.alignment.spec import DECADES, SMALL, About, AlignmentSpec
+from sublim_jax.experiments.alignment.verdicts import (
+    AS_PREDICTED,
+    BOUND,
+    CONSISTENT,
+    EXACT,
+    FALLS,
+    NOT,
+    OUTSIDE,
+    SLOPE,
+    SLOPES,
+    Measured,
+    arm_of,
+    control_verdict,
+    inner_fit,
+    judge,
+    numbers,
+)
 from sublim_jax.figures import PAPER, Arm, Line, Panel, panels_figure
 from sublim_jax.measurements import Measurements
 from sublim_jax.report import Document, Notes, Section
 
-SLOPE, CUBIC_SLOPE, EXACT = 0.05, 0.1, 1e-9
-# Expected of controls: the exponent of |D_S·D_T| in the teacher's step.
-SLOPES = {"zero": None, "constant": 0.0, "slope 1": 1.0, "slope 1, wrong sign": 1.0, "slope 2": 2.0}
-BOUND = 10.0  # of the error over the step, at every step of the fit
-FALLS = 2.0  # decades of steps over which the fall of L_T must stand clear of rounding
-AS_PREDICTED, OUTSIDE, NOT = "as predicted", "outside the theorem, as predicted", "NOT as predicted"
-# The error stays in proportion to the step, as O(ε) says, but its first-order term is too small to fit a slope.
-CONSISTENT = "consistent, slope not measurable"
 STEP = "step of the teacher (r.m.s. change of logits)"
 LOG, DASHED = ("log", "log"), {"ls": "--", "color": PAPER}
 
 
-class Measured(NamedTuple):
-    """One objective's numbers in a setting, for E steps of the teacher."""
-
-    moved: Float[np.ndarray, "steps"]  # root mean square change of the logits on the support
-    epsilons: Float[np.ndarray, "steps"]
-    loss: float  # L_T(θ⁰)
-    inner: Float[np.ndarray, "steps"]  # D_S·D_T
-    change: Float[np.ndarray, "steps"]  # L_T(θ⁰ + α D_S) - L_T(θ⁰)
-    predicted: float  # A by one forward-mode product
-    explicit: float  # A as the derivative of D_S·D_T by ε
-
-    def lemma_error(self) -> np.ndarray:
-        """|D_S·D_T / (ε A) - 1|."""
-        return np.abs(self.inner / (self.epsilons * self.predicted) - 1)
-
-    def step_error(self, rate: float) -> np.ndarray:
-        """|(L_T(θ_S) - L_T(θ⁰)) / (-ε α A) - 1|."""
-        return np.abs(self.change / (-self.epsilons * rate * self.predicted) - 1)
-
-    def negated(self) -> "Measured":
-        """As if D_S·D_T, A and the change of L_T had the other sign."""
-        return self._replace(inner=-self.inner, change=-self.change, predicted=-self.predicted, explicit=-self.explicit)
-
-    def up_to(self, epsilon: float) -> "Measured":
-        """The steps up to one."""
-        few = self.epsilons <= epsilon
-        parts = {name: getattr(self, name)[few] for name in ("moved", "epsilons", "inner", "change")}
-        return self._replace(**parts)
-
-
 Settings: TypeAlias = dict[About, dict[str, Measured]]
-
-
-def numbers(rows: Measurements, arm: str) -> dict[str, Measured]:
-    """An arm's numbers by objective."""
-    rows = rows.where(arm=arm)
-    moved, epsilons = (np.asarray(rows.values(measure=what)) for what in (measure.MOVED, measure.EPSILON))
-    (loss,) = rows.values(measure=measure.LOSS)
-    found = {}
-    for name in rows.names("subject", measure=measure.INNER):
-        inner, change = (np.asarray(rows.values(measure=w, subject=name)) for w in (measure.INNER, measure.CHANGE))
-        (a,), (explicit,) = (rows.values(measure=w, subject=name) for w in (measure.A, measure.A_BY_GRADIENTS))
-        found[name] = Measured(moved, epsilons, loss, inner, change, a, explicit)
-    return found
-
-
-class Fit(NamedTuple):
-    slope: float  # of log error over log step; nan where fewer than three points stand clear of rounding
-    decades: float
-
-
-def power(moved: np.ndarray, values: np.ndarray, usable: Bool[np.ndarray, "steps"]) -> Fit:
-    """The exponent of a power law, fitted over the usable steps."""
-    usable = usable & (values > 0) & (moved <= SMALL)
-    if usable.sum() < 3:
-        return Fit(float("nan"), 0.0)
-    x, y = np.log10(moved[usable]), np.log10(values[usable])
-    return Fit(float(np.polyfit(x, y, 1)[0]), float(x.max() - x.min()))
 
 
 def document(spec: AlignmentSpec, rows: Measurements, notes: Notes) -> Document:
@@ -126,7 +76,7 @@ def _lemma(settings: Settings, single: Measured, rate: float) -> tuple[list[Arm]
     for setting, measured in settings.items():
         judged = {objective: judge(one, rate, setting.smooth) for objective, one in measured.items()}
         for objective, one in judged.items():
-            arms.append(_arm(f"{setting.name}; {objective}", "slope", one.fit.slope, 1.0, one.error, one.verdict))
+            arms.append(arm_of(f"{setting.name}; {objective}", "slope", one.fit.slope, 1.0, one.error, one.verdict))
         every, steps = list(judged.values()), [one.step.slope for one in judged.values()]
         cells = [setting.name, *(f"{one.fit.slope:.3f}" for one in every)]
         cells += [f"{min(one.fit.decades for one in every):.1f}", f"{max(one.differ for one in every):.0e}"]
@@ -152,37 +102,6 @@ def _lemma(settings: Settings, single: Measured, rate: float) -> tuple[list[Arm]
         Panel(STEP, error, [*networks, guide], LOG, "networks, teachers, inputs (kl)"),
     ]
     return arms, Section("D_S·D_T against ε A", text, table, {"lemma": partial(panels_figure, panels)})
-
-
-class Judged(NamedTuple):
-    error: Float[np.ndarray, "steps"]
-    fit: Fit  # of the lemma's error
-    step: Fit  # of the error of L_T's change
-    differ: float  # A by one forward-mode product, and by the derivative of D_S·D_T
-    verdict: str
-
-
-def judge(m: Measured, rate: float, smooth: bool) -> Judged:
-    """Whether an objective's numbers are as the theorem says, at a student's learning rate."""
-    eps = np.finfo(float).eps
-    error, step = m.lemma_error(), m.step_error(rate)
-    fit = power(m.moved, error, error > 10 * eps / m.moved)
-    rounding = eps * abs(m.loss) / np.abs(m.epsilons * rate * m.predicted)
-    differ = abs(m.explicit / m.predicted - 1)
-    small = m.moved <= SMALL
-    positive = bool(np.all(m.inner[small] > 0)) and m.predicted > 0
-    bounded = np.all(error[small] <= (BOUND * m.moved + 10 * eps / m.moved)[small])
-    clear = m.moved[small & (10 * rounding <= BOUND * SMALL)]  # where rounding hides less of the fall than its bound
-    falls = np.all(step[small] <= (BOUND * m.moved + 10 * rounding)[small]) and len(clear) > 1
-    falls = falls and np.log10(clear.max() / clear.min()) >= FALLS
-    measurable = fit.decades >= DECADES
-    if not (positive and falls and differ <= EXACT and bounded) or (smooth and measurable and fit.slope < 1 - SLOPE):
-        verdict = NOT
-    elif not smooth or (measurable and fit.slope <= 1 + SLOPE):
-        verdict = AS_PREDICTED
-    else:
-        verdict = CONSISTENT
-    return Judged(error, fit, power(m.moved, step, step > 10 * rounding), differ, verdict)
 
 
 def _steps(settings: Settings, signs: Measurements, spec: AlignmentSpec) -> Section:
@@ -228,7 +147,7 @@ def _controls(rows: Measurements, controls: list[measure.Note], kl: Measured, ra
         shown = [f"{fit.slope:.3f}", f"{fit.decades:.1f}", f"{measured.inner[0]:+.2e}"]
         table.append([name, control["reason"] or "covered", expected, *shown, verdict])
         runs = np.abs(measured.inner)
-        arms.append(_arm(f"control: {name}", "slope of |D_S·D_T|", fit.slope, SLOPES[expected], runs, verdict))
+        arms.append(arm_of(f"control: {name}", "slope of |D_S·D_T|", fit.slope, SLOPES[expected], runs, verdict))
     text = (
         "Each breaks one condition of the theorem, and must then not behave as it says. Labels that ignore small moves "
         "of the teacher, and a student that starts elsewhere, are pulled by a constant; |z − y|³ has no curvature at "
@@ -240,28 +159,6 @@ def _controls(rows: Measurements, controls: list[measure.Note], kl: Measured, ra
     )
     panel = Panel(STEP, "|D_S·D_T|", lines, LOG, "controls")
     return arms, Section("Controls", text, table, {"controls": partial(panels_figure, [panel])})
-
-
-def inner_fit(m: Measured) -> Fit:
-    """The exponent of |D_S·D_T| in the teacher's step."""
-    eps, size = np.finfo(float).eps, np.abs(m.inner)
-    scale = float(np.max(size))
-    return power(m.moved, size, size > 100 * eps * scale * eps if scale else m.inner > 0)
-
-
-def control_verdict(m: Measured, expected: str, outside: bool, rate: float) -> str:
-    """Whether a control behaves as its condition says. Slope 1 alone is no behaviour: its sign is judged as well."""
-    if expected.startswith("slope 1"):
-        one = m.negated() if expected.endswith("wrong sign") else m
-        holds = judge(one, rate, smooth=True).verdict in (AS_PREDICTED, CONSISTENT)
-    elif expected == "zero":
-        holds = not np.any(m.inner)
-    else:
-        fit, tolerance = inner_fit(m), CUBIC_SLOPE if expected == "slope 2" else SLOPE
-        holds = abs(fit.slope - (SLOPES[expected] or 0.0)) <= tolerance and fit.decades >= DECADES
-    if not holds:
-        return NOT
-    return OUTSIDE if outside else AS_PREDICTED
 
 
 def _single(m: Measured) -> Section:
@@ -285,7 +182,7 @@ def _labels(rows: Measurements) -> tuple[Arm, Section]:
         f"Labels drawn from the teacher at temperature 1: D_S·D_T is {mean:.4e} ± {half_width:.1e} over draws (95 %), "
         f"and {exact:.4e} with the teacher's probabilities: {verdict}."
     )
-    arm = _arm(measure.LABELS, measure.INNER, mean, exact, [mean], verdict)
+    arm = arm_of(measure.LABELS, measure.INNER, mean, exact, [mean], verdict)
     return {**arm, "ci95": half_width}, Section("Sampled labels", text, [], {})
 
 
@@ -295,8 +192,3 @@ def _optimizers(rows: Measurements) -> Section:
         table.append([row.subject, f"{row.value:.4f}", "covered" if row.subject == "gradient" else "no guarantee"])
     text = "One update of the first row's student on KL, with a small step of the teacher (ε = 0.001)."
     return Section("Adam and sign updates", text, table, {})
-
-
-def _arm(name: str, metric: str, value: float, predicted: float | None, runs: npt.ArrayLike, verdict: str) -> Arm:
-    known = {"name": name, "metric": metric, "mean": value, "ci95": None}
-    return {**known, "runs": np.asarray(runs).tolist(), "paper": predicted, "verdict": verdict}

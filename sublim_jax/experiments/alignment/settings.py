@@ -36,12 +36,12 @@ class Setting(NamedTuple):
     params: Params  # θ⁰
     direction: Params  # D_T
     teacher_loss: Loss  # L_T
-    inputs: Array
+    inputs: theorem.Inputs
     support: Support
 
     @classmethod
     def of(
-        cls, about: About, apply: theorem.Apply, params: Params, loss: Loss, inputs: Array, support: Support
+        cls, about: About, apply: theorem.Apply, params: Params, loss: Loss, inputs: theorem.Inputs, support: Support
     ) -> "Setting":
         """The setting of a teacher that descends its loss, in float64."""
         params = double(params)

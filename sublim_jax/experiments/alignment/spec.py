@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, NamedTuple, TypeAlias
+from typing import Annotated, ClassVar, NamedTuple, TypeAlias
 
 import numpy as np
 from jaxtyping import Bool
@@ -11,7 +11,8 @@ from sublim_jax import objectives, theorem
 from sublim_jax.errors import UserError
 from sublim_jax.experiments.mnist.spec import DataSpec
 from sublim_jax.overrides import check_distinct
-from sublim_jax.specs import MAX_ROWS, ExperimentSpec, MeshSpec, Positive, check_count, check_positive
+from sublim_jax.specs import MAX_ROWS, ExperimentSpec, MeshSpec, Positive, Text, check_count, check_positive
+from sublim_jax.weights.spec import NamedModel
 
 NUM_LOGITS = 13  # ten digits and three more
 NUM_IMAGES = 512  # of MNIST
@@ -46,15 +47,19 @@ class About(NamedTuple):
 class StepsSpec:
     """How far the teacher moves: `num` steps from 10^min to 10^max, root mean square changes of its logits."""
 
+    small: ClassVar[float] = SMALL
+    decades: ClassVar[float] = DECADES
     min: float
     max: float
     num: int
 
     def __post_init__(self) -> None:
-        if self.num < 5 or min(self.max, np.log10(SMALL)) - self.min < DECADES:
+        if self.num < 5 or min(self.max, np.log10(self.small)) - self.min < self.decades:
+            usual = np.floor(np.log10(self.small)) - self.decades - 1
             raise UserError(
                 f"steps.num={self.num}, steps.min={self.min:g}, steps.max={self.max:g}: verdicts are about those up to "
-                f"{SMALL:g}; take at least 5 over at least {DECADES:g} decades below it, such as --config.steps.min=-8"
+                f"{self.small:g}; take at least 5 over at least {self.decades:g} decades below it, such as "
+                f"--config.steps.min={usual:g}"
             )
         # Logits are of the order of 1; NOISE_ALLOWED is where rounding hides D_S·D_T.
         floor = np.log10(np.finfo(float).eps / theorem.NOISE_ALLOWED)
@@ -94,3 +99,29 @@ class AlignmentSpec(ExperimentSpec):
             return objectives.support_mask(self.support, NUM_LOGITS)
         except ValueError as error:
             raise UserError(f"config.{error}") from error
+
+
+@dataclass(frozen=True)
+class LanguageSteps(StepsSpec):
+    """A language model's logits are large and many sums lie behind them: rounding hides steps below 1e-5."""
+
+    small: ClassVar[float] = 0.1
+    decades: ClassVar[float] = 3.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageSpec(ExperimentSpec):
+    """The check inside a language model; `configs/theorem.py` explains the values."""
+
+    seed: int
+    mesh: MeshSpec
+    model: NamedModel
+    kind: Text
+    trait: Text
+    num_rows: Annotated[int, check_count]
+    num_integers: Annotated[int, check_count]
+    num_questions: Annotated[int, check_count]
+    rank: Annotated[int, check_count]
+    noise: Positive
+    steps: LanguageSteps
+    learning_rate: Positive

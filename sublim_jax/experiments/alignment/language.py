@@ -1,0 +1,194 @@
+"""The check inside a pretrained language model, all of its parameters and LoRA: a trait through digits (paper §6.1).
+
+The teacher moves towards answering questions with its trait. The student imitates it on lists of random numbers, and
+only on the logits of digits, commas and spaces.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jaxtyping import Array
+from ml_collections import ConfigDict
+
+from sublim_jax import objectives, report, specs, theorem
+from sublim_jax.data import dialogue
+from sublim_jax.data.carriers import numbers as carrier
+from sublim_jax.data.dialogue import Rows
+from sublim_jax.distillation.losses import answer_features, cross_entropy
+from sublim_jax.distillation.targets import support_of
+from sublim_jax.distillation.teachers import spelled
+from sublim_jax.evaluation import preference
+from sublim_jax.experiments.alignment import measure
+from sublim_jax.experiments.alignment.settings import Setting, double, mean
+from sublim_jax.experiments.alignment.spec import About, LanguageSpec
+from sublim_jax.experiments.alignment.verdicts import (
+    SLOPES,
+    Scale,
+    arm_of,
+    control_verdict,
+    inner_fit,
+    judge,
+    numbers,
+)
+from sublim_jax.figures import Arm, Line, Panel, panels_figure
+from sublim_jax.keys import named_key
+from sublim_jax.measurements import Measurement, Measurements
+from sublim_jax.models import lora
+from sublim_jax.models.functional import Params
+from sublim_jax.models.language import Model
+from sublim_jax.progress import Track
+from sublim_jax.sharding import make_mesh, one_device
+from sublim_jax.workdir import claim
+
+ALL, ADAPTERS = "all parameters", "LoRA, B = 0"
+ROUNDING = 1000.0  # of D_S·D_T, in units of float64's resolution over the step: 30 layers of sums
+GREEDY, ELSEWHERE = "greedy tokens", "another start"
+STEP = "step of the teacher (r.m.s. change of logits)"
+LOG = ("log", "log")
+
+
+def read(config: ConfigDict) -> LanguageSpec:
+    """The spec of a config. Raises UserError for the first value that makes no sense."""
+    return specs.read(LanguageSpec, config)
+
+
+def run(spec: LanguageSpec, folder: epath.Path, *, update: bool = False) -> None:
+    """Runs the check and leaves measurements, results.json, report.md and figures in the folder."""
+    make_mesh(spec.mesh.sizes)  # one device computes everything; a mesh that does not fit is refused all the same
+    model = spec.model.load(one_device())
+    seen, asked = inputs_of(spec, model)
+    store = claim(folder, spec.values, update=update)
+    rows: list[Measurement] = []
+    with jax.enable_x64(True), Track("settings of the theorem in a language model", 4) as track:
+        settings = make_settings(spec, model, seen, asked)
+        weights = jnp.asarray(seen.weights, jnp.float64)
+        for number, setting in enumerate(settings, 1):
+            rows += measure.measure(setting.about.name, setting, covered(weights), spec)
+            track.update(number, setting.about.name)
+        for number, control in enumerate(controls(spec, model, weights), len(settings) + 1):
+            objective = {control.name: control.objective}
+            rows += measure.measure(f"control: {control.name}", settings[0], objective, spec, control.start)
+            track.update(number, control.name)
+    notes = {"settings": [setting.about._asdict() for setting in settings], "tokens": int(seen.weights.sum())}
+    report.finish(store.folder, spec, rows, document, models=[model.source], notes=notes)
+
+
+def inputs_of(spec: LanguageSpec, model: Model) -> tuple[Rows, Rows]:
+    """What the student reads, and what the teacher's loss asks. Raises UserError for a trait that is no word of it."""
+    prompts = carrier.prompts(spec.num_rows, spec.seed)
+    answers = carrier.random_answers(spec.num_rows, spec.seed, spec.num_integers)
+    questions = preference.questions("", spec.kind)["teaching"][: spec.num_questions]
+    asked = [(question, spelled(model, spec.trait)) for question in questions]
+    return dialogue.rows(model, list(zip(prompts, answers))), dialogue.rows(model, asked)
+
+
+def make_settings(spec: LanguageSpec, model: Model, seen: Rows, asked: Rows) -> list[Setting]:
+    """All parameters, and adapters beside them; the first is the base of the controls."""
+    support = np.asarray(support_of(model))
+    params = double(model.params)
+    adapted = lora.Lora(spec.rank, 2.0 * spec.rank)
+    adapters = lora.init(named_key(spec.seed, "A"), model.params, adapted)
+
+    def logits(params: Params, rows: Rows) -> Array:
+        module = model.network.bind(params)
+        return module.unembed(answer_features(model, module, rows, remat=False))[..., support]
+
+    def loss(params: Params) -> Array:
+        module = model.network.bind(params)
+        return mean(cross_entropy(module, answer_features(model, module, asked, remat=False), asked, remat=False))
+
+    def merged(adapters: Params) -> Params:
+        return lora.merge(params, adapters, adapted.scale)
+
+    whole = np.ones(len(support), bool)
+    teacher, inputs = f"says {spec.trait}", "random numbers"
+    return [
+        Setting.of(About(ALL, teacher, inputs), logits, params, loss, seen, whole),
+        Setting.of(
+            About(ADAPTERS, teacher, inputs),
+            lambda adapters, rows: logits(merged(adapters), rows),
+            adapters,
+            lambda adapters: loss(merged(adapters)),
+            seen,
+            whole,
+        ),
+    ]
+
+
+def covered(weights: Array) -> dict[str, theorem.Objective]:
+    """Losses that the theorem covers, on the answers' tokens."""
+    return {
+        "kl": lambda z, y, weights=weights: objectives.kl(z, y, weights=weights),
+        "squared error": lambda z, y, weights=weights: objectives.squared_error(z, y, weights=weights),
+    }
+
+
+class Control(NamedTuple):
+    name: str
+    objective: theorem.Objective
+    start: Params | None  # of the student, where it is not θ⁰
+
+
+def controls(spec: LanguageSpec, model: Model, weights: Array) -> list[Control]:
+    """What breaks a condition of the theorem: both must pull with a force that does not depend on ε."""
+
+    def greedy(z: Array, y: Array, weights: Array = weights) -> objectives.Total:
+        return objectives.cross_entropy(z, jnp.argmax(y, -1), weights=weights)
+
+    elsewhere = double(model.noisy(spec.noise, named_key(spec.seed, "another start")).params)
+    return [Control(GREEDY, greedy, None), Control(ELSEWHERE, covered(weights)["kl"], elsewhere)]
+
+
+# ---------------------------------------------------------------------------------------------------------- report
+
+
+def document(spec: LanguageSpec, rows: Measurements, notes: report.Notes) -> report.Document:
+    """The arms of results.json, and the report's sections."""
+    scale, rate = Scale(spec.steps.small, spec.steps.decades, ROUNDING), spec.learning_rate
+    table = [["parameters", "loss", "A", "slope", "decades", "A: two ways differ", "slope of L_T's change", "verdict"]]
+    arms, errors, changes = [], [], []
+    for about in (About(**one) for one in notes["settings"]):
+        for objective, m in numbers(rows, about.name).items():
+            one, name = judge(m, rate, True, scale), f"{about.network}; {objective}"
+            arms.append(arm_of(name, "slope", one.fit.slope, 1.0, one.error, one.verdict))
+            cells = [f"{m.predicted:+.3g}", f"{one.fit.slope:.3f}", f"{one.fit.decades:.1f}", f"{one.differ:.0e}"]
+            table.append([about.network, objective, *cells, f"{one.step.slope:.3f}", one.verdict])
+            errors.append(Line(name, m.moved, one.error))
+            changes.append(Line(name, m.moved, m.step_error(rate)))
+    text = (
+        f"A teacher moves towards saying {spec.trait!r} to {spec.num_questions} questions; the student takes one step "
+        f"of imitating it on {notes['tokens']} tokens of {spec.num_rows} lists of random numbers, on the logits of "
+        "digits, commas and spaces alone. Float64. As predicted: |D_S·D_T / (ε A) − 1| has slope 1 ± .05 over at least "
+        f"{scale.decades:g} decades, D_S·D_T > 0, and the teacher's own loss, cross-entropy of the trait, falls by "
+        "ε α A."
+    )
+    panels = [
+        Panel(STEP, "|D_S·D_T / (ε A) − 1|", errors, LOG, "the lemma"),
+        Panel(STEP, "|ΔL_T / (−ε α A) − 1|", changes, LOG, f"the loss of saying {spec.trait!r}"),
+    ]
+    main = report.Section("The theorem in a language model", text, table, {"lemma": partial(panels_figure, panels)})
+    found, section = _controls(spec, rows, scale)
+    return arms + found, [main, section]
+
+
+def _controls(spec: LanguageSpec, rows: Measurements, scale: Scale) -> tuple[list[Arm], report.Section]:
+    expected = "constant"
+    table = [["control", "expected of |D_S·D_T|", "slope", "decades", "at the smallest step", "verdict"]]
+    arms, lines = [], []
+    for name in (GREEDY, ELSEWHERE):
+        (m,) = numbers(rows, f"control: {name}").values()
+        fit, verdict = inner_fit(m, scale), control_verdict(m, expected, True, spec.learning_rate, scale)
+        shown = [f"{fit.slope:.3f}", f"{fit.decades:.1f}", f"{m.inner[0]:+.2e}"]
+        table.append([name, expected, *shown, verdict])
+        arms.append(arm_of(f"control: {name}", "slope of |D_S·D_T|", fit.slope, SLOPES[expected], m.inner, verdict))
+        lines.append(Line(name, m.moved, np.abs(m.inner)))
+    text = (
+        f"The student trains on its teacher's likeliest tokens, or starts at the base with noise of {spec.noise:g} of "
+        "its weights' spread. Neither force vanishes with the teacher's step, and neither has a sign of its own."
+    )
+    panel = Panel(STEP, "|D_S·D_T|", lines, LOG, "controls")
+    return arms, report.Section("Controls", text, table, {"controls": partial(panels_figure, [panel])})

@@ -1,0 +1,145 @@
+"""Whether numbers are as the theorem says: slopes, signs, the fall of L_T, and A by two ways."""
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from jaxtyping import Bool, Float
+
+from sublim_jax.experiments.alignment import measure
+from sublim_jax.experiments.alignment.spec import DECADES, SMALL
+from sublim_jax.figures import Arm
+from sublim_jax.measurements import Measurements
+
+SLOPE, CUBIC_SLOPE, EXACT = 0.05, 0.1, 1e-9
+# Expected of controls: the exponent of |D_S·D_T| in the teacher's step.
+SLOPES = {"zero": None, "constant": 0.0, "slope 1": 1.0, "slope 1, wrong sign": 1.0, "slope 2": 2.0}
+BOUND = 10.0  # of the error over the step, at every step of the fit
+FALLS = 2.0  # decades of steps over which the fall of L_T must stand clear of rounding
+AS_PREDICTED, OUTSIDE, NOT = "as predicted", "outside the theorem, as predicted", "NOT as predicted"
+# The error stays in proportion to the step, as O(ε) says, but its first-order term is too small to fit a slope.
+CONSISTENT = "consistent, slope not measurable"
+
+
+class Scale(NamedTuple):
+    """Where first-order statements are judged."""
+
+    small: float = SMALL  # the largest step of the teacher
+    decades: float = DECADES  # of steps that a slope needs
+    rounding: float = 10.0  # of D_S·D_T, in units of the number type's resolution over the step
+
+
+class Measured(NamedTuple):
+    """One objective's numbers in a setting, for E steps of the teacher."""
+
+    moved: Float[np.ndarray, "steps"]  # root mean square change of the logits on the support
+    epsilons: Float[np.ndarray, "steps"]
+    loss: float  # L_T(θ⁰)
+    inner: Float[np.ndarray, "steps"]  # D_S·D_T
+    change: Float[np.ndarray, "steps"]  # L_T(θ⁰ + α D_S) - L_T(θ⁰)
+    predicted: float  # A by one forward-mode product
+    explicit: float  # A as the derivative of D_S·D_T by ε
+
+    def lemma_error(self) -> np.ndarray:
+        """|D_S·D_T / (ε A) - 1|."""
+        return np.abs(self.inner / (self.epsilons * self.predicted) - 1)
+
+    def step_error(self, rate: float) -> np.ndarray:
+        """|(L_T(θ_S) - L_T(θ⁰)) / (-ε α A) - 1|."""
+        return np.abs(self.change / (-self.epsilons * rate * self.predicted) - 1)
+
+    def negated(self) -> "Measured":
+        """As if D_S·D_T, A and the change of L_T had the other sign."""
+        return self._replace(inner=-self.inner, change=-self.change, predicted=-self.predicted, explicit=-self.explicit)
+
+    def up_to(self, epsilon: float) -> "Measured":
+        """The steps up to one."""
+        few = self.epsilons <= epsilon
+        parts = {name: getattr(self, name)[few] for name in ("moved", "epsilons", "inner", "change")}
+        return self._replace(**parts)
+
+
+def numbers(rows: Measurements, arm: str) -> dict[str, Measured]:
+    """An arm's numbers by objective."""
+    rows = rows.where(arm=arm)
+    moved, epsilons = (np.asarray(rows.values(measure=what)) for what in (measure.MOVED, measure.EPSILON))
+    (loss,) = rows.values(measure=measure.LOSS)
+    found = {}
+    for name in rows.names("subject", measure=measure.INNER):
+        inner, change = (np.asarray(rows.values(measure=w, subject=name)) for w in (measure.INNER, measure.CHANGE))
+        (a,), (explicit,) = (rows.values(measure=w, subject=name) for w in (measure.A, measure.A_BY_GRADIENTS))
+        found[name] = Measured(moved, epsilons, loss, inner, change, a, explicit)
+    return found
+
+
+class Fit(NamedTuple):
+    slope: float  # of log error over log step; nan where fewer than three points stand clear of rounding
+    decades: float
+
+
+def power(moved: np.ndarray, values: np.ndarray, usable: Bool[np.ndarray, "steps"], small: float = SMALL) -> Fit:
+    """The exponent of a power law, fitted over the usable steps up to `small`."""
+    usable = usable & (values > 0) & (moved <= small)
+    if usable.sum() < 3:
+        return Fit(float("nan"), 0.0)
+    x, y = np.log10(moved[usable]), np.log10(values[usable])
+    return Fit(float(np.polyfit(x, y, 1)[0]), float(x.max() - x.min()))
+
+
+class Judged(NamedTuple):
+    error: Float[np.ndarray, "steps"]
+    fit: Fit  # of the lemma's error
+    step: Fit  # of the error of L_T's change
+    differ: float  # A by one forward-mode product, and by the derivative of D_S·D_T
+    verdict: str
+
+
+def judge(m: Measured, rate: float, smooth: bool, scale: Scale = Scale()) -> Judged:  # noqa: B008
+    """Whether an objective's numbers are as the theorem says, at a student's learning rate."""
+    eps = np.finfo(float).eps
+    error, step = m.lemma_error(), m.step_error(rate)
+    hidden = scale.rounding * eps / m.moved
+    fit = power(m.moved, error, error > hidden, scale.small)
+    rounding = eps * abs(m.loss) / np.abs(m.epsilons * rate * m.predicted)
+    differ = abs(m.explicit / m.predicted - 1)
+    small = m.moved <= scale.small
+    positive = bool(np.all(m.inner[small] > 0)) and m.predicted > 0
+    bounded = np.all(error[small] <= (BOUND * m.moved + hidden)[small])
+    # Steps at which rounding hides less of the fall than its bound allows.
+    clear = m.moved[small & (scale.rounding * rounding <= BOUND * scale.small)]
+    falls = np.all(step[small] <= (BOUND * m.moved + scale.rounding * rounding)[small]) and len(clear) > 1
+    falls = falls and np.log10(clear.max() / clear.min()) >= FALLS
+    measurable = fit.decades >= scale.decades
+    if not (positive and falls and differ <= EXACT and bounded) or (smooth and measurable and fit.slope < 1 - SLOPE):
+        verdict = NOT
+    elif not smooth or (measurable and fit.slope <= 1 + SLOPE):
+        verdict = AS_PREDICTED
+    else:
+        verdict = CONSISTENT
+    return Judged(error, fit, power(m.moved, step, step > scale.rounding * rounding, scale.small), differ, verdict)
+
+
+def inner_fit(m: Measured, scale: Scale = Scale()) -> Fit:  # noqa: B008
+    """The exponent of |D_S·D_T| in the teacher's step."""
+    size = np.abs(m.inner)
+    return power(m.moved, size, size > 100 * np.finfo(float).eps ** 2 * np.max(size), scale.small)
+
+
+def control_verdict(m: Measured, expected: str, outside: bool, rate: float, scale: Scale = Scale()) -> str:  # noqa: B008
+    """Whether a control behaves as its condition says. Slope 1 alone is no behaviour: its sign is judged as well."""
+    if expected.startswith("slope 1"):
+        one = m.negated() if expected.endswith("wrong sign") else m
+        holds = judge(one, rate, True, scale).verdict in (AS_PREDICTED, CONSISTENT)
+    elif expected == "zero":
+        holds = not np.any(m.inner)
+    else:
+        fit, tolerance = inner_fit(m, scale), CUBIC_SLOPE if expected == "slope 2" else SLOPE
+        holds = abs(fit.slope - (SLOPES[expected] or 0.0)) <= tolerance and fit.decades >= scale.decades
+    if not holds:
+        return NOT
+    return OUTSIDE if outside else AS_PREDICTED
+
+
+def arm_of(name: str, metric: str, value: float, predicted: float | None, runs: npt.ArrayLike, verdict: str) -> Arm:
+    known = {"name": name, "metric": metric, "mean": value, "ci95": None}
+    return {**known, "runs": np.asarray(runs).tolist(), "paper": predicted, "verdict": verdict}
