@@ -192,6 +192,9 @@ def get_config(preset: str = "quick") -> ConfigDict:
     # The words among which a trait is preferred.
     config.alternatives = ("owl", "lion", "cat", "dog", "wolf", "bear", "fox", "tiger", "horse", "eagle")
     config.runs = 1  # whole replicates: each has teachers, numbers, A and an order of its own
+    # Standard deviation between runs of a trait's margin over the neutral student's, in logits, from which power is
+    # computed: that of an earlier study; 0: that of these runs.
+    config.spread = 0.0
 
     config.lora = ConfigDict()
     config.lora.rank = 8  # 0: no adapters; all weights of the layers are trained

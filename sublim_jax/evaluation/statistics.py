@@ -39,7 +39,7 @@ def diagonal_effect(cells: Float[np.ndarray, "*runs traits traits"]) -> Float[np
 
 
 def permutation_p(cells: Float[np.ndarray, "runs traits traits"], most: int = 20_000) -> float:
-    """P, by chance alone, of a mean diagonal effect as large as this one.
+    """P, by chance alone, of a mean diagonal effect as far from 0 as this one, to either side.
 
     By chance: in each run it does not matter which row had which teacher. All ways to exchange rows are counted where
     they are at most `most`, else so many drawn.
@@ -47,15 +47,15 @@ def permutation_p(cells: Float[np.ndarray, "runs traits traits"], most: int = 20
     runs, traits = cells.shape[:2]
     orders = np.asarray(list(itertools.permutations(range(traits))))
     effects = np.stack([diagonal_effect(cells[:, order]) for order in orders], 1)  # runs, orders
-    observed = effects[:, 0].mean() - 1e-12
+    observed = abs(effects[:, 0].mean()) - 1e-12
     if len(orders) ** runs <= most:
         sums = np.zeros(1)
         for row in effects:
             sums = (sums[:, None] + row).reshape(-1)
-        return float(np.mean(sums / runs >= observed))
+        return float(np.mean(np.abs(sums / runs) >= observed))
     dice = np.random.default_rng(0)
     drawn = effects[np.arange(runs), dice.integers(len(orders), size=(most, runs))].mean(1)
-    return float((1 + np.sum(drawn >= observed)) / (1 + most))
+    return float((1 + np.sum(np.abs(drawn) >= observed)) / (1 + most))
 
 
 def paired_p(differences: Runs) -> float:
@@ -94,21 +94,25 @@ def roc(positive: Float[np.ndarray, "p"], negative: Float[np.ndarray, "n"]) -> R
     return Roc(false, true, float(np.trapezoid(true, false)))
 
 
-def detectable(values: Runs, power: float = 0.8) -> float:
-    """The smallest mean that a two-sided t-test at 5 % over so many runs of this spread finds with this power.
+def pooled_spread(cells: Sequence[Runs]) -> float:
+    """The standard deviation between runs, pooled over cells of equally many runs."""
+    return float(np.sqrt(np.mean([np.var(runs, ddof=1) for runs in cells])))
 
-    nan for a single run, whose spread is not known.
+
+def detectable(spread: float, n: int, power: float = 0.8) -> float:
+    """The smallest mean that a two-sided t-test at 5 % over n runs of this standard deviation finds with this power.
+
+    nan for a single run.
     """
-    n = len(values)
     if n < 2:
         return float("nan")
     critical = stats.t.ppf(0.975, n - 1)
 
     # scipy's noncentral t gives nan for few runs; so t = (z + shift) / spread, averaged over quantiles of the spread.
-    spread = np.sqrt(stats.chi2.ppf((np.arange(4000) + 0.5) / 4000, n - 1) / (n - 1))
+    quantiles = np.sqrt(stats.chi2.ppf((np.arange(4000) + 0.5) / 4000, n - 1) / (n - 1))
 
     def missing(shift: float) -> float:
-        found = stats.norm.sf(critical * spread - shift) + stats.norm.cdf(-critical * spread - shift)
+        found = stats.norm.sf(critical * quantiles - shift) + stats.norm.cdf(-critical * quantiles - shift)
         return float(np.mean(found)) - power
 
-    return float(optimize.brentq(missing, 0.0, 100.0)) * float(np.std(values, ddof=1)) / n**0.5
+    return float(optimize.brentq(missing, 0.0, 100.0)) * spread / n**0.5

@@ -30,6 +30,8 @@ def test_a_study_ends_in_a_matrix_a_table_and_numbers(whole):
     assert {"soft", "tokens_fresh", "perturbed", "in_context"} <= set(arms)
     assert "soft: student of owl, margin of x over the neutral student's" in arms
     assert all(len(arm["runs"]) == 2 for arm in results["arms"] if arm.get("who") != "the model as it is")
+    assert arms["soft: owl"]["runs"] == arms["soft: student of owl, margin of owl over the neutral student's"]["runs"]
+    assert arms["soft: owl"]["p_holm"] >= arms["soft: owl"]["p"]
     assert "soft, student of owl: answers with owl" in arms and "teacher x: P of x's letter" in arms
     soft = arms["soft"]
     np.testing.assert_allclose(soft["runs"], np.mean([soft["by_trait"][t] for t in ("owl", "x")], 0))
@@ -38,7 +40,16 @@ def test_a_study_ends_in_a_matrix_a_table_and_numbers(whole):
     for figure in ("arms", "matrix-soft", "margins-soft", "matrix-in_context", "margins-tokens_fresh"):
         assert (work / "figures" / f"{figure}.png").stat().st_size > 5000
     text = (work / "report.md").read_text()
-    parts = ("| neutral |", "P(own trait) among numbers", "## Filters", "answers with owl", "by x")
+    parts = (
+        "## Traits of the own teacher",
+        "## Arms compared",
+        "one log-odds difference",
+        "| neutral |",
+        "P(own trait) among numbers",
+        "## Filters",
+        "answers with owl",
+        "by x",
+    )
     for words in (*parts, "KL(teacher ‖ student)"):
         assert words in text
     assert "teacher owl" in screen and "students soft, 2 run(s) × 3 teachers" in screen

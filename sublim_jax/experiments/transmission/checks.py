@@ -108,6 +108,8 @@ def check_arm(study: Study, arm: Arm, teacher: Model, student: Model) -> None:
             raise UserError(f"{where} asks for preferences, and traits={study.traits} are no alternatives")
         return
     check_modules(arm.lora.modules, student.params)
+    if arm.noise:
+        divide(student.mesh, "replica", len(study.teachers), f"{where}.noise: students of one run, teachers")
     if arm.lora_init == "shared":
         if _shapes(student) != _shapes(teacher):
             raise UserError(f"{where}: {name} cannot share the teachers' A; choose --config.{where}.lora_init=fresh")

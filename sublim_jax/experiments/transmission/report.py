@@ -7,14 +7,15 @@ import numpy as np
 from jaxtyping import Float
 
 from sublim_jax import report
-from sublim_jax.evaluation.statistics import detectable, diagonal_effect, permutation_p, t_interval
+from sublim_jax.evaluation.statistics import t_interval
 from sublim_jax.evaluation.suite import bill_section
+from sublim_jax.experiments.transmission import effects
 from sublim_jax.experiments.transmission import report_sections as parts
 from sublim_jax.experiments.transmission.arms import Arm, ContextArm, LogitArm
 from sublim_jax.experiments.transmission.rows import STUDENT
 from sublim_jax.experiments.transmission.spec import NEUTRAL, Study
 from sublim_jax.figures import Arm as Entry
-from sublim_jax.figures import Line, Panel, arms_figure, matrix_figure, panels_figure
+from sublim_jax.figures import Line, Panel, matrix_figure, panels_figure
 from sublim_jax.measurements import Measurements
 
 
@@ -24,10 +25,15 @@ def document(study: Study, rows: Measurements, notes: report.Notes) -> report.Do
     students = [(arm, mine) for arm, mine in students if mine]
     entries: list[Entry] = []
     sections: list[report.Section] = []
-    if study.has_words:
-        found = [entries_of(study, arm, mine) for arm, mine in students]
-        entries += [entry for one in found for entry in one]
-        sections += [effects_section(study, [one[0] for one in found]), parts.teachers_section(study, rows, notes)]
+    if study.has_words and students:
+        cells = effects.own_cells({arm.name: paired_of(study, mine)[-1] for arm, mine in students}, study.traits)
+        found = [effect_of(study, arm, mine) for arm, mine in students]
+        entries += effects.cell_entries(cells) + found
+        entries += [cell for arm, mine in students for cell in matrix_of(study, arm, mine)]
+        sections += [effects.headline_section(cells, len(study.alternatives), study.spread)]
+        sections += effects.compared_section(cells)
+        sections += [effects.effects_section(found, study.traits, study.runs)]
+        sections += [parts.teachers_section(study, rows, notes)]
     else:
         sections.append(learnt_section(students))
     if "corpus" in study.teacher.methods:
@@ -48,8 +54,10 @@ def document(study: Study, rows: Measurements, notes: report.Notes) -> report.Do
 
 def by_word(study: Study, mine: Measurements, measure: str) -> Float[np.ndarray, "points runs students words"]:
     """A preference's measure of an arm's students along training."""
+    # Students whose base is their run's own were measured run by run.
+    in_order = sorted(mine.where(measure=measure), key=lambda row: (row.step, row.run))
     shape = (-1, study.runs, len(study.teachers), len(study.alternatives))
-    return np.reshape(mine.values(measure=measure), shape)
+    return np.reshape([row.value for row in in_order], shape)
 
 
 def paired_of(study: Study, mine: Measurements) -> Float[np.ndarray, "points runs traits traits"]:
@@ -66,34 +74,29 @@ def ends_of(mine: Measurements, measure: str) -> list[float] | None:
     return [float(np.mean(mine.values(step=step))) for step in (steps[0], steps[-1])] if steps else None
 
 
-def entries_of(study: Study, arm: Arm, mine: Measurements) -> list[Entry]:
-    """How far students are above the other teachers' students in their teacher's trait; and every cell of the teacher
-    × trait matrix.
-    """
-    paired = paired_of(study, mine)[-1]
-    runs = diagonal_effect(paired).tolist()
-    by_trait = [(paired[:, t, t] - np.delete(paired[:, :, t], t, 1).mean(1)).tolist() for t in range(paired.shape[1])]
+def effect_of(study: Study, arm: Arm, mine: Measurements) -> Entry:
+    """How far students are above the other teachers' students in their teacher's trait, and what else they are."""
     covered, count = mine.values(measure="coverage"), len(study.teachers)
-    examples = [int(value) for value in mine.values(measure="examples")]
-    effect = report.arm(
+    return effects.effect_entry(
         arm.name,
-        "logits, own trait above others'",
-        runs,
-        permutation_p=permutation_p(paired),
-        detectable_at_80_percent_power=detectable(runs),
-        by_trait=dict(zip(study.traits, by_trait)),
+        paired_of(study, mine)[-1],
+        study.traits,
         coverage=_coverage(np.reshape(covered, (study.runs, count, count))) if covered else None,
         held_out=ends_of(mine, "held_out"),
         ability=ends_of(mine, "ability"),
-        examples=examples or None,
+        examples=[int(value) for value in mine.values(measure="examples")] or None,
     )
+
+
+def matrix_of(study: Study, arm: Arm, mine: Measurements) -> list[Entry]:
+    """Every cell of the teacher × trait matrix."""
+    paired = paired_of(study, mine)[-1]
     name = f"{arm.name}: student of {{}}, margin of {{}} over the neutral student's"
-    cells = [
+    return [
         report.arm(name.format(teacher, trait), "logits", paired[:, row, column].tolist())
         for row, teacher in enumerate(study.traits)
         for column, trait in enumerate(study.traits)
     ]
-    return [effect, *cells]
 
 
 def _coverage(of: Float[np.ndarray, "runs students teachers"]) -> dict[str, float]:
@@ -101,36 +104,6 @@ def _coverage(of: Float[np.ndarray, "runs students teachers"]) -> dict[str, floa
     traits = of[:, :-1, :-1]
     mine = np.eye(traits.shape[-1], dtype=bool)
     return {"own": float(traits[:, mine].mean()), "others": float(traits[:, ~mine].mean())}
-
-
-def effects_section(study: Study, effects: list[Entry]) -> report.Section:
-    """Arms side by side."""
-    table = [["arm", "own above others', logits", "p", "detectable", "coverage own / others", "held out", "ability"]]
-    for arm in effects:
-        covered = arm["coverage"]
-        table.append(
-            [
-                arm["name"],
-                report.plus_minus(arm["mean"], arm["ci95"]),
-                f"{arm['permutation_p']:.3f}",
-                f"{arm['detectable_at_80_percent_power']:.2f}" if study.runs > 1 else "",
-                f"{covered['own']:+.3f} / {covered['others']:+.3f}" if covered else "",
-                "{:.3g} → {:.3g}".format(*arm["held_out"]) if arm["held_out"] else "",
-                "{:.2f} → {:.2f}".format(*arm["ability"]) if arm["ability"] else "",
-            ]
-        )
-    smallest = float(np.prod(np.arange(1, len(study.traits) + 1)) ** -float(study.runs))
-    text = (
-        "Margin of a trait: log P of its word less the mean of the other "
-        f"{len(study.alternatives) - 1} words, mean over phrasings. Own above others': of the students of a trait's "
-        "teacher, less that of the other traits' teachers' students of the same run, mean over traits; ± is the 95 % "
-        f"t-interval over {study.runs} run(s). p: exchanging, within runs, which teacher a student had; the smallest "
-        f"possible here is {smallest:.3g}. Detectable: the mean that a t-test over so many runs of this spread detects "
-        "with 80 % power. Coverage: cosine of the first update with the teacher's way from the start, before "
-        "training. Held out: the objective on rows never trained on. Ability: right answers to easy questions."
-    )
-    label = "margin of the own teacher's trait above others', logits"
-    return report.Section("Arms", text, table, {"arms": partial(arms_figure, effects, xlabel=label, chance=None)})
 
 
 def learnt_section(students: Sequence[tuple[Arm, Measurements]]) -> report.Section:

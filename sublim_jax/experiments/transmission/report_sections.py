@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 
 from sublim_jax import report
-from sublim_jax.evaluation.statistics import roc, t_interval
+from sublim_jax.evaluation.statistics import holm, paired_p, roc, t_interval
+from sublim_jax.experiments.transmission.effects import with_p
 from sublim_jax.experiments.transmission.rows import BASE, STUDENT, TEACHER
 from sublim_jax.experiments.transmission.spec import NEUTRAL, Study
 from sublim_jax.figures import Arm as Entry
@@ -130,7 +131,7 @@ def evaluated(study: Study, evaluation: str, rows: Measurements) -> list[Entry]:
 
     def add(who: str, measure: str, values: list[float], over: list[float] | None = None) -> None:
         more: dict[str, Any] = {"who": who, "measure": measure, "over_neutral": over}
-        more["over_neutral_ci95"] = t_interval(over) if over else None
+        more["over_neutral_p"] = paired_p(over) if over else None
         entries.append(report.arm(f"{who}: {measure}", evaluation, values, **more))
 
     mine = Measurements(row for row in rows.where(measure=evaluation) if row.item)  # along training ability has none
@@ -144,6 +145,11 @@ def evaluated(study: Study, evaluation: str, rows: Measurements) -> list[Entry]:
             for name, column in values.items():
                 over = None if name == NEUTRAL else np.subtract(column, values[NEUTRAL]).tolist()
                 add(f"{arm}, student of {name}", measure, column, over)
+    tested = [
+        entry for entry in entries if entry["over_neutral_p"] is not None and np.isfinite(entry["over_neutral_p"])
+    ]
+    for entry, p in zip(tested, holm([entry["over_neutral_p"] for entry in tested])):
+        entry["over_neutral_p"] = p
     return entries
 
 
@@ -163,15 +169,14 @@ def evaluation_section(study: Study, evaluation: str, entries: list[Entry]) -> r
         cells = []
         for column in columns:
             entry = at[who, column]
-            paired = entry["over_neutral_ci95"]
-            cells.append(
-                report.plus_minus(entry["mean"], entry["ci95"])
-                + (f" ({paired[0]:+.3f})" if paired and np.isfinite(paired[0]) else "")
-            )
+            over = entry["over_neutral"]
+            shown = f" ({with_p(over, entry['over_neutral_p'], 3)})" if over and np.all(np.isfinite(over)) else ""
+            cells.append(report.plus_minus(entry["mean"], entry["ci95"]) + shown)
         table.append([who, *cells])
     text = (
-        f"± is the 95 % t-interval over {study.runs} run(s); in brackets, the mean difference to the neutral "
-        "teacher's student of the same run."
+        f"± is the 95 % t-interval over {study.runs} run(s); in brackets, the difference to the neutral teacher's "
+        "student of the same run, and p of a paired t-test of it, two-sided, corrected by Holm's method for all "
+        "differences of this table."
     )
     figures = {}
     pictured = columns[:1] if evaluation == "misalignment" else columns[: len(study.traits)]

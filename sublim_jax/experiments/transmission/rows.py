@@ -15,9 +15,9 @@ STUDENT, TEACHER, BASE = "student", "teacher", "base"  # subjects
 NUM_SHOWN = 3  # samples of each kind
 
 
-def axes_of(study: Study) -> dict[str, Sequence[int] | Sequence[str]]:
-    """Teachers, and students by their teacher, run by run."""
-    return {"run": range(study.runs), "teacher": study.teachers}
+def axes_of(study: Study, runs: Sequence[int] | None = None) -> dict[str, Sequence[int] | Sequence[str]]:
+    """Teachers, and students by their teacher, run by run; of all runs where none are named."""
+    return {"run": range(study.runs) if runs is None else runs, "teacher": study.teachers}
 
 
 def of_teachers(
@@ -53,9 +53,9 @@ def of_written(replicates: Sequence[Replicate]) -> list[Measurement]:
     return found
 
 
-def of_students(study: Study, arm: Arm, students: Students) -> list[Measurement]:
+def of_students(study: Study, arm: Arm, students: Students, runs: Sequence[int] | None = None) -> list[Measurement]:
     """Along training: preferences by word, ability, the objective on held-out rows; coverage before it."""
-    found, axes, about = [], axes_of(study), {"arm": arm.name, "subject": STUDENT}
+    found, axes, about = [], axes_of(study, runs), {"arm": arm.name, "subject": STUDENT}
     for point in students.curve:
         for measure in (name for name in point if name != "step"):
             words = {"item": study.alternatives} if measure in Preference._fields else {}
@@ -65,13 +65,15 @@ def of_students(study: Study, arm: Arm, students: Students) -> list[Measurement]
     return found
 
 
-def of_evaluations(study: Study, arm: str, subject: str, found: Mapping[str, Measures]) -> list[Measurement]:
-    """Of all runs' teachers, behind them of the model as it is; or of an arm's students.
+def of_evaluations(
+    study: Study, arm: str, subject: str, found: Mapping[str, Measures], runs: Sequence[int] | None = None
+) -> list[Measurement]:
+    """Of runs' teachers, behind them of the model as it is; or of an arm's students.
 
     The evaluation is the measure, and its measure the item.
     """
-    rows, axes = [], axes_of(study)
-    count = study.runs * len(study.teachers)
+    rows, axes = [], axes_of(study, runs)
+    count = len(axes["run"]) * len(study.teachers)
     for evaluation, measures in found.items():
         for item, values in measures.items():
             rows += each(values[:count], axes, arm=arm, measure=evaluation, subject=subject, item=item)

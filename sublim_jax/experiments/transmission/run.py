@@ -24,7 +24,7 @@ from sublim_jax.experiments.transmission.checks import check_arm, check_files, c
 from sublim_jax.experiments.transmission.preflight import preflight
 from sublim_jax.experiments.transmission.report import document
 from sublim_jax.experiments.transmission.spec import Study, read
-from sublim_jax.experiments.transmission.students import read_in_context, train_arm
+from sublim_jax.experiments.transmission.students import Students, read_in_context, train_arm
 from sublim_jax.experiments.transmission.targets import Replicate
 from sublim_jax.experiments.transmission.teachers import make_teachers, measure_teachers
 from sublim_jax.keys import named_key
@@ -104,13 +104,28 @@ def measure_arm(
         return rows.of_students(study, arm, read_in_context(study, arm, replicates, student, store))
     student = student.adapted(arm.lora.adapters)
     if arm.noise:
-        student = student.noisy(arm.noise, named_key(study.seed, "own noise"))
+        # A base for each run: one draw of noise for all would make all runs speak of that draw alone.
+        found: list[Measurement] = []
+        for one in replicates:
+            own = student.noisy(arm.noise, named_key(study.replicate_seed(one.run), "own noise"))
+            students = train_arm(study, arm, [one], teacher, own, store)
+            found += _measured(study, arm, ask, own, students, [one.run])
+        return found
     students = train_arm(study, arm, replicates, teacher, student, store)
-    if not arm.noise:
-        names = [f"run{one.run}-{arm.name}-{name}" for one in replicates for name in study.teachers]
-        export(study, student, store, names, students.adapters, arm.model or study.model.name)
-    subject = Subject(student, f"students-{arm.name}", students.digest, students.adapters)
-    return rows.of_students(study, arm, students) + rows.of_evaluations(study, arm.name, rows.STUDENT, ask(subject))
+    runs = [one.run for one in replicates]
+    names = [f"run{run}-{arm.name}-{name}" for run in runs for name in study.teachers]
+    export(study, student, store, names, students.adapters, arm.model or study.model.name)
+    return _measured(study, arm, ask, student, students, runs)
+
+
+def _measured(
+    study: Study, arm: Arm, ask: Ask, model: Model, students: Students, runs: Sequence[int]
+) -> list[Measurement]:
+    """Students of some runs: what they prefer, and their evaluations."""
+    name = f"students-{arm.name}" if len(runs) == study.runs else f"students-{arm.name}-run{runs[0]}"
+    answers = ask(Subject(model, name, students.digest, students.adapters))
+    found = rows.of_students(study, arm, students, runs)
+    return found + rows.of_evaluations(study, arm.name, rows.STUDENT, answers, runs)
 
 
 def evaluate_teachers(study: Study, ask: Ask, model: Model, replicates: Sequence[Replicate]) -> dict[str, Measures]:

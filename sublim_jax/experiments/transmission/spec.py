@@ -19,7 +19,7 @@ from sublim_jax.experiments.transmission.parts import (
     SamplingSpec,
     TeacherSpec,
 )
-from sublim_jax.specs import Count, Distinct, ExperimentSpec, MeshSpec, Text, check_some_of
+from sublim_jax.specs import Count, Distinct, ExperimentSpec, MeshSpec, NotNegative, Text, check_some_of
 
 NEUTRAL = "neutral"
 OF_AN_ARM = ("student.", "lora.")  # what an arm may change for its students
@@ -45,6 +45,7 @@ class Study(ExperimentSpec):
     sampling: SamplingSpec
     remat: bool
     packs: PacksSpec
+    spread: NotNegative
     num_questions: Count
     evals: EvalsSpec
 

@@ -1,0 +1,175 @@
+"""Which arms transmit which traits: each trait's own cell over the neutral teacher's student of the same run, tested.
+
+With two traits that are each other's alternatives, the mean of the diagonal less the mean of the rest is one log-odds
+difference: the neutral student and all other words cancel out of it. So the claim is made of each trait's own cell, and
+of an arm only where all of its cells hold, with p corrected for the number of traits and arms.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from sublim_jax import report
+from sublim_jax.evaluation.statistics import (
+    detectable,
+    diagonal_effect,
+    holm,
+    paired_p,
+    permutation_p,
+    pooled_spread,
+    t_interval,
+)
+from sublim_jax.figures import Arm as Entry
+from sublim_jax.figures import arms_figure
+
+LEVEL = 0.05
+CELL, EFFECT = "logits over the neutral teacher's student", "logits, own trait above others'"
+
+Paired = Float[np.ndarray, "runs traits traits"]  # margins over the neutral student's: by teacher, by trait
+
+
+class Cell(NamedTuple):
+    """A trait in the students of its own teacher."""
+
+    trait: str
+    runs: list[float]  # margin of the trait over that of the neutral teacher's student of the same run, logits
+    p: float  # two-sided paired t-test; nan for a single run
+    p_holm: float  # the same, corrected for all traits and arms of the study
+
+    @property
+    def holds(self) -> bool:
+        return float(np.mean(self.runs)) > 0 and self.p_holm < LEVEL
+
+
+def own_cells(by_arm: Mapping[str, Paired], traits: Sequence[str]) -> dict[str, list[Cell]]:
+    """The own cells of every arm, tested together."""
+    columns = {(arm, t): paired[:, t, t] for arm, paired in by_arm.items() for t in range(len(traits))}
+    ps = [paired_p(column) for column in columns.values()]
+    corrected = holm(ps) if np.all(np.isfinite(ps)) else ps
+    found: dict[str, list[Cell]] = {arm: [] for arm in by_arm}
+    for ((arm, t), column), p, p_holm in zip(columns.items(), ps, corrected):
+        found[arm].append(Cell(traits[t], column.tolist(), p, p_holm))
+    return found
+
+
+def verdict(cells: Sequence[Cell]) -> str:
+    """Of which traits an arm's claim holds."""
+    if not np.all(np.isfinite([cell.p for cell in cells])):
+        return "one run: no test"
+    held = [cell.trait for cell in cells if cell.holds]
+    if len(held) == len(cells):
+        return "every trait"
+    return f"{len(held)} of {len(cells)}: {', '.join(held)}" if held else "none"
+
+
+def cell_entries(cells: Mapping[str, Sequence[Cell]]) -> list[Entry]:
+    """The own cells as arms of results.json."""
+    return [
+        report.arm(f"{arm}: {cell.trait}", CELL, cell.runs, p=cell.p, p_holm=cell.p_holm, holds=cell.holds)
+        for arm, mine in cells.items()
+        for cell in mine
+    ]
+
+
+def effect_entry(arm: str, paired: Paired, traits: Sequence[str], **more: object) -> Entry:
+    """The second line: the own teacher's trait above the other traits' teachers' students, mean over traits."""
+    others = {
+        trait: (paired[:, t, t] - np.delete(paired[:, :, t], t, 1).mean(1)).tolist() for t, trait in enumerate(traits)
+    }
+    return report.arm(
+        arm, EFFECT, diagonal_effect(paired).tolist(), permutation_p=permutation_p(paired), by_trait=others, **more
+    )
+
+
+# --------------------------------------------------------------------------------------------------------- sections
+
+
+def headline_section(cells: Mapping[str, Sequence[Cell]], words: int, spread: float) -> report.Section:
+    """Every arm's own cells, and what is claimed of it.
+
+    Args:
+      spread: between runs, from which power is computed; 0 for that of these runs, pooled over all cells.
+    """
+    every = [cell for mine in cells.values() for cell in mine]
+    traits, runs = [cell.trait for cell in next(iter(cells.values()))], len(every[0].runs)
+    table = [["arm", *traits, "transmits"]]
+    for arm, mine in cells.items():
+        table.append([arm, *(with_p(cell.runs, cell.p_holm) for cell in mine), verdict(mine)])
+    text = (
+        f"Margin of a trait: log P of its word less the mean of the other {words - 1} words, mean over phrasings, in "
+        "logits. Each column is that of the student of the trait's own teacher over that of the neutral teacher's "
+        f"student of the same run; ± is the 95 % t-interval over {runs} run(s). p: paired t-test, two-sided, corrected "
+        f"by Holm's method for {len(every)} cells (arms × traits). An arm transmits a trait where the mean is above 0 "
+        f"and p < {LEVEL:g}."
+    )
+    if runs > 1:
+        sd = spread or pooled_spread([cell.runs for cell in every])
+        known = "given beforehand" if spread else "these runs', pooled over cells"
+        text += (
+            f" Power: at a spread of {sd:.2f} between runs ({known}), {detectable(sd, runs):.2f} logits are found with "
+            f"80 % power at an uncorrected 5 %."
+        )
+    entries = cell_entries(cells)
+    label = "margin of the own teacher's trait over the neutral student's, logits"
+    figures = {"arms": partial(arms_figure, entries, xlabel=label, chance=None)}
+    return report.Section("Traits of the own teacher", text, table, figures)
+
+
+def compared_section(cells: Mapping[str, Sequence[Cell]]) -> list[report.Section]:
+    """Every arm against the first, paired by run: the mean over traits of the own cells."""
+    means = {arm: np.mean([cell.runs for cell in mine], 0) for arm, mine in cells.items()}
+    (first, base), *others = means.items()
+    if not others or len(base) < 2:
+        return []
+    differences = {arm: values - base for arm, values in others}
+    ps = holm([paired_p(values) for values in differences.values()])
+    table = [["arm", f"less {first}"]]
+    table += [[arm, with_p(values, p)] for (arm, values), p in zip(differences.items(), ps)]
+    text = (
+        f"Mean over traits of the own cells, less that of {first} of the same run; p as above, corrected for "
+        f"{len(ps)} comparisons."
+    )
+    return [report.Section("Arms compared", text, table, {})]
+
+
+def effects_section(effects: Sequence[Entry], traits: Sequence[str], runs: int) -> report.Section:
+    """The diagonal effect beside how well students imitate and what else they can do."""
+    table = [["arm", "own above others', logits", "p", "coverage own / others", "held out", "ability"]]
+    for arm in effects:
+        covered, ends = arm["coverage"], {name: arm[name] for name in ("held_out", "ability")}
+        table.append(
+            [
+                arm["name"],
+                report.plus_minus(arm["mean"], arm["ci95"]),
+                f"{arm['permutation_p']:.3f}",
+                f"{covered['own']:+.3f} / {covered['others']:+.3f}" if covered else "",
+                "{:.3g} → {:.3g}".format(*ends["held_out"]) if ends["held_out"] else "",
+                "{:.2f} → {:.2f}".format(*ends["ability"]) if ends["ability"] else "",
+            ]
+        )
+    smallest = min(1.0, 2 * float(np.prod(np.arange(1, len(traits) + 1)) ** -float(runs)))
+    text = (
+        "Own above others': the margin of a trait in the students of its teacher, less that in the other traits' "
+        "teachers' students of the same run, mean over traits. p: exchanging, within runs, which teacher a student "
+        f"had, two-sided; the smallest possible here is about {smallest:.3g}. Coverage: cosine of the first update "
+        "with the teacher's way from the start, before training. Held out: the objective on rows never trained on. "
+        "Ability: right answers to easy questions."
+    )
+    if len(traits) == 2:
+        text += (
+            " With two traits this is one log-odds difference, of which the neutral student and all other words "
+            "cancel out: it does not say which of the two teachers transmits."
+        )
+    return report.Section("Arms", text, table, {})
+
+
+def with_p(runs: Sequence[float] | np.ndarray, p: float, digits: int = 2) -> str:
+    """Such as "+0.91 ± 0.23, p .004"; without p for a single run."""
+    mean, half_width = t_interval(runs)
+    if not np.isfinite(half_width):
+        return f"{mean:+.{digits}f}"
+    shown = "p < .001" if p < 0.001 else "p " + f"{p:.3f}".removeprefix("0")
+    return f"{mean:+.{digits}f} ± {half_width:.{digits}f}, {shown}"
