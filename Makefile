@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 WORKDIR ?= runs/mnist-quick
 
-.PHONY: mnist theorem numbers test test-slow check bench parity preflight clean
+.PHONY: mnist theorem numbers test test-slow check bench docs parity preflight clean
 
 mnist: .venv/installed
 	$(BIN)/python launch.py --config=configs/mnist.py --workdir=$(WORKDIR)
@@ -29,6 +29,10 @@ bench: .venv/installed .venv-peers/installed
 	$(BIN)/python -m bench.mnist --peer=.venv-peers/bin/python
 	$(BIN)/python -m bench.lora --peer=.venv-peers/bin/python
 	$(BIN)/python -m bench.sampling --peer=.venv-peers/bin/python
+
+# Tables and figures of the docs, from the measurements in docs/results/.
+docs: .venv/installed
+	$(BIN)/python -m bench.docs
 
 parity: .venv/installed-dev
 	$(BIN)/python -m pytest -q tests/test_families.py tests/test_gguf.py --parity=docs/parity.md

@@ -120,9 +120,7 @@ def _publish(path: epath.Path, results: dict[str, Any], sections: Sequence[Secti
     text += [f"Model {m['name']}: {m['path']}, SHA-256 {m['digest'][:16]}…" for m in results["models"]]
     for section in sections:
         text += ["", f"## {section.title}", "", section.text, ""]
-        text += [_line(row) for row in section.table[:1]]
-        text += [_line(["---"] * len(row)) for row in section.table[:1]]
-        text += [_line(row) for row in section.table[1:]]
+        text += table_lines(section.table)
         for name, draw in section.figures.items():
             draw(folder / f"{name}.png")
             text += ["", f"![{name}](figures/{name}.png)"]
@@ -182,6 +180,12 @@ def plus_minus(mean: float | None, half_width: float | None) -> str:
     if math.isnan(mean):
         return "none"
     return f"{mean:.3f}" if half_width is None or math.isnan(half_width) else f"{mean:.3f} ± {half_width:.3f}"
+
+
+def table_lines(table: Sequence[Sequence[str]]) -> list[str]:
+    """A table in Markdown, its header first."""
+    head, rules, rows = table[:1], [["---"] * len(row) for row in table[:1]], table[1:]
+    return [_line(row) for row in (*head, *rules, *rows)]
 
 
 def _line(cells: Sequence[str]) -> str:
