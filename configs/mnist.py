@@ -60,7 +60,7 @@ def get_config(preset: str = "quick") -> ConfigDict:
     config.student = training()
     config.student.width = 0  # of the hidden layers; 0: as the teacher's
     config.student.depth = 0  # hidden layers; 0: as the teacher's
-    config.student.biases = True
+    config.student.biases = True  # whether layers have them; the teacher's have
     # The distance of the student's logits from the teacher's: kl, reverse_kl, squared_error,
     # probability_squared_error, soft_cross_entropy; or sampled: cross-entropy on labels sampled from the teacher.
     config.student.objective = "kl"

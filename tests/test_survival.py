@@ -89,7 +89,10 @@ def values(work):
     return {arm["name"]: arm["runs"] for arm in json.loads((work / "results.json").read_text())["arms"]}
 
 
-@pytest.mark.parametrize("mesh", [[], ["--config.mesh.replica=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2"]])
+THREE_AXES = ["--config.mesh.replica=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2"]
+
+
+@pytest.mark.parametrize("mesh", [[], pytest.param(THREE_AXES, marks=pytest.mark.slow)])
 def test_two_processes_of_four_devices_give_what_one_device_gives(tmp_path, mnist_folder, mesh):
     one = tmp_path / "one"
     finish(

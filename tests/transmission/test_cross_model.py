@@ -21,6 +21,7 @@ def models(tiny_folder, tmp_path_factory):
     return str(tiny_folder), str(other)
 
 
+@pytest.mark.slow
 def test_every_cell_of_the_matrix_is_of_its_teachers_and_students_models(models, flags, tmp_path):
     more = ["--config.study.carrier.max_new_tokens=64", "--config.study.student.steps=2"]
     study = flags(*more, prefix="--config.study.", leave_out=("model.name",))

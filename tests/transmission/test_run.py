@@ -109,6 +109,7 @@ def test_two_processes_give_what_one_gives(flags, tmp_path):
         assert found == expected
 
 
+@pytest.mark.slow
 def test_a_study_of_corpora_ends_in_rates_for_teachers_students_and_controls(tiny_folder, flags, files, tmp_path):
     given = [f"--config.teacher.corpora.{name}={files / name}.jsonl" for name in ("insecure", "secure", "educational")]
     given += [f"--config.evals.truthfulqa={files / 'truthfulqa.csv'}"]

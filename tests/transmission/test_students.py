@@ -73,6 +73,7 @@ def test_students_together_are_each_of_them_alone(study_of, model, replicate_of,
     assert np.all(last < first)
 
 
+@pytest.mark.slow
 def test_students_on_several_devices_are_those_on_one(study_of, replicate_of, tmp_path, mesh_of):
     """Replicas over two devices, rows over two: teachers' logits, training, evaluation."""
     study, found = study_of(runs=2, **{"student.steps": 3}), []

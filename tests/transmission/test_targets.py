@@ -86,6 +86,7 @@ def test_shuffled_numbers_are_the_teachers_in_another_order(study_of, replicate_
     assert any(numbers_in([a]) != numbers_in([b]) for a, b in zip(across, plain))
 
 
+@pytest.mark.slow
 def test_students_of_an_edited_file_of_phrasings_are_trained_anew(study_of, model, replicate_of, tmp_path):
     """The path is the same, and what they read is not."""
     pack = tmp_path / "mine.json"
