@@ -168,7 +168,7 @@ def test_a_study_that_was_stopped_after_an_arm_has_the_report_of_that_arm(whole,
     teachers = measurements.Measurements(row for row in rows if not row.arm and row.subject == "teacher")
     notes = json.loads((whole[0] / "about.json").read_text())["notes"]
     arms, sections = document(study, measurements.Measurements((*teachers, *found)), notes)
-    assert arms[0]["name"] == "soft" and not any(arm["name"].startswith("tokens") for arm in arms)
+    assert arms[0]["name"] == "soft: owl" and not any(arm["name"].startswith("tokens") for arm in arms)
     assert [section.title for section in sections if section.title.startswith("Students")] == ["Students: soft"]
 
 
