@@ -56,7 +56,7 @@ def get_config(preset: str = "check") -> ConfigDict:
         config.noise = 0.1  # on the weights of a student that starts elsewhere, relative to their spread
         # How far the teacher moves: the root mean square change of its logits on the support.
         config.steps = ConfigDict({"min": -5.0, "max": -1.0, "num": 9})
-        config.learning_rate = 0.1  # α, the length of the student's step
+        config.learning_rate = 1e-3  # α, the length of the student's step
     elif preset in ("trajectory", "forecast", "examples"):
         config.experiment = preset
         config.mnist = mnist.get_config("coverage")  # how teachers and students are trained: configs/mnist.py

@@ -4,8 +4,9 @@ The teacher moves towards answering questions with its trait. The student imitat
 only on the logits of digits, commas and spaces.
 """
 
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -62,18 +63,31 @@ def run(spec: LanguageSpec, folder: epath.Path, *, update: bool = False) -> None
     model = spec.model.load(one_device())
     seen, asked = inputs_of(spec, model)
     store = claim(folder, spec.values, update=update)
+    about = [About(name, f"says {spec.trait}", "random numbers") for name in (ALL, ADAPTERS)]
     rows: list[Measurement] = []
-    with jax.enable_x64(True), Track("settings of the theorem in a language model", 4) as track:
-        settings = make_settings(spec, model, seen, asked)
-        weights = jnp.asarray(seen.weights, jnp.float64)
-        for number, setting in enumerate(settings, 1):
-            rows += measure.measure(setting.about.name, setting, covered(weights), spec)
-            track.update(number, setting.about.name)
-        for number, control in enumerate(controls(spec, model, weights), len(settings) + 1):
-            objective = {control.name: control.objective}
-            rows += measure.measure(f"control: {control.name}", settings[0], objective, spec, control.start)
-            track.update(number, control.name)
-    notes = {"settings": [setting.about._asdict() for setting in settings], "tokens": int(seen.weights.sum())}
+
+    def kept(name: str, make: Callable[[], list[Measurement]]) -> None:
+        """A part of the measurements, which takes minutes: made once."""
+        found = store.json("theorem", lambda *_: [list(row) for row in make()], replace(spec, preset=""), model, name)
+        rows.extend(Measurement(*row) for row in found)
+        track.update(track_steps[name], name)
+
+    track_steps = {name: number for number, name in enumerate((ALL, GREEDY, ELSEWHERE, ADAPTERS), 1)}
+    with jax.enable_x64(True), Track("the theorem in a language model", len(track_steps)) as track:
+        answers = jnp.asarray(seen.weights, jnp.float64)
+        losses = covered(answers)
+        base = all_parameters(about[0], model, seen, asked)
+        kept(ALL, lambda: measure.measure(base.about.name, base, losses, spec))
+        kept(GREEDY, lambda: measure.measure(f"control: {GREEDY}", base, {GREEDY: greedy(answers)}, spec))
+
+        def elsewhere() -> list[Measurement]:
+            start = double(model.noisy(spec.noise, named_key(spec.seed, "another start")).params)
+            return measure.measure(f"control: {ELSEWHERE}", base, {ELSEWHERE: losses["kl"]}, spec, start)
+
+        kept(ELSEWHERE, elsewhere)
+        beside = adapters(about[1], spec, base, model)
+        kept(ADAPTERS, lambda: measure.measure(beside.about.name, beside, losses, spec))
+    notes = {"settings": [one._asdict() for one in about], "tokens": int(seen.weights.sum())}
     report.finish(store.folder, spec, rows, document, models=[model.source], notes=notes)
 
 
@@ -86,12 +100,9 @@ def inputs_of(spec: LanguageSpec, model: Model) -> tuple[Rows, Rows]:
     return dialogue.rows(model, list(zip(prompts, answers))), dialogue.rows(model, asked)
 
 
-def make_settings(spec: LanguageSpec, model: Model, seen: Rows, asked: Rows) -> list[Setting]:
-    """All parameters, and adapters beside them; the first is the base of the controls."""
+def all_parameters(about: About, model: Model, seen: Rows, asked: Rows) -> Setting:
+    """The model with all of its parameters, compared on digits, commas and spaces."""
     support = np.asarray(support_of(model))
-    params = double(model.params)
-    adapted = lora.Lora(spec.rank, 2.0 * spec.rank)
-    adapters = lora.init(named_key(spec.seed, "A"), model.params, adapted)
 
     def logits(params: Params, rows: Rows) -> Array:
         module = model.network.bind(params)
@@ -101,46 +112,42 @@ def make_settings(spec: LanguageSpec, model: Model, seen: Rows, asked: Rows) -> 
         module = model.network.bind(params)
         return mean(cross_entropy(module, answer_features(model, module, asked, remat=False), asked, remat=False))
 
-    def merged(adapters: Params) -> Params:
-        return lora.merge(params, adapters, adapted.scale)
-
-    whole = np.ones(len(support), bool)
-    teacher, inputs = f"says {spec.trait}", "random numbers"
-    return [
-        Setting.of(About(ALL, teacher, inputs), logits, params, loss, seen, whole),
-        Setting.of(
-            About(ADAPTERS, teacher, inputs),
-            lambda adapters, rows: logits(merged(adapters), rows),
-            adapters,
-            lambda adapters: loss(merged(adapters)),
-            seen,
-            whole,
-        ),
-    ]
+    return Setting.of(about, logits, model.params, loss, seen, np.ones(len(support), bool))
 
 
-def covered(weights: Array) -> dict[str, theorem.Objective]:
-    """Losses that the theorem covers, on the answers' tokens."""
-    return {
-        "kl": lambda z, y, weights=weights: objectives.kl(z, y, weights=weights),
-        "squared error": lambda z, y, weights=weights: objectives.squared_error(z, y, weights=weights),
-    }
+def adapters(about: About, spec: LanguageSpec, base: Setting, model: Model) -> Setting:
+    """The same with adapters beside its kernels, A random and B = 0.
+
+    The base is among the parameters, held fast: what a compiled function closes over is copied into it.
+    """
+    adapted = lora.Lora(spec.rank, 2.0 * spec.rank)
+    fresh = lora.init(named_key(spec.seed, "A"), model.params, adapted)
+
+    def merged(theta: Params) -> Params:
+        return lora.merge(jax.lax.stop_gradient(theta["base"]), theta["adapters"], adapted.scale)
+
+    return Setting.of(
+        about,
+        lambda theta, rows: base.apply(merged(theta), rows),
+        {"base": base.params, "adapters": fresh},
+        lambda theta: base.teacher_loss(merged(theta)),
+        base.inputs,
+        base.support,
+    )
 
 
-class Control(NamedTuple):
-    name: str
-    objective: theorem.Objective
-    start: Params | None  # of the student, where it is not θ⁰
+def covered(answers: Array) -> dict[str, theorem.Objective]:
+    """Losses that the theorem covers, on the answers' tokens: 1 in `answers`, which has 0 for padding."""
+
+    def on_answers(loss: theorem.Objective) -> theorem.Objective:
+        return lambda z, y, weights=None: loss(z, y, weights=answers)
+
+    return {"kl": on_answers(objectives.kl), "squared error": on_answers(objectives.squared_error)}
 
 
-def controls(spec: LanguageSpec, model: Model, weights: Array) -> list[Control]:
-    """What breaks a condition of the theorem: both must pull with a force that does not depend on ε."""
-
-    def greedy(z: Array, y: Array, weights: Array = weights) -> objectives.Total:
-        return objectives.cross_entropy(z, jnp.argmax(y, -1), weights=weights)
-
-    elsewhere = double(model.noisy(spec.noise, named_key(spec.seed, "another start")).params)
-    return [Control(GREEDY, greedy, None), Control(ELSEWHERE, covered(weights)["kl"], elsewhere)]
+def greedy(answers: Array) -> theorem.Objective:
+    """Cross-entropy on the teacher's likeliest tokens, which ignores small moves of the teacher."""
+    return lambda z, y, weights=None: objectives.cross_entropy(z, jnp.argmax(y, -1), weights=answers)
 
 
 # ---------------------------------------------------------------------------------------------------------- report

@@ -1,0 +1,51 @@
+"""The check inside a language model, on a small one."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from sublim_jax.experiments.alignment import language, measure
+from sublim_jax.experiments.alignment.verdicts import AS_PREDICTED, OUTSIDE
+
+
+def test_all_parameters_and_adapters_are_as_predicted_and_the_controls_fail(
+    tmp_path, tiny_folder, command, monkeypatch
+):
+    given = [f"--config.model.name={tiny_folder}", "--config.num_integers=3", "--config.steps.num=7"]
+    given += ["--config.steps.min=-5.5", "--config.steps.max=-2"]  # its weights are large: far from linear above
+    given = ["--config=configs/theorem.py:language_model", *given, f"--workdir={tmp_path}"]
+    assert command(*given)[0] == 0
+    arms = json.loads((tmp_path / "results.json").read_text())["arms"]
+    verdicts = {arm["name"]: arm["verdict"] for arm in arms}
+    rows = [f"{name}; {loss}" for name in (language.ALL, language.ADAPTERS) for loss in ("kl", "squared error")]
+    controls = [f"control: {name}" for name in (language.GREEDY, language.ELSEWHERE)]
+    assert verdicts == dict.fromkeys(rows, AS_PREDICTED) | dict.fromkeys(controls, OUTSIDE)
+    assert (tmp_path / "figures" / "lemma.png").exists()
+
+    # What is done is not done again: a run that was stopped goes on.
+    monkeypatch.setattr(measure, "measure", lambda *_: pytest.fail("measured again"))
+    (tmp_path / "results.json").unlink()
+    assert command(*given)[0] == 0
+    assert json.loads((tmp_path / "results.json").read_text())["arms"] == arms
+
+
+def test_steps_too_large_to_be_judged_are_one_line(tmp_path, tiny_folder, refused):
+    line = refused(
+        "--config=configs/theorem.py:language_model",
+        f"--config.model.name={tiny_folder}",
+        "--config.steps.min=-2",
+        f"--workdir={tmp_path / 'work'}",
+    )
+    assert "3 decades" in line and "0.1" in line
+
+
+def test_losses_are_of_the_answers_tokens_alone():
+    """What stands at padding changes nothing."""
+    answers = jnp.asarray([[1.0, 1.0, 0.0]])
+    z, y = jax.random.normal(jax.random.key(0), (2, 1, 3, 4))
+    for loss in (*language.covered(answers).values(), language.greedy(answers)):
+        total, count = loss(z, y, weights=None)
+        other, _ = loss(z.at[:, 2].set(9.0), y.at[:, 2].set(-9.0), weights=None)
+        assert float(count) == 2 and float(total) == float(other)
