@@ -99,17 +99,17 @@ def measure_controls(spec: AlignmentSpec, base: Setting) -> tuple[list[Measureme
     notes: list[Note] = []
 
     def add(
-        name: str, reason: str, expected: str, setting: Setting, objective: theorem.Objective, *start: Params
+        name: str, reason: str, expected: str, setting: Setting, losses: Mapping[str, theorem.Objective], *start: Params
     ) -> None:
         notes.append({"name": name, "reason": reason, "expected": expected})
-        rows.extend(measure(f"control: {name}", setting, {name: objective}, spec, *start))
+        rows.extend(measure(f"control: {name}", setting, losses, spec, *start))
 
     for name, expected, objective, max_epsilon in controls(base.support, logits, v):
         reason = theorem.no_guarantee(partial(objective, weights=None), logits)
-        add(name, reason, expected, base, objective)
+        add(name, reason, expected, base, {name: objective})
         rows.append(Measurement(f"control: {name}", MAX_EPSILON, max_epsilon))
 
-    kl = partial(objectives.kl, support=base.support)
+    kl = {"kl": partial(objectives.kl, support=base.support)}
     other = double(mlp(WIDTHS, "tanh").init(named_key(spec.seed, "another start")))
     add("another initialisation", "no guarantee: the student starts elsewhere", "constant", base, kl, other)
 
