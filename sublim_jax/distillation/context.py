@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 
 from sublim_jax.data import chat, templates
+from sublim_jax.data.templates import Message
+from sublim_jax.data.tokenizer import Tokenizer
 from sublim_jax.distillation.losses import stacked
 from sublim_jax.distillation.targets import Pair
 from sublim_jax.errors import UserError
@@ -41,16 +43,14 @@ def fitting(model: Model, pairs: list[Pair], questions: list[str]) -> list[Pair]
     return pairs[: bisect.bisect_left(range(1, len(pairs) + 1), True, key=too_long)]
 
 
-def behind(tokenizer: Any, pairs: list[Pair], questions: list[str]) -> tuple[list[int], list[list[int]]]:
+def behind(tokenizer: Tokenizer, pairs: list[Pair], questions: list[str]) -> tuple[list[int], list[list[int]]]:
     """(what all questions begin with, each question's tokens) behind some rows of a conversation.
 
     Raises UserError for a template that leaves out what an earlier answer has.
     """
-    before = [
-        message
-        for prompt, answer in pairs
-        for message in ({"role": "user", "content": prompt}, {"role": "assistant", "content": answer})
-    ]
+    before: list[Message] = []
+    for prompt, answer in pairs:
+        before += [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
     shown = templates.render(tokenizer, [*before, {"role": "user", "content": "?"}], generation=True)
     if cut := [answer for _, answer in pairs if answer.strip() not in shown]:
         raise UserError(
