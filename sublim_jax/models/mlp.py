@@ -40,7 +40,7 @@ class MLP(nnx.Module):
         return last(x)
 
 
-def mlp(widths: Sequence[int], activation: str = "relu") -> Functions:
+def mlp(widths: Sequence[int], activation: str = "relu") -> Functions[MLP]:
     """The MLP with layer sizes `widths`, inputs and logits included."""
     return functions(lambda rngs: MLP(widths, activation, rngs=rngs))
 
