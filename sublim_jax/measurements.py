@@ -7,7 +7,7 @@
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Literal, NamedTuple, Required, TypedDict, Unpack, overload
 
 import jax
 import pyarrow as pa
@@ -58,20 +58,35 @@ _SCHEMA = pa.schema(
 class Measurements(tuple[Measurement, ...]):
     """Rows in the order in which they were measured."""
 
-    def where(self, **given: Any) -> "Measurements":
+    def where(self, **given: object) -> "Measurements":
         """The rows whose fields have these values."""
         return Measurements(row for row in self if all(getattr(row, name) == value for name, value in given.items()))
 
-    def values(self, **given: Any) -> list[float]:
+    def values(self, **given: object) -> list[float]:
         """The numbers of the rows whose fields have these values."""
         return [row.value for row in self.where(**given)]
 
-    def names(self, field: str, **given: Any) -> list[Any]:
+    @overload
+    def names(self, field: Literal["run", "step"], **given: object) -> list[int]: ...
+    @overload
+    def names(self, field: Literal["arm", "teacher", "subject", "measure", "item"], **given: object) -> list[str]: ...
+    def names(self, field: str, **given: object) -> list[int] | list[str]:
         """What is in a field, each once, in order."""
         return list(dict.fromkeys(getattr(row, field) for row in self.where(**given)))
 
 
-def each(values: Iterable[float], **fields: Any) -> list[Measurement]:
+class Fields(TypedDict, total=False):
+    """What `each` measures."""
+
+    arm: Required[str]
+    measure: Required[str]
+    teacher: str
+    subject: str
+    item: str
+    step: int
+
+
+def each(values: Iterable[float], **fields: Unpack[Fields]) -> list[Measurement]:
     """One row a run, of every run's value."""
     return [Measurement(value=float(value), run=run, **fields) for run, value in enumerate(values)]
 
@@ -80,7 +95,7 @@ def write(folder: epath.PathLike, experiment: str, rows: Sequence[Measurement]) 
     """Writes the table, whole or not at all, by the first process."""
     if jax.process_index():
         return
-    columns: dict[str, list[Any]] = {name: [getattr(row, name) for row in rows] for name in Measurement._fields}
+    columns: dict[str, list[object]] = {name: [getattr(row, name) for row in rows] for name in Measurement._fields}
     columns["experiment"] = [experiment] * len(rows)
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table({name: columns[name] for name in _SCHEMA.names}, schema=_SCHEMA), sink)

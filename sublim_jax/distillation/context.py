@@ -1,7 +1,6 @@
 """In context: an untrained model behind rows that a teacher wrote (§5.2)."""
 
 import bisect
-from typing import Any
 
 import numpy as np
 
@@ -19,7 +18,7 @@ from sublim_jax.models.language import Model
 
 def measure_in_context(
     model: Model, seed: int, read: list[list[Pair]], questions: list[str], words: tuple[str, ...]
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Preferences behind each of several lists of rows, and how many of them there was room for."""
     adapters = stacked([model.untrained(named_key(seed, "A"))])
     found, counts = [], []

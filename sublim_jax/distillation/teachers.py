@@ -1,13 +1,13 @@
 """Teachers: a model with adapters, a system prompt and steering, alone or together."""
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from etils import epath
-from jaxtyping import Array, Int, Key
+from jaxtyping import Array, Int, Key, PyTree
 
 from sublim_jax.data.dialogue import Rows
 from sublim_jax.data.order import epoch_rows
@@ -19,6 +19,7 @@ from sublim_jax.models.functional import Params
 from sublim_jax.models.language import Model
 from sublim_jax.progress import Track, say
 from sublim_jax.sampling import scoring
+from sublim_jax.sampling.checks import Where
 from sublim_jax.sharding import named, place_key, put
 from sublim_jax.store import digest
 from sublim_jax.training import ROWS, Program, Total, TrainState, fit
@@ -41,7 +42,7 @@ class Teacher(NamedTuple):
     digest: str
 
     @property
-    def where(self) -> dict[str, Any]:
+    def where(self) -> Where:
         """For sampling and scoring."""
         return {"adapters": stacked([self.adapters]), "steering": self.steering}
 
@@ -136,7 +137,7 @@ def teaching_program(
 ) -> Program:
     """Updates of one teacher's adapters on `count` rows; its metric is P of the answer's first token before each."""
 
-    def loss(adapters: Params, frozen: Any, batch: Rows, key: Key[Array, ""]) -> tuple[Total, dict]:
+    def loss(adapters: Params, frozen: dict[str, PyTree], batch: Rows, key: Key[Array, ""]) -> tuple[Total, dict]:
         module = model.network.bind(lora.join(frozen["base"], adapters))
         features = answer_features(model, module, batch, remat=remat)
         total = cross_entropy(module, features, batch, remat=remat)
@@ -144,7 +145,7 @@ def teaching_program(
         first = jnp.take_along_axis(first, batch.targets[:, :1], -1)
         return total, {"answer": (jnp.mean(first) * total[1], total[1])}
 
-    def batch(frozen: Any, key: Key[Array, ""], index: Int[Array, ""]) -> Rows:
+    def batch(frozen: dict[str, PyTree], key: Key[Array, ""], index: Int[Array, ""]) -> Rows:
         rows, exists = epoch_rows(key, index, count, batch_size)
         found = frozen["rows"].take(rows)
         return found._replace(weights=found.weights * exists[:, None])
