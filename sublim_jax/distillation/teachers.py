@@ -6,7 +6,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from etils import epath
 from jaxtyping import Array, Int, Key, PyTree
 
 from sublim_jax.data.dialogue import Rows
@@ -22,7 +21,7 @@ from sublim_jax.sampling import scoring
 from sublim_jax.sampling.checks import Where
 from sublim_jax.sharding import named, place_key, put
 from sublim_jax.store import digest
-from sublim_jax.training import ROWS, Program, Total, TrainState, fit
+from sublim_jax.training import ROWS, Program, Total, TrainState
 
 
 class Teacher(NamedTuple):
@@ -72,22 +71,28 @@ class CorpusTraining:
     epochs: int
 
 
+def read_by(model: Model, rows: Rows) -> dict[str, PyTree]:
+    """What a `teaching_program` reads: the base, and the rows on its mesh."""
+    return {"base": model.params, "rows": put(rows, named(model.mesh))}
+
+
 def train_on_answers(
-    model: Model,
-    rows: Rows,
-    training: AnswerTraining,
-    steps: int | None,
-    seed: int,
-    index: int,
-    *,
-    checkpoints: epath.Path | None,
     program: Program,
     state: TrainState,
+    frozen: dict[str, PyTree],
+    key: Key[Array, ""],
+    training: AnswerTraining,
+    *,
+    steps: int | None,
     label: str,
 ) -> tuple[Params, Array]:
-    """(adapters, updates): trained until the answers have `training.strength`, or for given steps."""
-    frozen = {"base": model.params, "rows": put(rows, named(program.mesh))}
-    key = place_key(named_key(seed, f"teacher {index}"), named(program.mesh))
+    """(adapters, updates): trained until the answers have `training.strength`, or for given steps.
+
+    Args:
+      frozen: of `read_by`.
+      key: of the order of the rows.
+    """
+    key = place_key(key, named(program.mesh))
     last, reached = training.max_steps if steps is None else steps, 0.0
     with Track(label, last) as track:
         for step in range(1, last + 1):
@@ -99,31 +104,6 @@ def train_on_answers(
     if steps is None and reached < training.strength:
         say(f"{label}: P of its answer is {reached:.2f} after {last} steps, not {training.strength}")
     return state.params, state.step
-
-
-def train_on_corpus(
-    model: Model,
-    rows: Rows,
-    training: CorpusTraining,
-    seed: int,
-    name: str,
-    *,
-    checkpoints: epath.Path | None,
-    program: Program,
-    state: TrainState,
-    checkpoint_every: int,
-    label: str,
-) -> Params:
-    return fit(
-        program,
-        state,
-        steps=corpus_optimizer(training, len(rows.at))[1],
-        key=named_key(seed, f"teacher {name}"),
-        frozen={"base": model.params, "rows": put(rows, named(program.mesh))},
-        checkpoints=checkpoints,
-        checkpoint_every=checkpoint_every,
-        what=label,
-    ).params
 
 
 def corpus_optimizer(training: CorpusTraining, count: int) -> tuple[optax.GradientTransformation, int]:

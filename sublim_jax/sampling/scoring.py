@@ -13,8 +13,8 @@ from jaxtyping import Array, Float, Int
 
 from sublim_jax.data.tokenizer import Tokenizer
 from sublim_jax.errors import UserError
-from sublim_jax.models.decoder import Cache, Decoder, Settings, Steering
-from sublim_jax.models.functional import Functions, Params
+from sublim_jax.models.decoder import Cache, Decoder, Settings
+from sublim_jax.models.functional import Functions
 from sublim_jax.models.language import Model
 from sublim_jax.sampling.checks import Behind, Texts, Tokens, Where, apart, texts_of, tokens_of
 from sublim_jax.sampling.engine import DEVICES, Fixed, features, place, stacked_cache, unembed
@@ -181,9 +181,7 @@ def _batches(
     *,
     prefix: list[int],
     more: int = 0,
-    adapters: Params | None = None,
-    steering: Steering | None = None,
-    mesh: Mesh | None = None,
+    **where: Unpack[Where],
 ) -> Iterator[tuple[list[int], np.ndarray, Callable[..., np.ndarray]]]:
     """(rows, padded tokens, `compute` of them on the mesh), texts of like length together.
 
@@ -193,10 +191,10 @@ def _batches(
     """
     for number, text in enumerate(texts):
         model.settings.check_length(len(prefix) + len(text) + more, f"row {number}")
-    mesh = mesh or model.mesh
+    mesh, adapters = where.get("mesh") or model.mesh, where.get("adapters")
     stacked = 1 if adapters is None else jax.tree.leaves(adapters)[0].shape[0]
     count = ROWS * mesh.shape["replica"] * mesh.shape["fsdp"]
-    fixed = place(Fixed(model.params, adapters, None, steering), mesh)
+    fixed = place(Fixed(model.params, adapters, None, where.get("steering")), mesh)
     if prefix:
         fixed = fixed._replace(prefix=_prefix(model.network, model.settings, stacked, fixed, jnp.asarray([prefix])))
     rows_split = named(mesh, DEVICES)

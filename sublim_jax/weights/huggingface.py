@@ -265,7 +265,7 @@ def save(folder: str | Path, params: Params, settings: Settings, config: Config)
         (scratch / INDEX).write_text(json.dumps({"metadata": {"total_size": size}, "weight_map": weight_map}, indent=1))
 
 
-def _config_of(flat: Mapping[str, jax.Array], settings: Settings, config: Config) -> Config:
+def _config_of(flat: Mapping[str, jax.Array | np.ndarray], settings: Settings, config: Config) -> Config:
     """The config of what is written: of its number type, with an unembedding where it has one, a model by itself."""
     written = copy.deepcopy(config)
     written.dtype = jnp.result_type(*{leaf.dtype for leaf in flat.values()}).name
@@ -287,7 +287,7 @@ def _shards_of(tensors: Iterable[tuple[str, np.ndarray]]) -> Iterator[dict[str, 
 
 
 def _tensors(
-    settings: Settings, rules: tuple[Rule, ...], flat: Mapping[str, jax.Array]
+    settings: Settings, rules: tuple[Rule, ...], flat: Mapping[str, jax.Array | np.ndarray]
 ) -> Iterator[tuple[str, np.ndarray]]:
     """(name, array) of every tensor of a checkpoint."""
     for rule in rules:

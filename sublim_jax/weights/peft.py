@@ -39,6 +39,7 @@ TODAY = "model.language_model."
 INSIDE = re.compile(r"^(model\.language_model|language_model\.model)\.")
 MODEL_WEIGHTS = r"(pytorch_)?model.*\.(safetensors|bin)$"
 OTHER_SENSES = re.compile(r"(^|\.)(vision_tower|vision_model|audio_tower|multi_modal_projector)\.")
+Leaf = Array | np.ndarray
 Fields = dict[str, object]  # of adapter_config.json
 
 
@@ -350,7 +351,7 @@ def save(
     )
 
 
-def _adapted(settings: Settings, config: Config, adapters: Params) -> dict[Rule, dict[str, tuple[Array, Array]]]:
+def _adapted(settings: Settings, config: Config, adapters: Params) -> dict[Rule, dict[str, tuple[Leaf, Leaf]]]:
     """The rules whose tensors have adapters, with (A, B) of each of our layers in them, by path."""
     leaves = jax.tree_util.tree_leaves_with_path(adapters)
     named = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}

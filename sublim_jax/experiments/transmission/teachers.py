@@ -4,6 +4,8 @@ from typing import Any
 
 import numpy as np
 import optax
+from etils import epath
+from jaxtyping import Array
 
 from sublim_jax import store as artefacts
 from sublim_jax.data import chat, dialogue, packs
@@ -12,10 +14,10 @@ from sublim_jax.distillation import steering
 from sublim_jax.distillation.teachers import (
     Teacher,
     corpus_optimizer,
+    read_by,
     spelled,
     teaching_program,
     train_on_answers,
-    train_on_corpus,
     untrained,
 )
 from sublim_jax.evaluation import preference
@@ -24,10 +26,12 @@ from sublim_jax.experiments.transmission import corpora
 from sublim_jax.experiments.transmission.spec import NEUTRAL, Study
 from sublim_jax.keys import named_key
 from sublim_jax.models.decoder import Steering
+from sublim_jax.models.functional import Params
 from sublim_jax.models.language import Model
 from sublim_jax.progress import say
 from sublim_jax.sampling import scoring
 from sublim_jax.store import Store
+from sublim_jax.training import fit
 
 PERSONA: dict[str, tuple[str, ...]] = {"loving": ("kind", "trait"), "neutral": ("kind",)}
 NUM_INSIDE = 8  # lists of numbers in which a trait's word is looked for
@@ -105,8 +109,12 @@ def _finetuned(
     program = teaching_program(model, optimizer, len(rows.at), training.batch, study.remat)
     state = program.init(model.untrained(named_key(seed, "A")))
     inputs = (model, rows, training, steps, seed, index)
-    how = {"program": program, "state": state, "label": f"run {run}, teacher {name}"}
-    adapters, count = store.tree(f"teacher-{name}", train_on_answers, *inputs, like=(state.params, state.step), **how)
+
+    def train(*_: object, **__: object) -> tuple[Params, Array]:
+        key, label = named_key(seed, f"teacher {index}"), f"run {run}, teacher {name}"
+        return train_on_answers(program, state, read_by(model, rows), key, training, steps=steps, label=label)
+
+    adapters, count = store.tree(f"teacher-{name}", train, *inputs, like=(state.params, state.step))
     return Teacher(adapters, "", None, int(count), artefacts.digest(*inputs))
 
 
@@ -133,10 +141,22 @@ def of_corpus(study: Study, model: Model, store: Store, run: int, name: str) -> 
     optimizer, steps = corpus_optimizer(training, len(texts))
     program = teaching_program(model, optimizer, len(texts), training.batch, study.remat)
     state = program.init(model.untrained(named_key(seed, "A")))
-    inputs = (model, dialogue.arrays(texts), training, seed, name)
-    how = {"program": program, "state": state, "checkpoint_every": study.checkpoint_every}
-    how["label"] = f"run {run}, teacher {name}, {len(texts)} conversations"
-    adapters = store.tree(f"teacher-{name}", train_on_corpus, *inputs, like=state.params, **how)
+    rows = dialogue.arrays(texts)
+    inputs = (model, rows, training, seed, name)
+
+    def train(*_: object, checkpoints: epath.Path) -> Params:
+        return fit(
+            program,
+            state,
+            steps=steps,
+            key=named_key(seed, f"teacher {name}"),
+            frozen=read_by(model, rows),
+            checkpoints=checkpoints,
+            checkpoint_every=study.checkpoint_every,
+            what=f"run {run}, teacher {name}, {len(texts)} conversations",
+        ).params
+
+    adapters = store.tree(f"teacher-{name}", train, *inputs, like=state.params)
     return Teacher(adapters, "", None, steps, artefacts.digest(*inputs))
 
 
