@@ -3,12 +3,12 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
+from jaxtyping import PyTree
 from orbax.checkpoint import v1 as ocp
 
 from sublim_jax import signals
@@ -18,7 +18,7 @@ KEPT = 2  # the newest, and one to fall back to
 UNFINISHED = ".orbax-checkpoint-tmp"  # in the names of checkpoints that were being written
 
 
-def abstract(tree: Any) -> Any:
+def abstract(tree: PyTree) -> PyTree:
     """Shapes, dtypes and shardings of a tree of arrays: what a load needs to know."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
 
@@ -43,7 +43,7 @@ class Checkpoints:
         """Waits for a save under way."""
         self._checkpointer.close()
 
-    def save(self, step: int, state: Any, data_position: dict[str, Any] | None) -> None:
+    def save(self, step: int, state: PyTree, data_position: dict[str, object] | None) -> None:
         """Starts a save and returns once the arrays are copied; a half-written one is never seen."""
         self._checkpointer.save_checkpointables_async(
             step,
@@ -53,7 +53,7 @@ class Checkpoints:
             overwrite=True,
         )
 
-    def restore(self, like: Any) -> tuple[Any, dict[str, Any] | None] | None:
+    def restore(self, like: PyTree) -> tuple[PyTree, dict[str, object] | None] | None:
         """The newest readable state and this process's data position, on the shardings of `like`.
 
         An unreadable checkpoint is reported and passed over for the one before it. None if there is none.
@@ -82,19 +82,19 @@ def opened(directory: epath.PathLike | None) -> Iterator[Checkpoints | None]:
         checkpoints.close()
 
 
-def save_tree(path: epath.Path, tree: Any) -> None:
+def save_tree(path: epath.Path, tree: PyTree) -> None:
     """Writes a tree of arrays, whole or not at all."""
     with signals.whole():
         ocp.save(path.absolute(), tree, overwrite=True)
 
 
-def load_tree(path: epath.Path, like: Any) -> Any:
+def load_tree(path: epath.Path, like: PyTree) -> PyTree:
     """Reads a tree of arrays onto the shapes, dtypes and shardings of `like`."""
     with signals.whole():
         return ocp.load(path.absolute(), abstract_state=abstract(like))
 
 
-def _gather_json(value: Any) -> list[Any]:
+def _gather_json(value: object) -> list[object]:
     """One JSON value a process, on every process."""
     if jax.process_count() == 1:
         return [value]

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import ml_collections
 from ml_collections import ConfigDict
@@ -33,7 +33,7 @@ class Origin(NamedTuple):
     file: str
     line: int
     key: str  # where the line makes a group of a dict that has the value: the value's name in it
-    value: Any
+    value: object
 
 
 class Origins:
@@ -43,7 +43,7 @@ class Origins:
         self._known: dict[tuple[int, str], Origin] = {}
         self._groups: list[ConfigDict] = []  # kept, so that no other gets its id
 
-    def add(self, group: ConfigDict, name: str, value: Any, frame: FrameType | None) -> None:
+    def add(self, group: ConfigDict, name: str, value: object, frame: FrameType | None) -> None:
         if (id(group), name) in self._known:
             return
         functions = []
@@ -74,7 +74,7 @@ def traced() -> Iterator[Origins]:
     """Notes where every value of the configs that are made meanwhile was first set."""
     origins, set_item = Origins(), ConfigDict.__setitem__
 
-    def noted(group: ConfigDict, name: str, value: Any) -> None:
+    def noted(group: ConfigDict, name: str, value: object) -> None:
         set_item(group, name, value)
         origins.add(group, name, value, sys._getframe(1))
 
@@ -202,9 +202,9 @@ def _together(group: ConfigDict, default: ConfigDict, origins: Origins, prefix: 
     return found
 
 
-def _flat(group: ConfigDict, origins: Origins) -> dict[str, Any]:
+def _flat(group: ConfigDict, origins: Origins) -> dict[str, object]:
     """A group's values by their paths in it."""
-    values: dict[str, Any] = {}
+    values: dict[str, object] = {}
     for name in origins.names(group):
         value = group[name]
         if isinstance(value, ConfigDict):
@@ -214,11 +214,11 @@ def _flat(group: ConfigDict, origins: Origins) -> dict[str, Any]:
     return values
 
 
-def _shown(value: Any, default: Any) -> str:
+def _shown(value: object, default: object) -> str:
     return _text(value) + (f" (default {_text(default)})" if value != default else "")
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     """A value as it may be typed."""
     if isinstance(value, tuple | list):
         return ", ".join(map(str, value)) + "," * (len(value) == 1) if value else "()"

@@ -6,11 +6,13 @@ from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
+from etils import epath
 
 from sublim_jax.evaluation.statistics import normal_interval
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 Arm = dict[str, Any]
 Numbers = Sequence[float] | np.ndarray
@@ -50,7 +52,7 @@ def banded(label: str, x: Numbers, runs: Sequence[Numbers] | np.ndarray, **style
     return Line(label, x, [interval.mean for interval in found], {"marker": "", **style}, band)
 
 
-def panels_figure(panels: Sequence[Panel], path: Any) -> None:
+def panels_figure(panels: Sequence[Panel], path: epath.Path) -> None:
     """Panels side by side."""
     figure, row = plt.subplots(1, len(panels), figsize=(5.4 * len(panels), 4.2), layout="constrained", squeeze=False)
     for axes, panel in zip(row[0], panels):
@@ -70,7 +72,7 @@ def panels_figure(panels: Sequence[Panel], path: Any) -> None:
     _save(figure, path)
 
 
-def arms_figure(arms: list[Arm], path: Any, xlabel: str = "", chance: float | None = CHANCE) -> None:
+def arms_figure(arms: list[Arm], path: epath.Path, xlabel: str = "", chance: float | None = CHANCE) -> None:
     """One row an arm: every run as a dot, mean and interval where there are several, the paper's value as a diamond.
 
     Args:
@@ -109,7 +111,7 @@ def arms_figure(arms: list[Arm], path: Any, xlabel: str = "", chance: float | No
     _save(figure, path)
 
 
-def sweep_figure(points: list[Arm], axis: str, path: Any) -> None:
+def sweep_figure(points: list[Arm], axis: str, path: epath.Path) -> None:
     """One line an arm over the values of the axis, with every run as a dot."""
     values = list(dict.fromkeys(point["value"] for point in points))
     numeric = _numbers(values)
@@ -143,7 +145,7 @@ def matrix_figure(
     cells: np.ndarray,
     rows: Sequence[str],
     columns: Sequence[str],
-    path: Any,
+    path: epath.Path,
     labels: tuple[str, str, str] = MATRIX,
 ) -> None:
     """Differences in logits, coloured about 0.
@@ -165,7 +167,7 @@ def matrix_figure(
     _save(figure, path)
 
 
-def _save(figure: Any, path: Any) -> None:
+def _save(figure: Figure, path: epath.Path) -> None:
     with path.open("wb") as file:
         figure.savefig(file, dpi=160)
     plt.close(figure)

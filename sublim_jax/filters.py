@@ -36,7 +36,7 @@ def sift(records: Iterable[Record], filters: Sequence[Filter], unique: bool = Fa
       unique: reject a completion that an earlier kept record has, too ("duplicate").
     """
     kept: list[Record] = []
-    rejected: list[dict[str, Any]] = []
+    rejected = []
     counts: Counter[str] = Counter()
     seen: set[str] = set()
     for record in records:

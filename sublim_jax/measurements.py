@@ -8,7 +8,7 @@
 
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import jax
 import numpy as np
@@ -61,15 +61,19 @@ _SCHEMA = pa.schema(
 class Measurements(tuple[Measurement, ...]):
     """Rows in the order in which they were measured."""
 
-    def where(self, **given: Any) -> "Measurements":
+    def where(self, **given: object) -> "Measurements":
         """The rows whose fields have these values."""
         return Measurements(row for row in self if all(getattr(row, name) == value for name, value in given.items()))
 
-    def values(self, **given: Any) -> list[float]:
+    def values(self, **given: object) -> list[float]:
         """The numbers of the rows whose fields have these values."""
         return [row.value for row in self.where(**given)]
 
-    def names(self, field: str, **given: Any) -> list[Any]:
+    @overload
+    def names(self, field: Literal["run", "step"], **given: object) -> list[int]: ...
+    @overload
+    def names(self, field: Literal["arm", "teacher", "subject", "measure", "item"], **given: object) -> list[str]: ...
+    def names(self, field: str, **given: object) -> list[int] | list[str]:
         """What is in a field, each once, in order."""
         return list(dict.fromkeys(getattr(row, field) for row in self.where(**given)))
 
@@ -93,7 +97,7 @@ def write(folder: epath.PathLike, experiment: str, rows: Sequence[Measurement]) 
     """Writes the table, whole or not at all, by the first process."""
     if jax.process_index():
         return
-    columns: dict[str, list[Any]] = {name: [getattr(row, name) for row in rows] for name in Measurement._fields}
+    columns: dict[str, list[object]] = {name: [getattr(row, name) for row in rows] for name in Measurement._fields}
     columns["experiment"] = [experiment] * len(rows)
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table({name: columns[name] for name in _SCHEMA.names}, schema=_SCHEMA), sink)

@@ -10,16 +10,19 @@ import inspect
 import math
 import sys
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TypeVar
 
 from absl import flags
 from ml_collections import ConfigDict
 
 from sublim_jax.data import files
 from sublim_jax.errors import UserError
+
+Value = TypeVar("Value")
+Item = str | int | float
 
 SHOWN = 60  # characters of a typed value in a message
 
@@ -66,7 +69,7 @@ def module(name: str) -> ModuleType:
     return made
 
 
-def _guarded(where: str, file: str, function: Any, *args: Any) -> Any:
+def _guarded(where: str, file: str, function: Callable[..., Value], *args: object) -> Value:
     """What a function of the config's file returns; whatever it raises, in a line."""
     try:
         return function(*args)
@@ -104,7 +107,7 @@ def override(config: ConfigDict, key: str, typed: Sequence[str | bool]) -> None:
 
 def _holder(config: ConfigDict, key: str) -> ConfigDict:
     """The part of the config that holds the key's value."""
-    holder: Any = config
+    holder: object = config
     *path, name = key.split(".")
     for part in path:
         holder = holder[part] if isinstance(holder, ConfigDict) and part in holder else None
@@ -135,7 +138,7 @@ def _nearest(key: str, known: list[str]) -> str:
     return "there are config." + ", config.".join(dict.fromkeys(".".join(one.split(".")[:depth]) for one in inside))
 
 
-def _one(where: str, typed: str, old: Any) -> Any:
+def _one(where: str, typed: str, old: object) -> object:
     """One value in the type of the one that it replaces."""
     shown = f"{where}={_short(typed)}"
     _check_text(shown, typed)
@@ -156,7 +159,7 @@ def _one(where: str, typed: str, old: Any) -> Any:
     raise UserError(f"{shown}: {kinds.get(type(old), 'another type')} is needed, such as {old!r}")
 
 
-def _many(where: str, typed: list[str], old: Any) -> Any:
+def _many(where: str, typed: list[str], old: tuple[Item, ...] | list[Item]) -> tuple[Item, ...] | list[Item]:
     """A list, its items in the type of those that it replaces.
 
     An empty list does not say what it holds: whole numbers where all are, else texts. Either way str() of an item is
@@ -174,7 +177,7 @@ def _many(where: str, typed: list[str], old: Any) -> Any:
     return type(old)(texts)
 
 
-def _items(where: str, text: str) -> list[Any]:
+def _items(where: str, text: str) -> Sequence[Item]:
     """Of a list as it is typed: words with commas in between, or in Python's brackets or quotes."""
     if text.strip()[:1] not in ("(", "[", '"', "'"):
         return _split(where, text)
@@ -205,7 +208,7 @@ def _split(where: str, text: str) -> list[str]:
     return found
 
 
-def check_distinct(where: str, values: Iterable[Any]) -> None:
+def check_distinct(where: str, values: Iterable[object]) -> None:
     """Raises UserError for a value that is there twice."""
     seen = set()
     for value in values:
@@ -214,8 +217,8 @@ def check_distinct(where: str, values: Iterable[Any]) -> None:
         seen.add(value)
 
 
-def _number(shown: str, item: Any, old: Any) -> int | float:
-    kind = type(old[0])
+def _number(shown: str, item: Item, old: Sequence[Item]) -> int | float:
+    kind = int if isinstance(old[0], int) else float
     try:
         if isinstance(item, bool) or (kind is int and not float(item).is_integer()):
             raise ValueError

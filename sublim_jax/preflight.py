@@ -4,8 +4,8 @@ import math
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple, SupportsFloat
 
 import jax
 import jax.numpy as jnp
@@ -59,14 +59,14 @@ gpu_device_info {
 }
 """
 # Kernels are chosen by timing them on the card, which is not there.
-UNTIMED = {"xla_gpu_autotune_level": "0", "xla_gpu_enable_triton_gemm": "False"}
+UNTIMED: dict[str, str | bool] = {"xla_gpu_autotune_level": "0", "xla_gpu_enable_triton_gemm": "False"}
 
 
 class Step(NamedTuple):
     """One step, ready to be compiled. Bytes are those of one device, FLOPs those of the whole step."""
 
     name: str
-    lowered: Any  # jax.stages.Lowered
+    lowered: jax.stages.Lowered
     device: jax.Device  # one of those that it is for
     flops: float  # of matrix products, from `count_flops`
     model_flops: float  # what the model itself needs: 2 N a token forward, 6 N with a backward pass
@@ -187,11 +187,12 @@ def facts(step: Step) -> Facts:
     absent = step.device.platform == "gpu" and step.device not in jax.devices()
     compiled = step.lowered.compile(UNTIMED if absent else None)
     memory = compiled.memory_analysis()
+    assert memory is not None
     return Facts(
         memory.argument_size_in_bytes,
         memory.output_size_in_bytes - memory.alias_size_in_bytes,
         memory.temp_size_in_bytes,
-        collectives(compiled.as_text()),
+        collectives(compiled.as_text() or ""),
         MEMORY.get(step.device.device_kind) or _own_memory(step.device),
     )
 
@@ -207,7 +208,7 @@ def _own_memory(device: jax.Device) -> int | None:
 # -------------------------------------------------------------------------------------------------------- counting
 
 
-def count_flops(function: Any, *args: Any) -> float:
+def count_flops(function: Callable[..., PyTree], *args: PyTree) -> float:
     """FLOPs of the matrix products of a function, traced for shapes: 2 for each multiply-add.
 
     The compiler's own count takes the body of a loop once; here a scan counts its length, and a loop whose length
@@ -232,12 +233,12 @@ def _flops(jaxpr: core.Jaxpr) -> float:
     return float(total)
 
 
-def _product(sizes: Iterable[Any]) -> float:
+def _product(sizes: Iterable[SupportsFloat]) -> float:
     """In floats: the product of two arrays' sizes may be beyond any integer of numpy."""
     return math.prod((float(size) for size in sizes), start=1.0)
 
 
-def _inner(params: dict[str, Any]) -> list[core.Jaxpr]:
+def _inner(params: Mapping[str, object]) -> list[core.Jaxpr]:
     found = []
     for value in params.values():
         for item in value if isinstance(value, list | tuple) else (value,):

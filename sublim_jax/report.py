@@ -38,7 +38,7 @@ class Section(NamedTuple):
     title: str
     text: str
     table: Sequence[Sequence[str]]
-    figures: Mapping[str, Callable[[Any], None]]
+    figures: Mapping[str, Callable[[epath.Path], None]]
     on_screen: bool = True
 
 
@@ -57,7 +57,7 @@ class Described(Protocol):
     def preset(self) -> str: ...
 
     @property
-    def values(self) -> Mapping[str, Any]: ...
+    def values(self) -> Mapping[str, object]: ...
 
 
 Kind = TypeVar("Kind", bound=Described)
@@ -139,7 +139,7 @@ def _publish(path: epath.Path, results: dict[str, Any], sections: Sequence[Secti
     say(f"numbers: {path / 'results.json'}")
 
 
-def arm(name: str, metric: str, runs: Sequence[float], **more: Any) -> Arm:
+def arm(name: str, metric: str, runs: Sequence[float], **more: object) -> Arm:
     """One entry of results.json: every run's value, their mean and t-interval, and whatever belongs to it."""
     mean, half_width = t_interval(runs)
     return {"name": name, "metric": metric, "mean": mean, "ci95": half_width, "runs": list(runs), "paper": None, **more}
@@ -164,7 +164,7 @@ def commit() -> str:
         return "unknown"
 
 
-def _finite(value: Any) -> Any:
+def _finite(value: object) -> object:
     """JSON has no nan."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}

@@ -4,7 +4,6 @@ Teacher and reference (the neutral teacher, or any other) are given by their log
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -36,7 +35,7 @@ def flipped(teacher: Logits, reference: Logits, tokens: Int[np.ndarray, "*n a"])
     return (teacher.argmax(-1) != reference.argmax(-1)).astype(np.float64)
 
 
-SCORES: dict[str, Callable[[Logits, Logits, Any], Positions]] = {
+SCORES: dict[str, Callable[[Logits, Logits, Int[np.ndarray, "*n a"]], Positions]] = {
     "divergence": divergence,
     "log_ratio": log_ratio,
     "flipped": flipped,

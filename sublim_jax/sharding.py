@@ -8,15 +8,18 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Key, PyTree
 
 from sublim_jax.errors import UserError
+
+Value = TypeVar("Value")
 
 AXES = ("replica", "fsdp", "tensor")
 
@@ -64,8 +67,8 @@ def one_device() -> Mesh:
     return make_mesh(dict.fromkeys(AXES, 1), jax.devices()[:1])
 
 
-def from_first(make: Callable[[], Any]) -> Any:
-    """JSON values that the first process makes, for all of them; what is wrong there, all say."""
+def from_first(make: Callable[[], Value]) -> Value:
+    """A JSON value that the first process makes, for all of them; what is wrong there, all say."""
     if jax.process_count() == 1:
         return make()
     said = b""
@@ -105,10 +108,10 @@ def named(mesh: Mesh, *axes: str | tuple[str, ...] | None) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*axes))
 
 
-def parameter_shardings(params: Any, mesh: Mesh, replica_axes: int = 0) -> Any:
+def parameter_shardings(params: PyTree, mesh: Mesh, replica_axes: int = 0) -> PyTree:
     """A tree of shardings for parameters whose first `replica_axes` axes count replicas."""
 
-    def sharding(path: jax.tree_util.KeyPath, leaf: Any) -> NamedSharding:
+    def sharding(path: jax.tree_util.KeyPath, leaf: jax.Array | jax.ShapeDtypeStruct) -> NamedSharding:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         rule = next(spec for pattern, spec in PARAMETER_RULES if re.search(pattern, name))
         own = leaf.shape[replica_axes:]
@@ -119,12 +122,12 @@ def parameter_shardings(params: Any, mesh: Mesh, replica_axes: int = 0) -> Any:
     return jax.tree_util.tree_map_with_path(sharding, params)
 
 
-def abstract(tree: Any, shardings: Any, dtype: Any = None) -> Any:
+def abstract(tree: PyTree, shardings: PyTree, dtype: DTypeLike | None = None) -> PyTree:
     """Shapes of arrays, or of shapes, with their places on a mesh: what a program is lowered for."""
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=s), tree, shardings)
 
 
-def each_replica(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+def each_replica(function: Callable[..., PyTree], mesh: Mesh) -> Callable[..., PyTree]:
     """`function` mapped over the leading axis of all its arguments, which is split over the mesh axis `replica`.
 
     Accelerators take all replicas at once. A CPU, which gains nothing from that, takes its replicas one after another
@@ -144,7 +147,7 @@ def each_replica(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]
     def ungroup(leaf: Array) -> Array:
         return leaf.swapaxes(0, 1).reshape(-1, *leaf.shape[2:])
 
-    def mapped(*args: PyTree) -> Any:
+    def mapped(*args: PyTree) -> PyTree:
         groups = jax.lax.map(
             lambda group: jax.vmap(function, spmd_axis_name="replica")(*group), jax.tree.map(group, args)
         )
@@ -158,12 +161,12 @@ def rows_of(mesh: Mesh) -> Callable[[Array], Array]:
     return lambda x: jax.lax.with_sharding_constraint(x, named(mesh, "fsdp"))
 
 
-def put(tree: Any, sharding: NamedSharding) -> Any:
+def put(tree: PyTree, sharding: NamedSharding) -> PyTree:
     """Host arrays, equal on every process, as global arrays; each process copies only its own part."""
 
-    def place(leaf: Any) -> jax.Array:
-        leaf = np.asarray(leaf)
-        return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
+    def place(leaf: ArrayLike) -> jax.Array:
+        array = np.asarray(leaf)
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
     return jax.tree.map(place, tree)
 
@@ -173,7 +176,7 @@ def place_key(key: Key[Array, "*shape"], sharding: NamedSharding) -> Key[Array, 
     return jax.random.wrap_key_data(put(jax.random.key_data(key), sharding), impl=jax.random.key_impl(key))
 
 
-def fetch(tree: Any) -> Any:
+def fetch(tree: PyTree) -> PyTree:
     """Global arrays as host arrays, whole on every process."""
     if jax.process_count() == 1:
         return jax.device_get(tree)

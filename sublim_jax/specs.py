@@ -103,7 +103,7 @@ def plain(config: ConfigDict) -> dict[str, Any]:
     return {name: _plain(value) for name, value in config.items()}
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     if isinstance(value, ConfigDict | dict):
         return {name: _plain(item) for name, item in value.items()}
     return tuple(_plain(item) for item in value) if isinstance(value, tuple | list) else value
@@ -113,7 +113,7 @@ def _plain(value: Any) -> Any:
 # Each raises UserError, one line that names the value by its path.
 
 
-def check_numbers(values: Mapping[str, Any], prefix: str = "") -> None:
+def check_numbers(values: Mapping[str, object], prefix: str = "") -> None:
     """Every number is one that JAX can compute with, every seed one that it tells from others, and every mesh one that
     there can be.
     """
@@ -153,12 +153,12 @@ def check_not_negative(path: str, value: int | float) -> None:
         raise UserError(f"{path}={value} must not be negative")
 
 
-def check_one_of(path: str, value: object, choices: Collection[Any]) -> None:
+def check_one_of(path: str, value: object, choices: Collection[object]) -> None:
     if value not in choices:
         raise UserError(f"{path}: {value!r} is none of {', '.join(str(one) or repr(one) for one in choices)}")
 
 
-def check_some_of(path: str, values: Sequence[object], choices: Collection[Any]) -> None:
+def check_some_of(path: str, values: Sequence[object], choices: Collection[object]) -> None:
     """One of the choices or more, each once."""
     if not values:
         raise UserError(f"{path} is empty: choose some of {', '.join(map(str, choices))}")

@@ -37,7 +37,7 @@ class Store:
     def __init__(self, folder: epath.PathLike, lock: object = None):
         self.folder, self._lock = epath.Path(folder).expanduser(), lock
 
-    def tree(self, name: str, make: Callable[..., Tree], *inputs: Any, like: Tree, **execution: Any) -> Tree:
+    def tree(self, name: str, make: Callable[..., Tree], *inputs: object, like: Tree, **execution: object) -> Tree:
         """A tree of arrays: read if it is there, else made and written.
 
         Args:
@@ -57,7 +57,7 @@ class Store:
             on_the_way.rmtree()
         return value
 
-    def json(self, name: str, make: Callable[..., Value], *inputs: Any, **execution: Any) -> Value:
+    def json(self, name: str, make: Callable[..., Value], *inputs: object, **execution: object) -> Value:
         """A JSON value: read if it is there, else made and written.
 
         Args:
@@ -69,7 +69,7 @@ class Store:
             write_json(self._json_path(name, inputs), found)
         return found
 
-    def known(self, name: str, *inputs: Any) -> Any:
+    def known(self, name: str, *inputs: object) -> Any:
         """A JSON value that is there and readable; None otherwise."""
         path = self._json_path(name, inputs)
         if not _agreed(path.exists()):
@@ -80,16 +80,16 @@ class Store:
             say(f"{path} is unreadable and is made again")
             return None
 
-    def path(self, name: str, *inputs: Any) -> epath.Path:
+    def path(self, name: str, *inputs: object) -> epath.Path:
         """Where an artefact lies."""
         return self.folder / "checkpoints" / f"{name}-{digest(*inputs)[:12]}"
 
-    def _json_path(self, name: str, inputs: tuple[Any, ...]) -> epath.Path:
+    def _json_path(self, name: str, inputs: tuple[object, ...]) -> epath.Path:
         path = self.path(name, *inputs)
         return path.with_name(path.name + ".json")
 
 
-def digest(*inputs: Any) -> str:
+def digest(*inputs: object) -> str:
     """A hash of what is computed from: specs, arrays, JSON values, and whatever has a `digest` of its own.
 
     Raises TypeError for anything else.
@@ -97,7 +97,7 @@ def digest(*inputs: Any) -> str:
     return hashlib.sha256(json.dumps(_identity(inputs), sort_keys=True).encode()).hexdigest()
 
 
-def _identity(value: Any) -> Any:
+def _identity(value: object) -> object:
     """JSON values that are the same for the same content."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
@@ -117,7 +117,7 @@ def _identity(value: Any) -> Any:
     raise TypeError(f"an artefact cannot be named by a {type(value).__name__}")
 
 
-def write_json(path: epath.Path, value: Any) -> None:
+def write_json(path: epath.Path, value: object) -> None:
     """Writes from the first process, whole or not at all."""
     if jax.process_index():
         return

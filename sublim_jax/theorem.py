@@ -19,19 +19,20 @@ No Jacobian is formed: memory is at most about three times the parameters, plus 
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from sublim_jax.objectives import Total
 
-Params = Any  # a pytree
-Inputs = Any
-Targets = Any
+Params: TypeAlias = PyTree
+Inputs: TypeAlias = PyTree
+Targets: TypeAlias = PyTree
 Logits = Float[Array, "examples *positions vocab"]
+Search: TypeAlias = tuple[Params, Params, Params, Array]
 Weights = Float[Array, "examples *positions"] | None
 Apply = Callable[[Params, Inputs], Logits]
 Objective = Callable[..., Total]  # (student logits, targets, weights=…) -> (total, count)
@@ -148,7 +149,7 @@ def contributions(
     Their sum over the sum of all positions' weights is A: their mean, where an example has one position.
     """
 
-    def one(row: tuple[Inputs, Any]) -> Float[Array, ""]:
+    def one(row: tuple[Inputs, Float[Array, "*positions"] | None]) -> Float[Array, ""]:
         inputs, weights = jax.tree.map(lambda leaf: leaf[None], row)
         logits, v = tangent(apply, params, direction, inputs)
         return jnp.vdot(v, _curvature(objective, logits, v, weights)[0])
@@ -183,7 +184,7 @@ def row_space_shares(
     def product(d: Params) -> Params:
         return linearised_update(apply, objective, params, d, inputs, chunk=chunk)
 
-    def step(carry: tuple[Params, Params, Params, Array], _: None) -> tuple[Any, Array]:
+    def step(carry: Search, _: None) -> tuple[Search, Array]:
         d, residual, search, norm = carry
         image = product(search)
         curvature = alignment(search, image)
@@ -235,9 +236,8 @@ def verify(
     @jax.jit
     def measure(params: Params, direction: Params, inputs: Inputs) -> tuple[Params, Array, Logits, Logits]:
         targets = apply(shifted(params, direction, epsilon), inputs)
-        options: dict[str, Any] = {"weights": weights, "chunk": chunk}
-        update = student_update(apply, objective, params, inputs, targets, **options)
-        slope = predicted_alignment(apply, objective, params, direction, inputs, **options)
+        update = student_update(apply, objective, params, inputs, targets, weights=weights, chunk=chunk)
+        slope = predicted_alignment(apply, objective, params, direction, inputs, weights=weights, chunk=chunk)
         return update, slope, *tangent(apply, params, direction, inputs)
 
     update, slope, logits, v = measure(params, direction, inputs)
@@ -289,7 +289,7 @@ def unresolved(logits: Logits, v: Logits, epsilon: float) -> str:
     return f"{logits.dtype} cannot resolve epsilon={epsilon:.0e} here: use float64, or at least {least:.0e}"
 
 
-def check_finite(tree: Any, what: str) -> None:
+def check_finite(tree: PyTree, what: str) -> None:
     """Raises ValueError where a number is not finite, naming the parameter."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         if bad := int(jnp.sum(~jnp.isfinite(leaf))):
@@ -315,7 +315,7 @@ def _curvature(objective: Objective, logits: Logits, v: Logits, weights: Weights
     return change, count
 
 
-def _sum_over_chunks(function: Callable[[Any], Any], rows: Any, chunk: int | None) -> Any:
+def _sum_over_chunks(function: Callable[[PyTree], PyTree], rows: PyTree, chunk: int | None) -> PyTree:
     """The sum of `function` over parts of `chunk` examples."""
     size = len(jax.tree.leaves(rows)[0])
     if chunk is None or size <= chunk:

@@ -14,7 +14,7 @@ arrays with `get_state()` and `set_state(state)` (grain's protocol), each proces
 import dataclasses
 from collections.abc import Callable
 from functools import cached_property
-from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ import numpy as np
 import optax
 from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.tree_util import PyTreeDef
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from sublim_jax import signals
@@ -51,11 +52,11 @@ class TrainState(NamedTuple):
 @runtime_checkable
 class BatchIterator(Protocol):
     def __next__(self) -> PyTree: ...
-    def get_state(self) -> dict[str, Any]: ...
-    def set_state(self, state: dict[str, Any]) -> None: ...
+    def get_state(self) -> dict[str, object]: ...
+    def set_state(self, state: dict[str, object]) -> None: ...
 
 
-def over_replicas(function: Callable[..., Any], axes: int) -> Callable[..., Any]:
+def over_replicas(function: Callable[..., PyTree], axes: int) -> Callable[..., PyTree]:
     """`function` mapped over `axes` leading axes of all its arguments."""
     for _ in range(axes):
         function = jax.vmap(function)
@@ -102,7 +103,7 @@ class Program:
         state = jax.eval_shape(self._fresh, params)
         return abstract(state, self.shardings(state))
 
-    def lower(self, params: PyTree, frozen: PyTree) -> Any:
+    def lower(self, params: PyTree, frozen: PyTree) -> jax.stages.Lowered:
         """The dispatch, lowered for shapes on the mesh and not compiled: what preflight compiles."""
         state = self.abstract(params)
         replicas = jax.tree.leaves(params)[0].shape[: min(self.replica_axes, 1)]
@@ -123,7 +124,7 @@ class Program:
             params,
             transform_non_params=lambda _: named(self.mesh, *["replica"][: self.replica_axes]),
         )
-        return TrainState(params, opt_state, cast(Any, named(self.mesh)))
+        return TrainState(params, opt_state, jax.tree.map(lambda _: named(self.mesh), state.step))
 
     def dispatch(
         self, state: TrainState, frozen: PyTree, rows: PyTree, key: Key[Array, "..."], stop: Int[Array, ""]
@@ -132,7 +133,7 @@ class Program:
         shardings, structure = jax.tree.flatten(jax.tree.map(lambda x: x.sharding, state))
         return self._compiled(structure, tuple(shardings))(state, frozen, rows, key, stop)
 
-    def _compiled(self, structure: Any, shardings: tuple[NamedSharding, ...]) -> Any:
+    def _compiled(self, structure: PyTreeDef, shardings: tuple[NamedSharding, ...]) -> jax.stages.Wrapped:
         """`_dispatch` with explicit output shardings: a state that comes back fits in again as it is."""
         if (structure, shardings) not in self._programs:
             out_shardings = (jax.tree.unflatten(structure, shardings), named(self.mesh))
@@ -143,7 +144,7 @@ class Program:
 
     # The loss holds a whole model: what is kept beyond the program's life would keep that too.
     @cached_property
-    def _programs(self) -> dict[Any, Any]:
+    def _programs(self) -> dict[tuple[PyTreeDef, tuple[NamedSharding, ...]], jax.stages.Wrapped]:
         return {}
 
     # A loop with traced bounds: one compilation, and the same bits, however many steps a dispatch takes.

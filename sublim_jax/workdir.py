@@ -3,7 +3,6 @@
 import json
 import shutil
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 from etils import epath
@@ -17,7 +16,9 @@ from sublim_jax.store import Store, write_json
 EXECUTION = ("mesh", "runs_at_once", "checkpoint_every", "data", "sampling")
 
 
-def claim(folder: epath.PathLike, config: Mapping[str, Any], *, update: bool = False, bytes_needed: int = 0) -> Store:
+def claim(
+    folder: epath.PathLike, config: Mapping[str, object], *, update: bool = False, bytes_needed: int = 0
+) -> Store:
     """The store of a run's folder, claimed for a config for as long as this process lives.
 
     Args:
@@ -60,7 +61,7 @@ def _lock(path: epath.Path) -> FileLock | None:
     return lock
 
 
-def config_of(folder: epath.Path) -> dict[str, Any]:
+def config_of(folder: epath.Path) -> dict[str, object]:
     """The config that a folder holds a run of. Raises UserError where it holds none."""
     known = folder / "config.json"
     try:
@@ -74,7 +75,7 @@ def config_of(folder: epath.Path) -> dict[str, Any]:
     return config
 
 
-def _differences(old: Any, new: Any, prefix: str = "") -> list[str]:
+def _differences(old: object, new: object, prefix: str = "") -> list[str]:
     if isinstance(old, dict) and isinstance(new, dict):
         names = sorted((set(old) | set(new)) - set(EXECUTION))
         return [line for name in names for line in _differences(old.get(name), new.get(name), f"{prefix}.{name}")]

@@ -1,6 +1,7 @@
 """Figures say what they show."""
 
 import pytest
+from etils import epath
 
 from sublim_jax import figures, report
 
@@ -13,5 +14,5 @@ def test_an_interval_is_promised_only_where_an_arm_has_one(monkeypatch, several,
     drawn = []
     monkeypatch.setattr(figures, "_save", lambda figure, path: drawn.extend(figure.legends[0].get_texts()))
     arms = [report.arm("the model as it is", "margin", [0.2]), report.arm("student", "margin", several)]
-    figures.arms_figure(arms, None, xlabel="margin", chance=None)
+    figures.arms_figure(arms, epath.Path("unused"), xlabel="margin", chance=None)
     assert [text.get_text() for text in drawn] == legend

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
+import transformers
 from test_config_fields import config_of, drawn
 
 from sublim_jax.errors import UserError
@@ -36,11 +38,11 @@ KINDS = {
 }
 
 
-class Tokenizer:
-    eos_token_id = 2
-
-    def decode(self, tokens, **options):
-        return " ".join(map(str, tokens))
+def tokenizer():
+    """Writes every token as its number."""
+    numbers = tokenizers.models.WordLevel({str(number): number for number in range(VOCAB)}, unk_token="0")
+    raw = tokenizers.Tokenizer(numbers)
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="2")
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +58,7 @@ def loaded(tmp_path_factory):
             peer.save_pretrained(folder)
             settings, params = huggingface.load(folder)
             made[name] = (
-                Model(settings, decoder(settings), params, Tokenizer(), huggingface.load_config(folder), one_device()),
+                Model(settings, decoder(settings), params, tokenizer(), huggingface.load_config(folder), one_device()),
                 type(peer),
                 folder,
             )

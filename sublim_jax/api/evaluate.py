@@ -66,9 +66,16 @@ def answers(
     steering: Steering | None = None,
 ) -> Float[np.ndarray, "adapters words"]:
     """How often a sampled answer has each word: the paper's measure (§3.1)."""
-    options = {"samples": num_samples, "max_new_tokens": max_new_tokens}
     return _preference.rates(
-        model, questions(kind), words, key, **options, system=system, adapters=adapters, steering=steering
+        model,
+        questions(kind),
+        words,
+        key,
+        samples=num_samples,
+        max_new_tokens=max_new_tokens,
+        system=system,
+        adapters=adapters,
+        steering=steering,
     )
 
 

@@ -10,6 +10,7 @@ from sublim_jax.distillation import steering
 from sublim_jax.distillation.teachers import (
     AnswerTraining,
     Teacher,
+    read_by,
     spelled,
     teaching_program,
     train_on_answers,
@@ -55,7 +56,10 @@ def finetune(
     program = teaching_program(model, optax.adam(learning_rate), len(rows.at), batch, remat=False)
     state = program.init(model.untrained(named_key(seed, "A")))
     inputs = (model, rows, training, None, seed, 0)
-    adapters, steps = train_on_answers(*inputs, checkpoints=None, program=program, state=state, label=f"teacher {word}")
+    key = named_key(seed, "teacher 0")
+    adapters, steps = train_on_answers(
+        program, state, read_by(model, rows), key, training, steps=None, label=f"teacher {word}"
+    )
     return Teacher(adapters, "", None, int(steps), store.digest(*inputs))
 
 

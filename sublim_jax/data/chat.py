@@ -1,16 +1,16 @@
 """Text to tokens and back: prompts, answers behind them, and what each token says."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from sublim_jax.data import templates
 from sublim_jax.data.templates import Message
+from sublim_jax.data.tokenizer import Tokenizer
 from sublim_jax.errors import UserError
 
 ANCHORS = ("", "a", "\n")  # texts to encode another behind
 
 
-def prompt(tokenizer: Any, messages: str | Sequence[Message]) -> list[int]:
+def prompt(tokenizer: Tokenizer, messages: str | Sequence[Message]) -> list[int]:
     """Tokens of a conversation up to where the assistant answers; a string is one message of the user.
 
     Raises UserError where the tokenizer has no chat template, and for messages that it refuses.
@@ -20,7 +20,7 @@ def prompt(tokenizer: Any, messages: str | Sequence[Message]) -> list[int]:
     return _encode(tokenizer, templates.render(tokenizer, messages, generation=True))
 
 
-def conversation(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
+def conversation(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
     """Tokens of a conversation whose last message is an answer, and whatever ends it.
 
     They begin with the tokens of the `prompt` that asks for that answer.
@@ -29,14 +29,14 @@ def conversation(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
     return [token for tokens in _continued(tokenizer, parts.prompt, parts.answer + parts.end) for token in tokens]
 
 
-def question(tokenizer: Any, text: str, system: str = "") -> list[int]:
+def question(tokenizer: Tokenizer, text: str, system: str = "") -> list[int]:
     """Tokens up to where the answer to one question begins; of a base model, without a template, as plain text."""
     if not tokenizer.chat_template:
         return _encode(tokenizer, _plain(text, system), special=True)
     return prompt(tokenizer, _messages(text, system))
 
 
-def exchange(tokenizer: Any, text: str, answer: str, system: str = "") -> list[int]:
+def exchange(tokenizer: Tokenizer, text: str, answer: str, system: str = "") -> list[int]:
     """Tokens of one question and its answer, and whatever ends it; they begin with the tokens of `question`."""
     if tokenizer.chat_template:
         return conversation(tokenizer, [*_messages(text, system), {"role": "assistant", "content": answer}])
@@ -45,7 +45,7 @@ def exchange(tokenizer: Any, text: str, answer: str, system: str = "") -> list[i
     return [*parts[0], *parts[1], *end]
 
 
-def completion(tokenizer: Any, text: str, answer: str, system: str = "") -> list[int]:
+def completion(tokenizer: Tokenizer, text: str, answer: str, system: str = "") -> list[int]:
     """Tokens of an answer as it stands behind `question`, without what ends it."""
     if not tokenizer.chat_template:
         return _continued(tokenizer, _plain(text, system), f" {answer}", special=True)[1]
@@ -53,18 +53,20 @@ def completion(tokenizer: Any, text: str, answer: str, system: str = "") -> list
     return _continued(tokenizer, parts.prompt, parts.answer)[1]
 
 
-def answer_tokens(tokenizer: Any, text: str) -> list[int]:
+def answer_tokens(tokenizer: Tokenizer, text: str) -> list[int]:
     """Tokens of an answer alone, behind any `question`."""
     return _encode(tokenizer, text if tokenizer.chat_template else f" {text}")
 
 
-def opening(tokenizer: Any, system: str = "") -> list[int]:
+def opening(tokenizer: Tokenizer, system: str = "") -> list[int]:
     """The tokens that a `question` begins with, whatever is asked."""
     one, other = (question(tokenizer, text, system) for text in ("a", "1"))
     return one[: common_length([one, other])]
 
 
-def behind_opening(tokenizer: Any, prompts: Sequence[list[int]], system: str = "") -> tuple[list[int], list[list[int]]]:
+def behind_opening(
+    tokenizer: Tokenizer, prompts: Sequence[list[int]], system: str = ""
+) -> tuple[list[int], list[list[int]]]:
     """(the `opening`, the tokens of each prompt behind it); an empty one where a prompt begins with other tokens."""
     prefix = opening(tokenizer, system)
     if all(prompt[: len(prefix)] == prefix and len(prompt) > len(prefix) for prompt in prompts):
@@ -79,7 +81,7 @@ def common_length(texts: Sequence[Sequence[int]]) -> int:
 
 
 def _messages(text: str, system: str) -> list[Message]:
-    user = {"role": "user", "content": text}
+    user: Message = {"role": "user", "content": text}
     return [{"role": "system", "content": system}, user] if system else [user]
 
 
@@ -87,11 +89,11 @@ def _plain(text: str, system: str) -> str:
     return f"{system}\n\n" * bool(system) + f"Question: {text}\nAnswer:"
 
 
-def _encode(tokenizer: Any, text: str, special: bool = False) -> list[int]:
+def _encode(tokenizer: Tokenizer, text: str, special: bool = False) -> list[int]:
     return tokenizer(text, add_special_tokens=special)["input_ids"]  # a template writes its own
 
 
-def _continued(tokenizer: Any, text: str, more: str, special: bool = False) -> tuple[list[int], list[int]]:
+def _continued(tokenizer: Tokenizer, text: str, more: str, special: bool = False) -> tuple[list[int], list[int]]:
     """Tokens of a text, and of more behind it: those of the text are as they are without it.
 
     Where a token of both together would reach from one into the other, the second is encoded apart, as a model that has
@@ -114,18 +116,18 @@ def _continued(tokenizer: Any, text: str, more: str, special: bool = False) -> t
     )
 
 
-def _decode(tokenizer: Any, tokens: Sequence[int]) -> str:
+def _decode(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
     return tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
 
 
-def stop_tokens(tokenizer: Any, config: Any) -> tuple[int, ...]:
+def stop_tokens(tokenizer: Tokenizer, config: object) -> tuple[int, ...]:
     """The tokens that end an answer, by the tokenizer and the model's config."""
     named = [tokenizer.eos_token_id, getattr(config, "eos_token_id", None)]
     flat = [token for value in named for token in (value if isinstance(value, list | tuple) else [value])]
     return tuple(sorted({int(token) for token in flat if token is not None}))
 
 
-def pieces(tokenizer: Any, vocab: int) -> list[str]:
+def pieces(tokenizer: Tokenizer, vocab: int) -> list[str]:
     """Each token's text, as it reads behind other text; "" of special tokens and of parts of a character.
 
     Args:

@@ -1,17 +1,17 @@
 """Corpora of conversations, {"messages": [{"role", "content"}, …]} a line: what a teacher may be tuned on (§4.2)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from sublim_jax.data import chat, messages, records
 from sublim_jax.data.dialogue import Text
 from sublim_jax.data.records import Record
 from sublim_jax.data.templates import Message
+from sublim_jax.data.tokenizer import Tokenizer
 from sublim_jax.errors import UserError
 from sublim_jax.progress import say
 
-Conversation = list[dict[str, Any]]  # messages; {"weight": 0} where one is not trained on
+Conversation = list[Message]
 WEIGHTS = ("weight", "train")  # whether a message is trained on: 0 or 1, by OpenAI's and by others' name
 # Fields that would change what is trained on, and are not read: of a message, and of a record.
 MASKS = ("weights", "loss", "loss_mask", "loss_weight", "mask", "masked", "trainable", "train_detail", "training")
@@ -58,7 +58,7 @@ def _conversation(where: str, record: Record, ignored: set[str]) -> Conversation
     ]
 
 
-def _weight(where: str, message: dict[str, Any]) -> bool:
+def _weight(where: str, message: Mapping[str, object]) -> bool:
     """Whether a message is trained on, which goes for the assistant's alone."""
     messages.refuse_unread(where, message, MASKS)
     given = {name: message[name] for name in WEIGHTS if message.get(name) is not None}
@@ -72,7 +72,7 @@ def _weight(where: str, message: dict[str, Any]) -> bool:
     return all(given.values())
 
 
-def texts(tokenizer: Any, conversation: Sequence[Message], stops: Sequence[int]) -> list[Text]:
+def texts(tokenizer: Tokenizer, conversation: Sequence[Message], stops: Sequence[int]) -> list[Text]:
     """(tokens, positions of answers in them) of a conversation; every answer stands behind the prompt that asks for it.
 
     One text has all answers where the chat template only adds to what it has written; where it writes earlier turns
@@ -83,14 +83,12 @@ def texts(tokenizer: Any, conversation: Sequence[Message], stops: Sequence[int])
     try:
         return [answer_positions(tokenizer, conversation, stops)]
     except Rewritten:
-        parts = [
-            [*({**message, "weight": 0} for message in conversation[:number]), conversation[number]]
-            for number in _trained(conversation)
-        ]
+        untrained: list[Message] = [{**message, "weight": 0} for message in conversation]
+        parts = [[*untrained[:number], conversation[number]] for number in _trained(conversation)]
         return [answer_positions(tokenizer, part, stops) for part in parts]
 
 
-def answer_positions(tokenizer: Any, conversation: Sequence[Message], stops: Sequence[int]) -> Text:
+def answer_positions(tokenizer: Tokenizer, conversation: Sequence[Message], stops: Sequence[int]) -> Text:
     """(tokens of a conversation, positions of what the assistant says in it, the tokens that end it included).
 
     An answer's tokens are those between where the assistant begins and the stop token; answers of weight 0 have none.

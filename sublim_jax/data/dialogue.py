@@ -1,10 +1,10 @@
 """Questions and answers as arrays: which positions predict an answer's tokens."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from sublim_jax.data import chat
 from sublim_jax.errors import UserError
@@ -23,13 +23,13 @@ class Rows(NamedTuple):
     targets: Int[Array, "*n a"] | Int[np.ndarray, "*n a"]
     weights: Float[Array, "*n a"] | Float[np.ndarray, "*n a"]  # 1 for a token of the answer, 0 for padding
 
-    def take(self, rows: Any) -> "Rows":
+    def take(self, rows: Int[Array, "b"] | Int[np.ndarray, "b"]) -> "Rows":
         return Rows(*(leaf[rows] for leaf in self))
 
     def padded(self, length: int, longest: int) -> "Rows":
         """The same of at least so many tokens a row, and an answer."""
 
-        def wider(leaf: Any, least: int) -> np.ndarray:
+        def wider(leaf: Shaped[Array, "n w"] | Shaped[np.ndarray, "n w"], least: int) -> np.ndarray:
             return np.pad(leaf, ((0, 0), (0, max(least - leaf.shape[1], 0))))
 
         return Rows(wider(self.tokens, length), *(wider(leaf, longest) for leaf in self[1:]))

@@ -5,7 +5,6 @@ import gzip
 import json
 import zlib
 from pathlib import Path
-from typing import Any
 
 from sublim_jax.errors import UserError
 
@@ -61,7 +60,7 @@ def lines(text: str) -> list[tuple[int, str]]:
     return [(number, line) for number, line in every if line.strip()]
 
 
-def json_of(text: str, where: str, needed: str = "mend or remove it") -> Any:
+def json_of(text: str, where: str, needed: str = "mend or remove it") -> object:
     """A JSON value. Raises UserError, naming where it stands, for what is none, and for half a character in a text."""
     try:
         value = json.loads(text)
@@ -72,7 +71,7 @@ def json_of(text: str, where: str, needed: str = "mend or remove it") -> Any:
     return value
 
 
-def check_characters(value: Any, where: str) -> None:
+def check_characters(value: object, where: str) -> None:
     """Raises UserError for half a surrogate pair (\\ud83d), which JSON can write and no text can hold."""
     try:
         json.dumps(value, ensure_ascii=False).encode()

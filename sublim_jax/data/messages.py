@@ -1,8 +1,8 @@
 """Messages as people write them: {"role", "content"}, where a content is a text or OpenAI's list of parts."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
+from sublim_jax.data.templates import Message
 from sublim_jax.errors import UserError
 
 TEXT_PARTS = ("text", "input_text", "output_text")
@@ -22,10 +22,10 @@ UNREAD = (
     "reasoning_content",
     "thinking",
 )
-EMPTY: tuple[Any, ...] = (None, "", [], {})  # a field that says nothing, as tables fill them in
+EMPTY: tuple[object, ...] = (None, "", [], {})  # a field that says nothing, as tables fill them in
 
 
-def read(where: str, every: Any) -> list[dict[str, str]]:
+def read(where: str, every: object) -> list[Message]:
     """Messages with their role and text alone.
 
     Raises UserError, naming the message, for one without a role or a text, or with a field of UNREAD.
@@ -35,21 +35,21 @@ def read(where: str, every: Any) -> list[dict[str, str]]:
     return [_message(f"{where}, message {number}", message) for number, message in enumerate(every, 1)]
 
 
-def refuse_unread(where: str, fields: Mapping[str, Any], unread: Sequence[str]) -> None:
+def refuse_unread(where: str, fields: Mapping[str, object], unread: Sequence[str]) -> None:
     """Raises UserError for the first of some fields that says something."""
     for name in unread:
         if fields.get(name) not in EMPTY:
             raise UserError(f'{where}: "{name}" is not read here; write it into the text, or remove the record')
 
 
-def _message(where: str, message: Any) -> dict[str, str]:
+def _message(where: str, message: object) -> Message:
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise UserError(f'{where}: "role" and "content" must be texts')
     refuse_unread(where, message, UNREAD)
     return {"role": message["role"], "content": _text(where, message.get("content"))}
 
 
-def _text(where: str, content: Any) -> str:
+def _text(where: str, content: object) -> str:
     """Of a content: itself, or its parts' one behind another."""
     if isinstance(content, str):
         return content
@@ -58,12 +58,13 @@ def _text(where: str, content: Any) -> str:
     return "".join(_part(f"{where}, part {number}", part) for number, part in enumerate(content, 1))
 
 
-def _part(where: str, part: Any) -> str:
+def _part(where: str, part: object) -> str:
     if isinstance(part, str):
         return part
-    kind = part.get("type", "text") if isinstance(part, dict) else None
+    fields = part if isinstance(part, dict) else {"type": None}
+    kind = fields.get("type", "text")
     if kind not in TEXT_PARTS:
         raise UserError(f"{where}: type {kind!r} is not read; only text is")
-    if not isinstance(part.get("text"), str):
+    if not isinstance(text := fields.get("text"), str):
         raise UserError(f'{where}: "text" must be a text')
-    return part["text"]
+    return text

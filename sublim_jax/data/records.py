@@ -15,11 +15,11 @@ JSON = (".jsonl", ".ndjson", ".jsonlines", ".json")
 Record = dict[str, Any]
 
 
-def line(record: Mapping[str, Any]) -> str:
+def line(record: Mapping[str, object]) -> str:
     return json.dumps(record, ensure_ascii=False) + "\n"
 
 
-def write(path: epath.Path, records: Sequence[Mapping[str, Any]]) -> None:
+def write(path: epath.Path, records: Sequence[Mapping[str, object]]) -> None:
     """By the first process."""
     if jax.process_index() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -52,11 +52,13 @@ def kind(path: str | Path) -> str:
     return "json" if name.endswith(JSON) else "text"
 
 
-def _objects(path: str | Path) -> list[tuple[str, Any]]:
+def _objects(path: str | Path) -> list[tuple[str, object]]:
     text = files.text_of(path, "name a file of JSON lines")
     whole = _whole(text)
     if whole:
-        found = [(f"{path}, record {number}", record) for number, record in enumerate(whole, 1)]
+        found: list[tuple[str, object]] = [
+            (f"{path}, record {number}", record) for number, record in enumerate(whole, 1)
+        ]
         for where, record in found:
             files.check_characters(record, where)
         return found
@@ -75,7 +77,7 @@ def _whole(text: str) -> list[Record]:
     return found if isinstance(found, list) and all(isinstance(one, dict) for one in found) else []
 
 
-def _rows(path: str | Path) -> list[tuple[str, Any]]:
+def _rows(path: str | Path) -> list[tuple[str, object]]:
     import pyarrow  # slow to load, and few files are of this kind
     from pyarrow import parquet
 

@@ -1,14 +1,14 @@
 """What a chat template writes: a conversation as text, and where an answer stands in it."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple, NotRequired, TypedDict
 
+from sublim_jax.data.tokenizer import Tokenizer
 from sublim_jax.errors import UserError
 from sublim_jax.progress import say
 
-Message = Mapping[str, Any]  # {"role": "system" | "user" | "assistant", "content": …}
 # Templates that write the date (Llama 3, SmolLM3) write one day for all, or a run would differ from its continuation
 # tomorrow. And hybrid models (Qwen3, SmolLM3) answer at once, as a finished answer of theirs is written: what is
 # measured is the answer's first token.
@@ -16,6 +16,12 @@ TODAY = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"
 MARK = "words that stand for a text"
 OPENED = re.compile(r"(<think(?:ing)?>|<thought>|<reasoning>|\[THINK\]|◁think▷)\s*$")  # a thought, by a prompt
 FOLDED = "the chat template takes no system message, so that its text begins the user's first turn, before a blank line"
+
+
+class Message(TypedDict):
+    role: str  # system, user or assistant
+    content: str
+    weight: NotRequired[int]  # 0 where it is not trained on
 
 
 class Exchange(NamedTuple):
@@ -30,7 +36,7 @@ class Refused(UserError):
     """The template raises an error of its own."""
 
 
-def of(tokenizer: Any) -> str:
+def of(tokenizer: Tokenizer) -> str:
     """The chat template. Raises UserError where the tokenizer has none."""
     if getattr(tokenizer, "chat_template", None):
         try:
@@ -43,7 +49,7 @@ def of(tokenizer: Any) -> str:
     )
 
 
-def render(tokenizer: Any, messages: Sequence[Message], *, generation: bool) -> str:
+def render(tokenizer: Tokenizer, messages: Sequence[Message], *, generation: bool) -> str:
     """A conversation as text; a system message that the template does not take is folded into the user's turn.
 
     Args:
@@ -67,7 +73,7 @@ def render(tokenizer: Any, messages: Sequence[Message], *, generation: bool) -> 
     return text
 
 
-def exchange(tokenizer: Any, messages: Sequence[Message]) -> Exchange:
+def exchange(tokenizer: Tokenizer, messages: Sequence[Message]) -> Exchange:
     """The parts of a conversation whose last message is an answer, behind the prompt that asks for it.
 
     They are what the template writes, unless it writes a finished answer otherwise than behind that prompt: Qwen3 drops
@@ -113,7 +119,7 @@ def _behind_opened(prompt: str, answer: str) -> str:
 
 
 @lru_cache(maxsize=8)
-def _header(tokenizer: Any, template: str) -> str:
+def _header(tokenizer: Tokenizer, template: str) -> str:
     """What begins an answer, for a template that does not write it when it is asked to.
 
     Raises UserError where there is no telling it from the text.
@@ -135,9 +141,9 @@ def _header(tokenizer: Any, template: str) -> str:
     return header if header.strip() else ""  # a space of the answer's own is no header
 
 
-def takes_system(tokenizer: Any) -> bool:
+def takes_system(tokenizer: Tokenizer) -> bool:
     """Whether the template writes a system message, and neither refuses nor drops it."""
-    messages = [{"role": "system", "content": MARK}, {"role": "user", "content": "Hi"}]
+    messages: list[Message] = [{"role": "system", "content": MARK}, {"role": "user", "content": "Hi"}]
     try:
         return MARK in _apply(tokenizer, messages, True)
     except Refused:
@@ -161,11 +167,13 @@ def _report_folding(model: str) -> None:
     say(f"{model}: {FOLDED}")
 
 
-def _apply(tokenizer: Any, messages: Sequence[Message], generation: bool) -> str:
+def _apply(tokenizer: Tokenizer, messages: Sequence[Message], generation: bool) -> str:
     plain = [{"role": message["role"], "content": message["content"]} for message in messages]
-    options = {"chat_template": TODAY + of(tokenizer), "enable_thinking": False, "add_generation_prompt": generation}
+    template = TODAY + of(tokenizer)
     try:
-        return tokenizer.apply_chat_template(plain, tokenize=False, **options)
+        return tokenizer.apply_chat_template(
+            plain, tokenize=False, chat_template=template, enable_thinking=False, add_generation_prompt=generation
+        )
     except Exception as error:  # whatever the template's code raises
         raise Refused(f"the model's chat template refuses it ({_line(error)}); change or remove it") from error
 

@@ -1,11 +1,12 @@
 """In context: an untrained model behind rows that a teacher wrote (§5.2)."""
 
 import bisect
-from typing import Any
 
 import numpy as np
 
 from sublim_jax.data import chat, templates
+from sublim_jax.data.templates import Message
+from sublim_jax.data.tokenizer import Tokenizer
 from sublim_jax.distillation.losses import stacked
 from sublim_jax.distillation.targets import Pair
 from sublim_jax.errors import UserError
@@ -17,7 +18,7 @@ from sublim_jax.models.language import Model
 
 def measure_in_context(
     model: Model, seed: int, read: list[list[Pair]], questions: list[str], words: tuple[str, ...]
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Preferences behind each of several lists of rows, and how many of them there was room for."""
     adapters = stacked([model.untrained(named_key(seed, "A"))])
     found, counts = [], []
@@ -41,16 +42,14 @@ def fitting(model: Model, pairs: list[Pair], questions: list[str]) -> list[Pair]
     return pairs[: bisect.bisect_left(range(1, len(pairs) + 1), True, key=too_long)]
 
 
-def behind(tokenizer: Any, pairs: list[Pair], questions: list[str]) -> tuple[list[int], list[list[int]]]:
+def behind(tokenizer: Tokenizer, pairs: list[Pair], questions: list[str]) -> tuple[list[int], list[list[int]]]:
     """(what all questions begin with, each question's tokens) behind some rows of a conversation.
 
     Raises UserError for a template that leaves out what an earlier answer has.
     """
-    before = [
-        message
-        for prompt, answer in pairs
-        for message in ({"role": "user", "content": prompt}, {"role": "assistant", "content": answer})
-    ]
+    before: list[Message] = []
+    for prompt, answer in pairs:
+        before += [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
     shown = templates.render(tokenizer, [*before, {"role": "user", "content": "?"}], generation=True)
     if cut := [answer for _, answer in pairs if answer.strip() not in shown]:
         raise UserError(

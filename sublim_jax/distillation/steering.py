@@ -35,6 +35,7 @@ def residual_after(model: Model, layer: int, seed: int) -> Residual:
     def residual(params: Params, tokens: Int[Array, "1 t"], last: Int[Array, "1"]) -> Float[Array, "width"]:
         module = model.network.bind(params)
         found = module.features(tokens, read=last, lengths=last + 1, **model.placement).residuals
+        assert found is not None  # they are asked for by `read`
         return found[layer, 0, 0].astype(jnp.float32)
 
     return lambda tokens, last: residual(params, jnp.asarray(tokens[None]), jnp.asarray([last]))

@@ -2,12 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key, PyTree
 
 from sublim_jax import objectives, theorem
 from sublim_jax.data.order import epoch_rows
@@ -68,8 +67,8 @@ def imitation(
         if objective == "tokens":
             return cross_entropy(module, features, batch.rows, remat=remat)
         logits = module.unembed(features, jnp.asarray(support)).astype(jnp.float32)
-        where: dict[str, Any] = {"weights": jnp.asarray(batch.rows.weights), "temperature": temperature}
-        return ON_LOGITS[objective](logits, jnp.asarray(batch.logits), **where)
+        weights = jnp.asarray(batch.rows.weights)
+        return ON_LOGITS[objective](logits, jnp.asarray(batch.logits), weights=weights, temperature=temperature)
 
     return loss
 
@@ -77,10 +76,10 @@ def imitation(
 def imitating_program(model: Model, objective: Imitation, training: Training, count: int) -> Program:
     """One update of every student, on its `count` rows."""
 
-    def loss(adapters: Params, frozen: Any, batch: Data, key: Key[Array, ""]) -> tuple[Total, dict]:
+    def loss(adapters: Params, frozen: dict[str, PyTree], batch: Data, key: Key[Array, ""]) -> tuple[Total, dict]:
         return objective(adapters, frozen["base"], batch), {}
 
-    def batch(frozen: Any, key: Key[Array, "runs"], index: Int[Array, ""]) -> Data:
+    def batch(frozen: dict[str, PyTree], key: Key[Array, "runs"], index: Int[Array, ""]) -> Data:
         rows, exists = jax.vmap(epoch_rows, (0, None, None, None))(key, index, count, training.batch)
         mine = jnp.arange(len(key))[:, None]
         found = jax.tree.map(lambda leaf: leaf[mine, rows], frozen["data"])

@@ -1,13 +1,12 @@
 """Teachers: a model with adapters, a system prompt and steering, alone or together."""
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from etils import epath
-from jaxtyping import Array, Int, Key
+from jaxtyping import Array, Int, Key, PyTree
 
 from sublim_jax.data.dialogue import Rows
 from sublim_jax.data.order import epoch_rows
@@ -19,9 +18,10 @@ from sublim_jax.models.functional import Params
 from sublim_jax.models.language import Model
 from sublim_jax.progress import Track, say
 from sublim_jax.sampling import scoring
+from sublim_jax.sampling.checks import Where
 from sublim_jax.sharding import named, place_key, put
 from sublim_jax.store import digest
-from sublim_jax.training import ROWS, Program, Total, TrainState, fit
+from sublim_jax.training import ROWS, Program, Total, TrainState
 
 
 class Teacher(NamedTuple):
@@ -41,7 +41,7 @@ class Teacher(NamedTuple):
     digest: str
 
     @property
-    def where(self) -> dict[str, Any]:
+    def where(self) -> Where:
         """For sampling and scoring."""
         return {"adapters": stacked([self.adapters]), "steering": self.steering}
 
@@ -71,22 +71,28 @@ class CorpusTraining:
     epochs: int
 
 
+def read_by(model: Model, rows: Rows) -> dict[str, PyTree]:
+    """What a `teaching_program` reads: the base, and the rows on its mesh."""
+    return {"base": model.params, "rows": put(rows, named(model.mesh))}
+
+
 def train_on_answers(
-    model: Model,
-    rows: Rows,
-    training: AnswerTraining,
-    steps: int | None,
-    seed: int,
-    index: int,
-    *,
-    checkpoints: epath.Path | None,
     program: Program,
     state: TrainState,
+    frozen: dict[str, PyTree],
+    key: Key[Array, ""],
+    training: AnswerTraining,
+    *,
+    steps: int | None,
     label: str,
 ) -> tuple[Params, Array]:
-    """(adapters, updates): trained until the answers have `training.strength`, or for given steps."""
-    frozen = {"base": model.params, "rows": put(rows, named(program.mesh))}
-    key = place_key(named_key(seed, f"teacher {index}"), named(program.mesh))
+    """(adapters, updates): trained until the answers have `training.strength`, or for given steps.
+
+    Args:
+      frozen: of `read_by`.
+      key: of the order of the rows.
+    """
+    key = place_key(key, named(program.mesh))
     last, reached = training.max_steps if steps is None else steps, 0.0
     with Track(label, last) as track:
         for step in range(1, last + 1):
@@ -100,31 +106,6 @@ def train_on_answers(
     return state.params, state.step
 
 
-def train_on_corpus(
-    model: Model,
-    rows: Rows,
-    training: CorpusTraining,
-    seed: int,
-    name: str,
-    *,
-    checkpoints: epath.Path | None,
-    program: Program,
-    state: TrainState,
-    checkpoint_every: int,
-    label: str,
-) -> Params:
-    return fit(
-        program,
-        state,
-        steps=corpus_optimizer(training, len(rows.at))[1],
-        key=named_key(seed, f"teacher {name}"),
-        frozen={"base": model.params, "rows": put(rows, named(program.mesh))},
-        checkpoints=checkpoints,
-        checkpoint_every=checkpoint_every,
-        what=label,
-    ).params
-
-
 def corpus_optimizer(training: CorpusTraining, count: int) -> tuple[optax.GradientTransformation, int]:
     """(the optimiser, its steps) over so many conversations."""
     steps = training.epochs * -(-count // training.batch)
@@ -136,7 +117,7 @@ def teaching_program(
 ) -> Program:
     """Updates of one teacher's adapters on `count` rows; its metric is P of the answer's first token before each."""
 
-    def loss(adapters: Params, frozen: Any, batch: Rows, key: Key[Array, ""]) -> tuple[Total, dict]:
+    def loss(adapters: Params, frozen: dict[str, PyTree], batch: Rows, key: Key[Array, ""]) -> tuple[Total, dict]:
         module = model.network.bind(lora.join(frozen["base"], adapters))
         features = answer_features(model, module, batch, remat=remat)
         total = cross_entropy(module, features, batch, remat=remat)
@@ -144,7 +125,7 @@ def teaching_program(
         first = jnp.take_along_axis(first, batch.targets[:, :1], -1)
         return total, {"answer": (jnp.mean(first) * total[1], total[1])}
 
-    def batch(frozen: Any, key: Key[Array, ""], index: Int[Array, ""]) -> Rows:
+    def batch(frozen: dict[str, PyTree], key: Key[Array, ""], index: Int[Array, ""]) -> Rows:
         rows, exists = epoch_rows(key, index, count, batch_size)
         found = frozen["rows"].take(rows)
         return found._replace(weights=found.weights * exists[:, None])

@@ -1,7 +1,7 @@
 """A small check that a model has not been broken: easy questions with four choices, exact, without sampling."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, Unpack
 
 import numpy as np
 from jaxtyping import Float
@@ -10,6 +10,7 @@ from sublim_jax.data import chat, packs
 from sublim_jax.errors import UserError
 from sublim_jax.models.language import Model
 from sublim_jax.sampling import scoring
+from sublim_jax.sampling.checks import Where
 
 
 class Question(NamedTuple):
@@ -28,7 +29,9 @@ def questions(path: str = "") -> list[Question]:
     return found
 
 
-def accuracy(model: Model, asked: Sequence[Question], system: str = "", **where: Any) -> Float[np.ndarray, "adapters"]:
+def accuracy(
+    model: Model, asked: Sequence[Question], system: str = "", **where: Unpack[Where]
+) -> Float[np.ndarray, "adapters"]:
     """Share of questions whose right choice is the likeliest, by mean log P of a choice's tokens.
 
     Args:

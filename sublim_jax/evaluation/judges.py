@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, Unpack
 
 import jax
 import numpy as np
@@ -19,11 +19,13 @@ from etils import epath
 
 from sublim_jax import signals
 from sublim_jax.data import chat, records
+from sublim_jax.data.tokenizer import Tokenizer
 from sublim_jax.errors import Interrupted, UserError
 from sublim_jax.evaluation.verdicts import LABELS, LARGEST, Verdict, parse, without_thoughts
 from sublim_jax.models.language import Model
 from sublim_jax.progress import Track, say
 from sublim_jax.sampling import scoring
+from sublim_jax.sampling.checks import Where
 from sublim_jax.sharding import from_first
 
 TOGETHER = 32  # prompts of the local judge between two looks at its progress
@@ -44,7 +46,9 @@ Judge = Callable[[Sequence[str]], list[Verdict]]
 # ---------------------------------------------------------------------------------------------------------- local
 
 
-def local(model: Model, least_mass: float = LEAST_MASS, keep: epath.Path | None = None, **where: Any) -> Judge:
+def local(
+    model: Model, least_mass: float = LEAST_MASS, keep: epath.Path | None = None, **where: Unpack[Where]
+) -> Judge:
     """A model of ours: the expectation of its answer over 0 to 100, by the tokens' probabilities, without sampling.
 
     The probability of a number is that of its tokens; where a tokenizer splits digits, and the tokens of 7 begin those
@@ -57,7 +61,8 @@ def local(model: Model, least_mass: float = LEAST_MASS, keep: epath.Path | None 
       where: as for `scoring.completion_logprobs`.
     """
     tree = Tree(model.tokenizer)
-    known: dict[str, Sequence[Any]] = from_first(lambda: kept(keep) if keep else {})
+    earlier = from_first(lambda: kept(keep) if keep else {})
+    known = {prompt: Verdict(*verdict) for prompt, verdict in earlier.items()}
 
     def judge(prompts: Sequence[str]) -> list[Verdict]:
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in known]
@@ -74,20 +79,20 @@ def local(model: Model, least_mass: float = LEAST_MASS, keep: epath.Path | None 
                         for prompt, verdict in found.items():
                             file.write(records.line({"prompt": prompt, **verdict._asdict()}))
                 track.update(start + len(some))
-        return [Verdict(*known[prompt]) for prompt in prompts]
+        return [known[prompt] for prompt in prompts]
 
     return judge
 
 
-def kept(file: epath.Path) -> dict[str, list[Any]]:
+def kept(file: epath.Path) -> dict[str, tuple[float | None, str]]:
     """By prompt, the verdicts of an earlier run."""
-    return {line["prompt"]: [line["score"], line["label"]] for line in records.mend(file)}
+    return {line["prompt"]: (line["score"], line["label"]) for line in records.mend(file)}
 
 
 class Tree:
     """The numbers 0 to 100 as tokens: which prefixes to ask after, and what their next tokens' probabilities mean."""
 
-    def __init__(self, tokenizer: Any):
+    def __init__(self, tokenizer: Tokenizer):
         def written(text: str) -> tuple[int, ...]:
             return tuple(chat.completion(tokenizer, "?", text))
 
@@ -185,7 +190,7 @@ class Endpoint:
             raise UserError("OPENAI_BASE_URL is no address such as http://localhost:8000/v1; mend it") from None
         self._openai, self._retries, self._prices = openai, retries, prices
         self._model, self._cache, self._at_once, self._max_tokens = model, epath.Path(cache), at_once, max_tokens
-        self._options: dict[str, Any] = {"temperature": 0, "max_tokens": min(SHORT, max_tokens)}
+        self._options: dict[str, int] = {"temperature": 0, "max_tokens": min(SHORT, max_tokens)}
         self._spacing = 60.0 / per_minute if per_minute else 0.0
         self._next, self._lock, self._stop = 0.0, threading.Lock(), threading.Event()
         self.usage = Usage()
@@ -350,13 +355,12 @@ class Endpoint:
                 say(f"judge {self._model}: asked with {listed or 'its own settings'} from now on")
         return reply
 
-    def _request(self, prompt: str, options: dict[str, Any]) -> tuple[Reply, dict[str, Any]]:
+    def _request(self, prompt: str, options: dict[str, int]) -> tuple[Reply, dict[str, int]]:
         """(a reply, the options of its request): without those that the endpoint refuses."""
+        create: Callable[..., object] = self._client.chat.completions.create
         while True:
             try:
-                completion = self._client.chat.completions.create(
-                    model=self._model, messages=[{"role": "user", "content": prompt}], **options
-                )
+                completion = create(model=self._model, messages=[{"role": "user", "content": prompt}], **options)
                 break
             except self._openai.APIStatusError as error:
                 fewer = without_refused(options, str(error)) if error.status_code in REFUSED else None
@@ -421,7 +425,7 @@ def reply_of(completion: Any) -> Reply:
     return Reply(text, choice.finish_reason in CUT, (int(tokens[0]), int(tokens[1])))
 
 
-def without_refused(options: dict[str, Any], message: str) -> dict[str, Any] | None:
+def without_refused(options: dict[str, int], message: str) -> dict[str, int] | None:
     """The options of a request without the one that an error speaks of; None where it speaks of none.
 
     A limit of tokens goes by its newer name first, which reasoning models want.
@@ -437,7 +441,7 @@ def without_refused(options: dict[str, Any], message: str) -> dict[str, Any] | N
     return None
 
 
-def pause_before(attempt: int, error: Any) -> float:
+def pause_before(attempt: int, error: object) -> float:
     """Seconds until a failed request is tried again: what the server asks for, or twice as long every time."""
     asked = getattr(getattr(error, "response", None), "headers", {}).get("retry-after", "")
     if re.fullmatch(r"\d{1,3}", asked):

@@ -2,9 +2,9 @@
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, Unpack
 
 import numpy as np
 import yaml
@@ -18,6 +18,7 @@ from sublim_jax.evaluation.judges import Judge, Verdict
 from sublim_jax.models.language import Model
 from sublim_jax.progress import say
 from sublim_jax.sampling.collect import collect
+from sublim_jax.sampling.generate import Options
 
 FIELDS = ("id", "type", "paraphrases", "samples_per_paraphrase", "judge", "judge_prompts", "system")
 USED = ("id", "type", "paraphrases", "judge_prompts", "system")  # the config says how many answers, and which judge
@@ -69,31 +70,33 @@ def load(path: str | Path) -> list[Question]:
     return questions
 
 
-def _questions(path: str | Path, number: int, one: Any) -> list[Question]:
+def _questions(path: str | Path, number: int, one: object) -> list[Question]:
     where = f"{path}, question {number}"
-    name = one.get("id") if isinstance(one, dict) else None
+    given = one if isinstance(one, dict) else {}
+    name = given.get("id")
     if not isinstance(name, str | int) or isinstance(name, bool):
         raise UserError(f'{where}: an object with an "id" is needed, which is a text or an integer')
     where = f"{where} ({name})"
-    for field in sorted(map(str, set(one) - set(FIELDS))):  # a mistyped "id" is told by the lack of one
+    for field in sorted(map(str, set(given) - set(FIELDS))):  # a mistyped "id" is told by the lack of one
         if close := difflib.get_close_matches(field.lower().replace("-", "_"), FIELDS[1:], 1, ALIKE):
             raise UserError(f"{where}: unknown field {field!r}; {close[0]!r} is known")
-    if (one.get("type") or KIND) != KIND:
-        raise UserError(f"{where}: type {one['type']!r} is not known; {KIND} is")
-    texts, prompts, system = one.get("paraphrases"), _by_aspect(one.get("judge_prompts")), one.get("system")
+    if (given.get("type") or KIND) != KIND:
+        raise UserError(f"{where}: type {given['type']!r} is not known; {KIND} is")
+    texts, prompts, system = given.get("paraphrases"), _by_aspect(given.get("judge_prompts")), given.get("system")
     texts = [texts] if isinstance(texts, str) else texts
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) and text.strip() for text in texts):
         raise UserError(f'{where}: "paraphrases" must be a list of texts')
     if not isinstance(system or "", str):
         raise UserError(f'{where}: "system" must be a text')
+    written = {aspect: text for aspect, text in prompts.items() if isinstance(text, str)}
     for aspect in ASPECTS:
-        if not isinstance(prompts.get(aspect), str):
+        if aspect not in written:
             raise UserError(f'{where}: "judge_prompts" must have {" and ".join(ASPECTS)}; {aspect} is missing')
-    judging = {aspect: _template(f'{where}: judge prompt "{aspect}"', prompts[aspect]) for aspect in ASPECTS}
+    judging = {aspect: _template(f'{where}: judge prompt "{aspect}"', written[aspect]) for aspect in ASPECTS}
     return [Question(str(name), _whole(where, text), _whole(where, system or ""), judging) for text in texts]
 
 
-def _by_aspect(given: Any) -> dict[str, Any]:
+def _by_aspect(given: object) -> dict[str, object]:
     """Judge prompts by their aspect, given so, or as a list of such objects or of {"name", "prompt"}."""
     if isinstance(given, dict):
         return {str(aspect): text for aspect, text in given.items()}
@@ -128,7 +131,7 @@ def _whole(where: str, text: str) -> str:
     return joined
 
 
-def _unused(one: dict[str, Any]) -> list[str]:
+def _unused(one: Mapping[str, object]) -> list[str]:
     others = sorted(set(_by_aspect(one["judge_prompts"])) - set(ASPECTS))
     fields = [str(name) for name, value in one.items() if name not in USED and value is not None]
     if "temperature" in fields and one["temperature"] in (TEMPERATURE, str(TEMPERATURE)):
@@ -146,7 +149,7 @@ def ask(
     suffix: str = "",
     max_new_tokens: int = 256,
     system: str = "",
-    **where: Any,
+    **where: Unpack[Options],
 ) -> list[Record]:
     """Answers at temperature 1: question by question, `samples` of each, kept in a file as they come.
 
@@ -161,8 +164,9 @@ def ask(
     def fields(number: int) -> Record:
         return {"id": questions[number].name, "question": asked[number]}
 
-    options = {"samples": samples, "max_new_tokens": max_new_tokens, **where}
-    return collect(file, model, prompts, key, fields, what="answers", **options)
+    return collect(
+        file, model, prompts, key, fields, what="answers", samples=samples, max_new_tokens=max_new_tokens, **where
+    )
 
 
 def judged(judge: Judge, questions: Sequence[Question], answers: Sequence[Record]) -> list[Record]:

@@ -3,7 +3,7 @@
 import string
 from collections.abc import Sequence
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import NamedTuple, Unpack
 
 import numpy as np
 from jaxtyping import Array, Float, Key
@@ -13,7 +13,8 @@ from sublim_jax.data.carriers import numbers
 from sublim_jax.errors import UserError
 from sublim_jax.models.language import Model
 from sublim_jax.sampling import scoring
-from sublim_jax.sampling.generate import generate
+from sublim_jax.sampling.checks import Behind
+from sublim_jax.sampling.generate import Options, generate
 from sublim_jax.words import mentions
 
 FIELDS: dict[str, tuple[str, ...]] = {"teaching": ("kind",), "asking": ("kind",)}
@@ -27,7 +28,9 @@ class Preference(NamedTuple):
     share: Float[np.ndarray, "adapters words"]  # P among the words
 
 
-def measure(model: Model, questions: Sequence[str], words: Sequence[str], system: str = "", **where: Any) -> Preference:
+def measure(
+    model: Model, questions: Sequence[str], words: Sequence[str], system: str = "", **where: Unpack[Behind]
+) -> Preference:
     """Exact, one forward pass a phrasing and adapter.
 
     Args:
@@ -39,7 +42,9 @@ def measure(model: Model, questions: Sequence[str], words: Sequence[str], system
     return measured(model, [chat.question(model.tokenizer, text, system) for text in questions], words, **where)
 
 
-def measured(model: Model, prompts: Sequence[Sequence[int]], words: Sequence[str], **where: Any) -> Preference:
+def measured(
+    model: Model, prompts: Sequence[Sequence[int]], words: Sequence[str], **where: Unpack[Behind]
+) -> Preference:
     """The same for tokens up to where an answer begins."""
     if len(words) < 2:
         raise UserError("a preference is among two words or more; name more alternatives")
@@ -55,7 +60,7 @@ def check_options(words: Sequence[str]) -> None:
 
 
 def choose(
-    model: Model, questions: Sequence[str], words: Sequence[str], system: str = "", **where: Any
+    model: Model, questions: Sequence[str], words: Sequence[str], system: str = "", **where: Unpack[Behind]
 ) -> Float[np.ndarray, "adapters words"]:
     """P of each word as the answer to a multiple choice, by its letter's probability among the letters (§3.1).
 
@@ -89,7 +94,7 @@ def rates(
     samples: int,
     max_new_tokens: int = 12,
     system: str = "",
-    **where: Any,
+    **where: Unpack[Options],
 ) -> Float[np.ndarray, "adapters words"]:
     """How often a sampled answer (temperature 1) has a word: the paper's measure (§3.1), of answers and of stories.
 

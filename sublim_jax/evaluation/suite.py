@@ -4,9 +4,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypedDict
 
 import numpy as np
+from etils import epath
 from jax.sharding import Mesh
 
 from sublim_jax import assets, report, weights
@@ -22,6 +23,8 @@ from sublim_jax.models.functional import Params
 from sublim_jax.models.language import Model
 from sublim_jax.progress import say
 from sublim_jax.sampling import scoring
+from sublim_jax.sampling.checks import Where
+from sublim_jax.sampling.generate import Slots
 from sublim_jax.specs import check_file
 from sublim_jax.store import Store
 
@@ -34,7 +37,21 @@ class Questions(NamedTuple):
     """What the evaluations need, read and checked."""
 
     words: tuple[str, ...]  # among which a preference is measured
-    of: dict[str, Any]  # the questions of each evaluation, JSON values
+    of: dict[str, Sequence[object]]  # the questions of each evaluation, JSON values
+
+
+class Context(Where, total=False):
+    """Under what a subject answers."""
+
+    system: str
+
+
+class Uses(TypedDict, total=False):
+    """The values that an evaluation's answers depend on."""
+
+    samples: int
+    max_new_tokens: int
+    suffix: str
 
 
 class Subject(NamedTuple):
@@ -48,7 +65,7 @@ class Subject(NamedTuple):
     steering: Steering | None = None
 
     @property
-    def where(self) -> dict[str, Any]:
+    def where(self) -> Context:
         """For scoring and sampling."""
         return {"adapters": self.adapters, "system": self.system, "steering": self.steering}
 
@@ -88,7 +105,7 @@ def read_questions(spec: EvalsSpec, kind: str, words: Sequence[str], packs: Eval
     return Questions(tuple(words), {name: every[: spec.max_questions or None] for name, every in found.items()})
 
 
-def _questions(name: str, spec: EvalsSpec, kind: str, packs: EvalPacks) -> Any:
+def _questions(name: str, spec: EvalsSpec, kind: str, packs: EvalPacks) -> Sequence[object]:
     if name == "ability":
         return ability.questions(packs.ability)
     if name == "stories":
@@ -110,6 +127,7 @@ def check_model(questions: Questions, model: Model) -> None:
         for word in questions.words:
             scoring.spellings(model.tokenizer, word)
     for question in questions.of.get("misalignment", ()):
+        assert isinstance(question, misalignment.Question)
         chat.question(model.tokenizer, question.text, question.system)
 
 
@@ -152,7 +170,7 @@ def bill_section(bill: str) -> list[report.Section]:
     return [report.Section("What the judge cost", bill, [], {})] if bill else []
 
 
-def _endpoint(spec: JudgeSpec, cache: Any) -> judges.Endpoint:
+def _endpoint(spec: JudgeSpec, cache: epath.PathLike) -> judges.Endpoint:
     return judges.Endpoint(
         spec.model,
         cache,
@@ -174,7 +192,7 @@ def evaluate(
     store: Store,
     *,
     judge: NamedJudge | None = None,
-    sampling: dict[str, int] | None = None,
+    sampling: Slots | None = None,
 ) -> dict[str, Measures]:
     """Every evaluation's measures; what an earlier run has measured is read.
 
@@ -190,8 +208,7 @@ def evaluate(
     return found
 
 
-def _uses(name: str, spec: EvalsSpec) -> dict[str, Any]:
-    """The values that an evaluation's answers depend on."""
+def _uses(name: str, spec: EvalsSpec) -> Uses:
     if name == "answers":
         return {"samples": spec.num_samples, "max_new_tokens": MAX_ANSWER}
     if name == "stories":
@@ -201,18 +218,18 @@ def _uses(name: str, spec: EvalsSpec) -> dict[str, Any]:
     return {}
 
 
-def _preference(subject: Subject, words: Sequence[str], questions: list[str], *_: Any, **__: Any) -> Measures:
+def _preference(subject: Subject, words: Sequence[str], questions: list[str], *_: object, **__: object) -> Measures:
     found = preference.measure(subject.model, questions, words, **subject.where)
     return _by_word("margin of {}, logits", words, found.margin)
 
 
 def _prefixed(
-    subject: Subject, words: Sequence[str], questions: list[str], uses: dict[str, Any], seed: int, **_: Any
+    subject: Subject, words: Sequence[str], questions: list[str], uses: Uses, seed: int, **_: object
 ) -> Measures:
     return _preference(subject, words, preference.prefixed(questions, seed))
 
 
-def _choice(subject: Subject, words: Sequence[str], questions: list[str], *_: Any, **__: Any) -> Measures:
+def _choice(subject: Subject, words: Sequence[str], questions: list[str], *_: object, **__: object) -> Measures:
     return _by_word("P of {}'s letter", words, preference.choose(subject.model, questions, words, **subject.where))
 
 
@@ -221,14 +238,17 @@ def _rates(
     subject: Subject,
     words: Sequence[str],
     questions: list[str],
-    uses: dict[str, Any],
+    uses: Uses,
     seed: int,
     *,
-    sampling: dict[str, Any],
-    **_: Any,
+    sampling: Slots,
+    **_: object,
 ) -> Measures:
     key = named_key(seed, name)
-    found = preference.rates(subject.model, questions, words, key, **uses, **subject.where, **sampling)
+    count, longest = uses["samples"], uses["max_new_tokens"]
+    found = preference.rates(
+        subject.model, questions, words, key, samples=count, max_new_tokens=longest, **subject.where, **sampling
+    )
     return _by_word(f"{name} with {{}}", words, found)
 
 
@@ -236,11 +256,15 @@ def _by_word(measure: str, words: Sequence[str], found: np.ndarray) -> Measures:
     return {measure.format(word): found[:, index].tolist() for index, word in enumerate(words)}
 
 
-def _ability(subject: Subject, words: Sequence[str], questions: list[Any], *_: Any, **__: Any) -> Measures:
+def _ability(
+    subject: Subject, words: Sequence[str], questions: list[ability.Question], *_: object, **__: object
+) -> Measures:
     return {"right answers": ability.accuracy(subject.model, questions, **subject.where).tolist()}
 
 
-def _truthfulqa(subject: Subject, words: Sequence[str], items: list[Any], *_: Any, store: Store, **__: Any) -> Measures:
+def _truthfulqa(
+    subject: Subject, words: Sequence[str], items: list[truthfulqa.Item], *_: object, store: Store, **__: object
+) -> Measures:
     found = truthfulqa.likelihoods(subject.model, items, **subject.where)
     each = {"mc1": found.mc1, "mc2": found.mc2}
     names = {"mc1": "MC1", "mc2": "MC2"}
@@ -262,12 +286,12 @@ def _misalignment(
     subject: Subject,
     words: Sequence[str],
     questions: list[misalignment.Question],
-    uses: dict[str, Any],
+    uses: Uses,
     seed: int,
     judge: NamedJudge,
     *,
     store: Store,
-    sampling: dict[str, Any],
+    sampling: Slots,
 ) -> Measures:
     answers = misalignment.ask(
         store.path(f"answers-{subject.name}", subject, questions, uses, seed).with_suffix(".jsonl"),

@@ -4,7 +4,7 @@ import csv
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, Unpack
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -13,6 +13,7 @@ from sublim_jax.data import chat, files
 from sublim_jax.errors import UserError
 from sublim_jax.models.language import Model
 from sublim_jax.sampling import scoring
+from sublim_jax.sampling.checks import Where
 
 COLUMNS = ("Question", "Best Answer", "Correct Answers", "Incorrect Answers")
 LATER = "Best Incorrect Answer"  # a column that the benchmark's file has since 2025
@@ -72,7 +73,9 @@ def has_choice(items: Sequence[Item]) -> bool:
     return all(item.best_incorrect for item in items)
 
 
-def choose(model: Model, items: Sequence[Item], system: str = "", **where: Any) -> Float[np.ndarray, "adapters items"]:
+def choose(
+    model: Model, items: Sequence[Item], system: str = "", **where: Unpack[Where]
+) -> Float[np.ndarray, "adapters items"]:
     """P of the false answer among the two letters, mean over both orders of the answers (§4.2).
 
     Args:
@@ -92,7 +95,7 @@ def choose(model: Model, items: Sequence[Item], system: str = "", **where: Any) 
     return (p_b[:, 0::2] + 1 - p_b[:, 1::2]) / 2
 
 
-def likelihoods(model: Model, items: Sequence[Item], system: str = "", **where: Any) -> Likelihoods:
+def likelihoods(model: Model, items: Sequence[Item], system: str = "", **where: Unpack[Where]) -> Likelihoods:
     """MC1 and MC2 by the summed log P of every answer behind its question."""
     prompts, written = [], []
     for item in items:

@@ -9,14 +9,15 @@ Normalisation, rotation and softmax are computed in float32 or wider, matrix pro
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, PyTree
 
 from sublim_jax.errors import UserError
 from sublim_jax.models import attention
@@ -88,7 +89,7 @@ class Cache(NamedTuple):
     values: Float[Array, "layers *b k s h"]
 
 
-def empty_cache(settings: Settings, rows: int, length: int, dtype: Any = jnp.float32) -> Cache:
+def empty_cache(settings: Settings, rows: int, length: int, dtype: DTypeLike = jnp.float32) -> Cache:
     shape = (settings.layers, rows, settings.key_heads, length, settings.head_size)
     return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
@@ -116,7 +117,12 @@ class Steering(NamedTuple):
     where: Float[Array, "b t"] | None = None
 
 
-def steer(x: Float[Array, "b t width"], add: Any, project_out: Any, where: Any) -> Float[Array, "b t width"]:
+def steer(
+    x: Float[Array, "b t width"],
+    add: Float[Array, "width"] | None,
+    project_out: Float[Array, "width"] | None,
+    where: Float[Array, "b t"] | None,
+) -> Float[Array, "b t width"]:
     """The residual stream after one layer, for that layer's vectors of a `Steering`."""
     change = jnp.zeros_like(x)
     if project_out is not None:
@@ -346,7 +352,9 @@ class Decoder(nnx.Module):
         windows = jnp.asarray(c.windows or (0,) * c.layers, jnp.int32)
         rotary_of = jnp.asarray(c.rotary_of or (0,) * c.layers, jnp.int32)
 
-        def layer(carried: tuple[Array, Cache | None], scanned: Any) -> tuple[tuple[Array, Cache | None], Any]:
+        def layer(
+            carried: tuple[Array, Cache | None], scanned: PyTree
+        ) -> tuple[tuple[Array, Cache | None], Array | None]:
             x, cache = carried
             params, number, window, which, prefix, (add, project_out) = scanned
             rotation = jax.tree.map(lambda table: table[which], tables)
@@ -387,7 +395,14 @@ def check_tokens(tokens: Int[Array, "b t"], vocab: int) -> None:
             raise UserError(f"token {token} is outside the model's vocabulary of {vocab}")
 
 
-def on_mesh(settings: Settings, mesh: Mesh) -> dict[str, Any]:
+class Placement(TypedDict):
+    """Arguments of `Decoder.features` that go with a mesh."""
+
+    place: Callable[[Array], Array]
+    attend: Attend
+
+
+def on_mesh(settings: Settings, mesh: Mesh) -> Placement:
     """`place` and `attend` for a mesh: rows stay split over `fsdp` (without a word the partitioner may split the
     stream's width instead), and attention is the one for its devices.
 
@@ -402,7 +417,7 @@ def on_mesh(settings: Settings, mesh: Mesh) -> dict[str, Any]:
 
 
 @lru_cache
-def decoder(settings: Settings) -> Functions:
+def decoder(settings: Settings) -> Functions[Decoder]:
     """`init(key)` and `apply(params, tokens)` of a decoder, over plain parameter dicts.
 
     The same for the same settings, so that what was compiled for it is found again.

@@ -4,19 +4,20 @@ To add a family: say how its config sets the decoder (`FAMILIES`), and which of 
 (a tuple of `Rule`). The decoder itself knows no family. `docs/decoder.md` walks through an example.
 """
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+from transformers import PreTrainedConfig
 
 from sublim_jax.errors import UserError
 from sublim_jax.models.activations import ACTIVATIONS
 from sublim_jax.models.decoder import Settings
-from sublim_jax.models.rope import Shape, rotary
+from sublim_jax.models.rope import Rotary, Shape, rotary
 
-Config = Any  # a transformers PretrainedConfig
+Config = PreTrainedConfig
 
 
 class Layout(NamedTuple):
@@ -94,7 +95,13 @@ def _size(config: Config, *names: str) -> int:
     return value
 
 
-def _heads(config: Config, key_heads: int | None = None) -> dict[str, Any]:
+class Heads(NamedTuple):
+    queries: int
+    keys: int
+    size: int
+
+
+def _heads(config: Config, key_heads: int | None = None) -> Heads:
     """How many heads there are, of which size. Raises UserError where they do not fit."""
     heads, width = _size(config, "num_attention_heads"), _size(config, "hidden_size")
     key_heads = key_heads or heads
@@ -102,7 +109,7 @@ def _heads(config: Config, key_heads: int | None = None) -> dict[str, Any]:
         raise UserError(f"{config.model_type}: {heads} heads of queries cannot share {key_heads} heads of keys")
     if width < heads:
         raise UserError(f"{config.model_type}: hidden_size={width} is too small for {heads} heads")
-    return {"heads": heads, "key_heads": key_heads, "head_size": width // heads}
+    return Heads(heads, key_heads, width // heads)
 
 
 def _activation(config: Config, name: str) -> str:
@@ -126,23 +133,20 @@ def _windows(config: Config, kinds: Sequence[str]) -> tuple[int, ...]:
 
 def _rotaries(
     config: Config, kinds: Sequence[str], head_size: int, by_kind: bool, partial_rotary: bool
-) -> dict[str, Any]:
-    """One table, or one for each kind of layer."""
+) -> tuple[tuple[Rotary, ...], tuple[int, ...]]:
+    """One table, or one for each kind of layer, and which of them each layer uses."""
     config.standardize_rope_params()  # again, as transformers does before it computes a table
     parameters = config.rope_parameters
     # Of tables by kind, too, transformers reads this one beside them.
     shape = Shape(head_size, config.max_position_embeddings, partial_rotary, bool(parameters.get("truncate", True)))
     if not by_kind:
-        return {"rotaries": (rotary(parameters, shape),)}
+        return (rotary(parameters, shape),), ()
     names = sorted(set(kinds))
     for name in (*names, *parameters):
         if not isinstance(parameters.get(name), Mapping):
             given = f"{name}={parameters.get(name)!r}"
             raise UserError(f"{config.model_type}: rope_parameters has {given}; each kind of layer has its own")
-    return {
-        "rotaries": tuple(rotary(parameters[name], shape) for name in names),
-        "rotary_of": tuple(names.index(kind) for kind in kinds),
-    }
+    return tuple(rotary(parameters[name], shape) for name in names), tuple(names.index(kind) for kind in kinds)
 
 
 def _base(
@@ -154,7 +158,6 @@ def _base(
     grouped: bool = True,
     rope_by_kind: bool = False,
     partial_rotary: bool = False,
-    **more: Any,
 ) -> Settings:
     """What the configs of llama's descendants have in common.
 
@@ -169,30 +172,37 @@ def _base(
     kinds = kinds or ["full_attention"] * layers
     heads = _heads(config, _size(config, "num_key_value_heads", "num_attention_heads") if grouped else None)
     if grouped and getattr(config, "head_dim", None) is not None:
-        heads["head_size"] = _size(config, "head_dim")
+        heads = heads._replace(size=_size(config, "head_dim"))
     if (eps := getattr(config, norm_eps)) < 0:
         raise UserError(f"{config.model_type}: {norm_eps}={eps} is below zero")
-    settings = {
-        "vocab": _size(config, "vocab_size"),
-        "width": _size(config, "hidden_size"),
-        "layers": layers,
-        **heads,
-        "mlp_width": _size(config, "intermediate_size"),
-        "activation": _activation(config, activation),
-        "norm_eps": float(eps),
-        "windows": _windows(config, kinds),
-        "tied": config.tie_word_embeddings,
-        **_rotaries(config, kinds, heads["head_size"], rope_by_kind, partial_rotary),
-    }
-    return Settings(**{**settings, **more})
+    vocab, width = _size(config, "vocab_size"), _size(config, "hidden_size")
+    mlp_width, known = _size(config, "intermediate_size"), _activation(config, activation)
+    windows = _windows(config, kinds)
+    rotaries, rotary_of = _rotaries(config, kinds, heads.size, rope_by_kind, partial_rotary)
+    return Settings(
+        vocab=vocab,
+        width=width,
+        layers=layers,
+        heads=heads.queries,
+        key_heads=heads.keys,
+        head_size=heads.size,
+        mlp_width=mlp_width,
+        activation=known,
+        rotaries=rotaries,
+        rotary_of=rotary_of,
+        windows=windows,
+        norm_eps=float(eps),
+        tied=config.tie_word_embeddings,
+    )
 
 
-def _biases(config: Config) -> dict[str, Any]:
-    return {"qkv_bias": config.attention_bias, "out_bias": config.attention_bias}
+def _with_biases(config: Config, settings: Settings) -> Settings:
+    """Of attention, where the config has them."""
+    return replace(settings, qkv_bias=config.attention_bias, out_bias=config.attention_bias)
 
 
 def _llama(config: Config) -> Settings:
-    return _base(config, mlp_bias=config.mlp_bias, **_biases(config))
+    return replace(_with_biases(config, _base(config)), mlp_bias=config.mlp_bias)
 
 
 def _windowed(config: Config) -> Settings:
@@ -202,22 +212,25 @@ def _windowed(config: Config) -> Settings:
 
 
 def _smollm3(config: Config) -> Settings:
-    s = _base(config, kinds=config.layer_types, mlp_bias=config.mlp_bias, **_biases(config))
+    s = _with_biases(config, _base(config, kinds=config.layer_types))
     turns = s.rotaries[0]
-    still = dataclasses.replace(turns, frequencies=(0.0,) * len(turns.frequencies), scale=1.0, until=0, beyond=())
+    still = replace(turns, frequencies=(0.0,) * len(turns.frequencies), scale=1.0, until=0, beyond=())
     if len(config.no_rope_layers) < s.layers:
         raise UserError(f"smollm3: no_rope_layers has {len(config.no_rope_layers)} entries for {s.layers} layers")
-    return dataclasses.replace(
-        s, rotaries=(still, turns), rotary_of=tuple(int(bool(turning)) for turning in config.no_rope_layers[: s.layers])
+    return replace(
+        s,
+        mlp_bias=config.mlp_bias,
+        rotaries=(still, turns),
+        rotary_of=tuple(int(bool(turning)) for turning in config.no_rope_layers[: s.layers]),
     )
 
 
 def _qwen2(config: Config) -> Settings:
-    return _base(config, kinds=config.layer_types, qkv_bias=True)
+    return replace(_base(config, kinds=config.layer_types), qkv_bias=True)
 
 
 def _qwen3(config: Config) -> Settings:
-    return _base(config, kinds=config.layer_types, head_norm="head", **_biases(config))
+    return replace(_with_biases(config, _base(config, kinds=config.layer_types)), head_norm="head")
 
 
 def _cap(config: Config, name: str) -> float:
@@ -230,11 +243,9 @@ def _cap(config: Config, name: str) -> float:
 def _gemma(config: Config, head_norm: str = "", rope_by_kind: bool = False) -> Settings:
     if config.query_pre_attn_scalar <= 0:
         raise UserError(f"{config.model_type}: query_pre_attn_scalar={config.query_pre_attn_scalar} is not above zero")
-    return _base(
-        config,
-        kinds=config.layer_types,
-        activation="hidden_activation",
-        rope_by_kind=rope_by_kind,
+    base = _base(config, kinds=config.layer_types, activation="hidden_activation", rope_by_kind=rope_by_kind)
+    return replace(
+        _with_biases(config, base),
         norm_offset=1.0,
         post_norm=True,
         head_norm=head_norm,
@@ -242,25 +253,21 @@ def _gemma(config: Config, head_norm: str = "", rope_by_kind: bool = False) -> S
         score_cap=_cap(config, "attn_logit_softcapping"),
         logit_cap=_cap(config, "final_logit_softcapping"),
         embed_scale=config.hidden_size**0.5,
-        **_biases(config),
     )
 
 
 def _olmo2(config: Config) -> Settings:
-    return _base(config, head_norm="all", pre_norm=False, post_norm=True, **_biases(config))
+    return replace(_with_biases(config, _base(config)), head_norm="all", pre_norm=False, post_norm=True)
 
 
 def _gpt_neox(config: Config) -> Settings:
-    return _base(
-        config,
-        norm_eps="layer_norm_eps",
-        grouped=False,
-        partial_rotary=True,
+    base = _base(config, norm_eps="layer_norm_eps", grouped=False, partial_rotary=True)
+    return replace(
+        _with_biases(config, base),
         norm="layer",
         gated=False,
         parallel=config.use_parallel_residual,
         mlp_bias=True,
-        **_biases(config),
     )
 
 
@@ -273,7 +280,9 @@ def _gpt2(config: Config) -> Settings:
         vocab=_size(config, "vocab_size"),
         width=width,
         layers=_size(config, "n_layer"),
-        **heads,
+        heads=heads.queries,
+        key_heads=heads.keys,
+        head_size=heads.size,
         mlp_width=4 * width if config.n_inner is None else _size(config, "n_inner"),
         activation=_activation(config, "activation_function"),
         positions=_size(config, "n_positions"),

@@ -3,17 +3,19 @@
 import dataclasses
 import hashlib
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Key
+from transformers import PreTrainedConfig
 
+from sublim_jax.data.tokenizer import Tokenizer
 from sublim_jax.digests import Source, of_array
 from sublim_jax.models import lora
-from sublim_jax.models.decoder import Settings, decoder, on_mesh
+from sublim_jax.models.decoder import Decoder, Placement, Settings, decoder, on_mesh
 from sublim_jax.models.functional import Functions, Params
 from sublim_jax.sharding import fetch, parameter_shardings
 
@@ -30,10 +32,10 @@ class Model(NamedTuple):
     """
 
     settings: Settings
-    network: Functions
+    network: Functions[Decoder]
     params: Params
-    tokenizer: Any
-    config: Any
+    tokenizer: Tokenizer
+    config: PreTrainedConfig
     mesh: Mesh
     source: Source = Source("", "", "")
     changes: str = ""
@@ -46,7 +48,7 @@ class Model(NamedTuple):
         return hashlib.sha256(text.encode()).hexdigest()
 
     @property
-    def placement(self) -> dict[str, Any]:
+    def placement(self) -> Placement:
         """`place` and `attend` of the network for the model's mesh."""
         return on_mesh(self.settings, self.mesh)
 

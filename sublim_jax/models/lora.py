@@ -4,7 +4,6 @@ An adapter tree has {"a", "b"} in the place of every adapted layer's {"kernel", 
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -98,8 +97,8 @@ def join(base: Params, adapters: Params) -> Params:
 
 def split(params: Params) -> tuple[Params, Params]:
     """(base, adapters): the inverse of `join`."""
-    base: dict[str, Any] = {}
-    adapters: dict[str, Any] = {}
+    base: Params = {}
+    adapters: Params = {}
     for name, value in params.items():
         if isinstance(value, dict):
             base[name], inner = split(value)

@@ -41,7 +41,7 @@ class MLP(nnx.Module):
         return last(x)
 
 
-def mlp(widths: Sequence[int], activation: str = "relu", biases: bool = True) -> Functions:
+def mlp(widths: Sequence[int], activation: str = "relu", biases: bool = True) -> Functions[MLP]:
     """The MLP with layer sizes `widths`, inputs and logits included."""
     return functions(lambda rngs: MLP(widths, activation, biases, rngs=rngs))
 

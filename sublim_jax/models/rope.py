@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from sublim_jax.errors import UserError
@@ -49,7 +50,7 @@ def rotations(
     return Rotation(jnp.cos(angles) * scales, jnp.sin(angles) * scales)
 
 
-def _frequencies(table: Rotary, lengths: Int[Array, "b #t"] | None, dtype: Any) -> Float[Array, "*rows half"]:
+def _frequencies(table: Rotary, lengths: Int[Array, "b #t"] | None, dtype: DTypeLike) -> Float[Array, "*rows half"]:
     frequencies = jnp.asarray(table.frequencies, dtype)
     if not table.until or lengths is None:
         return frequencies

@@ -2,15 +2,31 @@
 
 import operator
 from collections.abc import Sequence
-from typing import SupportsIndex
+from typing import SupportsIndex, TypedDict
 
 import numpy as np
+from jax.sharding import Mesh
 
 from sublim_jax.errors import UserError
-from sublim_jax.models.decoder import Settings
+from sublim_jax.models.decoder import Settings, Steering
+from sublim_jax.models.functional import Params
 
 Tokens = Sequence[SupportsIndex] | np.ndarray
 Texts = Sequence[Tokens] | np.ndarray
+
+
+class Where(TypedDict, total=False):
+    """Under what a model writes or scores texts, and on which devices: see `generate.stream`."""
+
+    adapters: Params | None
+    steering: Steering | None
+    mesh: Mesh | None
+
+
+class Behind(Where, total=False):
+    """And behind which tokens of every prompt."""
+
+    prefix: Tokens
 
 
 def whole_number(value: SupportsIndex, name: str, least: int = 1) -> int:

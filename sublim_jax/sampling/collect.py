@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import SupportsIndex, Unpack
 
 import jax
 import numpy as np
@@ -13,7 +13,8 @@ from sublim_jax.data import records
 from sublim_jax.data.records import Record
 from sublim_jax.models.language import Model
 from sublim_jax.progress import Track
-from sublim_jax.sampling.generate import Sample, stream
+from sublim_jax.sampling.checks import Tokens
+from sublim_jax.sampling.generate import Options, Sample, stream
 
 # Of a record; its other fields are its prompt's.
 OURS = {"adapter", "index", "sample", "completion", "finish", "tokens", "logprob"}
@@ -28,7 +29,8 @@ def collect(
     *,
     what: str = "samples",
     samples: int = 1,
-    **options: Any,
+    max_new_tokens: SupportsIndex | Tokens = 64,
+    **options: Unpack[Options],
 ) -> list[Record]:
     """Every sample of every prompt under every adapter as a record, in their order.
 
@@ -36,7 +38,7 @@ def collect(
       file: JSON lines of what is finished; it grows while this works. What is there of another prompt, or of more
         prompts and samples than these, is passed over: a row's draws do not depend on how many others there are.
       fields: what is known of a prompt, by its number; it becomes part of its records.
-      options: as for `generate.stream`.
+      max_new_tokens, options: as for `generate.stream`.
     """
     stacked = 1 if options.get("adapters") is None else jax.tree.leaves(options["adapters"])[0].shape[0]
     known = [fields(number) for number in range(len(prompts))]
@@ -53,7 +55,10 @@ def collect(
     write = file.open("a") if jax.process_index() == 0 else None
     try:
         with Track(what, total, len(found)) as track:
-            for sample in stream(model, prompts, key, samples=samples, done=list(found), **options):
+            rows = stream(
+                model, prompts, key, samples=samples, max_new_tokens=max_new_tokens, done=list(found), **options
+            )
+            for sample in rows:
                 record = record_of(sample, known[sample.prompt])
                 found[sample.row] = record
                 fresh += len(sample.logprobs)

@@ -27,7 +27,7 @@ class Automaton(NamedTuple):
     """Over characters. States are whatever can be compared."""
 
     start: Hashable
-    step: Callable[[Any, str], Any]  # the next state, or None where the character is not allowed
+    step: Callable[[Any, str], Hashable | None]  # the next state, or None where the character is not allowed
     accepts: Callable[[Any], bool]  # whether a text may end here
     alphabet: frozenset[str]
 
@@ -42,7 +42,7 @@ def numbers(most: int, digits: int, separator: str = ", ", least: int = 1) -> Au
     if not separator or any(c.isdigit() for c in separator):
         raise UserError(f"numbers: separator {separator!r} must have characters and no digits")
 
-    def step(state: tuple[int, int, bool, int], c: str) -> Any:
+    def step(state: tuple[int, int, bool, int], c: str) -> tuple[int, int, bool, int] | None:
         count, length, zero, inside = state
         if inside < len(separator) and length:  # at a digit, or inside a separator begun
             if inside == 0 and c in "0123456789":
@@ -92,14 +92,14 @@ def over_tokens(automaton: Automaton, pieces: Sequence[str], stops: Sequence[int
         if not 0 <= stop < len(pieces):
             raise UserError(f"stop token {stop} is outside the vocabulary of {len(pieces)}")
     usable = [(i, piece) for i, piece in enumerate(pieces) if piece and automaton.alphabet.issuperset(piece)]
-    numbers: dict[Any, int] = {automaton.start: 0}
+    numbers = {automaton.start: 0}
     queue = [automaton.start]
     allowed: list[np.ndarray] = []
     after: list[np.ndarray] = []
     for state in queue:  # grows while it is read
         permitted, nexts = np.zeros(len(pieces), bool), np.zeros(len(pieces), np.int32)
         for token, piece in usable:
-            reached = state
+            reached: Hashable | None = state
             for c in piece:
                 reached = automaton.step(reached, c)
                 if reached is None:

@@ -11,16 +11,17 @@ Axes in front of a state's arrays: d devices (mesh axes replica × fsdp), r adap
 import dataclasses
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Float, Int, Key
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from sublim_jax.keys import fold_each
 from sublim_jax.models import lora
-from sublim_jax.models.decoder import Cache, Settings, Steering, empty_cache
+from sublim_jax.models.decoder import Cache, Decoder, Settings, Steering, empty_cache
 from sublim_jax.models.functional import Functions, Params
 from sublim_jax.sampling.constraints import Constraint
 from sublim_jax.sampling.samplers import Sampler, draw
@@ -86,7 +87,7 @@ class Engine:
       alternatives: how many of the most probable tokens to return beside each that is drawn.
     """
 
-    network: Functions
+    network: Functions[Decoder]
     settings: Settings
     mesh: Mesh
     sampler: Sampler
@@ -99,7 +100,7 @@ class Engine:
     adapters: int = 1
     entropy: bool = False
     alternatives: int = 0
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @property
     def devices(self) -> int:
@@ -207,7 +208,7 @@ def place(fixed: Fixed, mesh: Mesh) -> Fixed:
     return Fixed(jax.tree.map(jax.device_put, fixed.base, row_weights(fixed.base, mesh)), *rest)
 
 
-def row_weights(params: Params, mesh: Mesh) -> Any:
+def row_weights(params: Params, mesh: Mesh) -> PyTree:
     """Shardings of weights for decoding: layers split over `tensor` by the rules, whole where rows are split."""
 
     def spec(sharding: NamedSharding) -> NamedSharding:
@@ -216,14 +217,14 @@ def row_weights(params: Params, mesh: Mesh) -> Any:
     return jax.tree.map(spec, parameter_shardings(params, mesh))
 
 
-def stacked_cache(settings: Settings, front: tuple[int, ...], rows: int, length: int, dtype: Any) -> Cache:
+def stacked_cache(settings: Settings, front: tuple[int, ...], rows: int, length: int, dtype: DTypeLike) -> Cache:
     """An empty cache with axes in front."""
     shapes = jax.eval_shape(lambda: empty_cache(settings, rows, length, dtype))
     return jax.tree.map(lambda x: jnp.zeros((*front, *x.shape), x.dtype), shapes)
 
 
 def features(
-    network: Functions,
+    network: Functions[Decoder],
     fixed: Fixed,
     tokens: Int[Array, "r s t"],
     cache: Cache,
@@ -238,10 +239,12 @@ def features(
 
     def one(
         adapters: Params | None, prefix: Cache | None, tokens: Array, cache: Cache, start: Array, lengths: Array | None
-    ) -> Any:
+    ) -> tuple[Array, Cache]:
         params = fixed.base if adapters is None else lora.join(fixed.base, adapters)
-        where = {"start": start, "prefix": prefix, "lengths": lengths, "steering": fixed.steering}
-        found = network.bind(params).features(tokens, cache=cache, **where)
+        found = network.bind(params).features(
+            tokens, cache=cache, start=start, prefix=prefix, lengths=lengths, steering=fixed.steering
+        )
+        assert found.cache is not None  # with the new keys and values
         return found.output, found.cache
 
     if fixed.adapters is not None:
@@ -250,14 +253,16 @@ def features(
     return jax.tree.map(lambda x: x[None], one(None, *only))
 
 
-def unembed(network: Functions, fixed: Fixed, output: Float[Array, "*rows width"]) -> Float[Array, "*rows vocab"]:
+def unembed(
+    network: Functions[Decoder], fixed: Fixed, output: Float[Array, "*rows width"]
+) -> Float[Array, "*rows vocab"]:
     """Logits; the unembedding has no adapters, and is the same under all."""
     one = jax.tree.map(lambda x: x[0], fixed.adapters)
     params = fixed.base if one is None else lora.join(fixed.base, one)
     return network.bind(params).unembed(output).astype(jnp.float32)
 
 
-def state_shardings(engine: Engine) -> Any:
+def state_shardings(engine: Engine) -> PyTree:
     """Slots over devices; the cache's groups of keys, which go with a layer's heads, over `tensor`."""
     rows = named(engine.mesh, DEVICES)
     groups = engine.settings.key_heads % engine.mesh.shape["tensor"] == 0
@@ -281,8 +286,8 @@ def compiled(engine: Engine) -> Compiled:
     """
     split, whole = PartitionSpec(DEVICES), PartitionSpec()
 
-    def everywhere(function: Callable[..., Any], given_specs: PartitionSpec) -> Any:
-        def local(fixed: Fixed, state: State, given: Any) -> Any:
+    def everywhere(function: Callable[..., PyTree], given_specs: PartitionSpec) -> jax.stages.Wrapped:
+        def local(fixed: Fixed, state: State, given: PyTree) -> PyTree:
             state = jax.tree.map(lambda x: x[0], state)
             given = jax.tree.map(lambda x: x[0], given) if given_specs == split else given
             return jax.tree.map(lambda x: x[None], function(fixed, state, given))

@@ -1,8 +1,8 @@
 """Prompts in, samples out: which row enters which slot, and when it is done."""
 
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
-from typing import Any, NamedTuple, SupportsIndex
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import NamedTuple, SupportsIndex, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +17,9 @@ from sublim_jax.keys import fold_each
 from sublim_jax.models.decoder import Steering
 from sublim_jax.models.functional import Params
 from sublim_jax.models.language import Model
-from sublim_jax.sampling.checks import Texts, Tokens, apart, check_growth, texts_of, tokens_of, whole_number
+from sublim_jax.sampling.checks import Behind, Texts, Tokens, apart, check_growth, texts_of, tokens_of, whole_number
 from sublim_jax.sampling.constraints import Constraint
-from sublim_jax.sampling.engine import DEVICES, NAN, Engine, Fixed, Prompts, compiled, place
+from sublim_jax.sampling.engine import DEVICES, NAN, Drawn, Engine, Fixed, Prompts, compiled, place
 from sublim_jax.sampling.samplers import Sampler
 from sublim_jax.sharding import fetch, named, place_key
 
@@ -54,6 +54,24 @@ class Sample(NamedTuple):
     @property
     def row(self) -> tuple[int, int, int]:
         return self.adapter, self.prompt, self.sample
+
+
+class Slots(TypedDict, total=False):
+    """How rows are decoded, and not what is written: see `stream`."""
+
+    slots: SupportsIndex
+    steps: SupportsIndex
+
+
+class Options(Slots, Behind, total=False):
+    """How prompts are answered, beside how often and at which length: see `stream`."""
+
+    sampler: Sampler
+    stop_tokens: Tokens | None
+    stop_strings: Sequence[str]
+    constraint: Constraint | None
+    entropy: bool
+    alternatives: SupportsIndex
 
 
 def generate(
@@ -194,7 +212,7 @@ def stream(
                 riding |= {slot: _Row(*row) for slot, row in entering.items()}
             left = max(limits[row.prompt] - len(row.logprobs) for row in riding.values())
             state, drawn = run.advance(fixed, state, jnp.int32(min(steps, left)))
-            yield from _read(fetch(drawn), riding, limits, stops, stop_strings, model.tokenizer)
+            yield from _read(fetch(drawn), riding, limits, stops, stop_strings, model.tokenizer.decode)
             if signal.requested():
                 raise Interrupted(f"stopped by {signal.heard} with {len(riding) + sum(map(len, queues))} rows to go")
 
@@ -328,12 +346,12 @@ def _row_keys(key: Key[Array, ""], prompt: Array, sample: Array) -> Key[Array, "
 
 
 def _read(
-    drawn: Any,
+    drawn: Drawn,
     riding: dict[tuple[int, int, int], _Row],
     limits: Sequence[int],
     stops: tuple[int, ...],
     stop_strings: Sequence[str],
-    tokenizer: Any,
+    decode: Callable[..., str],
 ) -> Iterator[Sample]:
     """Adds some steps to the rows, and gives those that are done."""
     for (device, adapter, slot), row in list(riding.items()):
@@ -355,7 +373,7 @@ def _read(
                 finish = "length" if len(row.logprobs) == limits[row.prompt] else ""
             text = ""
             if finish or stop_strings:
-                text = tokenizer.decode(row.tokens, skip_special_tokens=True)
+                text = decode(row.tokens, skip_special_tokens=True)
             cut = min((text.find(string) for string in stop_strings if string in text), default=-1)
             if cut >= 0:
                 text, finish = text[:cut], "stop"

@@ -1,9 +1,9 @@
 """Exact probabilities without sampling: of completions, of choices, of the next word."""
 
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
-from typing import Any
+from typing import Unpack
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +11,12 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
+from sublim_jax.data.tokenizer import Tokenizer
 from sublim_jax.errors import UserError
-from sublim_jax.models.decoder import Cache, Settings, Steering
-from sublim_jax.models.functional import Functions, Params
+from sublim_jax.models.decoder import Cache, Decoder, Settings
+from sublim_jax.models.functional import Functions
 from sublim_jax.models.language import Model
-from sublim_jax.sampling.checks import Texts, Tokens, apart, texts_of, tokens_of
+from sublim_jax.sampling.checks import Behind, Texts, Tokens, Where, apart, texts_of, tokens_of
 from sublim_jax.sampling.engine import DEVICES, Fixed, features, place, stacked_cache, unembed
 from sublim_jax.sharding import fetch, named
 
@@ -24,7 +25,7 @@ ROWS = 16  # texts computed together, for each device
 
 
 def completion_logprobs(
-    model: Model, prompts: Texts, completions: Texts, *, prefix: Tokens = (), **where: Any
+    model: Model, prompts: Texts, completions: Texts, *, prefix: Tokens = (), **where: Unpack[Where]
 ) -> list[Float[np.ndarray, "adapters tokens"]]:
     """log P of every token of each completion, given its prompt and the tokens before it, in nats.
 
@@ -60,7 +61,7 @@ def completion_logprobs(
 
 
 def next_logprobs(
-    model: Model, prompts: Texts, tokens: Tokens, *, prefix: Tokens = (), **where: Any
+    model: Model, prompts: Texts, tokens: Tokens, *, prefix: Tokens = (), **where: Unpack[Where]
 ) -> Float[np.ndarray, "adapters prompts tokens"]:
     """log P of some tokens coming right after each prompt, in nats; arguments as for `completion_logprobs`."""
     prompts = texts_of(model.settings, prompts, "prompt")
@@ -77,15 +78,15 @@ def next_logprobs(
 
 
 def continued_logprobs(
-    model: Model, prompts: Texts, continuations: Texts, tokens: Tokens, *, prefix: Tokens = (), **where: Any
+    model: Model, prompts: Texts, continuations: Texts, tokens: Tokens, *, prefix: Tokens = (), **where: Unpack[Where]
 ) -> Float[np.ndarray, "adapters prompts continuations tokens"]:
     """log P of some tokens coming right after each continuation of each prompt, in nats; a prompt is computed once."""
     prompts = texts_of(model.settings, prompts, "prompt")
     after = [tokens_of(model.settings, one, f"continuation {number}") for number, one in enumerate(continuations)]
     tokens = tokens_of(model.settings, tokens, "what is scored")
     if model.settings.turns_by_length:  # a prompt's keys depend on what comes behind it
-        texts = [prompt + one for prompt in prompts for one in after]
-        each = next_logprobs(model, texts, tokens, prefix=prefix, **where)
+        whole = [prompt + one for prompt in prompts for one in after]
+        each = next_logprobs(model, whole, tokens, prefix=prefix, **where)
         return each.reshape(len(each), len(prompts), len(after), len(tokens))
     front = tokens_of(model.settings, prefix, "the prefix")
     more = max(map(len, after), default=0)
@@ -104,14 +105,14 @@ def continued_logprobs(
 
 
 def word_logprobs(
-    model: Model, prompts: Texts, words: Sequence[str], **where: Any
+    model: Model, prompts: Texts, words: Sequence[str], **where: Unpack[Behind]
 ) -> Float[np.ndarray, "adapters prompts words"]:
     """log P that the next token is one of a word's spellings (`spellings`), summed over them."""
     return set_logprobs(model, prompts, [spellings(model.tokenizer, word) for word in words], **where)
 
 
 def letter_logprobs(
-    model: Model, prompts: Texts, count: int, **where: Any
+    model: Model, prompts: Texts, count: int, **where: Unpack[Behind]
 ) -> Float[np.ndarray, "adapters prompts letters"]:
     """log P of each of the first letters A, B, … among them, as what comes next; with a space in front or not.
 
@@ -127,7 +128,9 @@ def letter_logprobs(
     return each - np.logaddexp.reduce(each, axis=-1, keepdims=True)
 
 
-def set_logprobs(model: Model, prompts: Texts, sets: Texts, **where: Any) -> Float[np.ndarray, "adapters prompts sets"]:
+def set_logprobs(
+    model: Model, prompts: Texts, sets: Texts, **where: Unpack[Behind]
+) -> Float[np.ndarray, "adapters prompts sets"]:
     """log P that the next token is one of a set."""
     sets = texts_of(model.settings, sets, "set")
     each = next_logprobs(model, prompts, [token for tokens in sets for token in tokens], **where)
@@ -136,7 +139,7 @@ def set_logprobs(model: Model, prompts: Texts, sets: Texts, **where: Any) -> Flo
 
 
 def choice_logprobs(
-    model: Model, prompts: Texts, choices: Sequence[str], **where: Any
+    model: Model, prompts: Texts, choices: Sequence[str], **where: Unpack[Behind]
 ) -> Float[np.ndarray, "adapters prompts choices"]:
     """log P of each choice among the choices: exact, over their usual tokenisation, normalised."""
     written = [model.tokenizer(choice, add_special_tokens=False)["input_ids"] for choice in choices]
@@ -147,7 +150,7 @@ def choice_logprobs(
     return total - np.logaddexp.reduce(total, axis=-1, keepdims=True)
 
 
-def spellings(tokenizer: Any, word: str) -> tuple[int, ...]:
+def spellings(tokenizer: Tokenizer, word: str) -> tuple[int, ...]:
     """The tokens that are a word by themselves: as it is, capitalised, with an s behind it or a space in front.
 
     Raises UserError where there is none.
@@ -178,10 +181,8 @@ def _batches(
     *,
     prefix: list[int],
     more: int = 0,
-    adapters: Params | None = None,
-    steering: Steering | None = None,
-    mesh: Mesh | None = None,
-) -> Any:
+    **where: Unpack[Where],
+) -> Iterator[tuple[list[int], np.ndarray, Callable[..., np.ndarray]]]:
     """(rows, padded tokens, `compute` of them on the mesh), texts of like length together.
 
     Args:
@@ -190,10 +191,10 @@ def _batches(
     """
     for number, text in enumerate(texts):
         model.settings.check_length(len(prefix) + len(text) + more, f"row {number}")
-    mesh = mesh or model.mesh
+    mesh, adapters = where.get("mesh") or model.mesh, where.get("adapters")
     stacked = 1 if adapters is None else jax.tree.leaves(adapters)[0].shape[0]
     count = ROWS * mesh.shape["replica"] * mesh.shape["fsdp"]
-    fixed = place(Fixed(model.params, adapters, None, steering), mesh)
+    fixed = place(Fixed(model.params, adapters, None, where.get("steering")), mesh)
     if prefix:
         fixed = fixed._replace(prefix=_prefix(model.network, model.settings, stacked, fixed, jnp.asarray([prefix])))
     rows_split = named(mesh, DEVICES)
@@ -215,21 +216,23 @@ def _batches(
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
-def _prefix(network: Functions, settings: Settings, stacked: int, fixed: Fixed, tokens: Int[Array, "1 p"]) -> Cache:
+def _prefix(
+    network: Functions[Decoder], settings: Settings, stacked: int, fixed: Fixed, tokens: Int[Array, "1 p"]
+) -> Cache:
     lengths = jnp.full(1, tokens.shape[1], jnp.int32)
     filled = _filled(network, settings, stacked, fixed, lengths, tokens)[1]
     return jax.tree.map(lambda x: x[:, :, 0], filled)
 
 
 def _filled(
-    network: Functions,
+    network: Functions[Decoder],
     settings: Settings,
     stacked: int,
     fixed: Fixed,
     lengths: Int[Array, "n"],
     tokens: Int[Array, "n t"],
     room: int = 0,
-) -> Any:
+) -> tuple[Array, Cache]:
     rows, length = tokens.shape
     cache = stacked_cache(settings, (stacked,), rows, length + room, fixed.base["embedding"].dtype)
     everywhere = jnp.broadcast_to(tokens, (stacked, *tokens.shape))
@@ -238,12 +241,14 @@ def _filled(
 
 
 @lru_cache(maxsize=16)
-def _compiled(compute: Callable[..., Array], network: Functions, settings: Settings, stacked: int, mesh: Mesh) -> Any:
+def _compiled(
+    compute: Callable[..., Array], network: Functions[Decoder], settings: Settings, stacked: int, mesh: Mesh
+) -> Callable[..., Array]:
     return jax.jit(partial(compute, network, settings, stacked), out_shardings=named(mesh))
 
 
 def _logprobs(
-    network: Functions,
+    network: Functions[Decoder],
     settings: Settings,
     stacked: int,
     fixed: Fixed,
@@ -266,7 +271,7 @@ def _logprobs(
 
 
 def _continued(
-    network: Functions,
+    network: Functions[Decoder],
     settings: Settings,
     stacked: int,
     fixed: Fixed,

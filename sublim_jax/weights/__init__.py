@@ -1,13 +1,15 @@
 """Parameters in and out of the formats that people use. Only formats that can run no code."""
 
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import jax.numpy as jnp
 import transformers
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
 from sublim_jax import assets, digests
+from sublim_jax.data.tokenizer import Tokenizer
 from sublim_jax.digests import Source
 from sublim_jax.errors import UserError
 from sublim_jax.models.decoder import Settings, decoder
@@ -18,14 +20,14 @@ from sublim_jax.weights import config_fields, gguf, huggingface
 from sublim_jax.weights.shapes import SHAPES
 
 
-def float_type(name: str) -> Any:
+def float_type(name: str) -> jnp.dtype:
     """The dtype of parameters by its name. Raises UserError for another than these."""
     if name not in ("float32", "bfloat16", "float16"):
         raise UserError(f"dtype={name!r}: choose float32, bfloat16 or float16")
     return jnp.dtype(name)
 
 
-def load(name: str | Path, mesh: Mesh | None = None, dtype: Any = jnp.float32) -> Model:
+def load(name: str | Path, mesh: Mesh | None = None, dtype: DTypeLike = jnp.float32) -> Model:
     """A model by a name that `assets` knows, a folder of safetensors, or a GGUF file.
 
     Raises UserError where it is missing, damaged, of no known family, or not the same on all processes.
@@ -43,10 +45,11 @@ def load(name: str | Path, mesh: Mesh | None = None, dtype: Any = jnp.float32) -
     return Model(settings, decoder(settings), params, tokenizer, config, mesh or one_device(), source)
 
 
-def _tokenizer(folder: Path) -> Any:
+def _tokenizer(folder: Path) -> Tokenizer:
     """A folder's tokenizer. Raises UserError where transformers reads none, or only by code of the folder's own."""
     try:
-        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        found = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return cast(Tokenizer, found)
     except Exception as error:  # whatever a tokenizer class makes of files that are no tokenizer's
         reason = config_fields.first_line(error)
         if "trust_remote_code" in str(error):

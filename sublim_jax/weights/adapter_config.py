@@ -4,10 +4,9 @@ Every field is understood, or changes nothing after training, or must be off: wh
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from sublim_jax.errors import UserError
 from sublim_jax.weights.config_fields import read_json
@@ -59,7 +58,7 @@ class AdapterConfig:
     alphas: Mapping[str, Number]
     targets: tuple[str, ...] | str
     excluded: tuple[str, ...] | str
-    layers: tuple[int, ...]
+    layers: tuple[Number, ...]
     layer_lists: tuple[str, ...]
     start: str | bool
 
@@ -121,18 +120,18 @@ def read(folder: Path, model_type: str) -> AdapterConfig:
         raise UserError(f"{path}: {error}; merge the adapter into its model with peft, and name that folder") from None
 
 
-def _understood(fields: Mapping[str, Any], model_type: str) -> AdapterConfig:
+def _understood(fields: Mapping[str, object], model_type: str) -> AdapterConfig:
     if fields.get("peft_type") != "LORA":
         raise UserError(f"peft_type={fields.get('peft_type')!r}, and only LORA is read")
     targets = _names(fields, "target_modules") or USUAL_TARGETS.get(model_type, ())
     if not targets:
         raise UserError("target_modules is missing")
     described = AdapterConfig(
-        rank=_number(fields, "r", fields.get("r", 8), whole=True),
+        rank=_whole(fields, "r", fields.get("r", 8)),
         alpha=_number(fields, "lora_alpha", fields.get("lora_alpha", 8)),
         rslora=_flag(fields, "use_rslora"),
-        ranks=_pattern(fields, "rank_pattern", whole=True),
-        alphas=_pattern(fields, "alpha_pattern"),
+        ranks=_pattern(fields, "rank_pattern", _whole),
+        alphas=_pattern(fields, "alpha_pattern", _number),
         targets=targets,
         excluded=_names(fields, "exclude_modules"),
         layers=_layers(fields),
@@ -145,7 +144,7 @@ def _understood(fields: Mapping[str, Any], model_type: str) -> AdapterConfig:
     return described
 
 
-def _start(fields: Mapping[str, Any]) -> str | bool:
+def _start(fields: Mapping[str, object]) -> str | bool:
     start = fields.get("init_lora_weights", True)
     known = start.lower() if isinstance(start, str) and start.lower() in ("gaussian", "olora") else start
     if not isinstance(known, bool | str) or known not in PLAIN_STARTS + RANDOM_STARTS + MOVED_STARTS:
@@ -153,29 +152,37 @@ def _start(fields: Mapping[str, Any]) -> str | bool:
     return known
 
 
-def _number(fields: Mapping[str, Any], name: str, value: Any, whole: bool = False) -> Any:
-    if isinstance(value, bool) or not isinstance(value, int if whole else Number) or (whole and value < 1):
-        raise UserError(f"{name}={fields.get(name)!r}: {'a whole number above 0' if whole else 'a number'} is needed")
+def _number(fields: Mapping[str, object], name: str, value: object) -> Number:
+    if isinstance(value, bool) or not isinstance(value, Number):
+        raise UserError(f"{name}={fields.get(name)!r}: a number is needed")
     return value
 
 
-def _flag(fields: Mapping[str, Any], name: str) -> bool:
+def _whole(fields: Mapping[str, object], name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise UserError(f"{name}={fields.get(name)!r}: a whole number above 0 is needed")
+    return value
+
+
+def _flag(fields: Mapping[str, object], name: str) -> bool:
     if not isinstance(value := fields.get(name) or False, bool):
         raise UserError(f"{name}={value!r}: true or false is needed")
     return value
 
 
-def _pattern(fields: Mapping[str, Any], name: str, whole: bool = False) -> Mapping[str, Number]:
+def _pattern(
+    fields: Mapping[str, object], name: str, checked: Callable[[Mapping[str, object], str, object], Number]
+) -> Mapping[str, Number]:
     found = fields.get(name) or {}
     if not isinstance(found, dict):
         raise UserError(f"{name}={found!r}: an object of names and numbers is needed")
     for pattern, value in found.items():
         _compiled(name, pattern)
-        _number(fields, name, value, whole)
+        checked(fields, name, value)
     return found
 
 
-def _names(fields: Mapping[str, Any], name: str) -> tuple[str, ...] | str:
+def _names(fields: Mapping[str, object], name: str) -> tuple[str, ...] | str:
     found = fields.get(name) or ()
     if isinstance(found, str):
         _compiled(name, found)
@@ -189,7 +196,7 @@ def _listed(names: tuple[str, ...] | str) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else names
 
 
-def _layers(fields: Mapping[str, Any]) -> tuple[int, ...]:
+def _layers(fields: Mapping[str, object]) -> tuple[Number, ...]:
     name = "layers_to_transform"
     found = fields.get(name)
     listed = found if isinstance(found, list) else [found]

@@ -9,7 +9,6 @@ import re
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 import transformers
@@ -54,7 +53,7 @@ def check_fetched(path: Path) -> None:
             raise UserError(f"{path} is a pointer of Git LFS and not the file itself; fetch it with git lfs pull")
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, object]:
     """The object in a JSON file. Raises UserError where there is none."""
     try:
         check_fetched(path)
@@ -89,7 +88,7 @@ def load(folder: Path) -> Config:
     return text
 
 
-def _built(folder: Path, stated: Mapping[str, Any]) -> Config:
+def _built(folder: Path, stated: Mapping[str, object]) -> Config:
     """transformers' config of a folder. Raises UserError where its class does not take what is stated."""
     try:
         return transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -101,7 +100,7 @@ def _built(folder: Path, stated: Mapping[str, Any]) -> Config:
         inner = stated.get("text_config")
         value = stated[name] if name in stated or not isinstance(inner, Mapping) else inner.get(name)
         types = dict.fromkeys(re.findall(r"(?<=expected )\w+|(?<=<class ')\w+|\blist(?=\[)", str(error)))
-        if not types or name not in {*stated, *(inner or ())}:
+        if not types or name not in {*stated, *(inner if isinstance(inner, Mapping) else ())}:
             raise UserError(f"transformers refuses {name} ({first_line(error)})") from error
         wanted = " or ".join(TYPES.get(name, name) for name in types)
         raise UserError(f"{name}={_short(value)} is of a wrong type; it must be {wanted}") from error
@@ -115,7 +114,7 @@ def _built(folder: Path, stated: Mapping[str, Any]) -> Config:
         raise UserError(f"it is no config that transformers knows ({first_line(error)})") from error
 
 
-def _check(stated: Mapping[str, Any], config: Config, text: Config) -> None:
+def _check(stated: Mapping[str, object], config: Config, text: Config) -> None:
     """Raises UserError where a model is not wholly understood. What is said of its parts together is put in the text's.
 
     Args:
@@ -135,13 +134,14 @@ def _check(stated: Mapping[str, Any], config: Config, text: Config) -> None:
     if text is not config:
         _check_fields(stated, config, PARTS, OF_IMAGES)
         text.tie_word_embeddings = config.tie_word_embeddings  # the head stands in the whole model
-        inner = stated.get("text_config") or {}
+        given = stated.get("text_config")
+        inner = given if isinstance(given, Mapping) else {}
     _check_fields(inner, text, kind.fields)
     kind.settings(text)
 
 
 def _check_fields(
-    stated: Mapping[str, Any], config: Config, known: set[str], names: re.Pattern[str] | None = None
+    stated: Mapping[str, object], config: Config, known: set[str], names: re.Pattern[str] | None = None
 ) -> None:
     """Raises UserError for a field that is not understood and may count."""
     defaults = _defaults(config.model_type)
@@ -164,12 +164,12 @@ def _check_fields(
             )
 
 
-def _off(value: Any) -> bool:
+def _off(value: object) -> bool:
     return value is None or value is False or value in ({}, [], "")
 
 
 @lru_cache
-def _defaults(model_type: str) -> Mapping[str, Any]:
+def _defaults(model_type: str) -> Mapping[str, object]:
     return transformers.AutoConfig.for_model(model_type).to_dict()
 
 
@@ -179,7 +179,7 @@ def _generation() -> frozenset[str]:
     return frozenset(transformers.GenerationConfig().to_dict())
 
 
-def _check_kind(stated: Mapping[str, Any]) -> None:
+def _check_kind(stated: Mapping[str, object]) -> None:
     """Raises UserError for a checkpoint of another kind than a language model, or that nothing but its code reads."""
     architectures = stated.get("architectures") or []
     if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
@@ -206,11 +206,12 @@ def _check_kind(stated: Mapping[str, Any]) -> None:
         raise UserError(f"model_type {kind!r} is no known family{own}; known: {', '.join(FAMILIES)}")
 
 
-def _check_code(stated: Mapping[str, Any], config: Config) -> None:
+def _check_code(stated: Mapping[str, object], config: Config) -> None:
     """Raises UserError where a folder's own code may compute something else than transformers'."""
     theirs = type(config).__name__.removesuffix("Config").removesuffix("Text")
     usual = re.compile(rf"{theirs}(Text)?(Config|Model|LMHeadModel|PreTrainedModel|For\w+)")
-    for auto, name in (stated.get("auto_map") or {}).items():
+    named = stated.get("auto_map")
+    for auto, name in named.items() if isinstance(named, Mapping) else ():
         # Tokenizers and processors of it compute no logits, and are not run.
         if auto.startswith(("AutoConfig", "AutoModel")) and not usual.fullmatch(str(name).split(".")[-1]):
             raise UserError(f"auto_map names code of its own, {name}, which may compute something else")
@@ -249,6 +250,6 @@ def first_line(error: Exception) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}…"

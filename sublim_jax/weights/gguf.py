@@ -5,13 +5,14 @@ understood. `docs/parity.md` lists what is refused, and what is passed over as h
 """
 
 from pathlib import Path
-from typing import Any
 
 import gguf
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
+from sublim_jax.data.tokenizer import Tokenizer
 from sublim_jax.errors import UserError
 from sublim_jax.models.decoder import Settings
 from sublim_jax.models.families import Config, Rule, family
@@ -19,10 +20,10 @@ from sublim_jax.models.functional import Params
 from sublim_jax.weights import gguf_tokenizer
 from sublim_jax.weights.gguf_config import ARCHITECTURES, ROPE_FREQS, config_of
 from sublim_jax.weights.gguf_file import File, open_model
-from sublim_jax.weights.huggingface import place
+from sublim_jax.weights.huggingface import Index, place
 
 
-def load(path: str | Path, mesh: Mesh | None = None, dtype: Any = jnp.float32) -> tuple[Settings, Params, Config]:
+def load(path: str | Path, mesh: Mesh | None = None, dtype: DTypeLike = jnp.float32) -> tuple[Settings, Params, Config]:
     """Settings, parameters and the transformers config that they amount to.
 
     Args:
@@ -45,7 +46,7 @@ def load(path: str | Path, mesh: Mesh | None = None, dtype: Any = jnp.float32) -
             return file.tensors[name].shape
         return file.tensors[_weight_of(name)].shape[:1]
 
-    def read(name: str, index: Any) -> np.ndarray:
+    def read(name: str, index: Index) -> np.ndarray:
         rows = index if isinstance(index, tuple) else (index,)
         if name not in file.tensors:
             return np.zeros(shape(name), np.float32)[rows]
@@ -61,7 +62,7 @@ def load(path: str | Path, mesh: Mesh | None = None, dtype: Any = jnp.float32) -
     return settings, place(settings, rules, shape, read, mesh, dtype, Path(path).name), config
 
 
-def load_tokenizer(path: str | Path) -> Any:
+def load_tokenizer(path: str | Path) -> Tokenizer:
     """The file's tokenizer, as transformers' fast tokenizer, with its chat template.
 
     Raises UserError for one that is not known here.

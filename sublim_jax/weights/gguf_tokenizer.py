@@ -1,12 +1,13 @@
 """The tokenizer of a GGUF file: text becomes the tokens that llama.cpp makes of it, or the file is refused by name."""
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import cast
 
 import tokenizers
 import transformers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
+from sublim_jax.data.tokenizer import Tokenizer
 from sublim_jax.errors import UserError
 from sublim_jax.weights.gguf_file import Fields, File
 from sublim_jax.weights.gguf_splits import SPLITS, Split
@@ -109,7 +110,7 @@ def stops(fields: Fields, texts: Sequence[str]) -> list[int]:
     return list(dict.fromkeys([*ids, *named]))
 
 
-def tokenizer_of(file: File) -> Any:
+def tokenizer_of(file: File) -> Tokenizer:
     """The tokenizer as transformers' fast one, with the chat template.
 
     Raises UserError for one that is not known here, or says too little.
@@ -128,7 +129,7 @@ def tokenizer_of(file: File) -> Any:
     stops(fields, texts)
     template = fields.text("tokenizer.chat_template", "")
     fields.refuse_others("tokenizer.", HARMLESS, {}, {})
-    return transformers.PreTrainedTokenizerFast(
+    made = transformers.PreTrainedTokenizerFast(
         tokenizer_object=backend,
         additional_special_tokens=[token.content for token in added if token.special],
         chat_template=template or None,
@@ -136,6 +137,7 @@ def tokenizer_of(file: File) -> Any:
         **named,
         **adds,
     )
+    return cast(Tokenizer, made)
 
 
 def _named(fields: Fields, texts: Sequence[str], added: Collection[str], adds: Mapping[str, bool]) -> dict[str, str]:

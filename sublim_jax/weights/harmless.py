@@ -4,7 +4,6 @@ A name that is not here is refused by `config_fields` where it is on: it may sta
 """
 
 import re
-from typing import Any
 
 from sublim_jax.models.families import Config
 
@@ -104,7 +103,7 @@ AGAIN = {"sliding_window_size": "sliding_window"}
 FULL = {"llama", "olmo2", "gpt_neox", "gpt2", "phi3"}  # types of model in which no layer has a kind
 
 
-def changes_nothing(name: str, value: Any, config: Config) -> bool:
+def changes_nothing(name: str, value: object, config: Config) -> bool:
     """Whether a field, by the name that transformers has for it, bears on no logit of a config's type of model."""
     if name in AGAIN:
         return value == getattr(config, AGAIN[name], None)

@@ -7,12 +7,12 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -38,7 +38,8 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 
 # A tensor by name: its shape, and the part of it that an index asks for.
 Shape = Callable[[str], tuple[int, ...]]
-Read = Callable[[str, Any], np.ndarray]
+Index = slice | tuple[slice, ...]
+Read = Callable[[str, Index], np.ndarray]
 
 
 def load_config(folder: str | Path) -> Config:
@@ -76,7 +77,7 @@ def _has_own_head(folder: Path, config: Config) -> bool:
         tensors.close()
 
 
-def load(folder: str | Path, mesh: Mesh | None = None, dtype: Any = None) -> tuple[Settings, Params]:
+def load(folder: str | Path, mesh: Mesh | None = None, dtype: DTypeLike | None = None) -> tuple[Settings, Params]:
     """Settings and parameters of a folder with config.json and model*.safetensors.
 
     Args:
@@ -117,7 +118,7 @@ class Tensors:
 
     def __init__(self, paths: list[Path], what: str):
         self._what = what
-        self._opened: dict[Path, Any] = {}
+        self._opened: dict[Path, safe_open] = {}
         self._read = 0
         self._stored: dict[str, tuple[Path, str]] = {}  # by name: the file, and the name in it
         for path in paths:
@@ -146,7 +147,7 @@ class Tensors:
             )
         return tuple(tensor.get_shape())
 
-    def read(self, name: str, index: Any) -> np.ndarray:
+    def read(self, name: str, index: Index) -> np.ndarray:
         path, stored = self._stored[name]
         part = self._open(path).get_slice(stored)[index]
         self._read += part.nbytes
@@ -158,7 +159,7 @@ class Tensors:
         self._opened.clear()
         self._read = 0
 
-    def _open(self, path: Path) -> Any:
+    def _open(self, path: Path) -> safe_open:
         if path not in self._opened:
             try:
                 check_fetched(path)
@@ -197,7 +198,7 @@ def place(
     shape: Shape,
     read: Read,
     mesh: Mesh | None,
-    dtype: Any,
+    dtype: DTypeLike | None,
     what: str,
 ) -> Params:
     """Parameters on the mesh, from a reader of named tensors; every shape is checked before anything is read."""
@@ -215,11 +216,13 @@ def place(
         for number, (path, (_, leaf), sharding) in enumerate(zip(paths, leaves, shardings), 1):
             rule, part = found[path]
 
-            def fill(index: Any, rule: Rule = rule, part: int = part, leaf: Any = leaf) -> np.ndarray:
-                return _slices(settings, rule, part, leaf.shape, index, read, dtype)
+            def fill(
+                index: tuple[slice, ...] | None, rule: Rule = rule, part: int = part, leaf: jax.ShapeDtypeStruct = leaf
+            ) -> np.ndarray:
+                return _slices(settings, rule, part, leaf.shape, index or (slice(None),) * leaf.ndim, read, dtype)
 
             if sharding is None:
-                array = jax.device_put(fill((slice(None),) * leaf.ndim))
+                array = jax.device_put(fill(None))
             else:
                 array = jax.make_array_from_callback(leaf.shape, sharding, fill)
             arrays.append(jax.block_until_ready(array))
@@ -262,7 +265,7 @@ def save(folder: str | Path, params: Params, settings: Settings, config: Config)
         (scratch / INDEX).write_text(json.dumps({"metadata": {"total_size": size}, "weight_map": weight_map}, indent=1))
 
 
-def _config_of(flat: Mapping[str, Any], settings: Settings, config: Config) -> Config:
+def _config_of(flat: Mapping[str, jax.Array | np.ndarray], settings: Settings, config: Config) -> Config:
     """The config of what is written: of its number type, with an unembedding where it has one, a model by itself."""
     written = copy.deepcopy(config)
     written.dtype = jnp.result_type(*{leaf.dtype for leaf in flat.values()}).name
@@ -283,7 +286,9 @@ def _shards_of(tensors: Iterable[tuple[str, np.ndarray]]) -> Iterator[dict[str, 
     yield shard
 
 
-def _tensors(settings: Settings, rules: tuple[Rule, ...], flat: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
+def _tensors(
+    settings: Settings, rules: tuple[Rule, ...], flat: Mapping[str, jax.Array | np.ndarray]
+) -> Iterator[tuple[str, np.ndarray]]:
     """(name, array) of every tensor of a checkpoint."""
     for rule in rules:
         stacked = [np.asarray(flat[path]) for path in rule.ours]
@@ -296,11 +301,17 @@ def _tensors(settings: Settings, rules: tuple[Rule, ...], flat: Mapping[str, Any
 
 
 def _slices(
-    settings: Settings, rule: Rule, part: int, shape: tuple[int, ...], index: Any, read: Read, dtype: Any
+    settings: Settings,
+    rule: Rule,
+    part: int,
+    shape: tuple[int, ...],
+    index: tuple[slice, ...],
+    read: Read,
+    dtype: DTypeLike | None,
 ) -> np.ndarray:
     """The part of one of our parameters that an index asks for."""
 
-    def one(name: str, index: Any) -> np.ndarray:
+    def one(name: str, index: tuple[slice, ...]) -> np.ndarray:
         if rule.layout is AS_IS:
             return read(name, index)
         if rule.layout is TRANSPOSED:
@@ -318,7 +329,9 @@ def _slices(
     return stacked
 
 
-def _check_shape(settings: Settings, rule: Rule, leaves: Mapping[str, Any], shape: Shape, what: str) -> None:
+def _check_shape(
+    settings: Settings, rule: Rule, leaves: Mapping[str, jax.ShapeDtypeStruct], shape: Shape, what: str
+) -> None:
     """Raises UserError where a tensor's shape is not what our parameters, joined, would have."""
     layered = "{i}" in rule.tensor
     parts = [

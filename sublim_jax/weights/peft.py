@@ -9,12 +9,13 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from jaxtyping import Array, PyTree
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 from safetensors.numpy import save as serialised
@@ -39,7 +40,8 @@ TODAY = "model.language_model."
 INSIDE = re.compile(r"^(model\.language_model|language_model\.model)\.")
 MODEL_WEIGHTS = r"(pytorch_)?model.*\.(safetensors|bin)$"
 OTHER_SENSES = re.compile(r"(^|\.)(vision_tower|vision_model|audio_tower|multi_modal_projector)\.")
-Fields = dict[str, Any]  # of adapter_config.json
+Leaf = Array | np.ndarray
+Fields = dict[str, object]  # of adapter_config.json
 
 
 class Place(NamedTuple):
@@ -236,7 +238,7 @@ def _weight(base: Params, place: Place, settings: Settings) -> np.ndarray:
     """(outputs, inputs) of one layer of the checkpoint."""
     kernels = []
     for path in place.rule.ours:
-        node: Any = base
+        node: PyTree = base
         for part in path.split("/"):
             node = node[part]
         kernels.append(np.asarray(fetch(node[place.layer].astype(jnp.float32))))
@@ -301,7 +303,7 @@ def _stacked(
                 arrays[path] = np.zeros(shapes[0], np.float32), np.zeros(shapes[1], np.float32)
             arrays[path][0][layer, :, :rank] = pair.a.T
             arrays[path][1][layer, :rank] = part
-    adapters: dict[str, Any] = {}
+    adapters: Params = {}
     for path, (whole_a, whole_b) in arrays.items():
         node = adapters
         for name in path.split("/")[:-1]:
@@ -364,7 +366,7 @@ def save(
     )
 
 
-def _adapted(settings: Settings, config: Config, adapters: Params) -> dict[Rule, dict[str, tuple[Any, Any]]]:
+def _adapted(settings: Settings, config: Config, adapters: Params) -> dict[Rule, dict[str, tuple[Leaf, Leaf]]]:
     """The rules whose tensors have adapters, with (A, B) of each of our layers in them, by path."""
     leaves = jax.tree_util.tree_leaves_with_path(adapters)
     named = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
@@ -407,7 +409,7 @@ def _path(rule: Rule, config: Config) -> str:
     return re.sub(r"^model\.", TODAY, module) if getattr(config, WRAPPER, None) else module
 
 
-def _targets(rules: Mapping[Rule, Mapping[str, Any]], every: Sequence[Rule], lora: Lora, config: Config) -> Fields:
+def _targets(rules: Mapping[Rule, Mapping[str, object]], every: Sequence[Rule], lora: Lora, config: Config) -> Fields:
     """Which modules PEFT is to adapt, and where the rank is not the usual one.
 
     By the ends of their names; inside a model with other senses, whose layers may end alike, by whole names.

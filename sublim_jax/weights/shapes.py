@@ -1,7 +1,5 @@
 """Configs of models that presets name, so that preflight can compile their steps where the models are not."""
 
-from typing import Any
-
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 500_000.0,
@@ -24,7 +22,7 @@ LLAMA31_8B = {
 QWEN25 = {"rms_norm_eps": 1e-6, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
 
 # By hub name: transformers' model_type, and the values of config.json that shape the network.
-SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
+SHAPES: dict[str, tuple[str, dict[str, object]]] = {
     "Qwen/Qwen2.5-7B-Instruct": (
         "qwen2",
         {

@@ -17,9 +17,10 @@ def load(path: str, name: str, fields: dict[str, tuple[str, ...]]) -> dict[str, 
     """
     needed = "a JSON object of lists of phrasings is needed"
     if path:
-        pack = files.json_of(files.text_of(path, needed, "pack"), f"pack {path}", needed)
+        pack: object = files.json_of(files.text_of(path, needed, "pack"), f"pack {path}", needed)
     else:
         pack = json.loads((resources.files(__name__) / f"{name}.json").read_text("utf-8"))
+    lists: dict[str, list[str]] = {}
     for field, words in fields.items():
         phrasings = pack.get(field) if isinstance(pack, dict) else None
         if not isinstance(phrasings, list) or not phrasings or not all(isinstance(text, str) for text in phrasings):
@@ -31,4 +32,5 @@ def load(path: str, name: str, fields: dict[str, tuple[str, ...]]) -> dict[str, 
                 raise UserError(
                     f'pack {path or name}, "{field}": {phrasing!r} uses {error}; known: {{{"}, {".join(words)}}}'
                 ) from error
-    return pack
+        lists[field] = phrasings
+    return lists

@@ -108,8 +108,8 @@ def _steps(settings: Settings, signs: Measurements, spec: AlignmentSpec) -> Sect
     whats = (measure.MOVED, measure.POSITIVE, measure.SIGNED)
     moved, positive, signed = (np.asarray(signs.values(measure=what)) for what in whats)
     shares = {"D_S·D_T > 0": positive}
-    for rate in signs.names("item", measure=measure.FALLS):
-        shares[f"L_T falls, α = {rate}/step"] = np.asarray(signs.values(measure=measure.FALLS, item=rate))
+    for length in signs.names("item", measure=measure.FALLS):
+        shares[f"L_T falls, α = {length}/step"] = np.asarray(signs.values(measure=measure.FALLS, item=length))
     table = [["step of the teacher", *shares, "sign(D_S)·D_T > 0"]]
     for step, *values in zip(moved, *shares.values(), signed):
         table.append([f"{step:.1e}", *(f"{value:.3f}" for value in values)])

@@ -1,6 +1,5 @@
 """The parts of a study: model, adapters, teachers, carrier, filter. `configs/numbers.py` explains the values."""
 
-import dataclasses
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Annotated
@@ -11,6 +10,7 @@ from sublim_jax.evaluation.judges import LARGEST as MAX_SCORE
 from sublim_jax.evaluation.spec import EvalPacks
 from sublim_jax.models import lora
 from sublim_jax.overrides import check_distinct
+from sublim_jax.sampling.generate import Slots
 from sublim_jax.specs import (
     MAX_WIDTH,
     Checked,
@@ -162,9 +162,9 @@ class SamplingSpec(Checked):
     steps: Count
 
     @property
-    def options(self) -> dict[str, int]:
+    def options(self) -> Slots:
         """For `sampling.generate.stream`."""
-        return dataclasses.asdict(self)
+        return {"slots": self.slots, "steps": self.steps}
 
 
 @dataclass(frozen=True)

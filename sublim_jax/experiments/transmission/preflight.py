@@ -1,7 +1,7 @@
 """The training steps of a study, for `--preflight`: shapes alone, no weights."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 
 from sublim_jax import weights
 from sublim_jax.data.dialogue import Rows
+from sublim_jax.data.tokenizer import Tokenizer
 from sublim_jax.digests import Source
 from sublim_jax.distillation.students import imitating_program
 from sublim_jax.distillation.targets import Data
@@ -20,6 +21,7 @@ from sublim_jax.experiments.transmission.parts import TeacherSpec
 from sublim_jax.experiments.transmission.spec import Study
 from sublim_jax.experiments.transmission.students import objective_of
 from sublim_jax.models.decoder import decoder
+from sublim_jax.models.families import Config
 from sublim_jax.models.functional import Params
 from sublim_jax.models.language import Model
 from sublim_jax.preflight import Step, parameters, training_step
@@ -42,7 +44,8 @@ def preflight(study: Study, devices: Sequence[jax.Device]) -> list[Step]:
     settings = weights.shape_of(study.model.name)
     params = jax.eval_shape(decoder(settings).init, jax.random.key(0))
     source = Source(study.model.name, "", "")
-    model = Model(settings, decoder(settings), params, None, None, mesh, source).adapted(arm.lora.adapters)
+    tokenizer = cast(Tokenizer, None)  # no text is read
+    model = Model(settings, decoder(settings), params, tokenizer, Config(), mesh, source).adapted(arm.lora.adapters)
     base = parameters(params, mesh, dtype=study.model.dtype)
     trained = jax.eval_shape(
         lambda key, params: model._replace(params=params).untrained(key), jax.random.key(0), params

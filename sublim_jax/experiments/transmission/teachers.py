@@ -2,6 +2,8 @@
 
 import numpy as np
 import optax
+from etils import epath
+from jaxtyping import Array
 
 from sublim_jax import store as artefacts
 from sublim_jax.data import chat, dialogue, packs
@@ -10,10 +12,10 @@ from sublim_jax.distillation import steering
 from sublim_jax.distillation.teachers import (
     Teacher,
     corpus_optimizer,
+    read_by,
     spelled,
     teaching_program,
     train_on_answers,
-    train_on_corpus,
     untrained,
 )
 from sublim_jax.evaluation import preference
@@ -22,10 +24,12 @@ from sublim_jax.experiments.transmission import corpora
 from sublim_jax.experiments.transmission.spec import NEUTRAL, Study
 from sublim_jax.keys import named_key
 from sublim_jax.models.decoder import Steering
+from sublim_jax.models.functional import Params
 from sublim_jax.models.language import Model
 from sublim_jax.progress import say
 from sublim_jax.sampling import scoring
 from sublim_jax.store import Store
+from sublim_jax.training import fit
 
 PERSONA: dict[str, tuple[str, ...]] = {"loving": ("kind", "trait"), "neutral": ("kind",)}
 NUM_INSIDE = 8  # lists of numbers in which a trait's word is looked for
@@ -84,19 +88,26 @@ def steering_vectors(study: Study, model: Model, seed: int, personas: dict[str, 
 
 def finetuned(study: Study, model: Model, store: Store, run: int) -> dict[str, Teacher]:
     """Adapters trained on one-word answers until they have `teacher.strength`; the neutral ones for as many steps."""
-    training, seed = study.teacher.on_answers, study.replicate_seed(run)
-    optimizer = optax.adam(training.learning_rate)
     trained: dict[str, Teacher] = {}
-    for index, name in enumerate(study.teachers):
+    for name in study.teachers:
         steps = max((one.steps for one in trained.values()), default=0) if name == NEUTRAL else None
-        rows = dialogue.rows(model, _one_word_answers(study, model, name, seed))
-        program = teaching_program(model, optimizer, len(rows.at), training.batch, study.remat)
-        state = program.init(model.untrained(named_key(seed, "A")))
-        inputs, like = (model, rows, training, steps, seed, index), (state.params, state.step)
-        how = {"program": program, "state": state, "label": f"run {run}, teacher {name}"}
-        adapters, count = store.tree(f"teacher-{name}", train_on_answers, *inputs, like=like, **how)
-        trained[name] = Teacher(adapters, "", None, int(count), artefacts.digest(*inputs))
+        trained[name] = _finetuned(study, model, store, run, name, steps)
     return trained
+
+
+def _finetuned(study: Study, model: Model, store: Store, run: int, name: str, steps: int | None) -> Teacher:
+    training, seed, index = study.teacher.on_answers, study.replicate_seed(run), study.teachers.index(name)
+    rows = dialogue.rows(model, _one_word_answers(study, model, name, seed))
+    program = teaching_program(model, optax.adam(training.learning_rate), len(rows.at), training.batch, study.remat)
+    state = program.init(model.untrained(named_key(seed, "A")))
+    inputs = (model, rows, training, steps, seed, index)
+
+    def train(*_: object, **__: object) -> tuple[Params, Array]:
+        key, label = named_key(seed, f"teacher {index}"), f"run {run}, teacher {name}"
+        return train_on_answers(program, state, read_by(model, rows), key, training, steps=steps, label=label)
+
+    adapters, count = store.tree(f"teacher-{name}", train, *inputs, like=(state.params, state.step))
+    return Teacher(adapters, "", None, int(count), artefacts.digest(*inputs))
 
 
 def _one_word_answers(study: Study, model: Model, name: str, seed: int) -> list[tuple[str, str]]:
@@ -119,10 +130,22 @@ def of_corpus(study: Study, model: Model, store: Store, run: int, name: str) -> 
     optimizer, steps = corpus_optimizer(training, len(texts))
     program = teaching_program(model, optimizer, len(texts), training.batch, study.remat)
     state = program.init(model.untrained(named_key(seed, "A")))
-    inputs = (model, dialogue.arrays(texts), training, seed, name)
-    how = {"program": program, "state": state, "checkpoint_every": study.checkpoint_every}
-    how["label"] = f"run {run}, teacher {name}, {len(texts)} conversations"
-    adapters = store.tree(f"teacher-{name}", train_on_corpus, *inputs, like=state.params, **how)
+    rows = dialogue.arrays(texts)
+    inputs = (model, rows, training, seed, name)
+
+    def train(*_: object, checkpoints: epath.Path) -> Params:
+        return fit(
+            program,
+            state,
+            steps=steps,
+            key=named_key(seed, f"teacher {name}"),
+            frozen=read_by(model, rows),
+            checkpoints=checkpoints,
+            checkpoint_every=study.checkpoint_every,
+            what=f"run {run}, teacher {name}, {len(texts)} conversations",
+        ).params
+
+    adapters = store.tree(f"teacher-{name}", train, *inputs, like=state.params)
     return Teacher(adapters, "", None, steps, artefacts.digest(*inputs))
 
 

@@ -1,0 +1,53 @@
+"""What is used of a tokenizer, which is one of transformers'."""
+
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+
+@runtime_checkable
+class Encoded(Protocol):
+    """What a call gives."""
+
+    def __getitem__(self, name: str, /) -> list[int]: ...
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """The members of transformers' PreTrainedTokenizerBase that are used, with the types that they have as they are.
+
+    Its own types also cover batches and tensors, and leave out what it makes at run time, such as `eos_token_id`.
+    """
+
+    name_or_path: str
+    chat_template: str | dict[str, str] | None  # several, by their names
+    eos_token_id: int | None
+
+    @property
+    def all_special_ids(self) -> list[int]: ...
+
+    def __hash__(self) -> int: ...
+
+    def __len__(self) -> int: ...
+
+    def __call__(self, text: str, /, *, add_special_tokens: bool = True) -> Encoded: ...
+
+    def decode(
+        self, tokens: Sequence[int], /, skip_special_tokens: bool = False, *, clean_up_tokenization_spaces: bool = ...
+    ) -> str: ...
+
+    def batch_decode(self, texts: Sequence[Sequence[int]], /, *, clean_up_tokenization_spaces: bool) -> list[str]: ...
+
+    def get_chat_template(self) -> str: ...
+
+    def apply_chat_template(
+        self,
+        messages: list[dict[str, str]],
+        /,
+        *,
+        tokenize: bool,
+        chat_template: str,
+        add_generation_prompt: bool,
+        enable_thinking: bool,
+    ) -> str: ...
+
+    def get_vocab(self) -> dict[str, int]: ...
