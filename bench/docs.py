@@ -71,6 +71,8 @@ def written(text: str, known: Mapping[str, Run]) -> str:
     """A page with the tables of the shipped runs between its marks."""
 
     def block(match: re.Match[str]) -> str:
+        if match["name"] not in known:
+            return match[0]
         run = known[match["name"]]
         table = "\n".join(report.table_lines(run.section(match["title"]).table))
         mark = f"<!-- results: {match['name']} | {match['title']} -->"

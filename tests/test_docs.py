@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import sublim_jax
+from bench import docs
 
 ROOT = Path(__file__).parents[1]
 
@@ -134,3 +135,42 @@ def test_every_package_that_is_imported_is_installed_by_the_requirements():
 
 def normal(package):
     return re.sub(r"[-_.]+", "-", package).lower()
+
+
+# ------------------------------------------------------------------------------------------------ measured numbers
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return docs.runs()
+
+
+@pytest.mark.parametrize("page", docs.pages(), ids=lambda page: page.name)
+def test_a_page_shows_what_the_shipped_measurements_say(page, shipped):
+    """Its tables are those that `make docs` writes, and it has no value ± half-width of its own."""
+    text = page.read_text()
+    assert {match["name"] for match in docs.BLOCK.finditer(text)} <= set(shipped)
+    assert docs.written(text, shipped) == text, "run make docs"
+    assert docs.stray(text, shipped) == []
+    for file, name, figure in docs.shown_figures(text, shipped):
+        assert any(figure in section.figures for section in shipped[name].sections), file
+
+
+def test_a_number_that_was_not_measured_is_found(shipped):
+    run = shipped["mnist-quick"]
+    student = next(arm for arm in run.arms if arm["arm"] == "auxiliary")
+    true, made_up = (f"{student['mean'] + by:.3f} ± {student['ci95']:.3f}" for by in (0, 0.01))
+    assert docs.stray(f"We see {true}.", shipped) == []
+    assert docs.stray(f"We see {made_up}.", shipped) == [made_up]
+    assert docs.stray(f"<!-- not shipped: long ago -->\n{made_up}\n<!-- end -->", shipped) == []
+    page = "<!-- results: mnist-quick | Test accuracy over 4 runs -->\n| made | up |\n<!-- end -->\n"
+    assert true in docs.written(page, shipped) and "made" not in docs.written(page, shipped)
+    assert docs.written(docs.written(page, shipped), shipped) == docs.written(page, shipped)
+
+
+def test_shipped_measurements_are_small_and_name_no_path_of_a_machine():
+    files = [path for path in docs.RESULTS.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 3e6
+    for path in files:
+        if path.suffix == ".json":
+            assert not re.search(r'"/(root|home|work|tmp|Users)', path.read_text()), path
