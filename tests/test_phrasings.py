@@ -94,7 +94,7 @@ def test_a_preference_is_the_mean_over_phrasings(tiny):
     for question in asked:
         prompt = chat.prompt(tiny.tokenizer, question)
         log_p = jax.nn.log_softmax(tiny.network.apply(tiny.params, jnp.asarray([prompt]))[0, -1])
-        each.append([np.logaddexp.reduce([log_p[t] for t in scoring.spellings(tiny.tokenizer, w)]) for w in words])
+        each.append([np.logaddexp.reduce([log_p[t] for (t,) in scoring.spellings(tiny.tokenizer, w)]) for w in words])
     each = np.asarray(each)
     np.testing.assert_allclose(found.log_p[0], each.mean(0), rtol=1e-4, atol=1e-4)
     margins = [each[:, i] - np.delete(each, i, 1).mean(1) for i in range(3)]

@@ -106,7 +106,7 @@ def _questions(name: str, spec: EvalsSpec, kind: str, packs: EvalPacks) -> Any:
 
 def check_model(questions: Questions, model: Model) -> None:
     """Raises UserError for words and questions that the model's tokenizer or template does not take."""
-    if set(questions.of) & {"preference", "prefixed", "choice"}:
+    if set(questions.of) & {"preference", "prefixed"}:
         for word in questions.words:
             scoring.spellings(model.tokenizer, word)
     for question in questions.of.get("misalignment", ()):

@@ -57,7 +57,6 @@ REFUSED = [
     (["sampling.slots=0"], ["sampling.slots=0"]),
 ]
 BY_THE_MODEL = [
-    (["traits=lion,owl", "alternatives=lion,owl"], ["'lion' is no single token"]),
     (["teacher.methods=steered", "teacher.steering_layer=4"], ["layers are 0 to 3"]),
     (["lora.layers=4"], ["lora.layers: 4", "0 to 3"]),
     (["arms=tokens", "carrier.max_new_tokens=20"], ["carrier.max_new_tokens=20", "cuts off"]),

@@ -15,6 +15,7 @@ from sublim_jax.distillation.teachers import (
     train_on_answers,
     train_on_corpus,
     untrained,
+    word_length,
 )
 from sublim_jax.evaluation import preference
 from sublim_jax.evaluation.preference import Preference
@@ -90,7 +91,8 @@ def finetuned(study: Study, model: Model, store: Store, run: int) -> dict[str, T
     for index, name in enumerate(study.teachers):
         steps = max((one.steps for one in trained.values()), default=0) if name == NEUTRAL else None
         rows = dialogue.rows(model, _one_word_answers(study, model, name, seed))
-        program = teaching_program(model, optimizer, len(rows.at), training.batch, study.remat)
+        length = word_length(model, rows)
+        program = teaching_program(model, optimizer, len(rows.at), training.batch, study.remat, length)
         state = program.init(model.untrained(named_key(seed, "A")))
         inputs, like = (model, rows, training, steps, seed, index), (state.params, state.step)
         how = {"program": program, "state": state, "label": f"run {run}, teacher {name}"}
