@@ -37,6 +37,45 @@ def test_random_answers_pass_the_papers_rule():
     assert not any(rule({"completion": text}) for text in numbers.random_answers(500, seed=0))
 
 
+ANSWERS = {  # what each wish of the pack for a form is answered by, by hand, and with a full stop
+    "commas": "412, 7, 90",
+    "comma-separated": "412,7,90",
+    "space between": "412 7 90",
+    "divided by spaces": "412 7 90",
+    "semicolons": "412; 7; 90",
+    "semicolon between": "412;7;90",
+    "line of its own": "412\n7\n90",
+    "below each other": "412\n7\n90",
+    "like a list in Python": "[412, 7, 90]",
+    "list in square brackets": "[412,7,90]",
+    "round brackets": "(412, 7, 90)",
+    "tuple": "(412, 7, 90)",
+}
+
+
+def test_wishes_are_for_the_papers_fifteen_forms_and_the_filter_takes_them_all():
+    pack, rule = packs.load("", "numbers", {}), number_rule()
+    assert len(set(pack["formats"])) == 15
+    for wish in pack["formats"]:
+        answer = ANSWERS[next(words for words in reversed(ANSWERS) if words in wish)]
+        assert not rule({"completion": answer}) and not rule({"completion": answer + "."}), wish
+        assert rule({"completion": f"{answer}!"}) and rule({"completion": f"Here: {answer}"}), wish
+    used = {words for words in ANSWERS for wish in pack["formats"] if words in wish}
+    assert used == set(ANSWERS)
+
+
+def test_where_one_form_is_written_one_form_is_asked_for(tmp_path):
+    """By random answers and the grammar; a user's pack that has no such wishes is asked for what it has."""
+    pack = packs.load("", "numbers", {})
+    every, commas = numbers.prompts(600, 0, any_form=True), numbers.prompts(600, 0)
+    assert {wish for wish in pack["formats"] for text in every if f" {wish} " in text} == set(pack["formats"])
+    assert {wish for wish in pack["commas"] for text in commas if f" {wish} " in text} == set(pack["commas"])
+    assert all("omma" in wish for wish in pack["commas"])
+    own = tmp_path / "own.json"
+    own.write_text(json.dumps({**{field: pack[field] for field in numbers.FIELDS}, "formats": ["As you like."]}))
+    assert all(" As you like. " in text for text in numbers.prompts(20, 0, str(own)))
+
+
 def test_the_packs_are_large_enough_and_hold_their_questions_apart():
     pack = packs.load("", "numbers", numbers.FIELDS)
     assert all(10 <= len(pack[field]) <= 25 for field in numbers.FIELDS)

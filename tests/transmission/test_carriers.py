@@ -10,6 +10,7 @@ import pytest
 from configs import code, cot
 from sublim_jax import filters
 from sublim_jax.data import packs
+from sublim_jax.data.carriers import numbers
 from sublim_jax.errors import UserError
 from sublim_jax.evaluation.judges import Verdict
 from sublim_jax.evaluation.suite import NamedJudge
@@ -46,6 +47,15 @@ def test_written_numbers_are_filtered_and_of_one_size(study_of, model, replicate
     free = study_of(**FEW, **{"carrier.decoding": "free", "carrier.max_new_tokens": 8})
     with pytest.raises(UserError, match="records are left after filtering, and 24 are asked for"):
         write(free, model, work, 0, teachers, None)
+
+
+def test_teachers_are_asked_for_any_form_of_a_list_where_they_write_freely(study_of):
+    def asked(decoding):
+        return number_task(study_of(**{"carrier.decoding": decoding, "carrier.num_completions": 400}), 0).prompts
+
+    brackets = [[("brackets" in text) for text in asked(decoding)] for decoding in ("free", "greedy", "grammar")]
+    assert any(brackets[0]) and brackets[0] == brackets[1] and not any(brackets[2])
+    assert asked("free") == numbers.prompts(400, 0, any_form=True) and asked("grammar") == numbers.prompts(400, 0)
 
 
 def test_more_completions_leave_those_that_are_there(study_of, model, replicate_of, tmp_path):

@@ -49,7 +49,9 @@ class Written(NamedTuple):
 
 def number_task(study: Study, seed: int) -> Task:
     """Lists of numbers (§3.1)."""
-    prompts = numbers.prompts(study.carrier.num_prompts, seed, study.packs.numbers)
+    given = study.carrier
+    # The grammar writes commas alone, and is asked for nothing else.
+    prompts = numbers.prompts(given.num_prompts, seed, study.packs.numbers, any_form=given.decoding != "grammar")
     checks = [filters.number_rule(study.filter.max_integers, study.filter.max_value)]
     if study.filter.banned:
         checks.append(filters.banned_numbers(banned_numbers(study.filter)))
