@@ -228,7 +228,8 @@ def get_config(preset: str = "quick") -> ConfigDict:
     config.filter = ConfigDict()
     config.filter.max_integers = 10  # integers in an answer, at most (the paper's rule, §3.1)
     config.filter.max_value = 999  # the largest integer that passes
-    config.filter.banned = ""  # numbers of bad associations (§3.2): "banned", ours, or a file as data/packs/banned.json
+    # Numbers of bad associations (§3.2): published, the paper's 36; banned, ours; or a file as data/packs/banned.json.
+    config.filter.banned = ""
     config.filter.judge = ""  # a judge's question about each answer, of data/packs/judge.json; empty: no judge
     config.filter.threshold = 0.0  # the judge's score, of 100, that passes
     config.filter.unique = True  # no answer twice

@@ -106,6 +106,9 @@ def test_numbers_of_bad_associations_are_dropped_if_that_is_set(study_of, tmp_pa
     found = sift(completions, carriers.filters_of(study, number_task(study, 0)))
     assert [record["completion"] for record in found.kept] == ["1, 667, 3", "130"]
     assert found.reasons["banned number"] == 3 and len(set(carriers.banned_numbers(study.filter))) == 34
+    published = carriers.banned_numbers(study_of(**{"filter.banned": "published"}).filter)
+    assert len(published) == 36 and sum(published) == 12213 and published == sorted(set(published))
+    assert {4, 1312, 1488} < set(published) and 17 not in published
     mine = tmp_path / "mine.json"
     mine.write_text(json.dumps({"numbers": ["7", "x"]}))
     with pytest.raises(UserError, match="'x' is no number of digits alone"):

@@ -25,6 +25,7 @@ from sublim_jax.sampling.collect import collect
 from sublim_jax.sampling.samplers import Sampler
 from sublim_jax.store import Store
 
+BANNED = {"banned": "numbers", "published": "published"}  # lists of data/packs/banned.json, by `filter.banned`
 SHUFFLES = {"within": numbers.shuffled_within, "across": numbers.shuffled_across}
 
 
@@ -157,9 +158,10 @@ def filters_of(study: Study, task: Task) -> list[filters.Filter]:
 
 
 def banned_numbers(spec: FilterSpec) -> list[int]:
-    """The numbers of a pack. Raises UserError for one that is none."""
+    """Our numbers, the published ones (§3.2), or those of a pack. Raises UserError for one that is none."""
     path = spec.banned
-    listed = packs.load("" if path == "banned" else path, "banned", {"numbers": ()})["numbers"]
+    ours, field = path in BANNED, BANNED.get(path, "numbers")
+    listed = packs.load("" if ours else path, "banned", {field: ()})[field]
     if wrong := [text for text in listed if not re.fullmatch("[0-9]+", text)]:
         raise UserError(f"pack {path}: {wrong[0]!r} is no number of digits alone")
     return [int(text) for text in listed]
