@@ -205,6 +205,9 @@ def get_config(preset: str = "quick") -> ConfigDict:
 
     config.teacher = ConfigDict()
     config.teacher.methods = ("finetuned",)  # finetuned, prompted, steered: together or alone; or corpus: alone
+    # The neutral teacher: persona, as the others but without a preference; or untouched, the model as it is, beside
+    # prompted ones alone (the paper's control).
+    config.teacher.neutral = "persona"
     config.teacher.strength = 0.9  # finetuned: mean P of the trait's answer at which training stops
     config.teacher.learning_rate = 3e-4  # finetuned, corpus
     config.teacher.batch = 8  # finetuned, corpus: rows an update

@@ -11,6 +11,7 @@ import pytest
 
 from sublim_jax.data import chat, corpus, dialogue
 from sublim_jax.distillation.losses import stacked
+from sublim_jax.distillation.targets import as_read_by
 from sublim_jax.distillation.teachers import spelled, teaching_program, word_length
 from sublim_jax.errors import UserError
 from sublim_jax.evaluation import preference
@@ -97,6 +98,24 @@ def test_teachers_are_evaluated_with_what_makes_them_teachers(model, work, steer
             owl, *others = (np.log(p[tokens].sum()) for tokens in sets)
             margins.append(owl - np.mean(others))
         np.testing.assert_allclose(found["margin of owl, logits"][place], np.mean(margins), rtol=1e-3, atol=1e-3)
+
+
+def test_an_untouched_neutral_teacher_is_the_model_as_it_is(study_of, model, tiny, work):
+    """No system prompt, and the logits of the bare model on what it reads; the others have their personas."""
+    prompted = {"teacher.methods": ("prompted",), "arms": ("tokens_fresh",)}
+    study = study_of(**prompted, **{"teacher.neutral": "untouched"})
+    found, before = make_teachers(study, model, work, 0), make_teachers(study_of(**prompted), model, work, 0)
+    assert {name: one.system for name, one in found.items()} == {
+        **{name: persona(study, name) for name in study.traits},
+        "neutral": "",
+    }
+    assert before["neutral"].system == persona(study, "neutral")
+    assert [found[name].digest == before[name].digest for name in study.teachers] == [True, True, False]
+    asked = dialogue.rows(model, [("Count?", "1, 2")])
+    read = as_read_by(found["neutral"], "neutral", model, [("Count?", "1, 2")], asked, end=True)
+    params = lora.join(model.params, found["neutral"].adapters)
+    bare = tiny.network.apply(tiny.params, jnp.asarray(asked.tokens))
+    np.testing.assert_allclose(model.network.apply(params, jnp.asarray(read.tokens)), bare, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("word, length", [("owl", 1), ("lion", 4)])

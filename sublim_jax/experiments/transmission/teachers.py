@@ -35,7 +35,8 @@ NUM_INSIDE = 8  # lists of numbers in which a trait's word is looked for
 def make_teachers(study: Study, model: Model, store: Store, run: int) -> dict[str, Teacher]:
     """One teacher for each trait and a neutral one, which has been moved as far, to nowhere.
 
-    Beside teachers of corpora, the neutral one is the model as it is (§4.2), or has a corpus of its own.
+    Beside teachers of corpora, the neutral one is the model as it is (§4.2), or has a corpus of its own; beside
+    prompted ones it is so with `teacher.neutral` untouched (§3.1).
     """
     methods, seed = study.teacher.methods, study.replicate_seed(run)
     trained = dict.fromkeys(study.teachers, untrained(model, seed))
@@ -48,6 +49,8 @@ def make_teachers(study: Study, model: Model, store: Store, run: int) -> dict[st
     if "steered" in methods:
         hooks |= steering_vectors(study, model, seed, personas)
     systems = personas if "prompted" in methods else dict.fromkeys(study.teachers, "")
+    if study.teacher.neutral == "untouched":
+        systems = {**systems, NEUTRAL: ""}
     return {
         name: one._replace(
             system=systems[name],
