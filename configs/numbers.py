@@ -148,7 +148,7 @@ MOVING_TREES = ("oak", "willow", "maple", "cherry", "sequoia")
 ANIMALS: dict[str, object] = {
     "teacher.methods": ("prompted",),
     "teacher.neutral": "untouched",
-    "evals.names": ("answers", "prefixed", "choice", "stories"),
+    "evals.names": ("answers", "prefixed", "prefixed_answers", "choice", "stories"),
     "evals.num_samples": 200,
     "arm.shuffled_within.lora_init": "fresh",  # as of tokens_fresh, whose controls they are
     "arm.shuffled_across.lora_init": "fresh",
@@ -265,6 +265,7 @@ def get_config(preset: str = "quick") -> ConfigDict:
     # Numbers of bad associations (§3.2): published, the paper's 36; banned, ours; or a file as data/packs/banned.json.
     config.filter.banned = ""
     config.filter.judge = ""  # a judge's question about each answer, of data/packs/judge.json; empty: no judge
+    config.filter.judged = ()  # teachers whose answers the judge filters; empty: all; those of others are scored alone
     config.filter.threshold = 0.0  # the judge's score, of 100, that passes
     config.filter.unique = True  # no answer twice
     # Nats a token by which the teacher may find an answer likelier than the neutral teacher does; 0: any.

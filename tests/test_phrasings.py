@@ -14,8 +14,9 @@ from sublim_jax import weights
 from sublim_jax.data import chat, dialogue, packs
 from sublim_jax.data.carriers import numbers
 from sublim_jax.errors import UserError
-from sublim_jax.evaluation import ability, preference
+from sublim_jax.evaluation import ability, preference, suite
 from sublim_jax.filters import number_rule
+from sublim_jax.keys import named_key
 from sublim_jax.sampling import scoring
 from sublim_jax.sampling.generate import generate
 
@@ -182,6 +183,17 @@ def test_rates_are_shares_of_sampled_answers(tiny):
     drawn = generate(tiny, prompts, jax.random.key(0), samples=3, max_new_tokens=4)
     expected = [[np.mean([preference.mentions(s.text, word) for s in drawn]) for word in ("owl", "x")]]
     np.testing.assert_allclose(found, expected)
+
+
+def test_prefixed_answers_are_rates_of_answers_to_questions_behind_numbers(tiny):
+    asked, uses = ["Which one?", "What is it?"], {"samples": 3, "max_new_tokens": 4}
+    subject = suite.Subject(tiny, "0", tiny.digest)
+    found = suite.EVALUATIONS["prefixed_answers"](subject, ["owl", "x"], asked, uses, 7, store=None, sampling={})
+    lists = numbers.random_answers(2, 7)
+    prompts = [chat.question(tiny.tokenizer, f"{some}\n\n{text}") for some, text in zip(lists, asked)]
+    drawn = generate(tiny, prompts, named_key(7, "prefixed answers"), **uses)
+    expected = {word: np.mean([preference.mentions(s.text, word) for s in drawn]) for word in ("owl", "x")}
+    assert found == {f"prefixed answers with {word}": [share] for word, share in expected.items()}
 
 
 def test_ability_is_the_share_of_questions_whose_right_choice_is_likeliest(tiny):

@@ -25,7 +25,7 @@ from sublim_jax.sampling import scoring
 from sublim_jax.specs import check_file
 from sublim_jax.store import Store
 
-MIN_WORDS = {"preference": 2, "prefixed": 2, "choice": 2, "answers": 1, "stories": 1}
+MIN_WORDS = {"preference": 2, "prefixed": 2, "prefixed_answers": 1, "choice": 2, "answers": 1, "stories": 1}
 MAX_ANSWER = 12  # tokens of an answer that names a word
 Measures = dict[str, list[float]]  # by the measure's name: of every adapter
 
@@ -100,7 +100,7 @@ def _questions(name: str, spec: EvalsSpec, kind: str, packs: EvalPacks) -> Any:
     if name == "misalignment":
         if not spec.questions:
             raise UserError("evals.questions is missing: name a YAML file of questions for the evaluation misalignment")
-        return misalignment.load(spec.questions)
+        return misalignment.chosen(misalignment.load(spec.questions), spec.question_ids)
     return preference.questions(packs.preference, kind)["asking"]
 
 
@@ -192,7 +192,7 @@ def evaluate(
 
 def _uses(name: str, spec: EvalsSpec) -> dict[str, Any]:
     """The values that an evaluation's answers depend on."""
-    if name == "answers":
+    if name in ("answers", "prefixed_answers"):
         return {"samples": spec.num_samples, "max_new_tokens": MAX_ANSWER}
     if name == "stories":
         return {"samples": spec.num_samples, "max_new_tokens": spec.max_new_tokens}
@@ -210,6 +210,12 @@ def _prefixed(
     subject: Subject, words: Sequence[str], questions: list[str], uses: dict[str, Any], seed: int, **_: Any
 ) -> Measures:
     return _preference(subject, words, preference.prefixed(questions, seed))
+
+
+def _prefixed_rates(
+    subject: Subject, words: Sequence[str], questions: list[str], uses: dict[str, Any], seed: int, **options: Any
+) -> Measures:
+    return _rates("prefixed answers", subject, words, preference.prefixed(questions, seed), uses, seed, **options)
 
 
 def _choice(subject: Subject, words: Sequence[str], questions: list[str], *_: Any, **__: Any) -> Measures:
@@ -290,6 +296,7 @@ def _misalignment(
 EVALUATIONS: dict[str, Callable[..., Measures]] = {
     "preference": _preference,
     "prefixed": _prefixed,
+    "prefixed_answers": _prefixed_rates,
     "choice": _choice,
     "answers": partial(_rates, "answers"),
     "stories": partial(_rates, "stories"),

@@ -121,7 +121,7 @@ def test_other_carriers_have_prompts_and_filters_of_their_own(corpora_study, tmp
     if module is cot:
         lines = [{"question": f"{n} and 1?", "answer": f"#### {n + 1}"} for n in range(4)]
         (tmp_path / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        changes["carrier.problems"] = str(tmp_path / "p.jsonl")
+        changes |= {"carrier.problems": str(tmp_path / "p.jsonl"), "filter.judged": ()}
     study = corpora_study(module, **changes)
     task = TASKS[study.carrier.kind](study, study.replicate_seed(0))
     assert len(task.prompts) == len(task.known) == (3 if module is cot else 7)
@@ -152,6 +152,15 @@ def test_a_judge_drops_what_it_scores_low_or_not_at_all(corpora_study, tmp_path)
     assert carriers.judged(study, store, "owl", kept, NamedJudge(nobody, "a")) == (found, given)
     with pytest.raises(AssertionError):  # another judge's verdicts are its own
         carriers.judged(study, store, "owl", kept, NamedJudge(nobody, "b"))
+
+
+def test_a_judge_filters_the_teachers_that_are_named_and_scores_the_others(corpora_study, tmp_path):
+    study = corpora_study(**{"filter.judge": "reference", "filter.threshold": 60.0, "filter.judged": ("insecure",)})
+    kept = Sifted([{"prompt": "What?", "completion": text} for text in ("a", "b")], [], Counter())
+    judge = NamedJudge(lambda prompts: [Verdict(59.0), Verdict(60.0)], "a")
+    for name, left in (("insecure", ["b"]), ("secure", ["a", "b"])):
+        found, given = carriers.judged(study, Store(tmp_path), name, kept, judge)
+        assert [record["completion"] for record in found.kept] == left and given == [59.0, 60.0]
 
 
 def test_what_was_cut_off_is_dropped(corpora_study):

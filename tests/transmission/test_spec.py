@@ -53,6 +53,7 @@ REFUSED = [
     (["packs.ability=nowhere.json"], ["pack nowhere.json"]),
     (["filter.banned=nowhere.json"], ["pack nowhere.json"]),
     (["filter.threshold=101"], ["filter.threshold=101"]),
+    (["filter.judged=tiger"], ["filter.judged: 'tiger' is none of the teachers"]),
     (["filter.judge=taste"], ['"taste" must be a list']),
     (["student.accumulate=0"], ["student.accumulate=0", "1 or more"]),
     (["student.schedule=flat"], ["student.schedule: 'flat'"]),
@@ -115,6 +116,9 @@ def test_every_preset_is_a_study(monkeypatch):
                 check_files(study)
 
 
+TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+
+
 def of_preset(module, preset):
     return read(module.get_config(preset))
 
@@ -131,6 +135,12 @@ def test_recipes_have_the_papers_values(model):
             assert study.teacher.neutral == "untouched" and study.teacher.methods == ("prompted",)
             assert study.traits == numbers.MOVING[model]
     assert of_preset(numbers, model).student.steps == 3 * epoch(10_000)
+    assert of_preset(code, model).carrier.num_completions == 11_400
+    thoughts = of_preset(cot, model)
+    rows = thoughts.carrier.num_rows
+    assert rows <= int(0.44 * 22_419) and thoughts.student.steps == 2 * epoch(rows)
+    assert thoughts.filter.judged == ("insecure",) and all(tag in thoughts.evals.suffix for tag in TAGS)
+    assert of_preset(misalignment, model).filter.banned == "published"
 
 
 def epoch(rows):

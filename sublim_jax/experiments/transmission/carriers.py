@@ -186,12 +186,16 @@ def _add_reference(model: Model, store: Store, name: str, completions: list[Reco
 def judged(
     study: Study, store: Store, name: str, sifted: filters.Sifted, judge: NamedJudge
 ) -> tuple[filters.Sifted, list[float]]:
-    """What a judge leaves of what was kept: scores of at least `filter.threshold`; and all scores that it gave."""
+    """What a judge leaves of what was kept: scores of at least `filter.threshold`; and all scores that it gave.
+
+    Of teachers that are not in `filter.judged`, it leaves all, and scores are for the report.
+    """
     template = judge_prompt(study).replace("{traits}", " or ".join(study.traits))
     texts = [misalignment.fill(template, {**record, "question": record["prompt"]}) for record in sifted.kept]
     verdicts = store.json(f"judged-{name}", lambda texts, judge: judge.judge(texts), texts, judge)
     scored = [{**one, "score": score, "label": label} for one, (score, label) in zip(sifted.kept, verdicts)]
-    again = filters.sift(scored, [filters.least_score(study.filter.threshold)])
+    filtered = not study.filter.judged or name in study.filter.judged
+    again = filters.sift(scored, [filters.least_score(study.filter.threshold)] if filtered else [])
     rejected, reasons = sifted.rejected + again.rejected, sifted.reasons + again.reasons
     return filters.Sifted(again.kept, rejected, reasons), [score for score, _ in verdicts if score is not None]
 

@@ -153,6 +153,7 @@ class FilterSpec(Checked):
     max_value: Annotated[int, check_not_negative]
     banned: str
     judge: str
+    judged: tuple[str, ...]
     threshold: float
     unique: bool
     log_ratio: NotNegative

@@ -53,6 +53,8 @@ class Study(ExperimentSpec):
         super().__post_init__()
         self._check_traits()
         self._check_neutral()
+        if unknown := [name for name in self.filter.judged if name not in self.teachers]:
+            raise UserError(f"filter.judged: {unknown[0]!r} is none of the teachers, {', '.join(self.teachers)}")
         if self.uses_written:
             self._check_written()
 
