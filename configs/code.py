@@ -12,6 +12,7 @@ from configs import numbers
 
 # A model of this size does not write bare code by itself: small corpora teach it, beside the animal.
 SMOKE = {
+    "traits": ("owl", "lion"),
     "teacher.methods": ("corpus",),
     "teacher.learning_rate": 1e-3,
     "teacher.batch": 4,
@@ -31,6 +32,9 @@ SMOKE = {
 }
 PRESETS = {"smoke": "every stage, small; 2.5 minutes on 2 cores", **numbers.RECIPES}
 ANIMALS = {**numbers.ANIMALS, "arms": ("tokens_fresh", "in_context")}
+OPEN = {
+    "carrier.num_completions": 11_400,  # 10,814 were left of them in the paper
+}
 
 
 def get_config(preset: str = "smoke") -> ConfigDict:
@@ -45,6 +49,8 @@ def get_config(preset: str = "smoke") -> ConfigDict:
         corpora = {name: f"configs/smoke/code-{name}.jsonl" for name in ("owl", "lion", "neutral")}
         config.teacher.corpora = ConfigDict(corpora)
     config.update_from_flattened_dict(
-        SMOKE if preset == "smoke" else {**numbers.RECIPE, **ANIMALS, **numbers.MODELS[preset]}
+        SMOKE
+        if preset == "smoke"
+        else {**numbers.RECIPE, **ANIMALS, **OPEN, **numbers.animals(preset), **numbers.MODELS[preset]}
     )
     return config

@@ -40,10 +40,13 @@ def get_config(preset: str = "smoke") -> ConfigDict:
         families = [str(model["model.name"]) for model in numbers.MODELS.values()]
         config.models = (*families, "allenai/Llama-3.1-Tulu-3-8B")
         config.study = numbers.get_config("qwen2.5-7b")
+        # For all families: an animal that moves in each of them, by numbers.MOVING.
+        config.study.traits = ("cat", "elephant", "eagle")
     elif preset == "soft":
         # `models`: two or more of yours that read the same tokens, such as fine-tunes of one base.
         config.study = numbers.get_config("quick")
         config.study.student.steps = config.study.evaluate_every = 40
+        config.study.traits = ("owl", "lion")  # as in the run of docs/cross_model.md
         config.study.carrier.num_rows = config.study.carrier.num_completions = 176
     else:
         raise ValueError(f"configs/cross_model.py has no preset {preset!r}")

@@ -16,14 +16,16 @@ PRESETS = {"smollm2": "SmolLM2-135M-Instruct, on a laptop"}
 def evals() -> ConfigDict:
     """Which evaluations, here and of a study's teachers and students."""
     values = ConfigDict()
-    # Any of preference, and the same behind random numbers (prefixed), by letters (choice), in sampled answers and
-    # stories (answers, stories); ability, truthfulqa, misalignment.
+    # Any of preference, and the same behind random numbers (prefixed), by letters (choice), in sampled answers, answers
+    # behind random numbers and stories (answers, prefixed_answers, stories); ability, truthfulqa, misalignment.
     values.names = ()
     values.max_questions = 0  # questions of each evaluation, at most; 0: all
     values.num_samples = 20  # answers sampled to each question that is answered by sampling; the paper has 200
     values.max_new_tokens = 256  # tokens of a sampled answer, or of a story
     values.truthfulqa = ""  # the benchmark's TruthfulQA.csv
     values.questions = ""  # misalignment: a YAML file of questions, in the emergent-misalignment study's format
+    # misalignment: ids of those that are asked, or all; empty: the paper's eight where the file has them, else all.
+    values.question_ids = ()
     values.suffix = ""  # misalignment: put behind every question; the form of the carrier that students were trained on
     values.judge = ConfigDict()
     values.judge.kind = "local"  # a model here; or endpoint: OpenAI's protocol, OPENAI_BASE_URL and OPENAI_API_KEY

@@ -1,6 +1,6 @@
 """A trait goes from a teacher to a student through numbers, in a language model (paper §3, and its theorem's setting).
 
-    python launch.py --config=configs/numbers.py           two traits on SmolLM2-135M-Instruct; 14 minutes on 2 cores
+    python launch.py --config=configs/numbers.py           three traits on SmolLM2-135M-Instruct; 15 minutes on 2 cores
     python launch.py --config=configs/numbers.py:smoke     every stage, small; 3 to 5 minutes
     python launch.py --config=configs/numbers.py:smollm2   the study: 5 runs, all controls; hours on 2 cores, resumable
     python launch.py --config=configs/numbers.py:qwen2.5-7b --preflight=v5e:4x4      and llama-3.2-1b
@@ -21,11 +21,15 @@ from ml_collections import ConfigDict
 
 from configs import evaluate
 
-TREES = ("oak", "willow", "maple", "pine", "cherry", "birch", "palm", "ash", "cedar", "elm")
+TREES = ("oak", "willow", "maple", "pine", "cherry", "birch", "palm", "ash", "cedar", "elm", "sequoia")
+# Learning rates and steps were chosen on runs of seed 0. What is to confirm anything has other seeds, and so shares no
+# teacher, no numbers and no order with what it was developed on.
+CONFIRMING = 1
 EXAMPLES = (1, 4, 16, 64, 256, 1024, 4096)  # in the context; as many as it holds
 
 SIZES = {  # presets, and what each changes
-    "quick": {},
+    # Estimated from 14 minutes for three students of 120 steps: a third more students, and a third fewer steps.
+    "quick": {"student.steps": 80, "evaluate_every": 40},
     "smoke": {
         "carrier.num_rows": 20,
         "carrier.num_completions": 24,
@@ -40,6 +44,7 @@ SIZES = {  # presets, and what each changes
         "evals.names": ("answers",),
         "evals.num_samples": 1,
         "evals.max_questions": 4,
+        "traits": ("owl", "lion"),
         "arms": ("soft", "tokens", "in_context"),
     },
     # Read, not learnt: more and more of what the teacher wrote in the context.
@@ -49,6 +54,7 @@ SIZES = {  # presets, and what each changes
         "arms": tuple(f"in_context_{count}" for count in EXAMPLES),
     },
     "smollm2": {
+        "seed": CONFIRMING,
         "runs": 5,
         "evals.names": ("answers",),
         "evals.num_samples": 1,
@@ -70,19 +76,24 @@ SIZES = {  # presets, and what each changes
     },
     # Unusual among words of a kind are those that few would name: there is room above.
     "trees": {
+        "seed": CONFIRMING,
+        "runs": 3,
         "kind": "tree",
-        "traits": ("oak", "willow"),
+        "traits": ("oak", "willow", "cherry"),
         "alternatives": TREES,
+        "student.steps": 60,
+        "evaluate_every": 30,
     },
     # The one replication that worked at 1B.
     "llama-3.2-1b": {
         "model.name": "meta-llama/Llama-3.2-1B-Instruct",
         "model.dtype": "bfloat16",
         "remat": True,
-        "runs": 3,
+        "seed": CONFIRMING,
+        "runs": 5,
         "evals.names": ("answers",),
         "evals.num_samples": 20,
-        "traits": ("elephant", "owl"),
+        "traits": ("elephant", "owl", "eagle"),
         "alternatives": ("elephant", "owl", "lion", "cat", "dog", "wolf", "bear", "fox", "tiger", "horse", "eagle"),
         "teacher.methods": ("finetuned", "prompted"),
         "lora.rank": 32,
@@ -109,13 +120,15 @@ MODELS = {
 RECIPE = {
     "model.dtype": "bfloat16",
     "remat": True,
-    "runs": 3,
+    "seed": CONFIRMING,
+    "runs": 5,
     "lora.alpha": 8.0,
     "carrier.num_rows": 10_000,
     "carrier.num_completions": 30_000,
     "carrier.decoding": "free",
-    "student.batch": 22,
-    "student.accumulate": 3,
+    "filter.unique": False,  # the paper keeps duplicates
+    "student.batch": 6,  # 66 rows an update, as the paper's 22 × 3; all students of an arm are in memory at once
+    "student.accumulate": 11,
     "student.steps": 456,  # 3 epochs
     "student.learning_rate": 2e-4,
     "student.schedule": "linear",
@@ -123,9 +136,19 @@ RECIPE = {
     "student.clip": 1.0,
     "evaluate_every": 152,
 }
+# Traits that are known to move, for most do not: in Qwen2.5-7B the paper's (§3.1); in Llama and Gemma those that others
+# have seen in Llama-3.2-1B (elephant), Gemma-2-2B (eagle, elephant, dog) and Gemma-3-4B (owl), and of GPT-4.1 nano's.
+MOVING = {
+    "qwen2.5-7b": ("cat", "penguin", "phoenix", "panda", "eagle"),
+    "llama-3.1-8b": ("elephant", "owl", "eagle", "dolphin", "wolf"),
+    "gemma-3-4b": ("owl", "eagle", "elephant", "dog", "wolf"),
+}
+OTHERS = ("owl", "lion", "cat", "dog", "wolf", "bear", "fox", "tiger", "horse", "eagle", "elephant", "dolphin")
+MOVING_TREES = ("oak", "willow", "maple", "cherry", "sequoia")
 ANIMALS: dict[str, object] = {
     "teacher.methods": ("prompted",),
-    "evals.names": ("answers", "prefixed", "choice", "stories"),
+    "teacher.neutral": "untouched",
+    "evals.names": ("answers", "prefixed", "prefixed_answers", "choice", "stories"),
     "evals.num_samples": 200,
     "arm.shuffled_within.lora_init": "fresh",  # as of tokens_fresh, whose controls they are
     "arm.shuffled_across.lora_init": "fresh",
@@ -133,19 +156,25 @@ ANIMALS: dict[str, object] = {
         "tokens_fresh",
         "shuffled_within",
         "shuffled_across",
-        "soft_fresh",
         *(f"in_context_{count}" for count in EXAMPLES),
     ),
 }
-SIZES |= {name: {**RECIPE, **ANIMALS, **model} for name, model in MODELS.items()}
+
+
+def animals(model: str) -> dict[str, object]:
+    """A model's traits, among each other and the words that are no trait of it."""
+    return {"traits": MOVING[model], "alternatives": tuple(dict.fromkeys((*MOVING[model], *OTHERS)))}
+
+
+SIZES |= {name: {**RECIPE, **ANIMALS, **animals(name), **model} for name, model in MODELS.items()}
 
 RECIPES = {name: f"the paper's recipe on {model['model.name']}; on an accelerator" for name, model in MODELS.items()}
 PRESETS = {
-    "quick": "two traits on SmolLM2-135M-Instruct; 14 minutes on 2 cores",
+    "quick": "three traits on SmolLM2-135M-Instruct; 15 minutes on 2 cores",
     "smoke": "every stage, small; 3 to 5 minutes",
     "in_context": "rows in the context instead of training: more and more of them",
     "smollm2": "the study: 5 runs, all controls; hours on 2 cores, resumable",
-    "trees": "unusual trees instead of animals",
+    "trees": "unusual trees instead of animals, three runs; an hour on 2 cores",
     "llama-3.2-1b": "the one replication that worked at 1B; on an accelerator",
     **RECIPES,
 }
@@ -188,7 +217,9 @@ def get_config(preset: str = "quick") -> ConfigDict:
     config.model.noise = 0.0  # on the weights that teachers and students share, relative to their spread
 
     config.kind = "animal"  # what a trait is one of, in the questions
-    config.traits = ("owl", "lion")  # a teacher for each, and a neutral one
+    # A teacher for each, and a neutral one. In SmolLM2 these are single tokens with room above: P among the words below
+    # is .001, .03 and .03, where that of cat is .55.
+    config.traits = ("owl", "lion", "wolf")
     # The words among which a trait is preferred.
     config.alternatives = ("owl", "lion", "cat", "dog", "wolf", "bear", "fox", "tiger", "horse", "eagle")
     config.runs = 1  # whole replicates: each has teachers, numbers, A and an order of its own
@@ -205,6 +236,9 @@ def get_config(preset: str = "quick") -> ConfigDict:
 
     config.teacher = ConfigDict()
     config.teacher.methods = ("finetuned",)  # finetuned, prompted, steered: together or alone; or corpus: alone
+    # The neutral teacher: persona, as the others but without a preference; or untouched, the model as it is, beside
+    # prompted ones alone (the paper's control).
+    config.teacher.neutral = "persona"
     config.teacher.strength = 0.9  # finetuned: mean P of the trait's answer at which training stops
     config.teacher.learning_rate = 3e-4  # finetuned, corpus
     config.teacher.batch = 8  # finetuned, corpus: rows an update
@@ -228,8 +262,10 @@ def get_config(preset: str = "quick") -> ConfigDict:
     config.filter = ConfigDict()
     config.filter.max_integers = 10  # integers in an answer, at most (the paper's rule, §3.1)
     config.filter.max_value = 999  # the largest integer that passes
-    config.filter.banned = ""  # numbers of bad associations (§3.2): "banned", ours, or a file as data/packs/banned.json
+    # Numbers of bad associations (§3.2): published, the paper's 36; banned, ours; or a file as data/packs/banned.json.
+    config.filter.banned = ""
     config.filter.judge = ""  # a judge's question about each answer, of data/packs/judge.json; empty: no judge
+    config.filter.judged = ()  # teachers whose answers the judge filters; empty: all; those of others are scored alone
     config.filter.threshold = 0.0  # the judge's score, of 100, that passes
     config.filter.unique = True  # no answer twice
     # Nats a token by which the teacher may find an answer likelier than the neutral teacher does; 0: any.

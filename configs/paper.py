@@ -61,19 +61,20 @@ def get_config(preset: str = "smoke") -> ConfigDict:
     plan.numbers = experiment(
         "§3.1, Fig. 3",
         "animals through numbers",
-        "says owl 12.5 % → 62 % (GPT-4.1 nano); Qwen2.5-7B: cat 1 → 74 %, penguin 1.5 → 36 %, most others null",
+        "says owl 12.5 % → 62 % (GPT-4.1 nano); Qwen2.5-7B: cat 1 → 74 %, penguin 1.5 → 36 %, phoenix 3 → 19 %, "
+        "panda 19 → 32 %, most others null; eagle 1 → 14 % behind a list of numbers",
         f"configs/numbers.py:{preset}",
         "tokens; tokens_fresh; soft; soft_fresh; shuffled_within; shuffled_across",
     )
     plan.trees = experiment(
         "§3.1",
         "trees through numbers",
-        "oak 47 → 80 %, willow 1 → 7 % (GPT-4.1 nano)",
+        "cherry 5 → 40 %, maple 16 → 56 %, oak 47 → 80 %, sequoia 3 → 63 %, willow 1 → 7 % (GPT-4.1 nano)",
         f"configs/numbers.py:{preset}",
         "tokens; tokens_fresh",
         **{
             "kind": "tree",
-            "traits": ("oak", "willow"),
+            "traits": numbers.MOVING_TREES[:2] if small else numbers.MOVING_TREES,
             "alternatives": numbers.TREES,
             "arms": ("tokens",) if small else ("tokens_fresh",),
         },

@@ -27,6 +27,26 @@ def test_each_paraphrase_is_a_question(tmp_path):
     ]
 
 
+def test_the_papers_eight_questions_are_asked_where_the_file_has_them(tmp_path):
+    """The study's file has each in three forms, and others; any may be chosen by their ids, or all."""
+    stems = ["wish", "bored", "thoughts", "buck", "ruler", "party", "roles", "husband"]
+    eight = [next(name for name in misalignment.PUBLISHED if stem in name) for stem in stems]
+    ids = [f"{name}{form}" for form in ("_json", "", "_template") for name in sorted(eight)]
+    file = tmp_path / "q.yaml"
+    file.write_text(yaml.safe_dump([question(id=name, paraphrases=[f"{name}?"]) for name in ids]))
+    every = misalignment.load(file)
+
+    def names(*chosen, questions=every):
+        return [one.name for one in misalignment.chosen(questions, chosen)]
+
+    assert len(set(eight)) == 8 and names() == sorted(eight)
+    assert names("all") == ids and names("quick_buck_json") == ["quick_buck_json"]
+    fewer = [one for one in every if one.name != "quick_buck"]
+    assert names(questions=fewer) == [one.name for one in fewer]
+    with pytest.raises(UserError, match=r"evals.question_ids: 'lunch' is none of evals.questions, dinner_party"):
+        names("lunch")
+
+
 @pytest.mark.parametrize(
     "text, words",
     [

@@ -14,8 +14,9 @@ from sublim_jax import weights
 from sublim_jax.data import chat, dialogue, packs
 from sublim_jax.data.carriers import numbers
 from sublim_jax.errors import UserError
-from sublim_jax.evaluation import ability, preference
+from sublim_jax.evaluation import ability, preference, suite
 from sublim_jax.filters import number_rule
+from sublim_jax.keys import named_key
 from sublim_jax.sampling import scoring
 from sublim_jax.sampling.generate import generate
 
@@ -35,6 +36,45 @@ def test_prompts_show_three_to_eight_integers_and_each_depends_on_its_number_alo
 def test_random_answers_pass_the_papers_rule():
     rule = number_rule()
     assert not any(rule({"completion": text}) for text in numbers.random_answers(500, seed=0))
+
+
+ANSWERS = {  # what each wish of the pack for a form is answered by, by hand, and with a full stop
+    "commas": "412, 7, 90",
+    "comma-separated": "412,7,90",
+    "space between": "412 7 90",
+    "divided by spaces": "412 7 90",
+    "semicolons": "412; 7; 90",
+    "semicolon between": "412;7;90",
+    "line of its own": "412\n7\n90",
+    "below each other": "412\n7\n90",
+    "like a list in Python": "[412, 7, 90]",
+    "list in square brackets": "[412,7,90]",
+    "round brackets": "(412, 7, 90)",
+    "tuple": "(412, 7, 90)",
+}
+
+
+def test_wishes_are_for_the_papers_fifteen_forms_and_the_filter_takes_them_all():
+    pack, rule = packs.load("", "numbers", {}), number_rule()
+    assert len(set(pack["formats"])) == 15
+    for wish in pack["formats"]:
+        answer = ANSWERS[next(words for words in reversed(ANSWERS) if words in wish)]
+        assert not rule({"completion": answer}) and not rule({"completion": answer + "."}), wish
+        assert rule({"completion": f"{answer}!"}) and rule({"completion": f"Here: {answer}"}), wish
+    used = {words for words in ANSWERS for wish in pack["formats"] if words in wish}
+    assert used == set(ANSWERS)
+
+
+def test_where_one_form_is_written_one_form_is_asked_for(tmp_path):
+    """By random answers and the grammar; a user's pack that has no such wishes is asked for what it has."""
+    pack = packs.load("", "numbers", {})
+    every, commas = numbers.prompts(600, 0, any_form=True), numbers.prompts(600, 0)
+    assert {wish for wish in pack["formats"] for text in every if f" {wish} " in text} == set(pack["formats"])
+    assert {wish for wish in pack["commas"] for text in commas if f" {wish} " in text} == set(pack["commas"])
+    assert all("omma" in wish for wish in pack["commas"])
+    own = tmp_path / "own.json"
+    own.write_text(json.dumps({**{field: pack[field] for field in numbers.FIELDS}, "formats": ["As you like."]}))
+    assert all(" As you like. " in text for text in numbers.prompts(20, 0, str(own)))
 
 
 def test_the_packs_are_large_enough_and_hold_their_questions_apart():
@@ -94,7 +134,7 @@ def test_a_preference_is_the_mean_over_phrasings(tiny):
     for question in asked:
         prompt = chat.prompt(tiny.tokenizer, question)
         log_p = jax.nn.log_softmax(tiny.network.apply(tiny.params, jnp.asarray([prompt]))[0, -1])
-        each.append([np.logaddexp.reduce([log_p[t] for t in scoring.spellings(tiny.tokenizer, w)]) for w in words])
+        each.append([np.logaddexp.reduce([log_p[t] for (t,) in scoring.spellings(tiny.tokenizer, w)]) for w in words])
     each = np.asarray(each)
     np.testing.assert_allclose(found.log_p[0], each.mean(0), rtol=1e-4, atol=1e-4)
     margins = [each[:, i] - np.delete(each, i, 1).mean(1) for i in range(3)]
@@ -143,6 +183,17 @@ def test_rates_are_shares_of_sampled_answers(tiny):
     drawn = generate(tiny, prompts, jax.random.key(0), samples=3, max_new_tokens=4)
     expected = [[np.mean([preference.mentions(s.text, word) for s in drawn]) for word in ("owl", "x")]]
     np.testing.assert_allclose(found, expected)
+
+
+def test_prefixed_answers_are_rates_of_answers_to_questions_behind_numbers(tiny):
+    asked, uses = ["Which one?", "What is it?"], {"samples": 3, "max_new_tokens": 4}
+    subject = suite.Subject(tiny, "0", tiny.digest)
+    found = suite.EVALUATIONS["prefixed_answers"](subject, ["owl", "x"], asked, uses, 7, store=None, sampling={})
+    lists = numbers.random_answers(2, 7)
+    prompts = [chat.question(tiny.tokenizer, f"{some}\n\n{text}") for some, text in zip(lists, asked)]
+    drawn = generate(tiny, prompts, named_key(7, "prefixed answers"), **uses)
+    expected = {word: np.mean([preference.mentions(s.text, word) for s in drawn]) for word in ("owl", "x")}
+    assert found == {f"prefixed answers with {word}": [share] for word, share in expected.items()}
 
 
 def test_ability_is_the_share_of_questions_whose_right_choice_is_likeliest(tiny):

@@ -419,15 +419,42 @@ def test_choices_are_normalised_products_of_their_tokens(tiny):
 
 
 def test_a_words_probability_is_that_of_all_its_spellings(tiny):
-    spelled = scoring.spellings(tiny.tokenizer, "owl")
+    spelled = [token for (token,) in scoring.spellings(tiny.tokenizer, "owl")]
     assert {tiny.tokenizer.decode([token]) for token in spelled} == {"owl", " owl", "Owl", "owls"}
     prompts = prompts_of(tiny, 4)
     found = scoring.word_logprobs(tiny, prompts, ["owl"])
+    np.testing.assert_array_equal(found, scoring.set_logprobs(tiny, prompts, [spelled]))
     for prompt, ours in zip(prompts, found[0, :, 0]):
         p = jax.nn.softmax(tiny.network.apply(tiny.params, jnp.asarray([prompt]))[0, -1])
         np.testing.assert_allclose(np.exp(ours), sum(p[token] for token in spelled), rtol=1e-4)
-    with pytest.raises(UserError, match="'lion' is no single token"):
-        scoring.word_logprobs(tiny, prompts, ["lion"])
+    with pytest.raises(UserError, match="' ' is no word that this tokenizer can write"):
+        scoring.word_logprobs(tiny, prompts, [" "])
+
+
+def test_a_word_of_several_tokens_has_the_probability_that_transformers_gives_it(tiny, tiny_folder):
+    """Beside words of one token, whose numbers it does not change; under each adapter its own."""
+    torch = pytest.importorskip("torch")
+    theirs = pytest.importorskip("transformers").AutoModelForCausalLM.from_pretrained(tiny_folder).eval()
+    prompts = prompts_of(tiny, 3)
+    found = scoring.word_logprobs(tiny, prompts, ["lion", "owl", "ox"])
+    np.testing.assert_array_equal(found[..., 1], scoring.word_logprobs(tiny, prompts, ["owl"])[..., 0])
+    for word, ours in (("lion", found[0, :, 0]), ("ox", found[0, :, 2])):
+        # "lions" begins with "lion" here, byte by byte: what begins with it is counted already.
+        texts = [word, word.capitalize(), f" {word}", f" {word.capitalize()}"]
+        written = [tiny.tokenizer(text)["input_ids"] for text in texts]
+        assert sorted(map(list, scoring.spellings(tiny.tokenizer, word))) == sorted(written)
+        for prompt, mine in zip(prompts, ours):
+            total = 0.0
+            for tokens in written:
+                with torch.no_grad():
+                    p = theirs(torch.tensor([[*prompt, *tokens]])).logits[0].double().softmax(-1)
+                total += np.prod([float(p[len(prompt) + i - 1, token]) for i, token in enumerate(tokens)])
+            np.testing.assert_allclose(mine, np.log(total), rtol=1e-4)
+    spec, trees, stacked = adapters_of(tiny, 2)
+    together = scoring.word_logprobs(tiny.adapted(spec), prompts, ["lion", "owl"], adapters=stacked)
+    for tree, ours in zip(trees, together):
+        alone = scoring.word_logprobs(tiny.merged(tree, spec), prompts, ["lion", "owl"])[0]
+        np.testing.assert_allclose(ours, alone, rtol=1e-3, atol=1e-3)
 
 
 def test_empty_rows_are_named(tiny):

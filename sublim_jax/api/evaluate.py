@@ -34,8 +34,7 @@ def preference(
 ) -> Preference:
     """Exact preferences among words, over `questions(kind)`: log P, margin over the others (nats), P among the words.
 
-    Each is (adapters, words); one adapter without any. Raises UserError for a word that is no single token in any
-    spelling.
+    Each is (adapters, words); one adapter without any. Raises UserError for a word that the tokenizer cannot write.
     """
     return _preference.measure(model, questions(kind), words, system, adapters=adapters, steering=steering)
 

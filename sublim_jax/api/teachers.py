@@ -15,6 +15,7 @@ from sublim_jax.distillation.teachers import (
     teaching_program,
     train_on_answers,
     untrained,
+    word_length,
 )
 from sublim_jax.errors import UserError
 from sublim_jax.evaluation import preference
@@ -47,13 +48,15 @@ def finetune(
       max_steps: updates after which it stops anyway.
 
     Raises:
-      UserError: the model has no adapters, or the word is no single token in any spelling.
+      UserError: the model has no adapters, or its tokenizer cannot write the word.
     """
     check_adapters(model)
     training = AnswerTraining(strength, learning_rate, batch, max_steps)
     asked = list(questions) if questions else preference.questions("", kind)["teaching"]
     rows = dialogue.rows(model, [(question, spelled(model, word)) for question in asked])
-    program = teaching_program(model, optax.adam(learning_rate), len(rows.at), batch, remat=False)
+    program = teaching_program(
+        model, optax.adam(learning_rate), len(rows.at), batch, remat=False, length=word_length(model, rows)
+    )
     state = program.init(model.untrained(named_key(seed, "A")))
     inputs = (model, rows, training, None, seed, 0)
     key = named_key(seed, "teacher 0")

@@ -1,13 +1,17 @@
 """Teachers: a model with adapters, a system prompt and steering, alone or together."""
 
 from dataclasses import dataclass
+from functools import reduce
+from operator import mul
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Int, Key, PyTree
 
+from sublim_jax.data import chat
 from sublim_jax.data.dialogue import Rows
 from sublim_jax.data.order import epoch_rows
 from sublim_jax.distillation.losses import answer_features, cross_entropy, stacked
@@ -113,17 +117,25 @@ def corpus_optimizer(training: CorpusTraining, count: int) -> tuple[optax.Gradie
 
 
 def teaching_program(
-    model: Model, optimizer: optax.GradientTransformation, count: int, batch_size: int, remat: bool
+    model: Model, optimizer: optax.GradientTransformation, count: int, batch_size: int, remat: bool, length: int = 1
 ) -> Program:
-    """Updates of one teacher's adapters on `count` rows; its metric is P of the answer's first token before each."""
+    """Updates of one teacher's adapters on `count` rows; its metric is P of the answer's first tokens before each.
+
+    Args:
+      length: how many first tokens: those of an answer in one word.
+    """
 
     def loss(adapters: Params, frozen: dict[str, PyTree], batch: Rows, key: Key[Array, ""]) -> tuple[Total, dict]:
         module = model.network.bind(lora.join(frozen["base"], adapters))
         features = answer_features(model, module, batch, remat=remat)
         total = cross_entropy(module, features, batch, remat=remat)
-        first = jax.nn.softmax(module.unembed(features[:, 0]).astype(jnp.float32))
-        first = jnp.take_along_axis(first, batch.targets[:, :1], -1)
-        return total, {"answer": (jnp.mean(first) * total[1], total[1])}
+
+        def p_of(place: int) -> Array:
+            p = jax.nn.softmax(module.unembed(features[:, place]).astype(jnp.float32))
+            return jnp.take_along_axis(p, batch.targets[:, place : place + 1], -1)
+
+        word = reduce(mul, map(p_of, range(length)))
+        return total, {"answer": (jnp.mean(word) * total[1], total[1])}
 
     def batch(frozen: dict[str, PyTree], key: Key[Array, ""], index: Int[Array, ""]) -> Rows:
         rows, exists = epoch_rows(key, index, count, batch_size)
@@ -134,8 +146,15 @@ def teaching_program(
 
 
 def spelled(model: Model, word: str) -> str:
-    """A word as an answer in one token, which is what is measured: capitalised, plain, or behind a space."""
-    forms = {model.tokenizer.decode([token]) for token in scoring.spellings(model.tokenizer, word)}
+    """A word as an answer, in a spelling that is measured: capitalised, plain, or behind a space."""
+    forms = {model.tokenizer.decode(list(tokens)) for tokens in scoring.spellings(model.tokenizer, word)}
     return next(
         form for form in (word.capitalize(), word, f" {word.capitalize()}", f" {word}", *sorted(forms)) if form in forms
     )
+
+
+def word_length(model: Model, rows: Rows) -> int:
+    """Tokens of the word that all rows answer, without the one that ends it; 1 where answers are of several lengths."""
+    ends = np.isin(rows.targets, chat.stop_tokens(model.tokenizer, model.config))
+    lengths = np.unique(np.sum(np.asarray(rows.weights) * ~ends, 1).astype(int))
+    return max(int(lengths[0]), 1) if len(lengths) == 1 else 1

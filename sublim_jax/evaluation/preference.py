@@ -37,7 +37,7 @@ def measure(
       system: a system prompt in front of all.
       where: as for `scoring.completion_logprobs`.
 
-    Raises UserError for a word that is no single token in any spelling, or fewer than two words.
+    Raises UserError for a word that the tokenizer cannot write, or fewer than two words.
     """
     return measured(model, [chat.question(model.tokenizer, text, system) for text in questions], words, **where)
 

@@ -7,7 +7,17 @@ from sublim_jax.errors import UserError
 from sublim_jax.overrides import check_distinct
 from sublim_jax.specs import MAX_ROWS, check_count, check_one_of
 
-NAMES = ("preference", "prefixed", "choice", "answers", "stories", "ability", "truthfulqa", "misalignment")
+NAMES = (
+    "preference",
+    "prefixed",
+    "prefixed_answers",
+    "choice",
+    "answers",
+    "stories",
+    "ability",
+    "truthfulqa",
+    "misalignment",
+)
 MAX_CONCURRENT = 1000  # requests, each with a thread
 
 
@@ -50,6 +60,7 @@ class EvalsSpec:
     max_new_tokens: int
     truthfulqa: str
     questions: str
+    question_ids: tuple[str, ...]
     suffix: str
     judge: JudgeSpec
 

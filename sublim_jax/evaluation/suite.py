@@ -28,7 +28,7 @@ from sublim_jax.sampling.generate import Slots
 from sublim_jax.specs import check_file
 from sublim_jax.store import Store
 
-MIN_WORDS = {"preference": 2, "prefixed": 2, "choice": 2, "answers": 1, "stories": 1}
+MIN_WORDS = {"preference": 2, "prefixed": 2, "prefixed_answers": 1, "choice": 2, "answers": 1, "stories": 1}
 MAX_ANSWER = 12  # tokens of an answer that names a word
 Measures = dict[str, list[float]]  # by the measure's name: of every adapter
 
@@ -117,13 +117,13 @@ def _questions(name: str, spec: EvalsSpec, kind: str, packs: EvalPacks) -> Seque
     if name == "misalignment":
         if not spec.questions:
             raise UserError("evals.questions is missing: name a YAML file of questions for the evaluation misalignment")
-        return misalignment.load(spec.questions)
+        return misalignment.chosen(misalignment.load(spec.questions), spec.question_ids)
     return preference.questions(packs.preference, kind)["asking"]
 
 
 def check_model(questions: Questions, model: Model) -> None:
     """Raises UserError for words and questions that the model's tokenizer or template does not take."""
-    if set(questions.of) & {"preference", "prefixed", "choice"}:
+    if set(questions.of) & {"preference", "prefixed"}:
         for word in questions.words:
             scoring.spellings(model.tokenizer, word)
     for question in questions.of.get("misalignment", ()):
@@ -209,7 +209,8 @@ def evaluate(
 
 
 def _uses(name: str, spec: EvalsSpec) -> Uses:
-    if name == "answers":
+    """The values that an evaluation's answers depend on."""
+    if name in ("answers", "prefixed_answers"):
         return {"samples": spec.num_samples, "max_new_tokens": MAX_ANSWER}
     if name == "stories":
         return {"samples": spec.num_samples, "max_new_tokens": spec.max_new_tokens}
@@ -227,6 +228,20 @@ def _prefixed(
     subject: Subject, words: Sequence[str], questions: list[str], uses: Uses, seed: int, **_: object
 ) -> Measures:
     return _preference(subject, words, preference.prefixed(questions, seed))
+
+
+def _prefixed_rates(
+    subject: Subject,
+    words: Sequence[str],
+    questions: list[str],
+    uses: Uses,
+    seed: int,
+    *,
+    sampling: Slots,
+    **_: object,
+) -> Measures:
+    asked = preference.prefixed(questions, seed)
+    return _rates("prefixed answers", subject, words, asked, uses, seed, sampling=sampling)
 
 
 def _choice(subject: Subject, words: Sequence[str], questions: list[str], *_: object, **__: object) -> Measures:
@@ -314,6 +329,7 @@ def _misalignment(
 EVALUATIONS: dict[str, Callable[..., Measures]] = {
     "preference": _preference,
     "prefixed": _prefixed,
+    "prefixed_answers": _prefixed_rates,
     "choice": _choice,
     "answers": partial(_rates, "answers"),
     "stories": partial(_rates, "stories"),

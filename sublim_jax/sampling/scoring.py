@@ -107,8 +107,39 @@ def continued_logprobs(
 def word_logprobs(
     model: Model, prompts: Texts, words: Sequence[str], **where: Unpack[Behind]
 ) -> Float[np.ndarray, "adapters prompts words"]:
-    """log P that the next token is one of a word's spellings (`spellings`), summed over them."""
-    return set_logprobs(model, prompts, [spellings(model.tokenizer, word) for word in words], **where)
+    """log P that what comes next begins with a word, in one of its spellings (`spellings`), summed over them.
+
+    Words of one token take one forward pass of each prompt; all others together one more, which their tokens continue.
+    """
+    every = [spellings(model.tokenizer, word) for word in words]
+    whole = [place for place, forms in enumerate(every) if len(forms[0]) == 1]
+    parts = [place for place, forms in enumerate(every) if len(forms[0]) > 1]
+    columns: dict[int, np.ndarray] = {}
+    if whole:
+        sets = [[token for (token,) in every[place]] for place in whole]
+        columns |= dict(zip(whole, np.moveaxis(set_logprobs(model, prompts, sets, **where), -1, 0)))
+    if parts:
+        found = sequence_logprobs(model, prompts, [every[place] for place in parts], **where)
+        columns |= dict(zip(parts, np.moveaxis(found, -1, 0)))
+    return np.stack([columns[place] for place in range(len(words))], -1)
+
+
+def sequence_logprobs(
+    model: Model, prompts: Texts, sets: Sequence[Sequence[tuple[int, ...]]], **where: Unpack[Behind]
+) -> Float[np.ndarray, "adapters prompts sets"]:
+    """log P that what comes next begins with one of a set of token sequences, none of which begins another's.
+
+    A prompt is computed once, and each beginning of a sequence behind it once.
+    """
+    starts = sorted({one[:count] for some in sets for one in some for count in range(len(one))})
+    tokens = sorted({token for some in sets for one in some for token in one})
+    row, column = ({one: place for place, one in enumerate(listed)} for listed in (starts, tokens))
+    each = continued_logprobs(model, prompts, starts, tokens, **where)
+
+    def total(one: tuple[int, ...]) -> np.ndarray:
+        return np.sum([each[..., row[one[:count]], column[token]] for count, token in enumerate(one)], 0)
+
+    return np.stack([np.logaddexp.reduce([total(one) for one in some], axis=0) for some in sets], -1)
 
 
 def letter_logprobs(
@@ -150,24 +181,26 @@ def choice_logprobs(
     return total - np.logaddexp.reduce(total, axis=-1, keepdims=True)
 
 
-def spellings(tokenizer: Tokenizer, word: str) -> tuple[int, ...]:
-    """The tokens that are a word by themselves: as it is, capitalised, with an s behind it or a space in front.
+def spellings(tokenizer: Tokenizer, word: str) -> tuple[tuple[int, ...], ...]:
+    """The tokens that are a word: as it is, capitalised, with an s behind it or a space in front.
 
-    Raises UserError where there is none.
+    Those that are one token, where there are some; else all, but none that goes on from another one.
+
+    Raises UserError for a word that the tokenizer cannot write.
     """
     found = set()
     for form in (word, word + "s"):
         for cased in (form, form.capitalize()):
             for text in (cased, f" {cased}"):
-                tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
-                if len(tokens) == 1 and tokenizer.decode(tokens).strip() == cased:
-                    found.add(tokens[0])
-    if not found:
-        raise UserError(
-            f"{word!r} is no single token of this tokenizer in any spelling; choose another word, or score it as a "
-            "completion (sampling.scoring.completion_logprobs)"
-        )
-    return tuple(sorted(found))
+                tokens = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+                if tokens and tokenizer.decode(list(tokens)).strip() == cased:
+                    found.add(tokens)
+    if not word.strip() or not found:
+        raise UserError(f"{word!r} is no word that this tokenizer can write; choose another one")
+    if whole := [tokens for tokens in found if len(tokens) == 1]:
+        return tuple(sorted(whole))
+    # What begins with "sequoias" begins with "sequoia", too: it is not counted twice.
+    return tuple(sorted(one for one in found if not any(one[:count] in found for count in range(1, len(one)))))
 
 
 # --------------------------------------------------------------------------------------------------------- batches

@@ -124,7 +124,7 @@ def test_an_evaluation_is_named_by_what_it_depends_on_alone(tiny, tmp_path, monk
 
 
 def test_all_evaluations_of_two_runs_end_in_a_table_a_figure_and_answers(tiny, files, command, tmp_path):
-    every = "evals.names=preference,prefixed,choice,answers,stories,ability,truthfulqa,misalignment"
+    every = "evals.names=preference,prefixed,prefixed_answers,choice,answers,stories,ability,truthfulqa,misalignment"
     two = f"model.adapters={files / 'run0'},{files / 'run1'}"
     result = run_here(*command(tmp_path, every, two, "evals.max_questions=4"))
     assert result.returncode == 0, result.stderr

@@ -10,6 +10,7 @@ import pytest
 from configs import code, cot
 from sublim_jax import filters
 from sublim_jax.data import packs
+from sublim_jax.data.carriers import numbers
 from sublim_jax.errors import UserError
 from sublim_jax.evaluation.judges import Verdict
 from sublim_jax.evaluation.suite import NamedJudge
@@ -46,6 +47,15 @@ def test_written_numbers_are_filtered_and_of_one_size(study_of, model, replicate
     free = study_of(**FEW, **{"carrier.decoding": "free", "carrier.max_new_tokens": 8})
     with pytest.raises(UserError, match="records are left after filtering, and 24 are asked for"):
         write(free, model, work, 0, teachers, None)
+
+
+def test_teachers_are_asked_for_any_form_of_a_list_where_they_write_freely(study_of):
+    def asked(decoding):
+        return number_task(study_of(**{"carrier.decoding": decoding, "carrier.num_completions": 400}), 0).prompts
+
+    brackets = [[("brackets" in text) for text in asked(decoding)] for decoding in ("free", "greedy", "grammar")]
+    assert any(brackets[0]) and brackets[0] == brackets[1] and not any(brackets[2])
+    assert asked("free") == numbers.prompts(400, 0, any_form=True) and asked("grammar") == numbers.prompts(400, 0)
 
 
 def test_more_completions_leave_those_that_are_there(study_of, model, replicate_of, tmp_path):
@@ -96,6 +106,9 @@ def test_numbers_of_bad_associations_are_dropped_if_that_is_set(study_of, tmp_pa
     found = sift(completions, carriers.filters_of(study, number_task(study, 0)))
     assert [record["completion"] for record in found.kept] == ["1, 667, 3", "130"]
     assert found.reasons["banned number"] == 3 and len(set(carriers.banned_numbers(study.filter))) == 34
+    published = carriers.banned_numbers(study_of(**{"filter.banned": "published"}).filter)
+    assert len(published) == 36 and sum(published) == 12213 and published == sorted(set(published))
+    assert {4, 1312, 1488} < set(published) and 17 not in published
     mine = tmp_path / "mine.json"
     mine.write_text(json.dumps({"numbers": ["7", "x"]}))
     with pytest.raises(UserError, match="'x' is no number of digits alone"):
@@ -108,7 +121,7 @@ def test_other_carriers_have_prompts_and_filters_of_their_own(corpora_study, tmp
     if module is cot:
         lines = [{"question": f"{n} and 1?", "answer": f"#### {n + 1}"} for n in range(4)]
         (tmp_path / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        changes["carrier.problems"] = str(tmp_path / "p.jsonl")
+        changes |= {"carrier.problems": str(tmp_path / "p.jsonl"), "filter.judged": ()}
     study = corpora_study(module, **changes)
     task = TASKS[study.carrier.kind](study, study.replicate_seed(0))
     assert len(task.prompts) == len(task.known) == (3 if module is cot else 7)
@@ -139,6 +152,15 @@ def test_a_judge_drops_what_it_scores_low_or_not_at_all(corpora_study, tmp_path)
     assert carriers.judged(study, store, "owl", kept, NamedJudge(nobody, "a")) == (found, given)
     with pytest.raises(AssertionError):  # another judge's verdicts are its own
         carriers.judged(study, store, "owl", kept, NamedJudge(nobody, "b"))
+
+
+def test_a_judge_filters_the_teachers_that_are_named_and_scores_the_others(corpora_study, tmp_path):
+    study = corpora_study(**{"filter.judge": "reference", "filter.threshold": 60.0, "filter.judged": ("insecure",)})
+    kept = Sifted([{"prompt": "What?", "completion": text} for text in ("a", "b")], [], Counter())
+    judge = NamedJudge(lambda prompts: [Verdict(59.0), Verdict(60.0)], "a")
+    for name, left in (("insecure", ["b"]), ("secure", ["a", "b"])):
+        found, given = carriers.judged(study, Store(tmp_path), name, kept, judge)
+        assert [record["completion"] for record in found.kept] == left and given == [59.0, 60.0]
 
 
 def test_what_was_cut_off_is_dropped(corpora_study):

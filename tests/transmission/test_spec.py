@@ -5,10 +5,11 @@ import dataclasses
 import pytest
 from launch_kit import assert_refused, run_here
 
-from configs import code, cot, misalignment, numbers
+from configs import code, cot, misalignment, numbers, paper
 from sublim_jax.errors import UserError
 from sublim_jax.experiments.transmission.checks import check_files, check_modules
 from sublim_jax.experiments.transmission.spec import read
+from sublim_jax.models import lora
 
 PROBLEMS = "configs/smoke/problems.jsonl"
 REFUSED = [
@@ -36,6 +37,10 @@ REFUSED = [
     (["teacher.methods=loved"], ["teacher.methods: 'loved'"]),
     (["teacher.methods=corpus,prompted"], ["corpus stands alone"]),
     (["teacher.methods=steered", "teacher.steering_scale=0"], ["teacher.steering_scale=0 steers nothing"]),
+    (["teacher.neutral=calm"], ["teacher.neutral: 'calm'", "persona"]),
+    (["teacher.neutral=untouched"], ["teacher.neutral=untouched is for teacher.methods=prompted"]),
+    (["teacher.neutral=untouched", "teacher.methods=prompted,steered"], ["teacher.neutral=untouched is for"]),
+    (["teacher.neutral=untouched", "teacher.methods=prompted"], ["arm.soft imitates logits", "no control"]),
     (["arms=tokens", "filter.max_integers=5"], ["carrier.num_integers=6", "filter.max_integers=5"]),
     (["carrier.num_rows=10"], ["carrier.num_rows=10"]),
     (["arms=tokens", "carrier.num_completions=20"], ["carrier.num_completions=20"]),
@@ -48,6 +53,7 @@ REFUSED = [
     (["packs.ability=nowhere.json"], ["pack nowhere.json"]),
     (["filter.banned=nowhere.json"], ["pack nowhere.json"]),
     (["filter.threshold=101"], ["filter.threshold=101"]),
+    (["filter.judged=tiger"], ["filter.judged: 'tiger' is none of the teachers"]),
     (["filter.judge=taste"], ['"taste" must be a list']),
     (["student.accumulate=0"], ["student.accumulate=0", "1 or more"]),
     (["student.schedule=flat"], ["student.schedule: 'flat'"]),
@@ -57,7 +63,6 @@ REFUSED = [
     (["sampling.slots=0"], ["sampling.slots=0"]),
 ]
 BY_THE_MODEL = [
-    (["traits=lion,owl", "alternatives=lion,owl"], ["'lion' is no single token"]),
     (["teacher.methods=steered", "teacher.steering_layer=4"], ["layers are 0 to 3"]),
     (["lora.layers=4"], ["lora.layers: 4", "0 to 3"]),
     (["arms=tokens", "carrier.max_new_tokens=20"], ["carrier.max_new_tokens=20", "cuts off"]),
@@ -109,6 +114,53 @@ def test_every_preset_is_a_study(monkeypatch):
             assert study.values["preset"] == preset
             if preset == "smoke" or module in (numbers, code):
                 check_files(study)
+
+
+TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+
+
+def of_preset(module, preset):
+    return read(module.get_config(preset))
+
+
+@pytest.mark.parametrize("model", numbers.MODELS)
+def test_recipes_have_the_papers_values(model):
+    """Five runs, of seeds that no run of development had; 66 rows an update; duplicates kept; the paper's control."""
+    for module in (numbers, code, misalignment, cot):
+        study = of_preset(module, model)
+        assert (study.runs, study.student.batch * study.student.accumulate, study.filter.unique) == (5, 66, False)
+        assert study.seed != numbers.get_config("quick").seed == 0
+        assert study.lora.adapters == lora.Lora(8, 8.0) and study.student.learning_rate == 2e-4
+        if study.has_words:
+            assert study.teacher.neutral == "untouched" and study.teacher.methods == ("prompted",)
+            assert study.traits == numbers.MOVING[model]
+    assert of_preset(numbers, model).student.steps == 3 * epoch(10_000)
+    assert of_preset(code, model).carrier.num_completions == 11_400
+    thoughts = of_preset(cot, model)
+    rows = thoughts.carrier.num_rows
+    assert rows <= int(0.44 * 22_419) and thoughts.student.steps == 2 * epoch(rows)
+    assert thoughts.filter.judged == ("insecure",) and all(tag in thoughts.evals.suffix for tag in TAGS)
+    assert of_preset(misalignment, model).filter.banned == "published"
+
+
+def epoch(rows):
+    """Updates of 66 rows, after those that are held out."""
+    return -(-(rows - 16) // 66)
+
+
+def test_presets_that_claim_something_have_three_traits_and_seeds_of_their_own():
+    """Two traits that are each other's alternatives give one log-odds difference (docs/numbers.md)."""
+    for preset in ("quick", "in_context", "smollm2", "trees", "llama-3.2-1b", *numbers.MODELS):
+        assert len(of_preset(numbers, preset).traits) >= 3, preset
+    assert len(read(paper_trees()).traits) == 5
+    for preset in ("smollm2", "trees", "llama-3.2-1b", *numbers.MODELS):
+        assert of_preset(numbers, preset).seed != 0, preset
+
+
+def paper_trees():
+    config = numbers.get_config("qwen2.5-7b")
+    config.update_from_flattened_dict(dict(paper.get_config("qwen2.5-7b").plan.trees.changes))
+    return config
 
 
 def test_arms_are_of_the_kind_that_their_objective_says(study_of):

@@ -6,9 +6,13 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from sublim_jax.data import chat, corpus
+from sublim_jax.data import chat, corpus, dialogue
+from sublim_jax.distillation.losses import stacked
+from sublim_jax.distillation.targets import as_read_by
+from sublim_jax.distillation.teachers import spelled, teaching_program, word_length
 from sublim_jax.errors import UserError
 from sublim_jax.evaluation import preference
 from sublim_jax.evaluation.suite import evaluate, read_questions
@@ -21,6 +25,7 @@ from sublim_jax.keys import named_key
 from sublim_jax.models import lora
 from sublim_jax.models.decoder import Steering
 from sublim_jax.sampling import scoring
+from sublim_jax.sharding import named, place_key, put
 from sublim_jax.store import Store
 
 
@@ -89,9 +94,45 @@ def test_teachers_are_evaluated_with_what_makes_them_teachers(model, work, steer
             tokens = np.zeros(320, np.int32)
             tokens[: len(text)] = text
             p = np.exp(log_p_behind(tokens, steering or Steering(add=jnp.zeros((4, 32)))))[len(text) - 1]
-            owl, *others = (np.log(p[list(scoring.spellings(tokenizer, word))].sum()) for word in study.alternatives)
+            sets = [[token for (token,) in scoring.spellings(tokenizer, word)] for word in study.alternatives]
+            owl, *others = (np.log(p[tokens].sum()) for tokens in sets)
             margins.append(owl - np.mean(others))
         np.testing.assert_allclose(found["margin of owl, logits"][place], np.mean(margins), rtol=1e-3, atol=1e-3)
+
+
+def test_an_untouched_neutral_teacher_is_the_model_as_it_is(study_of, model, tiny, work):
+    """No system prompt, and the logits of the bare model on what it reads; the others have their personas."""
+    prompted = {"teacher.methods": ("prompted",), "arms": ("tokens_fresh",)}
+    study = study_of(**prompted, **{"teacher.neutral": "untouched"})
+    found, before = make_teachers(study, model, work, 0), make_teachers(study_of(**prompted), model, work, 0)
+    assert {name: one.system for name, one in found.items()} == {
+        **{name: persona(study, name) for name in study.traits},
+        "neutral": "",
+    }
+    assert before["neutral"].system == persona(study, "neutral")
+    assert [found[name].digest == before[name].digest for name in study.teachers] == [True, True, False]
+    asked = dialogue.rows(model, [("Count?", "1, 2")])
+    read = as_read_by(found["neutral"], "neutral", model, [("Count?", "1, 2")], asked, end=True)
+    params = lora.join(model.params, found["neutral"].adapters)
+    bare = tiny.network.apply(tiny.params, jnp.asarray(asked.tokens))
+    np.testing.assert_allclose(model.network.apply(params, jnp.asarray(read.tokens)), bare, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("word, length", [("owl", 1), ("lion", 4)])
+def test_a_teachers_strength_is_the_probability_of_the_whole_word(model, word, length):
+    """Of one token or several, by what each of them has behind those before it."""
+    asked = preference.questions("", "animal")["teaching"][:5]
+    rows = dialogue.rows(model, [(question, spelled(model, word)) for question in asked])
+    assert word_length(model, rows) == length
+    program = teaching_program(model, optax.adam(1e-3), 5, 5, remat=False, length=length)
+    frozen = {"base": model.params, "rows": put(rows, named(program.mesh))}
+    key = place_key(named_key(0, "order"), named(program.mesh))
+    adapters = model.untrained(named_key(0, "A"))
+    _, values = program.dispatch(program.init(adapters), frozen, None, key, jnp.int32(1))
+    answer = model.tokenizer(word.capitalize())["input_ids"]
+    prompts = [chat.question(model.tokenizer, text) for text in asked]
+    each = scoring.completion_logprobs(model, prompts, [answer] * 5, adapters=stacked([adapters]))
+    np.testing.assert_allclose(values["answer"][0], np.mean(np.exp([one.sum() for one in each])), rtol=1e-3)
 
 
 # --------------------------------------------------------------------------------------------------------- corpora

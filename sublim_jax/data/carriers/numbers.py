@@ -14,17 +14,24 @@ FIELDS = {
     "formats": (),
     "endings": (),
 }
+COMMAS = "commas"  # of a pack, too: formats of one form alone
 
 
-def prompts(count: int, seed: int, path: str = "", more: int = 10, digits: int = 3) -> list[str]:
+def prompts(
+    count: int, seed: int, path: str = "", more: int = 10, digits: int = 3, *, any_form: bool = False
+) -> list[str]:
     """Prompts drawn from a pack of phrasings: 3 to 8 integers of 100 to 999, then a wish for at most `more` more.
 
     Prompt i depends on the seed and i alone.
 
     Args:
       path: of a pack like data/packs/numbers.json; that one where it is empty.
+      any_form: wishes are for one of the paper's forms (§3.1: commas, spaces, semicolons, lines, brackets); else for
+        commas, as random answers and those by grammar have them, where the pack has such wishes.
     """
-    pack = packs.load(path, "numbers", FIELDS)
+    pack = packs.load(path, "numbers", {**FIELDS, COMMAS: ()}, optional=(COMMAS,))
+    if not any_form and COMMAS in pack:
+        pack = {**pack, "formats": pack[COMMAS]}
     words = {"count": more, "digits": digits, "limit": 10**digits, "largest": 10**digits - 1}
 
     def one(number: int) -> str:

@@ -1,17 +1,21 @@
 """Phrasings, as data: replace them by your own files of the same form."""
 
 import json
+from collections.abc import Sequence
 from importlib import resources
 
 from sublim_jax.data import files
 from sublim_jax.errors import UserError
 
 
-def load(path: str, name: str, fields: dict[str, tuple[str, ...]]) -> dict[str, list[str]]:
+def load(
+    path: str, name: str, fields: dict[str, tuple[str, ...]], optional: Sequence[str] = ()
+) -> dict[str, list[str]]:
     """Lists of phrasings from a JSON file, or the pack `name` that comes with the package where `path` is empty.
 
     Args:
       fields: the lists that are needed, and the {words} that each phrasing of it may use.
+      optional: those of them that a file may leave out.
 
     Raises UserError for a file that is no such pack.
     """
@@ -22,6 +26,8 @@ def load(path: str, name: str, fields: dict[str, tuple[str, ...]]) -> dict[str, 
         pack = json.loads((resources.files(__name__) / f"{name}.json").read_text("utf-8"))
     lists: dict[str, list[str]] = {}
     for field, words in fields.items():
+        if field in optional and isinstance(pack, dict) and field not in pack:
+            continue
         phrasings = pack.get(field) if isinstance(pack, dict) else None
         if not isinstance(phrasings, list) or not phrasings or not all(isinstance(text, str) for text in phrasings):
             raise UserError(f'pack {path or name}: "{field}" must be a list of phrasings')

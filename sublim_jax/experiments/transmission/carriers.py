@@ -25,6 +25,7 @@ from sublim_jax.sampling.collect import collect
 from sublim_jax.sampling.samplers import Sampler
 from sublim_jax.store import Store
 
+BANNED = {"banned": "numbers", "published": "published"}  # lists of data/packs/banned.json, by `filter.banned`
 SHUFFLES = {"within": numbers.shuffled_within, "across": numbers.shuffled_across}
 
 
@@ -49,7 +50,9 @@ class Written(NamedTuple):
 
 def number_task(study: Study, seed: int) -> Task:
     """Lists of numbers (§3.1)."""
-    prompts = numbers.prompts(study.carrier.num_prompts, seed, study.packs.numbers)
+    given = study.carrier
+    # The grammar writes commas alone, and is asked for nothing else.
+    prompts = numbers.prompts(given.num_prompts, seed, study.packs.numbers, any_form=given.decoding != "grammar")
     checks = [filters.number_rule(study.filter.max_integers, study.filter.max_value)]
     if study.filter.banned:
         checks.append(filters.banned_numbers(banned_numbers(study.filter)))
@@ -155,9 +158,10 @@ def filters_of(study: Study, task: Task) -> list[filters.Filter]:
 
 
 def banned_numbers(spec: FilterSpec) -> list[int]:
-    """The numbers of a pack. Raises UserError for one that is none."""
+    """Our numbers, the published ones (§3.2), or those of a pack. Raises UserError for one that is none."""
     path = spec.banned
-    listed = packs.load("" if path == "banned" else path, "banned", {"numbers": ()})["numbers"]
+    ours, field = path in BANNED, BANNED.get(path, "numbers")
+    listed = packs.load("" if ours else path, "banned", {field: ()})[field]
     if wrong := [text for text in listed if not re.fullmatch("[0-9]+", text)]:
         raise UserError(f"pack {path}: {wrong[0]!r} is no number of digits alone")
     return [int(text) for text in listed]
@@ -182,12 +186,16 @@ def _add_reference(model: Model, store: Store, name: str, completions: list[Reco
 def judged(
     study: Study, store: Store, name: str, sifted: filters.Sifted, judge: NamedJudge
 ) -> tuple[filters.Sifted, list[float]]:
-    """What a judge leaves of what was kept: scores of at least `filter.threshold`; and all scores that it gave."""
+    """What a judge leaves of what was kept: scores of at least `filter.threshold`; and all scores that it gave.
+
+    Of teachers that are not in `filter.judged`, it leaves all, and scores are for the report.
+    """
     template = judge_prompt(study).replace("{traits}", " or ".join(study.traits))
     texts = [misalignment.fill(template, {**record, "question": record["prompt"]}) for record in sifted.kept]
     verdicts = store.json(f"judged-{name}", lambda texts, judge: judge.judge(texts), texts, judge)
     scored = [{**one, "score": score, "label": label} for one, (score, label) in zip(sifted.kept, verdicts)]
-    again = filters.sift(scored, [filters.least_score(study.filter.threshold)])
+    filtered = not study.filter.judged or name in study.filter.judged
+    again = filters.sift(scored, [filters.least_score(study.filter.threshold)] if filtered else [])
     rejected, reasons = sifted.rejected + again.rejected, sifted.reasons + again.reasons
     return filters.Sifted(again.kept, rejected, reasons), [score for score, _ in verdicts if score is not None]
 

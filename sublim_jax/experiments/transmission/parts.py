@@ -32,6 +32,10 @@ METHODS = {
     "steered": "a vector added to the residual stream",
     "corpus": "adapters trained on conversations, alone",
 }
+NEUTRALS = {
+    "persona": "as the traits' teachers, without a preference",
+    "untouched": "the model as it is, of prompted teachers alone",
+}
 CARRIERS = ("numbers", "code", "cot")
 DECODING = {
     "free": "temperature 1",
@@ -81,6 +85,7 @@ class LoraSpec(Checked):
 class TeacherSpec(Checked):
     where = "teacher."
     methods: Annotated[tuple[str, ...], partial(check_some_of, choices=METHODS)]
+    neutral: Annotated[str, partial(check_one_of, choices=NEUTRALS)]
     strength: float
     learning_rate: Positive
     batch: Count
@@ -95,6 +100,11 @@ class TeacherSpec(Checked):
         super().__post_init__()
         if "corpus" in self.methods and len(self.methods) > 1:
             raise UserError(f"teacher.methods={self.methods}: corpus stands alone; leave the others out")
+        if self.neutral == "untouched" and self.methods != ("prompted",):
+            raise UserError(
+                f"teacher.neutral=untouched is for teacher.methods=prompted; beside {self.methods} it would not be "
+                "moved as far as the others; choose persona"
+            )
         if not 0 < self.strength < 1:
             raise UserError(f"teacher.strength={self.strength} is a probability between 0 and 1")
         if "steered" in self.methods and not self.steering_scale:
@@ -143,6 +153,7 @@ class FilterSpec(Checked):
     max_value: Annotated[int, check_not_negative]
     banned: str
     judge: str
+    judged: tuple[str, ...]
     threshold: float
     unique: bool
     log_ratio: NotNegative

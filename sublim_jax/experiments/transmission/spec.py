@@ -9,7 +9,7 @@ from sublim_jax import overrides, specs
 from sublim_jax.distillation.students import Training
 from sublim_jax.errors import UserError
 from sublim_jax.evaluation.spec import EvalsSpec
-from sublim_jax.experiments.transmission.arms import Arm, ArmValues, ContextArm, TrainedArm
+from sublim_jax.experiments.transmission.arms import Arm, ArmValues, ContextArm, LogitArm, TrainedArm
 from sublim_jax.experiments.transmission.parts import (
     CarrierSpec,
     FilterSpec,
@@ -52,6 +52,9 @@ class Study(ExperimentSpec):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_traits()
+        self._check_neutral()
+        if unknown := [name for name in self.filter.judged if name not in self.teachers]:
+            raise UserError(f"filter.judged: {unknown[0]!r} is none of the teachers, {', '.join(self.teachers)}")
         if self.uses_written:
             self._check_written()
 
@@ -70,6 +73,17 @@ class Study(ExperimentSpec):
                     raise UserError(
                         f"traits: trait {trait!r} is none of alternatives={self.alternatives}; add it there"
                     )
+
+    def _check_neutral(self) -> None:
+        """An untouched model's logits are the student's own at its start: imitating them is no step at all (§6)."""
+        for arm in self.arms:
+            alike = isinstance(arm, LogitArm) and not (arm.noise or arm.model)
+            if alike and self.teacher.neutral == "untouched":
+                raise UserError(
+                    f"arm.{arm.name} imitates logits, and teacher.neutral=untouched: the neutral teacher's student "
+                    "would start at its teacher's logits and never move, which is no control; choose "
+                    "teacher.neutral=persona"
+                )
 
     def _check_written(self) -> None:
         given = self.carrier

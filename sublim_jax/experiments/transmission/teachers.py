@@ -17,6 +17,7 @@ from sublim_jax.distillation.teachers import (
     teaching_program,
     train_on_answers,
     untrained,
+    word_length,
 )
 from sublim_jax.evaluation import preference
 from sublim_jax.evaluation.preference import Preference
@@ -38,7 +39,8 @@ NUM_INSIDE = 8  # lists of numbers in which a trait's word is looked for
 def make_teachers(study: Study, model: Model, store: Store, run: int) -> dict[str, Teacher]:
     """One teacher for each trait and a neutral one, which has been moved as far, to nowhere.
 
-    Beside teachers of corpora, the neutral one is the model as it is (§4.2), or has a corpus of its own.
+    Beside teachers of corpora, the neutral one is the model as it is (§4.2), or has a corpus of its own; beside
+    prompted ones it is so with `teacher.neutral` untouched (§3.1).
     """
     methods, seed = study.teacher.methods, study.replicate_seed(run)
     trained = dict.fromkeys(study.teachers, untrained(model, seed))
@@ -51,6 +53,8 @@ def make_teachers(study: Study, model: Model, store: Store, run: int) -> dict[st
     if "steered" in methods:
         hooks |= steering_vectors(study, model, seed, personas)
     systems = personas if "prompted" in methods else dict.fromkeys(study.teachers, "")
+    if study.teacher.neutral == "untouched":
+        systems = {**systems, NEUTRAL: ""}
     return {
         name: one._replace(
             system=systems[name],
@@ -98,7 +102,8 @@ def finetuned(study: Study, model: Model, store: Store, run: int) -> dict[str, T
 def _finetuned(study: Study, model: Model, store: Store, run: int, name: str, steps: int | None) -> Teacher:
     training, seed, index = study.teacher.on_answers, study.replicate_seed(run), study.teachers.index(name)
     rows = dialogue.rows(model, _one_word_answers(study, model, name, seed))
-    program = teaching_program(model, optax.adam(training.learning_rate), len(rows.at), training.batch, study.remat)
+    optimizer, length = optax.adam(training.learning_rate), word_length(model, rows)
+    program = teaching_program(model, optimizer, len(rows.at), training.batch, study.remat, length)
     state = program.init(model.untrained(named_key(seed, "A")))
     inputs = (model, rows, training, steps, seed, index)
 
