@@ -55,8 +55,8 @@ def get_config(preset: str = "check") -> ConfigDict:
         config.rank = 8  # of LoRA, where adapters are θ
         config.noise = 0.1  # on the weights of a student that starts elsewhere, relative to their spread
         # How far the teacher moves: the root mean square change of its logits on the support.
-        config.steps = ConfigDict({"min": -5.0, "max": -1.0, "num": 9})
-        config.learning_rate = 1e-3  # α, the length of the student's step
+        config.steps = ConfigDict({"min": -7.0, "max": -1.0, "num": 13})
+        config.learning_rate = 1e-4  # α, the length of the student's step
     elif preset in ("trajectory", "forecast", "examples"):
         config.experiment = preset
         config.mnist = mnist.get_config("coverage")  # how teachers and students are trained: configs/mnist.py
