@@ -21,7 +21,7 @@ from sublim_jax.sampling import scoring
 from sublim_jax.sampling.checks import Where
 from sublim_jax.sharding import named, place_key, put
 from sublim_jax.store import digest
-from sublim_jax.training import ROWS, Program, Total, TrainState
+from sublim_jax.training import ROWS, Metrics, Program, Total, TrainState
 
 
 class Teacher(NamedTuple):
@@ -117,7 +117,7 @@ def teaching_program(
 ) -> Program:
     """Updates of one teacher's adapters on `count` rows; its metric is P of the answer's first token before each."""
 
-    def loss(adapters: Params, frozen: dict[str, PyTree], batch: Rows, key: Key[Array, ""]) -> tuple[Total, dict]:
+    def loss(adapters: Params, frozen: dict[str, PyTree], batch: Rows, key: Key[Array, ""]) -> tuple[Total, Metrics]:
         module = model.network.bind(lora.join(frozen["base"], adapters))
         features = answer_features(model, module, batch, remat=remat)
         total = cross_entropy(module, features, batch, remat=remat)

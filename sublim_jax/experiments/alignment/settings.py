@@ -15,7 +15,7 @@ from sublim_jax.experiments.alignment.spec import NUM_IMAGES, NUM_LOGITS, PER_SE
 from sublim_jax.keys import named_key
 from sublim_jax.models import lora
 from sublim_jax.models.functional import Functions, Params, functions
-from sublim_jax.models.mlp import mlp
+from sublim_jax.models.mlp import MLP, mlp
 from sublim_jax.models.small import ConvNet, Transformer
 
 Loss = Callable[[Params], Float[Array, ""]]
@@ -67,7 +67,7 @@ def make_settings(seed: int, examples: int, data: mnist.Mnist, support: Support)
     def reads(apply: theorem.Apply) -> Loss:
         return lambda params: mean(objectives.cross_entropy(apply(params, images), labels, support=ON_DIGITS))
 
-    def of_images(name: str, net: Functions, smooth: bool = True) -> Setting:
+    def of_images(name: str, net: Functions[MLP] | Functions[ConvNet], smooth: bool = True) -> Setting:
         params, loss = double(net.init(key(name))), reads(net.apply)
         return Setting(name, READS, NOISE, net.apply, params, descent(loss, params), loss, noise, support, smooth)
 

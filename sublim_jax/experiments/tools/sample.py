@@ -23,6 +23,7 @@ from sublim_jax.figures import Line, Panel, panels_figure
 from sublim_jax.keys import named_key
 from sublim_jax.measurements import Measurement, Measurements
 from sublim_jax.models.decoder import Settings, decoder, on_mesh
+from sublim_jax.models.language import Model
 from sublim_jax.overrides import check_distinct
 from sublim_jax.preflight import Step, decode_step
 from sublim_jax.progress import say
@@ -36,7 +37,7 @@ from sublim_jax.sampling.generate import check as check_prompts
 from sublim_jax.sampling.samplers import Sampler
 from sublim_jax.sharding import make_mesh, one_device
 from sublim_jax.specs import MAX_ROWS, MAX_WIDTH, MeshSpec, check_count
-from sublim_jax.weights import Model, peft
+from sublim_jax.weights import peft
 from sublim_jax.workdir import claim
 
 MAX_CHARACTERS = 4096  # of a constraint: each is a state, and a row over the vocabulary
