@@ -9,7 +9,7 @@ import pytest
 from sublim_jax import objectives, theorem
 from sublim_jax.experiments.alignment import run
 from sublim_jax.experiments.alignment.report import AS_PREDICTED, CONSISTENT, NOT, Measured, judge, power
-from sublim_jax.experiments.alignment.settings import controls, qualifying
+from sublim_jax.experiments.alignment.settings import controls, make_settings, qualifying
 
 CONFIG = "--config=configs/theorem.py"
 
@@ -17,7 +17,7 @@ CONFIG = "--config=configs/theorem.py"
 @pytest.fixture
 def few_settings(monkeypatch):
     """The first of the settings, and two of their objectives."""
-    make, all_of = run.make_settings, run.qualifying
+    make, all_of = make_settings, qualifying
     monkeypatch.setattr(run, "make_settings", lambda *args: make(*args)[:1])
     monkeypatch.setattr(run, "qualifying", lambda s: {name: all_of(s)[name] for name in ("kl", "reverse kl")})
 

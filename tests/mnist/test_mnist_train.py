@@ -12,6 +12,7 @@ from sublim_jax.experiments.mnist import run, train
 from sublim_jax.experiments.mnist.train import Runs
 from sublim_jax.keys import run_keys
 from sublim_jax.store import Store, digest
+from sublim_jax.training import fit
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +161,6 @@ def test_devices_and_grouping_change_nothing_but_rounding(accuracies, mesh_of):
 
 def test_a_second_run_computes_nothing_and_a_changed_part_redoes_what_it_touches(accuracies, monkeypatch):
     trained = []
-    fit = train.fit
 
     def spy(*args, what, **options):
         trained.append(what)

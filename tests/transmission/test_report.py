@@ -88,9 +88,9 @@ def test_every_number_of_the_results_is_of_the_table(whole):
     work, _ = whole
     arms = {arm["name"]: arm["runs"] for arm in results_in(work)["arms"]}
     rows = measurements.read(epath.Path(work))
-    margin = [rows.values(arm="soft", measure="margin", item="x", teacher=t, step=6) for t in ("owl", "neutral")]
+    mine, other = (rows.values(arm="soft", measure="margin", item="x", teacher=t, step=6) for t in ("owl", "neutral"))
     expected = arms["soft: student of owl, margin of x over the neutral student's"]
-    np.testing.assert_array_equal(np.subtract(*margin), expected)
+    np.testing.assert_array_equal(np.subtract(mine, other), expected)
     given = {"arm": "soft", "measure": "answers", "item": "answers with owl", "teacher": "owl"}
     assert rows.values(**given) == arms["soft, student of owl: answers with owl"]
 
