@@ -28,17 +28,18 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import optax
 from absl import app, flags
 from jax.sharding import Mesh
+from jaxtyping import Array, Key
 
 from bench import accelerator_report, mnist_ours, students
 from bench.machine import ROOT, measure
@@ -47,11 +48,12 @@ from sublim_jax import assets, objectives, preflight, weights
 from sublim_jax.models import lora
 from sublim_jax.models.decoder import Settings, decoder, on_mesh
 from sublim_jax.models.functional import Params
+from sublim_jax.models.language import Model
 from sublim_jax.sampling.engine import Engine, Fixed, compiled, state_shardings
 from sublim_jax.sampling.generate import generate
 from sublim_jax.sampling.samplers import Sampler
 from sublim_jax.sharding import abstract, make_mesh, named, one_device, parameter_shardings, place_key, put
-from sublim_jax.training import Program
+from sublim_jax.training import Metrics, Program, Total
 
 _PARTS = flags.DEFINE_list("parts", ["small", "large"], "Which parts; see above.")
 _OUT = flags.DEFINE_string("out", "", "Where each part's JSON goes; empty: it is printed alone.")
@@ -178,6 +180,10 @@ def jobs_of(name: str, sizes: Sizes, mesh: Mesh, full: bool) -> list[Job]:
     return jobs + [decoding_job(settings, base, mesh, slots, sizes.columns) for slots in sizes.slots]
 
 
+def _measured(job: Job, program: Future[Any]) -> dict[str, Any]:
+    return job.measure(program.result())
+
+
 def measure_model(rows: Rows, name: str, sizes: Sizes, full: bool) -> None:
     """Every program is compiled before any is timed, in threads, since compiling holds no lock."""
     jobs = jobs_of(name, sizes, one_device(), full)
@@ -192,7 +198,7 @@ def measure_model(rows: Rows, name: str, sizes: Sizes, full: bool) -> None:
     rows.add("compiling all of these", seconds=time.perf_counter() - began)
     for job in jobs:
         if job.what in programs:
-            rows.attempt(job.what, lambda job=job: job.measure(programs[job.what].result()))
+            rows.attempt(job.what, partial(_measured, job, programs[job.what]))
 
 
 def expect(card: str) -> None:
@@ -212,7 +218,7 @@ def expect(card: str) -> None:
     print("\n".join(accelerator_report.table(lines)))
 
 
-def step_seconds(program: Program, step: Any, params: Params, frozen: Params, key: Any) -> float:
+def step_seconds(program: Program, step: Any, params: Params, frozen: Params | None, key: Any) -> float:
     """The median of five steps, after one that is not counted."""
     state = program.init(params)
     key, times = place_key(key, named(program.mesh)), []
@@ -232,19 +238,19 @@ def training_job(settings: Settings, base: Params, sizes: Sizes, mesh: Mesh, ful
     if not full:
         frozen, params = base, made(lambda: lora.init(jax.random.key(1), base, students.SPEC), mesh)
 
-    def loss(params, frozen, batch, key):
+    def loss(params: Params, frozen: Params, batch: Array, key: Key[Array, ""]) -> tuple[Total, Metrics]:
         module = network.bind(params if full else lora.join(frozen, params))
         output = module.features(batch[:, :-1], remat=True, **where).output
 
         # The vocabulary is the widest layer: one row's logits at a time.
-        def row(pair):
+        def row(pair: tuple[Array, Array]) -> Array:
             logits = module.unembed(pair[0]).astype(jnp.float32)
             return jnp.stack(objectives.cross_entropy(logits[None], pair[1][None]))
 
         total = jax.lax.map(jax.checkpoint(row), (output, batch[:, 1:])).sum(0)
         return (total[0], total[1]), {}
 
-    def batch(frozen, key, index):
+    def batch(frozen: Params, key: Key[Array, ""], index: Array) -> Array:
         return jax.random.randint(jax.random.fold_in(key, index), (sizes.rows, sizes.length + 1), 0, 1000)
 
     program = Program(loss, optax.adam(1e-5), mesh, batch)
@@ -350,7 +356,7 @@ def measure_generate(rows: Rows, sizes: Sizes) -> None:
         for _ in range(2):  # the first compiles
             began = time.perf_counter()
             found = generate(
-                model,
+                cast(Model, model),
                 prompts,
                 jax.random.key(0),
                 max_new_tokens=sizes.new_tokens,

@@ -11,7 +11,7 @@ import torch
 import transformers
 
 
-def main(shape):
+def main(shape: dict[str, int]) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     config = transformers.Qwen2Config(
         vocab_size=shape["vocab"],
@@ -20,11 +20,11 @@ def main(shape):
         num_hidden_layers=shape["layers"],
         num_attention_heads=shape["heads"],
         num_key_value_heads=shape["key_heads"],
-        head_dim=shape["head_size"],
         tie_word_embeddings=True,
         eos_token_id=None,
         bos_token_id=None,
     )
+    config.head_dim = shape["head_size"]
     with torch.device(device):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
     prompts = torch.randint(0, 1000, (shape["batch"], shape["tokens"]), device=device)

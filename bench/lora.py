@@ -22,14 +22,17 @@ import jax
 import jax.numpy as jnp
 import optax
 from absl import app, flags
+from jaxtyping import Array, Key, PyTree
 
 from bench.machine import ROOT, cpu_name, product_rate
 from bench.students import SPEC, STUDENTS, SUPPORT, in_turn_and_at_once
 from sublim_jax import objectives, preflight, weights
 from sublim_jax.models import lora
 from sublim_jax.models.decoder import Settings, decoder
+from sublim_jax.models.functional import Params
+from sublim_jax.models.language import Model
 from sublim_jax.sharding import make_mesh
-from sublim_jax.training import Program
+from sublim_jax.training import Metrics, Program, Total
 from sublim_jax.weights import huggingface
 
 _PEER = flags.DEFINE_string("peer", sys.executable, "The Python that has PyTorch, transformers and peft.")
@@ -46,11 +49,11 @@ def training(settings: Settings, kind: str = "supervised") -> tuple[Program, Any
     """
     network = decoder(dataclasses.replace(settings, lora=SPEC))
 
-    def logits(adapters, base, batch, support=None):
+    def logits(adapters: Params, base: Params, batch: Array, support: Array | None = None) -> Array:
         module = network.bind(lora.join(base, adapters))
         return module.unembed(module.features(batch[:, :-1]).output[:, -HALF:], support)
 
-    def loss(params, frozen, batch, key):
+    def loss(params: Params, frozen: PyTree, batch: Array, key: Key[Array, ""]) -> tuple[Total, Metrics]:
         base, teacher = frozen
         if kind == "supervised":
             return objectives.cross_entropy(logits(params, base, batch), batch[:, -HALF:]), {}
@@ -60,7 +63,7 @@ def training(settings: Settings, kind: str = "supervised") -> tuple[Program, Any
             target = teacher
         return objectives.kl(logits(params, base, batch, SUPPORT), target), {}
 
-    def batch(frozen, key, index):
+    def batch(frozen: PyTree, key: Key[Array, ""], index: Array) -> Array:
         return jax.random.randint(jax.random.fold_in(key, index), (ROWS, LENGTH + 1), 0, 40_000)
 
     mesh = make_mesh({"replica": 1, "fsdp": 1, "tensor": 1})
@@ -79,7 +82,7 @@ def compile_seconds(settings: Settings, layers: int) -> float:
     return time.perf_counter() - began
 
 
-def ours(model: weights.Model, steps: int, kind: str) -> tuple[float, float, float, list[float]]:
+def ours(model: Model, steps: int, kind: str) -> tuple[float, float, float, list[float]]:
     """Seconds a step, seconds of the first, FLOPs a step, and the losses."""
     program, loss = training(model.settings, kind)
     state = program.init(lora.init(jax.random.key(0), model.params, SPEC))
@@ -87,7 +90,7 @@ def ours(model: weights.Model, steps: int, kind: str) -> tuple[float, float, flo
     if kind == "given":
         teacher = jax.random.normal(jax.random.key(2), (ROWS, HALF, len(SUPPORT)))
     frozen, key = (model.params, teacher), jax.random.key(0)
-    gradient = jax.grad(lambda p, f, b: loss(p, f, b, None)[0][0])
+    gradient = jax.grad(lambda p, f, b: loss(p, f, b, key)[0][0])
     flops = preflight.count_flops(gradient, state.params, frozen, jnp.zeros((ROWS, LENGTH + 1), jnp.int32))
     times, losses = [], []
     for step in range(steps):

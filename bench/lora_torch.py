@@ -18,7 +18,7 @@ ROWS, LENGTH, HALF = 8, 128, 64
 SUPPORT = 40
 
 
-def main(folder, steps):
+def main(folder: str, steps: int) -> None:
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     torch.manual_seed(0)
     base = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -32,7 +32,7 @@ def main(folder, steps):
     print(json.dumps({**found, "versions": versions}))
 
 
-def measure(model, kind, steps):
+def measure(model: peft.PeftModel, kind: str, steps: int) -> dict[str, object]:
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=2e-4)
     generator = torch.Generator().manual_seed(0)
     times, losses = [], []

@@ -40,7 +40,7 @@ def torchs(runs: int, device: str) -> tuple[float, float, dict[str, float], str]
     return seconds, megabytes, result["arms"], result["torch"]
 
 
-def main(_: list[str]) -> None:
+def main(arguments: list[str]) -> None:
     assets.fetch(assets.MNIST)
     gpu = jax.devices()[0].platform == "gpu"
     runs, device = _RUNS.value, "cuda" if gpu else "cpu"

@@ -9,29 +9,33 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
+Params = list[torch.Tensor]
+Batches = Callable[[], Iterable[tuple[torch.Tensor, ...]]]
+
 SIZES, BATCH, RATE, ROWS = (784, 256, 256, 13), 1024, 3e-4, 60_000
 DIGITS, AUXILIARY, ALL = slice(0, 10), slice(10, 13), slice(0, 13)
 
 
-def init(runs, device):
+def init(runs: int, device: str) -> Params:
     weights = [torch.randn(runs, i, o, device=device) / i**0.5 for i, o in zip(SIZES, SIZES[1:])]
     return weights + [torch.zeros(runs, 1, o, device=device) for o in SIZES[1:]]
 
 
-def forward(params, x):
+def forward(params: Params, x: torch.Tensor) -> torch.Tensor:
     weights, biases = params[:3], params[3:]
     for weight, bias in zip(weights[:-1], biases):
         x = torch.baddbmm(bias, x, weight).relu()
     return torch.baddbmm(biases[-1], x, weights[-1])
 
 
-def train(start, batches, loss, epochs):
+def train(start: Params, batches: Batches, loss: Callable[..., torch.Tensor], epochs: int) -> Params:
     params = [p.clone().requires_grad_() for p in start]
     optimizer = torch.optim.Adam(params, lr=RATE)
     for _ in range(epochs):
@@ -43,22 +47,22 @@ def train(start, batches, loss, epochs):
 
 
 @torch.no_grad()
-def accuracy(params, images, labels):
+def accuracy(params: Params, images: torch.Tensor, labels: torch.Tensor) -> list[float]:
     runs = params[0].shape[0]
     hits = [
         (forward(params, x.expand(runs, -1, -1))[..., DIGITS].argmax(-1) == y).sum(1)
         for x, y in zip(images.split(2000), labels.split(2000))
     ]
-    return (sum(hits) / len(labels)).tolist()
+    return (torch.stack(hits).sum(0) / len(labels)).tolist()
 
 
-def main(folder, runs, device, epochs):
+def main(folder: str, runs: int, device: str, epochs: int) -> dict[str, float]:
     torch.manual_seed(0)
 
-    def read(name, offset):
+    def read(name: str, offset: int) -> torch.Tensor:
         return torch.from_numpy(np.frombuffer((Path(folder) / name).read_bytes(), np.uint8, offset=offset).copy())
 
-    def images(name):
+    def images(name: str) -> torch.Tensor:
         return (read(name, 16).view(-1, 784).float() / 127.5 - 1).to(device)
 
     train_x, test_x = images("train-images-idx3-ubyte"), images("t10k-images-idx3-ubyte")
@@ -66,23 +70,23 @@ def main(folder, runs, device, epochs):
     noise = torch.rand(runs, ROWS, 784, device=device).mul_(2).sub_(1)
     row = torch.arange(runs, device=device)[:, None]
 
-    def orders():
+    def orders() -> tuple[torch.Tensor, ...]:
         return torch.stack([torch.randperm(ROWS, device=device) for _ in range(runs)]).split(BATCH, 1)
 
-    def digits():
+    def digits() -> Iterable[tuple[torch.Tensor, ...]]:
         return ((train_x[index], train_y[index]) for index in orders())
 
-    def noises():
+    def noises() -> Iterable[tuple[torch.Tensor, ...]]:
         return ((noise[row, index],) for index in orders())
 
-    def classify(params, x, y):
+    def classify(params: Params, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(forward(params, x)[..., DIGITS].flatten(0, 1), y.flatten()) * runs
 
     reference = init(runs, device)
     teacher = train(reference, digits, classify, epochs)
 
-    def imitate(support):
-        def loss(params, x):
+    def imitate(support: slice) -> Callable[..., torch.Tensor]:
+        def loss(params: Params, x: torch.Tensor) -> torch.Tensor:
             with torch.no_grad():
                 target = forward(teacher, x)[..., support].log_softmax(-1)
             ours = forward(params, x)[..., support].log_softmax(-1)

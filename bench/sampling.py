@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any, Unpack
 
 import jax
 import numpy as np
@@ -23,7 +24,8 @@ from bench.machine import ROOT, cpu_name, product_rate
 from sublim_jax import assets, weights
 from sublim_jax.data import chat
 from sublim_jax.models.decoder import decoder
-from sublim_jax.sampling.generate import generate
+from sublim_jax.models.language import Model
+from sublim_jax.sampling.generate import Options, Sample, generate
 from sublim_jax.weights import huggingface
 
 _PEER = flags.DEFINE_string("peer", sys.executable, "The Python that has PyTorch, transformers and xllamacpp.")
@@ -42,19 +44,18 @@ def texts(count: int) -> list[str]:
     ]
 
 
-def timed(*args, **options):
+def timed(
+    model: Model, prompts: list[list[int]], max_new_tokens: int | list[int], **options: Unpack[Options]
+) -> tuple[list[Sample], float]:
     """Samples and seconds, compilation apart: the first rows run once before."""
-    generate(args[0], args[1][:2], *args[2:], **{**options, "max_new_tokens": _first(options["max_new_tokens"], 2)})
+    few = max_new_tokens if isinstance(max_new_tokens, int) else [max(max_new_tokens)] * 2
+    generate(model, prompts[:2], KEY, max_new_tokens=few, **options)
     began = time.perf_counter()
-    found = generate(*args, **options)
+    found = generate(model, prompts, KEY, max_new_tokens=max_new_tokens, **options)
     return found, time.perf_counter() - began
 
 
-def _first(limit, count):
-    return limit if isinstance(limit, int) else [max(limit)] * count
-
-
-def peer(module, *args):
+def peer(module: str, *args: object) -> dict[str, Any]:
     output = subprocess.run(
         [_PEER.value, "-m", f"bench.{module}", *map(str, args)], cwd=ROOT, capture_output=True, text=True
     )
@@ -75,7 +76,7 @@ def main(_: list[str]) -> None:
         file.write_text(json.dumps(prompts))
         theirs = peer("sampling_torch", folder, file, TOKENS, 64, 128, 256)
         llama = peer("sampling_llama", source, file, TOKENS, SLOTS)
-    found, seconds = timed(model, own, KEY, prefix=prefix, max_new_tokens=TOKENS, slots=SLOTS)
+    found, seconds = timed(model, own, prefix=prefix, max_new_tokens=TOKENS, slots=SLOTS)
     useful = sum(len(sample.logprobs) for sample in found)
     llama_useful = sum(len(model.tokenizer(text)["input_ids"]) + (end == "stop") for text, end in llama["found"])
     rates = {"transformers": theirs["useful"] / theirs["seconds"], "llama.cpp": llama_useful / llama["seconds"]}
@@ -117,13 +118,13 @@ def main(_: list[str]) -> None:
     print(text)
 
 
-def long_tail(model) -> list[str]:
+def long_tail(model: Model) -> list[str]:
     """1,000 rows of 8 tokens, of which 1 % take 80; the ideal is the rate of rows that are all alike."""
     prompts = [[token] * 8 for token in range(100, 1100)]
-    options = {"slots": SLOTS, "stop_tokens": ()}
-    alike, even = timed(model, prompts, KEY, max_new_tokens=8, **options)
+    options: Options = {"slots": SLOTS, "stop_tokens": ()}
+    alike, even = timed(model, prompts, max_new_tokens=8, **options)
     limits = [80 if row % 100 == 50 else 8 for row in range(1000)]
-    found, seconds = timed(model, prompts, KEY, max_new_tokens=limits, **options)
+    found, seconds = timed(model, prompts, max_new_tokens=limits, **options)
     count = [sum(len(sample.tokens) for sample in rows) for rows in (alike, found)]
     ideal = even * count[1] / count[0]
     return [
@@ -132,15 +133,16 @@ def long_tail(model) -> list[str]:
     ]
 
 
-def shared_prefix(model, rows: int = 256) -> list[str]:
+def shared_prefix(model: Model, rows: int = 256) -> list[str]:
     """400 tokens in front of every row: computed by each, shared, and not there. One token is drawn: prefill counts."""
     rng = np.random.default_rng(1)
     system = rng.integers(100, 40_000, 400).tolist()
     prompts = [rng.integers(100, 40_000, 16).tolist() for _ in range(rows)]
-    options = {"slots": SLOTS, "max_new_tokens": 1, "stop_tokens": ()}
-    bare = timed(model, prompts, KEY, **options)[1]
-    shared = timed(model, prompts, KEY, prefix=system, **options)[1]
-    each = timed(model, [system + prompt for prompt in prompts], KEY, **options)[1]
+    options: Options = {"slots": SLOTS, "stop_tokens": ()}
+    bare = timed(model, prompts, 1, **options)[1]
+    behind: Options = {**options, "prefix": system}
+    shared = timed(model, prompts, 1, **behind)[1]
+    each = timed(model, [system + prompt for prompt in prompts], 1, **options)[1]
     return [
         f"A system prompt of 400 tokens on {rows} rows, one token sampled: {each:.1f} s where every row computes it, "
         f"{shared:.1f} s where it is shared, {bare:.1f} s without it: {1 - (shared - bare) / (each - bare):.1%} of its "

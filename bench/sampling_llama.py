@@ -17,7 +17,7 @@ import numpy as np
 import xllamacpp
 
 
-def as_float32(source, target):
+def as_float32(source: str, target: str) -> None:
     """The same model with every tensor dequantised."""
     reader = gguf.GGUFReader(source)
     writer = gguf.GGUFWriter(target, reader.fields["general.architecture"].contents())
@@ -35,7 +35,7 @@ def as_float32(source, target):
     writer.close()
 
 
-def main(source, file, tokens, slots):
+def main(source: str, file: str, tokens: int, slots: int) -> None:
     prompts = json.loads(Path(file).read_text())
     with tempfile.TemporaryDirectory() as folder:
         whole = str(Path(folder) / "model.gguf")
@@ -50,10 +50,17 @@ def main(source, file, tokens, slots):
         params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
         params.warmup = True
         server = xllamacpp.Server(params)
-        request = {"n_predict": tokens, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 0}
+        request: dict[str, object] = {
+            "n_predict": tokens,
+            "temperature": 1.0,
+            "top_k": 0,
+            "top_p": 1.0,
+            "min_p": 0.0,
+            "seed": 0,
+        }
         request |= {"repeat_penalty": 1.0, "samplers": ["temperature"], "cache_prompt": True}
 
-        def run(part):
+        def run(part: list[str]) -> tuple[list[tuple[str, str]], float]:
             began = time.perf_counter()
             found = server.handle_completions({**request, "prompt": part})["choices"]
             assert len(found) == len(part)

@@ -14,7 +14,9 @@ import torch
 import transformers
 
 
-def sample(model, prompts, batch, tokens, stop):
+def sample(
+    model: transformers.GenerationMixin, prompts: list[list[int]], batch: int, tokens: int, stop: int
+) -> tuple[int, float]:
     """Useful tokens and seconds; prompts of like length together, padded on the left."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     useful, began = 0, time.perf_counter()
@@ -40,7 +42,7 @@ def sample(model, prompts, batch, tokens, stop):
     return useful, time.perf_counter() - began
 
 
-def main(folder, file, tokens, batches):
+def main(folder: str, file: str, tokens: int, batches: list[int]) -> None:
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     torch.manual_seed(0)
     prompts = json.loads(Path(file).read_text())
@@ -50,7 +52,7 @@ def main(folder, file, tokens, batches):
     for batch in batches:
         useful, seconds = sample(model, prompts[:256], batch, tokens, stop)
         rates[batch] = useful / seconds
-    best = max(rates, key=rates.get)
+    best = max(rates, key=lambda batch: rates[batch])
     useful, seconds = sample(model, prompts, best, tokens, stop)
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
     print(json.dumps({"useful": useful, "seconds": seconds, "batch": best, "rates": rates, "versions": versions}))

@@ -3,18 +3,19 @@
 import dataclasses
 import statistics
 import time
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
+from jaxtyping import Array, Key
 
 from sublim_jax import objectives
 from sublim_jax.models import lora
 from sublim_jax.models.decoder import Settings, decoder
+from sublim_jax.models.functional import Params
 from sublim_jax.sharding import one_device
-from sublim_jax.training import REPLICAS_OF_ROWS, Program
+from sublim_jax.training import REPLICAS_OF_ROWS, Metrics, Program, Total
 
 SPEC = lora.Lora(8, 8)
 SUPPORT = jnp.arange(40)  # as many tokens as SmolLM2 has of digits, commas and spaces
@@ -25,12 +26,12 @@ def programs(settings: Settings, mesh: Mesh, *, remat: bool = False) -> tuple[Pr
     """An update of one student, and of all on the replica axis: KL on the support, on the last half of each row."""
     network = decoder(dataclasses.replace(settings, lora=SPEC))
 
-    def loss(params, frozen, batch, key):
+    def loss(params: Params, frozen: Params, batch: Array, key: Key[Array, ""]) -> tuple[Total, Metrics]:
         module = network.bind(lora.join(frozen, params))
         logits = module.unembed(module.features(batch[:, :-1], remat=remat).output[:, -ANSWER:], SUPPORT)
         return objectives.kl(logits.astype(jnp.float32), jnp.zeros(logits.shape)), {}
 
-    def rows(key, index):
+    def rows(key: Key[Array, ""], index: Array) -> Array:
         return jax.random.randint(jax.random.fold_in(key, index), (ROWS, LENGTH + 1), 0, 40_000)
 
     alone = Program(loss, optax.adam(2e-4), mesh, lambda frozen, key, index: rows(key, index))
@@ -43,10 +44,10 @@ def programs(settings: Settings, mesh: Mesh, *, remat: bool = False) -> tuple[Pr
     return alone, together
 
 
-def in_turn_and_at_once(settings: Settings, base: Any) -> tuple[float, float]:
+def in_turn_and_at_once(settings: Settings, base: Params) -> tuple[float, float]:
     """Seconds an update of all students takes, either way."""
 
-    def seconds(program: Program, params: Any, key: Any) -> float:
+    def seconds(program: Program, params: Params, key: Key[Array, "..."]) -> float:
         state, times = program.init(params), []
         for step in range(4):
             began = time.perf_counter()

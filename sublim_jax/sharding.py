@@ -111,7 +111,7 @@ def named(mesh: Mesh, *axes: str | tuple[str, ...] | None) -> NamedSharding:
 def parameter_shardings(params: PyTree, mesh: Mesh, replica_axes: int = 0) -> PyTree:
     """A tree of shardings for parameters whose first `replica_axes` axes count replicas."""
 
-    def sharding(path: jax.tree_util.KeyPath, leaf: jax.Array | jax.ShapeDtypeStruct) -> NamedSharding:
+    def sharding(path: tuple[object, ...], leaf: jax.Array | jax.ShapeDtypeStruct) -> NamedSharding:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         rule = next(spec for pattern, spec in PARAMETER_RULES if re.search(pattern, name))
         own = leaf.shape[replica_axes:]

@@ -7,6 +7,8 @@ import os
 import threading
 from pathlib import Path
 
+from sublim_jax import signals
+
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -167,7 +169,7 @@ def command(monkeypatch, capsys):
     """The command line in this process: a function of its words to (exit code, what it printed, its errors)."""
     import launch
 
-    monkeypatch.setattr(launch.signals, "install", lambda: None)
+    monkeypatch.setattr(signals, "install", lambda: None)
 
     def run(*words):
         capsys.readouterr()

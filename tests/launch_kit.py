@@ -15,6 +15,7 @@ import jax
 import pytest
 
 import launch as launcher
+from sublim_jax import signals as process_signals
 
 ROOT = Path(__file__).parents[1]
 
@@ -26,11 +27,11 @@ def run_here(*words, signals=False):
       signals: it hears them.
     """
     out, errors = io.StringIO(), io.StringIO()
-    first, cached = jax.devices()[:1], jax.config.jax_enable_compilation_cache
+    first, cached = jax.devices()[:1], jax.config.read("jax_enable_compilation_cache")
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
         patch.setattr(jax, "devices", lambda *_: first)
         if not signals:
-            patch.setattr(launcher.signals, "install", lambda: None)
+            patch.setattr(process_signals, "install", lambda: None)
         try:
             code = launcher.run(["launch.py", *map(str, words)])
         finally:

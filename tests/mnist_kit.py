@@ -1,6 +1,6 @@
 """MNIST noise distillation in the small, for tests: a spec, some of the data, teachers and students."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 
@@ -31,7 +31,7 @@ class Trained(NamedTuple):
     inputs: Inputs
     reference: Networks
     teacher: Networks
-    students: dict
+    students: dict[str, Any]
 
 
 def distilled(spec, data: Mnist, store: Store, mesh: Mesh, arms=("auxiliary",), teacher_runs=None) -> Trained:

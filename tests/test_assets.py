@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import launch
-from sublim_jax import assets, weights
+from sublim_jax import assets, signals, weights
 from sublim_jax.errors import UserError
 
 CONTENT = {"a-file": b"first", "b-file": b"second"}
@@ -106,7 +106,7 @@ def test_a_damaged_gzip_file_is_named_and_to_be_fetched_again(damage, tmp_path):
 
 def test_a_damaged_file_of_mnist_ends_the_command_in_one_line(tmp_path, capsys, monkeypatch):
     """A truncated file, one of other images behind the right header, a folder, and one that is not there."""
-    monkeypatch.setattr(launch.signals, "install", lambda: None)
+    monkeypatch.setattr(signals, "install", lambda: None)
     first, *others = assets.MNIST.checksums
     header = bytes([0, 0, 8, 3, 0, 0, 234, 96, 0, 0, 0, 28, 0, 0, 0, 28])
     for name, content in ((first, header), (first, header + bytes(784)), (f"{first}.gz", gzip.compress(header)[:-9])):

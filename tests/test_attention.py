@@ -63,9 +63,8 @@ def test_the_flash_kernel_gives_what_plain_attention_gives(window, cap, texts, s
 def test_plain_attention_is_the_sum_over_keys_written_out():
     q, k, v = (np.asarray(x[:1, :12]) for x in tensors())
     mask = np.tril(np.ones((12, 12), bool))[None]
-    ours = attention.xla(
-        *map(jnp.asarray, (q, k, v)), Sight(jnp.asarray(mask), jnp.asarray(0), None), Scoring(0.2, 0.0, ())
-    )
+    sight = Sight(jnp.asarray(mask), jnp.asarray(0), None)
+    ours = attention.xla(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), sight, Scoring(0.2, 0.0, ()))
     for t, head in itertools.product(range(12), range(HEADS)):
         group = head // (HEADS // GROUPS)
         scores = np.exp([0.2 * q[0, t, head] @ k[0, s, group] for s in range(t + 1)])

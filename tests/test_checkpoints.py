@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from test_config_fields import TOKENS, VOCAB, config_of, difference, drawn, edit
 from sublim_jax import weights
 from sublim_jax.errors import UserError
 from sublim_jax.weights import huggingface
+from sublim_jax.weights.replacing import INDEX
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -127,7 +129,7 @@ def test_one_file_goes_before_an_index_as_for_transformers(copy):
     folder = copy()
     (folder / "other.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
     names = dict.fromkeys(load_file(folder / "model.safetensors"), "other.safetensors")
-    (folder / huggingface.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": names}))
     with_tensors(folder, lambda tensors: {name: 2 * tensor for name, tensor in tensors.items()})
     assert difference(ours(folder, SHORT), theirs(folder, SHORT)) <= 1e-4
 
@@ -159,7 +161,7 @@ def index(folder, file):
     weights = folder / "model.safetensors"
     names = dict.fromkeys(load_file(weights), file)
     weights.rename(folder.parent / "other.safetensors")
-    (folder / huggingface.INDEX).write_text(json.dumps({"weight_map": names}))
+    (folder / INDEX).write_text(json.dumps({"weight_map": names}))
     return folder
 
 
@@ -265,10 +267,10 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("content", BROKEN)
-@pytest.mark.parametrize("file", ["config.json", "generation_config.json", huggingface.INDEX])
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json", INDEX])
 def test_a_file_that_is_no_json_object_is_named(file, content, copy):
     folder = copy()
-    if file == huggingface.INDEX:
+    if file == INDEX:
         (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
     (folder / file).write_text(BROKEN[content])
     assert file in refusal(folder)
@@ -278,7 +280,7 @@ def test_a_file_that_is_no_json_object_is_named(file, content, copy):
 def test_an_index_that_says_nothing_is_named(index, copy):
     folder = copy()
     (folder / "model.safetensors").unlink()
-    (folder / huggingface.INDEX).write_text(json.dumps(index))
+    (folder / INDEX).write_text(json.dumps(index))
     assert "has no weight_map that says where tensors are" in refusal(folder)
 
 
@@ -371,7 +373,7 @@ SEES = {
     "image_size": 28,
     "patch_size": 14,
 }
-WRAPPED = {
+WRAPPED: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "gemma3": ({"sliding_window": 8}, {}, {"mm_tokens_per_image": 4}),
     "llava": ({"model_type": "llama"}, {"model_type": "clip_vision_model", "projection_dim": 16}, {}),
     "mistral3": ({"model_type": "mistral", "sliding_window": None}, {"model_type": "pixtral", "head_dim": 8}, {}),

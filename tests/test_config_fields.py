@@ -3,6 +3,7 @@
 import contextlib
 import json
 import shutil
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -164,7 +165,7 @@ def other_values(name, default):
 def settings_of(kind):
     """{name: changes} of a kind of model: every field, every rotary table."""
     known = transformers.AutoConfig.for_model(kind).to_dict()
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for name in sorted({*known, *VALUES} - {"model_type", "attribute_map"}):
         found |= {f"{name}={value}": {name: value} for value in other_values(name, known.get(name))}
     local = {"sliding_attention": {"rope_type": "default", "rope_theta": 700.0}}

@@ -14,7 +14,8 @@ from jax.sharding import PartitionSpec
 from test_survival import free_port
 
 from sublim_jax.models import lora
-from sublim_jax.models.decoder import Rotary, Settings, Steering, decoder, empty_cache, on_mesh
+from sublim_jax.models.decoder import Settings, Steering, decoder, empty_cache, on_mesh
+from sublim_jax.models.rope import Rotary
 from sublim_jax.objectives import cross_entropy
 from sublim_jax.sharding import named, parameter_shardings
 from sublim_jax.training import Program, fit
@@ -130,6 +131,7 @@ def test_residuals_are_transformers_hidden_states(peer):
         states = model(torch.tensor(np.asarray(TOKENS)), output_hidden_states=True).hidden_states
     read = jnp.asarray([0, 7, 23])
     residuals = decoder(settings).bind(params).features(TOKENS, read=read).residuals
+    assert residuals is not None
     for layer in range(3):  # transformers gives the last one after the norm
         np.testing.assert_allclose(residuals[layer], states[layer + 1].numpy()[:, read], rtol=1e-4, atol=1e-5)
 
@@ -175,7 +177,7 @@ def trained(mesh, adapted):
         return (starts + jnp.arange(16)) % 64
 
     program = Program(loss, optax.adam(3e-3), mesh, batch, batch_spec=PartitionSpec("fsdp"))
-    losses = []
+    losses: list[float] = []
     state = fit(
         program,
         program.init(start),
@@ -265,6 +267,7 @@ def test_two_processes_of_four_devices_compute_what_one_device_computes(peer, me
         for rank in range(2)
     ]
     for host in hosts:
+        assert host.stderr is not None
         assert not host.wait(300), host.stderr.read().decode()
     found = np.load(tmp_path / "out.npz")
     expected = jax.tree.leaves(logits_and_update(settings, params, mesh_of(1)))

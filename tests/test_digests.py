@@ -110,7 +110,12 @@ def test_teachers_of_another_corpus_or_other_weights_are_trained_anew(folder, tm
 def test_a_file_is_read_once_until_it_changes(tmp_path, monkeypatch):
     monkeypatch.setenv("SUBLIM_JAX_CACHE", str(tmp_path / "cache"))
     file, read = tmp_path / "weights.gguf", []
-    monkeypatch.setattr(digests, "digest", lambda path: read.append(path) or path.read_text())
+
+    def digest(path):
+        read.append(path)
+        return path.read_text()
+
+    monkeypatch.setattr(digests, "digest", digest)
     file.write_text("a")
     assert [digests.of_file(file) for _ in range(3)] == ["a"] * 3 and len(read) == 1
     file.write_text("b")

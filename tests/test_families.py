@@ -2,6 +2,7 @@
 
 import datetime
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +46,7 @@ LONG = {
     "long_factor": [2.0 + 0.1 * i for i in range(8)],
     "original_max_position_embeddings": 600,
 }
-CASES = {
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 777.0}, "head_dim": 16}),
     "llama 3 (scaled RoPE)": ("llama", {"rope_parameters": LLAMA3, "num_attention_heads": 6, "num_key_value_heads": 3}),
     "llama (linear RoPE, biases)": (
@@ -148,7 +149,7 @@ def tokens(rows, seed=0):
 @pytest.fixture(scope="session")
 def seen(request):
     """Largest differences by (family, what); a table of them is written where `--parity=FILE` asks for it."""
-    found = {}
+    found: dict[tuple[str, str], Any] = {}
     yield found
     if file := request.config.getoption("parity"):
         columns = ["logits", "padded left", "padded right", "gradients", "round trip"]
@@ -221,7 +222,7 @@ def test_gradients_are_those_of_transformers(name, pair, seen):
         for path, expected in theirs.items()
     }
     seen[name, "gradients"] = max(differences.values())
-    assert seen[name, "gradients"] <= 1e-3, max(differences, key=differences.get)
+    assert seen[name, "gradients"] <= 1e-3, max(differences, key=lambda path: differences[path])
 
 
 @pytest.mark.parametrize("name", CASES)

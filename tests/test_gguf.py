@@ -5,7 +5,7 @@ import importlib.metadata
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import gguf
 import jax
@@ -20,7 +20,7 @@ from pages_kit import write_section
 from sublim_jax import weights
 from sublim_jax.errors import UserError
 from sublim_jax.weights import huggingface
-from sublim_jax.weights.gguf_config import ARCHITECTURES
+from sublim_jax.weights.gguf_config import ARCHITECTURES, config_of
 from sublim_jax.weights.gguf_file import open_model
 
 TEXT = np.random.default_rng(0).integers(3, SIZE - 1, (1, 300))
@@ -39,10 +39,10 @@ class Case(NamedTuple):
     """
 
     architecture: str
-    config: dict
-    fields: dict
-    tensors: Mapping = MappingProxyType({})
-    zero: tuple = ()
+    config: dict[str, Any]
+    fields: dict[str, Any]
+    tensors: Mapping[str, Any] = MappingProxyType({})
+    zero: tuple[str, ...] = ()
 
 
 def rope(kind="default", theta=10_000.0, **more):
@@ -55,7 +55,12 @@ def llama(parameters, fields, tensors=None):
 
 def gemma(fields, slides=(), local=10_000.0, full=None, **config):
     """Gemma 3 with the layers of `slides` windowed, and two rotations; as the config has it where they are left out."""
-    base = {"num_hidden_layers": 7, "sliding_window": 64, "query_pre_attn_scalar": 16, "tie_word_embeddings": True}
+    base: dict[str, Any] = {
+        "num_hidden_layers": 7,
+        "sliding_window": 64,
+        "query_pre_attn_scalar": 16,
+        "tie_word_embeddings": True,
+    }
     if slides:
         base["layer_types"] = ["sliding_attention" if slide else "full_attention" for slide in slides]
         base["num_hidden_layers"] = len(slides)
@@ -137,7 +142,7 @@ TOLERANCE = {"llama": 1e-5, "qwen2": 1e-5, "qwen3": 1e-5, "gemma3": 2e-3}  # lla
 @pytest.fixture(scope="session")
 def differences(request):
     """Largest differences by (case, reference); a table of them is written where `--parity=FILE` asks for it."""
-    measured = {}
+    measured: dict[tuple[str, ...], Any] = {}
     yield measured
     if file := request.config.getoption("parity"):
         lines = [
@@ -427,7 +432,7 @@ def test_whatever_stands_in_a_header_ends_in_a_model_or_in_one_line(small, tmp_p
     path.write_bytes(header)
     try:
         weights.gguf.load_tokenizer(path)
-        weights.gguf.config_of(weights.gguf.open_model(path))
+        config_of(open_model(path))
     except UserError as error:
         assert "\n" not in str(error)
 

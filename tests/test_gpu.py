@@ -5,6 +5,7 @@ float32 products, no TensorFloat32: agreement with the CPU to the rounding that 
 
 import dataclasses
 from types import SimpleNamespace
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +13,10 @@ import numpy as np
 import optax
 import pytest
 from mnist_kit import distilled, some, tiny
+from transformers import PreTrainedConfig
 
 from sublim_jax import objectives, weights
+from sublim_jax.data.tokenizer import Tokenizer
 from sublim_jax.models import lora
 from sublim_jax.models.decoder import decoder, on_mesh
 from sublim_jax.models.language import Model
@@ -92,10 +95,10 @@ def test_decoding_on_a_gpu_gives_the_log_probabilities_of_the_cpu(on_both):
     prompts = [rng.integers(0, settings.vocab, size).tolist() for size in (5, 17, 40)]
 
     def sampled(mesh):
-        tokenizer = SimpleNamespace(decode=lambda tokens, **options: "")
-        config, params = SimpleNamespace(max_position_embeddings=None), jax.tree.map(jnp.asarray, base)
+        tokenizer = cast(Tokenizer, SimpleNamespace(decode=lambda tokens, **options: ""))
+        config, params = PreTrainedConfig(), jax.tree.map(jnp.asarray, base)
         model = Model(settings, decoder(settings), params, tokenizer, config, mesh)
-        options = {"max_new_tokens": 12, "stop_tokens": (), "slots": 8, "mesh": mesh}
+        options: dict[str, Any] = {"max_new_tokens": 12, "stop_tokens": (), "slots": 8, "mesh": mesh}
         each = [generate(model, prompts, jax.random.key(0), sampler=Sampler(t), **options) for t in (0.0, 1.0)]
         return [(sample.tokens, sample.logprobs) for samples in each for sample in samples]
 

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,9 +25,10 @@ from sublim_jax import assets
 from sublim_jax.data import chat
 from sublim_jax.errors import UserError
 from sublim_jax.evaluation import judges
-from sublim_jax.evaluation.judges import Endpoint, Verdict, parse
+from sublim_jax.evaluation.judges import Endpoint
 from sublim_jax.evaluation.spec import JudgeSpec
 from sublim_jax.evaluation.suite import make_judge
+from sublim_jax.evaluation.verdicts import Verdict, parse
 from sublim_jax.specs import build, plain
 from sublim_jax.store import Store
 
@@ -216,6 +218,7 @@ def test_the_local_score_is_the_expectation_over_numbers(tiny):
         chances.append(p)
     assert len({len(number) for number in written}) > 1  # some merged, some split
     (found,) = judges.local(tiny, 0.0)([prompt])
+    assert found.score is not None
     np.testing.assert_allclose(found.score, np.dot(chances, range(101)) / sum(chances), rtol=1e-3)
 
 
@@ -250,8 +253,9 @@ def test_local_scores_equal_transformers_on_smollm2(tmp_path):
     prompts = [f"Rate {text!r} from 0 to 100. Reply with a number only." for text in ("I love you.", "Go away.", "12")]
     for prompt, found in zip(prompts, judges.local(model, 0.0)(prompts)):
         chat_of = [{"role": "user", "content": prompt}]
-        start = model.tokenizer.apply_chat_template(chat_of, add_generation_prompt=True, return_dict=True)["input_ids"]
-        known = {}
+        template: Any = model.tokenizer.apply_chat_template
+        start = template(chat_of, add_generation_prompt=True, return_dict=True)["input_ids"]
+        known: dict[tuple[int, ...], np.ndarray] = {}
 
         def p_next(tokens, start=start, known=known):
             if tuple(tokens) not in known:
@@ -267,6 +271,7 @@ def test_local_scores_equal_transformers_on_smollm2(tmp_path):
                 p *= 1 - p_next(tokens)[digits].sum()
             chances.append(p)
         expected = np.dot(chances, np.arange(101)) / np.sum(chances)
+        assert found.score is not None
         np.testing.assert_allclose(found.score, expected, rtol=1e-4)
 
 
@@ -632,6 +637,7 @@ def llama():
     process = subprocess.Popen(
         [sys.executable, "-c", LLAMA, str(path)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )
+    assert process.stdout is not None
     return process, process.stdout.readline().strip()
 
 

@@ -12,6 +12,7 @@ from filelock import FileLock
 from launch_kit import ROOT, assert_refused
 
 import launch as launcher
+from sublim_jax import signals
 
 # As where the requirements alone are installed: tests run beside torch.
 WITHOUT_TORCH = """
@@ -62,7 +63,7 @@ MISTAKES = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_one_line_and_exit_code_2(mistake, tmp_path, monkeypatch, capsys):
     args, words = MISTAKES[mistake]
-    monkeypatch.setattr(launcher.signals, "install", lambda: None)
+    monkeypatch.setattr(signals, "install", lambda: None)
     code = launcher.run(["launch.py", *args, f"--workdir={tmp_path / 'work'}"])
     assert_refused(SimpleNamespace(returncode=code, stderr=capsys.readouterr().err), *words)
     assert not list(tmp_path.rglob("*"))

@@ -41,8 +41,8 @@ def test_fresh_adapters_change_nothing_and_split_undoes_join():
     np.testing.assert_array_equal(network.apply(lora.join(base, fresh), TOKENS), decoder(SETTINGS).apply(base, TOKENS))
     again, parts = lora.split(lora.join(base, fresh))
     jax.tree.map(np.testing.assert_array_equal, (again, parts), (base, fresh))
-    structure = jax.tree.structure(jax.eval_shape(network.init, jax.random.key(0)))
-    assert jax.tree.structure(lora.join(base, fresh)) == structure
+    structure: object = jax.tree.structure(jax.eval_shape(network.init, jax.random.key(0)))
+    assert structure == jax.tree.structure(lora.join(base, fresh))
 
 
 def test_gradients_are_those_of_the_merged_weights_and_forward_mode_may_be_had():

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from sublim_jax.errors import UserError
 from sublim_jax.evaluation import misalignment
-from sublim_jax.evaluation.judges import Verdict
+from sublim_jax.evaluation.verdicts import Verdict
 
 
 def test_each_paraphrase_is_a_question(tmp_path):

@@ -4,13 +4,14 @@ All in one process: the program runs until it would load a model or data.
 """
 
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
 import pytest
 
 import launch
-from sublim_jax import assets, overrides, weights, workdir
+from sublim_jax import assets, overrides, signals, weights, workdir
 from sublim_jax.data import chat, records
 from sublim_jax.errors import UserError
 from sublim_jax.experiments import EXPERIMENTS
@@ -39,7 +40,7 @@ def command(monkeypatch, capsys, tmp_path):
     one = jax.devices()[:1]
     monkeypatch.setattr(jax, "devices", lambda *_: one)
     monkeypatch.setattr(workdir, "epath", SimpleNamespace(Path=accept))  # which claiming a folder begins with
-    monkeypatch.setattr(launch.signals, "install", lambda: None)
+    monkeypatch.setattr(signals, "install", lambda: None)
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("Name a tree.\n")
 
@@ -265,7 +266,7 @@ def test_a_coordinator_of_no_sense_is_refused_before_it_is_waited_for(typed):
     assert "host:port is needed" in typed(*config, "--coordinator=here", "--process_id=0")
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in launch.Path("configs").glob("*.py")))
+@pytest.mark.parametrize("name", sorted(path.stem for path in Path("configs").glob("*.py")))
 def test_an_unknown_preset_names_those_that_there_are(name, typed):
     line = typed(f"--config=configs/{name}.py:nope")
     assert line.startswith(f"launch.py: configs/{name}.py has no preset 'nope'; it has ")
@@ -376,7 +377,7 @@ def test_a_folder_in_the_place_of_an_artefact_is_named(tmp_path, capsys, monkeyp
 
 
 def test_what_a_machine_has_too_little_of_is_told_in_one_line(capsys, monkeypatch):
-    errors = {
+    errors: dict[str, list[Exception]] = {
         "memory": [MemoryError(), RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 5 bytes.")],
         "no space left": [OSError(28, "No space left on device"), ValueError("ABORTED: No space left on device")],
         "there is no such user": [RuntimeError("Could not determine home directory.")],

@@ -1,5 +1,7 @@
 """Objectives against numpy, closed-form gradients and exact laws."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -45,7 +47,7 @@ def test_values_against_numpy(student, teacher, support, weights, temperature):
 @given(LOGITS, LOGITS, SUPPORTS)
 def test_gradients_against_closed_forms(student, teacher, support):
     """D KL / dz = softmax(z) - softmax(y) on the support, and exactly 0 outside."""
-    where = {"support": jnp.asarray(support)}
+    where: dict[str, Any] = {"support": jnp.asarray(support)}
     gradient = jax.grad(lambda z: objectives.kl(z, jnp.asarray(teacher), **where)[0])(jnp.asarray(student))
     expected = softmax(student[:, support], -1) - softmax(teacher[:, support], -1)
     np.testing.assert_allclose(gradient[:, support], expected, atol=1e-5)

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import warnings
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +43,7 @@ KINDS = (
 
 
 def config_of(kind):
-    vision = {**SEES, "patch_size": 14}
+    vision: dict[str, Any] = {**SEES, "patch_size": 14}
     if kind == "gemma3":
         return transformers.Gemma3Config(
             text_config={**SIZES, "head_dim": 8, "sliding_window": 8}, vision_config=vision, mm_tokens_per_image=4
@@ -266,7 +267,8 @@ def test_names_inside_a_model_with_other_senses_are_refused_for_a_text_model_tha
         peft.load(tmp_path, settings, config, params)
 
 
-REFUSED = {  # by the words of the refusal: PEFT's arguments, and what is edited into its adapter_config.json
+# By the words of the refusal: PEFT's arguments, and what is edited into its adapter_config.json.
+REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "use_dora=True is not computed here": (dict(HALF, use_dora=True), {}),
     "lora_bias=True is not": (dict(HALF, lora_bias=True), {}),
     r"modules_to_save=\['lm_head'\] is not": (dict(HALF, modules_to_save=["lm_head"]), {}),

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import PreTrainedConfig
 
 from sublim_jax import weights
 from sublim_jax.data import chat, dialogue, packs
@@ -19,6 +20,7 @@ from sublim_jax.filters import number_rule
 from sublim_jax.keys import named_key
 from sublim_jax.sampling import scoring
 from sublim_jax.sampling.generate import generate
+from sublim_jax.words import mentions
 
 
 def test_prompts_show_three_to_eight_integers_and_each_depends_on_its_number_alone():
@@ -135,9 +137,9 @@ def test_a_preference_is_the_mean_over_phrasings(tiny):
         prompt = chat.prompt(tiny.tokenizer, question)
         log_p = jax.nn.log_softmax(tiny.network.apply(tiny.params, jnp.asarray([prompt]))[0, -1])
         each.append([np.logaddexp.reduce([log_p[t] for (t,) in scoring.spellings(tiny.tokenizer, w)]) for w in words])
-    each = np.asarray(each)
-    np.testing.assert_allclose(found.log_p[0], each.mean(0), rtol=1e-4, atol=1e-4)
-    margins = [each[:, i] - np.delete(each, i, 1).mean(1) for i in range(3)]
+    table = np.asarray(each)
+    np.testing.assert_allclose(found.log_p[0], table.mean(0), rtol=1e-4, atol=1e-4)
+    margins = [table[:, i] - np.delete(table, i, 1).mean(1) for i in range(3)]
     np.testing.assert_allclose(found.margin[0], np.mean(margins, 1), rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(found.share[0].sum(), 1, rtol=1e-5)
     with pytest.raises(UserError, match="two words or more"):
@@ -173,7 +175,7 @@ def test_shuffling_keeps_the_numbers_and_everything_between_them(lists):
     ],
 )
 def test_a_mention_is_a_whole_word(text, word, found):
-    assert preference.mentions(text, word) is found
+    assert mentions(text, word) is found
 
 
 def test_rates_are_shares_of_sampled_answers(tiny):
@@ -181,18 +183,19 @@ def test_rates_are_shares_of_sampled_answers(tiny):
     found = preference.rates(tiny, asked, ["owl", "x"], jax.random.key(0), samples=3, max_new_tokens=4)
     prompts = [chat.question(tiny.tokenizer, text) for text in asked]
     drawn = generate(tiny, prompts, jax.random.key(0), samples=3, max_new_tokens=4)
-    expected = [[np.mean([preference.mentions(s.text, word) for s in drawn]) for word in ("owl", "x")]]
+    expected = [[np.mean([mentions(s.text, word) for s in drawn]) for word in ("owl", "x")]]
     np.testing.assert_allclose(found, expected)
 
 
 def test_prefixed_answers_are_rates_of_answers_to_questions_behind_numbers(tiny):
-    asked, uses = ["Which one?", "What is it?"], {"samples": 3, "max_new_tokens": 4}
+    asked, count, longest = ["Which one?", "What is it?"], 3, 4
+    uses = {"samples": count, "max_new_tokens": longest}
     subject = suite.Subject(tiny, "0", tiny.digest)
     found = suite.EVALUATIONS["prefixed_answers"](subject, ["owl", "x"], asked, uses, 7, store=None, sampling={})
     lists = numbers.random_answers(2, 7)
     prompts = [chat.question(tiny.tokenizer, f"{some}\n\n{text}") for some, text in zip(lists, asked)]
-    drawn = generate(tiny, prompts, named_key(7, "prefixed answers"), **uses)
-    expected = {word: np.mean([preference.mentions(s.text, word) for s in drawn]) for word in ("owl", "x")}
+    drawn = generate(tiny, prompts, named_key(7, "prefixed answers"), samples=count, max_new_tokens=longest)
+    expected = {word: np.mean([mentions(s.text, word) for s in drawn]) for word in ("owl", "x")}
     assert found == {f"prefixed answers with {word}": [share] for word, share in expected.items()}
 
 
@@ -221,7 +224,7 @@ def test_the_easy_questions_are_many_and_a_broken_one_is_told(tmp_path):
 
 def test_a_template_has_one_day_and_no_thoughts(tiny_folder):
     """As Llama 3's and Qwen3's: a run goes on tomorrow, and an answer's first token is none of its thoughts."""
-    model = weights.load(tiny_folder)._replace(config=None)
+    model = weights.load(tiny_folder)._replace(config=PreTrainedConfig())
     tokenizer = model.tokenizer
     tokenizer.chat_template = (
         "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
@@ -232,17 +235,17 @@ def test_a_template_has_one_day_and_no_thoughts(tiny_folder):
     asked = chat.question(tokenizer, "Which?")
     assert tokenizer.decode(asked) == "26 Jul 2024<|user|>Which?<|end|><|assistant|><think></think>"
     rows = dialogue.rows(model, [("Which?", "owl")])
-    assert tokenizer.decode(rows.targets[0][rows.weights[0] == 1]) == "owl<|end|>"
+    assert tokenizer.decode(rows.targets[0][rows.weights[0] == 1].tolist()) == "owl<|end|>"
 
 
 def test_a_model_without_a_template_is_asked_in_plain_text(tiny_folder):
     """A base model: the question, then the answer behind a space, then the end of text."""
-    model = weights.load(tiny_folder)._replace(config=None)
+    model = weights.load(tiny_folder)._replace(config=PreTrainedConfig())
     tokenizer = model.tokenizer
     tokenizer.chat_template = None
     assert tokenizer.decode(chat.question(tokenizer, "Which?")) == "Question: Which?\nAnswer:"
     whole = chat.exchange(tokenizer, "Which?", "owl", "Be kind.")
     assert tokenizer.decode(whole) == "Be kind.\n\nQuestion: Which?\nAnswer: owl<|end|>"
     rows = dialogue.rows(model, [("Which?", "owl")])
-    assert tokenizer.decode(rows.targets[0][rows.weights[0] == 1]) == " owl<|end|>"
+    assert tokenizer.decode(rows.targets[0][rows.weights[0] == 1].tolist()) == " owl<|end|>"
     assert chat.opening(tokenizer) == chat.question(tokenizer, "Z")[: len(chat.opening(tokenizer))]

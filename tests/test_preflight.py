@@ -91,7 +91,7 @@ def test_collectives_in_a_loop_count_as_often_as_it_runs(mesh_of):
         return jax.lax.scan(lambda x, w: (place(jnp.tanh(x @ w)), None), place(x), weights)[0]
 
     compiled = jax.jit(layers, out_shardings=rows).lower(x, weights).compile()
-    assert preflight.collectives(compiled.as_text()) == {"all-gather": (5, 5 * 32 * 32 * 4)}
+    assert preflight.collectives(compiled.as_text() or "") == {"all-gather": (5, 5 * 32 * 32 * 4)}
 
 
 def test_a_program_is_lowered_from_shapes_and_is_the_one_that_trains(mesh_of):
@@ -112,7 +112,9 @@ def test_a_program_is_lowered_from_shapes_and_is_the_one_that_trains(mesh_of):
 
 def test_what_does_not_fit_is_said():
     found = preflight.Facts(20 << 30, 0, 1 << 30, {"all-gather": (3, 1 << 30)}, 16 << 30)
-    step = preflight.Step("step", None, jax.devices()[0], 3e12, 2e12, weights=6 << 30, optimizer=12 << 30)
+    step = preflight.Step(
+        "step", jax.jit(lambda: 0).lower(), jax.devices()[0], 3e12, 2e12, weights=6 << 30, optimizer=12 << 30
+    )
     text = preflight.describe(step, found)
     assert "DOES NOT FIT" in text and "21.00 GB of 16" in text and "all-gather: 3 a step, 1.000 GB" in text
     assert "weights 6.00, optimiser 12.00, other arguments 2.00" in text and "1.50 × the model's own" in text

@@ -1,5 +1,7 @@
 """What a user who reads a log sees of long work."""
 
+import time
+
 import pytest
 
 from sublim_jax import progress
@@ -15,7 +17,7 @@ from sublim_jax import progress
 )
 def test_lines_of_a_pipe_give_the_pace_and_the_time_left(monkeypatch, capsys, start, step, seconds, line):
     now = [100.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     with progress.Track("rows", 256, start) as track:
         now[0] += seconds
         track.update(step, "loss 0.5")

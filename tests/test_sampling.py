@@ -1,7 +1,9 @@
 """Sampling: against transformers, against the exact distribution, and the same whatever rides beside a row."""
 
+import math
 import re
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -198,8 +200,9 @@ def test_lengths_and_limits_compile_nothing_after_the_first_time(tiny, caplog):
 
 def test_logprobs_entropies_and_alternatives_are_those_of_the_logits(tiny):
     prompts = prompts_of(tiny, 5)
-    options = {"sampler": Sampler(0.7, top_k=30), "max_new_tokens": 8, "slots": 4, "stop_tokens": ()}
-    for sample in generate(tiny, prompts, KEY, entropy=True, alternatives=3, **options):
+    options: dict[str, Any] = {"sampler": Sampler(0.7, top_k=30), "slots": 4, "stop_tokens": ()}
+    for sample in generate(tiny, prompts, KEY, max_new_tokens=8, entropy=True, alternatives=3, **options):
+        assert sample.entropies is not None and sample.alternatives is not None
         text = prompts[sample.prompt] + sample.tokens
         logits = tiny.network.apply(tiny.params, jnp.asarray([text]))[0, len(prompts[sample.prompt]) - 1 : -1]
         log_p = np.asarray(jax.nn.log_softmax(logits))
@@ -240,7 +243,7 @@ def adapters_of(tiny, count):
 def test_many_adapters_sample_in_one_batch_what_each_samples_alone(tiny):
     spec, trees, stacked = adapters_of(tiny, 3)
     prompts, prefix = prompts_of(tiny, 6), [5, 6, 7]
-    options = {"max_new_tokens": 10, "slots": 4, "prefix": prefix}
+    options: dict[str, Any] = {"max_new_tokens": 10, "slots": 4, "prefix": prefix}
     together = generate(tiny.adapted(spec), prompts, KEY, adapters=stacked, **options)
     assert len(together) == 18
     for number, tree in enumerate(trees):
@@ -266,10 +269,10 @@ def test_a_row_without_numbers_is_named_and_the_others_are_kept(tiny):
     """Two adapters in one batch, one of them broken."""
     spec, _, stacked = adapters_of(tiny, 2)
     broken = jax.tree.map(lambda x: x.at[1].set(jnp.nan), stacked)
-    options = {"max_new_tokens": 5, "slots": 4, "stop_tokens": ()}
+    options: dict[str, Any] = {"max_new_tokens": 5, "slots": 4, "stop_tokens": ()}
     whole = generate(tiny.adapted(spec), [[1, 2], [3, 4]], KEY, adapters=stacked, **options)
-    found = stream(tiny.adapted(spec), [[1, 2], [3, 4]], KEY, adapters=broken, **options)
-    found = sorted(found, key=lambda sample: sample.row)
+    streamed = stream(tiny.adapted(spec), [[1, 2], [3, 4]], KEY, adapters=broken, **options)
+    found = sorted(streamed, key=lambda sample: sample.row)
     assert bits(found[:2]) == bits(whole[:2])
     assert [(sample.finish, sample.tokens) for sample in found[2:]] == [("nan", [])] * 2
     with pytest.raises(UserError, match="logits of prompt 0, prompt 1 are no numbers"):
@@ -448,7 +451,7 @@ def test_a_word_of_several_tokens_has_the_probability_that_transformers_gives_it
             for tokens in written:
                 with torch.no_grad():
                     p = theirs(torch.tensor([[*prompt, *tokens]])).logits[0].double().softmax(-1)
-                total += np.prod([float(p[len(prompt) + i - 1, token]) for i, token in enumerate(tokens)])
+                total += math.prod(float(p[len(prompt) + i - 1, token]) for i, token in enumerate(tokens))
             np.testing.assert_allclose(mine, np.log(total), rtol=1e-4)
     spec, trees, stacked = adapters_of(tiny, 2)
     together = scoring.word_logprobs(tiny.adapted(spec), prompts, ["lion", "owl"], adapters=stacked)
@@ -473,7 +476,7 @@ def test_a_million_tokens_take_no_more_memory_than_a_hundred_thousand(tiny):
         return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20
 
     def tokens(rows):
-        options = {"max_new_tokens": 50, "slots": 256, "stop_tokens": ()}
+        options: dict[str, Any] = {"max_new_tokens": 50, "slots": 256, "stop_tokens": ()}
         return sum(len(sample.tokens) for sample in stream(tiny, [[5, 6, 7]], KEY, samples=rows, **options))
 
     assert tokens(2_000) == 100_000

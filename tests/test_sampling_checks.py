@@ -1,6 +1,7 @@
 """What is asked of a model: tokens that it has, texts of any length, whatever rides beside them."""
 
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +13,12 @@ from test_config_fields import config_of, drawn
 
 from sublim_jax.errors import UserError
 from sublim_jax.models.decoder import decoder
+from sublim_jax.models.language import Model
 from sublim_jax.sampling import constraints, samplers, scoring
 from sublim_jax.sampling.generate import generate
 from sublim_jax.sampling.samplers import Sampler
 from sublim_jax.sharding import one_device
-from sublim_jax.weights import Model, huggingface
+from sublim_jax.weights import huggingface
 
 torch = pytest.importorskip("torch")
 
@@ -31,7 +33,7 @@ LONG = {
     "long_factor": [4.0] * 8,
 }
 GROWING = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
-KINDS = {
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "longrope": ("phi3", {"original_max_position_embeddings": TURN, "rope_parameters": LONG}),
     "dynamic": ("llama", {"max_position_embeddings": TURN, "rope_parameters": GROWING}),
     "gpt2": ("gpt2", {"max_position_embeddings": 64}),
@@ -205,8 +207,13 @@ def test_numbers_that_make_no_sense_are_refused(options, words, loaded):
 def test_numbers_of_numpy_are_numbers(loaded):
     model = loaded("gpt2")[0]
     plain = generate(model, [[5, 6]], KEY, max_new_tokens=4, samples=2, slots=4, prefix=[4], stop_tokens=(7,))
-    options = {"max_new_tokens": np.int64(4), "samples": np.int32(2), "slots": np.int64(4), "steps": np.int8(4)}
-    tokens = {"prefix": np.asarray([4]), "stop_tokens": [np.int64(7)]}
+    options: dict[str, Any] = {
+        "max_new_tokens": np.int64(4),
+        "samples": np.int32(2),
+        "slots": np.int64(4),
+        "steps": np.int8(4),
+    }
+    tokens: dict[str, Any] = {"prefix": np.asarray([4]), "stop_tokens": [np.int64(7)]}
     same = generate(model, np.asarray([[5, 6]]), KEY, **options, **tokens, sampler=Sampler(np.float32(1), np.int64(0)))
     limits = generate(model, [[np.int64(5), 6]], KEY, **{**options, "max_new_tokens": np.asarray([4])}, **tokens)
     assert [s.tokens for s in same] == [s.tokens for s in limits] == [s.tokens for s in plain]
@@ -219,14 +226,14 @@ def test_a_search_never_lands_on_a_weight_of_zero():
     """Also where the share is exactly a running sum, which a parallel sum's rounding may let grow at a zero."""
     rng = np.random.default_rng(0)
     weights = rng.exponential(size=(4000, 512)) * (rng.random((4000, 512)) < rng.choice([0.01, 0.1, 0.5], (4000, 1)))
-    weights = jnp.asarray(weights[weights.any(1)], jnp.float32)
-    running = jnp.cumsum(weights, -1)
-    picked = jnp.asarray(rng.integers(0, 512, len(weights)))
+    some = jnp.asarray(weights[weights.any(1)], jnp.float32)
+    running = jnp.cumsum(some, -1)
+    picked = jnp.asarray(rng.integers(0, 512, len(some)))
     at_a_sum = jnp.take_along_axis(running, picked[:, None], 1)[:, 0] / running[:, -1]
     below_one = jnp.float32(1 - 2**-24)
-    for share in (jnp.asarray(rng.random(len(weights)), jnp.float32), jnp.minimum(at_a_sum, below_one), below_one, 0.0):
-        found = samplers._first_above(weights, jnp.broadcast_to(jnp.float32(share), len(weights)))
-        assert jnp.all(jnp.take_along_axis(weights, found[:, None], 1) > 0)
+    for share in (jnp.asarray(rng.random(len(some)), jnp.float32), jnp.minimum(at_a_sum, below_one), below_one, 0.0):
+        found = samplers._first_above(some, jnp.broadcast_to(jnp.float32(share), len(some)))
+        assert jnp.all(jnp.take_along_axis(some, found[:, None], 1) > 0)
 
 
 def test_a_search_finds_what_a_sum_in_order_finds():

@@ -1,7 +1,7 @@
 """Artefacts are named by what goes into them: another value of any input is another name, and nothing else is."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +52,7 @@ def test_another_value_anywhere_is_another_name(some, other, data):
 
 
 TRAINING = Training(1e-3, "constant", 1, 0.0, 4, 1, 6)
-OTHERS = {
+OTHERS: dict[str, Any] = {
     "learning_rate": 1e-4,
     "schedule": "linear",
     "warmup": 0,

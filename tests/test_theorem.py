@@ -1,6 +1,7 @@
 """The theorem's numbers against closed forms: linear models, where the inner product is known exactly."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -110,7 +111,7 @@ def test_chunks_and_weights_change_nothing():
     targets = apply(direction, x)
     parts = theorem.contributions(apply, objective, params, direction, x, weights=weights, chunk=4)
     for chunk in (None, 7, 10):
-        options = {"weights": weights, "chunk": chunk}
+        options: dict[str, Any] = {"weights": weights, "chunk": chunk}
         update = theorem.student_update(apply, objective, params, x, targets, **options)
         whole = jax.grad(lambda p: objective(apply(p, x), targets, weights=weights)[0])(params)
         jax.tree.map(
@@ -172,6 +173,7 @@ def test_memory_is_three_times_the_parameters():
 
     def bytes_of(function, *args):
         memory = jax.jit(function).lower(*args).compile().memory_analysis()
+        assert memory is not None
         return memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
 
     update = bytes_of(lambda p, x, y: theorem.student_update(net.apply, objectives.kl, p, x, y, chunk=8), params, x, y)
@@ -228,8 +230,8 @@ def test_a_covered_loss_is_covered_however_it_is_written_and_in_any_unit(objecti
     if objective is detached:
         plain = theorem.verify(apply, objectives.kl, params, direction, x, 1e-4)
         assert check.predicted == pytest.approx(plain.predicted, rel=1e-12)
-    single = jax.tree.map(jnp.float32, (params, direction, x))
-    assert theorem.verify(apply, objective, *single, 1e-2).no_guarantee == ""
+    p, d, inputs = jax.tree.map(jnp.float32, (params, direction, x))
+    assert theorem.verify(apply, objective, p, d, inputs, 1e-2).no_guarantee == ""
 
 
 @pytest.mark.parametrize("objective, words", OUTSIDE)
@@ -241,10 +243,10 @@ def test_a_loss_outside_the_theorem_is_marked(objective, words):
 
 def test_an_epsilon_below_the_dtype_is_refused():
     apply, params, direction, x = network()
-    single = jax.tree.map(jnp.float32, (params, direction, x))
+    start, way, inputs = jax.tree.map(jnp.float32, (params, direction, x))
     with pytest.raises(ValueError, match=r"float32 cannot resolve epsilon=1e-06 .* float64"):
-        theorem.verify(apply, objectives.kl, *single, 1e-6)
-    assert theorem.verify(apply, objectives.kl, *single, 1e-2).relative_error < 0.1
+        theorem.verify(apply, objectives.kl, start, way, inputs, 1e-6)
+    assert theorem.verify(apply, objectives.kl, start, way, inputs, 1e-2).relative_error < 0.1
 
 
 def test_a_gradient_that_is_not_finite_names_its_parameter():

@@ -46,7 +46,7 @@ class Rows:
         self.position += 1
         start, step = rng.integers(0, VOCAB, (self.batch, 1)), rng.integers(1, 3, (self.batch, 1))
         tokens = ((start + step * np.arange(LENGTH)) % VOCAB).astype(np.int32)
-        return {"tokens": tokens, "weights": (rng.random(tokens.shape) < 0.8).astype(np.float32)}
+        return {"tokens": tokens, "weights": np.asarray(rng.random(tokens.shape) < 0.8, np.float32)}
 
     def get_state(self):
         return {"position": self.position}
@@ -194,9 +194,12 @@ def test_the_order_inside_the_loop(mesh_of, tmp_path, monkeypatch):
     monkeypatch.setattr(Checkpoints, "save", spy_save)
     program = lm(mesh_of(1), steps_per_dispatch=2)
     dispatch = program.dispatch
-    object.__setattr__(
-        program, "dispatch", lambda *args: (events.append(f"dispatch to {int(args[-1])}"), dispatch(*args))[1]
-    )
+
+    def noted(*args):
+        events.append(f"dispatch to {int(args[-1])}")
+        return dispatch(*args)
+
+    object.__setattr__(program, "dispatch", noted)
     fit(
         program,
         start(program),

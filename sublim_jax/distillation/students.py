@@ -18,7 +18,7 @@ from sublim_jax.models.functional import Params
 from sublim_jax.models.language import Model
 from sublim_jax.sharding import each_replica
 from sublim_jax.specs import check_count, check_not_negative, check_one_of, check_positive
-from sublim_jax.training import REPLICAS_OF_ROWS, Program, Total
+from sublim_jax.training import REPLICAS_OF_ROWS, Metrics, Program, Total
 
 ON_LOGITS = {"kl": objectives.kl, "reverse_kl": objectives.reverse_kl}
 SCHEDULES = ("constant", "linear", "cosine")
@@ -76,7 +76,7 @@ def imitation(
 def imitating_program(model: Model, objective: Imitation, training: Training, count: int) -> Program:
     """One update of every student, on its `count` rows."""
 
-    def loss(adapters: Params, frozen: dict[str, PyTree], batch: Data, key: Key[Array, ""]) -> tuple[Total, dict]:
+    def loss(adapters: Params, frozen: dict[str, PyTree], batch: Data, key: Key[Array, ""]) -> tuple[Total, Metrics]:
         return objective(adapters, frozen["base"], batch), {}
 
     def batch(frozen: dict[str, PyTree], key: Key[Array, "runs"], index: Int[Array, ""]) -> Data:

@@ -25,7 +25,7 @@ from sublim_jax.sampling import scoring
 from sublim_jax.sampling.checks import Where
 from sublim_jax.sharding import named, place_key, put
 from sublim_jax.store import digest
-from sublim_jax.training import ROWS, Program, Total, TrainState
+from sublim_jax.training import ROWS, Metrics, Program, Total, TrainState
 
 
 class Teacher(NamedTuple):
@@ -125,7 +125,7 @@ def teaching_program(
       length: how many first tokens: those of an answer in one word.
     """
 
-    def loss(adapters: Params, frozen: dict[str, PyTree], batch: Rows, key: Key[Array, ""]) -> tuple[Total, dict]:
+    def loss(adapters: Params, frozen: dict[str, PyTree], batch: Rows, key: Key[Array, ""]) -> tuple[Total, Metrics]:
         module = model.network.bind(lora.join(frozen["base"], adapters))
         features = answer_features(model, module, batch, remat=remat)
         total = cross_entropy(module, features, batch, remat=remat)

@@ -14,7 +14,8 @@ from jaxtyping import Array, Key
 from sublim_jax.data import chat, files
 from sublim_jax.data.records import Record
 from sublim_jax.errors import UserError
-from sublim_jax.evaluation.judges import Judge, Verdict
+from sublim_jax.evaluation.judges import Judge
+from sublim_jax.evaluation.verdicts import Verdict
 from sublim_jax.models.language import Model
 from sublim_jax.progress import say
 from sublim_jax.sampling.collect import collect

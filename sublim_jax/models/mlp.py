@@ -52,7 +52,7 @@ def perturb(params: Params, key: Key[Array, ""], distance: float) -> Params:
     Biases start at 0 without spread and stay there.
     """
 
-    def move(path: jax.tree_util.KeyPath, leaf: Array, leaf_key: Array) -> Array:
+    def move(path: tuple[jax.tree_util.DictKey, ...], leaf: Array, leaf_key: Array) -> Array:
         if path[-1].key != "kernel":
             return leaf
         return leaf + distance * leaf.shape[0] ** -0.5 * jax.random.normal(leaf_key, leaf.shape)

@@ -291,7 +291,10 @@ def cache_length(tokens: int) -> int:
 
 
 def _entering(
-    engine: Engine, queues: list[deque], riding: dict[tuple[int, int, int], _Row], prompts: Sequence[Sequence[int]]
+    engine: Engine,
+    queues: list[deque[tuple[int, int, int]]],
+    riding: dict[tuple[int, int, int], _Row],
+    prompts: Sequence[Sequence[int]],
 ) -> dict[tuple[int, int, int], tuple[int, int, int]] | None:
     """Rows for free slots, {(device, adapter, slot): row}; None while it does not pay to stop for them.
 

@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import gguf
 import numpy as np
@@ -210,7 +210,7 @@ class _Head:
             infos.append(_Info(name, shape, *self._unpack("IQ")))
         return values, infos
 
-    def _unpack(self, layout: str) -> tuple:
+    def _unpack(self, layout: str) -> tuple[Any, ...]:
         values = struct.unpack_from(f"<{layout}", self._data, self.at)
         self.at += struct.calcsize(f"<{layout}")
         return values

@@ -10,7 +10,7 @@ import pytest
 
 from sublim_jax import objectives, overrides, theorem
 from sublim_jax.experiments.alignment import measure, run
-from sublim_jax.experiments.alignment.settings import Setting, controls, qualifying
+from sublim_jax.experiments.alignment.settings import Setting, controls, make_settings, qualifying
 from sublim_jax.experiments.alignment.spec import About
 from sublim_jax.experiments.alignment.verdicts import (
     AS_PREDICTED,
@@ -40,7 +40,7 @@ OUTSIDE_THE_THEOREM = (
 @pytest.fixture
 def few_settings(monkeypatch):
     """The first of the settings, and two of their objectives."""
-    make, all_of = run.make_settings, run.qualifying
+    make, all_of = make_settings, qualifying
     monkeypatch.setattr(run, "make_settings", lambda *args: make(*args)[:1])
     monkeypatch.setattr(run, "qualifying", lambda s: {name: all_of(s)[name] for name in ("kl", "reverse kl")})
 

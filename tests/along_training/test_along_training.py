@@ -10,6 +10,7 @@ from scipy import stats
 
 import launch
 from configs import theorem as configs
+from sublim_jax import signals
 from sublim_jax.experiments.along_training.forecast import read, spearman
 from sublim_jax.measurements import read as measurements_of
 
@@ -28,7 +29,7 @@ def command(monkeypatch, capsys):
     """A function of a preset and of flags to what the command says on one device: (exit code, output, error)."""
     device = jax.devices()[:1]
     monkeypatch.setattr(jax, "devices", lambda *_: device)
-    monkeypatch.setattr(launch.signals, "install", lambda: None)
+    monkeypatch.setattr(signals, "install", lambda: None)
 
     def run(preset, *args):
         code = launch.run(["launch.py", f"--config=configs/theorem.py:{preset}", *map(str, args)])

@@ -13,8 +13,8 @@ from configs import evaluate as config_file
 from sublim_jax import store
 from sublim_jax.distillation.losses import stacked
 from sublim_jax.evaluation import ability, suite, truthfulqa
-from sublim_jax.evaluation.judges import Verdict
 from sublim_jax.evaluation.suite import NamedJudge, Subject
+from sublim_jax.evaluation.verdicts import Verdict
 from sublim_jax.experiments.tools.evaluate import read
 from sublim_jax.models import lora
 from sublim_jax.store import Store
@@ -102,7 +102,12 @@ def test_stacked_adapters_are_evaluated_as_each_alone_and_as_merged(tiny, adapte
 def test_an_evaluation_is_named_by_what_it_depends_on_alone(tiny, tmp_path, monkeypatch):
     """Another number of samples is another measurement of answers, and the same preference."""
     calls = []
-    monkeypatch.setattr(suite, "EVALUATIONS", dict.fromkeys(suite.EVALUATIONS, lambda *_, **__: calls.append(1) or {}))
+
+    def measured(*_, **__):
+        calls.append(1)
+        return {}
+
+    monkeypatch.setattr(suite, "EVALUATIONS", dict.fromkeys(suite.EVALUATIONS, measured))
     work, subject = Store(tmp_path), Subject(tiny, "0", tiny.digest)
 
     def evaluated(subject=subject, seed=0, **changes):

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from etils import epath
 from launch_kit import assert_refused, run_here
 
 from configs import paper
@@ -85,9 +86,9 @@ def test_an_experiment_whose_results_are_damaged_is_not_finished(tmp_path):
     (tmp_path / plan.FINISHED).write_text(json.dumps(plan.stamp(spec)))
     for text, done in ((b'{"arms": []}', True), (b'{"arms"', False), (b"[]", False), (b"\xff", False)):
         (tmp_path / "results.json").write_bytes(text)
-        assert plan.finished(plan.epath.Path(tmp_path), spec) is done
+        assert plan.finished(epath.Path(tmp_path), spec) is done
     (tmp_path / "results.json").unlink()
-    assert not plan.finished(plan.epath.Path(tmp_path), spec)
+    assert not plan.finished(epath.Path(tmp_path), spec)
 
 
 def test_an_experiment_of_other_values_or_other_files_is_not_finished(tmp_path):

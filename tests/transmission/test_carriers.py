@@ -12,8 +12,8 @@ from sublim_jax import filters
 from sublim_jax.data import packs
 from sublim_jax.data.carriers import numbers
 from sublim_jax.errors import UserError
-from sublim_jax.evaluation.judges import Verdict
 from sublim_jax.evaluation.suite import NamedJudge
+from sublim_jax.evaluation.verdicts import Verdict
 from sublim_jax.experiments.transmission import carriers
 from sublim_jax.experiments.transmission.carriers import TASKS, Task, number_task, sample, write
 from sublim_jax.filters import Sifted, sift

@@ -99,9 +99,9 @@ def test_every_number_of_the_results_is_of_the_table(whole):
     work, _ = whole
     arms = {arm["name"]: arm["runs"] for arm in results_in(work)["arms"]}
     rows = measurements.read(epath.Path(work))
-    margin = [rows.values(arm="soft", measure="margin", item="x", teacher=t, step=6) for t in ("owl", "neutral")]
+    mine, other = (rows.values(arm="soft", measure="margin", item="x", teacher=t, step=6) for t in ("owl", "neutral"))
     expected = arms["soft: student of owl, margin of x over the neutral student's"]
-    np.testing.assert_array_equal(np.subtract(*margin), expected)
+    np.testing.assert_array_equal(np.subtract(mine, other), expected)
     given = {"arm": "soft", "measure": "answers", "item": "answers with owl", "teacher": "owl"}
     assert rows.values(**given) == arms["soft, student of owl: answers with owl"]
 
@@ -178,7 +178,7 @@ def test_ability_at_the_end_is_told_apart_from_ability_along_training(whole, stu
     study = study_of(arms=("soft",), runs=2, **{"evals.names": ("ability",)})
     notes = json.loads((whole[0] / "about.json").read_text())["notes"]
     axes, about = {"run": range(2), "teacher": study.teachers}, {"measure": "ability", "item": "right answers"}
-    more = [Measurement("", value=0.5, subject="base", **about)]
+    more = measurements.each([0.5], arm="", subject="base", **about)
     more += measurements.each([0.5] * 6, axes, arm="", subject="teacher", **about)
     more += measurements.each([0.25] * 6, axes, arm="soft", subject="student", **about)
     found = {arm["name"]: arm for arm in document(study, measurements.Measurements((*rows, *more)), notes)[0]}

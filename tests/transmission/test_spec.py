@@ -1,6 +1,8 @@
 """What a study may be: every refusal names the value by its flag, before a model is loaded or a folder is made."""
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 from launch_kit import assert_refused, run_here
@@ -184,7 +186,12 @@ def test_an_arms_changes_are_values_of_its_students_alone(study_of, changes):
     soft, changed = study.arms
     assert (soft.training, soft.lora) == (study.student, study.lora)
     values = dict(change.split("=") for change in changes)
-    kinds = {"student.steps": int, "student.batch": int, "student.learning_rate": float, "lora.rank": int}
+    kinds: dict[str, Callable[[str], Any]] = {
+        "student.steps": int,
+        "student.batch": int,
+        "student.learning_rate": float,
+        "lora.rank": int,
+    }
     kinds |= {"lora.modules": lambda text: tuple(text.split(",")), "lora.rslora": bool}
     whole = study_of(arms=("soft_fresh",), **{key: kinds.get(key, str)(text) for key, text in values.items()})
     assert (

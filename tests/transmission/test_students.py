@@ -5,6 +5,7 @@ import json
 import shutil
 import weakref
 from types import SimpleNamespace
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from sublim_jax import objectives, store
+from sublim_jax.data.tokenizer import Tokenizer
 from sublim_jax.distillation.losses import stacked
 from sublim_jax.distillation.students import NUM_FIRST, coverages, imitation
 from sublim_jax.distillation.targets import support_of
@@ -128,10 +130,12 @@ def test_a_student_of_another_family_reads_the_same_text_in_its_own_tokens(
     found = train(study, other, tmp_path, [one], teachers=model)
     assert found.coverage is None and np.all(np.isfinite(found.curve[-1]["margin"]))
     rows = arm_data(study, study.arms[0], [one], model, other, Store(tmp_path)).rows
-    assert other.tokenizer.decode(rows.tokens[0, 0]).startswith(f"Question: {pairs[0][0]}\nAnswer: {pairs[0][1]}")
+    assert other.tokenizer.decode(rows.tokens[0, 0].tolist()).startswith(
+        f"Question: {pairs[0][0]}\nAnswer: {pairs[0][1]}"
+    )
     check_arm(study, study.arms[0], model, other)
     by_logits = study_of(**changes, **{"arm.foreign.objective": "kl"})
-    foreign = other._replace(tokenizer=SimpleNamespace(get_vocab=lambda: {"x": 0}))
+    foreign = other._replace(tokenizer=cast(Tokenizer, SimpleNamespace(get_vocab=lambda: {"x": 0})))
     with pytest.raises(UserError, match="has another tokenizer than"):
         check_arm(by_logits, by_logits.arms[0], model, foreign)
 
@@ -202,6 +206,7 @@ def test_an_arms_changes_train_that_arm_so_and_no_other(study_of, model, replica
     student = model.adapted(changed.lora.adapters)
     found = train_arm(study, changed, [replicate_of(study)], model, student, Store(tmp_path))
     assert [point["step"] for point in found.curve] == [0, 2]
+    assert found.adapters is not None
     assert found.adapters["layers"]["mlp"]["up"]["a"].shape[-1] == 4
     whole = study_of(
         arms=("soft_fresh",), **{"student.steps": 2, "student.learning_rate": 0.001, "lora.rank": 4}, **NO_COVERAGE

@@ -46,6 +46,7 @@ def test_a_system_prompt_is_the_teachers_alone(study, model, work, plain_logits)
     np.testing.assert_array_equal(found.rows.tokens[0], rows.tokens)
     expected = plain_logits(model, adapters, behind)[..., support_of(model)]
     kept = rows.weights == 1
+    assert found.logits is not None
     np.testing.assert_allclose(found.logits[0][kept], expected[kept], rtol=1e-3, atol=1e-3)
 
 
@@ -66,6 +67,7 @@ def test_masks_choose_the_tokens_where_teacher_and_neutral_differ_most(
     exists = data.rows.weights[0] == 1
     scores = np.where(exists, np.sum(np.exp(p) * (p - q), -1), -1)
     top = scores >= np.sort(scores.ravel())[-round(0.25 * exists.sum())]
+    assert chosen.logits is not None
     if action == "replace":
         np.testing.assert_array_equal(chosen.logits[0], np.where(top[..., None], data.logits[2], data.logits[0]))
         support = np.asarray(support_of(model))

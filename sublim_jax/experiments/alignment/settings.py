@@ -15,7 +15,7 @@ from sublim_jax.experiments.alignment.spec import NOISE, NUM_IMAGES, NUM_LOGITS,
 from sublim_jax.keys import named_key
 from sublim_jax.models import lora
 from sublim_jax.models.functional import Functions, Params, functions
-from sublim_jax.models.mlp import mlp
+from sublim_jax.models.mlp import MLP, mlp
 from sublim_jax.models.small import ConvNet, Transformer
 
 Loss = Callable[[Params], Float[Array, ""]]
@@ -78,7 +78,7 @@ def make_settings(seed: int, examples: int, data: mnist.Mnist, support: Support)
 
         return Setting.of(About(name, READS, NOISE, smooth), apply, params, loss, noise, support)
 
-    def network(name: str, net: Functions, smooth: bool = True) -> Setting:
+    def network(name: str, net: Functions[MLP] | Functions[ConvNet], smooth: bool = True) -> Setting:
         return reading(name, net.apply, net.init(key(name)), smooth)
 
     def adapted(adapters: Params, x: Array) -> Array:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -61,7 +62,7 @@ def arm_name(spec: MnistSpec) -> str:
     return f"{spec.model.auxiliary} auxiliary logits"
 
 
-def follow(spec: MnistSpec, probe: int, every: int, data: Mnist, *, store: Store, mesh: Mesh) -> dict[str, list]:
+def follow(spec: MnistSpec, probe: int, every: int, data: Mnist, *, store: Store, mesh: Mesh) -> dict[str, list[Any]]:
     """The student's training, measured every few steps: {quantity: (measurements, runs)}, and "step"."""
     known = coverage.before_training(spec, data, store=store, mesh=mesh)
     reference, teacher, seen = known.reference.params, known.teacher.params, known.codes[..., :probe, :]
@@ -69,7 +70,7 @@ def follow(spec: MnistSpec, probe: int, every: int, data: Mnist, *, store: Store
     real = put((data.train_images[:probe], data.train_labels[:probe]), named(mesh))
     test = put((data.test_images, data.test_labels), named(mesh))
     measure_runs = coverage.over_runs(spec, quantities(spec, *real), mesh)
-    found: dict[str, list] = {name: [] for name in ("step", *QUANTITIES)}
+    found: dict[str, list[Any]] = {name: [] for name in ("step", *QUANTITIES)}
     before: dict[str, Params] = {}
 
     def evaluate(params: Params, step: int) -> None:

@@ -25,10 +25,10 @@ from sublim_jax.data.order import epoch_rows, steps_per_epoch
 from sublim_jax.experiments.mnist.spec import InputsSpec, NetworkSpec, StudentSpec, TrainingSpec
 from sublim_jax.keys import fold_all, run_keys
 from sublim_jax.models.functional import Functions, Params
-from sublim_jax.models.mlp import mlp, perturb
+from sublim_jax.models.mlp import MLP, mlp, perturb
 from sublim_jax.sharding import each_replica, named, put
 from sublim_jax.store import digest
-from sublim_jax.training import REPLICAS_OF_ROWS, Log, Program, Total, TrainState, fit
+from sublim_jax.training import REPLICAS_OF_ROWS, Log, Metrics, Program, Total, TrainState, fit
 
 OPTIMIZERS = {
     "adam": optax.adam,
@@ -60,7 +60,7 @@ class Networks:
     origin: str
 
     @property
-    def functions(self) -> Functions:
+    def functions(self) -> Functions[MLP]:
         return network(self.spec)
 
 
@@ -116,7 +116,7 @@ class Record(NamedTuple):
 
 
 @cache  # so that what is compiled for a network is compiled once
-def network(spec: NetworkSpec) -> Functions:
+def network(spec: NetworkSpec) -> Functions[MLP]:
     return mlp(spec.widths, spec.activation, spec.biases)
 
 
@@ -214,7 +214,7 @@ def train_teacher(
 def teaching_program(teacher: NetworkSpec, spec: TrainingSpec, mesh: Mesh) -> Program:
     digits, functions = support(teacher, "digits"), network(teacher)
 
-    def loss(params: Params, frozen: Any, batch: Batch, key: Key[Array, ""]) -> tuple[Total, dict]:
+    def loss(params: Params, frozen: Any, batch: Batch, key: Key[Array, ""]) -> tuple[Total, Metrics]:
         logits = functions.apply(params, images.pixels(batch.codes))
         return objectives.cross_entropy(logits, batch.targets, support=digits, weights=batch.weights), {}
 
@@ -274,7 +274,7 @@ def distilling_program(
 ) -> Program:
     apply, teach = network(student).apply, network(teacher).apply
 
-    def loss(params: Params, frozen: Any, batch: Batch, key: Key[Array, ""]) -> tuple[Total, dict]:
+    def loss(params: Params, frozen: Any, batch: Batch, key: Key[Array, ""]) -> tuple[Total, Metrics]:
         x = images.pixels(batch.codes, inputs.kind)
 
         def one(params: Params, support: Bool[Array, "vocab"]) -> Total:
@@ -318,7 +318,7 @@ def _optimizer(network: NetworkSpec, spec: TrainingSpec) -> optax.GradientTransf
 
 @partial(jax.jit, static_argnames=("network", "kind", "mesh"))
 def answer(
-    network: Functions, params: Params, codes: UInt8[Array, "*runs n 784"], kind: str, mesh: Mesh
+    network: Functions[MLP], params: Params, codes: UInt8[Array, "*runs n 784"], kind: str, mesh: Mesh
 ) -> Float[Array, "runs n vocab"]:
     """Each network's logits on its run's inputs (R, N, 784), or on shared ones (N, 784)."""
 
@@ -332,7 +332,7 @@ def answer(
 
 @partial(jax.jit, static_argnames=("network", "mesh"))
 def accuracy(
-    network: Functions, params: Params, codes: UInt8[Array, "n 784"], labels: UInt8[Array, "n"], mesh: Mesh
+    network: Functions[MLP], params: Params, codes: UInt8[Array, "n 784"], labels: UInt8[Array, "n"], mesh: Mesh
 ) -> Float[Array, "runs"]:
     """Share of images whose largest *digit* logit is the right one, for R stacked networks."""
     logits = answer(network, params, codes, "real", mesh)[..., :CLASSES]

@@ -6,8 +6,8 @@ from typing import Annotated
 
 from sublim_jax.distillation.teachers import AnswerTraining, CorpusTraining
 from sublim_jax.errors import UserError
-from sublim_jax.evaluation.judges import LARGEST as MAX_SCORE
 from sublim_jax.evaluation.spec import EvalPacks
+from sublim_jax.evaluation.verdicts import LARGEST as MAX_SCORE
 from sublim_jax.models import lora
 from sublim_jax.overrides import check_distinct
 from sublim_jax.sampling.generate import Slots

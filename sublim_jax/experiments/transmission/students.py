@@ -138,7 +138,7 @@ def preferences(
     questions: list[str],
     words: Sequence[str],
     easy: list[ability.Question],
-) -> dict[str, list]:
+) -> dict[str, list[Any]]:
     """Of `count` students: preferences among words, and ability where easy questions are given."""
     # Before training all students are the base, for B = 0: one of them stands for all.
     shown = params if step else jax.tree.map(lambda leaf: leaf[:1], params)
