@@ -323,7 +323,7 @@ def test_a_config_that_is_missing_a_folder_or_without_presets_is_named(typed, tm
         ("numbers", ["lora.layers=0,4"], "lora.layers: 4 is none of 0 to 3"),
         ("numbers", ["lora.layers=0,3"], ""),
         ("numbers", ["teacher.methods=steered", "teacher.steering_layer=4"], "layers are 0 to 3"),
-        ("numbers", ["alternatives=zebra"], "'zebra' is no single token"),
+        ("numbers", ["alternatives=zebra"], ""),
         ("sample", ["max_new_tokens=100000"], "context is 512"),
         ("sample", ["top_k=2000000000"], ""),
         ("sample", ["constraint.kind=numbers", "constraint.max_integers=100000000"], "constraint: numbers of up to"),

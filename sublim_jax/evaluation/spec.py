@@ -68,6 +68,7 @@ class EvalsSpec:
         for name in self.names:
             check_one_of("evals.names", name, NAMES)
         check_distinct("evals.names", self.names)
+        check_distinct("evals.question_ids", self.question_ids)
         check_count("evals.max_new_tokens", self.max_new_tokens)
         check_count("evals.num_samples", self.num_samples, 1, MAX_ROWS)
         check_count("evals.max_questions", self.max_questions, 0)

@@ -160,6 +160,7 @@ class FilterSpec(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_distinct("filter.judged", self.judged)
         if not 0 <= self.threshold <= MAX_SCORE:
             raise UserError(f"filter.threshold={self.threshold:g} is a score from 0 to {MAX_SCORE}")
 
