@@ -27,7 +27,7 @@ def run_here(*words, signals=False):
       signals: it hears them.
     """
     out, errors = io.StringIO(), io.StringIO()
-    first, cached = jax.devices()[:1], jax.config.read("jax_enable_compilation_cache")
+    first, cached = jax.devices()[:1], jax.config.values["jax_enable_compilation_cache"]
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
         patch.setattr(jax, "devices", lambda *_: first)
         if not signals:
