@@ -176,7 +176,7 @@ def test_every_flag_has_help():
 def test_preflight_compiles_the_steps_and_runs_nothing(tmp_path):
     result = launch("--config=configs/mnist.py:paper", "--preflight=local", f"--workdir={tmp_path / 'work'}")
     assert result.returncode == 0, result.stderr
-    assert "teachers, 10 runs at once" in result.stdout and "students, 6 a run" in result.stdout
+    assert "teachers, 10 runs at once" in result.stdout and "students, 4 a run" in result.stdout
     assert "optimiser" in result.stdout and "× the model's own" in result.stdout
     assert not (tmp_path / "work").exists()
 

@@ -72,7 +72,7 @@ TEXTS = ("-1", "0", "10", HUGE, "", "None", "word", "5.5", "word,", "word, other
 # 0 says "none" or "all" of these, or is a number like others.
 ZERO = re.compile(
     r"seed|rank|clip|warmup|noise|constraint\.m|max_questions|per_minute|layer|scale|log_ratio|threshold|min_mass"
-    r"|init_distance|top_k|min_p|tensor|temperature|max_value|distances"
+    r"|init_distance|top_k|min_p|tensor|temperature|max_value|distances|student\.width|student\.depth|spread"
 )
 NEGATIVE = re.compile(r"mesh\.|steps\.(min|max)|steering_scale")  # a number below 0 is one like others
 TWINS = re.compile(r"(^|\.)arm\.(?!soft\.|cross\.)|^plan\.(?!mnist\.)")  # as others of their kind

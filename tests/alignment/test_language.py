@@ -13,8 +13,8 @@ from sublim_jax.experiments.alignment.verdicts import AS_PREDICTED, OUTSIDE
 def test_all_parameters_and_adapters_are_as_predicted_and_the_controls_fail(
     tmp_path, tiny_folder, command, monkeypatch
 ):
-    given = [f"--config.model.name={tiny_folder}", "--config.num_integers=3", "--config.steps.num=7"]
-    given += ["--config.steps.min=-5.5", "--config.steps.max=-2"]  # its weights are large: far from linear above
+    given = [f"--config.model.name={tiny_folder}", "--config.num_integers=3", "--config.steps.num=11"]
+    given += ["--config.steps.min=-7", "--config.steps.max=-2"]  # its weights are large: far from linear above
     given = ["--config=configs/theorem.py:language_model", *given, f"--workdir={tmp_path}"]
     assert command(*given)[0] == 0
     arms = json.loads((tmp_path / "results.json").read_text())["arms"]

@@ -24,7 +24,7 @@ def load(
         pack: object = files.json_of(files.text_of(path, needed, "pack"), f"pack {path}", needed)
     else:
         pack = json.loads((resources.files(__name__) / f"{name}.json").read_text("utf-8"))
-    lists: dict[str, list[str]] = {}
+    lists: dict[str, list[str]] = {**pack} if isinstance(pack, dict) else {}
     for field, words in fields.items():
         if field in optional and isinstance(pack, dict) and field not in pack:
             continue
