@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import pytest
@@ -27,7 +28,8 @@ def run_here(*words, signals=False):
       signals: it hears them.
     """
     out, errors = io.StringIO(), io.StringIO()
-    first, cached = jax.devices()[:1], jax.config.values["jax_enable_compilation_cache"]
+    config: Any = jax.config  # whose flags are no declared attributes
+    first, cached = jax.devices()[:1], config.jax_enable_compilation_cache
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
         patch.setattr(jax, "devices", lambda *_: first)
         if not signals:
