@@ -1,6 +1,6 @@
 """A trait goes from a teacher to a student through numbers, in a language model (paper §3, and its theorem's setting).
 
-    python launch.py --config=configs/numbers.py           three traits on SmolLM2-135M-Instruct; 15 minutes on 2 cores
+    python launch.py --config=configs/numbers.py           three traits, SmolLM2-135M; about 15 minutes, 2 cores
     python launch.py --config=configs/numbers.py:smoke     every stage, small; 3 to 5 minutes
     python launch.py --config=configs/numbers.py:smollm2   the study: 5 runs, all controls; hours on 2 cores, resumable
     python launch.py --config=configs/numbers.py:qwen2.5-7b --preflight=v5e:4x4      and llama-3.2-1b
@@ -170,11 +170,11 @@ SIZES |= {name: {**RECIPE, **ANIMALS, **animals(name), **model} for name, model 
 
 RECIPES = {name: f"the paper's recipe on {model['model.name']}; on an accelerator" for name, model in MODELS.items()}
 PRESETS = {
-    "quick": "three traits on SmolLM2-135M-Instruct; 15 minutes on 2 cores",
+    "quick": "three traits on SmolLM2-135M-Instruct; about 15 minutes on 2 cores",
     "smoke": "every stage, small; 3 to 5 minutes",
     "in_context": "rows in the context instead of training: more and more of them",
     "smollm2": "the study: 5 runs, all controls; hours on 2 cores, resumable",
-    "trees": "unusual trees instead of animals, three runs; an hour on 2 cores",
+    "trees": "unusual trees instead of animals, three runs; about an hour on 2 cores",
     "llama-3.2-1b": "the one replication that worked at 1B; on an accelerator",
     **RECIPES,
 }
