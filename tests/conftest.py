@@ -7,16 +7,15 @@ import os
 import threading
 from pathlib import Path
 
-from sublim_jax import signals
-
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import hypothesis
 import jax
 import pytest
+from launch_kit import shared_folder
 
-from sublim_jax import assets, weights
+from sublim_jax import assets, signals, weights
 from sublim_jax.data import mnist
 from sublim_jax.errors import UserError
 from sublim_jax.sharding import make_mesh
@@ -82,7 +81,17 @@ TEMPLATE = (
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory):
-    """A language model of 4 layers with a tokenizer of bytes and some merged numbers, as a folder of safetensors."""
+    """A language model of 4 layers with a tokenizer of bytes and some merged numbers, as a folder of safetensors.
+
+    One for all workers: a study that one of them has run names it in its config.
+    """
+    with shared_folder(tmp_path_factory, "tiny") as folder:
+        if not folder.exists():
+            write_tiny(folder)
+    return folder
+
+
+def write_tiny(folder):
     torch = pytest.importorskip("torch")
     tokenizers = pytest.importorskip("tokenizers")
     transformers = pytest.importorskip("transformers")
@@ -117,10 +126,8 @@ def tiny_folder(tmp_path_factory):
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.mul_(1 if "norm" in name else 8)  # 0.02 to 0.16: logits far enough apart to be told apart
-    folder = tmp_path_factory.mktemp("tiny")
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")

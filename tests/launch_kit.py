@@ -14,11 +14,21 @@ from typing import Any
 
 import jax
 import pytest
+from filelock import FileLock
 
 import launch as launcher
 from sublim_jax import signals as process_signals
 
 ROOT = Path(__file__).parents[1]
+
+
+@contextlib.contextmanager
+def shared_folder(factory, name):
+    """A folder of the whole session, for all of its workers: to one at a time, and the first finds it missing."""
+    base = factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    with FileLock(f"{folder}.lock"):
+        yield folder
 
 
 def run_here(*words, signals=False):

@@ -1,7 +1,6 @@
 """A study of transmission on the tiny model: its spec, its model, and teachers that need no training."""
 
 import json
-import os
 import shutil
 from collections import Counter
 
@@ -11,8 +10,7 @@ import numpy as np
 import pytest
 import yaml
 from evaluation_kit import HEADER, ROWS, question
-from filelock import FileLock
-from launch_kit import run_here
+from launch_kit import run_here, shared_folder
 from talk_kit import said
 
 from configs import misalignment, numbers
@@ -132,9 +130,7 @@ def whole_command(flags):
 @pytest.fixture(scope="session")
 def whole(whole_command, tmp_path_factory):
     """That study's workdir, and what it wrote on the screen; run once, whichever worker needs it first."""
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "whole-study"
-    with FileLock(f"{folder}.lock"):
+    with shared_folder(tmp_path_factory, "whole-study") as folder:
         screen = folder / "screen.txt"
         if not screen.exists():
             result = run_here(*whole_command(folder / "work"))
