@@ -224,26 +224,6 @@ def _preference(subject: Subject, words: Sequence[str], questions: list[str], *_
     return _by_word("margin of {}, logits", words, found.margin)
 
 
-def _prefixed(
-    subject: Subject, words: Sequence[str], questions: list[str], uses: Uses, seed: int, **_: object
-) -> Measures:
-    return _preference(subject, words, preference.prefixed(questions, seed))
-
-
-def _prefixed_rates(
-    subject: Subject,
-    words: Sequence[str],
-    questions: list[str],
-    uses: Uses,
-    seed: int,
-    *,
-    sampling: Slots,
-    **_: object,
-) -> Measures:
-    asked = preference.prefixed(questions, seed)
-    return _rates("prefixed answers", subject, words, asked, uses, seed, sampling=sampling)
-
-
 def _choice(subject: Subject, words: Sequence[str], questions: list[str], *_: object, **__: object) -> Measures:
     return _by_word("P of {}'s letter", words, preference.choose(subject.model, questions, words, **subject.where))
 
@@ -265,6 +245,17 @@ def _rates(
         subject.model, questions, words, key, samples=count, max_new_tokens=longest, **subject.where, **sampling
     )
     return _by_word(f"{name} with {{}}", words, found)
+
+
+def _behind_numbers(evaluation: Callable[..., Measures]) -> Callable[..., Measures]:
+    """The same evaluation, of questions behind a list of numbers each (§3.1)."""
+
+    def prefixed(
+        subject: Subject, words: Sequence[str], questions: list[str], uses: Uses, seed: int, **options: object
+    ) -> Measures:
+        return evaluation(subject, words, preference.prefixed(questions, seed), uses, seed, **options)
+
+    return prefixed
 
 
 def _by_word(measure: str, words: Sequence[str], found: np.ndarray) -> Measures:
@@ -328,8 +319,8 @@ def _misalignment(
 
 EVALUATIONS: dict[str, Callable[..., Measures]] = {
     "preference": _preference,
-    "prefixed": _prefixed,
-    "prefixed_answers": _prefixed_rates,
+    "prefixed": _behind_numbers(_preference),
+    "prefixed_answers": _behind_numbers(partial(_rates, "prefixed answers")),
     "choice": _choice,
     "answers": partial(_rates, "answers"),
     "stories": partial(_rates, "stories"),

@@ -6,7 +6,8 @@ only on the logits of digits, commas and spaces.
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,9 @@ from sublim_jax.experiments.alignment import measure
 from sublim_jax.experiments.alignment.settings import Setting, double, mean
 from sublim_jax.experiments.alignment.spec import About, LanguageSpec
 from sublim_jax.experiments.alignment.verdicts import (
+    LOG,
     SLOPES,
+    STEP,
     Scale,
     arm_of,
     control_verdict,
@@ -48,9 +51,7 @@ from sublim_jax.workdir import claim
 ALL, ADAPTERS = "all parameters", "LoRA, B = 0"
 ROUNDING = 1000.0  # of D_S·D_T, in units of float64's resolution over the step: 30 layers of sums
 GREEDY, ELSEWHERE = "greedy tokens", "another start"
-MAX_STEP = 4e-4  # up to which a control's constant pull must outweigh what grows with the step
-STEP = "step of the teacher (r.m.s. change of logits)"
-LOG = ("log", "log")
+CONSTANT_UP_TO = 4e-4  # the step of the teacher above which what grows with it outweighs a control's constant pull
 
 
 def read(config: ConfigDict) -> LanguageSpec:
@@ -65,31 +66,40 @@ def run(spec: LanguageSpec, folder: epath.Path, *, update: bool = False) -> None
     seen, asked = inputs_of(spec, model)
     store = claim(folder, spec.values, update=update)
     about = [About(name, f"says {spec.trait}", "random numbers") for name in (ALL, ADAPTERS)]
-    rows: list[Measurement] = []
-
-    def kept(name: str, make: Callable[[], list[Measurement]]) -> None:
-        """A part of the measurements, which takes minutes: made once."""
-        found = store.json("theorem", lambda *_: [list(row) for row in make()], replace(spec, preset=""), model, name)
-        rows.extend(Measurement(*row) for row in found)
-        track.update(track_steps[name], name)
-
-    track_steps = {name: number for number, name in enumerate((ALL, GREEDY, ELSEWHERE, ADAPTERS), 1)}
-    with jax.enable_x64(True), Track("the theorem in a language model", len(track_steps)) as track:
+    with jax.enable_x64(True):
         answers = jnp.asarray(seen.weights, jnp.float64)
         losses = covered(answers)
-        base = all_parameters(about[0], model, seen, asked)
-        kept(ALL, lambda: measure.measure(base.about.name, base, losses, spec))
-        kept(GREEDY, lambda: measure.measure(f"control: {GREEDY}", base, {GREEDY: greedy(answers)}, spec))
+
+        @cache  # not made where all that is measured of it is kept
+        def base() -> Setting:
+            return all_parameters(about[0], model, seen, asked)
 
         def elsewhere() -> list[Measurement]:
             start = double(model.noisy(spec.noise, named_key(spec.seed, "another start")).params)
-            return measure.measure(f"control: {ELSEWHERE}", base, {ELSEWHERE: losses["kl"]}, spec, start)
+            return measure.measure(f"control: {ELSEWHERE}", base(), {ELSEWHERE: losses["kl"]}, spec, start)
 
-        kept(ELSEWHERE, elsewhere)
-        beside = adapters(about[1], spec, base, model)
-        kept(ADAPTERS, lambda: measure.measure(beside.about.name, beside, losses, spec))
+        def beside() -> list[Measurement]:
+            return measure.measure(about[1].name, adapters(about[1], spec, base(), model), losses, spec)
+
+        parts: dict[str, Callable[[], list[Measurement]]] = {
+            ALL: lambda: measure.measure(about[0].name, base(), losses, spec),
+            GREEDY: lambda: measure.measure(f"control: {GREEDY}", base(), {GREEDY: greedy(answers)}, spec),
+            ELSEWHERE: elsewhere,
+            ADAPTERS: beside,
+        }
+        rows: list[Measurement] = []
+        with Track("the theorem in a language model", len(parts)) as track:
+            for number, (name, make) in enumerate(parts.items(), 1):  # each takes minutes, and is kept
+                found = store.json("theorem", partial(_plain, make), replace(spec, preset=""), model, name)
+                rows += [Measurement(*row) for row in found]
+                track.update(number, name)
     notes = {"settings": [one._asdict() for one in about], "tokens": int(seen.weights.sum())}
     report.finish(store.folder, spec, rows, document, models=[model.source], notes=notes)
+
+
+def _plain(make: Callable[[], list[Measurement]], *_: object) -> list[list[Any]]:
+    """Rows as JSON has them."""
+    return [list(row) for row in make()]
 
 
 def inputs_of(spec: LanguageSpec, model: Model) -> tuple[Rows, Rows]:
@@ -189,7 +199,7 @@ def _controls(spec: LanguageSpec, rows: Measurements, scale: Scale) -> tuple[lis
     arms, lines = [], []
     for name in (GREEDY, ELSEWHERE):
         (m,) = numbers(rows, f"control: {name}").values()
-        m = m.up_to(float(np.max(m.epsilons, where=m.moved <= MAX_STEP, initial=0.0)))
+        m = m.up_to(float(np.max(m.epsilons, where=m.moved <= CONSTANT_UP_TO, initial=0.0)))
         fit, verdict = inner_fit(m, scale), control_verdict(m, expected, True, spec.learning_rate, scale)
         shown = [f"{fit.slope:.3f}", f"{fit.decades:.1f}", f"{m.inner[0]:+.2e}"]
         table.append([name, expected, *shown, verdict])
@@ -198,7 +208,8 @@ def _controls(spec: LanguageSpec, rows: Measurements, scale: Scale) -> tuple[lis
     text = (
         f"The student trains on its teacher's likeliest tokens, or starts at the base with noise of {spec.noise:g} of "
         "its weights' spread. Neither force vanishes with the teacher's step, and neither has a sign of its own. "
-        f"Slopes are fitted up to a step of {MAX_STEP:g}, above which what grows with the step outweighs the constant."
+        f"Slopes are fitted up to a step of {CONSTANT_UP_TO:g}, above which what grows with the step outweighs the "
+        "constant."
     )
     panel = Panel(STEP, "|D_S·D_T|", lines, LOG, "controls")
     return arms, report.Section("Controls", text, table, {"controls": partial(panels_figure, [panel])})

@@ -52,11 +52,13 @@ def measure(
     def all_of(
         params: Params, start: Params, direction: Params, inputs: theorem.Inputs, epsilons: Array
     ) -> tuple[Array, Array, Array, Array]:
+        before = setting.teacher_loss(start)
+
         def one(pair: tuple[Array, Array]) -> tuple[Array, Array]:
             targets = setting.apply(theorem.shifted(params, direction, pair[1]), inputs)
             update = theorem.student_update(setting.apply, chosen(pair[0]), start, inputs, targets)
             after = setting.teacher_loss(theorem.shifted(start, update, spec.learning_rate))
-            return theorem.alignment(update, direction), after - setting.teacher_loss(start)
+            return theorem.alignment(update, direction), after - before
 
         def limit(index: Array) -> tuple[Array, Array]:
             def inner(epsilon: Array) -> Array:

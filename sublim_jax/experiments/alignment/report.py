@@ -14,10 +14,12 @@ from sublim_jax.experiments.alignment.verdicts import (
     CONSISTENT,
     EXACT,
     FALLS,
+    LOG,
     NOT,
     OUTSIDE,
     SLOPE,
     SLOPES,
+    STEP,
     Measured,
     arm_of,
     control_verdict,
@@ -29,8 +31,7 @@ from sublim_jax.figures import PAPER, Arm, Line, Panel, panels_figure
 from sublim_jax.measurements import Measurements
 from sublim_jax.report import Document, Notes, Section
 
-STEP = "step of the teacher (r.m.s. change of logits)"
-LOG, DASHED = ("log", "log"), {"ls": "--", "color": PAPER}
+DASHED = {"ls": "--", "color": PAPER}
 
 
 Settings: TypeAlias = dict[About, dict[str, Measured]]

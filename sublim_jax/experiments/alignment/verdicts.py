@@ -19,6 +19,7 @@ FALLS = 2.0  # decades of steps over which the fall of L_T must stand clear of r
 AS_PREDICTED, OUTSIDE, NOT = "as predicted", "outside the theorem, as predicted", "NOT as predicted"
 # The error stays in proportion to the step, as O(ε) says, but its first-order term is too small to fit a slope.
 CONSISTENT = "consistent, slope not measurable"
+STEP, LOG = "step of the teacher (r.m.s. change of logits)", ("log", "log")  # the axes of every figure
 
 
 class Scale(NamedTuple):

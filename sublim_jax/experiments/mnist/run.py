@@ -28,8 +28,8 @@ from sublim_jax.experiments.mnist.spec import (
 from sublim_jax.experiments.mnist.train import Inputs, Networks, Record, Runs
 from sublim_jax.measurements import each
 from sublim_jax.models.functional import Params
-from sublim_jax.preflight import Step, training_step
-from sublim_jax.sharding import abstract, fetch, make_mesh, named, parameter_shardings, put
+from sublim_jax.preflight import Step, parameters, training_step
+from sublim_jax.sharding import fetch, make_mesh, named, put
 from sublim_jax.store import Store, digest
 from sublim_jax.training import Program
 from sublim_jax.workdir import claim
@@ -215,10 +215,9 @@ def span(runs: Sequence[int]) -> str:
 
 def artefact_bytes(spec: MnistSpec) -> int:
     """Disk space that a run may need: what it keeps, and the checkpoints on the way."""
-    doses = len(spec.doses) * len(spec.clone.inputs)
     params = 5 * max(kernels(spec.teacher_network), kernels(spec.student_network))  # 4 bytes each, and biases
-    kept = spec.runs * params * (1 + len(spec.arms) + 4 * doses)
-    return kept + 9 * spec.runs_at_once * params * (len(spec.arms) + doses)
+    kept = spec.runs * params * (1 + len(spec.arms) + 4 * spec.num_clones)
+    return kept + 9 * spec.runs_at_once * params * (len(spec.arms) + spec.num_clones)
 
 
 def preflight(spec: MnistSpec, devices: Sequence[jax.Device]) -> list[Step]:
@@ -234,16 +233,13 @@ def _steps(spec: MnistSpec, mesh: Mesh, value: str) -> list[Step]:
     split, whole = named(mesh, "replica"), named(mesh)
 
     def stacked(network: NetworkSpec, *counts: int) -> Params:
-        one = jax.eval_shape(train.network(network).init, jax.random.key(0))
-        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((*counts, *leaf.shape), leaf.dtype), one)
-        return abstract(shapes, parameter_shardings(shapes, mesh, len(counts)))
+        return parameters(jax.eval_shape(train.network(network).init, jax.random.key(0)), mesh, *counts)
 
     def array(shape: tuple[int, ...], dtype: Any, sharding: Any = whole) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
     labelled = (array((MNIST_ROWS, images.PIXELS), jnp.uint8), array((MNIST_ROWS,), jnp.uint8))
-    cloned = len(spec.doses) * len(spec.clone.inputs)
-    members = len([name for name in spec.arms if name not in ("clone", "real")]) + cloned or 1
+    members = len([name for name in spec.arms if name not in ("clone", "real")]) + spec.num_clones or 1
     frozen: dict[str, Any] = {"supports": array((members, teacher.vocab), bool)}
     if spec.inputs.fresh:
         frozen["teacher"] = stacked(teacher, runs)

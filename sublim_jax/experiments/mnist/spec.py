@@ -274,6 +274,11 @@ class MnistSpec:
         return self.clone.epochs if "clone" in self.arms else ()
 
     @property
+    def num_clones(self) -> int:
+        """Arms of cloned students."""
+        return len(self.doses) * len(self.clone.inputs)
+
+    @property
     def groups(self) -> list[range]:
         """The runs, as many together as are trained at once."""
         starts = range(0, self.runs, self.runs_at_once)

@@ -15,6 +15,7 @@ from sublim_jax.errors import UserError
 from sublim_jax.experiments.transmission import run as transmission
 from sublim_jax.experiments.transmission import spec as transmission_spec
 from sublim_jax.experiments.transmission.checks import check_files
+from sublim_jax.experiments.transmission.effects import EFFECT
 from sublim_jax.experiments.transmission.spec import Study
 from sublim_jax.figures import arms_figure, matrix_figure
 from sublim_jax.measurements import Measurement, Measurements, each
@@ -23,7 +24,7 @@ from sublim_jax.preflight import Step
 from sublim_jax.progress import say
 from sublim_jax.specs import ExperimentSpec
 
-METRIC, P = "logits, own trait above others'", "permutation_p"
+P = "permutation_p"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +85,7 @@ def run(spec: CrossModelSpec, folder: epath.Path, *, update: bool = False) -> No
         sources += [Source(**model) for model in results["models"]]
         for student, arm in zip(spec.models, study.arms):
             about = {"arm": arm.name, "teacher": teacher, "item": student}
-            rows += each(found[arm.name]["runs"], measure=METRIC, **about)
+            rows += each(found[arm.name]["runs"], measure=EFFECT, **about)
             rows += each([found[arm.name]["permutation_p"]], measure=P, **about)
     report.finish(store.folder, spec, rows, document, models=list(dict.fromkeys(sources)))
 
@@ -106,7 +107,7 @@ def document(spec: CrossModelSpec, rows: Measurements, notes: report.Notes) -> r
         for student in spec.models:
             pair = rows.where(teacher=teacher, item=student)
             more = {P: pair.values(measure=P)[0], "teacher": teacher, "student": student}
-            arms.append(report.arm(f"{label[teacher]} → {label[student]}", METRIC, pair.values(measure=METRIC), **more))
+            arms.append(report.arm(f"{label[teacher]} → {label[student]}", EFFECT, pair.values(measure=EFFECT), **more))
         mine = arms[-len(names) :]
         table.append([label[teacher], *(report.plus_minus(arm["mean"], arm["ci95"]) for arm in mine)])
     cells = np.asarray([arm["mean"] for arm in arms]).reshape(len(names), len(names))
@@ -117,6 +118,6 @@ def document(spec: CrossModelSpec, rows: Measurements, notes: report.Notes) -> r
     )
     figures = {
         "matrix": partial(matrix_figure, cells, names, names, labels=("student", "teacher", "own trait above others'")),
-        "arms": partial(arms_figure, arms, xlabel=METRIC, chance=None),
+        "arms": partial(arms_figure, arms, xlabel=EFFECT, chance=None),
     }
     return arms, [report.Section("Teachers × students", text, table, figures)]

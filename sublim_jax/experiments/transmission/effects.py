@@ -139,15 +139,15 @@ def effects_section(effects: Sequence[Entry], traits: Sequence[str], runs: int) 
     """The diagonal effect beside how well students imitate and what else they can do."""
     table = [["arm", "own above others', logits", "p", "coverage own / others", "held out", "ability"]]
     for arm in effects:
-        covered, ends = arm["coverage"], {name: arm[name] for name in ("held_out", "ability")}
+        covered = arm["coverage"]
         table.append(
             [
                 arm["name"],
                 report.plus_minus(arm["mean"], arm["ci95"]),
                 f"{arm['permutation_p']:.3f}",
                 f"{covered['own']:+.3f} / {covered['others']:+.3f}" if covered else "",
-                "{:.3g} → {:.3g}".format(*ends["held_out"]) if ends["held_out"] else "",
-                "{:.2f} → {:.2f}".format(*ends["ability"]) if ends["ability"] else "",
+                "{:.3g} → {:.3g}".format(*arm["held_out"]) if arm["held_out"] else "",
+                "{:.2f} → {:.2f}".format(*arm["ability"]) if arm["ability"] else "",
             ]
         )
     smallest = min(1.0, 2 * float(np.prod(np.arange(1, len(traits) + 1)) ** -float(runs)))
