@@ -423,6 +423,12 @@ def test_a_file_without_a_tokenizer_is_told(tmp_path):
         weights.load(path)
 
 
+def test_a_name_that_would_break_a_message_is_refused_in_one_line(small, tmp_path):
+    path = write(tmp_path / "model.gguf", "llama", {**small[0], "llama.\nwindow": 5}, small[1])
+    with pytest.raises(UserError, match=r"truncated or no GGUF file \(the name 'llama.\\nwindow' at byte \d+\)"):
+        weights.load(path)
+
+
 @given(st.data())
 def test_whatever_stands_in_a_header_ends_in_a_model_or_in_one_line(small, tmp_path_factory, data):
     path = tmp_path_factory.mktemp("broken") / "model.gguf"

@@ -199,13 +199,13 @@ class _Head:
         tensors, fields = self._unpack("QQ")
         values: dict[str, Value] = {}
         for _ in range(fields):
-            name = self._text()
+            name = self._name()
             if name in values:
                 raise UserError(f"{self._path} has the field {name} twice; convert the model again")
             values[name] = self._value(*self._unpack("I"))
         infos = []
         for _ in range(tensors):
-            name, (axes,) = self._text(), self._unpack("I")
+            name, (axes,) = self._name(), self._unpack("I")
             shape = tuple(reversed(self._unpack(f"{axes}Q")))
             infos.append(_Info(name, shape, *self._unpack("IQ")))
         return values, infos
@@ -221,6 +221,12 @@ class _Head:
             raise ValueError(f"a text of {length} bytes at byte {self.at} goes past its end")
         self.at += length
         return self._data[self.at - length : self.at].decode()
+
+    def _name(self) -> str:
+        start, name = self.at, self._text()
+        if not name.isprintable():  # messages show names, in one line
+            raise ValueError(f"the name {name!r:.60} at byte {start}")
+        return name
 
     def _value(self, kind: int) -> Value:
         if kind == STRING:
