@@ -4,13 +4,16 @@
     python launch.py --config=configs/mnist.py[:preset] --describe      what the config is, and what its values mean
 
 Exit code 0: done. 2: a mistake in what was asked, told in one line before any compute. 143: stopped by a signal,
-state saved; the same command goes on from there.
+state saved; the same command goes on from there. 1: another process of the run was lost; the same command goes on
+from the last checkpoint.
 """
 
 import difflib
 import os
 import re
 import sys
+import time
+import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -21,7 +24,7 @@ from absl import app, flags
 from etils import epath
 from ml_collections import ConfigDict
 
-from sublim_jax import describe, experiments, overrides, preflight, renamed, report, signals
+from sublim_jax import cluster, describe, experiments, overrides, preflight, renamed, report, signals
 from sublim_jax.assets import cache_folder
 from sublim_jax.errors import Interrupted, UserError
 from sublim_jax.experiments import EXPERIMENTS
@@ -57,6 +60,7 @@ _FLAGS = (_CONFIG, _WORKDIR, _UPDATE, _PREFLIGHT, _REPORT, _DESCRIBE, _COORDINAT
 _NAMES = tuple(flag.name for flag in _FLAGS)
 
 NO_SPACE = "no space left on the disk; free some and give the same command again, it goes on from here"
+LOST = "another process of this run has ended or cannot be reached; the same command goes on from the last checkpoint"
 NO_MEMORY = "there is not enough memory ({}); ask for less at once, or run on more or larger devices"
 
 
@@ -64,21 +68,25 @@ def run(args: Sequence[str]) -> int:
     """The whole command, with the program's name in front or without it; its exit code."""
     if not flags.FLAGS["verbosity"].present:
         absl.logging.set_verbosity(absl.logging.WARNING)
+    watch = cluster.Watch(fail)
     try:
-        main(args)
+        main(args, watch)
+        return 0
     except UserError as error:
-        return fail(str(error))
+        line, code = str(error), 2
     except Interrupted as stop:
         say(f"{stop}; the same command goes on from the last checkpoint")
         return 143
-    except (OSError, ValueError, RuntimeError, MemoryError) as error:  # what a machine lacks, libraries say in each
-        if not (text := lacking(error)):
-            raise
-        return fail(text)
-    return 0
+    except Exception as error:
+        line, code = told(error)
+    finally:
+        watch.stop()
+    fail(line)
+    cluster.end_all(line, code)
+    return code
 
 
-def main(args: Sequence[str]) -> None:
+def main(args: Sequence[str], watch: cluster.Watch) -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it advises to install PyTorch
     typed = parse(args)
     if _REPORT.value:
@@ -92,7 +100,8 @@ def main(args: Sequence[str]) -> None:
     renamed.check(f"--config={config_file()}", config)
     if _PREFLIGHT.value is not None:
         return compile_only(experiment, config, _PREFLIGHT.value)
-    join_cluster()  # before anything asks JAX for its devices
+    cluster.join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)  # before anything asks JAX for its devices
+    watch.start()
     name = Path(config_file()).stem
     folder = epath.Path(_WORKDIR.value or f"runs/{name}-{config.get('preset', '')}").expanduser()
     spec = experiment.read(config)
@@ -112,6 +121,19 @@ def write_report_again(typed: Mapping[str, object]) -> None:
     report.rewrite(folder, experiment.read(config), experiment.document)
 
 
+def told(error: Exception) -> tuple[str, int]:
+    """The line and the exit code of an error that is no `UserError`. Raises it where it is a defect of ours."""
+    if isinstance(error, OSError | ValueError | RuntimeError | MemoryError) and (line := lacking(error)):
+        return line, 2
+    if cluster.lost(error):
+        time.sleep(4 * cluster.LOOK)  # if it has left a line, that is the one to say
+        return LOST, 1
+    if not cluster.joined():
+        raise error
+    traceback.print_exception(error)
+    return f"process {jax.process_index()} has ended with {type(error).__name__}, which it wrote of", 1
+
+
 def lacking(error: Exception) -> str:
     """What the machine has too little of, or what of it cannot be used; empty for any other error."""
     text = str(error)
@@ -126,9 +148,8 @@ def lacking(error: Exception) -> str:
     return ""
 
 
-def fail(text: str) -> int:
+def fail(text: str) -> None:
     print(f"launch.py: {' '.join(text.split())}", file=sys.stderr)
-    return 2
 
 
 # ------------------------------------------------------------------------------------------------ the command line
@@ -230,29 +251,6 @@ def compile_only(experiment: ModuleType, config: ConfigDict, topology: str) -> N
         refused += [step.name] * (found.fits is False)
     if refused:
         raise UserError(f"--preflight={topology}: no room for {'; '.join(refused)}")
-
-
-def join_cluster() -> None:
-    """Joins the processes of a TPU pod, SLURM, GKE or --coordinator; alone where there is none."""
-    if _COORDINATOR.value:
-        if _PROCESSES.value is None or _PROCESS.value is None:
-            raise UserError("--coordinator needs --num_processes and --process_id")
-        if not 0 <= _PROCESS.value < _PROCESSES.value:
-            raise UserError(
-                f"--process_id={_PROCESS.value} is none of the {_PROCESSES.value} processes, which are counted from 0"
-            )
-        if not re.fullmatch(r".+:[0-9]{1,5}", _COORDINATOR.value):
-            raise UserError(f"--coordinator={_COORDINATOR.value}: host:port is needed, such as 10.0.0.1:1234")
-        jax.distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
-        return
-    try:
-        jax.distributed.initialize()
-    except ValueError:  # no cluster here
-        return
-    except RuntimeError as error:
-        if "before any JAX calls" not in str(error):
-            raise
-        return  # a notebook, or a test, which has used JAX alone before
 
 
 if __name__ == "__main__":

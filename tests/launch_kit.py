@@ -68,6 +68,12 @@ def start(*words, devices=1):
     return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
+def start_two(*words, devices=1):
+    """Two processes that run the command together."""
+    join = [f"--coordinator=127.0.0.1:{free_port()}", "--num_processes=2"]
+    return [start(*words, *join, f"--process_id={number}", devices=devices) for number in range(2)]
+
+
 def finish(process, code=0):
     """Its output, once it has ended with that exit code."""
     output, _ = process.communicate()

@@ -1,0 +1,114 @@
+"""The processes of one run: joined at the start, and ended together.
+
+Where a process fails, the others wait for it in a collective for as long as they live. So it leaves the line that it
+fails with, each of the others looks for one every half second, and says it and ends as well.
+"""
+
+import contextlib
+import os
+import re
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax._src import distributed  # the store of keys of the processes, of which JAX has no public name
+
+from sublim_jax.errors import UserError
+
+FAILED = "sublim_jax/failed"
+LOOK = 0.5  # seconds between two looks for another process's failure
+SILENCE = 40  # seconds without a sign of life, after which JAX ends the processes that are left
+
+
+def join(coordinator: str | None, processes: int | None, process: int | None) -> None:
+    """Joins the processes of a TPU pod, SLURM, GKE or a coordinator; alone where there is none.
+
+    Raises UserError for a coordinator that makes no sense.
+    """
+    if coordinator:
+        _check(coordinator, processes, process)
+        jax.distributed.initialize(coordinator, processes, process, heartbeat_timeout_seconds=SILENCE)
+        return
+    try:
+        jax.distributed.initialize(heartbeat_timeout_seconds=SILENCE)
+    except ValueError:  # no cluster here
+        return
+    except RuntimeError as error:
+        if "before any JAX calls" not in str(error):
+            raise
+        return  # a notebook, or a test, which has used JAX alone before
+
+
+def _check(coordinator: str, processes: int | None, process: int | None) -> None:
+    if processes is None or process is None:
+        raise UserError("--coordinator needs --num_processes and --process_id")
+    if not 0 <= process < processes:
+        raise UserError(f"--process_id={process} is none of the {processes} processes, which are counted from 0")
+    if not re.fullmatch(r".+:[0-9]{1,5}", coordinator):
+        raise UserError(f"--coordinator={coordinator}: host:port is needed, such as 10.0.0.1:1234")
+
+
+def joined() -> bool:
+    """Whether this is one of several processes."""
+    return distributed.global_state.client is not None and (distributed.global_state.num_processes or 1) > 1
+
+
+def lost(error: Exception) -> bool:
+    """Whether it says that a process of this run cannot be reached any more."""
+    return joined() and bool(re.search(r"gloo|nccl|connection|socket|unavailable|heartbeat", str(error), re.IGNORECASE))
+
+
+class Watch:
+    """A thread that ends this process with the line that another one has failed with.
+
+    Args:
+      fail: says the line.
+    """
+
+    def __init__(self, fail: Callable[[str], None]):
+        self._fail, self._over = fail, threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+
+    def start(self) -> None:
+        """To be called once the processes are joined."""
+        if joined():
+            self._thread.start()
+
+    def stop(self) -> None:
+        """To be called before this process ends by itself."""
+        self._over.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _look(self) -> None:
+        while not self._over.wait(LOOK):
+            try:
+                code, line = _keys().key_value_try_get(FAILED).split(" ", 1)
+            except jax.errors.JaxRuntimeError:  # there is none
+                continue
+            self._fail(line)
+            _exit(int(code))
+
+
+def end_all(line: str, code: int) -> None:
+    """Leaves the line for the other processes and ends this one; where it is alone, it returns."""
+    if not joined():
+        return
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # another one was first, or the first process is gone
+        _keys().key_value_set(FAILED, f"{code} {line}")
+    time.sleep(4 * LOOK)  # the first process keeps the store, and the others read it
+    _exit(code)  # not by way of JAX's own end, which waits for processes that wait for this one
+
+
+def _keys() -> Any:
+    """The store of keys that the processes share, which JAX does not type."""
+    return distributed.global_state.client
+
+
+def _exit(code: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
