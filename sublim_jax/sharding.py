@@ -171,6 +171,17 @@ def put(tree: PyTree, sharding: NamedSharding) -> PyTree:
     return jax.tree.map(place, tree)
 
 
+def everywhere(tree: PyTree, mesh: Mesh) -> PyTree:
+    """Arrays, equal on every process, whole on every device. (`device_put` of what a host has compares it over all.)"""
+    whole = named(mesh)
+
+    def place(leaf: ArrayLike) -> jax.Array:
+        spread = isinstance(leaf, jax.Array) and (jax.process_count() == 1 or not leaf.is_fully_addressable)
+        return jax.device_put(leaf, whole) if spread else put(leaf, whole)
+
+    return jax.tree.map(place, tree)
+
+
 def place_key(key: Key[Array, "*shape"], sharding: NamedSharding) -> Key[Array, "*shape"]:
     """Typed keys, equal on every process, as a global array. (`device_put` refuses them on a mesh of several.)"""
     return jax.random.wrap_key_data(put(jax.random.key_data(key), sharding), impl=jax.random.key_impl(key))

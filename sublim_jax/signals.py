@@ -1,7 +1,8 @@
 """SIGTERM and Ctrl-C, turned into an orderly end.
 
 Outside the training loop a signal raises `Interrupted` where the program stands: artefacts are written whole
-or not at all, so nothing is lost. Inside it the loop asks `requested`, saves, and then raises.
+or not at all, so nothing is lost. Inside it the loop asks `requested`, saves, and then raises. Several processes have
+to stop at the same place: other long work asks `obey` between two parts of it.
 """
 
 import itertools
@@ -30,8 +31,32 @@ def install() -> None:
         signal.signal(number, stop)
 
 
-# The preemption service agrees on a place to stop by a number that only grows, over all loops of a process.
+# The preemption service agrees on a place to stop by a number that only grows, over all questions of a process; it
+# says so at that place alone.
 _QUESTIONS = itertools.count()
+
+
+class _Cluster:
+    heard = False
+    deferred = 0  # blocks that will act on it
+
+
+def _agreed() -> bool:
+    """Whether a process of several was told to stop; all ask at the same places and get the same answer."""
+    if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(next(_QUESTIONS)):
+        _Cluster.heard = True
+    return _Cluster.heard
+
+
+def obey() -> None:
+    """Between two parts of long work: stops there if one of several processes was told to.
+
+    Not within a `deferred` block, which acts on it. A process that is alone stops where the signal comes.
+
+    Raises Interrupted, on all processes.
+    """
+    if _agreed() and not _Cluster.deferred:
+        raise Interrupted("stopped by SIGTERM")
 
 
 class Deferred:
@@ -42,7 +67,7 @@ class Deferred:
 
     def requested(self) -> bool:
         """Whether to stop here; all processes of a cluster ask at the same places and get the same answer."""
-        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(next(_QUESTIONS)):
+        if _agreed():
             self.heard = "SIGTERM"
         return self.heard is not None
 
@@ -52,7 +77,11 @@ def deferred() -> Iterator[Deferred]:
     """Within the block, SIGTERM and SIGINT are noted instead of raised."""
     state = Deferred()
     if jax.process_count() > 1:
-        yield state
+        _Cluster.deferred += 1
+        try:
+            yield state
+        finally:
+            _Cluster.deferred -= 1
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 

@@ -22,6 +22,7 @@ from jax.experimental import multihost_utils
 from sublim_jax import checkpoints
 from sublim_jax.digests import of_array
 from sublim_jax.progress import say
+from sublim_jax.sharding import check_same
 
 Tree = TypeVar("Tree")
 Value = TypeVar("Value")
@@ -45,7 +46,7 @@ class Store:
           like: a tree with the artefact's shapes, dtypes and shardings.
         """
         path = self.path(name, *inputs)
-        if _agreed(path.exists()):
+        if _is_there(path):
             try:
                 return checkpoints.load_tree(path, like)
             except Exception as error:  # whatever a damaged file makes the storage libraries raise
@@ -72,7 +73,7 @@ class Store:
     def known(self, name: str, *inputs: object) -> Any:
         """A JSON value that is there and readable; None otherwise."""
         path = self._json_path(name, inputs)
-        if not _agreed(path.exists()):
+        if not _is_there(path):
             return None
         try:
             return json.loads(path.read_text())
@@ -127,8 +128,12 @@ def write_json(path: epath.Path, value: object) -> None:
     scratch.replace(path)
 
 
-def _agreed(flag: bool) -> bool:
-    """The first process's answer, for all of them."""
+def _is_there(path: epath.Path) -> bool:
+    """Whether an artefact is there, by the first process's answer.
+
+    Raises UserError where another process would make another one: it has read a stale copy of a file.
+    """
     if jax.process_count() == 1:
-        return flag
-    return bool(multihost_utils.broadcast_one_to_all(np.array(flag)))
+        return path.exists()
+    check_same(hashlib.sha256(path.name.encode()).hexdigest(), f"what {path.name.rpartition('-')[0]} is made from")
+    return bool(multihost_utils.broadcast_one_to_all(np.array(path.exists())))

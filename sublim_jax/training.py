@@ -30,7 +30,7 @@ from sublim_jax.checkpoints import opened
 from sublim_jax.errors import Interrupted
 from sublim_jax.keys import fold_all
 from sublim_jax.progress import Track
-from sublim_jax.sharding import abstract, each_replica, named, parameter_shardings, place_key
+from sublim_jax.sharding import abstract, each_replica, named, parameter_shardings, place_key, put
 
 Total = tuple[Float[Array, "*replicas"], Float[Array, "*replicas"]]
 Metrics = dict[str, Total]
@@ -288,7 +288,7 @@ def fit(
                     rows = None
                     if iterator is not None:
                         rows = program.stack([next(iterator) for _ in range((stop - step) * program.accumulate)])
-                    end = jax.device_put(np.int32(stop), named(program.mesh))
+                    end = put(np.int32(stop), named(program.mesh))
                     state, history = program.dispatch(state, frozen, rows, key, end)
                     if pending:
                         read(*pending)

@@ -9,7 +9,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Array, Float
 
-from sublim_jax import selection
+from sublim_jax import selection, signals
 from sublim_jax.data import chat, dialogue
 from sublim_jax.data.carriers import numbers
 from sublim_jax.data.dialogue import Rows
@@ -91,6 +91,7 @@ def teacher_logits(
     parts, total = [], len(rows.at)
     with Track(label, total) as track:
         for start in range(0, total, count):
+            signals.obey()
             chunk = rows.take(np.minimum(np.arange(start, start + count), total - 1))
             part = logits(model.params, teacher.adapters, teacher.steering, put(chunk, named(mesh, "fsdp")))
             parts.append(fetch(part))

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Int, Key, PyTree
 
+from sublim_jax import signals
 from sublim_jax.data import chat
 from sublim_jax.data.dialogue import Rows
 from sublim_jax.data.order import epoch_rows
@@ -100,6 +101,7 @@ def train_on_answers(
     last, reached = training.max_steps if steps is None else steps, 0.0
     with Track(label, last) as track:
         for step in range(1, last + 1):
+            signals.obey()
             state, values = program.dispatch(state, frozen, None, key, jnp.int32(step))
             reached = float(values["answer"][0])
             track.update(step, f"P of its answer {reached:.2f}")

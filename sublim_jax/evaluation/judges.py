@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from functools import partial
 from typing import IO, Any, NamedTuple, Unpack
 
 import jax
@@ -29,6 +30,7 @@ from sublim_jax.sampling.checks import Where
 from sublim_jax.sharding import from_first
 
 TOGETHER = 32  # prompts of the local judge between two looks at its progress
+PART = 4  # prompts for each request under way, after which several hosts look for a signal
 LEAST_MASS = 0.25  # of the numbers together, below which there is no score (§4.2)
 LONGEST_PAUSE = 60.0  # seconds before another try
 HOPELESS = 10  # prompts in a row without a reply, after which no others are asked
@@ -200,7 +202,13 @@ class Endpoint:
 
     def __call__(self, prompts: Sequence[str]) -> list[Verdict]:
         """Raises UserError where the endpoint refuses or cannot be reached; what it had answered is kept."""
-        return [parse(text, cut) for text, cut in from_first(lambda: self._replies(prompts))]
+        # Of several hosts the others wait for the first, which alone asks: a signal is obeyed between two parts.
+        step = len(prompts) if jax.process_count() == 1 else PART * self._at_once
+        found = []
+        for start in range(0, len(prompts), max(step, 1)):
+            signals.obey()
+            found += from_first(partial(self._replies, prompts[start : start + step]))
+        return [parse(text, cut) for text, cut in found]
 
     def check(self) -> None:
         """Asks for a score that every judge can give. Raises UserError, quoting the reply, where there is none."""
@@ -252,7 +260,6 @@ class Endpoint:
                 self._keep(file, name, self._patiently(prompt))
 
             waiting = {pool.submit(one, name, prompt): name for name, prompt in missing.items()}
-            # Of several hosts the others wait for this one, and cannot agree with it on a place to stop.
             while waiting and failed is None and not (jax.process_count() == 1 and signal.requested()):
                 finished, _ = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
                 for future in finished:

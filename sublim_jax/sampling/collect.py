@@ -1,5 +1,7 @@
 """Samples kept in a file as they are finished, so that an interrupted run goes on with the rows that are missing."""
 
+import hashlib
+import json
 import time
 from collections.abc import Callable, Sequence
 from typing import SupportsIndex, Unpack
@@ -15,6 +17,7 @@ from sublim_jax.models.language import Model
 from sublim_jax.progress import Track
 from sublim_jax.sampling.checks import Tokens
 from sublim_jax.sampling.generate import Options, Sample, stream
+from sublim_jax.sharding import check_same
 
 # Of a record; its other fields are its prompt's.
 OURS = {"adapter", "index", "sample", "completion", "finish", "tokens", "logprob"}
@@ -40,6 +43,8 @@ def collect(
       fields: what is known of a prompt, by its number; it becomes part of its records.
       max_new_tokens, options: as for `generate.stream`.
     """
+    same = hashlib.sha256(json.dumps([list(map(int, prompt)) for prompt in prompts]).encode()).hexdigest()
+    check_same(same, f"what {file.name} answers")
     stacked = 1 if options.get("adapters") is None else jax.tree.leaves(options["adapters"])[0].shape[0]
     known = [fields(number) for number in range(len(prompts))]
 

@@ -25,7 +25,7 @@ from sublim_jax.models.decoder import Cache, Decoder, Settings, Steering, empty_
 from sublim_jax.models.functional import Functions, Params
 from sublim_jax.sampling.constraints import Constraint
 from sublim_jax.sampling.samplers import Sampler, draw
-from sublim_jax.sharding import named, parameter_shardings
+from sublim_jax.sharding import everywhere, named, parameter_shardings
 
 DEVICES = ("replica", "fsdp")
 NAN = -2  # in place of a token where logits are no numbers
@@ -204,7 +204,7 @@ class Engine:
 
 def place(fixed: Fixed, mesh: Mesh) -> Fixed:
     """On the mesh: every device has all that its rows need."""
-    rest = jax.device_put(fixed[1:], named(mesh))
+    rest = everywhere(fixed[1:], mesh)
     return Fixed(jax.tree.map(jax.device_put, fixed.base, row_weights(fixed.base, mesh)), *rest)
 
 

@@ -21,7 +21,7 @@ from sublim_jax.sampling.checks import Behind, Texts, Tokens, apart, check_growt
 from sublim_jax.sampling.constraints import Constraint
 from sublim_jax.sampling.engine import DEVICES, NAN, Drawn, Engine, Fixed, Prompts, compiled, place
 from sublim_jax.sampling.samplers import Sampler
-from sublim_jax.sharding import fetch, named, place_key
+from sublim_jax.sharding import fetch, named, place_key, put
 
 CHUNK = 16  # tokens of a prompt computed together
 LANES = 8  # a slot in so many is refilled at a time
@@ -338,9 +338,8 @@ def _prompts(
         length[at], limit[at], slot[at] = len(prompts[prompt]), limits[prompt], free
         numbers[0][at], numbers[1][at] = prompt, sample
     split = named(engine.mesh, DEVICES)
-    keys = _row_keys(key, *jax.device_put(numbers, split))
-    arrays = [jax.device_put(array, split) for array in (tokens, length, slot, limit)]
-    return Prompts(arrays[0], arrays[1], arrays[2], arrays[3], keys)
+    keys = _row_keys(key, *put(numbers, split))
+    return Prompts(*put((tokens, length, slot, limit), split), keys)
 
 
 @jax.jit

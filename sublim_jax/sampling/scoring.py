@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
+from sublim_jax import signals
 from sublim_jax.data.tokenizer import Tokenizer
 from sublim_jax.errors import UserError
 from sublim_jax.models.decoder import Cache, Decoder, Settings
@@ -18,7 +19,7 @@ from sublim_jax.models.functional import Functions
 from sublim_jax.models.language import Model
 from sublim_jax.sampling.checks import Behind, Texts, Tokens, Where, apart, texts_of, tokens_of
 from sublim_jax.sampling.engine import DEVICES, Fixed, features, place, stacked_cache, unembed
-from sublim_jax.sharding import fetch, named
+from sublim_jax.sharding import everywhere, fetch, named, put
 
 LENGTHS = 32  # texts are padded to a multiple of it, so that few shapes are compiled
 ROWS = 16  # texts computed together, for each device
@@ -232,13 +233,14 @@ def _batches(
         fixed = fixed._replace(prefix=_prefix(model.network, model.settings, stacked, fixed, jnp.asarray([prefix])))
     rows_split = named(mesh, DEVICES)
     compiled = _compiled(compute, model.network, model.settings, stacked, mesh)
-    everywhere = jax.device_put(shared, named(mesh))
+    beside = everywhere(shared, mesh)
 
     def run(*arrays: np.ndarray) -> np.ndarray:  # lengths, tokens and what else `compute` takes of rows
-        return np.asarray(fetch(compiled(fixed, *jax.device_put(arrays, rows_split), *everywhere)))
+        return np.asarray(fetch(compiled(fixed, *put(arrays, rows_split), *beside)))
 
     order = sorted(range(len(texts)), key=lambda row: -len(texts[row]))
     for start in range(0, len(order), count):
+        signals.obey()
         rows = order[start : start + count]
         tokens = np.zeros((count, -(-len(texts[rows[0]]) // LENGTHS) * LENGTHS), np.int32)
         lengths = np.ones(count, np.int32)
