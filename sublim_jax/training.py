@@ -284,11 +284,11 @@ def fit(
                     break
                 stop = min(step + program.steps_per_dispatch, steps, _next(step, checkpoint_every))
                 stop = min(stop, _next(step, evaluate_every)) if evaluate else stop
+                end = put(np.int32(stop), named(program.mesh))
                 with jax.transfer_guard("disallow"):  # only explicit transfers may touch the device here
                     rows = None
                     if iterator is not None:
                         rows = program.stack([next(iterator) for _ in range((stop - step) * program.accumulate)])
-                    end = put(np.int32(stop), named(program.mesh))
                     state, history = program.dispatch(state, frozen, rows, key, end)
                     if pending:
                         read(*pending)
