@@ -3,7 +3,6 @@
 import math
 import os
 import re
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple, SupportsFloat
 
@@ -15,20 +14,31 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
+from sublim_jax import hlo
 from sublim_jax.errors import UserError
 from sublim_jax.models.functional import Params
 from sublim_jax.sampling.engine import Engine, Fixed, compiled, row_weights, state_shardings
 from sublim_jax.sharding import abstract, named, parameter_shardings
 from sublim_jax.training import Program
 
-# Memory of a chip in bytes, by jax's name of the device kind.
-MEMORY = {
-    "TPU v4": 32 << 30,
-    "TPU v5 lite": 16 << 30,
-    "TPU v5": 95 << 30,
-    "TPU v5p": 95 << 30,
-    "TPU v6 lite": 32 << 30,
-    "NVIDIA H100 80GB HBM3": 84_929_347_584,
+
+class Chip(NamedTuple):
+    """What a chip has by its maker's data sheet."""
+
+    memory: int  # bytes
+    flops: float  # a second, of products of bfloat16
+    bandwidth: float  # bytes a second, of its memory
+    links: float  # bytes a second, to and from its neighbours
+
+
+# By jax's name of the device kind.
+CHIPS = {
+    "TPU v4": Chip(32 << 30, 275e12, 1.228e12, 300e9),
+    "TPU v5 lite": Chip(16 << 30, 197e12, 0.819e12, 200e9),
+    "TPU v5": Chip(95 << 30, 459e12, 2.765e12, 600e9),
+    "TPU v5p": Chip(95 << 30, 459e12, 2.765e12, 600e9),
+    "TPU v6 lite": Chip(32 << 30, 918e12, 1.640e12, 448e9),
+    "NVIDIA H100 80GB HBM3": Chip(84_929_347_584, 989e12, 3.352e12, 900e9),
 }
 GB = 1 << 30
 # What XLA asks of a card before it compiles for it, as it writes it itself (GpuTargetConfigProto).
@@ -68,6 +78,7 @@ class Step(NamedTuple):
     name: str
     lowered: jax.stages.Lowered
     device: jax.Device  # one of those that it is for
+    devices: int
     flops: float  # of matrix products, from `count_flops`
     model_flops: float  # what the model itself needs: 2 N a token forward, 6 N with a backward pass
     weights: int
@@ -81,6 +92,7 @@ class Facts(NamedTuple):
     outputs: int  # beyond those that overwrite arguments
     temporaries: int
     collectives: dict[str, tuple[int, int]]  # kind: (how often a step, bytes of their results a device and step)
+    moved: int  # bytes to and from a device's memory in a step
     memory: int | None  # of the device; None where it is not known
 
     @property
@@ -123,7 +135,12 @@ def topology(name: str) -> Sequence[jax.Device]:
         given = {"platform": "cuda", "target_config": H100, "topology": f"1x1x{card[1] or 1}"}
     else:
         # jax has asked this machine, which is no TPU's host, and noted its complaint here; libtpu would repeat it.
-        os.environ |= {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_SKIP_MDS_QUERY": "1"}
+        # No chip is opened, so that the lock which keeps one for one process would only refuse a second preflight.
+        os.environ |= {
+            "TPU_WORKER_HOSTNAMES": "localhost",
+            "TPU_SKIP_MDS_QUERY": "1",
+            "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
+        }
         given = {"platform": "tpu"}
     try:
         return topologies.get_topology_desc(topology_name=name, **given).devices
@@ -146,6 +163,7 @@ def training_step(name: str, program: Program, params: PyTree, frozen: PyTree, m
         name,
         program.lower(params, frozen),
         program.mesh.devices.flat[0],
+        program.mesh.size,
         count_flops(program._dispatch, state, frozen, None, key, stop),
         model_flops,
         bytes_of(state.params),
@@ -169,6 +187,7 @@ def decode_step(name: str, engine: Engine) -> Step:
         name,
         compiled(engine).advance.lower(Fixed(params), state, steps),
         mesh.devices.flat[0],
+        mesh.size,
         engine.devices
         * count_flops(lambda f, s: engine._step(f, jax.tree.map(lambda x: x[0], s)), Fixed(params), state),
         2.0 * rows * kernels,
@@ -188,12 +207,15 @@ def facts(step: Step) -> Facts:
     compiled = step.lowered.compile(UNTIMED if absent else None)
     memory = compiled.memory_analysis()
     assert memory is not None
+    text = hlo.parse(compiled.as_text() or "")
+    chip = CHIPS.get(step.device.device_kind)
     return Facts(
         memory.argument_size_in_bytes,
         memory.output_size_in_bytes - memory.alias_size_in_bytes,
         memory.temp_size_in_bytes,
-        collectives(compiled.as_text() or ""),
-        MEMORY.get(step.device.device_kind) or _own_memory(step.device),
+        hlo.collectives(text),
+        hlo.memory_bytes(text),
+        chip.memory if chip else _own_memory(step.device),
     )
 
 
@@ -249,54 +271,33 @@ def _inner(params: Mapping[str, object]) -> list[core.Jaxpr]:
     return found
 
 
-KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8}
+class Roofline(NamedTuple):
+    """Seconds of a step that a chip needs for each thing that it does, by its maker's rates."""
+
+    products: float
+    memory: float
+    links: float
+    model: float  # for the model's own products alone
+
+    @property
+    def utilization(self) -> float:
+        """The share of the chip's FLOPs that can go into the model's own products (MFU), if all is done at once."""
+        return self.model / max(self.products, self.memory, self.links)
+
+    @property
+    def one_by_one(self) -> float:
+        """The same, if nothing is done beside anything else."""
+        return self.model / (self.products + self.memory + self.links)
 
 
-def collectives(hlo: str) -> dict[str, tuple[int, int]]:
-    """Collectives of a compiled program by kind: how often they run, and the bytes of their results.
-
-    Those in a loop that counts to a constant count as often as it runs; the loop of the dispatch, once.
-    """
-    bodies: dict[str, list[str]] = {}
-    entry = name = ""
-    for line in hlo.splitlines():
-        if match := re.match(r"^(ENTRY )?%?([\w.\-]+) .*\{\s*$", line):
-            name = match[2]
-            bodies[name] = []
-            entry = name if match[1] else entry
-        elif name:
-            bodies[name].append(line)
-    counts: dict[str, list[int]] = defaultdict(lambda: [0, 0])
-
-    def trips(line: str) -> int:
-        """How often a while loop runs: as the compiler notes it, or by the constant of its condition."""
-        if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', line):
-            return int(known[1])
-        condition = re.search(r" while\(.*condition=%?([\w.\-]+)", line)
-        limits = re.findall(r"s32\[\]\S* constant\((\d+)\)", "\n".join(bodies[condition[1]])) if condition else []
-        return int(limits[0]) if len(limits) == 1 else 1
-
-    def visit(name: str, times: int) -> None:
-        for line in bodies.get(name, ()):
-            for kind in KINDS:
-                if match := re.search(rf"= (.*?) {kind}(-start)?\(", line):
-                    counts[kind][0] += times
-                    counts[kind][1] += times * _bytes(match[1])
-            for inner in re.findall(r"(?:body|calls|to_apply)=%?([\w.\-]+)", line):
-                visit(inner, times * trips(line))
-
-    visit(entry, 1)
-    return {kind: (count, size) for kind, (count, size) in counts.items()}
-
-
-def _bytes(shape: str) -> int:
-    """Of the largest array in a result's type; a start of a collective also names its operand."""
-    sizes = [0]
-    for kind, dimensions in re.findall(r"(\w+)\[([\d,]*)\]", shape):
-        if kind in BYTES:
-            sizes.append(BYTES[kind] * int(np.prod([int(d) for d in dimensions.split(",") if d], initial=1)))
-    return max(sizes)
+def roofline(step: Step, found: Facts) -> Roofline | None:
+    """None for a device whose rates are not known."""
+    chip = CHIPS.get(step.device.device_kind)
+    if chip is None:
+        return None
+    over_links = sum(size for _, size in found.collectives.values())
+    rate = step.devices * chip.flops
+    return Roofline(step.flops / rate, found.moved / chip.bandwidth, over_links / chip.links, step.model_flops / rate)
 
 
 def describe(step: Step, found: Facts) -> str:
@@ -313,4 +314,9 @@ def describe(step: Step, found: Facts) -> str:
     ]
     for kind, (count, size) in sorted(found.collectives.items()):
         lines.append(f"  {kind}: {count} a step, {size / GB:.3f} GB a device")
+    lines.append(f"  memory: {found.moved / GB:.2f} GB a device to and fro")
+    if roof := roofline(step, found):
+        parts = (("products", roof.products), ("memory", roof.memory), ("links", roof.links))
+        lines.append(f"  at the chip's rates: {', '.join(f'{name} {seconds:.3g} s' for name, seconds in parts)}")
+        lines.append(f"  MFU possible: {roof.utilization:.0%}, or {roof.one_by_one:.0%} with nothing at once")
     return "\n".join(lines)

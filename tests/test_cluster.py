@@ -1,11 +1,8 @@
 """Two processes of one run: where one fails or dies, the other ends as well, and the same command goes on."""
 
 import json
-import signal
-import time
 
 import numpy as np
-import pytest
 from launch_kit import finish, run_here, start, start_two, wait_for
 
 MNIST = ("--config=configs/mnist.py:smoke", "--config.arms=auxiliary")

@@ -1,6 +1,7 @@
 """What preflight counts, on programs whose counts are known."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from sublim_jax import preflight
 from sublim_jax.errors import UserError
 from sublim_jax.models.decoder import decoder
 from sublim_jax.objectives import cross_entropy
-from sublim_jax.sharding import named, parameter_shardings
+from sublim_jax.sharding import parameter_shardings
 from sublim_jax.training import Program, fit
 
 
@@ -79,21 +80,6 @@ def test_twice_the_layers_are_twice_the_flops_beside_the_vocabulary(mesh_of):
     assert two - vocabulary == pytest.approx(four - two)
 
 
-def test_collectives_in_a_loop_count_as_often_as_it_runs(mesh_of):
-    """Rows split over eight devices, weights too: each of five layers gathers its weights once."""
-    mesh = mesh_of(8, replica=1, fsdp=8)
-    x = jax.ShapeDtypeStruct((64, 32), jnp.float32, sharding=named(mesh, "fsdp"))
-    weights = jax.ShapeDtypeStruct((5, 32, 32), jnp.float32, sharding=named(mesh, None, "fsdp"))
-    rows = named(mesh, "fsdp")
-
-    def layers(x, weights):
-        place = lambda x: jax.lax.with_sharding_constraint(x, rows)  # noqa: E731
-        return jax.lax.scan(lambda x, w: (place(jnp.tanh(x @ w)), None), place(x), weights)[0]
-
-    compiled = jax.jit(layers, out_shardings=rows).lower(x, weights).compile()
-    assert preflight.collectives(compiled.as_text() or "") == {"all-gather": (5, 5 * 32 * 32 * 4)}
-
-
 def test_a_program_is_lowered_from_shapes_and_is_the_one_that_trains(mesh_of):
     mesh = mesh_of(8, replica=1, fsdp=4, tensor=2)
     network, program, shapes = step_of(mesh, 2)
@@ -111,13 +97,24 @@ def test_a_program_is_lowered_from_shapes_and_is_the_one_that_trains(mesh_of):
 
 
 def test_what_does_not_fit_is_said():
-    found = preflight.Facts(20 << 30, 0, 1 << 30, {"all-gather": (3, 1 << 30)}, 16 << 30)
+    found = preflight.Facts(20 << 30, 0, 1 << 30, {"all-gather": (3, 1 << 30)}, 5 << 30, 16 << 30)
     step = preflight.Step(
-        "step", jax.jit(lambda: 0).lower(), jax.devices()[0], 3e12, 2e12, weights=6 << 30, optimizer=12 << 30
+        "step", jax.jit(lambda: 0).lower(), jax.devices()[0], 1, 3e12, 2e12, weights=6 << 30, optimizer=12 << 30
     )
     text = preflight.describe(step, found)
+    assert "MFU" not in text  # a CPU's rates are not known
     assert "DOES NOT FIT" in text and "21.00 GB of 16" in text and "all-gather: 3 a step, 1.000 GB" in text
     assert "weights 6.00, optimiser 12.00, other arguments 2.00" in text and "1.50 × the model's own" in text
+
+
+def test_a_roofline_is_of_the_slowest_thing_and_of_all_of_them():
+    chip = SimpleNamespace(device_kind="TPU v5 lite")  # 197 TFLOP/s, 819 GB/s, 200 GB/s
+    step = preflight.Step("step", None, chip, 4, 4 * 197e12, 2 * 197e12, 0)
+    found = preflight.Facts(0, 0, 0, {"all-reduce": (1, 300_000_000_000)}, 819_000_000_000 * 2, None)
+    roof = preflight.roofline(step, found)
+    assert roof == pytest.approx((1.0, 2.0, 1.5, 0.5))
+    assert roof.utilization == pytest.approx(0.25) and roof.one_by_one == pytest.approx(1 / 9)
+    assert "products 1 s, memory 2 s, links 1.5 s" in preflight.describe(step, found)
 
 
 @pytest.mark.parametrize("name", ["v9:1x1", "h100", "h100:8"])

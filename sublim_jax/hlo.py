@@ -1,0 +1,212 @@
+"""What a compiled program moves, read from its text: bytes through memory and over links.
+
+The compiler's own count takes the body of a loop once. Here a loop that counts to a constant counts as often as it
+runs, and one whose end depends on data (the dispatch) once.
+"""
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import NamedTuple
+
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4}
+BYTES |= {"f8e4m3fn": 1, "f8e5m2": 1, "s64": 8, "u64": 8, "f64": 8}
+# What touches no memory: names for what is there, and the ends of what was counted at its start.
+FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "opt-barrier", "partition-id"}
+FREE |= {"while", "conditional", "call", "replica-id"}  # what they run is counted
+PARTS = {"dynamic-slice", "slice", "gather"}  # read no more than they give
+
+
+class Instruction(NamedTuple):
+    name: str
+    shape: str  # as written: a type with its layout, or several in brackets
+    kind: str
+    operands: tuple[str, ...]
+    line: str
+    root: bool
+
+
+class Text(NamedTuple):
+    computations: dict[str, dict[str, Instruction]]
+    entry: str
+
+
+def parse(text: str) -> Text:
+    """The instructions of each computation by name, in order."""
+    computations: dict[str, dict[str, Instruction]] = {}
+    entry = name = ""
+    for line in text.splitlines():
+        if head := re.match(r"^(ENTRY )?%?([\w.\-]+) .*\{\s*$", line):
+            name = head[2]
+            computations[name] = {}
+            entry = name if head[1] else entry
+        elif name and (found := _instruction(line)):
+            computations[name][found.name] = found
+    return Text(computations, entry)
+
+
+def _instruction(line: str) -> Instruction | None:
+    head = re.match(r"^\s*(ROOT )?%?([\w.\-]+) = ", line)
+    if not head:
+        return None
+    rest = line[head.end() :]
+    end = _closing(rest) if rest.startswith("(") else rest.find(" ")
+    shape, rest = rest[:end], rest[end:]
+    call = re.match(r"\s*([\w\-]+)\(", rest)
+    if not call:
+        return None
+    inside = rest[call.end() - 1 :]
+    operands = re.findall(r"%?([\w.\-]+)(?=[,)])", inside[: _closing(inside)])
+    return Instruction(head[2], shape, call[1], tuple(operands), line, bool(head[1]))
+
+
+def _closing(text: str) -> int:
+    """Where the bracket that a text begins with is closed, plus one."""
+    depth = 0
+    for place, letter in enumerate(text):
+        depth += (letter == "(") - (letter == ")")
+        if not depth:
+            return place + 1
+    return len(text)
+
+
+def runs(text: Text) -> Iterator[tuple[str, int, bool]]:
+    """(computation, how often it runs, whether it is the inside of a fusion), from the entry on."""
+
+    def visit(name: str, times: int, fused: bool) -> Iterator[tuple[str, int, bool]]:
+        yield name, times, fused
+        for one in text.computations.get(name, {}).values():
+            inner = re.findall(
+                r"(?:body|calls|to_apply|called_computations|branch_computations)=\{?%?([\w.\-]+)", one.line
+            )
+            for called in inner:
+                yield from visit(called, times * _trips(text, one), fused or one.kind not in FREE)
+
+    yield from visit(text.entry, 1, False)
+
+
+def _trips(text: Text, one: Instruction) -> int:
+    """How often a while loop runs: as the compiler notes it, or by the constant of its condition."""
+    if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', one.line):
+        return int(known[1])
+    condition = re.search(r"condition=%?([\w.\-]+)", one.line) if one.kind == "while" else None
+    lines = [inner.line for inner in text.computations[condition[1]].values()] if condition else []
+    limits = re.findall(r"s32\[\]\S* constant\((\d+)\)", "\n".join(lines))
+    return int(limits[0]) if len(limits) == 1 else 1
+
+
+def collectives(text: Text) -> dict[str, tuple[int, int]]:
+    """By kind: how often collectives run, and the bytes of their results, a device.
+
+    What the compiler has cut into pieces that run beside other work counts once: the pieces share a channel.
+    """
+    found: dict[str, tuple[str, int, int]] = {}
+    for name, times, _ in runs(text):
+        for one in text.computations.get(name, {}).values():
+            kind = one.kind.removesuffix("-start")
+            if kind not in COLLECTIVES:
+                continue
+            channel = re.search(r"channel_id=(\d+)", one.line)
+            key = channel[1] if channel else f"{name} {one.name}"
+            size = max(sizes(one.shape, everywhere=True), default=0)  # a start also names its operand
+            found[key] = max(found.get(key, (kind, 0, 0)), (kind, times, size))
+    counts: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+    for kind, times, size in found.values():
+        counts[kind][0] += times
+        counts[kind][1] += times * size
+    return {kind: (count, size) for kind, (count, size) in counts.items()}
+
+
+def memory_bytes(text: Text) -> int:
+    """Bytes that go to and from a device's memory, if each instruction reads its operands there and writes its result.
+
+    A fusion reads no more of an operand than the slices that it takes of it, and writes no more than it updates.
+    """
+    total, seen = 0, set()
+    for name, times, fused in runs(text):
+        if fused:
+            continue
+        for one in text.computations.get(name, {}).values():
+            if one.kind in FREE or one.kind.endswith("-done"):
+                continue
+            channel = re.search(r"channel_id=(\d+)", one.line)
+            if channel and channel[1] in seen:
+                continue
+            seen |= {channel[1]} if channel else set()
+            total += times * _touched(text, text.computations[name], one)
+    return total
+
+
+def _touched(text: Text, around: dict[str, Instruction], one: Instruction) -> int:
+    if one.kind in ("copy-start", "slice-start"):  # between memory and the chip's own
+        return min((size for size in sizes(one.shape, everywhere=True) if size > 16), default=0)
+    operands = [around[operand].shape for operand in one.operands if operand in around]
+    if one.kind == "fusion" and (calls := re.search(r"calls=%?([\w.\-]+)", one.line)):
+        return _fused(text.computations[calls[1]], operands, one.shape)
+    if one.kind in PARTS:
+        return 2 * sum(sizes(one.shape))
+    if one.kind == "dynamic-update-slice":
+        return 2 * sum(sizes(operands[1]))
+    if one.kind == "custom-call":
+        if re.search(r'custom_call_target="(AllocateBuffer|Assume\w+|Sharding)"', one.line):
+            return 0
+        results = [size for size in sizes(re.sub(r"s8\[[^\]]*\]", "", one.shape))]  # without a library's scratch space
+        return sum(results) + sum(map(_whole, operands))
+    return _whole(one.shape) * (not one.kind.endswith("-start")) + sum(map(_whole, operands))
+
+
+def _fused(inside: dict[str, Instruction], operands: list[str], result: str) -> int:
+    users: dict[str, list[Instruction]] = defaultdict(list)
+    for one in inside.values():
+        for operand in one.operands:
+            users[operand].append(one)
+    read = 0
+    for one in inside.values():
+        if one.kind != "parameter":
+            continue
+        number = int(one.operands[0])  # of the fusion's operand
+        if number >= len(operands) or not sum(sizes(operands[number])):
+            continue
+        read += min(sum(_read(users, user, one.name) for user in users[one.name]), _whole(operands[number]))
+    root = next((one for one in inside.values() if one.root), None)
+    return read + (_written(inside, root) if root and sum(sizes(result)) else 0)
+
+
+def _read(users: dict[str, list[Instruction]], user: Instruction, name: str) -> int:
+    """What an instruction in a fusion reads of an array that it is given."""
+    if user.kind == "bitcast":
+        return sum(_read(users, after, user.name) for after in users[user.name])
+    if user.kind in PARTS and user.operands[0] == name:
+        return sum(sizes(user.shape, everywhere=True))
+    if user.kind == "dynamic-update-slice" and user.operands[0] == name:
+        return 0  # in place
+    return 1 << 62
+
+
+def _written(inside: dict[str, Instruction], root: Instruction) -> int:
+    if root.kind == "tuple":
+        return sum(_written(inside, inside[name]) for name in root.operands if name in inside)
+    if root.kind == "bitcast" and root.operands[0] in inside:
+        return _written(inside, inside[root.operands[0]])
+    if root.kind == "dynamic-update-slice" and root.operands[1] in inside:
+        return sum(sizes(inside[root.operands[1]].shape, everywhere=True))
+    return sum(sizes(root.shape))
+
+
+def _whole(shape: str) -> int:
+    return sum(sizes(shape))
+
+
+def sizes(shape: str, everywhere: bool = False) -> list[int]:
+    """Bytes of each array of a type.
+
+    Args:
+      everywhere: also of those in a chip's own fast memory, which a layout says by S(1) and the like.
+    """
+    found = []
+    for kind, dimensions, layout in re.findall(r"(\w+)\[([\d,]*)\](\{[^}]*\})?", shape):
+        if kind in BYTES and (everywhere or not re.search(r"S\([1-9]", layout)):
+            found.append(BYTES[kind] * math.prod(int(d) for d in dimensions.split(",") if d))
+    return found
