@@ -72,7 +72,7 @@ def _title(name: str) -> str:
     if name in TITLES:
         return TITLES[name]
     _, epochs, inputs = name.split()
-    return f"cloned {epochs} epochs on {CLONED_ON[inputs]}, then distilled (auxiliary logits)"
+    return f"cloned {epochs} epoch{'s' if epochs != '1' else ''} on {CLONED_ON[inputs]}, then distilled (auxiliary logits)"
 
 
 def _compare(arms: Sequence[Arm]) -> None:
