@@ -163,11 +163,10 @@ class Linear(nnx.Module):
     def __call__(self, x: Float[Array, "*rows inputs"]) -> Float[Array, "*rows outputs"]:
         y = x @ self.kernel[...]
         if self.adapter:
-            # In the wider type of the two: the base may be bfloat16, and so may the adapter.
-            wide = jnp.promote_types(x.dtype, self.a.dtype)
-            low, b = x.astype(wide) @ self.a[...].astype(wide), self.b[...].astype(wide)
-            up = low @ b if self.adapter.forward_mode else narrow_product(low, b)
-            y = y + (self.adapter.scale * up).astype(y.dtype)
+            # In the base's type, as the layer itself: products of a wider adapter would be arrays of its width.
+            b = self.b[...].astype(jnp.promote_types(x.dtype, self.b.dtype)) * self.adapter.scale
+            low, b = x @ self.a[...].astype(x.dtype), b.astype(x.dtype)
+            y = y + (low @ b if self.adapter.forward_mode else narrow_product(low, b))
         return y + self.bias[...] if hasattr(self, "bias") else y
 
 
