@@ -286,27 +286,31 @@ def compiled(engine: Engine) -> Compiled:
     """
     split, whole = PartitionSpec(DEVICES), PartitionSpec()
 
-    def everywhere(function: Callable[..., PyTree], given_specs: PartitionSpec) -> jax.stages.Wrapped:
+    def local_to_each(function: Callable[..., PyTree], given_specs: PartitionSpec) -> Callable[..., PyTree]:
         def local(fixed: Fixed, state: State, given: PyTree) -> PyTree:
             state = jax.tree.map(lambda x: x[0], state)
             given = jax.tree.map(lambda x: x[0], given) if given_specs == split else given
             return jax.tree.map(lambda x: x[None], function(fixed, state, given))
 
-        return jax.jit(
-            jax.shard_map(
-                local,
-                mesh=engine.mesh,
-                in_specs=(whole, split, given_specs),
-                out_specs=split,
-                axis_names=set(DEVICES),
-                check_vma=False,
-            ),
-            donate_argnums=(1,),
+        return jax.shard_map(
+            local,
+            mesh=engine.mesh,
+            in_specs=(whole, split, given_specs),
+            out_specs=split,
+            axis_names=set(DEVICES),
+            check_vma=False,
         )
+
+    advance = local_to_each(engine._advance, whole)
+
+    def advanced(fixed: Fixed, state: State, steps: Int[Array, ""]) -> tuple[State, Drawn]:
+        state, drawn = advance(fixed, state, steps)
+        # Whole on every device, and so on every host: what gathered it later would wait for the steps after these.
+        return state, jax.lax.with_sharding_constraint(drawn, named(engine.mesh))
 
     return Compiled(
         jax.jit(engine._start, out_shardings=state_shardings(engine)),
         jax.jit(engine._prefix),
-        everywhere(engine._admit, split),
-        everywhere(engine._advance, whole),
+        jax.jit(local_to_each(engine._admit, split), donate_argnums=(1,)),
+        jax.jit(advanced, donate_argnums=(1,)),
     )

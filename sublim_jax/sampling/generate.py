@@ -21,7 +21,7 @@ from sublim_jax.sampling.checks import Behind, Texts, Tokens, apart, check_growt
 from sublim_jax.sampling.constraints import Constraint
 from sublim_jax.sampling.engine import DEVICES, NAN, Drawn, Engine, Fixed, Prompts, compiled, place
 from sublim_jax.sampling.samplers import Sampler
-from sublim_jax.sharding import fetch, named, place_key, put
+from sublim_jax.sharding import named, place_key, put
 
 CHUNK = 16  # tokens of a prompt computed together
 LANES = 8  # a slot in so many is refilled at a time
@@ -153,7 +153,7 @@ def stream(
         number is too small; a stop string that the tokenizer cannot write. Before anything is computed.
       Interrupted: on SIGTERM or Ctrl-C, between two looks.
     """
-    mesh = mesh or model.mesh
+    mesh = mesh or model.decoding or model.mesh
     if stop_tokens is None:
         stops = tuple(chat.stop_tokens(model.tokenizer, model.config))
     else:
@@ -202,19 +202,30 @@ def stream(
     if prefix:
         fixed = fixed._replace(prefix=run.prefix(fixed, jnp.asarray([prefix])))
     state = run.start()
-    riding: dict[tuple[int, int, int], _Row] = {}  # by (device, adapter, slot)
+    riding: dict[Slot, _Row] = {}
+    ahead: _Look | None = None
     longest = -(-max(len(prompt) for prompt in prompts) // CHUNK) * CHUNK
     with signals.deferred() as signal:
+        # The next steps are on their way before the last ones are read, so that the device does not wait for the host:
+        # a slot whose row has ended is refilled one look later.
         while any(queues) or riding:
             while (entering := _entering(engine, queues, riding, prompts)) is not None:
                 lanes = _prompts(engine, entering, prompts, limits, key, longest)
                 state = run.admit(fixed, state, lanes)
                 riding |= {slot: _Row(*row) for slot, row in entering.items()}
-            left = max(limits[row.prompt] - len(row.logprobs) for row in riding.values())
-            state, drawn = run.advance(fixed, state, jnp.int32(min(steps, left)))
-            yield from _read(fetch(drawn), riding, limits, stops, stop_strings, model.tokenizer.decode)
+            last, ahead = ahead, None
+            if (left := max(_left(slot, row, limits, last) for slot, row in riding.items())) > 0:
+                state, drawn = run.advance(fixed, state, jnp.int32(min(steps, left)))
+                ahead = _Look(drawn, dict(riding), min(steps, left))
+            if last:
+                for slot, sample in _read(last, limits, stops, stop_strings, model.tokenizer.decode):
+                    del riding[slot]
+                    yield sample
             if signal.requested():
                 raise Interrupted(f"stopped by {signal.heard} with {len(riding) + sum(map(len, queues))} rows to go")
+
+
+Slot = tuple[int, int, int]  # (device, adapter, slot)
 
 
 class _Row:
@@ -222,12 +233,14 @@ class _Row:
 
     def __init__(self, adapter: int, prompt: int, sample: int):
         self.adapter, self.prompt, self.sample = adapter, prompt, sample
+        self.ended = False
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
         self.entropies: list[float] = []
         self.alternatives: list[dict[int, float]] = []
 
     def finished(self, tokens: list[int], text: str, finish: str) -> Sample:
+        self.ended = True
         return Sample(
             self.prompt,
             self.sample,
@@ -239,6 +252,20 @@ class _Row:
             self.entropies or None,
             self.alternatives or None,
         )
+
+
+class _Look(NamedTuple):
+    """Steps that are on their way, and the rows that ride."""
+
+    drawn: Drawn
+    riding: dict[Slot, _Row]
+    steps: int
+
+
+def _left(slot: Slot, row: _Row, limits: list[int], last: _Look | None) -> int:
+    """How many tokens a row may still get, beside those that are on their way."""
+    coming = last.steps if last and last.riding.get(slot) is row else 0
+    return limits[row.prompt] - len(row.logprobs) - coming
 
 
 def check(model: Model, prompts: Texts, limits: Sequence[int], stop_strings: Sequence[str], prefix: Tokens) -> None:
@@ -293,9 +320,9 @@ def cache_length(tokens: int) -> int:
 def _entering(
     engine: Engine,
     queues: list[deque[tuple[int, int, int]]],
-    riding: dict[tuple[int, int, int], _Row],
+    riding: dict[Slot, _Row],
     prompts: Sequence[Sequence[int]],
-) -> dict[tuple[int, int, int], tuple[int, int, int]] | None:
+) -> dict[Slot, tuple[int, int, int]] | None:
     """Rows for free slots, {(device, adapter, slot): row}; None while it does not pay to stop for them.
 
     It pays where all lanes of a device are used, or where nothing else is left to wait for.
@@ -318,7 +345,7 @@ def _entering(
 
 def _prompts(
     engine: Engine,
-    entering: dict[tuple[int, int, int], tuple[int, int, int]],
+    entering: dict[Slot, tuple[int, int, int]],
     prompts: Sequence[Sequence[int]],
     limits: Sequence[int],
     key: Key[Array, ""],
@@ -348,16 +375,16 @@ def _row_keys(key: Key[Array, ""], prompt: Array, sample: Array) -> Key[Array, "
 
 
 def _read(
-    drawn: Drawn,
-    riding: dict[tuple[int, int, int], _Row],
+    look: _Look,
     limits: Sequence[int],
     stops: tuple[int, ...],
     stop_strings: Sequence[str],
     decode: Callable[..., str],
-) -> Iterator[Sample]:
+) -> Iterator[tuple[Slot, Sample]]:
     """Adds some steps to the rows, and gives those that are done."""
-    for (device, adapter, slot), row in list(riding.items()):
-        for step in range(drawn.token.shape[1]):
+    drawn = jax.device_get(look.drawn)
+    for (device, adapter, slot), row in look.riding.items():
+        for step in range(0 if row.ended else look.steps):
             at = (device, step, adapter, slot)
             token = int(drawn.token[at])
             if token == -1:
@@ -380,6 +407,5 @@ def _read(
             if cut >= 0:
                 text, finish = text[:cut], "stop"
             if finish:
-                del riding[device, adapter, slot]
-                yield row.finished(row.tokens, text, finish)
+                yield (device, adapter, slot), row.finished(row.tokens, text, finish)
                 break
