@@ -2,6 +2,7 @@
 
 import itertools
 import warnings
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -87,6 +88,13 @@ def test_what_cudnn_cannot_do_is_done_plainly_and_said(case, reason):
     with pytest.warns(UserWarning, match=reason):
         ours = attention.cudnn(q, k, v, sight, scoring)
     np.testing.assert_array_equal(ours, attention.xla(q, k, v, sight, scoring))
+
+
+@pytest.mark.parametrize("capabilities, widest", [(["8.0"], 128), (["9.0", "10.3"], 256), (["9.0", "8.9"], 128)])
+def test_wide_heads_are_fused_where_every_card_can(capabilities, widest, monkeypatch):
+    cards = [SimpleNamespace(compute_capability=capability) for capability in capabilities]
+    monkeypatch.setattr(jax, "devices", lambda *_: cards)
+    assert attention._widest_heads() == widest
 
 
 @pytest.mark.gpu

@@ -135,7 +135,7 @@ def cudnn(q: Array, k: Array, v: Array, sight: Sight, scoring: Scoring) -> Float
     reasons = {
         "scores are capped": scoring.cap,
         f"numbers are {q.dtype}": q.dtype not in (jnp.bfloat16, jnp.float16),
-        f"heads have {head_size} entries": head_size > 128 or head_size % 8,
+        f"heads have {head_size} entries": head_size > _widest_heads() or head_size % 8,
         f"{t} queries and {s} keys are not both even": t % 2 or s % 2,
     }
     reason = next((reason for reason, holds in reasons.items() if holds), None)
@@ -147,6 +147,12 @@ def cudnn(q: Array, k: Array, v: Array, sight: Sight, scoring: Scoring) -> Float
             reason = str(error)
     warnings.warn(f"attention without cuDNN: {reason}", stacklevel=2)
     return xla(q, k, v, sight, scoring)
+
+
+def _widest_heads() -> int:
+    """Entries of the widest heads that cuDNN takes on the GPUs here: more since Hopper."""
+    capabilities = [getattr(device, "compute_capability", "0.0") for device in jax.devices()]
+    return 256 if min(tuple(map(int, one.split("."))) for one in capabilities) >= (9, 0) else 128
 
 
 def flash(mesh: Mesh, interpret: bool = False, shortest: int = FLASH_LENGTH) -> Attend:
