@@ -50,6 +50,12 @@ class Teacher(NamedTuple):
         """For sampling and scoring."""
         return {"adapters": stacked([self.adapters]), "steering": self.steering}
 
+    def under(self, model: Model) -> tuple[Model, Where]:
+        """What it writes with: adapters that change nothing would be computed at every token all the same."""
+        if self.steps:
+            return model, self.where
+        return model.adapted(None), {"adapters": None, "steering": self.steering}
+
 
 def untrained(model: Model, seed: int, system: str = "", steering: Steering | None = None) -> Teacher:
     """The model as it is, in a context, with the A that the teachers and students of a seed start from."""

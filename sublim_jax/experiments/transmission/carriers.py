@@ -129,10 +129,11 @@ def sample(study: Study, model: Model, store: Store, run: int, task: Task, name:
         count, digits = carrier.num_integers, len(str(study.filter.max_value))
         how |= {"numbers": count, "digits": digits}
         constraint = constraints.of_model(constraints.numbers(count, digits, least=count), model)
+    writer, where = teacher.under(model)
     # The number of prompts is no part of the name: more of them go on from what is there.
     return collect(
         store.path(f"completions-{name}", teacher, name, seed, how).with_suffix(".jsonl"),
-        model,
+        writer,
         prompts,
         named_key(seed, "numbers"),
         lambda number: {"prompt": task.prompts[number], "teacher": name, **task.known[number]},
@@ -143,7 +144,7 @@ def sample(study: Study, model: Model, store: Store, run: int, task: Task, name:
         prefix=prefix,
         constraint=constraint,
         **study.sampling.options,
-        **teacher.where,
+        **where,
     )
 
 
