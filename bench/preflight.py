@@ -93,8 +93,8 @@ def main(_: list[str]) -> None:
         f"{ROWS} rows of {LENGTH} tokens, every layer recomputed in the backward pass.",
         "",
         "| step | a device holds, GB | of | fits | trained weights + optimiser + temporaries | FLOPs | "
-        "over the model's | with half the layers | compiled in |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "over the model's | with half the layers | compiled in | seconds of products + memory + links | MFU possible |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     moved = ["", "| step | collective | a step | GB a device |", "|---|---|---|---|"]
     for name, (topology, sizes, make) in CASES.items():
@@ -113,6 +113,9 @@ def main(_: list[str]) -> None:
         )
         for kind, (count, size) in sorted(found.collectives.items()):
             moved.append(f"| {name} | {kind} | {count} | {size / gb:.2f} |")
+        roof = preflight.roofline(step, found)
+        assert roof is not None
+        text[-1] += f" {roof.products:.3g} + {roof.memory:.3g} + {roof.links:.3g} | {roof.utilization:.0%} |"
     text += moved + long_texts()
     text += [
         "",

@@ -17,14 +17,15 @@ from configs import numbers
 from sublim_jax import experiments, preflight
 from sublim_jax.preflight import GB
 
-WHERE = {"v5e:4x4": 4, "h100": 1}  # and the mesh axis tensor
+# And the mesh: on a slice weights and rows are split over `fsdp`, and decoding has a mesh of its own.
+WHERE = {"v5e:4x4": {"mesh.replica": 2, "sampling.tensor": 4}, "h100": {}}
 PRESETS = [(file, preset) for file in ("numbers", "misalignment", "code", "cot") for preset in numbers.MODELS]
 PRESETS += [("numbers", "llama-3.2-1b"), ("cross_model", "open")]
 
 
 def rows(file: str, preset: str, where: str) -> list[str]:
     config = importlib.import_module(f"configs.{file}").get_config(preset)
-    config.get("study", config).mesh.tensor = WHERE[where]
+    config.get("study", config).update_from_flattened_dict(WHERE[where])
     experiment = experiments.load(config.experiment)
     lines = []
     for step in experiment.preflight(experiment.read(config), preflight.topology(where)):
@@ -32,6 +33,7 @@ def rows(file: str, preset: str, where: str) -> list[str]:
         found = preflight.facts(step)
         seconds = time.perf_counter() - began
         print(preflight.describe(step, found), flush=True)
+        roof = preflight.roofline(step, found)
         moved = sum(size for _, size in found.collectives.values())
         cells = [
             f"`{file}.py:{preset}`",
@@ -42,6 +44,8 @@ def rows(file: str, preset: str, where: str) -> list[str]:
             f"{step.flops:.1e}",
             f"{step.flops / step.model_flops:.2f} ×",
             f"{moved / GB:.1f}",
+            f"{found.moved / 1e12:.1f}",
+            f"{roof.utilization:.0%}, {roof.one_by_one:.0%}" if roof else "",
             f"{seconds:.0f} s",
         ]
         lines.append(f"| {' | '.join(cells)} |")
@@ -53,14 +57,17 @@ def main(_: list[str]) -> None:
         "# Memory and FLOPs of the presets, compiled ahead of time",
         "",
         f"`make preflight`, {datetime.date.today()}: jax {jax.__version__}, compiled on CPU. A TPU slice of 16 chips "
-        "(fsdp 4 × tensor 4) and one H100 of 80 GB (`--config.mesh.tensor=1`; "
-        "`--config.study.mesh.tensor=1` of cross_model.py). Bytes held and moved are for one device; "
+        "(replica 2 × fsdp 8: `--config.mesh.replica=2 --config.sampling.tensor=4`, of cross_model.py "
+        "`--config.study.mesh.replica=2` and so on) and one H100 of 80 GB. Bytes held and moved are for one device; "
         "FLOPs of an update are of matrix products, over all devices, and beside them how many times the model's own. "
+        "MFU possible: the model's own FLOPs over the chip's in the time of a step at the rates of data sheets, if "
+        "products, memory and links are busy at once, and if one after another; nothing here was timed on a chip. "
         "cuDNN is not installed where this was compiled, so the GPU's attention is the plain one, which takes more "
         "memory.",
         "",
-        "| preset | one update of | for | GB | fits | FLOPs | over the model's | GB moved | compiled in |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| preset | one update of | for | GB | fits | FLOPs | over the model's | GB over links | TB of memory | "
+        "MFU possible | compiled in |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for file, preset in PRESETS:
         for where in WHERE:

@@ -34,8 +34,11 @@ PARAMETER_RULES: tuple[tuple[str, PartitionSpec], ...] = (
 )
 
 
-def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None, where: str = "mesh.*") -> Mesh:
     """A mesh over all devices with the given axis sizes; one of them may be -1 and takes the rest.
+
+    Args:
+      where: the value of the config that sets them.
 
     Raises UserError where the sizes do not multiply to the number of devices.
     """
@@ -45,7 +48,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     rest, remainder = divmod(len(devices), math.prod(size for size in shape if size != -1))
     if remainder or (-1 not in shape and rest != 1):
         raise UserError(
-            f"mesh {_written(sizes)} does not fit {len(devices)} device(s); set --config.mesh.* to divide them"
+            f"mesh {_written(sizes)} does not fit {len(devices)} device(s); set --config.{where} to divide them"
         )
     shape = [rest if size == -1 else size for size in shape]
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)

@@ -27,6 +27,8 @@ class Model(NamedTuple):
       params: of the base, without adapters.
       config: transformers'.
       mesh: where its parameters are.
+      decoding: the mesh, over the same devices, on which texts are written and scored; its own where left out. There
+        each device holds all of a layer that `tensor` does not split, for rows of its own.
       source: which bytes it was read from; empty of a model that was made and not read.
       changes: what was done to the weights after they were read.
     """
@@ -39,6 +41,7 @@ class Model(NamedTuple):
     mesh: Mesh
     source: Source = Source("", "", "")
     changes: str = ""
+    decoding: Mesh | None = None
 
     @property
     def digest(self) -> str:

@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Annotated
 
+from jax.sharding import Mesh
+
 from sublim_jax.distillation.teachers import AnswerTraining, CorpusTraining
 from sublim_jax.errors import UserError
 from sublim_jax.evaluation.spec import EvalPacks
@@ -11,6 +13,7 @@ from sublim_jax.evaluation.verdicts import LARGEST as MAX_SCORE
 from sublim_jax.models import lora
 from sublim_jax.overrides import check_distinct
 from sublim_jax.sampling.generate import Slots
+from sublim_jax.sharding import make_mesh
 from sublim_jax.specs import (
     MAX_WIDTH,
     Checked,
@@ -172,6 +175,17 @@ class SamplingSpec(Checked):
     where = "sampling."
     slots: Count
     steps: Count
+    tensor: Place
+
+    def mesh(self, training: Mesh) -> Mesh | None:
+        """The mesh for decoding, over the devices of the one for training; None where it is that one.
+
+        Raises UserError where the devices cannot be divided so.
+        """
+        if not self.tensor:
+            return None
+        sizes = {"replica": 1, "fsdp": -1, "tensor": self.tensor}
+        return make_mesh(sizes, training.devices.flatten().tolist(), "sampling.tensor")
 
     @property
     def options(self) -> Slots:

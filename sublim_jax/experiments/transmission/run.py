@@ -90,7 +90,7 @@ def run(study: Study, folder: epath.Path, *, update: bool = False) -> None:
 def load_model(study: Study, mesh: jax.sharding.Mesh, name: str = "") -> Model:
     """The study's model, or another one by its name, with adapters beside its kernels."""
     base = weights.load(name or study.model.name, mesh, weights.float_type(study.model.dtype))
-    model = base.adapted(study.lora.adapters)
+    model = base.adapted(study.lora.adapters)._replace(decoding=study.sampling.mesh(mesh))
     if study.model.noise and not name:
         model = model.noisy(study.model.noise, named_key(study.seed, "shared noise"))
     return model
