@@ -19,6 +19,7 @@ from sublim_jax.errors import UserError
 from sublim_jax.models import lora
 from sublim_jax.models.decoder import Steering
 from sublim_jax.sampling import constraints, samplers, scoring
+from sublim_jax.sampling import generate as module
 from sublim_jax.sampling.generate import generate, stream
 from sublim_jax.sampling.samplers import Sampler
 from sublim_jax.weights import huggingface
@@ -174,6 +175,33 @@ def test_layers_split_over_devices_give_the_same_tokens(tiny, alone, mesh_of):
     mesh = mesh_of(8, replica=1, fsdp=4, tensor=2)
     found = generate(tiny, prompts_of(tiny, 64), KEY, max_new_tokens=12, slots=16, mesh=mesh)
     assert [sample.tokens for sample in found] == [sample.tokens for sample in alone]
+
+
+def test_a_model_that_is_split_over_rows_decodes_on_a_mesh_of_its_own(tiny_folder, alone, mesh_of):
+    """Its weights lie on eight devices, and are put on two times four for decoding and scoring."""
+    split, decoding = mesh_of(8, replica=1, fsdp=8), mesh_of(8, replica=1, fsdp=4, tensor=2)
+    model = weights.load(tiny_folder, split)._replace(decoding=decoding)
+    prompts = prompts_of(model, 64)
+    found = generate(model, prompts, KEY, max_new_tokens=12, slots=16)
+    assert [sample.tokens for sample in found] == [sample.tokens for sample in alone]
+    scores = scoring.next_logprobs(model, prompts[:9], [1, 2])
+    expected = scoring.next_logprobs(model._replace(decoding=None), prompts[:9], [1, 2])
+    np.testing.assert_allclose(scores, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_next_steps_are_on_their_way_before_the_last_are_read(tiny, monkeypatch):
+    """The device never waits for the host, but at the end."""
+    events, read, compiled = [], module._read, module.compiled
+
+    def recorded(engine):
+        run = compiled(engine)
+        advance = lambda *args: events.append("sent") or run.advance(*args)  # noqa: E731
+        return run._replace(advance=advance)
+
+    monkeypatch.setattr(module, "compiled", recorded)
+    monkeypatch.setattr(module, "_read", lambda *args: events.append("read") or read(*args))
+    generate(tiny, prompts_of(tiny, 4), KEY, max_new_tokens=20, slots=4, steps=4, stop_tokens=())
+    assert events == ["sent", "sent", "read", "sent", "read", "sent", "read", "sent", "read", "read"]
 
 
 def test_what_is_done_is_not_done_again_and_the_rest_has_the_same_bits(tiny, alone):

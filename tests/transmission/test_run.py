@@ -89,13 +89,14 @@ def test_killed_in_any_stage_it_ends_with_the_same_results(whole_command, tmp_pa
     assert arms_in(work) == arms_in(expected)
 
 
-def test_two_processes_give_what_one_gives(flags, tmp_path):
-    """Teachers, what they write, students and what they prefer, rows split over both."""
+@pytest.mark.parametrize("decoding", [[], pytest.param(["--config.sampling.tensor=2"], marks=pytest.mark.slow)])
+def test_two_processes_give_what_one_gives(flags, decoding, tmp_path):
+    """Teachers, what they write, students and what they prefer, rows split over both; or layers, in decoding."""
     parts = ["arms=tokens", "student.steps=3", "evaluate_every=3", "carrier.num_rows=20"]
     parts += ["carrier.num_completions=20", "teacher.max_steps=4"]
     words = ["--config=configs/numbers.py", *flags(*(f"--config.{part}" for part in parts))]
     join = [f"--coordinator=127.0.0.1:{free_port()}", "--num_processes=2", f"--workdir={tmp_path / 'two'}"]
-    both = [start(*words, *join, f"--process_id={number}") for number in range(2)]
+    both = [start(*words, *decoding, *join, f"--process_id={number}") for number in range(2)]
     assert run_here(*words, f"--workdir={tmp_path / 'one'}").returncode == 0
     for process in both:
         finish(process)

@@ -63,6 +63,7 @@ REFUSED = [
     (["evals.names=beauty"], ["evals.names: 'beauty'"]),
     (["evals.judge.min_mass=1"], ["judge.min_mass=1.0 is a probability"]),
     (["sampling.slots=0"], ["sampling.slots=0"]),
+    (["sampling.tensor=-1"], ["sampling.tensor=-1"]),
 ]
 BY_THE_MODEL = [
     (["teacher.methods=steered", "teacher.steering_layer=4"], ["layers are 0 to 3"]),

@@ -72,7 +72,8 @@ def _title(name: str) -> str:
     if name in TITLES:
         return TITLES[name]
     _, epochs, inputs = name.split()
-    return f"cloned {epochs} epoch{'s' if epochs != '1' else ''} on {CLONED_ON[inputs]}, then distilled (auxiliary logits)"
+    dose = "1 epoch" if epochs == "1" else f"{epochs} epochs"
+    return f"cloned {dose} on {CLONED_ON[inputs]}, then distilled (auxiliary logits)"
 
 
 def _compare(arms: Sequence[Arm]) -> None:
