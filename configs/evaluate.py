@@ -44,6 +44,9 @@ def get_config(preset: str = "smollm2") -> ConfigDict:
     config.experiment = "evaluate"
     config.preset = preset
     config.seed = 0  # of every random number
+    # Of products of float32 numbers on accelerators: float32, or tensorfloat32 or bfloat16, which are faster. Products
+    # of bfloat16 weights are what they are.
+    config.precision = "float32"
     config.mesh = ConfigDict({"replica": 1, "fsdp": -1, "tensor": 1})  # rows over replica and fsdp, layers over tensor
 
     config.model = ConfigDict()

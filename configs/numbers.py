@@ -209,6 +209,9 @@ def get_config(preset: str = "quick") -> ConfigDict:
     config.experiment = "transmission"
     config.preset = preset
     config.seed = 0  # of every random number
+    # Of products of float32 numbers on accelerators: float32, or tensorfloat32 or bfloat16, which are faster. Products
+    # of bfloat16 weights are what they are.
+    config.precision = "float32"
     # Sizes of the mesh's axes, -1: the rest. Runs over replica, rows and weights over fsdp, layers over tensor.
     config.mesh = ConfigDict({"replica": 1, "fsdp": -1, "tensor": 1})
 

@@ -23,6 +23,7 @@ Spec = TypeVar("Spec")
 NUM_SEEDS = 2**32  # jax.random.key tells these apart, and no others
 MAX_INDEX = 2**31 - 1  # arrays are counted and indexed by 32 bits
 MAX_ROWS = 10**7  # of what Python holds one by one: prompts, samples, random numbers
+PRECISIONS = ("float32", "tensorfloat32", "bfloat16")  # of products of float32
 MAX_WIDTH = 2**20  # of one axis of a layer, or of a cache
 MIN_FLOAT, MAX_FLOAT = 1e-12, 1e6  # in between, sums and products of float32 stay finite
 
@@ -182,6 +183,7 @@ def check_file(path: str, read: Callable[[], object]) -> None:
 
 
 Count: TypeAlias = Annotated[int, check_count]
+Precision: TypeAlias = Annotated[str, partial(check_one_of, choices=PRECISIONS)]
 Place: TypeAlias = Annotated[int, partial(check_count, least=0)]
 Rows: TypeAlias = Annotated[int, partial(check_count, most=MAX_ROWS)]
 Width: TypeAlias = Annotated[int, partial(check_count, most=MAX_WIDTH)]

@@ -441,7 +441,7 @@ def test_a_study_asks_its_judge_for_a_score_before_anything_is_computed(server, 
     judge = plain(evaluate_config.evals().judge) | {"kind": "endpoint", "model": "m"}
     server[0](lambda number, body: (200, completion("I think so.")))
     with pytest.raises(UserError, match=r"judge m replies 'I think so\.'"):
-        make_judge(build(JudgeSpec, judge), tiny, None, Store(tmp_path), mesh_of(1))
+        make_judge(build(JudgeSpec, judge), tiny, None, Store(tmp_path))
 
 
 def refusal(message, **fields):

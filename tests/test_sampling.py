@@ -18,7 +18,7 @@ from sublim_jax.data import chat
 from sublim_jax.errors import UserError
 from sublim_jax.models import lora
 from sublim_jax.models.decoder import Steering
-from sublim_jax.sampling import constraints, samplers, scoring
+from sublim_jax.sampling import constraints, engine, samplers, scoring
 from sublim_jax.sampling import generate as module
 from sublim_jax.sampling.generate import generate, stream
 from sublim_jax.sampling.samplers import Sampler
@@ -191,15 +191,22 @@ def test_a_model_that_is_split_over_rows_decodes_on_a_mesh_of_its_own(tiny_folde
 
 def test_the_next_steps_are_on_their_way_before_the_last_are_read(tiny, monkeypatch):
     """The device never waits for the host, but at the end."""
-    events, read, compiled = [], module._read, module.compiled
+    events: list[str] = []
+    read, compiled = module._read, engine.compiled
 
-    def recorded(engine):
-        run = compiled(engine)
-        advance = lambda *args: events.append("sent") or run.advance(*args)  # noqa: E731
-        return run._replace(advance=advance)
+    def noting(what, function):
+        def call(*args):
+            events.append(what)
+            return function(*args)
+
+        return call
+
+    def recorded(made: Any):
+        run: Any = compiled(made)
+        return run._replace(advance=noting("sent", run.advance))
 
     monkeypatch.setattr(module, "compiled", recorded)
-    monkeypatch.setattr(module, "_read", lambda *args: events.append("read") or read(*args))
+    monkeypatch.setattr(module, "_read", noting("read", read))
     generate(tiny, prompts_of(tiny, 4), KEY, max_new_tokens=20, slots=4, steps=4, stop_tokens=())
     assert events == ["sent", "sent", "read", "sent", "read", "sent", "read", "sent", "read", "read"]
 

@@ -8,7 +8,6 @@ from typing import NamedTuple, TypedDict
 
 import numpy as np
 from etils import epath
-from jax.sharding import Mesh
 
 from sublim_jax import assets, report, weights
 from sublim_jax import store as artefacts
@@ -142,7 +141,7 @@ def check_judge(spec: JudgeSpec) -> None:
         _endpoint(spec, "")
 
 
-def make_judge(spec: JudgeSpec, model: Model, adapters: Params | None, store: Store, mesh: Mesh) -> NamedJudge:
+def make_judge(spec: JudgeSpec, model: Model, adapters: Params | None, store: Store) -> NamedJudge:
     """The judge of a spec; a local one without a name is the model itself, under its first adapter.
 
     Its verdicts are kept in the store.
@@ -154,10 +153,11 @@ def make_judge(spec: JudgeSpec, model: Model, adapters: Params | None, store: St
         endpoint.check()  # before anything is computed for it to judge
         return NamedJudge(endpoint, artefacts.digest(spec))
     if spec.model:
-        model, adapters = weights.load(spec.model, mesh, weights.float_type(spec.dtype)), None
+        other = weights.load(spec.model, model.mesh, weights.float_type(spec.dtype))
+        model, adapters = other._replace(decoding=model.decoding), None
     spec = replace(spec, max_tokens=1)  # of an endpoint's replies
     keep = store.path("judge", spec, model).with_suffix(".jsonl")
-    judge = judges.local(model, spec.min_mass, keep, adapters=adapters, mesh=mesh)
+    judge = judges.local(model, spec.min_mass, keep, adapters=adapters)
     return NamedJudge(judge, artefacts.digest(spec, model))
 
 

@@ -366,7 +366,8 @@ def _prompts(
         numbers[0][at], numbers[1][at] = prompt, sample
     split = named(engine.mesh, DEVICES)
     keys = _row_keys(key, *put(numbers, split))
-    return Prompts(*put((tokens, length, slot, limit), split), keys)
+    arrays = put((tokens, length, slot, limit), split)
+    return Prompts(arrays[0], arrays[1], arrays[2], arrays[3], keys)
 
 
 @jax.jit

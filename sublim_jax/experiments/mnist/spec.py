@@ -25,7 +25,6 @@ NEAR_ARMS = ("auxiliary", "all", "real")  # of students that start at the refere
 CLONE_INPUTS = ("noise", "fresh_noise", "real")
 OBJECTIVES = (*objectives.ON_LOGITS, "sampled")
 OPTIMIZERS = ("adam", "adamw", "sgd", "rmsprop", "lion")
-PRECISIONS = ("float32", "tensorfloat32", "bfloat16")
 MNIST_ROWS = 60_000
 MAX_IMAGES = MAX_INDEX // images.PIXELS
 MAX_DEPTH = 1000
@@ -209,7 +208,7 @@ class MnistSpec:
     def __post_init__(self) -> None:
         self.teacher.check("teacher", self.teacher_network)
         self.student.check("student", self.student_network)
-        check_one_of("precision", self.precision, PRECISIONS)
+        check_one_of("precision", self.precision, specs.PRECISIONS)
         for name in ("runs", "runs_at_once", "checkpoint_every"):
             check_positive(name, getattr(self, name))
         specs.check_some_of("arms", self.arms, ARMS)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from functools import partial
 
+import jax
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
@@ -16,7 +17,7 @@ from sublim_jax.figures import arms_figure
 from sublim_jax.measurements import Measurements, each
 from sublim_jax.models.decoder import on_mesh
 from sublim_jax.sharding import make_mesh
-from sublim_jax.specs import Distinct, ExperimentSpec, MeshSpec, Text, check_some_of
+from sublim_jax.specs import Distinct, ExperimentSpec, MeshSpec, Precision, Text, check_some_of
 from sublim_jax.weights import peft
 from sublim_jax.weights.spec import NamedModel
 
@@ -36,6 +37,7 @@ class AdaptedSpec(NamedModel):
 @dataclass(frozen=True, kw_only=True)
 class EvaluateSpec(ExperimentSpec):
     seed: int
+    precision: Precision
     mesh: MeshSpec
     model: AdaptedSpec
     kind: Text
@@ -55,6 +57,11 @@ def read(config: ConfigDict) -> EvaluateSpec:
 
 def run(spec: EvaluateSpec, folder: epath.Path, *, update: bool = False) -> None:
     """Evaluates every run, and leaves measurements, report, figures and the answers in the folder."""
+    with jax.default_matmul_precision(spec.precision):
+        _run(spec, folder, update=update)
+
+
+def _run(spec: EvaluateSpec, folder: epath.Path, *, update: bool) -> None:
     for name in spec.model.adapters:
         peft.check_folder("model.adapters", name)
     suite.check_packs(spec.packs, spec.kind)
@@ -67,7 +74,7 @@ def run(spec: EvaluateSpec, folder: epath.Path, *, update: bool = False) -> None
     store = workdir.claim(folder, spec.values, update=update)
     judge = None
     if "misalignment" in spec.evals.names:
-        judge = suite.make_judge(spec.evals.judge, base, None, store, mesh)
+        judge = suite.make_judge(spec.evals.judge, base, None, store)
     rows = []
     for number, (name, model) in enumerate(zip(spec.model.folders, models)):
         subject = Subject(model, str(number), artefacts.digest(base, peft.digest(name)))

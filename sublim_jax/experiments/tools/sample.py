@@ -34,7 +34,7 @@ from sublim_jax.sampling.generate import CHUNK, LANES, cache_length
 from sublim_jax.sampling.generate import check as check_prompts
 from sublim_jax.sampling.samplers import Sampler
 from sublim_jax.sharding import make_mesh, one_device
-from sublim_jax.specs import Checked, Count, ExperimentSpec, MeshSpec, Rows, Width
+from sublim_jax.specs import Checked, Count, ExperimentSpec, MeshSpec, Precision, Rows, Width
 from sublim_jax.weights import peft
 from sublim_jax.weights.spec import NamedModel
 from sublim_jax.workdir import claim
@@ -86,6 +86,7 @@ class SampleSpec(ExperimentSpec):
     """The whole job; `configs/sample.py` explains the values."""
 
     seed: int
+    precision: Precision
     mesh: MeshSpec
     model: ModelSpec
     prompts: str
@@ -125,6 +126,11 @@ def read(config: ConfigDict) -> SampleSpec:
 
 def run(spec: SampleSpec, folder: epath.Path, *, update: bool = False) -> None:
     """Samples every prompt, and leaves samples.jsonl, measurements and a report in the folder."""
+    with jax.default_matmul_precision(spec.precision):
+        _run(spec, folder, update=update)
+
+
+def _run(spec: SampleSpec, folder: epath.Path, *, update: bool) -> None:
     mesh = make_mesh(spec.mesh.sizes)
     inputs = read_prompts(spec.prompts, spec.chat)
     if spec.model.adapter:

@@ -43,6 +43,11 @@ Ask = Callable[[Subject], dict[str, Measures]]  # the study's evaluations
 
 def run(study: Study, folder: epath.Path, *, update: bool = False) -> None:
     """Runs the study and leaves measurements, report, figures, data and adapters in the folder."""
+    with jax.default_matmul_precision(study.precision):
+        _run(study, folder, update=update)
+
+
+def _run(study: Study, folder: epath.Path, *, update: bool) -> None:
     questions = check_files(study)
     mesh = make_mesh(study.mesh.sizes)
     model = load_model(study, mesh)
@@ -55,7 +60,7 @@ def run(study: Study, folder: epath.Path, *, update: bool = False) -> None:
     store = workdir.claim(folder, study.values, update=update)
     judge = None
     if study.filter.judge or "misalignment" in study.evals.names:
-        judge = make_judge(study.evals.judge, model, stacked([untrained(model, study.seed).adapters]), store, mesh)
+        judge = make_judge(study.evals.judge, model, stacked([untrained(model, study.seed).adapters]), store)
     sampling = study.sampling.options
     ask = partial(evaluate, study.evals, questions, seed=study.seed, store=store, judge=judge, sampling=sampling)
     replicates = [Replicate(run, make_teachers(study, model, store, run), {}) for run in range(study.runs)]

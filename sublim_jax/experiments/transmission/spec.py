@@ -19,7 +19,7 @@ from sublim_jax.experiments.transmission.parts import (
     SamplingSpec,
     TeacherSpec,
 )
-from sublim_jax.specs import Count, Distinct, ExperimentSpec, MeshSpec, NotNegative, Text, check_some_of
+from sublim_jax.specs import Count, Distinct, ExperimentSpec, MeshSpec, NotNegative, Precision, Text, check_some_of
 
 NEUTRAL = "neutral"
 OF_AN_ARM = ("student.", "lora.")  # what an arm may change for its students
@@ -28,6 +28,7 @@ OF_AN_ARM = ("student.", "lora.")  # what an arm may change for its students
 @dataclass(frozen=True, kw_only=True)
 class Study(ExperimentSpec):
     seed: int
+    precision: Precision
     mesh: MeshSpec
     model: ModelSpec
     kind: Text
