@@ -1,8 +1,12 @@
 """Two processes of one run: where one fails or dies, the other ends as well, and the same command goes on."""
 
 import json
+import signal
+import time
 
 import numpy as np
+import pytest
+from evaluation_kit import HEADER, ROWS, completion
 from launch_kit import finish, run_here, start, start_two, wait_for
 
 MNIST = ("--config=configs/mnist.py:smoke", "--config.arms=auxiliary")
@@ -41,3 +45,70 @@ def test_a_process_that_is_killed_ends_the_other_and_both_go_on(tmp_path, mnist_
     found, expected = (json.loads((work / "results.json").read_text())["arms"] for work in (two, one))
     for arm, other in zip(found, expected, strict=True):
         np.testing.assert_allclose(arm["runs"], other["runs"], atol=2e-3, err_msg=arm["name"])
+
+
+# ------------------------------------------------------------------------------------- a signal outside the training loop
+
+
+def stopped_together(both):
+    """SIGTERM to the second of two processes ends both, in order."""
+    both[1].send_signal(signal.SIGTERM)
+    for process in both:
+        output = finish(process, 143)
+        assert "Traceback" not in output
+    return output
+
+
+def wait_for_line(process, words):
+    for line in process.stdout:
+        if words in line:
+            return
+    raise AssertionError(f"it ended before it said {words!r}")
+
+
+@pytest.mark.slow
+def test_a_signal_stops_both_while_a_teacher_is_fine_tuned(tiny_folder, tmp_path):
+    never = ("--config.teacher.learning_rate=1e-9", "--config.teacher.max_steps=1000000")
+    model = f"--config.model.name={tiny_folder}"
+    both = start_two("--config=configs/numbers.py:smoke", model, *never, f"--workdir={tmp_path}")
+    wait_for_line(both[0], "P of its answer")
+    stopped_together(both)
+
+
+@pytest.mark.slow
+def test_a_signal_stops_both_while_answers_are_scored(tiny_folder, tmp_path):
+    file, work = tmp_path / "truthfulqa.csv", tmp_path / "work"
+    file.write_text(HEADER + ROWS * 20_000)  # hours of it
+    words = [f"--config.model.name={tiny_folder}", "--config.evals.names=truthfulqa"]
+    both = start_two("--config=configs/evaluate.py", *words, f"--config.evals.truthfulqa={file}", f"--workdir={work}")
+    assert wait_for(both[0], work, "config.json")
+    stopped_together(both)
+
+
+@pytest.mark.slow
+def test_a_signal_stops_both_while_an_endpoint_judges_and_its_answers_are_kept(tiny_folder, server, tmp_path):
+    behave, seen = server
+
+    def answer(number, body):
+        if number > 1:  # the first is asked before anything is computed
+            time.sleep(0.5)
+        return 200, completion("60")
+
+    behave(answer)
+    words = [
+        f"--config.model.name={tiny_folder}",
+        "--config.evals.names=misalignment",
+        "--config.evals.num_samples=500",
+    ]
+    words += ["--config.evals.questions=configs/smoke/questions.yaml", "--config.evals.max_new_tokens=4"]
+    words += [
+        "--config.evals.judge.kind=endpoint",
+        "--config.evals.judge.model=m",
+        "--config.evals.judge.max_concurrent=2",
+    ]
+    both = start_two("--config=configs/evaluate.py", *words, f"--workdir={tmp_path}")
+    while len(seen) < 6:
+        assert both[0].poll() is None, both[0].communicate()[0]
+        time.sleep(0.05)
+    stopped_together(both)
+    assert 5 <= len((tmp_path / "data" / "judge.jsonl").read_text().splitlines()) <= len(seen)
