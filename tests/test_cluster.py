@@ -47,7 +47,7 @@ def test_a_process_that_is_killed_ends_the_other_and_both_go_on(tmp_path, mnist_
         np.testing.assert_allclose(arm["runs"], other["runs"], atol=2e-3, err_msg=arm["name"])
 
 
-# ------------------------------------------------------------------------------------- a signal outside the training loop
+# ----------------------------------------------------------------------------------- signals outside the training loop
 
 
 def stopped_together(both):
