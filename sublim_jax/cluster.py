@@ -5,6 +5,7 @@ fails with, each of the others looks for one every half second, and says it and 
 """
 
 import contextlib
+import itertools
 import os
 import re
 import sys
@@ -20,6 +21,7 @@ from sublim_jax.errors import UserError
 
 FAILED = "sublim_jax/failed"
 LOOK = 0.5  # seconds between two looks for another process's failure
+LONGEST = 7 * 86400  # seconds that one process may work while the others wait
 SILENCE = 40  # seconds without a sign of life, after which JAX ends the processes that are left
 
 
@@ -54,6 +56,15 @@ def _check(coordinator: str, processes: int | None, process: int | None) -> None
 def joined() -> bool:
     """Whether this is one of several processes."""
     return distributed.global_state.client is not None and (distributed.global_state.num_processes or 1) > 1
+
+
+_MEETINGS = itertools.count()
+
+
+def meet() -> None:
+    """Waits for the other processes, however long it takes: a collective of CPUs gives up after half a minute."""
+    if joined():
+        _keys().wait_at_barrier(f"sublim_jax/{next(_MEETINGS)}", timeout_in_ms=LONGEST * 1000)
 
 
 def lost(error: Exception) -> bool:

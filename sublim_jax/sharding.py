@@ -17,6 +17,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Key, PyTree
 
+from sublim_jax import cluster
 from sublim_jax.errors import UserError
 
 Value = TypeVar("Value")
@@ -80,6 +81,7 @@ def from_first(make: Callable[[], Value]) -> Value:
             said = json.dumps([make(), None]).encode()
         except UserError as error:
             said = json.dumps([None, str(error)]).encode()
+    cluster.meet()  # it may have taken long
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(said))))
     letters = np.frombuffer(said.ljust(size), np.uint8)
     value, wrong = json.loads(bytes(multihost_utils.broadcast_one_to_all(letters)))
