@@ -19,7 +19,7 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from sublim_jax import checkpoints
+from sublim_jax import checkpoints, storage
 from sublim_jax.digests import of_array
 from sublim_jax.progress import say
 
@@ -45,7 +45,7 @@ class Store:
           like: a tree with the artefact's shapes, dtypes and shardings.
         """
         path = self.path(name, *inputs)
-        if _agreed(path.exists()):
+        if _agreed(checkpoints.saved(path)):
             try:
                 return checkpoints.load_tree(path, like)
             except Exception as error:  # whatever a damaged file makes the storage libraries raise
@@ -121,10 +121,7 @@ def write_json(path: epath.Path, value: object) -> None:
     """Writes from the first process, whole or not at all."""
     if jax.process_index():
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(path.name + ".tmp")
-    scratch.write_text(json.dumps(value, indent=1) + "\n")
-    scratch.replace(path)
+    storage.write(path, json.dumps(value, indent=1) + "\n")
 
 
 def _agreed(flag: bool) -> bool:
