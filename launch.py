@@ -21,7 +21,7 @@ from absl import app, flags
 from etils import epath
 from ml_collections import ConfigDict
 
-from sublim_jax import describe, experiments, overrides, preflight, renamed, report, signals
+from sublim_jax import describe, experiments, overrides, preflight, renamed, report, signals, storage
 from sublim_jax.assets import cache_folder
 from sublim_jax.errors import Interrupted, UserError
 from sublim_jax.experiments import EXPERIMENTS
@@ -71,7 +71,7 @@ def run(args: Sequence[str]) -> int:
     except Interrupted as stop:
         say(f"{stop}; the same command goes on from the last checkpoint")
         return 143
-    except (OSError, ValueError, RuntimeError, MemoryError) as error:  # what a machine lacks, libraries say in each
+    except Exception as error:  # what a machine lacks, or a bucket, libraries say in errors of every kind
         if not (text := lacking(error)):
             raise
         return fail(text)
@@ -92,6 +92,7 @@ def main(args: Sequence[str]) -> None:
     renamed.check(f"--config={config_file()}", config)
     if _PREFLIGHT.value is not None:
         return compile_only(experiment, config, _PREFLIGHT.value)
+    storage.check(_WORKDIR.value or "")
     join_cluster()  # before anything asks JAX for its devices
     name = Path(config_file()).stem
     folder = epath.Path(_WORKDIR.value or f"runs/{name}-{config.get('preset', '')}").expanduser()
@@ -104,6 +105,7 @@ def write_report_again(typed: Mapping[str, object]) -> None:
     """The report of a finished run, from what it measured. Raises UserError where the folder holds none."""
     if typed or _CONFIG.value or _WORKDIR.value is None:
         raise UserError("--report goes with --workdir=DIR alone: it writes the report of the run that is in DIR")
+    storage.check(_WORKDIR.value)
     folder = epath.Path(_WORKDIR.value).expanduser()
     config = ConfigDict(config_of(folder))
     if config.get("experiment") not in EXPERIMENTS:
@@ -121,6 +123,8 @@ def lacking(error: Exception) -> str:
         return NO_MEMORY.format(" ".join(text.split())[:120] or "none is left")
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}"
+    if text_of_bucket := storage.trouble(error):
+        return text_of_bucket
     if "Could not determine home directory" in text:
         return "a path begins with ~ and a name, and there is no such user here"
     return ""
