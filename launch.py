@@ -24,7 +24,7 @@ from absl import app, flags
 from etils import epath
 from ml_collections import ConfigDict
 
-from sublim_jax import cluster, describe, experiments, overrides, preflight, renamed, report, signals
+from sublim_jax import cluster, describe, experiments, overrides, preflight, renamed, report, signals, storage
 from sublim_jax.assets import cache_folder
 from sublim_jax.errors import Interrupted, UserError
 from sublim_jax.experiments import EXPERIMENTS
@@ -100,6 +100,7 @@ def main(args: Sequence[str], watch: cluster.Watch) -> None:
     renamed.check(f"--config={config_file()}", config)
     if _PREFLIGHT.value is not None:
         return compile_only(experiment, config, _PREFLIGHT.value)
+    storage.check(_WORKDIR.value or "")
     cluster.join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)  # before anything asks JAX for its devices
     watch.start()
     name = Path(config_file()).stem
@@ -113,6 +114,7 @@ def write_report_again(typed: Mapping[str, object]) -> None:
     """The report of a finished run, from what it measured. Raises UserError where the folder holds none."""
     if typed or _CONFIG.value or _WORKDIR.value is None:
         raise UserError("--report goes with --workdir=DIR alone: it writes the report of the run that is in DIR")
+    storage.check(_WORKDIR.value)
     folder = epath.Path(_WORKDIR.value).expanduser()
     config = ConfigDict(config_of(folder))
     if config.get("experiment") not in EXPERIMENTS:
@@ -123,7 +125,7 @@ def write_report_again(typed: Mapping[str, object]) -> None:
 
 def told(error: Exception) -> tuple[str, int]:
     """The line and the exit code of an error that is no `UserError`. Raises it where it is a defect of ours."""
-    if isinstance(error, OSError | ValueError | RuntimeError | MemoryError) and (line := lacking(error)):
+    if line := lacking(error):  # what a machine lacks, or a bucket, libraries say in errors of every kind
         return line, 2
     if cluster.lost(error):
         time.sleep(4 * cluster.LOOK)  # if it has left a line, that is the one to say
@@ -143,6 +145,8 @@ def lacking(error: Exception) -> str:
         return NO_MEMORY.format(" ".join(text.split())[:120] or "none is left")
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}"
+    if text_of_bucket := storage.trouble(error):
+        return text_of_bucket
     if "Could not determine home directory" in text:
         return "a path begins with ~ and a name, and there is no such user here"
     return ""

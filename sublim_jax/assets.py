@@ -27,9 +27,11 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
+from sublim_jax import storage
 from sublim_jax.data import files
 from sublim_jax.errors import UserError
 from sublim_jax.progress import say
+from sublim_jax.storage import cache_folder as cache_folder
 
 # What reading a damaged file, or an archive without what it should hold, raises.
 DAMAGED = (OSError, EOFError, KeyError, zlib.error, tarfile.TarError, zipfile.BadZipFile)
@@ -52,12 +54,6 @@ class Asset:
     checksums: dict[str, str]
     ways: tuple[tuple[str, Callable[[Path], None]], ...]
     bring: str = "pass --config.data.path=FOLDER"  # how a user brings the files along
-
-
-def cache_folder() -> Path:
-    """`$SUBLIM_JAX_CACHE`, or the user's cache folder."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("SUBLIM_JAX_CACHE") or Path(base) / "sublim_jax")
 
 
 def fetch(asset: Asset, path: str = "") -> Path:
@@ -207,8 +203,8 @@ def _only(folder: Path, pattern: str) -> Path:
 
 
 def _at(name: str) -> Path | None:
-    """What there is by a path; None for a name that is no path here."""
-    return Path(name).expanduser() if name and files.exists(name) else None
+    """What there is by a path, or a copy of what is in a bucket; None for a name that is neither."""
+    return storage.local(name) if name and files.exists(name) else None
 
 
 def is_file(name: str) -> bool:

@@ -11,11 +11,12 @@ from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 from orbax.checkpoint import v1 as ocp
 
-from sublim_jax import signals
+from sublim_jax import signals, storage
 from sublim_jax.progress import say
 
 KEPT = 2  # the newest, and one to fall back to
 UNFINISHED = ".orbax-checkpoint-tmp"  # in the names of checkpoints that were being written
+COMMITTED = "commit_success.txt"  # in those of a bucket that are whole
 
 
 def abstract(tree: PyTree) -> PyTree:
@@ -30,11 +31,12 @@ class Checkpoints:
     """
 
     def __init__(self, directory: epath.PathLike):
-        folder = epath.Path(directory).absolute()
+        folder = _absolute(epath.Path(directory))
         if jax.process_index() == 0 and folder.exists():
             # Orbax does this by a thread that it does not wait for, and which fails where the program ends first.
-            for path in folder.glob(f"*{UNFINISHED}*"):
-                path.rmtree()
+            for path in folder.iterdir():
+                if UNFINISHED in path.name or (path.name.isdigit() and not saved(path)):
+                    path.rmtree()
         self._checkpointer = ocp.training.Checkpointer(
             folder, preservation_policy=ocp.training.preservation_policies.LatestN(KEPT)
         )
@@ -82,16 +84,25 @@ def opened(directory: epath.PathLike | None) -> Iterator[Checkpoints | None]:
         checkpoints.close()
 
 
+def saved(path: epath.Path) -> bool:
+    """Whether a tree of arrays is there, whole. In a bucket, where none is renamed, a mark is written last."""
+    return (path / COMMITTED).exists() if storage.in_bucket(path) else path.exists()
+
+
+def _absolute(path: epath.Path) -> epath.Path:
+    return path if storage.in_bucket(path) else path.absolute()
+
+
 def save_tree(path: epath.Path, tree: PyTree) -> None:
     """Writes a tree of arrays, whole or not at all."""
     with signals.whole():
-        ocp.save(path.absolute(), tree, overwrite=True)
+        ocp.save(_absolute(path), tree, overwrite=True)
 
 
 def load_tree(path: epath.Path, like: PyTree) -> PyTree:
     """Reads a tree of arrays onto the shapes, dtypes and shardings of `like`."""
     with signals.whole():
-        return ocp.load(path.absolute(), abstract_state=abstract(like))
+        return ocp.load(_absolute(path), abstract_state=abstract(like))
 
 
 def _gather_json(value: object) -> list[object]:

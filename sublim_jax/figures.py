@@ -1,5 +1,6 @@
 """Drawing: every figure that a report shows."""
 
+import io
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -8,6 +9,7 @@ import matplotlib
 import numpy as np
 from etils import epath
 
+from sublim_jax import storage
 from sublim_jax.evaluation.statistics import normal_interval
 
 matplotlib.use("Agg")
@@ -168,9 +170,10 @@ def matrix_figure(
 
 
 def _save(figure: Figure, path: epath.Path) -> None:
-    with path.open("wb") as file:
-        figure.savefig(file, dpi=160)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=160)
     plt.close(figure)
+    storage.write(path, picture.getvalue())
 
 
 def _numbers(values: list[str]) -> dict[str, float] | None:

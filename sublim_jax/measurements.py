@@ -17,6 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from etils import epath
 
+from sublim_jax import storage
+
 FILE = "measurements.parquet"
 
 
@@ -101,9 +103,7 @@ def write(folder: epath.PathLike, experiment: str, rows: Sequence[Measurement]) 
     columns["experiment"] = [experiment] * len(rows)
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table({name: columns[name] for name in _SCHEMA.names}, schema=_SCHEMA), sink)
-    scratch = epath.Path(folder) / f"{FILE}.tmp"
-    scratch.write_bytes(sink.getvalue().to_pybytes())
-    scratch.replace(epath.Path(folder) / FILE)
+    storage.write(epath.Path(folder) / FILE, sink.getvalue().to_pybytes())
 
 
 def read(folder: epath.PathLike) -> Measurements:

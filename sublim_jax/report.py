@@ -15,7 +15,7 @@ from etils import epath
 from rich.console import Console
 from rich.table import Table
 
-from sublim_jax import __version__, measurements
+from sublim_jax import __version__, measurements, storage
 from sublim_jax.digests import Source
 from sublim_jax.errors import UserError
 from sublim_jax.evaluation.statistics import t_interval
@@ -114,7 +114,6 @@ def results_of(folder: epath.Path) -> dict[str, Any]:
 def _publish(path: epath.Path, results: dict[str, Any], sections: Sequence[Section]) -> None:
     """results.json, report.md, figures, and tables on screen."""
     folder = path / "figures"
-    folder.mkdir(parents=True, exist_ok=True)
     program = f"sublim_jax {results['versions']['sublim_jax']}, commit {results['versions']['commit']}"
     text = [f"# {results['experiment']}, preset {results['preset']}", "", f"{results['devices']}. {program}."]
     text += [f"Model {m['name']}: {m['path']}, SHA-256 {m['digest'][:16]}…" for m in results["models"]]
@@ -124,7 +123,7 @@ def _publish(path: epath.Path, results: dict[str, Any], sections: Sequence[Secti
         for name, draw in section.figures.items():
             draw(folder / f"{name}.png")
             text += ["", f"![{name}](figures/{name}.png)"]
-    (path / "report.md").write_text("\n".join(text) + "\n")
+    storage.write(path / "report.md", "\n".join(text) + "\n")
     write_json(path / "results.json", results)
     console = Console(width=None if sys.stdout.isatty() else 120)
     for section in sections:

@@ -19,7 +19,7 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from sublim_jax import checkpoints
+from sublim_jax import checkpoints, storage
 from sublim_jax.digests import of_array
 from sublim_jax.progress import say
 from sublim_jax.sharding import check_same
@@ -46,7 +46,7 @@ class Store:
           like: a tree with the artefact's shapes, dtypes and shardings.
         """
         path = self.path(name, *inputs)
-        if _is_there(path):
+        if _is_there(path, checkpoints.saved):
             try:
                 return checkpoints.load_tree(path, like)
             except Exception as error:  # whatever a damaged file makes the storage libraries raise
@@ -73,7 +73,7 @@ class Store:
     def known(self, name: str, *inputs: object) -> Any:
         """A JSON value that is there and readable; None otherwise."""
         path = self._json_path(name, inputs)
-        if not _is_there(path):
+        if not _is_there(path, epath.Path.exists):
             return None
         try:
             return json.loads(path.read_text())
@@ -122,18 +122,15 @@ def write_json(path: epath.Path, value: object) -> None:
     """Writes from the first process, whole or not at all."""
     if jax.process_index():
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(path.name + ".tmp")
-    scratch.write_text(json.dumps(value, indent=1) + "\n")
-    scratch.replace(path)
+    storage.write(path, json.dumps(value, indent=1) + "\n")
 
 
-def _is_there(path: epath.Path) -> bool:
+def _is_there(path: epath.Path, there: Callable[[epath.Path], bool]) -> bool:
     """Whether an artefact is there, by the first process's answer.
 
     Raises UserError where another process would make another one: it has read a stale copy of a file.
     """
     if jax.process_count() == 1:
-        return path.exists()
+        return there(path)
     check_same(hashlib.sha256(path.name.encode()).hexdigest(), f"what {path.name.rpartition('-')[0]} is made from")
-    return bool(multihost_utils.broadcast_one_to_all(np.array(path.exists())))
+    return bool(multihost_utils.broadcast_one_to_all(np.array(there(path))))

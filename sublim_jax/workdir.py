@@ -4,12 +4,13 @@ import json
 import shutil
 from collections.abc import Mapping
 
-import jax
 from etils import epath
 from filelock import FileLock, Timeout
-from jax.experimental import multihost_utils
 
+from sublim_jax import lease, storage
 from sublim_jax.errors import UserError
+from sublim_jax.lease import Lease
+from sublim_jax.sharding import from_first
 from sublim_jax.store import Store, write_json
 
 # How a run is computed, not what: these may change between an interruption and its continuation.
@@ -29,30 +30,38 @@ def claim(
       UserError: the folder holds a run of another config, cannot be written, or is too full.
     """
     path = epath.Path(folder).expanduser()
+    storage.check(path)
+    held: list[FileLock | Lease] = []
+    from_first(lambda: held.append(_claimed(path, config, update, bytes_needed)))
+    return Store(path, held)
+
+
+def _claimed(path: epath.Path, config: Mapping[str, object], update: bool, bytes_needed: int) -> FileLock | Lease:
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        old = config_of(path) if (path / "config.json").exists() else None
-        lock = _lock(path)
-        _check_space(path, bytes_needed)
-        if old is not None and not update and (changed := _differences(old, config)):
-            raise UserError(
-                f"{path} holds a run with another config ({'; '.join(changed[:3])}); choose another --workdir, or add "
-                "--update to reuse what still holds and replace the results"
-            )
-        write_json(path / "config.json", config)
+        with storage.told(path):
+            path.mkdir(parents=True, exist_ok=True)
+            old = config_of(path) if (path / "config.json").exists() else None
+            lock = _lock(path)
+            _check_space(path, bytes_needed)
+            if old is not None and not update and (changed := _differences(old, config)):
+                raise UserError(
+                    f"{path} holds a run with another config ({'; '.join(changed[:3])}); choose another --workdir, or "
+                    "add --update to reuse what still holds and replace the results"
+                )
+            write_json(path / "config.json", config)
     except OSError as error:
+        if storage.in_bucket(path):
+            raise UserError(f"cannot write to --workdir={path}: there is no bucket {path.parts[2]} for you") from error
         if path.exists() and not path.is_dir():
             raise UserError(f"--workdir={path} is a file; name a folder") from error
         raise UserError(f"cannot write to --workdir={path} ({error.strerror or error})") from error
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("workdir")
-    return Store(path, lock)
+    return lock
 
 
-def _lock(path: epath.Path) -> FileLock | None:
+def _lock(path: epath.Path) -> FileLock | Lease:
     """Keeps a second run out for as long as it is held."""
-    if jax.process_index() or "://" in str(path):
-        return None
+    if storage.in_bucket(path):
+        return lease.take(str(path / ".lock"))
     lock = FileLock(str(path / ".lock"), is_singleton=True)  # a later run of this process is no second one
     try:
         lock.acquire(timeout=0)
@@ -83,7 +92,7 @@ def _differences(old: object, new: object, prefix: str = "") -> list[str]:
 
 
 def _check_space(path: epath.Path, bytes_needed: int) -> None:
-    if "://" in str(path):
+    if storage.in_bucket(path):
         return
     free = shutil.disk_usage(path).free
     if free < bytes_needed:

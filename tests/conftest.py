@@ -5,6 +5,7 @@ import http.server
 import json
 import os
 import threading
+import uuid
 from pathlib import Path
 
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
@@ -169,6 +170,29 @@ def server(monkeypatch):
     yield behave, seen
     http_server.shutdown()
     http_server.server_close()
+
+
+@pytest.fixture(scope="session")
+def emulator():
+    """Google's storage on this machine, for this process and those that it starts."""
+    with pytest.MonkeyPatch.context() as patch:
+        pytest.importorskip("gcp_storage_emulator")
+        import bucket_kit
+
+        served = bucket_kit.Emulator()
+        for name, value in bucket_kit.environment(served.address).items():
+            patch.setenv(name, value)
+        pytest.importorskip("gcsfs")
+        yield served
+        served.close()
+
+
+@pytest.fixture
+def bucket(emulator):
+    """The address of a new bucket."""
+    name = f"b{uuid.uuid4().hex[:12]}"
+    emulator.create(name)
+    return f"gs://{name}"
 
 
 @pytest.fixture

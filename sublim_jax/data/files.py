@@ -6,6 +6,7 @@ import json
 import zlib
 from pathlib import Path
 
+from sublim_jax import storage
 from sublim_jax.errors import UserError
 
 GZIP = b"\x1f\x8b"
@@ -15,8 +16,12 @@ UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 def exists(path: str | Path) -> bool:
     """Whether there is something by a name that a user gives, which may be no path at all."""
     try:
-        return Path(path).expanduser().exists()
+        return storage.local(path).exists()
+    except FileNotFoundError:
+        return False
     except (OSError, ValueError, RuntimeError):
+        if storage.ADDRESS.match(str(path)):
+            raise
         return False
 
 
@@ -31,7 +36,7 @@ def text_of(path: str | Path, needed: str, kind: str = "") -> str:
     """
     name = f"{kind} {path}".strip()
     try:
-        content = Path(path).expanduser().read_bytes()
+        content = storage.local(path).read_bytes()
         if content.startswith(GZIP):
             content = gzip.decompress(content)
     except IsADirectoryError as error:

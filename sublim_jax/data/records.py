@@ -8,6 +8,7 @@ from typing import Any
 import jax
 from etils import epath
 
+from sublim_jax import storage
 from sublim_jax.data import files
 from sublim_jax.errors import UserError
 
@@ -20,12 +21,9 @@ def line(record: Mapping[str, object]) -> str:
 
 
 def write(path: epath.Path, records: Sequence[Mapping[str, object]]) -> None:
-    """By the first process."""
+    """By the first process, whole or not at all."""
     if jax.process_index() == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = path.with_name(path.name + ".tmp")
-        scratch.write_text("".join(map(line, records)))
-        scratch.replace(path)
+        storage.write(path, "".join(map(line, records)))
 
 
 def read(path: str | Path) -> Iterator[tuple[str, Record]]:
@@ -82,22 +80,23 @@ def _rows(path: str | Path) -> list[tuple[str, object]]:
     from pyarrow import parquet
 
     try:
-        rows = parquet.read_table(Path(path).expanduser()).to_pylist()
+        rows = parquet.read_table(storage.local(path)).to_pylist()
     except (OSError, ValueError, RuntimeError, pyarrow.ArrowException) as error:
         raise UserError(f"{path}: {' '.join(str(error).split())}; name a file of JSON lines or Parquet") from error
     return [(f"{path}, row {number}", row) for number, row in enumerate(rows, 1)]
 
 
 def mend(path: epath.Path) -> list[Record]:
-    """What an earlier run has appended; a line that was broken off is taken away."""
+    """What an earlier run has added (`storage.Growing`); a line that was broken off is taken away."""
     kept = []
     # Only a line feed ends a line of ours: a text may hold other separators of Unicode as they are.
-    for text in path.read_bytes().split(b"\n") if path.exists() else ():
+    for text in storage.grown(path).split(b"\n"):
         try:
             record = json.loads(text)
         except ValueError:  # cut off, perhaps in the middle of a character
             continue
         if isinstance(record, dict):
             kept.append(record)
-    write(path, kept)
+    if jax.process_index() == 0:
+        storage.join(path, "".join(map(line, kept)).encode())
     return kept

@@ -11,14 +11,15 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from contextlib import nullcontext
 from functools import partial
-from typing import IO, Any, NamedTuple, Unpack
+from typing import Any, NamedTuple, Unpack
 
 import jax
 import numpy as np
 from etils import epath
 
-from sublim_jax import signals
+from sublim_jax import signals, storage
 from sublim_jax.data import chat, records
 from sublim_jax.data.tokenizer import Tokenizer
 from sublim_jax.errors import Interrupted, UserError
@@ -68,18 +69,17 @@ def local(
 
     def judge(prompts: Sequence[str]) -> list[Verdict]:
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in known]
-        with Track("local judge", len(missing)) as track:
+        file = storage.Growing(keep) if keep and missing and jax.process_index() == 0 else None
+        with file or nullcontext(), Track("local judge", len(missing)) as track:
             for start in range(0, len(missing), TOGETHER):
                 some = missing[start : start + TOGETHER]
                 asked = [chat.question(model.tokenizer, prompt) for prompt in some]
                 each = np.exp(scoring.continued_logprobs(model, asked, tree.prefixes, tree.tokens, **where)[0])
                 found = {prompt: tree.verdict(p, least_mass) for prompt, p in zip(some, each)}
                 known.update(found)
-                if keep and jax.process_index() == 0:
-                    keep.parent.mkdir(parents=True, exist_ok=True)
-                    with keep.open("a") as file:
-                        for prompt, verdict in found.items():
-                            file.write(records.line({"prompt": prompt, **verdict._asdict()}))
+                if file:
+                    lines = [records.line({"prompt": prompt, **verdict._asdict()}) for prompt, verdict in found.items()]
+                    file.add("".join(lines))
                 track.update(start + len(some))
         return [known[prompt] for prompt in prompts]
 
@@ -244,14 +244,13 @@ class Endpoint:
     def _ask(self, missing: dict[str, str]) -> None:
         """Puts replies into `_known` and the file, each where it comes."""
         assert self._known is not None
-        self._cache.parent.mkdir(parents=True, exist_ok=True)
         self._stop.clear()
         self._in_a_row = 0
         bad: dict[str, BaseException] = {}  # prompts that have no reply, while others may have
         failed: BaseException | None = None
         with (
             signals.deferred() as signal,
-            self._cache.open("a") as file,
+            storage.Growing(self._cache) as file,
             ThreadPoolExecutor(self._at_once) as pool,
             Track(f"judge {self._model}", len(missing)) as track,
         ):
@@ -289,13 +288,12 @@ class Endpoint:
         if done < len(missing):
             raise Interrupted(f"stopped by {signal.heard} after {done} of {len(missing)} judgements, which are kept")
 
-    def _keep(self, file: IO[str], name: str, reply: Reply) -> None:
+    def _keep(self, file: storage.Growing, name: str, reply: Reply) -> None:
         assert self._known is not None
         paid = {"prompt_tokens": reply.tokens[0], "completion_tokens": reply.tokens[1]}
         cut = {"cut": True} if reply.cut else {}
+        file.add(records.line({"id": name, "answer": reply.text, **cut, **paid}))
         with self._lock:
-            file.write(records.line({"id": name, "answer": reply.text, **cut, **paid}))
-            file.flush()
             self._known[name] = reply
             if reply.text:
                 self._good, self._in_a_row = self._good + 1, 0

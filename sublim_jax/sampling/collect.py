@@ -4,6 +4,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import SupportsIndex, Unpack
 
 import jax
@@ -11,14 +12,16 @@ import numpy as np
 from etils import epath
 from jaxtyping import Array, Key
 
+from sublim_jax import storage
 from sublim_jax.data import records
 from sublim_jax.data.records import Record
 from sublim_jax.models.language import Model
 from sublim_jax.progress import Track
 from sublim_jax.sampling.checks import Tokens
 from sublim_jax.sampling.generate import Options, Sample, stream
-from sublim_jax.sharding import check_same
+from sublim_jax.sharding import check_same, from_first
 
+PART_SECONDS = 10.0
 # Of a record; its other fields are its prompt's.
 OURS = {"adapter", "index", "sample", "completion", "finish", "tokens", "logprob"}
 
@@ -54,26 +57,20 @@ def collect(
         about = known[record["index"]]
         return all(record.get(name) == about[name] for name in about.keys() - OURS)
 
-    every = filter(wanted, records.mend(file))
+    every = filter(wanted, from_first(lambda: records.mend(file)))
     found = {(record["adapter"], record["index"], record["sample"]): record for record in every}
     began, fresh, total = time.monotonic(), 0, stacked * len(prompts) * samples
-    write = file.open("a") if jax.process_index() == 0 else None
-    try:
-        with Track(what, total, len(found)) as track:
-            rows = stream(
-                model, prompts, key, samples=samples, max_new_tokens=max_new_tokens, done=list(found), **options
-            )
-            for sample in rows:
-                record = record_of(sample, known[sample.prompt])
-                found[sample.row] = record
-                fresh += len(sample.logprobs)
-                if write:
-                    write.write(records.line(record))
-                    write.flush()
-                track.update(len(found), f"{fresh / (time.monotonic() - began):.0f} tokens/s")
-    finally:
-        if write:
-            write.close()
+    # A kill may cost the rows of some seconds in a bucket: the same ones are drawn again.
+    kept = storage.Growing(file, PART_SECONDS) if jax.process_index() == 0 else None
+    with kept or nullcontext(), Track(what, total, len(found)) as track:
+        rows = stream(model, prompts, key, samples=samples, max_new_tokens=max_new_tokens, done=list(found), **options)
+        for sample in rows:
+            record = record_of(sample, known[sample.prompt])
+            found[sample.row] = record
+            fresh += len(sample.logprobs)
+            if kept:
+                kept.add(records.line(record))
+            track.update(len(found), f"{fresh / (time.monotonic() - began):.0f} tokens/s")
     return [found[row] for row in sorted(found)]
 
 

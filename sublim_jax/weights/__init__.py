@@ -8,7 +8,7 @@ import transformers
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from sublim_jax import assets, digests
+from sublim_jax import assets, digests, storage
 from sublim_jax.data.tokenizer import Tokenizer
 from sublim_jax.digests import Source
 from sublim_jax.errors import UserError
@@ -61,7 +61,9 @@ def _tokenizer(folder: Path) -> Tokenizer:
 
 def shape_of(name: str) -> Settings:
     """A model's settings without its weights: by the config.json of a folder, or of a name in `shapes`."""
-    if assets.is_folder(name):
+    if storage.in_bucket(name):  # whose weights are not needed
+        config = huggingface.load_config(storage.local(name, ["config.json"]))
+    elif assets.is_folder(name):
         config = huggingface.load_config(Path(name).expanduser())
     elif name in SHAPES:
         kind, values = SHAPES[name]

@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
@@ -246,7 +247,7 @@ def save(folder: str | Path, params: Params, settings: Settings, config: Config)
         jax.tree_util.keystr(path, simple=True, separator="/"): leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
     }
-    with replaced(Path(folder)) as scratch:
+    with replaced(epath.Path(folder)) as scratch:
         _config_of(flat, settings, config).save_pretrained(scratch)
         files: list[list[str]] = []
         size = 0

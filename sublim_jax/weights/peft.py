@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 from safetensors.numpy import save as serialised
 
-from sublim_jax import assets
+from sublim_jax import assets, storage
 from sublim_jax.errors import UserError
 from sublim_jax.models.decoder import Settings, decoder
 from sublim_jax.models.families import AS_IS, QKV_LAST, Config, Rule, family
@@ -75,7 +75,7 @@ def load(folder: str | Path, settings: Settings, config: Config, base: Params | 
     Raises:
       UserError: the folder holds no LoRA, one of another model, or more than is computed here.
     """
-    folder = Path(folder)
+    folder = storage.local(folder)
     described = adapter_config.read(folder, config.model_type)
     places = _places(settings, config)
     pairs = _pairs(folder, described, places, config)
@@ -89,7 +89,7 @@ def merged(model: Model, folder: str) -> Model:
     """The model with a folder's adapters in its weights; as it is without a folder."""
     if not folder:
         return model
-    adapter, adapters = load(Path(folder).expanduser(), model.settings, model.config, model.params)
+    adapter, adapters = load(folder, model.settings, model.config, model.params)
     return model.merged(adapters, adapter)
 
 
@@ -442,12 +442,17 @@ def _end(rule: Rule, others: Sequence[Rule]) -> str:
 
 def _replace(folder: epath.Path, contents: Mapping[str, bytes]) -> None:
     """Puts an adapter in place of another; an interruption leaves the old, the new or none, and never some of each."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, data in contents.items():
-        (folder / f"{name}.new").write_bytes(data)
+    here = not storage.in_bucket(folder)
+    if here:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, data in contents.items():
+            (folder / f"{name}.new").write_bytes(data)
     (folder / adapter_config.FILE).unlink(missing_ok=True)
     for name in (TENSORS, adapter_config.FILE):
-        (folder / f"{name}.new").replace(folder / name)
+        if here:
+            (folder / f"{name}.new").replace(folder / name)
+        else:
+            storage.write(folder / name, contents[name])
     (folder / PICKLE).unlink(missing_ok=True)
 
 
@@ -458,5 +463,5 @@ def digest(folder: str) -> str:
     """
     if not folder:
         return ""
-    path = Path(folder).expanduser()
+    path = storage.local(folder)
     return " ".join(assets.digest(file) for file in (adapter_config.file_of(path), _file_of(path)))

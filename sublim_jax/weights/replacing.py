@@ -6,6 +6,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from etils import epath
+
+from sublim_jax import storage
 from sublim_jax.errors import UserError
 from sublim_jax.weights.config_fields import read_json
 
@@ -17,8 +20,8 @@ WEIGHTS = re.compile(
 
 
 @contextmanager
-def replaced(folder: Path) -> Iterator[Path]:
-    """A folder to write a checkpoint into, which takes the place of what `folder` holds once it is whole.
+def replaced(folder: epath.Path) -> Iterator[Path]:
+    """A folder here to write a checkpoint into, which takes the place of what `folder` holds once it is whole.
 
     Before that nothing in `folder` has changed. The file that readers start from goes first and comes last, so that an
     interruption leaves the old checkpoint, the new one or none, and never some of each. Other files stay.
@@ -28,15 +31,19 @@ def replaced(folder: Path) -> Iterator[Path]:
     """
     if (folder / "adapter_config.json").exists():
         raise UserError(f"{folder} holds an adapter, which would be put onto the model again; name another folder")
-    if (folder / "config.json").is_file() and "text_config" in read_json(folder / "config.json"):
+    if (folder / "config.json").exists() and "text_config" in read_json(storage.local(folder / "config.json")):
         raise UserError(f"{folder} holds a model with other senses, which would be lost; name another folder")
     folder.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=folder, prefix=".saving-") as scratch:
+    away = storage.in_bucket(folder)
+    with TemporaryDirectory(dir=None if away else folder, prefix=".saving-") as scratch:
         yield Path(scratch)
         new = sorted((path.name for path in Path(scratch).iterdir()), key=lambda name: (name in (INDEX, WHOLE), name))
-        old = [path for path in folder.iterdir() if WEIGHTS.fullmatch(path.name)]
+        old = [path for path in (folder.iterdir() if folder.exists() else ()) if WEIGHTS.fullmatch(path.name)]
         for path in sorted(old, key=lambda path: path.name != INDEX):
             if path.name not in new or path.name == INDEX:
                 path.unlink()
         for name in new:
-            (Path(scratch) / name).replace(folder / name)
+            if away:
+                storage.bucket_of(str(folder)).put_file(f"{scratch}/{name}", str(folder / name))
+            else:
+                (Path(scratch) / name).replace(folder / name)

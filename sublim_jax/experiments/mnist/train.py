@@ -4,7 +4,8 @@ Shapes below use R runs, M students of each run, N inputs, V logits. Networks an
 each carries `origin`, a digest of what its arrays were made from, because arrays of many hosts cannot be hashed.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 from tensorboardX import SummaryWriter
 
-from sublim_jax import objectives
+from sublim_jax import objectives, storage
 from sublim_jax.data import images
 from sublim_jax.data.mnist import CLASSES, Mnist
 from sublim_jax.data.order import epoch_rows, steps_per_epoch
@@ -99,20 +100,27 @@ class Record(NamedTuple):
     metrics: epath.Path  # a folder for TensorBoard's events
     checkpoint_every: int
 
-    def log(self, members: Sequence[str]) -> Log | None:
+    @contextmanager
+    def log(self, members: Sequence[str]) -> Iterator[Log | None]:
         """Writes each member's mean loss over the runs; from the first process."""
         if jax.process_index():
-            return None
+            yield None
+            return
         writer = SummaryWriter(str(self.metrics))
+        away = storage.in_bucket(self.metrics)  # where all is written anew each time: every two minutes, and at the end
 
         def log(first: int, values: dict[str, np.ndarray]) -> None:
             loss = values["loss"].reshape(len(values["loss"]), -1, len(members)).mean(1)
             for step, row in enumerate(loss, first):
                 for member, value in zip(members, row):
                     writer.add_scalar(f"loss/{member}", value, step)
-            writer.flush()
+            if not away:
+                writer.flush()
 
-        return log
+        try:
+            yield log
+        finally:
+            writer.close()
 
 
 @cache  # so that what is compiled for a network is compiled once
@@ -198,17 +206,18 @@ def train_teacher(
     checkpoints: epath.Path,
 ) -> Params:
     """From the reference, cross-entropy on MNIST through the ten digit logits."""
-    return fit(
-        program,
-        program.init(reference.params),
-        steps=spec.epochs * steps_per_epoch(len(data.train_labels), spec.batch),
-        key=runs.keys("teacher"),
-        frozen=put((data.train_images, data.train_labels), named(program.mesh)),
-        checkpoints=checkpoints,
-        checkpoint_every=record.checkpoint_every,
-        log=record.log(["teacher"]),
-        what=record.label,
-    ).params
+    with record.log(["teacher"]) as log:
+        return fit(
+            program,
+            program.init(reference.params),
+            steps=spec.epochs * steps_per_epoch(len(data.train_labels), spec.batch),
+            key=runs.keys("teacher"),
+            frozen=put((data.train_images, data.train_labels), named(program.mesh)),
+            checkpoints=checkpoints,
+            checkpoint_every=record.checkpoint_every,
+            log=log,
+            what=record.label,
+        ).params
 
 
 def teaching_program(teacher: NetworkSpec, spec: TrainingSpec, mesh: Mesh) -> Program:
@@ -241,17 +250,18 @@ def imitate(
     checkpoints: epath.Path,
 ) -> TrainState:
     """Trains M members of every run on its teacher's logits."""
-    return fit(
-        program,
-        start.state,
-        steps=spec.epochs * steps_per_epoch(inputs.spec.count, spec.batch),
-        key=runs.keys("student"),
-        frozen=targets(teacher, inputs, start.names, program.mesh),
-        checkpoints=checkpoints,
-        checkpoint_every=record.checkpoint_every,
-        log=record.log(start.names),
-        what=record.label,
-    )
+    with record.log(start.names) as log:
+        return fit(
+            program,
+            start.state,
+            steps=spec.epochs * steps_per_epoch(inputs.spec.count, spec.batch),
+            key=runs.keys("student"),
+            frozen=targets(teacher, inputs, start.names, program.mesh),
+            checkpoints=checkpoints,
+            checkpoint_every=record.checkpoint_every,
+            log=log,
+            what=record.label,
+        )
 
 
 def member(params: Params, index: int) -> Params:

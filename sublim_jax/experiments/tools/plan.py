@@ -7,14 +7,13 @@ import os
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any
 
 import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from sublim_jax import assets, digests, experiments, overrides, report, specs, workdir
+from sublim_jax import assets, digests, experiments, overrides, report, specs, storage, workdir
 from sublim_jax.digests import Source
 from sublim_jax.errors import UserError
 from sublim_jax.experiments.transmission.checks import check_files
@@ -170,8 +169,12 @@ def finished(folder: epath.Path, spec: Described) -> bool:
 def stamp(spec: Described) -> str:
     """A hash of a spec's values, and of what is in the files that they name."""
     leaves = [os.path.expanduser(leaf) for leaf in jax.tree.leaves(spec.values) if isinstance(leaf, str)]
-    files = [assets.digest(Path(name)) for name in sorted(set(filter(os.path.isfile, leaves)))]
+    files = [assets.digest(storage.local(name)) for name in sorted(set(filter(_is_file, leaves)))]
     return hashlib.sha256(json.dumps([spec.values, files], sort_keys=True).encode()).hexdigest()
+
+
+def _is_file(name: str) -> bool:
+    return assets.is_file(name) if storage.in_bucket(name) else os.path.isfile(name)
 
 
 def arms_of(found: Results) -> Arms:
@@ -220,4 +223,4 @@ def _order(picture: epath.Path) -> tuple[bool, bool, str]:
 
 
 def _copy(picture: epath.Path, path: epath.Path) -> None:
-    path.write_bytes(picture.read_bytes())
+    storage.write(path, picture.read_bytes())

@@ -1,0 +1,90 @@
+"""Whole runs in a bucket, killed and stopped, and by two processes: what a folder here would hold, to the byte."""
+
+import fnmatch
+import json
+import signal
+import time
+
+import numpy as np
+import pytest
+from etils import epath
+from launch_kit import finish, free_port, start
+
+pytestmark = pytest.mark.slow
+
+# Larger than `smoke`, so that a kill finds it at work.
+MNIST = ["--config=configs/mnist.py:smoke", "--config.inputs.count=20000", "--config.student.epochs=3"]
+
+
+@pytest.fixture
+def wait_for(emulator, bucket):
+    """Waits until a run has written an object of a pattern, `count` times."""
+
+    def wait(process, pattern, count=1):
+        while process.poll() is None:
+            if len(fnmatch.filter(emulator.names(bucket.removeprefix("gs://")), pattern)) >= count:
+                return
+            time.sleep(0.02)
+        pytest.fail(process.communicate()[0])
+
+    return wait
+
+
+def together(*words):
+    """Two processes of four devices, to their end."""
+    join = [f"--coordinator=127.0.0.1:{free_port()}", "--num_processes=2"]
+    both = [start(*words, *join, f"--process_id={number}", devices=4) for number in range(2)]
+    for process in both:
+        finish(process)
+
+
+def arms_in(work):
+    return json.loads((epath.Path(work) / "results.json").read_text())["arms"]
+
+
+def assert_same_arms(found, expected):
+    assert [arm["name"] for arm in found] == [arm["name"] for arm in expected]
+    for one, other in zip(found, expected):
+        np.testing.assert_allclose(one["runs"], other["runs"], atol=1e-5, rtol=0, err_msg=one["name"])
+
+
+def test_mnist_killed_and_stopped_ends_with_the_same_results(bucket, wait_for, tmp_path, mnist_folder):
+    work = f"{bucket}/run"
+    finish(start(*MNIST, f"--workdir={tmp_path}"))
+    process = start(*MNIST, f"--workdir={work}")
+    wait_for(process, "run/checkpoints/teacher*.training/*/commit_success.txt", 2)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    process = start(*MNIST, f"--workdir={work}")  # after a while without a sign of life of the other
+    wait_for(process, "run/checkpoints/students*.training/*")
+    process.send_signal(signal.SIGTERM)
+    output = finish(process, 143)
+    assert "no sign of life, going on in its place" in output and "the same command goes on" in output
+    output = finish(start(*MNIST, f"--workdir={work}"))
+    assert "sign of life" not in output and "teacher, runs" not in output and "Traceback" not in output
+    assert_same_arms(arms_in(work), arms_in(tmp_path))
+
+
+def test_mnist_by_two_processes(bucket, tmp_path, mnist_folder):
+    words = [*MNIST, "--config.runs=8", "--config.runs_at_once=8", "--config.arms=auxiliary,cross_all,clone"]
+    for work in (f"{bucket}/two", tmp_path):
+        together(*words, f"--workdir={work}")
+    assert_same_arms(arms_in(f"{bucket}/two"), arms_in(tmp_path))
+
+
+def test_samples_killed_and_stopped_and_by_two_processes(bucket, wait_for, tiny_folder, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"Number {i}?"}) + "\n" for i in range(40)))
+    words = ["--config=configs/sample.py", f"--config.model.name={tiny_folder}", f"--config.prompts={prompts}"]
+    words += ["--config.slots=4", "--config.max_new_tokens=300", "--config.num_samples=8", "--config.chat=False"]
+    finish(start(*words, f"--workdir={tmp_path / 'work'}"))
+    for number, code in ((signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)):
+        process = start(*words, f"--workdir={bucket}/work")
+        wait_for(process, "work/checkpoints/samples*.jsonl.parts/*", 1 if code == 143 else 2)
+        process.send_signal(number)
+        finish(process, code)
+    finish(start(*words, f"--workdir={bucket}/work"))
+    together(*words, f"--workdir={bucket}/two")
+    expected = (tmp_path / "work" / "samples.jsonl").read_bytes()
+    for work in ("work", "two"):
+        assert (epath.Path(bucket) / work / "samples.jsonl").read_bytes() == expected

@@ -1,0 +1,68 @@
+"""A study in a bucket, stopped and continued, and by two processes: what a folder here would hold."""
+
+import json
+import os
+import signal
+import threading
+import time
+
+import numpy as np
+import pytest
+from etils import epath
+from launch_kit import finish, free_port, run_here, start
+
+pytestmark = pytest.mark.slow
+
+
+def arms_in(work):
+    return json.loads((epath.Path(work) / "results.json").read_text())["arms"]
+
+
+def assert_same(there, here):
+    """Numbers to 1e-5; data and adapters to the byte."""
+    found, expected = arms_in(there), arms_in(here)
+    assert [arm["name"] for arm in found] == [arm["name"] for arm in expected]
+    for one, other in zip(found, expected):
+        np.testing.assert_allclose(one["runs"], other["runs"], atol=1e-5, rtol=0, err_msg=one["name"])
+    files = [file for part in ("data", "adapters") for file in sorted((here / part).rglob("*")) if file.is_file()]
+    assert len(files) > 3
+    for file in files:
+        assert (epath.Path(there) / file.relative_to(here)).read_bytes() == file.read_bytes(), file
+
+
+def test_stopped_and_continued(whole, whole_command, bucket, emulator):
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    ended = threading.Event()
+
+    def stop():
+        while not ended.is_set():
+            if any("students-tokens_fresh" in name for name in emulator.names(bucket.removeprefix("gs://"))):
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
+            time.sleep(0.02)
+
+    watcher = threading.Thread(target=stop)
+    watcher.start()
+    try:
+        stopped = run_here(*whole_command(f"{bucket}/work"), signals=True)
+    finally:
+        ended.set()
+        watcher.join()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert stopped.returncode == 143, stopped.stderr
+    again = run_here(*whole_command(f"{bucket}/work"))
+    assert again.returncode == 0 and "run 0, teacher owl" not in again.stdout, again.stderr
+    assert_same(f"{bucket}/work", whole[0])
+    assert not [name for name in emulator.names(bucket.removeprefix("gs://")) if ".training/" in name]
+
+
+def test_by_two_processes(flags, bucket, tmp_path):
+    parts = ["arms=tokens", "student.steps=3", "evaluate_every=3", "carrier.num_rows=20"]
+    parts += ["carrier.num_completions=20", "teacher.max_steps=4"]
+    words = ["--config=configs/numbers.py", *flags(*(f"--config.{part}" for part in parts))]
+    for work in (tmp_path / "work", f"{bucket}/work"):
+        join = [f"--coordinator=127.0.0.1:{free_port()}", "--num_processes=2", f"--workdir={work}"]
+        for process in [start(*words, *join, f"--process_id={number}") for number in range(2)]:
+            finish(process)
+    assert_same(f"{bucket}/work", tmp_path / "work")
