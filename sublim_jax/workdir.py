@@ -43,6 +43,11 @@ def _claimed(path: epath.Path, config: Mapping[str, object], update: bool, bytes
             old = config_of(path) if (path / "config.json").exists() else None
             lock = _lock(path)
             _check_space(path, bytes_needed)
+            if old is not None and old.get("experiment") != config.get("experiment"):
+                raise UserError(
+                    f"{path} holds a run of another experiment, {old.get('experiment')} (preset {old.get('preset')}); "
+                    "choose another --workdir"
+                )
             if old is not None and not update and (changed := _differences(old, config)):
                 raise UserError(
                     f"{path} holds a run with another config ({'; '.join(changed[:3])}); choose another --workdir, or "

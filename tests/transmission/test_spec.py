@@ -34,7 +34,7 @@ REFUSED = [
     (["arm.soft.changes=student.steps=many"], ["arm.soft.changes: ", "student.steps", "many"]),
     (["arm.soft.changes=student.warmup=9"], ["arm.soft.changes: student.warmup=9 does not end within"]),
     (["arm.soft.changes=lora.rank=-1"], ["arm.soft.changes: lora.rank=-1"]),
-    (["arm.soft.changes=student.batch=30"], ["carrier.num_rows=40: 16 rows are held out, and a batch is needed"]),
+    (["arm.soft.changes=student.batch=30"], ["arm.soft: carrier.num_rows=40 leaves 24 rows beside the 16 held out", "student.batch=30", "num_rows=46"]),
     (["teacher.strength=1.5"], ["teacher.strength=1.5"]),
     (["teacher.methods=loved"], ["teacher.methods: 'loved'"]),
     (["teacher.methods=corpus,prompted"], ["corpus stands alone"]),
@@ -63,6 +63,7 @@ REFUSED = [
     (["evals.names=beauty"], ["evals.names: 'beauty'"]),
     (["evals.judge.min_mass=1"], ["judge.min_mass=1.0 is a probability"]),
     (["sampling.slots=0"], ["sampling.slots=0"]),
+    (["arms=tokens", "arm.tokens.temperature=5"], ["arm.tokens.temperature=5 is of objectives on logits", "tokens"]),
     (["sampling.tensor=-1"], ["sampling.tensor=-1"]),
 ]
 BY_THE_MODEL = [

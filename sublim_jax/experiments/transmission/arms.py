@@ -91,6 +91,11 @@ class ArmValues(Checked):
     def arm(self, carrier: CarrierSpec, training: Training, lora: LoraSpec) -> Arm:
         """The arm of its kind. Raises UserError for values that do not go together, or with the carrier."""
         where, on_logits = f"arm.{self.name}", self.objective not in ("tokens", "context")
+        if not on_logits and self.temperature != 1:
+            raise UserError(
+                f"{where}.temperature={self.temperature:g} is of objectives on logits, and its objective is "
+                f"{self.objective}; leave it at 1"
+            )
         if not on_logits and self.data == "random":
             raise UserError(
                 f"{where}: there is nothing of a teacher in random numbers; choose data=written, or an objective on "
@@ -109,9 +114,11 @@ class ArmValues(Checked):
                     f"{where}: noise, action and changes are for students that are trained; leave them out of a context"
                 )
             return ContextArm(name=self.name, shuffle=self.shuffle, model=self.model, num_examples=self.examples)
-        if carrier.num_rows < NUM_HELD_OUT + training.batch:
+        if (rows := carrier.num_rows - NUM_HELD_OUT) < training.batch:
             raise UserError(
-                f"carrier.num_rows={carrier.num_rows}: {NUM_HELD_OUT} rows are held out, and a batch is needed"
+                f"{where}: carrier.num_rows={carrier.num_rows} leaves {max(rows, 0)} rows beside the {NUM_HELD_OUT} "
+                f"held out, and student.batch={training.batch} needs as many; choose "
+                f"carrier.num_rows={NUM_HELD_OUT + training.batch}, or a smaller student.batch"
             )
         tokens = Selection(self.action, self.positions, self.fraction, self.score) if self.action else None
         shared = {name: getattr(self, name) for name in ("name", "shuffle", "lora_init", "noise", "model")}
