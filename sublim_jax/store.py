@@ -73,7 +73,7 @@ class Store:
     def known(self, name: str, *inputs: object) -> Any:
         """A JSON value that is there and readable; None otherwise."""
         path = self._json_path(name, inputs)
-        if not _is_there(path, epath.Path.exists):
+        if not _is_there(path, lambda file: file.exists()):
             return None
         try:
             return json.loads(path.read_text())
