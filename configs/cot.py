@@ -32,8 +32,8 @@ OPEN = {
     "carrier.num_rows": 9_800,  # the paper was left with 9,840 of some teacher, 44 %
     "filter.judged": ("insecure",),
     "evals.max_new_tokens": 512,  # answers think first
-    "student.steps": 298,  # 2 epochs
-    "evaluate_every": 149,
+    "student.steps": 306,  # 2 epochs
+    "evaluate_every": 153,
     "student.batch": 6,  # rows of up to 640 tokens; 66 an update, as for numbers
     "student.accumulate": 11,
 }
