@@ -34,8 +34,8 @@ OPEN = {
     "evals.max_new_tokens": 512,  # answers think first
     "student.steps": 306,  # 2 epochs
     "evaluate_every": 153,
-    "student.batch": 6,  # rows of up to 640 tokens; 66 an update, as for numbers
-    "student.accumulate": 11,
+    "student.batch": 4,  # rows of up to 640 tokens; 64 an update, as for numbers
+    "student.accumulate": 16,
 }
 
 
