@@ -16,7 +16,6 @@ import optax
 from etils import epath
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key, UInt8
-from tensorboardX import SummaryWriter
 
 from sublim_jax import objectives
 from sublim_jax.data import images
@@ -103,6 +102,8 @@ class Record(NamedTuple):
         """Writes each member's mean loss over the runs; from the first process."""
         if jax.process_index():
             return None
+        from tensorboardX import SummaryWriter  # takes seconds where torch is installed, which it looks for
+
         writer = SummaryWriter(str(self.metrics))
 
         def log(first: int, values: dict[str, np.ndarray]) -> None:
