@@ -3,18 +3,16 @@
 import io
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import matplotlib
 import numpy as np
 from etils import epath
 
 from sublim_jax import storage
 from sublim_jax.evaluation.statistics import normal_interval
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-from matplotlib.figure import Figure
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Arm = dict[str, Any]
 Numbers = Sequence[float] | np.ndarray
@@ -56,10 +54,13 @@ def banded(label: str, x: Numbers, runs: Sequence[Numbers] | np.ndarray, **style
 
 def panels_figure(panels: Sequence[Panel], path: epath.Path) -> None:
     """Panels side by side."""
-    figure, row = plt.subplots(1, len(panels), figsize=(5.4 * len(panels), 4.2), layout="constrained", squeeze=False)
+    from matplotlib import colormaps
+
+    figure = _figure(5.4 * len(panels), 4.2)
+    row = figure.subplots(1, len(panels), squeeze=False)
     for axes, panel in zip(row[0], panels):
         if len(panel.lines) > 10:
-            axes.set_prop_cycle(color=plt.get_cmap("tab20")(range(20)))
+            axes.set_prop_cycle(color=colormaps["tab20"](range(20)))
         for line in panel.lines:
             style = {"marker": ".", "ms": 4, "lw": 1.2, **line.style}
             (drawn,) = axes.plot(line.x, line.y, label=line.label, **style)
@@ -81,7 +82,8 @@ def arms_figure(arms: list[Arm], path: epath.Path, xlabel: str = "", chance: flo
       xlabel: MNIST's accuracy where left out.
       chance: where a line stands for it on an axis of 0 to 1; None for a line at 0, on an axis as long as is needed.
     """
-    figure, axes = plt.subplots(figsize=(7.5, 0.5 * len(arms) + 1.2), layout="constrained")
+    figure = _figure(7.5, 0.5 * len(arms) + 1.2)
+    axes = figure.subplots()
     for row, arm in enumerate(reversed(arms)):
         axes.barh(row, arm["mean"], height=0.62, color=OURS, alpha=0.25, zorder=1)
         jitter = [row + 0.22 * math.sin(7.0 * index) for index in range(len(arm["runs"]))]
@@ -118,7 +120,8 @@ def sweep_figure(points: list[Arm], axis: str, path: epath.Path) -> None:
     values = list(dict.fromkeys(point["value"] for point in points))
     numeric = _numbers(values)
     place = numeric or dict(zip(values, range(len(values))))
-    figure, axes = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
+    figure = _figure(7.5, 4.5)
+    axes = figure.subplots()
     for name in dict.fromkeys(point["name"] for point in points):
         mine = [point for point in points if point["name"] == name]
         x = [place[point["value"]] for point in mine]
@@ -156,7 +159,8 @@ def matrix_figure(
       labels: of columns, rows and colours; for students by their teacher and traits that are asked after, left out.
     """
     wide = max(1.4, 0.11 * max(map(len, columns)))
-    figure, axes = plt.subplots(figsize=(wide * len(columns) + 2.4, 1.0 * len(rows) + 1.6), layout="constrained")
+    figure = _figure(wide * len(columns) + 2.4, 1.0 * len(rows) + 1.6)
+    axes = figure.subplots()
     limit = max(float(np.abs(cells).max()), 1e-6)
     image = axes.imshow(cells, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
     for (row, column), value in np.ndenumerate(cells):
@@ -169,10 +173,15 @@ def matrix_figure(
     _save(figure, path)
 
 
-def _save(figure: Figure, path: epath.Path) -> None:
+def _figure(width: float, height: float) -> "Figure":
+    from matplotlib.figure import Figure  # takes a second, and a command that draws nothing needs none of it
+
+    return Figure((width, height), layout="constrained")
+
+
+def _save(figure: "Figure", path: epath.Path) -> None:
     picture = io.BytesIO()
     figure.savefig(picture, dpi=160)
-    plt.close(figure)
     storage.write(path, picture.getvalue())
 
 

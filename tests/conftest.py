@@ -1,9 +1,12 @@
 """Tests run on eight CPU devices in one process; meshes of one device come from `mesh_of(1)`."""
 
+import contextlib
+import ctypes
 import gc
 import http.server
 import json
 import os
+import shutil
 import threading
 import uuid
 from pathlib import Path
@@ -21,30 +24,36 @@ from sublim_jax.data import mnist
 from sublim_jax.errors import UserError
 from sublim_jax.sharding import make_mesh
 
-# Programs that another test, worker or run has compiled are read back. With a limit on its size, JAX locks the folder:
-# workers that compile the same at the same time do not write over each other.
-jax.config.update("jax_compilation_cache_dir", str(assets.cache_folder() / "compiled-by-tests"))
-jax.config.update("jax_compilation_cache_max_size", 2 << 30)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+# Programs that another test, worker or run has compiled are read back, however small: that takes a tenth of the time.
+# Without JAX's limit on the folder's size, for which it would read the whole folder at each program that it adds.
+COMPILED = assets.cache_folder() / "compiled-by-tests"
+COMPILED_BYTES = 2 << 30
+jax.config.update("jax_compilation_cache_dir", str(COMPILED))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 hypothesis.settings.register_profile("here", deadline=None)  # a busy machine is no failure
 hypothesis.settings.load_profile("here")
 
-MEMORY = 1_300_000_000  # bytes of a worker
-MAPS = 40_000  # of the 65,530 memory maps that Linux lets a process have: compiled programs take several each
+MEMORY = 1_500_000_000  # bytes of a worker, of which compiled programs take 1.5 MB each
 
 
 @pytest.fixture(autouse=True)
 def few_compiled_programs():
-    """Lets go of compiled programs before a worker has so many that compiling crashes, or holds too much memory."""
+    """Lets go of compiled programs before a worker holds too much memory."""
     yield
-    maps, pages = Path("/proc/self/maps"), Path("/proc/self/statm")
-    if not maps.exists():
-        return
-    held = int(pages.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    if held > MEMORY or maps.read_bytes().count(b"\n") > MAPS:
+    pages = Path("/proc/self/statm")
+    if pages.exists() and int(pages.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") > MEMORY:
         jax.clear_caches()
         gc.collect()
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)  # else it stays with the process, which would compile each test's anew
+
+
+def pytest_sessionstart(session):
+    """Empties a folder of compiled programs that has grown too large, before there are workers."""
+    if "PYTEST_XDIST_WORKER" not in os.environ and COMPILED.exists():
+        if sum(entry.stat().st_size for entry in os.scandir(COMPILED)) > COMPILED_BYTES:
+            shutil.rmtree(COMPILED)
 
 
 def pytest_addoption(parser):

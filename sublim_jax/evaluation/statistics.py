@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+import scipy  # whose parts are loaded when they are first used
 from jaxtyping import Float
-from scipy import optimize, stats
 
 Runs = Sequence[float] | Float[np.ndarray, "runs"]
 
@@ -18,12 +18,12 @@ class Interval(NamedTuple):
 
 def normal_interval(values: Runs) -> Interval:
     """Mean ± 1.96 std / sqrt(n), as in the paper's MNIST figure; Student's t below 30 runs."""
-    return _interval(values, float(stats.norm.ppf(0.975))) if len(values) >= 30 else t_interval(values)
+    return _interval(values, float(scipy.stats.norm.ppf(0.975))) if len(values) >= 30 else t_interval(values)
 
 
 def t_interval(values: Runs) -> Interval:
     """Mean ± t std / sqrt(n), Student's t with n - 1 degrees of freedom: for a handful of runs."""
-    return _interval(values, float(stats.t.ppf(0.975, len(values) - 1)) if len(values) > 1 else np.nan)
+    return _interval(values, float(scipy.stats.t.ppf(0.975, len(values) - 1)) if len(values) > 1 else np.nan)
 
 
 def _interval(values: Runs, quantile: float) -> Interval:
@@ -64,7 +64,7 @@ def paired_p(differences: Runs) -> float:
         return float("nan")
     if not np.ptp(differences):
         return 1.0 if not differences[0] else 0.0
-    return float(stats.ttest_1samp(differences, 0.0).pvalue)
+    return float(scipy.stats.ttest_1samp(differences, 0.0).pvalue)
 
 
 def holm(ps: Sequence[float]) -> list[float]:
@@ -106,13 +106,13 @@ def detectable(spread: float, n: int, power: float = 0.8) -> float:
     """
     if n < 2:
         return float("nan")
-    critical = stats.t.ppf(0.975, n - 1)
+    critical = scipy.stats.t.ppf(0.975, n - 1)
 
     # scipy's noncentral t gives nan for few runs; so t = (z + shift) / spread, averaged over quantiles of the spread.
-    quantiles = np.sqrt(stats.chi2.ppf((np.arange(4000) + 0.5) / 4000, n - 1) / (n - 1))
+    quantiles = np.sqrt(scipy.stats.chi2.ppf((np.arange(4000) + 0.5) / 4000, n - 1) / (n - 1))
 
     def missing(shift: float) -> float:
-        found = stats.norm.sf(critical * quantiles - shift) + stats.norm.cdf(-critical * quantiles - shift)
+        found = scipy.stats.norm.sf(critical * quantiles - shift) + scipy.stats.norm.cdf(-critical * quantiles - shift)
         return float(np.mean(found)) - power
 
-    return float(optimize.brentq(missing, 0.0, 100.0)) * spread / n**0.5
+    return float(scipy.optimize.brentq(missing, 0.0, 100.0)) * spread / n**0.5

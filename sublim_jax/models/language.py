@@ -3,14 +3,13 @@
 import dataclasses
 import hashlib
 from functools import partial
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Key
-from transformers import PreTrainedConfig
 
 from sublim_jax.data.tokenizer import Tokenizer
 from sublim_jax.digests import Source, of_array
@@ -18,6 +17,9 @@ from sublim_jax.models import lora
 from sublim_jax.models.decoder import Decoder, Placement, Settings, decoder, on_mesh
 from sublim_jax.models.functional import Functions, Params
 from sublim_jax.sharding import fetch, parameter_shardings
+
+if TYPE_CHECKING:  # transformers takes seconds, and an experiment without language models needs none of it
+    from transformers import PreTrainedConfig
 
 
 class Model(NamedTuple):
@@ -37,7 +39,7 @@ class Model(NamedTuple):
     network: Functions[Decoder]
     params: Params
     tokenizer: Tokenizer
-    config: PreTrainedConfig
+    config: "PreTrainedConfig"
     mesh: Mesh
     source: Source = Source("", "", "")
     changes: str = ""

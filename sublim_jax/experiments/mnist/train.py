@@ -17,7 +17,6 @@ import optax
 from etils import epath
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key, UInt8
-from tensorboardX import SummaryWriter
 
 from sublim_jax import objectives, storage
 from sublim_jax.data import images
@@ -106,6 +105,8 @@ class Record(NamedTuple):
         if jax.process_index():
             yield None
             return
+        from tensorboardX import SummaryWriter  # takes seconds where torch is installed, which it looks for
+
         writer = SummaryWriter(str(self.metrics))
         away = storage.in_bucket(self.metrics)  # where all is written anew each time: every two minutes, and at the end
 
