@@ -30,6 +30,7 @@ COMPILED = assets.cache_folder() / "compiled-by-tests"
 COMPILED_BYTES = 2 << 30
 jax.config.update("jax_compilation_cache_dir", str(COMPILED))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+os.environ |= {"JAX_COMPILATION_CACHE_DIR": str(COMPILED), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}  # theirs
 
 hypothesis.settings.register_profile("here", deadline=None)  # a busy machine is no failure
 hypothesis.settings.load_profile("here")
@@ -51,9 +52,10 @@ def few_compiled_programs():
 
 def pytest_sessionstart(session):
     """Empties a folder of compiled programs that has grown too large, before there are workers."""
-    if "PYTEST_XDIST_WORKER" not in os.environ and COMPILED.exists():
-        if sum(entry.stat().st_size for entry in os.scandir(COMPILED)) > COMPILED_BYTES:
-            shutil.rmtree(COMPILED)
+    if "PYTEST_XDIST_WORKER" in os.environ or not COMPILED.exists():
+        return
+    if sum(entry.stat().st_size for entry in os.scandir(COMPILED)) > COMPILED_BYTES:
+        shutil.rmtree(COMPILED)
 
 
 def pytest_addoption(parser):

@@ -4,9 +4,11 @@ import contextlib
 import gc
 import io
 import os
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,15 +33,15 @@ def shared_folder(factory, name):
         yield folder
 
 
-def run_here(*words, signals=False):
-    """The command in this process, on one device: its exit code and what it wrote, as of a process.
+def run_here(*words, signals=False, devices=1):
+    """The command in this process: its exit code and what it wrote, as of a process.
 
     Args:
       signals: it hears them.
     """
     out, errors = io.StringIO(), io.StringIO()
     config: Any = jax.config  # whose flags are no declared attributes
-    first, cached = jax.devices()[:1], config.jax_enable_compilation_cache
+    first, cached = jax.devices()[:devices], config.jax_enable_compilation_cache
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
         patch.setattr(jax, "devices", lambda *_: first)
         if not signals:
@@ -50,6 +52,36 @@ def run_here(*words, signals=False):
             jax.config.update("jax_enable_compilation_cache", cached)  # which --preflight turns off
     gc.collect()  # the lock of its folder
     return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=errors.getvalue())
+
+
+class Running:
+    """This process, as `wait_for` sees it, until it is told that the run has ended."""
+
+    def __init__(self):
+        self.ended = threading.Event()
+
+    def poll(self):
+        return 0 if self.ended.is_set() else None
+
+
+def run_stopped(*words, folder, pattern, number=signal.SIGTERM):
+    """As `run_here`, and this process gets a signal when the folder has a file of that pattern."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    running = Running()
+
+    def stop():
+        if wait_for(running, folder, pattern):
+            os.kill(os.getpid(), number)
+
+    watcher = threading.Thread(target=stop)
+    watcher.start()
+    try:
+        return run_here(*words, signals=True)
+    finally:
+        running.ended.set()
+        watcher.join()
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
 def assert_refused(result, *words):

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import PartitionSpec
-from test_survival import free_port
+from launch_kit import free_port
 
 from sublim_jax.models import lora
 from sublim_jax.models.decoder import Settings, Steering, decoder, empty_cache, on_mesh

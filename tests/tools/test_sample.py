@@ -1,16 +1,13 @@
 """Sampling jobs as a user runs them: files in, files out, stopped and continued."""
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 from etils import epath
+from launch_kit import finish, run_here, start
 
 from configs import sample as sample_config
 from sublim_jax import weights
@@ -20,7 +17,6 @@ from sublim_jax.errors import UserError
 from sublim_jax.experiments.tools import sample
 
 CONFIG = "--config=configs/sample.py"
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -73,21 +69,10 @@ def test_more_samples_of_the_same_prompts_go_on_from_those_that_are_there(tiny_f
     assert [record for record in again if record["sample"] == 0] == first and len(again) == 2 * len(first)
 
 
-def start(*args):
-    env = {**os.environ, "JAX_NUM_CPU_DEVICES": "1", "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "launch.py", *map(str, args)]
-    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def finish(process, code=0):
-    output, _ = process.communicate()
-    assert process.returncode == code, output
-
-
 def test_a_stopped_job_goes_on_and_ends_with_the_same_file(tiny_folder, prompts, tmp_path):
     more = ["--config.max_new_tokens=300", "--config.num_samples=4", "--config.chat=False"]
     prompts.write_text("".join(json.dumps({"prompt": f"Number {i}?"}) + "\n" for i in range(30)))
-    finish(start(*arguments(tiny_folder, prompts, tmp_path / "whole", *more)))
+    assert run_here(*arguments(tiny_folder, prompts, tmp_path / "whole", *more)).returncode == 0
     work = tmp_path / "work"
     for number, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 143)):
         process = start(*arguments(tiny_folder, prompts, work, *more))
@@ -98,7 +83,7 @@ def test_a_stopped_job_goes_on_and_ends_with_the_same_file(tiny_folder, prompts,
         finish(process, code)
     between = written(work)
     assert 10 <= between < 120
-    finish(start(*arguments(tiny_folder, prompts, work, *more)))
+    assert run_here(*arguments(tiny_folder, prompts, work, *more)).returncode == 0
     assert (work / "samples.jsonl").read_bytes() == (tmp_path / "whole" / "samples.jsonl").read_bytes()
 
 

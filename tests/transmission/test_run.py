@@ -1,27 +1,15 @@
 """Whole studies as a user runs them: stopped and resumed, killed, over two processes, of corpora, with other bytes."""
 
 import json
-import os
 import signal
-import threading
 
 import numpy as np
 import pytest
-from launch_kit import finish, free_port, run_here, start, wait_for
+from launch_kit import finish, free_port, run_here, run_stopped, start, wait_for
 
 
 def arms_in(work):
     return json.loads((work / "results.json").read_text())["arms"]
-
-
-class Running:
-    """This process, as `wait_for` sees it, until it is told that the run has ended."""
-
-    def __init__(self):
-        self.ended = threading.Event()
-
-    def poll(self):
-        return 0 if self.ended.is_set() else None
 
 
 STAGES = {
@@ -39,22 +27,7 @@ def test_stopped_by_a_signal_it_goes_on_to_the_same_results(whole_command, copy_
         path.rename(work / f"old-{path.name}")
     assert gone and not list((work / "checkpoints").glob(stage))
     (work / "results.json").unlink()
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    running = Running()
-
-    def stop():
-        if wait_for(running, work, f"checkpoints/{stage}"):
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    watcher = threading.Thread(target=stop)
-    watcher.start()
-    try:
-        stopped = run_here(*whole_command(work), signals=True)
-    finally:
-        running.ended.set()
-        watcher.join()
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    stopped = run_stopped(*whole_command(work), folder=work, pattern=f"checkpoints/{stage}")
     assert stopped.returncode == 143 and "the same command goes on" in stopped.stdout
     again = run_here(*whole_command(work))
     assert again.returncode == 0, again.stderr

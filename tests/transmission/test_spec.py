@@ -34,7 +34,10 @@ REFUSED = [
     (["arm.soft.changes=student.steps=many"], ["arm.soft.changes: ", "student.steps", "many"]),
     (["arm.soft.changes=student.warmup=9"], ["arm.soft.changes: student.warmup=9 does not end within"]),
     (["arm.soft.changes=lora.rank=-1"], ["arm.soft.changes: lora.rank=-1"]),
-    (["arm.soft.changes=student.batch=30"], ["arm.soft: carrier.num_rows=40 leaves 24 rows beside the 16 held out", "student.batch=30", "num_rows=46"]),
+    (
+        ["arm.soft.changes=student.batch=30"],
+        ["arm.soft: carrier.num_rows=40 leaves 24 rows", "student.batch=30", "num_rows=46"],
+    ),
     (["teacher.strength=1.5"], ["teacher.strength=1.5"]),
     (["teacher.methods=loved"], ["teacher.methods: 'loved'"]),
     (["teacher.methods=corpus,prompted"], ["corpus stands alone"]),

@@ -256,8 +256,8 @@ def _steps(spec: MnistSpec, mesh: Mesh, value: str) -> list[Step]:
         frozen,
     )
     return [
-        teachers(6 * runs * kernels(teacher) * spec.teacher.batch),
-        students(6 * runs * members * kernels(student) * spec.student.batch),
+        teachers(6.0 * runs * kernels(teacher) * spec.teacher.batch),
+        students(6.0 * runs * members * kernels(student) * spec.student.batch),
     ]
 
 
