@@ -17,9 +17,8 @@ import optax
 from etils import epath
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key, UInt8
-from tensorboardX import SummaryWriter
 
-from sublim_jax import objectives, storage
+from sublim_jax import events, objectives, storage
 from sublim_jax.data import images
 from sublim_jax.data.mnist import CLASSES, Mnist
 from sublim_jax.data.order import epoch_rows, steps_per_epoch
@@ -106,15 +105,15 @@ class Record(NamedTuple):
         if jax.process_index():
             yield None
             return
-        writer = SummaryWriter(str(self.metrics))
-        away = storage.in_bucket(self.metrics)  # where all is written anew each time: every two minutes, and at the end
+        writer = events.writer(self.metrics)
+        here = not storage.in_bucket(self.metrics)
 
         def log(first: int, values: dict[str, np.ndarray]) -> None:
             loss = values["loss"].reshape(len(values["loss"]), -1, len(members)).mean(1)
             for step, row in enumerate(loss, first):
                 for member, value in zip(members, row):
                     writer.add_scalar(f"loss/{member}", value, step)
-            if not away:
+            if here:
                 writer.flush()
 
         try:
