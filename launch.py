@@ -145,8 +145,8 @@ def lacking(error: Exception) -> str:
         return NO_MEMORY.format(" ".join(text.split())[:120] or "none is left")
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}"
-    if text_of_bucket := storage.trouble(error):
-        return text_of_bucket
+    if of_bucket := storage.explanation(error):
+        return of_bucket
     if "Could not determine home directory" in text:
         return "a path begins with ~ and a name, and there is no such user here"
     return ""

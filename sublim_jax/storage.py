@@ -57,22 +57,22 @@ def check(name: epath.PathLike) -> None:
 
 
 @contextmanager
-def told(name: epath.PathLike) -> Iterator[None]:
+def explained(name: epath.PathLike) -> Iterator[None]:
     """What a bucket refuses within the block, as a UserError; a missing file as it is."""
     try:
         yield
     except FileNotFoundError:
         raise
     except Exception as error:
-        if not in_bucket(name) or not (text := trouble(error)):
+        if not in_bucket(name) or not (text := explanation(error)):
             raise
         raise UserError(f"{name}: {text}") from error
 
 
-def trouble(error: BaseException) -> str:
+def explanation(error: BaseException) -> str:
     """What is wrong with a bucket or with the way to it, in words; "" for another error."""
     text = " ".join(str(error).split())
-    if type(error).__module__.split(".")[0] in ("gcsfs", "aiohttp", "google", "requests") or "Forbidden: " in text:
+    if type(error).__module__.split(".")[0] in ("gcsfs", "aiohttp", "google") or "Forbidden: " in text:
         return f"the bucket cannot be used ({text or type(error).__name__}); look at the network and at your rights"
     return ""
 
@@ -215,7 +215,7 @@ def local(name: epath.PathLike, patterns: Sequence[str] = READ) -> Path:
     if not ADDRESS.match(address):
         return Path(name).expanduser()
     bucket = bucket_of(address)
-    with told(address):
+    with explained(address):
         return _copy(bucket, address, patterns)
 
 

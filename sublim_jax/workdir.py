@@ -38,7 +38,7 @@ def claim(
 
 def _claimed(path: epath.Path, config: Mapping[str, object], update: bool, bytes_needed: int) -> FileLock | Lease:
     try:
-        with storage.told(path):
+        with storage.explained(path):
             path.mkdir(parents=True, exist_ok=True)
             old = config_of(path) if (path / "config.json").exists() else None
             lock = _lock(path)

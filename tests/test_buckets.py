@@ -26,6 +26,7 @@ from sublim_jax.data.prompts import read as read_prompts
 from sublim_jax.errors import UserError
 from sublim_jax.evaluation import misalignment, truthfulqa
 from sublim_jax.evaluation.judges import Endpoint
+from sublim_jax.experiments.mnist.train import Record
 from sublim_jax.experiments.tools import plan, sample
 from sublim_jax.measurements import Measurement
 from sublim_jax.models import lora
@@ -157,9 +158,10 @@ def test_artefacts_tables_and_checkpoints_lie_in_a_bucket(bucket, mesh_of):
 def test_models_and_adapters_are_written_to_a_bucket_and_read_from_it(bucket, tiny_folder, tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("SUBLIM_JAX_CACHE", str(tmp_path / "cache"))
     spec = Lora(2, 4)
-    start = lora.init(jax.random.key(0), tiny.params, spec)
-    for folder in (tmp_path / "adapter", f"{bucket}/adapter"):
-        peft.save(folder, start, spec, tiny.settings, tiny.config)
+    for seed in range(2):
+        start = lora.init(jax.random.key(seed), tiny.params, spec)
+        for folder in (tmp_path / "adapter", f"{bucket}/adapter"):
+            peft.save(folder, start, spec, tiny.settings, tiny.config)
     (_, here), (_, there) = (
         peft.load(folder, tiny.settings, tiny.config) for folder in (tmp_path / "adapter", f"{bucket}/adapter")
     )
@@ -178,6 +180,20 @@ def test_models_and_adapters_are_written_to_a_bucket_and_read_from_it(bucket, ti
     huggingface.save(f"{bucket}/saved", jax.tree.map(lambda x: x + 1, tiny.params), tiny.settings, tiny.config)
     _, saved = huggingface.load(storage.local(f"{bucket}/saved"))
     jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y + 1), saved, tiny.params)
+
+
+def test_curves_lie_in_a_bucket_and_end_no_run_where_it_cannot_be_reached(bucket, tmp_path, monkeypatch):
+    for folder in (epath.Path(bucket), epath.Path(tmp_path)):
+        with Record("", folder / "metrics", 1).log(["auxiliary"]) as log:
+            assert log
+            log(0, {"loss": np.arange(6.0).reshape(3, 2)})
+    there, here = (list((epath.Path(home) / "metrics").iterdir()) for home in (bucket, tmp_path))
+    assert len(there) == len(here) == 1 and len(there[0].read_bytes()) == len(here[0].read_bytes())
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "write", lambda *_: 1 / 0)
+        with Record("", epath.Path(bucket) / "others", 1).log(["auxiliary"]) as log:
+            assert log
+            log(0, {"loss": np.ones((3, 2))})
 
 
 # ---------------------------------------------------------------------------------------------------- what is read

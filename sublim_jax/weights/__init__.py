@@ -61,7 +61,7 @@ def _tokenizer(folder: Path) -> Tokenizer:
 
 def shape_of(name: str) -> Settings:
     """A model's settings without its weights: by the config.json of a folder, or of a name in `shapes`."""
-    if storage.in_bucket(name):  # whose weights are not needed
+    if storage.in_bucket(name) and not name.endswith(".gguf"):  # whose weights are not needed
         config = huggingface.load_config(storage.local(name, ["config.json"]))
     elif assets.is_folder(name):
         config = huggingface.load_config(Path(name).expanduser())

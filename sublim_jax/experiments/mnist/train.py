@@ -105,17 +105,17 @@ class Record(NamedTuple):
         if jax.process_index():
             yield None
             return
-        from tensorboardX import SummaryWriter  # takes seconds where torch is installed, which it looks for
+        from sublim_jax import events  # whose library takes seconds to import where torch is installed
 
-        writer = SummaryWriter(str(self.metrics))
-        away = storage.in_bucket(self.metrics)  # where all is written anew each time: every two minutes, and at the end
+        writer = events.writer(self.metrics)
+        here = not storage.in_bucket(self.metrics)
 
         def log(first: int, values: dict[str, np.ndarray]) -> None:
             loss = values["loss"].reshape(len(values["loss"]), -1, len(members)).mean(1)
             for step, row in enumerate(loss, first):
                 for member, value in zip(members, row):
                     writer.add_scalar(f"loss/{member}", value, step)
-            if not away:
+            if here:
                 writer.flush()
 
         try:
