@@ -371,7 +371,7 @@ def test_a_folder_in_the_place_of_an_artefact_is_named(tmp_path, capsys, monkeyp
     store = Store(tmp_path)
     where = store.path("value", 0)
     where.with_name(where.name + ".json").mkdir(parents=True)
-    monkeypatch.setattr(launch, "main", lambda _: store.json("value", lambda _: 1, 0))
+    monkeypatch.setattr(launch, "main", lambda *_: store.json("value", lambda _: 1, 0))
     assert launch.run(["launch.py"]) == 2
     assert f"{where.name}.json: Is a directory" in capsys.readouterr().err
 
@@ -384,10 +384,10 @@ def test_what_a_machine_has_too_little_of_is_told_in_one_line(capsys, monkeypatc
     }
     for expected, raised in errors.items():
         for error in raised:
-            monkeypatch.setattr(launch, "main", lambda _, error=error: (_ for _ in ()).throw(error))
+            monkeypatch.setattr(launch, "main", lambda *_, error=error: (_ for _ in ()).throw(error))
             assert launch.run(["launch.py"]) == 2
             assert expected in capsys.readouterr().err
-    monkeypatch.setattr(launch, "main", lambda _: [][0])
+    monkeypatch.setattr(launch, "main", lambda *_: [][0])
     with pytest.raises(IndexError):  # a fault of the program stays one
         launch.run(["launch.py"])
 
