@@ -84,6 +84,15 @@ def assert_close(found, expected):
         np.testing.assert_allclose(found[arm], expected[arm], atol=2e-3, err_msg=arm)
 
 
+def test_a_signal_to_one_process_stops_both(mnist_folder, tmp_path):
+    both = cluster(tmp_path, "--config.teacher.epochs=1000")  # which it never reaches
+    assert wait_for(both[0], tmp_path, "checkpoints/teacher*.training/*")
+    both[1].send_signal(signal.SIGTERM)
+    for process in both:
+        finish(process, 143)
+
+
+@pytest.mark.slow
 def test_a_signal_to_one_process_stops_both_and_both_go_on_to_what_one_device_gives(on_one_device, tmp_path):
     both = cluster(tmp_path)
     assert wait_for(both[0], tmp_path, "checkpoints/teacher*.training/50")
