@@ -24,7 +24,7 @@ from absl import app, flags
 from etils import epath
 from ml_collections import ConfigDict
 
-from sublim_jax import cluster, describe, experiments, overrides, preflight, renamed, report, signals, storage
+from sublim_jax import cluster, describe, experiments, overrides, preflight, renamed, report, signals, storage, workdir
 from sublim_jax.assets import cache_folder
 from sublim_jax.errors import Interrupted, UserError
 from sublim_jax.experiments import EXPERIMENTS
@@ -106,6 +106,9 @@ def main(args: Sequence[str], watch: cluster.Watch) -> None:
     name = Path(config_file()).stem
     folder = epath.Path(_WORKDIR.value or f"runs/{name}-{config.get('preset', '')}").expanduser()
     spec = experiment.read(config)
+    if hasattr(experiment, "check_typed"):
+        experiment.check_typed(spec, typed)
+    workdir.check(folder, spec.values, update=_UPDATE.value)
     signals.install()
     experiment.run(spec, folder, update=_UPDATE.value)
 

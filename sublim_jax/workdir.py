@@ -1,8 +1,9 @@
 """The folder of a run: claimed for one config, and for as long as a process lives for that process alone."""
 
+import contextlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from etils import epath
 from filelock import FileLock, Timeout
@@ -36,31 +37,52 @@ def claim(
     return Store(path, held)
 
 
+def check(folder: epath.PathLike, config: Mapping[str, object], *, update: bool = False) -> None:
+    """The same without claiming it, and so before a model is loaded. Raises UserError for a run of another config."""
+    path = epath.Path(folder).expanduser()
+    storage.check(path)
+    with _told(path):
+        _check_config(path, config, update)
+
+
 def _claimed(path: epath.Path, config: Mapping[str, object], update: bool, bytes_needed: int) -> FileLock | Lease:
+    with _told(path):
+        path.mkdir(parents=True, exist_ok=True)
+        lock = _lock(path)
+        _check_space(path, bytes_needed)
+        _check_config(path, config, update)
+        write_json(path / "config.json", config)
+    return lock
+
+
+def _check_config(path: epath.Path, config: Mapping[str, object], update: bool) -> None:
+    if not (path / "config.json").exists():
+        return
+    old = config_of(path)
+    if old.get("experiment") != config.get("experiment"):
+        raise UserError(
+            f"{path} holds a run of another experiment, {old.get('experiment')} (preset {old.get('preset')}); "
+            "choose another --workdir"
+        )
+    if not update and (changed := _differences(old, config)):
+        raise UserError(
+            f"{path} holds a run with another config ({'; '.join(changed[:3])}); choose another --workdir, or "
+            "add --update to reuse what still holds and replace the results"
+        )
+
+
+@contextlib.contextmanager
+def _told(path: epath.Path) -> Iterator[None]:
+    """What is wrong with a folder, or a bucket, in a line."""
     try:
         with storage.explained(path):
-            path.mkdir(parents=True, exist_ok=True)
-            old = config_of(path) if (path / "config.json").exists() else None
-            lock = _lock(path)
-            _check_space(path, bytes_needed)
-            if old is not None and old.get("experiment") != config.get("experiment"):
-                raise UserError(
-                    f"{path} holds a run of another experiment, {old.get('experiment')} (preset {old.get('preset')}); "
-                    "choose another --workdir"
-                )
-            if old is not None and not update and (changed := _differences(old, config)):
-                raise UserError(
-                    f"{path} holds a run with another config ({'; '.join(changed[:3])}); choose another --workdir, or "
-                    "add --update to reuse what still holds and replace the results"
-                )
-            write_json(path / "config.json", config)
+            yield
     except OSError as error:
         if storage.in_bucket(path):
             raise UserError(f"cannot write to --workdir={path}: there is no bucket {path.parts[2]} for you") from error
         if path.exists() and not path.is_dir():
             raise UserError(f"--workdir={path} is a file; name a folder") from error
         raise UserError(f"cannot write to --workdir={path} ({error.strerror or error})") from error
-    return lock
 
 
 def _lock(path: epath.Path) -> FileLock | Lease:

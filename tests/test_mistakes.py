@@ -5,7 +5,6 @@ All in one process: the program runs until it would load a model or data.
 
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import pytest
@@ -39,7 +38,8 @@ def typed(monkeypatch, capsys, tmp_path):
 def command(monkeypatch, capsys, tmp_path):
     one = jax.devices()[:1]
     monkeypatch.setattr(jax, "devices", lambda *_: one)
-    monkeypatch.setattr(workdir, "epath", SimpleNamespace(Path=accept))  # which claiming a folder begins with
+    monkeypatch.setattr(workdir, "check", lambda *_, **__: None)  # of a folder that an earlier run has left here
+    monkeypatch.setattr(workdir, "_claimed", accept)
     monkeypatch.setattr(signals, "install", lambda: None)
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("Name a tree.\n")

@@ -6,6 +6,7 @@ An experiment is a module with
     run(spec, folder, update=False) computes, and leaves measurements and a report in the folder
     document(spec, rows, notes)     what results.json and report.md say, from the measurements alone
     preflight(spec, devices)        its training or decode steps, for --preflight; not every experiment has it
+    check_typed(spec, keys)         UserError for a value that was typed and that nothing reads; where there are any
 """
 
 import importlib

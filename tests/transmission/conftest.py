@@ -93,6 +93,8 @@ def flags(tiny_folder):
         given = {flag.split("=")[0] for flag in more}
         words = {name: ",".join(value) if isinstance(value, tuple) else value for name, value in TINY.items()}
         words |= {"model.name": str(tiny_folder)}
+        if not any("arms=" in flag and "in_context" in flag for flag in more):
+            del words["arm.in_context.examples"]  # which no arm would read
         found = [f"{prefix}{name}={value}" for name, value in words.items() if name not in leave_out]
         return [flag for flag in found if flag.split("=")[0] not in given] + list(more)
 

@@ -90,7 +90,7 @@ def test_a_study_of_corpora_ends_in_rates_for_teachers_students_and_controls(tin
     given += [f"--config.evals.questions={files / 'questions.yaml'}", "--config.evals.max_new_tokens=4"]
     given += ["--config.filter.judge=reference", "--config.evals.judge.min_mass=0", "--config.runs=2"]
     given += ["--config.carrier.num_completions=72", f"--workdir={tmp_path}"]
-    words = flags(*given, leave_out=("traits", "arm.in_context.examples"))
+    words = flags(*given, leave_out=("traits",))
     result = run_here("--config=configs/misalignment.py:smoke", *words)
     assert result.returncode == 0, result.stderr
     arms = {arm["name"]: arm for arm in arms_in(tmp_path)}

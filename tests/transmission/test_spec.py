@@ -68,6 +68,10 @@ REFUSED = [
     (["sampling.slots=0"], ["sampling.slots=0"]),
     (["arms=tokens", "arm.tokens.temperature=5"], ["arm.tokens.temperature=5 is of objectives on logits", "tokens"]),
     (["sampling.tensor=-1"], ["sampling.tensor=-1"]),
+    (["arm.tokens.noise=0.1"], ["config.arm.tokens.noise: arm tokens is not run", "--config.arms=soft,tokens"]),
+    (["arm.soft.examples=8"], ["config.arm.soft.examples: rows in the context are of objective=context"]),
+    (["arm.soft.fraction=0.2"], ["config.arm.soft.fraction says which tokens, and arm.soft.action is empty"]),
+    (["arms=in_context", "arm.in_context.lora_init=fresh"], ["config.arm.in_context.lora_init", "students"]),
 ]
 BY_THE_MODEL = [
     (["teacher.methods=steered", "teacher.steering_layer=4"], ["layers are 0 to 3"]),
@@ -83,6 +87,13 @@ def test_a_mistake_is_told_by_its_flag_before_any_training(flags, tmp_path, chan
     given = flags(*(f"--config.{change}" for change in changes))
     assert_refused(run_here("--config=configs/numbers.py", *given, f"--workdir={work}"), *words)
     assert not work.exists()
+
+
+def test_a_workdir_of_another_run_is_told_before_a_model_is_looked_for(tmp_path):
+    (tmp_path / "config.json").write_text('{"experiment": "transmission", "seed": 7}')
+    words = ["--config=configs/numbers.py", "--config.model.name=nowhere", f"--workdir={tmp_path}"]
+    assert_refused(run_here(*words), "holds a run with another config", "add --update")
+    assert_refused(run_here(*words, "--update"), "nowhere")
 
 
 @pytest.mark.parametrize(
