@@ -68,7 +68,7 @@ def _written(sizes: Mapping[str, int]) -> str:
 
 def one_device() -> Mesh:
     """A mesh of this process's first device."""
-    return make_mesh(dict.fromkeys(AXES, 1), jax.devices()[:1])
+    return make_mesh(dict.fromkeys(AXES, 1), jax.local_devices()[:1])
 
 
 def from_first(make: Callable[[], Value]) -> Value:
@@ -88,6 +88,31 @@ def from_first(make: Callable[[], Value]) -> Value:
     if wrong is not None:
         raise UserError(wrong)
     return value
+
+
+def shared_out(makes: Sequence[Callable[[], Value]]) -> list[Value]:
+    """JSON values, each made by one process and handed to all; what is wrong in one of them, all say.
+
+    What makes a value speaks to no other process, and uses devices of this process alone.
+    """
+    count, index = jax.process_count(), jax.process_index()
+    if count == 1:
+        return [make() for make in makes]
+    values: list[Value | None] = [None] * len(makes)
+    wrong = None
+    try:
+        for place in range(index, len(makes), count):
+            values[place] = makes[place]()
+    except UserError as error:
+        wrong = str(error)
+    said = json.dumps([values, wrong]).encode()
+    cluster.meet()  # it may have taken long
+    sizes = multihost_utils.process_allgather(np.int32(len(said)))
+    letters = multihost_utils.process_allgather(np.frombuffer(said.ljust(int(max(sizes))), np.uint8))
+    every = [json.loads(bytes(line)) for line in letters]
+    if refused := [line for _, line in every if line is not None]:
+        raise UserError(refused[0])
+    return [every[place % count][0][place] for place in range(len(makes))]
 
 
 def check_same(digest: str, what: str) -> None:

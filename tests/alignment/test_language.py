@@ -4,7 +4,9 @@ import json
 
 import jax
 import jax.numpy as jnp
+import pyarrow.parquet
 import pytest
+from launch_kit import finish, run_here, start_two
 
 from sublim_jax.experiments.alignment import language, measure
 from sublim_jax.experiments.alignment.verdicts import AS_PREDICTED, OUTSIDE
@@ -29,6 +31,18 @@ def test_all_parameters_and_adapters_are_as_predicted_and_the_controls_fail(
     (tmp_path / "results.json").unlink()
     assert command(*given)[0] == 0
     assert json.loads((tmp_path / "results.json").read_text())["arms"] == arms
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["smoke", "language_model"])
+def test_rows_shared_out_over_two_processes_are_those_of_one(tmp_path, tiny_folder, mnist_folder, preset):
+    of_preset = {"smoke": [], "language_model": [f"--config.model.name={tiny_folder}", "--config.steps.num=11"]}
+    given = [f"--config=configs/theorem.py:{preset}", *of_preset[preset]]
+    for process in start_two(*given, f"--workdir={tmp_path / 'two'}"):
+        finish(process)
+    assert run_here(*given, f"--workdir={tmp_path / 'one'}").returncode == 0
+    one, two = (pyarrow.parquet.read_table(tmp_path / name / "measurements.parquet") for name in ("one", "two"))
+    assert one.equals(two)
 
 
 def test_steps_too_large_to_be_judged_are_one_line(tmp_path, tiny_folder, refused):

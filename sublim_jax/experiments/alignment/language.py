@@ -7,7 +7,6 @@ only on the logits of digits, commas and spaces.
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +44,7 @@ from sublim_jax.models import lora
 from sublim_jax.models.functional import Params
 from sublim_jax.models.language import Model
 from sublim_jax.progress import Track
-from sublim_jax.sharding import make_mesh, one_device
+from sublim_jax.sharding import make_mesh, one_device, shared_out
 from sublim_jax.workdir import claim
 
 ALL, ADAPTERS = "all parameters", "LoRA, B = 0"
@@ -61,7 +60,7 @@ def read(config: ConfigDict) -> LanguageSpec:
 
 def run(spec: LanguageSpec, folder: epath.Path, *, update: bool = False) -> None:
     """Runs the check and leaves measurements, results.json, report.md and figures in the folder."""
-    make_mesh(spec.mesh.sizes)  # one device computes everything; a mesh that does not fit is refused all the same
+    make_mesh(spec.mesh.sizes)  # refused where it does not fit, though each process computes on its first device
     model = spec.model.load(one_device())
     seen, asked = inputs_of(spec, model)
     store = claim(folder, spec.values, update=update)
@@ -87,19 +86,18 @@ def run(spec: LanguageSpec, folder: epath.Path, *, update: bool = False) -> None
             ELSEWHERE: elsewhere,
             ADAPTERS: beside,
         }
-        rows: list[Measurement] = []
-        with Track("the theorem in a language model", len(parts)) as track:
-            for number, (name, make) in enumerate(parts.items(), 1):  # each takes minutes, and is kept
-                found = store.json("theorem", partial(_plain, make), replace(spec, preset=""), model, name)
-                rows += [Measurement(*row) for row in found]
-                track.update(number, name)
+        inputs = (replace(spec, preset=""), model)
+        missing = [name for name in parts if store.known("theorem", *inputs, name) is None]
+        with Track("the theorem in a language model", len(missing)) as track:
+            # Each takes minutes, and is kept; as many at once as there are processes.
+            for start in range(0, len(missing), jax.process_count()):
+                names = missing[start : start + jax.process_count()]
+                for name, found in zip(names, shared_out([parts[name] for name in names])):
+                    store.json("theorem", lambda *_, found=found: found, *inputs, name)
+                track.update(start + len(names), names[-1])
+    rows = [Measurement(*row) for name in parts for row in store.known("theorem", *inputs, name)]
     notes = {"settings": [one._asdict() for one in about], "tokens": int(seen.weights.sum())}
     report.finish(store.folder, spec, rows, document, models=[model.source], notes=notes)
-
-
-def _plain(make: Callable[[], list[Measurement]], *_: object) -> list[list[Any]]:
-    """Rows as JSON has them."""
-    return [list(row) for row in make()]
 
 
 def inputs_of(spec: LanguageSpec, model: Model) -> tuple[Rows, Rows]:

@@ -1,6 +1,6 @@
 """Every number of the check, as rows of the table of measurements."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import jax
@@ -91,25 +91,29 @@ def measure(
     return rows
 
 
-def measure_controls(spec: AlignmentSpec, base: Setting) -> tuple[list[Measurement], list[Note]]:
+def controls_of(spec: AlignmentSpec, base: Setting) -> tuple[list[Note], list[Callable[[], list[Measurement]]]]:
     """What breaks one condition of the theorem each, in the base setting.
 
-    Returns rows, and of each control its name, why the theorem does not cover it ("" where it does), what is expected.
+    Returns of each control its name, why the theorem does not cover it ("" where it does) and what is expected; and
+    functions to their rows.
     """
     logits, v = theorem.tangent(base.apply, base.params, base.direction, base.inputs)
-    rows: list[Measurement] = []
     notes: list[Note] = []
+    makes: list[Callable[[], list[Measurement]]] = []
 
     def add(
         name: str, reason: str, expected: str, setting: Setting, losses: Mapping[str, theorem.Objective], *start: Params
     ) -> None:
         notes.append({"name": name, "reason": reason, "expected": expected})
-        rows.extend(measure(f"control: {name}", setting, losses, spec, *start))
+        makes.append(partial(measure, f"control: {name}", setting, losses, spec, *start))
+
+    def largest(name: str, max_epsilon: float) -> list[Measurement]:
+        return [Measurement(f"control: {name}", MAX_EPSILON, max_epsilon)]
 
     for name, expected, objective, max_epsilon in controls(base.support, logits, v):
         reason = theorem.no_guarantee(partial(objective, weights=None), logits)
         add(name, reason, expected, base, {name: objective})
-        rows.append(Measurement(f"control: {name}", MAX_EPSILON, max_epsilon))
+        makes.append(partial(largest, name, max_epsilon))
 
     kl = {"kl": partial(objectives.kl, support=base.support)}
     other = double(mlp(WIDTHS, "tanh").init(named_key(spec.seed, "another start")))
@@ -119,7 +123,7 @@ def measure_controls(spec: AlignmentSpec, base: Setting) -> tuple[list[Measureme
         return 0.5 * jnp.sum(jnp.square(params["layers"][len(WIDTHS) - 2]["kernel"][:, ~base.support]))
 
     add("a teacher that moves unseen parameters", "", "zero", base.taught("", unseen), kl)
-    return rows, notes
+    return notes, makes
 
 
 def measure_single(spec: AlignmentSpec, base: Setting) -> list[Measurement]:
