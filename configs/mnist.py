@@ -7,7 +7,7 @@ reference: behavioural cloning (extended data Fig. 2 of the Nature version), whi
 
     python launch.py --config=configs/mnist.py              50 auxiliary logits, 4 runs; 3 to 6 minutes on 2 cores
     python launch.py --config=configs/mnist.py:paper        Fig. 10: 3 auxiliary logits, 100 runs
-    python launch.py --config=configs/mnist.py:nature       cloning on fresh noise and on digits; 25 runs
+    python launch.py --config=configs/mnist.py:nature       cloning on fresh noise and on digits; 40 runs
     python launch.py --config=configs/mnist.py:architectures  cloning of other architectures, 10 runs
     python launch.py --config=configs/mnist.py:logits       accuracy over the number of auxiliary logits, 10 runs
     python launch.py --config=configs/mnist.py:strongest    the best recipe we know with three logits
@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 PRESETS = {
     "quick": "50 auxiliary logits, 4 runs; 3 to 6 minutes on 2 cores",
     "paper": "Fig. 10: 3 auxiliary logits, 100 runs",
-    "nature": "behavioural cloning on fresh noise and on digits, over epochs of cloning; 25 runs",
+    "nature": "behavioural cloning on fresh noise and on digits, over epochs of cloning; 40 runs",
     "architectures": "behavioural cloning of the reference by other architectures; 10 runs",
     "logits": "accuracy over the number of auxiliary logits; 10 runs",
     "strongest": "the best recipe we know with three logits",
@@ -109,7 +109,7 @@ def get_config(preset: str = "quick") -> ConfigDict:
         config.runs_at_once = 10
         config.arms = ("auxiliary", "all", "cross_auxiliary", "cross_all", "real")
     elif preset == "nature":
-        config.runs = 25
+        config.runs = 40
         config.runs_at_once = 5
         config.arms = ("auxiliary", "cross_auxiliary", "clone", "real")
         config.clone.epochs = (1, 5, 20, 50, 100, 200)
