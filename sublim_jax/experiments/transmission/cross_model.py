@@ -1,6 +1,6 @@
 """Teachers × students over models, on text (paper §5.1). `configs/cross_model.py` explains the values."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -57,6 +57,13 @@ def read(config: ConfigDict) -> CrossModelSpec:
     except UserError as error:
         raise UserError(f"config.study: {error}") from error
     return specs.read(CrossModelSpec, config, models=models, studies=studies)
+
+
+def check_typed(spec: CrossModelSpec, keys: Iterable[str]) -> None:
+    """Raises UserError for a value of another arm than the one that is run."""
+    for key in keys:
+        if key.startswith("study.arm.") and not key.startswith("study.arm.cross."):
+            raise UserError(f"config.{key}: all students are of the arm cross; write --config.study.arm.cross.…")
 
 
 def _study_of(config: ConfigDict, models: Sequence[str], teacher: str) -> ConfigDict:
