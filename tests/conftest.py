@@ -35,19 +35,28 @@ os.environ |= {"JAX_COMPILATION_CACHE_DIR": str(COMPILED), "JAX_PERSISTENT_CACHE
 hypothesis.settings.register_profile("here", deadline=None)  # a busy machine is no failure
 hypothesis.settings.load_profile("here")
 
-MEMORY = 1_500_000_000  # bytes of a worker, of which compiled programs take 1.5 MB each
+MEMORY = 1_400_000_000  # bytes of a worker, of which compiled programs take 1.5 MB each
+GROWTH = 200_000_000  # bytes more than were left last time: what stays for good is no reason to compile everything anew
+left = 0
 
 
 @pytest.fixture(autouse=True)
 def few_compiled_programs():
     """Lets go of compiled programs before a worker holds too much memory."""
+    global left
     yield
-    pages = Path("/proc/self/statm")
-    if pages.exists() and int(pages.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") > MEMORY:
+    if resident() > max(MEMORY, left + GROWTH):
         jax.clear_caches()
         gc.collect()
         with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL(None).malloc_trim(0)  # else it stays with the process, which would compile each test's anew
+            ctypes.CDLL(None).malloc_trim(0)  # else it stays with the process
+        left = resident()
+
+
+def resident():
+    """Bytes of this process; 0 where the system does not say."""
+    pages = Path("/proc/self/statm")
+    return int(pages.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if pages.exists() else 0
 
 
 def pytest_sessionstart(session):

@@ -12,13 +12,14 @@ def arms_in(work):
     return json.loads((work / "results.json").read_text())["arms"]
 
 
+TRAINING, WRITING = "students-tokens_fresh-*.training/2", "completions-x*"  # files that a stage makes
 STAGES = {
-    "students-tokens_fresh-*.training/2": ("*tokens_fresh-*",),  # while they train: with what is measured on the way
-    "completions-x*": ("completions-x*",),  # what is made of them is named by their content
+    TRAINING: ("*tokens_fresh-*",),  # with what is measured on the way
+    WRITING: ("completions-x*",),  # what is made of them is named by their content
 }
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [TRAINING, pytest.param(WRITING, marks=pytest.mark.slow)])
 def test_stopped_by_a_signal_it_goes_on_to_the_same_results(whole_command, copy_of_whole, stage):
     """What a stage made is taken away, and the run that makes it anew is stopped on the way."""
     work, expected = copy_of_whole, arms_in(copy_of_whole)
