@@ -12,6 +12,7 @@ from sublim_jax.models import lora
 from sublim_jax.models.decoder import Settings, Steering, decoder, empty_cache, unstack
 from sublim_jax.models.rope import Rotary
 from sublim_jax.sampling import engine, generate
+from sublim_jax.sampling.samplers import Sampler
 
 KEY = jax.random.key(2)
 SPEC = lora.Lora(4, 8)
@@ -82,11 +83,6 @@ def test_layers_one_by_one_give_what_the_scanned_ones_give(family, adapted):
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-6 * np.abs(other).max())
 
 
-def one_by_one(made):
-    """What `suited` does on a GPU."""
-    return dataclasses.replace(made, network=decoder(made.settings, unstacked=True), unstacked=True)
-
-
 @pytest.mark.parametrize("adapted", [False, True], ids=["as it is", "adapted"])
 def test_samples_on_two_devices_are_those_of_the_scanned_layers(tiny, mesh_of, monkeypatch, adapted):
     mesh = mesh_of(2, replica=1, fsdp=1, tensor=2)
@@ -99,7 +95,7 @@ def test_samples_on_two_devices_are_those_of_the_scanned_layers(tiny, mesh_of, m
         generate.generate, model, prompts, KEY, adapters=adapters, prefix=[3, 4, 5], max_new_tokens=8, slots=2
     )
     expected = run(mesh=mesh_of(1))
-    monkeypatch.setattr(generate, "suited", one_by_one)
+    monkeypatch.setattr(generate, "suited", engine.one_by_one)
     for where in (mesh_of(1), mesh):
         found = run(mesh=where)
         assert [(one.row, one.tokens, one.finish) for one in found] == [(o.row, o.tokens, o.finish) for o in expected]
@@ -116,3 +112,25 @@ def test_each_layers_weights_lie_as_the_stack_lay(tiny, mesh_of):
     assert placed["layers"][1]["mlp"]["down"]["kernel"].sharding.spec[1] == "tensor"
     stack = jax.tree.map(lambda *layers: jnp.concatenate(layers), *placed["layers"].values())
     jax.tree.map(np.testing.assert_array_equal, stack, tiny.params["layers"])
+
+
+@pytest.mark.parametrize("split", [1, 2])
+def test_layers_are_unstacked_where_there_is_room_for_them_twice(mesh_of, split):
+    """A GPU's stack stays beside; where the model lies split over rows, its part of all weights does in any case."""
+    mesh = mesh_of(2, replica=2 // split, fsdp=split)
+    network = decoder(LLAMA)
+    scanned = engine.Engine(network, LLAMA, mesh, Sampler(), slots=2, lanes=1, chunk=16, length=64, steps=4)
+    shapes = jax.eval_shape(network.init, KEY)
+    layers, whole = (4 * sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (shapes["layers"], shapes))
+    apart = engine.one_by_one(scanned)
+    assert engine.suited(scanned) == scanned  # on a CPU
+    need = whole + engine.beside(apart) + scanned.cache_bytes
+    if split == 1:
+        assert (engine.beside(scanned), engine.beside(apart)) == (0, layers)
+    else:
+        assert 0.45 * whole <= engine.beside(scanned) <= engine.beside(apart) <= 0.55 * whole
+    assert [engine.has_room(apart, memory) for memory in (None, int(need * 1.5), int(need * 1.4))] == [
+        True,
+        True,
+        False,
+    ]

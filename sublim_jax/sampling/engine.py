@@ -29,7 +29,7 @@ from sublim_jax.sampling.samplers import Sampler, draw
 from sublim_jax.sharding import abstract, bytes_of, everywhere, named, parameter_shardings
 
 DEVICES = ("replica", "fsdp")
-ROOM = 0.8  # of a device's memory, for weights and cache
+ROOM = 0.7  # of a device's memory, for weights and cache; by default XLA takes 0.75 of it
 NAN = -2  # in place of a token where logits are no numbers
 
 
@@ -235,7 +235,8 @@ def beside(engine: Engine) -> int:
     """Bytes that a device holds of the model's own weights, where decoding has others in their place."""
     params = jax.eval_shape(decoder(engine.settings).init, jax.random.key(0))
     own = abstract(params, parameter_shardings(params, engine.mesh), engine.dtype)
-    copied = jax.tree.map(lambda leaf, sharding: leaf.sharding != sharding, own, row_weights(params, engine.mesh))
+    same = lambda leaf, sharding: leaf.sharding.is_equivalent_to(sharding, leaf.ndim)  # noqa: E731
+    copied = jax.tree.map(lambda *args: not same(*args), own, row_weights(params, engine.mesh))
     if engine.unstacked:
         copied |= {"layers": jax.tree.map(lambda _: True, own["layers"])}
     return bytes_of([leaf for leaf, other in zip(jax.tree.leaves(own), jax.tree.leaves(copied)) if other])
@@ -250,10 +251,18 @@ def suited(engine: Engine) -> Engine:
     device = engine.mesh.devices.flat[0]
     if device.platform != "gpu":
         return engine
-    other = dataclasses.replace(engine, network=decoder(engine.settings, unstacked=True), unstacked=True)
-    need = bytes_of(weights(other)) + beside(other) + engine.cache_bytes
-    memory = memory_of(device)
-    return other if memory is None or need < ROOM * memory else engine
+    other = one_by_one(engine)
+    return other if has_room(other, memory_of(device)) else engine
+
+
+def one_by_one(engine: Engine) -> Engine:
+    """The engine with its layers unstacked."""
+    return dataclasses.replace(engine, network=decoder(engine.settings, unstacked=True), unstacked=True)
+
+
+def has_room(engine: Engine, memory: int | None) -> bool:
+    """Whether weights, those beside them and the cache leave room on a device; yes where its memory is not known."""
+    return memory is None or bytes_of(weights(engine)) + beside(engine) + engine.cache_bytes < ROOM * memory
 
 
 def row_weights(params: Params, mesh: Mesh) -> PyTree:
