@@ -181,7 +181,7 @@ def _taken(text: Text, name: str, number: int) -> int:
 
 def _read(text: Text, users: dict[str, list[Instruction]], user: Instruction, name: str) -> int:
     """What an instruction in a fusion reads of an array that it is given."""
-    if user.kind == "bitcast":
+    if user.kind == "bitcast" and not user.root:
         return sum(_read(text, users, after, user.name) for after in users[user.name])
     if user.kind in PARTS and user.operands[0] == name:
         return sum(sizes(user.shape, everywhere=True))

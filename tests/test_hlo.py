@@ -100,12 +100,18 @@ NESTED = """HloModule nested
   ROOT %bitcast.1 = bf16[64,32]{1,0} bitcast(%slice.1)
 }
 
+%name (p.8: bf16[8,64]) -> bf16[8,64] {
+  %p.8 = bf16[8,64]{1,0} parameter(0)
+  ROOT %bitcast.2 = bf16[8,64]{1,0} bitcast(%p.8)
+}
+
 %product (p.2: bf16[8,64], p.3: bf16[28,64,32], p.4: s32[]) -> bf16[8,32] {
   %p.2 = bf16[8,64]{1,0} parameter(0)
   %p.3 = bf16[28,64,32]{2,1,0} parameter(1)
   %p.4 = s32[] parameter(2)
   %fusion.1 = bf16[64,32]{1,0} fusion(%p.3, %p.4), kind=kLoop, calls=%layer
-  ROOT %dot.1 = bf16[8,32]{1,0} convolution(%p.2, %fusion.1), dim_labels=bf_io->bf
+  %fusion.4 = bf16[8,64]{1,0} fusion(%p.2), kind=kLoop, calls=%name
+  ROOT %dot.1 = bf16[8,32]{1,0} convolution(%fusion.4, %fusion.1), dim_labels=bf_io->bf
 }
 
 %write (p.5: bf16[28,8,32], p.6: s32[8,2], p.7: bf16[8,32]) -> bf16[28,8,32] {
