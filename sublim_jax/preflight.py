@@ -160,17 +160,17 @@ def decode_step(name: str, engine: Engine) -> Step:
     params = weights(engine)
     state = abstract(jax.eval_shape(engine._start), state_shardings(engine))
     steps = jax.ShapeDtypeStruct((), jnp.int32, sharding=named(mesh))
+    advance = compiled(engine).advance
     rows = engine.devices * engine.adapters * engine.slots
     kernels = (
         sum(leaf.size for leaf in jax.tree.leaves(params["layers"])) + engine.settings.vocab * engine.settings.width
     )
     return Step(
         name,
-        compiled(engine).advance.lower(Fixed(params), state, steps),
+        advance.lower(Fixed(params), state, steps),
         mesh.devices.flat[0],
         mesh.size,
-        engine.devices
-        * count_flops(lambda f, s: engine._step(f, jax.tree.map(lambda x: x[0], s)), Fixed(params), state),
+        engine.devices * count_flops(advance, Fixed(params), state, steps),
         2.0 * rows * kernels,
         bytes_of(params),
         beside=beside(engine),

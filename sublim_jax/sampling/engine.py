@@ -117,6 +117,12 @@ class Engine:
         shapes = jax.eval_shape(lambda: empty_cache(self.settings, self.slots, self.length, self.dtype))
         return self.adapters * sum(leaf.size * leaf.dtype.itemsize for leaf in shapes)
 
+    @property
+    def _vocabulary_axis(self) -> str | None:
+        """The mesh axis that splits the unembedding, and with it the logits, if one does."""
+        tensor = self.mesh.shape["tensor"]
+        return "tensor" if tensor > 1 and self.settings.vocab % tensor == 0 else None
+
     def _start(self) -> State:
         shape = (self.devices, self.adapters, self.slots)
         cache = self._cache(shape[:2], self.slots, self.length)
@@ -184,7 +190,7 @@ class Engine:
         may = logits
         if fixed.constraint is not None:
             may = jnp.where(fixed.constraint.allowed[state.grammar], logits, -jnp.inf)
-        token = draw(fold_each(state.key, state.drawn), may, self.sampler)
+        token = draw(fold_each(state.key, state.drawn), may, self.sampler, self._vocabulary_axis)
         logprob = jnp.take_along_axis(logits, token[..., None], -1)[..., 0] - total
         broken = state.active & ~jnp.isfinite(total)
         entropy = alternatives = None
