@@ -276,11 +276,14 @@ def describe(step: Step, found: Facts) -> str:
         step.name,
         f"  a device holds {found.peak / GB:.2f} GB{room}",
         f"    weights {step.weights / GB:.2f}, optimiser {step.optimizer / GB:.2f}, other arguments {rest / GB:.2f}, "
-        f"activations and other temporaries {found.temporaries / GB:.2f}, outputs {found.outputs / GB:.2f}"
-        + (f", beside it the model as it was loaded {found.beside / GB:.2f}" if found.beside else ""),
+        f"activations and other temporaries {found.temporaries / GB:.2f}, outputs {found.outputs / GB:.2f}",
         f"  {step.flops:.3g} FLOPs of matrix products a step over all devices, {step.flops / step.model_flops:.2f} × "
         "the model's own",
     ]
+    if found.beside:
+        lines.insert(
+            3, f"    beside them the model as it was loaded, for training and scoring, {found.beside / GB:.2f}"
+        )
     for kind, (count, size) in sorted(found.collectives.items()):
         lines.append(f"  {kind}: {count} a step, {size / GB:.3f} GB a device")
     lines.append(f"  memory: {found.moved / GB:.2f} GB a device to and fro")

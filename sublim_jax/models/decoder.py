@@ -9,12 +9,13 @@ Normalisation, rotation and softmax are computed in float32 or wider, matrix pro
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, Literal, NamedTuple, TypedDict
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PyTree
@@ -27,6 +28,9 @@ from sublim_jax.models.functional import Functions, Params, functions
 from sublim_jax.models.lora import EVERY_LINEAR, Lora, draw, narrow_product
 from sublim_jax.models.rope import Rotary, Rotation, rotate, rotations
 from sublim_jax.sharding import rows_of
+
+Remat = bool | Literal["mlp"]
+ATTENTION = "attention"  # what `remat="mlp"` keeps has this name
 
 
 @dataclass(frozen=True)
@@ -225,7 +229,9 @@ class Attention(nnx.Module):
             q, k = self.query_norm(q), self.key_norm(k)
         q, k = rotate(q, rotation), rotate(k, rotation)
         if at is None:
-            return self.out(attend(q, k, v, sight, c.scoring).reshape(*x.shape[:2], -1)), None
+            q, k, v = (checkpoint_name(y, ATTENTION) for y in (q, k, v))
+            mixed = attend(q, k, v, sight, c.scoring)
+            return checkpoint_name(self.out(mixed.reshape(*x.shape[:2], -1)), ATTENTION), None
         cache = Cache(*(write(whole, new, at) for whole, new in zip(at.cache, (k, v))))
         own = (cache.keys[at.layer], cache.values[at.layer])
         mixed = attention.cached(q, own, at.prefix, sight.mask, c.scoring)
@@ -321,7 +327,7 @@ class Decoder(nnx.Module):
         read: Int[Array, "n"] | None = None,
         place: Callable[[Array], Array] = lambda x: x,
         attend: Attend = attention.xla,
-        remat: bool = False,
+        remat: Remat = False,
     ) -> Features:
         """What the layers make of tokens, before the unembedding.
 
@@ -339,7 +345,8 @@ class Decoder(nnx.Module):
           read: positions (columns of `tokens`) at which the residual stream is returned after every layer.
           place: applied to the residual stream wherever it is made.
           attend: how attention is computed. On a mesh, `on_mesh` gives both.
-          remat: recompute each layer in the backward pass instead of keeping its activations.
+          remat: recompute each layer in the backward pass instead of keeping its activations; "mlp": all but its
+            queries, keys, values and what attention gives.
 
         Raises UserError where a row has more tokens than there are learned positions, and, outside of compiled
         functions, for a token that the model does not have.
@@ -385,7 +392,10 @@ class Decoder(nnx.Module):
                 x = steer(x, add, project_out, steering.where)
             return (place(x), cache), None if read is None else x[:, read]
 
-        body: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]] = jax.checkpoint(layer) if remat else layer
+        body: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]] = layer
+        if remat:
+            kept = jax.checkpoint_policies.save_only_these_names(ATTENTION) if remat == "mlp" else None
+            body = jax.checkpoint(layer, policy=kept)
         size = c.layers // len(stacks)
         caches: list[Cache] = []
         residuals: list[Array] = []
