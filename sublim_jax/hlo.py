@@ -17,6 +17,7 @@ BYTES |= {"f8e4m3fn": 1, "f8e5m2": 1, "s64": 8, "u64": 8, "f64": 8}
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "opt-barrier", "partition-id"}
 FREE |= {"while", "conditional", "call", "replica-id"}  # what they run is counted
 PARTS = {"dynamic-slice", "slice", "gather"}  # read no more than they give
+UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # write into their first operand no more than this one of them
 
 
 class Instruction(NamedTuple):
@@ -144,11 +145,11 @@ def _touched(text: Text, around: dict[str, Instruction], one: Instruction) -> in
         return min((size for size in sizes(one.shape, everywhere=True) if size > 16), default=0)
     operands = [around[operand].shape for operand in one.operands if operand in around]
     if one.kind == "fusion" and (calls := re.search(r"calls=%?([\w.\-]+)", one.line)):
-        return _fused(text.computations[calls[1]], operands, one.shape)
+        return _fused(text, calls[1], operands, one.shape)
     if one.kind in PARTS:
         return 2 * sum(sizes(one.shape))
-    if one.kind == "dynamic-update-slice":
-        return 2 * sum(sizes(operands[1]))
+    if one.kind in UPDATES:
+        return 2 * sum(sizes(operands[UPDATES[one.kind]]))
     if one.kind == "custom-call":
         if re.search(r'custom_call_target="(AllocateBuffer|Assume\w+|Sharding)"', one.line):
             return 0
@@ -157,31 +158,37 @@ def _touched(text: Text, around: dict[str, Instruction], one: Instruction) -> in
     return _whole(one.shape) * (not one.kind.endswith("-start")) + sum(map(_whole, operands))
 
 
-def _fused(inside: dict[str, Instruction], operands: list[str], result: str) -> int:
-    users: dict[str, list[Instruction]] = defaultdict(list)
-    for one in inside.values():
-        for operand in one.operands:
-            users[operand].append(one)
-    read = 0
-    for one in inside.values():
-        if one.kind != "parameter":
-            continue
-        number = int(one.operands[0])  # of the fusion's operand
-        if number >= len(operands) or not sum(sizes(operands[number])):
-            continue
-        read += min(sum(_read(users, user, one.name) for user in users[one.name]), _whole(operands[number]))
+def _fused(text: Text, name: str, operands: list[str], result: str) -> int:
+    inside = text.computations[name]
+    read = sum(
+        min(_taken(text, name, number), _whole(shape)) for number, shape in enumerate(operands) if sum(sizes(shape))
+    )
     root = next((one for one in inside.values() if one.root), None)
     return read + (_written(inside, root) if root and sum(sizes(result)) else 0)
 
 
-def _read(users: dict[str, list[Instruction]], user: Instruction, name: str) -> int:
+def _taken(text: Text, name: str, number: int) -> int:
+    """What a fusion reads of one of its operands; more than any array has, where it may read all of it."""
+    users: dict[str, list[Instruction]] = defaultdict(list)
+    given = None
+    for one in text.computations[name].values():
+        for operand in set(one.operands):
+            users[operand].append(one)
+        if one.kind == "parameter" and one.operands[0] == str(number):
+            given = one.name
+    return sum(_read(text, users, user, given) for user in users[given]) if given else 0
+
+
+def _read(text: Text, users: dict[str, list[Instruction]], user: Instruction, name: str) -> int:
     """What an instruction in a fusion reads of an array that it is given."""
-    if user.kind == "bitcast":
-        return sum(_read(users, after, user.name) for after in users[user.name])
+    if user.kind == "bitcast" and not user.root:
+        return sum(_read(text, users, after, user.name) for after in users[user.name])
     if user.kind in PARTS and user.operands[0] == name:
         return sum(sizes(user.shape, everywhere=True))
-    if user.kind == "dynamic-update-slice" and user.operands[0] == name:
+    if user.kind in UPDATES and user.operands[0] == name:
         return 0  # in place
+    if user.kind == "fusion" and (calls := re.search(r"calls=%?([\w.\-]+)", user.line)):  # as on TPUs, within another
+        return sum(_taken(text, calls[1], place) for place, operand in enumerate(user.operands) if operand == name)
     return 1 << 62
 
 
@@ -190,8 +197,8 @@ def _written(inside: dict[str, Instruction], root: Instruction) -> int:
         return sum(_written(inside, inside[name]) for name in root.operands if name in inside)
     if root.kind == "bitcast" and root.operands[0] in inside:
         return _written(inside, inside[root.operands[0]])
-    if root.kind == "dynamic-update-slice" and root.operands[1] in inside:
-        return sum(sizes(inside[root.operands[1]].shape, everywhere=True))
+    if root.kind in UPDATES and root.operands[UPDATES[root.kind]] in inside:
+        return sum(sizes(inside[root.operands[UPDATES[root.kind]]].shape, everywhere=True))
     return sum(sizes(root.shape))
 
 

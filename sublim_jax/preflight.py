@@ -8,38 +8,19 @@ from typing import NamedTuple, SupportsFloat
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.extend import core
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
 from sublim_jax import hlo
+from sublim_jax.chips import CHIPS, memory_of
 from sublim_jax.errors import UserError
 from sublim_jax.models.functional import Params
-from sublim_jax.sampling.engine import Engine, Fixed, compiled, row_weights, state_shardings
-from sublim_jax.sharding import abstract, named, parameter_shardings
+from sublim_jax.sampling.engine import Engine, Fixed, beside, compiled, state_shardings, weights
+from sublim_jax.sharding import abstract, bytes_of, named, parameter_shardings
 from sublim_jax.training import Program
 
-
-class Chip(NamedTuple):
-    """What a chip has by its maker's data sheet."""
-
-    memory: int  # bytes
-    flops: float  # a second, of products of bfloat16
-    bandwidth: float  # bytes a second, of its memory
-    links: float  # bytes a second, to and from its neighbours
-
-
-# By jax's name of the device kind.
-CHIPS = {
-    "TPU v4": Chip(32 << 30, 275e12, 1.228e12, 300e9),
-    "TPU v5 lite": Chip(16 << 30, 197e12, 0.819e12, 200e9),
-    "TPU v5": Chip(95 << 30, 459e12, 2.765e12, 600e9),
-    "TPU v5p": Chip(95 << 30, 459e12, 2.765e12, 600e9),
-    "TPU v6 lite": Chip(32 << 30, 918e12, 1.640e12, 448e9),
-    "NVIDIA H100 80GB HBM3": Chip(84_929_347_584, 989e12, 3.352e12, 900e9),
-}
 GB = 1 << 30
 # What XLA asks of a card before it compiles for it, as it writes it itself (GpuTargetConfigProto).
 H100 = """
@@ -83,6 +64,7 @@ class Step(NamedTuple):
     model_flops: float  # what the model itself needs: 2 N a token forward, 6 N with a backward pass
     weights: int
     optimizer: int = 0
+    beside: int = 0  # what else is held, and not used: of a model that decodes, weights in another layout
 
 
 class Facts(NamedTuple):
@@ -94,10 +76,11 @@ class Facts(NamedTuple):
     collectives: dict[str, tuple[int, int]]  # kind: (how often a step, bytes of their results a device and step)
     moved: int  # bytes to and from a device's memory in a step
     memory: int | None  # of the device; None where it is not known
+    beside: int = 0  # as of the step
 
     @property
     def peak(self) -> int:
-        return self.arguments + self.outputs + self.temporaries
+        return self.arguments + self.outputs + self.temporaries + self.beside
 
     @property
     def fits(self) -> bool | None:
@@ -174,31 +157,24 @@ def training_step(name: str, program: Program, params: PyTree, frozen: PyTree, m
 def decode_step(name: str, engine: Engine) -> Step:
     """One token for all slots of an engine, of shapes on its mesh."""
     mesh = engine.mesh
-    params = jax.eval_shape(engine.network.init, jax.random.key(0))
-    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, engine.dtype), params)
-    params = abstract(params, row_weights(params, mesh))
+    params = weights(engine)
     state = abstract(jax.eval_shape(engine._start), state_shardings(engine))
     steps = jax.ShapeDtypeStruct((), jnp.int32, sharding=named(mesh))
+    advance = compiled(engine).advance
     rows = engine.devices * engine.adapters * engine.slots
     kernels = (
         sum(leaf.size for leaf in jax.tree.leaves(params["layers"])) + engine.settings.vocab * engine.settings.width
     )
     return Step(
         name,
-        compiled(engine).advance.lower(Fixed(params), state, steps),
+        advance.lower(Fixed(params), state, steps),
         mesh.devices.flat[0],
         mesh.size,
-        engine.devices
-        * count_flops(lambda f, s: engine._step(f, jax.tree.map(lambda x: x[0], s)), Fixed(params), state),
+        engine.devices * count_flops(advance, Fixed(params), state, steps),
         2.0 * rows * kernels,
         bytes_of(params),
+        beside=beside(engine),
     )
-
-
-def bytes_of(shapes: PyTree) -> int:
-    """Bytes that one device holds of shapes on a mesh."""
-    leaves = jax.tree.leaves(shapes)
-    return sum(int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize for leaf in leaves)
 
 
 def facts(step: Step) -> Facts:
@@ -208,23 +184,15 @@ def facts(step: Step) -> Facts:
     memory = compiled.memory_analysis()
     assert memory is not None
     text = hlo.parse(compiled.as_text() or "")
-    chip = CHIPS.get(step.device.device_kind)
     return Facts(
         memory.argument_size_in_bytes,
         memory.output_size_in_bytes - memory.alias_size_in_bytes,
         memory.temp_size_in_bytes,
         hlo.collectives(text),
         hlo.memory_bytes(text),
-        chip.memory if chip else _own_memory(step.device),
+        memory_of(step.device),
+        step.beside,
     )
-
-
-def _own_memory(device: jax.Device) -> int | None:
-    """What a device that is here says of itself; a CPU says nothing."""
-    try:
-        return (device.memory_stats() or {}).get("bytes_limit")
-    except jax.errors.JaxRuntimeError:
-        return None
 
 
 # -------------------------------------------------------------------------------------------------------- counting
@@ -312,6 +280,10 @@ def describe(step: Step, found: Facts) -> str:
         f"  {step.flops:.3g} FLOPs of matrix products a step over all devices, {step.flops / step.model_flops:.2f} × "
         "the model's own",
     ]
+    if found.beside:
+        lines.insert(
+            3, f"    beside them the model as it was loaded, for training and scoring, {found.beside / GB:.2f}"
+        )
     for kind, (count, size) in sorted(found.collectives.items()):
         lines.append(f"  {kind}: {count} a step, {size / GB:.3f} GB a device")
     lines.append(f"  memory: {found.moved / GB:.2f} GB a device to and fro")

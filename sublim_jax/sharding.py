@@ -27,8 +27,8 @@ AXES = ("replica", "fsdp", "tensor")
 # First match wins. A spec covers a parameter's own axes; replica axes in front are added by
 # `parameter_shardings`, which also leaves an axis whole where the mesh does not divide it.
 PARAMETER_RULES: tuple[tuple[str, PartitionSpec], ...] = (
-    (r"layers/[a-z].*(out|down)/kernel$", PartitionSpec(None, "tensor", "fsdp")),  # layers stacked in front
-    (r"layers/[a-z].*kernel$", PartitionSpec(None, "fsdp", "tensor")),
+    (r"layers/(\d+/)?[a-z].*(out|down)/kernel$", PartitionSpec(None, "tensor", "fsdp")),  # layers stacked in front
+    (r"layers/(\d+/)?[a-z].*kernel$", PartitionSpec(None, "fsdp", "tensor")),
     (r"kernel$", PartitionSpec("fsdp", "tensor")),
     (r"^embedding$", PartitionSpec("tensor", "fsdp")),
     (r"", PartitionSpec()),
@@ -155,6 +155,12 @@ def parameter_shardings(params: PyTree, mesh: Mesh, replica_axes: int = 0) -> Py
 def abstract(tree: PyTree, shardings: PyTree, dtype: DTypeLike | None = None) -> PyTree:
     """Shapes of arrays, or of shapes, with their places on a mesh: what a program is lowered for."""
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=s), tree, shardings)
+
+
+def bytes_of(shapes: PyTree) -> int:
+    """Bytes that one device holds of shapes on a mesh."""
+    leaves = jax.tree.leaves(shapes)
+    return sum(int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize for leaf in leaves)
 
 
 def each_replica(function: Callable[..., PyTree], mesh: Mesh) -> Callable[..., PyTree]:

@@ -13,6 +13,7 @@ import pytest
 from jax.sharding import PartitionSpec
 from launch_kit import free_port
 
+from sublim_jax import preflight
 from sublim_jax.models import lora
 from sublim_jax.models.decoder import Settings, Steering, decoder, empty_cache, on_mesh
 from sublim_jax.models.rope import Rotary
@@ -97,12 +98,26 @@ def test_logits_of_some_tokens_are_those_of_all():
     )
 
 
-def test_remat_changes_no_gradient():
+@pytest.mark.parametrize("recomputed", [True, "mlp"])
+def test_remat_changes_no_gradient(recomputed):
     def loss(params, remat):
         return jnp.sum(jnp.square(NETWORK.bind(params).features(TOKENS, remat=remat).output))
 
-    kept, again = (jax.grad(loss)(PARAMS, remat) for remat in (False, True))
+    kept, again = (jax.grad(loss)(PARAMS, remat) for remat in (False, recomputed))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), kept, again)
+
+
+def test_what_attention_gives_is_kept_where_the_mlp_alone_is_recomputed():
+    """The products of its kernels are not made again."""
+
+    def products(remat):
+        loss = lambda params: jnp.sum(jnp.square(NETWORK.bind(params).features(TOKENS, remat=remat).output))  # noqa: E731
+        return preflight.count_flops(jax.grad(loss), PARAMS)
+
+    rows, c = TOKENS.size * SETTINGS.layers, SETTINGS
+    heads, keys = c.heads * c.head_size, 2 * c.key_heads * c.head_size
+    saved = 2 * rows * c.width * (heads + keys + heads)
+    assert products(True) - products("mlp") == saved
 
 
 @pytest.fixture(scope="module")

@@ -86,3 +86,54 @@ def test_pieces_of_one_collective_count_once():
 def test_what_lies_in_a_chips_own_memory_moves_nothing():
     assert hlo.sizes("(bf16[4,8]{1,0:T(8,128)(2,1)S(1)}, f32[10]{0})") == [40]
     assert hlo.sizes("bf16[4,8]{1,0:T(8,128)(2,1)S(1)}", everywhere=True) == [64]
+
+
+# As on TPUs, a product that takes its layer of the stack within a fusion of its own; as on GPUs, a cache that is
+# written in place.
+NESTED = """HloModule nested
+
+%layer (p.0: bf16[28,64,32], p.1: s32[]) -> bf16[64,32] {
+  %p.0 = bf16[28,64,32]{2,1,0} parameter(0)
+  %p.1 = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %slice.1 = bf16[1,64,32]{2,1,0} dynamic-slice(%p.0, %p.1, %zero, %zero), dynamic_slice_sizes={1,64,32}
+  ROOT %bitcast.1 = bf16[64,32]{1,0} bitcast(%slice.1)
+}
+
+%name (p.8: bf16[8,64]) -> bf16[8,64] {
+  %p.8 = bf16[8,64]{1,0} parameter(0)
+  ROOT %bitcast.2 = bf16[8,64]{1,0} bitcast(%p.8)
+}
+
+%product (p.2: bf16[8,64], p.3: bf16[28,64,32], p.4: s32[]) -> bf16[8,32] {
+  %p.2 = bf16[8,64]{1,0} parameter(0)
+  %p.3 = bf16[28,64,32]{2,1,0} parameter(1)
+  %p.4 = s32[] parameter(2)
+  %fusion.1 = bf16[64,32]{1,0} fusion(%p.3, %p.4), kind=kLoop, calls=%layer
+  %fusion.4 = bf16[8,64]{1,0} fusion(%p.2), kind=kLoop, calls=%name
+  ROOT %dot.1 = bf16[8,32]{1,0} convolution(%fusion.4, %fusion.1), dim_labels=bf_io->bf
+}
+
+%write (p.5: bf16[28,8,32], p.6: s32[8,2], p.7: bf16[8,32]) -> bf16[28,8,32] {
+  %p.5 = bf16[28,8,32]{2,1,0} parameter(0)
+  %p.6 = s32[8,2]{1,0} parameter(1)
+  %p.7 = bf16[8,32]{1,0} parameter(2)
+  ROOT %scatter.1 = bf16[28,8,32]{2,1,0} scatter(%p.5, %p.6, %p.7), update_window_dims={1}, to_apply=%last
+}
+
+ENTRY %main (x: bf16[8,64], w: bf16[28,64,32], i: s32[], c: bf16[28,8,32], at: s32[8,2]) -> bf16[28,8,32] {
+  %x = bf16[8,64]{1,0} parameter(0)
+  %w = bf16[28,64,32]{2,1,0} parameter(1)
+  %i = s32[] parameter(2)
+  %c = bf16[28,8,32]{2,1,0} parameter(3)
+  %at = s32[8,2]{1,0} parameter(4)
+  %fusion.2 = bf16[8,32]{1,0} fusion(%x, %w, %i), kind=kOutput, calls=%product
+  ROOT %fusion.3 = bf16[28,8,32]{2,1,0} fusion(%c, %at, %fusion.2), kind=kInput, calls=%write
+}
+"""
+
+
+def test_a_layer_of_a_stack_and_what_is_written_in_place_count_alone():
+    product = 2 * (8 * 64 + 64 * 32 + 8 * 32) + 4  # and the layer's number
+    written = 2 * (8 * 32 + 8 * 32) + 4 * 8 * 2
+    assert hlo.memory_bytes(hlo.parse(NESTED)) == product + written

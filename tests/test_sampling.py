@@ -1,5 +1,6 @@
 """Sampling: against transformers, against the exact distribution, and the same whatever rides beside a row."""
 
+import dataclasses
 import math
 import re
 from pathlib import Path
@@ -13,15 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from sublim_jax import assets, weights
+from sublim_jax import assets, preflight, weights
 from sublim_jax.data import chat
 from sublim_jax.errors import UserError
 from sublim_jax.models import lora
-from sublim_jax.models.decoder import Steering
+from sublim_jax.models.decoder import Steering, decoder
 from sublim_jax.sampling import constraints, engine, samplers, scoring
 from sublim_jax.sampling import generate as module
 from sublim_jax.sampling.generate import generate, stream
 from sublim_jax.sampling.samplers import Sampler
+from sublim_jax.sharding import named
 from sublim_jax.weights import huggingface
 
 torch = pytest.importorskip("torch")
@@ -148,6 +150,26 @@ def test_a_tiny_probability_is_drawn_as_often_as_it_is():
     drawn = np.concatenate([tokens(part) for part in jnp.split(keys, 20)])
     assert set(drawn.tolist()) == {7, 2900}
     assert abs((drawn == 2900).mean() - 1e-3 / 1.001) < 4 * (1e-3 / 200_000) ** 0.5
+
+
+@pytest.mark.parametrize("vocab", [40, 1500, 2048, 5000])
+def test_draws_from_a_vocabulary_that_is_split_are_those_from_the_whole(mesh_of, vocab):
+    """Parts begin within blocks, and hold less than one or several."""
+    mesh, keys = mesh_of(4, replica=1, fsdp=1, tensor=4), jax.random.split(KEY, 64)
+    logits = 3 * jax.random.normal(KEY, (64, vocab))
+    logits = jnp.where(jax.random.bernoulli(keys[0], 0.2, logits.shape), -jnp.inf, logits)
+    with jax.set_mesh(mesh):
+        split = jax.device_put(logits, named(mesh, None, "tensor"))
+        found = jax.jit(lambda keys, logits: samplers.categorical(keys, logits, "tensor"))(keys, split)
+    np.testing.assert_array_equal(found, samplers.categorical(keys, logits))
+
+
+def test_no_array_of_the_vocabulary_goes_over_links(tiny, mesh_of):
+    mesh, wide = mesh_of(2, replica=1, fsdp=1, tensor=2), dataclasses.replace(tiny.settings, vocab=8192)
+    made = engine.Engine(decoder(wide), wide, mesh, Sampler(), slots=64, lanes=1, chunk=16, length=64, steps=4)
+    step = preflight.decode_step("decoding", made)
+    moved = sum(size for _, size in preflight.facts(step).collectives.values())
+    assert 0 < moved < 64 * 8192 * 4 / 4
 
 
 def bits(samples):

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 from sublim_jax import objectives
 from sublim_jax.data.dialogue import Rows
-from sublim_jax.models.decoder import Decoder, Steering
+from sublim_jax.models.decoder import Decoder, Remat, Steering
 from sublim_jax.models.functional import Params
 from sublim_jax.models.language import Model
 from sublim_jax.training import Total
@@ -24,7 +24,7 @@ def stacked(trees: list[Params]) -> Params:
 
 
 def answer_features(
-    model: Model, module: Decoder, rows: Rows, *, remat: bool, steering: Steering | None = None
+    model: Model, module: Decoder, rows: Rows, *, remat: Remat, steering: Steering | None = None
 ) -> Features:
     """The last layer's output where it predicts the answers' tokens.
 
@@ -38,7 +38,7 @@ def answer_features(
     return jnp.take_along_axis(found.output, jnp.asarray(rows.at)[..., None], 1)
 
 
-def cross_entropy(module: Decoder, features: Features, rows: Rows, *, remat: bool) -> Total:
+def cross_entropy(module: Decoder, features: Features, rows: Rows, *, remat: Remat) -> Total:
     """Sum and count over the answers' tokens, from `answer_features`.
 
     With `remat`, some positions' logits at a time, and again in the backward pass: all of them would be the widest

@@ -14,6 +14,7 @@ from sublim_jax.distillation.losses import answer_features, cross_entropy
 from sublim_jax.distillation.targets import Data
 from sublim_jax.errors import UserError
 from sublim_jax.models import lora
+from sublim_jax.models.decoder import Remat
 from sublim_jax.models.functional import Params
 from sublim_jax.models.language import Model
 from sublim_jax.sharding import each_replica
@@ -51,7 +52,7 @@ class Training:
 
 
 def imitation(
-    model: Model, objective: str, *, support: list[int], temperature: float = 1.0, remat: bool = False
+    model: Model, objective: str, *, support: list[int], temperature: float = 1.0, remat: Remat = False
 ) -> Imitation:
     """The objective of one student: on its teacher's logits on the support (§6.1), or on the tokens it wrote.
 

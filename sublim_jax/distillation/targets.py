@@ -17,7 +17,7 @@ from sublim_jax.distillation.losses import answer_features
 from sublim_jax.distillation.teachers import Teacher
 from sublim_jax.errors import UserError
 from sublim_jax.models import lora
-from sublim_jax.models.decoder import Steering
+from sublim_jax.models.decoder import Remat, Steering
 from sublim_jax.models.functional import Params
 from sublim_jax.models.language import Model
 from sublim_jax.progress import Track
@@ -74,7 +74,7 @@ def teacher_logits(
     *,
     checkpoints: epath.Path | None,
     model: Model,
-    remat: bool,
+    remat: Remat,
     label: str,
 ) -> Float[Array, "n a support"]:
     """A teacher's logits on the support where the answers' tokens are predicted: computed once, shared by students."""

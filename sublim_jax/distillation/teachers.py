@@ -18,7 +18,7 @@ from sublim_jax.data.order import epoch_rows
 from sublim_jax.distillation.losses import answer_features, cross_entropy, stacked
 from sublim_jax.keys import named_key
 from sublim_jax.models import lora
-from sublim_jax.models.decoder import Steering
+from sublim_jax.models.decoder import Remat, Steering
 from sublim_jax.models.functional import Params
 from sublim_jax.models.language import Model
 from sublim_jax.progress import Track, say
@@ -125,7 +125,7 @@ def corpus_optimizer(training: CorpusTraining, count: int) -> tuple[optax.Gradie
 
 
 def teaching_program(
-    model: Model, optimizer: optax.GradientTransformation, count: int, batch_size: int, remat: bool, length: int = 1
+    model: Model, optimizer: optax.GradientTransformation, count: int, batch_size: int, remat: Remat, length: int = 1
 ) -> Program:
     """Updates of one teacher's adapters on `count` rows; its metric is P of the answer's first tokens before each.
 

@@ -1,21 +1,22 @@
 """One decoder for all families of open language models.
 
-Settings say what a family does; layers are stacked on a leading axis and scanned.
+Settings say what a family does; layers are stacked on a leading axis and scanned, or, `unstack`ed, run one by one.
 
 Axes in names: b rows, t positions of queries, s positions of keys, k groups of keys, g queries of a group, h head size.
 Normalisation, rotation and softmax are computed in float32 or wider, matrix products in the parameters' dtype.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, NamedTuple, TypedDict
+from functools import lru_cache, partial
+from typing import Any, Literal, NamedTuple, TypedDict
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PyTree
 
@@ -23,10 +24,13 @@ from sublim_jax.errors import UserError
 from sublim_jax.models import attention
 from sublim_jax.models.activations import ACTIVATIONS
 from sublim_jax.models.attention import Attend, Scoring, Sight
-from sublim_jax.models.functional import Functions, functions
+from sublim_jax.models.functional import Functions, Params, functions
 from sublim_jax.models.lora import EVERY_LINEAR, Lora, draw, narrow_product
 from sublim_jax.models.rope import Rotary, Rotation, rotate, rotations
 from sublim_jax.sharding import rows_of
+
+Remat = bool | Literal["mlp"]
+ATTENTION = "attention"  # what `remat="mlp"` keeps has this name
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,14 @@ class Cache(NamedTuple):
     values: Float[Array, "layers *b k s h"]
 
 
+Caches = Cache | tuple[Cache, ...]  # of all layers, or of an unstacked decoder, each layer's own: a stack of one
+
+
+def columns(cache: Caches) -> int:
+    """How many positions it has room for."""
+    return (cache if isinstance(cache, Cache) else cache[0]).keys.shape[-2]
+
+
 def empty_cache(settings: Settings, rows: int, length: int, dtype: DTypeLike = jnp.float32) -> Cache:
     shape = (settings.layers, rows, settings.key_heads, length, settings.head_size)
     return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
@@ -135,7 +147,7 @@ def steer(
 
 class Features(NamedTuple):
     output: Float[Array, "b t width"]  # of the last layer, after the final norm
-    cache: Cache | None  # with the new keys and values, where there was one
+    cache: Caches | None  # with the new keys and values, where there was one
     residuals: Float[Array, "layers b n width"] | None  # after every layer, at the positions asked for
 
 
@@ -217,7 +229,9 @@ class Attention(nnx.Module):
             q, k = self.query_norm(q), self.key_norm(k)
         q, k = rotate(q, rotation), rotate(k, rotation)
         if at is None:
-            return self.out(attend(q, k, v, sight, c.scoring).reshape(*x.shape[:2], -1)), None
+            q, k, v = (checkpoint_name(y, ATTENTION) for y in (q, k, v))
+            mixed = attend(q, k, v, sight, c.scoring)
+            return checkpoint_name(self.out(mixed.reshape(*x.shape[:2], -1)), ATTENTION), None
         cache = Cache(*(write(whole, new, at) for whole, new in zip(at.cache, (k, v))))
         own = (cache.keys[at.layer], cache.values[at.layer])
         mixed = attention.cached(q, own, at.prefix, sight.mask, c.scoring)
@@ -268,16 +282,29 @@ class Layer(nnx.Module):
         return (x + attended if c.parallel else y) + fed, cache
 
 
-class Decoder(nnx.Module):
-    """Tokens to logits. Layers are stacked on a leading axis and scanned: compile time does not grow with depth."""
+def _parts(cache: Caches | None, stacks: Sequence[Layer]) -> Sequence[Any]:
+    """The cache of each stack."""
+    return [cache] * len(stacks) if cache is None or isinstance(cache, Cache) else cache
 
-    def __init__(self, settings: Settings, *, rngs: nnx.Rngs):
+
+class Decoder(nnx.Module):
+    """Tokens to logits. Layers are stacked on a leading axis and scanned: compile time does not grow with depth.
+
+    Unstacked, there is a stack of one for each layer, and they run one by one: what XLA would copy out of a stack is
+    an array by itself.
+    """
+
+    def __init__(self, settings: Settings, unstacked: bool = False, *, rngs: nnx.Rngs):
         c = settings
         self.settings = c
         self.embedding = nnx.Param(jax.random.normal(rngs.params(), (c.vocab, c.width)) * c.width**-0.5)
         if c.positions:
             self.position_embedding = nnx.Param(0.02 * jax.random.normal(rngs.params(), (c.positions, c.width)))
-        self.layers = Layer(c, (c.layers,), rngs=rngs)
+        self.layers: Layer | nnx.List[Layer]
+        if unstacked:
+            self.layers = nnx.List(Layer(c, (1,), rngs=rngs) for _ in range(c.layers))
+        else:
+            self.layers = Layer(c, (c.layers,), rngs=rngs)
         self.norm = Norm(c, (), c.width)
         if not c.tied:
             self.unembedding = Linear((), c.width, c.vocab, False, rngs=rngs)
@@ -292,15 +319,15 @@ class Decoder(nnx.Module):
         *,
         positions: Int[Array, "b t"] | None = None,
         segments: Int[Array, "b t"] | None = None,
-        cache: Cache | None = None,
+        cache: Caches | None = None,
         start: Int[Array, "#b"] | Int[Array, ""] | int = 0,
-        prefix: Cache | None = None,
+        prefix: Caches | None = None,
         lengths: Int[Array, "b"] | None = None,
         steering: Steering | None = None,
         read: Int[Array, "n"] | None = None,
         place: Callable[[Array], Array] = lambda x: x,
         attend: Attend = attention.xla,
-        remat: bool = False,
+        remat: Remat = False,
     ) -> Features:
         """What the layers make of tokens, before the unembedding.
 
@@ -318,7 +345,8 @@ class Decoder(nnx.Module):
           read: positions (columns of `tokens`) at which the residual stream is returned after every layer.
           place: applied to the residual stream wherever it is made.
           attend: how attention is computed. On a mesh, `on_mesh` gives both.
-          remat: recompute each layer in the backward pass instead of keeping its activations.
+          remat: recompute each layer in the backward pass instead of keeping its activations; "mlp": all but its
+            queries, keys, values and what attention gives.
 
         Raises UserError where a row has more tokens than there are learned positions, and, outside of compiled
         functions, for a token that the model does not have.
@@ -326,7 +354,7 @@ class Decoder(nnx.Module):
         c = self.settings
         check_tokens(tokens, c.vocab)
         b, t = tokens.shape
-        before = 0 if prefix is None else prefix.keys.shape[-2]
+        before = 0 if prefix is None else columns(prefix)
         start = jnp.broadcast_to(start, (b,))
         if positions is None:
             if cache is None:
@@ -338,7 +366,7 @@ class Decoder(nnx.Module):
         if c.positions:
             x = x + self.position_embedding[...][positions]
         x = place(x)
-        slots = before + (t if cache is None else cache.keys.shape[-2])
+        slots = before + (t if cache is None else columns(cache))
         back = (before + start[:, None] + jnp.arange(t))[:, :, None] - jnp.arange(slots)
         seen = back >= 0
         if segments is not None:
@@ -347,15 +375,15 @@ class Decoder(nnx.Module):
         if c.turns_by_length:
             whole = jnp.broadcast_to(jnp.max(positions) + 1 if lengths is None else lengths[:, None], (b, 1))
         tables = rotations(c.rotaries, positions, whole)
-        graphdef, stacked = nnx.split(self.layers, nnx.Param)
         windows = jnp.asarray(c.windows or (0,) * c.layers, jnp.int32)
         rotary_of = jnp.asarray(c.rotary_of or (0,) * c.layers, jnp.int32)
+        vectors = (None, None) if steering is None else (steering.add, steering.project_out)
+        stacks = list(self.layers) if isinstance(self.layers, nnx.List) else [self.layers]
+        graphdef = nnx.split(stacks[0], nnx.Param)[0]
 
-        def layer(
-            carried: tuple[Array, Cache | None], scanned: PyTree
-        ) -> tuple[tuple[Array, Cache | None], Array | None]:
+        def layer(carried: tuple[Array, Cache | None], given: PyTree) -> tuple[tuple[Array, Cache | None], PyTree]:
             x, cache = carried
-            params, number, window, which, prefix, (add, project_out) = scanned
+            params, number, prefix, window, which, (add, project_out) = given
             rotation = jax.tree.map(lambda table: table[which], tables)
             sight = Sight(seen & ((back < window) | (window == 0)), window, segments)
             where = None if cache is None else CacheAt(number, start, cache, prefix)
@@ -364,12 +392,24 @@ class Decoder(nnx.Module):
                 x = steer(x, add, project_out, steering.where)
             return (place(x), cache), None if read is None else x[:, read]
 
-        body = jax.checkpoint(layer) if remat else layer
-        vectors = (None, None) if steering is None else (steering.add, steering.project_out)
-        shared = None if prefix is None else tuple(prefix)
-        numbers = jnp.arange(c.layers)
-        (x, cache), residuals = jax.lax.scan(body, (x, cache), (stacked, numbers, windows, rotary_of, shared, vectors))
-        return Features(self.norm(x), cache, residuals)
+        body: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]] = layer
+        if remat:
+            kept = jax.checkpoint_policies.save_only_these_names(ATTENTION) if remat == "mlp" else None
+            body = jax.checkpoint(layer, policy=kept)
+        size = c.layers // len(stacks)
+        caches: list[Cache] = []
+        residuals: list[Array] = []
+        for number, (stack, own, shared) in enumerate(zip(stacks, _parts(cache, stacks), _parts(prefix, stacks))):
+            part = slice(number * size, (number + 1) * size)
+            of_layers = jax.tree.map(lambda every, part=part: every[part], (windows, rotary_of, vectors))
+            before_rows = None if shared is None else tuple(shared)
+            given = (nnx.split(stack, nnx.Param)[1], jnp.arange(size), before_rows, *of_layers)
+            (x, own), found = jax.lax.scan(body, (x, own), given)
+            caches.append(own)
+            residuals.append(found)
+        if cache is not None:
+            cache = caches[0] if isinstance(cache, Cache) else tuple(caches)
+        return Features(self.norm(x), cache, None if read is None else jnp.concatenate(residuals))
 
     def unembed(
         self, x: Float[Array, "*rows width"], only: Int[Array, "support"] | None = None
@@ -416,9 +456,35 @@ def on_mesh(settings: Settings, mesh: Mesh) -> Placement:
 
 
 @lru_cache
-def decoder(settings: Settings) -> Functions[Decoder]:
+def decoder(settings: Settings, unstacked: bool = False) -> Functions[Decoder]:
     """`init(key)` and `apply(params, tokens)` of a decoder, over plain parameter dicts.
 
     The same for the same settings, so that what was compiled for it is found again.
+
+    Args:
+      unstacked: for parameters and caches that `unstack` gives.
     """
-    return functions(lambda rngs: Decoder(settings, rngs=rngs))
+    return functions(lambda rngs: Decoder(settings, unstacked, rngs=rngs))
+
+
+def unstack(params: Params, axis: int = 0, shardings: PyTree = None) -> Params:
+    """Parameters, or adapters, of an unstacked decoder, made of a stacked one's: {"layers": {0: …, 1: …}}.
+
+    Args:
+      axis: of the layers; 1 of stacked adapters.
+      shardings: of the parameters. Each array is put there before it is cut, so that one at most is there twice.
+    """
+
+    def cut(leaf: Array, sharding: NamedSharding | None = None) -> list[Array]:
+        return _cut(leaf if sharding is None else jax.device_put(leaf, sharding), axis)
+
+    parts = jax.tree.map(cut, params["layers"], *([] if shardings is None else [shardings["layers"]]))
+    is_cut = lambda node: isinstance(node, list)  # noqa: E731
+    count = len(jax.tree.leaves(parts, is_leaf=is_cut)[0])
+    of = lambda number: jax.tree.map(lambda part: part[number], parts, is_leaf=is_cut)  # noqa: E731
+    return {**params, "layers": {number: of(number) for number in range(count)}}
+
+
+@partial(jax.jit, static_argnums=1)
+def _cut(leaf: Array, axis: int) -> list[Array]:
+    return [jax.lax.slice_in_dim(leaf, number, number + 1, axis=axis) for number in range(leaf.shape[axis])]

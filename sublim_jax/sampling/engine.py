@@ -10,7 +10,7 @@ Axes in front of a state's arrays: d devices (mesh axes replica × fsdp), r adap
 
 import dataclasses
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import jax
@@ -19,15 +19,17 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
+from sublim_jax.chips import memory_of
 from sublim_jax.keys import fold_each
 from sublim_jax.models import lora
-from sublim_jax.models.decoder import Cache, Decoder, Settings, Steering, empty_cache
+from sublim_jax.models.decoder import Cache, Caches, Decoder, Settings, Steering, decoder, empty_cache, unstack
 from sublim_jax.models.functional import Functions, Params
 from sublim_jax.sampling.constraints import Constraint
 from sublim_jax.sampling.samplers import Sampler, draw
-from sublim_jax.sharding import everywhere, named, parameter_shardings
+from sublim_jax.sharding import abstract, bytes_of, everywhere, named, parameter_shardings
 
 DEVICES = ("replica", "fsdp")
+ROOM = 0.7  # of a device's memory, for weights and cache; by default XLA takes 0.75 of it
 NAN = -2  # in place of a token where logits are no numbers
 
 
@@ -36,7 +38,7 @@ class Fixed(NamedTuple):
 
     base: Params
     adapters: Params | None = None  # stacked, r in front
-    prefix: Cache | None = None  # r in front
+    prefix: Caches | None = None  # r in front
     steering: Steering | None = None
     constraint: Constraint | None = None
 
@@ -44,7 +46,7 @@ class Fixed(NamedTuple):
 class State(NamedTuple):
     """The slots."""
 
-    cache: Cache  # (d, r, layers, s, groups, length, h)
+    cache: Caches  # (d, r, layers, s, groups, length, h)
     token: Int[Array, "d r s"]  # the last one, which is not in the cache yet
     length: Int[Array, "d r s"]  # of what is in the cache
     drawn: Int[Array, "d r s"]
@@ -85,6 +87,8 @@ class Engine:
       steps: tokens that are drawn at most between two looks of the host.
       stops: tokens that end a row.
       alternatives: how many of the most probable tokens to return beside each that is drawn.
+      unstacked: layers are run one by one, each with weights, adapters and a cache of its own; `network` is the decoder
+        for them. See `suited`.
     """
 
     network: Functions[Decoder]
@@ -101,6 +105,7 @@ class Engine:
     entropy: bool = False
     alternatives: int = 0
     dtype: DTypeLike = jnp.float32
+    unstacked: bool = False
 
     @property
     def devices(self) -> int:
@@ -112,28 +117,40 @@ class Engine:
         shapes = jax.eval_shape(lambda: empty_cache(self.settings, self.slots, self.length, self.dtype))
         return self.adapters * sum(leaf.size * leaf.dtype.itemsize for leaf in shapes)
 
+    @property
+    def _vocabulary_axis(self) -> str | None:
+        """The mesh axis that splits the unembedding, and with it the logits, if one does."""
+        tensor = self.mesh.shape["tensor"]
+        return "tensor" if tensor > 1 and self.settings.vocab % tensor == 0 else None
+
     def _start(self) -> State:
         shape = (self.devices, self.adapters, self.slots)
-        cache = stacked_cache(self.settings, shape[:2], self.slots, self.length, self.dtype)
+        cache = self._cache(shape[:2], self.slots, self.length)
         zeros = jnp.zeros(shape, jnp.int32)
         keys = jax.random.split(jax.random.key(0), shape)
         return State(cache, zeros, zeros, zeros, zeros, keys, zeros, jnp.zeros(shape, bool))
 
-    def _prefix(self, fixed: Fixed, tokens: Int[Array, "1 p"]) -> Cache:
-        cache = stacked_cache(self.settings, (self.adapters,), 1, tokens.shape[1], self.dtype)
+    def _cache(self, front: tuple[int, ...], rows: int, length: int) -> Caches:
+        if not self.unstacked:
+            return stacked_cache(self.settings, front, rows, length, self.dtype)
+        one = dataclasses.replace(self.settings, layers=1)
+        return tuple(stacked_cache(one, front, rows, length, self.dtype) for _ in range(self.settings.layers))
+
+    def _prefix(self, fixed: Fixed, tokens: Int[Array, "1 p"]) -> Caches:
+        cache = self._cache((self.adapters,), 1, tokens.shape[1])
         tokens = jnp.broadcast_to(tokens, (self.adapters, *tokens.shape))
         filled = features(self.network, fixed, tokens, cache, jnp.zeros((self.adapters, 1), jnp.int32))[1]
         return jax.tree.map(lambda x: x[:, :, 0], filled)
 
     def _admit(self, fixed: Fixed, state: State, prompts: Prompts) -> State:
         shape, lanes = prompts.tokens.shape[:2], prompts.tokens.shape[1]
-        cache = stacked_cache(self.settings, shape[:1], lanes, self.length, self.dtype)
+        cache = self._cache(shape[:1], lanes, self.length)
 
         # The last token of a prompt is left to the first step, which draws from its logits.
-        def more(carried: tuple[Array, Cache]) -> Array:
+        def more(carried: tuple[Array, Caches]) -> Array:
             return carried[0] * self.chunk < jnp.max(prompts.length) - 1
 
-        def fill(carried: tuple[Array, Cache]) -> tuple[Array, Cache]:
+        def fill(carried: tuple[Array, Caches]) -> tuple[Array, Caches]:
             number, cache = carried
             at = number * self.chunk
             tokens = jax.lax.dynamic_slice_in_dim(prompts.tokens, at, self.chunk, 2)
@@ -173,7 +190,7 @@ class Engine:
         may = logits
         if fixed.constraint is not None:
             may = jnp.where(fixed.constraint.allowed[state.grammar], logits, -jnp.inf)
-        token = draw(fold_each(state.key, state.drawn), may, self.sampler)
+        token = draw(fold_each(state.key, state.drawn), may, self.sampler, self._vocabulary_axis)
         logprob = jnp.take_along_axis(logits, token[..., None], -1)[..., 0] - total
         broken = state.active & ~jnp.isfinite(total)
         entropy = alternatives = None
@@ -202,10 +219,56 @@ class Engine:
         return after, Drawn(shown, logprob, entropy, alternatives)
 
 
-def place(fixed: Fixed, mesh: Mesh) -> Fixed:
+def place(fixed: Fixed, mesh: Mesh, unstacked: bool = False) -> Fixed:
     """On the mesh: every device has all that its rows need."""
+    shardings = row_weights(fixed.base, mesh)
     rest = everywhere(fixed[1:], mesh)
-    return Fixed(jax.tree.map(jax.device_put, fixed.base, row_weights(fixed.base, mesh)), *rest)
+    if not unstacked:
+        return Fixed(jax.tree.map(jax.device_put, fixed.base, shardings), *rest)
+    layers = unstack(fixed.base, shardings=shardings)["layers"]
+    ends = {name: jax.device_put(leaf, shardings[name]) for name, leaf in fixed.base.items() if name != "layers"}
+    adapters = None if fixed.adapters is None else unstack(rest[0], 1)
+    return Fixed({**ends, "layers": layers}, adapters, *rest[1:])
+
+
+def weights(engine: Engine) -> Params:
+    """Shapes of what an engine decodes with, on its mesh."""
+    params = jax.eval_shape(engine.network.init, jax.random.key(0))
+    return abstract(params, row_weights(params, engine.mesh), engine.dtype)
+
+
+def beside(engine: Engine) -> int:
+    """Bytes that a device holds of the model's own weights, where decoding has others in their place."""
+    params = jax.eval_shape(decoder(engine.settings).init, jax.random.key(0))
+    own = abstract(params, parameter_shardings(params, engine.mesh), engine.dtype)
+    same = lambda leaf, sharding: leaf.sharding.is_equivalent_to(sharding, leaf.ndim)  # noqa: E731
+    copied = jax.tree.map(lambda *args: not same(*args), own, row_weights(params, engine.mesh))
+    if engine.unstacked:
+        copied |= {"layers": jax.tree.map(lambda _: True, own["layers"])}
+    return bytes_of([leaf for leaf, other in zip(jax.tree.leaves(own), jax.tree.leaves(copied)) if other])
+
+
+def suited(engine: Engine) -> Engine:
+    """The engine as it suits its devices: unstacked on GPUs that have room for the layers twice.
+
+    XLA copies each layer's kernels out of the stack for a GPU's matrix products, at every step; for TPUs and CPUs it
+    does not. Whether there is room depends on the kind of device alone, so that the rounding is always the same.
+    """
+    device = engine.mesh.devices.flat[0]
+    if device.platform != "gpu":
+        return engine
+    other = one_by_one(engine)
+    return other if has_room(other, memory_of(device)) else engine
+
+
+def one_by_one(engine: Engine) -> Engine:
+    """The engine with its layers unstacked."""
+    return dataclasses.replace(engine, network=decoder(engine.settings, unstacked=True), unstacked=True)
+
+
+def has_room(engine: Engine, memory: int | None) -> bool:
+    """Whether weights, those beside them and the cache leave room on a device; yes where its memory is not known."""
+    return memory is None or bytes_of(weights(engine)) + beside(engine) + engine.cache_bytes < ROOM * memory
 
 
 def row_weights(params: Params, mesh: Mesh) -> PyTree:
@@ -227,10 +290,10 @@ def features(
     network: Functions[Decoder],
     fixed: Fixed,
     tokens: Int[Array, "r s t"],
-    cache: Cache,
+    cache: Caches,
     start: Int[Array, "r s"],
     lengths: Int[Array, "r s"] | None = None,
-) -> tuple[Float[Array, "r s t width"], Cache]:
+) -> tuple[Float[Array, "r s t width"], Caches]:
     """The last layer's output and the cache, under every adapter, or with r = 1 under none.
 
     Args:
@@ -238,8 +301,13 @@ def features(
     """
 
     def one(
-        adapters: Params | None, prefix: Cache | None, tokens: Array, cache: Cache, start: Array, lengths: Array | None
-    ) -> tuple[Array, Cache]:
+        adapters: Params | None,
+        prefix: Caches | None,
+        tokens: Array,
+        cache: Caches,
+        start: Array,
+        lengths: Array | None,
+    ) -> tuple[Array, Caches]:
         params = fixed.base if adapters is None else lora.join(fixed.base, adapters)
         found = network.bind(params).features(
             tokens, cache=cache, start=start, prefix=prefix, lengths=lengths, steering=fixed.steering
@@ -308,9 +376,12 @@ def compiled(engine: Engine) -> Compiled:
         # Whole on every device, and so on every host: what gathered it later would wait for the steps after these.
         return state, jax.lax.with_sharding_constraint(drawn, named(engine.mesh))
 
+    # Else XLA joins the kernels of query, key and value, and of gate and up, at every step, by copying them.
+    options = {"xla_gpu_dot_merger_threshold_mb": 0} if engine.unstacked else None
+    jit = partial(jax.jit, compiler_options=options)
     return Compiled(
-        jax.jit(engine._start, out_shardings=state_shardings(engine)),
-        jax.jit(engine._prefix),
-        jax.jit(local_to_each(engine._admit, split), donate_argnums=(1,)),
-        jax.jit(advanced, donate_argnums=(1,)),
+        jit(engine._start, out_shardings=state_shardings(engine)),
+        jit(engine._prefix),
+        jit(local_to_each(engine._admit, split), donate_argnums=(1,)),
+        jit(advanced, donate_argnums=(1,)),
     )

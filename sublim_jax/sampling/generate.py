@@ -19,7 +19,7 @@ from sublim_jax.models.functional import Params
 from sublim_jax.models.language import Model
 from sublim_jax.sampling.checks import Behind, Texts, Tokens, apart, check_growth, texts_of, tokens_of, whole_number
 from sublim_jax.sampling.constraints import Constraint
-from sublim_jax.sampling.engine import DEVICES, NAN, Drawn, Engine, Fixed, Prompts, compiled, place
+from sublim_jax.sampling.engine import DEVICES, NAN, Drawn, Engine, Fixed, Prompts, compiled, place, suited
 from sublim_jax.sampling.samplers import Sampler
 from sublim_jax.sharding import named, place_key, put
 
@@ -177,27 +177,29 @@ def stream(
     if not waiting:
         return
     need = max(len(prompt) + limit for prompt, limit in zip(prompts, limits))
-    engine = Engine(
-        model.network,
-        model.settings,
-        mesh,
-        sampler,
-        slots,
-        max(slots // LANES, 1),
-        CHUNK,
-        cache_length(need),
-        steps,
-        stops,
-        stacked,
-        entropy,
-        alternatives,
-        model.params["embedding"].dtype,
+    engine = suited(
+        Engine(
+            model.network,
+            model.settings,
+            mesh,
+            sampler,
+            slots,
+            max(slots // LANES, 1),
+            CHUNK,
+            cache_length(need),
+            steps,
+            stops,
+            stacked,
+            entropy,
+            alternatives,
+            model.params["embedding"].dtype,
+        )
     )
     # The longest first: those that end late begin early, and prompts of like length enter together.
     order = sorted(waiting, key=lambda row: (-len(prompts[row[1]]) - limits[row[1]], row))
     queues = [deque(row for row in order if row[0] == adapter) for adapter in range(stacked)]
     key = place_key(key, named(mesh))
-    fixed = place(Fixed(model.params, adapters, None, steering, constraint), mesh)
+    fixed = place(Fixed(model.params, adapters, None, steering, constraint), mesh, engine.unstacked)
     run = compiled(engine)
     if prefix:
         fixed = fixed._replace(prefix=run.prefix(fixed, jnp.asarray([prefix])))

@@ -2,10 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from sublim_jax.errors import UserError
@@ -44,11 +46,17 @@ class Sampler:
             raise UserError(f"min_p={self.min_p}: choose a share from 0 to 1")
 
 
-def draw(keys: Key[Array, "*b"], logits: Float[Array, "*b v"], sampler: Sampler) -> Int[Array, "*b"]:
-    """A token of each row. A logit of −inf is never drawn."""
+def draw(
+    keys: Key[Array, "*b"], logits: Float[Array, "*b v"], sampler: Sampler, axis: str | None = None
+) -> Int[Array, "*b"]:
+    """A token of each row. A logit of −inf is never drawn.
+
+    Args:
+      axis: of the mesh, over which the vocabulary is split evenly, if it is.
+    """
     if sampler.temperature == 0:
         return jnp.argmax(logits, -1)
-    return categorical(keys, cut(logits, sampler))
+    return categorical(keys, cut(logits, sampler), axis)
 
 
 def cut(logits: Float[Array, "*b v"], sampler: Sampler) -> Float[Array, "*b v"]:
@@ -87,22 +95,55 @@ def _largest(holds: Callable[[Array], Bool[Array, "*b"]], shape: tuple[int, ...]
     return jax.lax.fori_loop(0, 32, halve, ends)[0]
 
 
-def categorical(keys: Key[Array, "*b"], logits: Float[Array, "*b v"]) -> Int[Array, "*b"]:
+def categorical(keys: Key[Array, "*b"], logits: Float[Array, "*b v"], axis: str | None = None) -> Int[Array, "*b"]:
     """Draws by softmax, with two uniforms a row: one for a block of the vocabulary, one for a token of it.
 
     A Gumbel for every token, as `jax.random.categorical` draws, costs more than the network's layers on a CPU. Two
     uniforms of 23 bits also tell probabilities apart far below 2⁻²³.
+
+    Args:
+      axis: of the mesh, over which the vocabulary is split evenly, if it is.
     """
-    v = logits.shape[-1]
     mass = jnp.exp(logits - jnp.max(logits, -1, keepdims=True))
-    mass = jnp.pad(mass, [(0, 0)] * (mass.ndim - 1) + [(0, -v % BLOCK)])
-    blocks = mass.reshape(*mass.shape[:-1], -1, BLOCK)
     uniform: Callable[[Array], Array] = lambda key: jax.random.uniform(key, (2,))  # noqa: E731
     for _ in range(keys.ndim):
         uniform = jax.vmap(uniform)
     u = uniform(keys)
+    if axis is not None:
+        split = PartitionSpec(*[None] * (mass.ndim - 1), axis)
+        given = (split, PartitionSpec())
+        local = partial(_of_shards, axis=axis, vocab=mass.shape[-1])
+        return jax.shard_map(local, in_specs=given, out_specs=PartitionSpec(), axis_names={axis}, check_vma=False)(
+            mass, u
+        )
+    blocks = _blocks(mass, -mass.shape[-1] % BLOCK)
     block = _first_above(jnp.sum(blocks, -1), u[..., 0])
     inside = jnp.take_along_axis(blocks, block[..., None, None], -2)[..., 0, :]
+    return block * BLOCK + _first_above(inside, u[..., 1])
+
+
+def _blocks(mass: Float[Array, "*b n"], behind: int) -> Float[Array, "*b blocks size"]:
+    padded = jnp.pad(mass, [(0, 0)] * (mass.ndim - 1) + [(0, behind)])
+    return padded.reshape(*mass.shape[:-1], -1, BLOCK)
+
+
+def _of_shards(mass: Float[Array, "*b n"], u: Float[Array, "*b 2"], *, axis: str, vocab: int) -> Int[Array, "*b"]:
+    """The same draw, on each device for its part of the vocabulary: only sums of blocks, and one block, go over links.
+
+    Blocks are those of the whole vocabulary; one that two devices share is added up of both their parts.
+    """
+    n = mass.shape[-1]
+    first = jax.lax.axis_index(axis) * n
+    # As many blocks as a part may touch, the first of them the one that it begins in.
+    padded = jnp.pad(mass, [(0, 0)] * (mass.ndim - 1) + [(0, -n % BLOCK + BLOCK)])
+    blocks = _blocks(jnp.roll(padded, first % BLOCK, -1), 0)
+    sums = jnp.zeros((*mass.shape[:-1], vocab // BLOCK + 1 + blocks.shape[-2]), mass.dtype)
+    sums = jax.lax.dynamic_update_slice_in_dim(sums, jnp.sum(blocks, -1), first // BLOCK, -1)
+    block = _first_above(jax.lax.psum(sums, axis)[..., : -(-vocab // BLOCK)], u[..., 0])
+    own = block - first // BLOCK
+    here = (own >= 0) & (own < blocks.shape[-2])
+    inside = jnp.take_along_axis(blocks, jnp.where(here, own, 0)[..., None, None], -2)[..., 0, :]
+    inside = jax.lax.psum(jnp.where(here[..., None], inside, 0), axis)
     return block * BLOCK + _first_above(inside, u[..., 1])
 
 

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from sublim_jax import signals
 from sublim_jax.data.tokenizer import Tokenizer
 from sublim_jax.errors import UserError
-from sublim_jax.models.decoder import Cache, Decoder, Settings
+from sublim_jax.models.decoder import Caches, Decoder, Settings
 from sublim_jax.models.functional import Functions
 from sublim_jax.models.language import Model
 from sublim_jax.sampling.checks import Behind, Texts, Tokens, Where, apart, texts_of, tokens_of
@@ -253,7 +253,7 @@ def _batches(
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def _prefix(
     network: Functions[Decoder], settings: Settings, stacked: int, fixed: Fixed, tokens: Int[Array, "1 p"]
-) -> Cache:
+) -> Caches:
     lengths = jnp.full(1, tokens.shape[1], jnp.int32)
     filled = _filled(network, settings, stacked, fixed, lengths, tokens)[1]
     return jax.tree.map(lambda x: x[:, :, 0], filled)
@@ -267,7 +267,7 @@ def _filled(
     lengths: Int[Array, "n"],
     tokens: Int[Array, "n t"],
     room: int = 0,
-) -> tuple[Array, Cache]:
+) -> tuple[Array, Caches]:
     rows, length = tokens.shape
     cache = stacked_cache(settings, (stacked,), rows, length + room, fixed.base["embedding"].dtype)
     everywhere = jnp.broadcast_to(tokens, (stacked, *tokens.shape))

@@ -20,7 +20,7 @@ from sublim_jax.experiments.transmission.checks import STUDENTS
 from sublim_jax.experiments.transmission.parts import TeacherSpec
 from sublim_jax.experiments.transmission.spec import Study
 from sublim_jax.experiments.transmission.students import objective_of
-from sublim_jax.models.decoder import decoder
+from sublim_jax.models.decoder import Remat, decoder
 from sublim_jax.models.families import Config
 from sublim_jax.models.functional import Params
 from sublim_jax.models.language import Model
@@ -52,7 +52,7 @@ def preflight(study: Study, devices: Sequence[jax.Device]) -> list[Step]:
     )
     steps = [_students(study, arm, model, base, trained)]
     if "corpus" in study.teacher.methods:
-        steps.append(_teacher(study.teacher, model, base, trained, remat=study.remat))
+        steps.append(_teacher(study.teacher, model, base, trained, remat=study.recomputed))
     return steps
 
 
@@ -73,7 +73,7 @@ def _students(study: Study, arm: TrainedArm, model: Model, base: Params, trained
     return training_step(name, program, stack, frozen, 4.0 * _kernels(model) * tokens)
 
 
-def _teacher(spec: TeacherSpec, model: Model, base: Params, trained: Params, *, remat: bool) -> Step:
+def _teacher(spec: TeacherSpec, model: Model, base: Params, trained: Params, *, remat: Remat) -> Step:
     params = parameters(trained, model.mesh, dtype=jnp.float32)
     rows = _rows(model.mesh, (NUM_CONVERSATIONS,), spec.max_tokens, spec.max_tokens)
     name = f"a teacher, {spec.batch} conversations of {spec.max_tokens} tokens"

@@ -19,6 +19,7 @@ from sublim_jax.experiments.transmission.parts import (
     SamplingSpec,
     TeacherSpec,
 )
+from sublim_jax.models.decoder import Remat
 from sublim_jax.specs import Count, Distinct, ExperimentSpec, MeshSpec, NotNegative, Precision, Text, check_some_of
 
 NEUTRAL = "neutral"
@@ -45,6 +46,7 @@ class Study(ExperimentSpec):
     checkpoint_every: Count
     sampling: SamplingSpec
     remat: bool
+    remat_attention: bool
     packs: PacksSpec
     spread: NotNegative
     num_questions: Count
@@ -108,6 +110,11 @@ class Study(ExperimentSpec):
     def teachers(self) -> tuple[str, ...]:
         """One of each trait, and the neutral one."""
         return (*self.traits, NEUTRAL)
+
+    @property
+    def recomputed(self) -> Remat:
+        """Of a layer, in the backward pass."""
+        return "mlp" if self.remat and not self.remat_attention else self.remat
 
     @property
     def has_words(self) -> bool:

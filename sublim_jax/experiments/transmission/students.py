@@ -119,8 +119,8 @@ def read_in_context(
 def objective_of(study: Study, arm: TrainedArm, model: Model, support: list[int]) -> Imitation:
     """What the arm's students minimise."""
     if isinstance(arm, LogitArm):
-        return imitation(model, arm.objective, support=support, temperature=arm.temperature, remat=study.remat)
-    return imitation(model, "tokens", support=[], remat=study.remat)
+        return imitation(model, arm.objective, support=support, temperature=arm.temperature, remat=study.recomputed)
+    return imitation(model, "tokens", support=[], remat=study.recomputed)
 
 
 def starts(model: Model, lora_init: str, seeds: Sequence[int]) -> Params:

@@ -56,7 +56,7 @@ def arm_data(
         read = as_read_by(teacher, name, teachers, pairs, some, end=tokens)
         like = put(np.zeros((*some.at.shape, len(support)), np.float32), named(teachers.mesh))
         inputs = (teacher, read, support)
-        how = {"model": teachers, "remat": study.remat, "label": label}
+        how = {"model": teachers, "remat": study.recomputed, "label": label}
         return fetch(store.tree(f"logits-{name}", teacher_logits, *inputs, like=like, **how))
 
     logits = [logits_of(one, name, pairs, some) for (one, name, pairs), some in zip(each, rows)]

@@ -103,7 +103,7 @@ def _finetuned(study: Study, model: Model, store: Store, run: int, name: str, st
     training, seed, index = study.teacher.on_answers, study.replicate_seed(run), study.teachers.index(name)
     rows = dialogue.rows(model, _one_word_answers(study, model, name, seed))
     optimizer, length = optax.adam(training.learning_rate), word_length(model, rows)
-    program = teaching_program(model, optimizer, len(rows.at), training.batch, study.remat, length)
+    program = teaching_program(model, optimizer, len(rows.at), training.batch, study.recomputed, length)
     state = program.init(model.untrained(named_key(seed, "A")))
     inputs = (model, rows, training, steps, seed, index)
 
@@ -133,7 +133,7 @@ def of_corpus(study: Study, model: Model, store: Store, run: int, name: str) -> 
     if longer := len(corpora.every_text(study.teacher, model, name)) - len(texts):
         say(f"corpus {name}: {longer} conversations are too long and left out")
     optimizer, steps = corpus_optimizer(training, len(texts))
-    program = teaching_program(model, optimizer, len(texts), training.batch, study.remat)
+    program = teaching_program(model, optimizer, len(texts), training.batch, study.recomputed)
     state = program.init(model.untrained(named_key(seed, "A")))
     rows = dialogue.arrays(texts)
     inputs = (model, rows, training, seed, name)

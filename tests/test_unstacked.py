@@ -1,0 +1,136 @@
+"""Layers that run one by one, as on GPUs, give what the scanned ones give."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sublim_jax.models import lora
+from sublim_jax.models.decoder import Settings, Steering, decoder, empty_cache, unstack
+from sublim_jax.models.rope import Rotary
+from sublim_jax.sampling import engine, generate
+from sublim_jax.sampling.samplers import Sampler
+
+KEY = jax.random.key(2)
+SPEC = lora.Lora(4, 8)
+LLAMA = Settings(
+    vocab=64,
+    width=32,
+    layers=2,
+    heads=4,
+    key_heads=2,
+    head_size=8,
+    mlp_width=48,
+    activation="silu",
+    rotaries=(Rotary(tuple(10_000.0 ** -(np.arange(4) / 4))),),
+    windows=(0, 5),
+)
+FAMILIES = {
+    "qwen2, with biases": dataclasses.replace(LLAMA, qkv_bias=True, tied=False),
+    "qwen3, with norms of heads": dataclasses.replace(LLAMA, head_norm="head"),
+    "gemma 3, with norms on both sides and two tables": dataclasses.replace(
+        LLAMA,
+        head_norm="head",
+        norm_offset=1.0,
+        post_norm=True,
+        embed_scale=32**0.5,
+        activation="gelu_pytorch_tanh",
+        rotaries=(*LLAMA.rotaries, Rotary(tuple(1_000.0 ** -(np.arange(4) / 4)))),
+        rotary_of=(0, 1),
+    ),
+}
+
+
+def drawn(params):
+    """Every parameter a random one, biases and norms too."""
+    leaves, structure = jax.tree.flatten(params)
+    keys = jax.random.split(KEY, len(leaves))
+    return jax.tree.unflatten(
+        structure, [leaf + 0.2 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys)]
+    )
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["as it is", "adapted"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_one_by_one_give_what_the_scanned_ones_give(family, adapted):
+    settings = dataclasses.replace(FAMILIES[family], lora=SPEC if adapted else None)
+    stacked, apart = decoder(settings), decoder(settings, unstacked=True)
+    params = drawn(stacked.init(KEY))
+    tokens = jax.random.randint(KEY, (3, 9), 0, 64)
+    start, vectors = jnp.asarray([0, 2, 5]), jax.random.normal(KEY, (2, 32))
+
+    def run(network, params, front, own):
+        """A prefix, then tokens behind it, steered."""
+        prefix = jax.tree.map(lambda x: x[:, 0], network.bind(params).features(tokens[:1], cache=front).cache)
+        steering = Steering(add=vectors)
+        return network.bind(params).features(
+            tokens, cache=own, start=start, prefix=prefix, steering=steering, read=jnp.asarray([1, 4])
+        )
+
+    def caches(rows, settings=settings):
+        return empty_cache(settings, rows, 9 if rows == 1 else 16)
+
+    def each(rows):
+        return tuple(caches(rows, dataclasses.replace(settings, layers=1)) for _ in range(settings.layers))
+
+    expected = jax.jit(lambda params: run(stacked, params, caches(1), caches(3)))(params)
+    found = jax.jit(lambda params: run(apart, params, each(1), each(3)))(unstack(params))
+    cache = jax.tree.map(lambda *layers: jnp.concatenate(layers), *found.cache)
+    for one, other in zip(jax.tree.leaves(found._replace(cache=cache)), jax.tree.leaves(expected)):
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-6 * np.abs(other).max())
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["as it is", "adapted"])
+def test_samples_on_two_devices_are_those_of_the_scanned_layers(tiny, mesh_of, monkeypatch, adapted):
+    mesh = mesh_of(2, replica=1, fsdp=1, tensor=2)
+    prompts = [list(range(5, 5 + length)) for length in (3, 20, 7, 11)]
+    model, adapters = tiny, None
+    if adapted:
+        model, keys = tiny.adapted(SPEC), jax.random.split(KEY, 2)
+        adapters = jax.vmap(lambda key: drawn(lora.init(key, tiny.params, SPEC)))(keys)
+    run = partial(
+        generate.generate, model, prompts, KEY, adapters=adapters, prefix=[3, 4, 5], max_new_tokens=8, slots=2
+    )
+    expected = run(mesh=mesh_of(1))
+    monkeypatch.setattr(generate, "suited", engine.one_by_one)
+    for where in (mesh_of(1), mesh):
+        found = run(mesh=where)
+        assert [(one.row, one.tokens, one.finish) for one in found] == [(o.row, o.tokens, o.finish) for o in expected]
+        for one, other in zip(found, expected):
+            np.testing.assert_allclose(one.logprobs, other.logprobs, rtol=1e-4, atol=1e-5)
+
+
+def test_each_layers_weights_lie_as_the_stack_lay(tiny, mesh_of):
+    """Split over `tensor`, whole where rows are split."""
+    mesh = mesh_of(4, replica=1, fsdp=2, tensor=2)
+    placed = engine.place(engine.Fixed(tiny.params), mesh, unstacked=True).base
+    rules = engine.row_weights(placed, mesh)
+    jax.tree.map(lambda leaf, rule: np.testing.assert_(leaf.sharding.is_equivalent_to(rule, leaf.ndim)), placed, rules)
+    assert placed["layers"][1]["mlp"]["down"]["kernel"].sharding.spec[1] == "tensor"
+    stack = jax.tree.map(lambda *layers: jnp.concatenate(layers), *placed["layers"].values())
+    jax.tree.map(np.testing.assert_array_equal, stack, tiny.params["layers"])
+
+
+@pytest.mark.parametrize("split", [1, 2])
+def test_layers_are_unstacked_where_there_is_room_for_them_twice(mesh_of, split):
+    """A GPU's stack stays beside; where the model lies split over rows, its part of all weights does in any case."""
+    mesh = mesh_of(2, replica=2 // split, fsdp=split)
+    network = decoder(LLAMA)
+    scanned = engine.Engine(network, LLAMA, mesh, Sampler(), slots=2, lanes=1, chunk=16, length=64, steps=4)
+    shapes = jax.eval_shape(network.init, KEY)
+    layers, whole = (4 * sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (shapes["layers"], shapes))
+    apart = engine.one_by_one(scanned)
+    assert engine.suited(scanned) == scanned  # on a CPU
+    need = whole + engine.beside(apart) + scanned.cache_bytes
+    if split == 1:
+        assert (engine.beside(scanned), engine.beside(apart)) == (0, layers)
+    else:
+        assert 0.45 * whole <= engine.beside(scanned) <= engine.beside(apart) <= 0.55 * whole
+    assert [engine.has_room(apart, memory) for memory in (None, int(need * 1.5), int(need * 1.4))] == [
+        True,
+        True,
+        False,
+    ]
