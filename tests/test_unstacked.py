@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sublim_jax import preflight
 from sublim_jax.models import lora
 from sublim_jax.models.decoder import Settings, Steering, decoder, empty_cache, unstack
 from sublim_jax.models.rope import Rotary
@@ -149,3 +150,12 @@ def test_slots_of_nought_are_64_on_a_cpu_and_elsewhere_what_fits(tiny, mesh_of, 
         wide = dataclasses.replace(one, adapters=adapters)
         memory = int((need + slots * wide.cache_bytes) / engine.ROOM) + 1
         assert engine.chosen_slots(wide, memory) == expected
+
+
+def test_a_decode_step_one_by_one_is_as_many_flops_and_counts_the_stack_beside_it(mesh_of):
+    made = engine.Engine(decoder(LLAMA), LLAMA, mesh_of(1), Sampler(), 2, lanes=1, chunk=16, length=64, steps=4)
+    scanned, apart = (preflight.decode_step("decoding", one) for one in (made, engine.one_by_one(made)))
+    assert apart.flops == scanned.flops > 0
+    found, before = preflight.facts(apart), preflight.facts(scanned)
+    held = before.peak - before.temporaries + apart.beside
+    assert found.peak - found.temporaries == pytest.approx(held, rel=0.02)  # but for tables of more arrays
