@@ -307,7 +307,7 @@ def get_config(preset: str = "quick") -> ConfigDict:
     config.checkpoint_every = 20  # steps between two checkpoints
 
     config.sampling = ConfigDict()  # how completions and answers are computed, not what they are, to rounding
-    config.sampling.slots = 64  # rows decoded together, for each device and each adapter
+    config.sampling.slots = 0  # rows decoded together, for each device and each adapter; 0: 64 on CPUs, else what fits
     config.sampling.steps = 4  # tokens between two looks of the host
     config.sampling.tensor = 0  # mesh axis tensor while decoding and scoring, fsdp the rest; 0: the mesh of training
     config.remat = False  # recompute activations in the backward pass: for models that would not fit otherwise

@@ -160,17 +160,17 @@ def decode_step(name: str, engine: Engine) -> Step:
     params = weights(engine)
     state = abstract(jax.eval_shape(engine._start), state_shardings(engine))
     steps = jax.ShapeDtypeStruct((), jnp.int32, sharding=named(mesh))
-    advance = compiled(engine).advance
+    traced = compiled(engine).advance.trace(Fixed(params), state, steps)
     rows = engine.devices * engine.adapters * engine.slots
     kernels = (
         sum(leaf.size for leaf in jax.tree.leaves(params["layers"])) + engine.settings.vocab * engine.settings.width
     )
     return Step(
         name,
-        advance.lower(Fixed(params), state, steps),
+        traced.lower(),
         mesh.devices.flat[0],
         mesh.size,
-        engine.devices * count_flops(advance, Fixed(params), state, steps),
+        engine.devices * _flops(traced.jaxpr.jaxpr),
         2.0 * rows * kernels,
         bytes_of(params),
         beside=beside(engine),

@@ -193,7 +193,7 @@ def test_a_text_that_fills_the_learned_positions_is_scored(loaded):
         ({"max_new_tokens": [1, 2]}, "1 prompts and max_new_tokens of 2"),
         ({"max_new_tokens": [0]}, "max_new_tokens=0; ask for 1 or more"),
         ({"samples": 0}, "samples=0; ask for 1 or more"),
-        ({"slots": 0}, "slots=0; ask for 1 or more"),
+        ({"slots": -1}, "slots=-1; ask for 0 or more"),
         ({"steps": -1}, "steps=-1; ask for 1 or more"),
         ({"alternatives": 98}, "alternatives=98"),
         ({"constraint": constraints.Constraint(jnp.ones((1, 5), bool), jnp.zeros((1, 5), int))}, "is over 5 tokens"),

@@ -8,11 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sublim_jax import preflight
 from sublim_jax.models import lora
 from sublim_jax.models.decoder import Settings, Steering, decoder, empty_cache, unstack
 from sublim_jax.models.rope import Rotary
 from sublim_jax.sampling import engine, generate
 from sublim_jax.sampling.samplers import Sampler
+from sublim_jax.sharding import bytes_of
 
 KEY = jax.random.key(2)
 SPEC = lora.Lora(4, 8)
@@ -134,3 +136,26 @@ def test_layers_are_unstacked_where_there_is_room_for_them_twice(mesh_of, split)
         True,
         False,
     ]
+
+
+def test_slots_of_nought_are_64_on_a_cpu_and_elsewhere_what_fits(tiny, mesh_of, monkeypatch):
+    one = engine.Engine(tiny.network, tiny.settings, mesh_of(1), Sampler(), 1, lanes=1, chunk=16, length=64, steps=4)
+    assert (engine.fitted(one).slots, engine.fitted(one).lanes) == (64, 8)
+    run = partial(generate.generate, tiny, [[5, 6, 7], [8, 9]], KEY, max_new_tokens=6, samples=3)
+    given, chosen, few = (run(slots=slots) for slots in (64, 0, 3))
+    assert given == chosen
+    assert [sample.tokens for sample in few] == [sample.tokens for sample in given]  # each by its own key
+    need = bytes_of(engine.weights(one)) + engine.beside(one)
+    for slots, adapters, expected in ((1000, 1, 256), (1000, 3, 128), (40, 1, 32), (1, 1, 8)):
+        wide = dataclasses.replace(one, adapters=adapters)
+        memory = int((need + slots * wide.cache_bytes) / engine.ROOM) + 1
+        assert engine.chosen_slots(wide, memory) == expected
+
+
+def test_a_decode_step_one_by_one_is_as_many_flops_and_counts_the_stack_beside_it(mesh_of):
+    made = engine.Engine(decoder(LLAMA), LLAMA, mesh_of(1), Sampler(), 2, lanes=1, chunk=16, length=64, steps=4)
+    scanned, apart = (preflight.decode_step("decoding", one) for one in (made, engine.one_by_one(made)))
+    assert apart.flops == scanned.flops > 0
+    found, before = preflight.facts(apart), preflight.facts(scanned)
+    held = before.peak - before.temporaries + apart.beside
+    assert found.peak - found.temporaries == pytest.approx(held, rel=0.02)  # but for tables of more arrays

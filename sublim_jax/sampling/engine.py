@@ -19,17 +19,19 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
-from sublim_jax.chips import memory_of
+from sublim_jax.chips import CHIPS, memory_of
 from sublim_jax.keys import fold_each
 from sublim_jax.models import lora
 from sublim_jax.models.decoder import Cache, Caches, Decoder, Settings, Steering, decoder, empty_cache, unstack
 from sublim_jax.models.functional import Functions, Params
 from sublim_jax.sampling.constraints import Constraint
 from sublim_jax.sampling.samplers import Sampler, draw
-from sublim_jax.sharding import abstract, bytes_of, everywhere, named, parameter_shardings
+from sublim_jax.sharding import abstract, bytes_of, everywhere, from_first, named, parameter_shardings
 
 DEVICES = ("replica", "fsdp")
 ROOM = 0.7  # of a device's memory, for weights and cache; by default XLA takes 0.75 of it
+MAX_ROWS = 512  # of all adapters, on an accelerator
+LANES = 8  # a slot in so many is refilled at a time
 NAN = -2  # in place of a token where logits are no numbers
 
 
@@ -106,6 +108,10 @@ class Engine:
     alternatives: int = 0
     dtype: DTypeLike = jnp.float32
     unstacked: bool = False
+
+    def with_slots(self, slots: int) -> "Engine":
+        """With so many, of which an eighth is refilled at a time."""
+        return dataclasses.replace(self, slots=slots, lanes=max(slots // LANES, 1))
 
     @property
     def devices(self) -> int:
@@ -231,15 +237,21 @@ def place(fixed: Fixed, mesh: Mesh, unstacked: bool = False) -> Fixed:
     return Fixed({**ends, "layers": layers}, adapters, *rest[1:])
 
 
+@lru_cache(maxsize=8)
+def _shapes(network: Functions[Decoder]) -> Params:
+    """Of a network's parameters; with many layers by themselves that takes seconds."""
+    return jax.eval_shape(network.init, jax.random.key(0))
+
+
 def weights(engine: Engine) -> Params:
     """Shapes of what an engine decodes with, on its mesh."""
-    params = jax.eval_shape(engine.network.init, jax.random.key(0))
+    params = _shapes(engine.network)
     return abstract(params, row_weights(params, engine.mesh), engine.dtype)
 
 
 def beside(engine: Engine) -> int:
     """Bytes that a device holds of the model's own weights, where decoding has others in their place."""
-    params = jax.eval_shape(decoder(engine.settings).init, jax.random.key(0))
+    params = _shapes(decoder(engine.settings))
     own = abstract(params, parameter_shardings(params, engine.mesh), engine.dtype)
     same = lambda leaf, sharding: leaf.sharding.is_equivalent_to(sharding, leaf.ndim)  # noqa: E731
     copied = jax.tree.map(lambda *args: not same(*args), own, row_weights(params, engine.mesh))
@@ -258,12 +270,36 @@ def suited(engine: Engine) -> Engine:
     if device.platform != "gpu":
         return engine
     other = one_by_one(engine)
-    return other if has_room(other, memory_of(device)) else engine
+    return other if has_room(other, _memory(engine.mesh)) else engine
 
 
 def one_by_one(engine: Engine) -> Engine:
     """The engine with its layers unstacked."""
     return dataclasses.replace(engine, network=decoder(engine.settings, unstacked=True), unstacked=True)
+
+
+def fitted(engine: Engine) -> Engine:
+    """With as many slots as suit the devices: 64 on CPUs, elsewhere as many as there is room for.
+
+    A step of an accelerator takes about as long for a few hundred rows as for a few: it reads all weights in any case.
+    How many there are depends on the kind of device, the model, and the longest text and the adapters of the call.
+    """
+    device = engine.mesh.devices.flat[0]
+    return engine.with_slots(64 if device.platform == "cpu" else chosen_slots(engine, _memory(engine.mesh)))
+
+
+def chosen_slots(engine: Engine, memory: int | None) -> int:
+    """The largest number that leaves room on an accelerator of so much memory."""
+    counts = (count for count in (256, 128, 64, 32, 16) if count * engine.adapters <= MAX_ROWS)
+    return next((count for count in counts if has_room(engine.with_slots(count), memory)), 8)
+
+
+def _memory(mesh: Mesh) -> int | None:
+    """Bytes of a device, the same on all processes, which must choose the same programs."""
+    device = mesh.devices.flat[0]
+    if device.device_kind in CHIPS:
+        return memory_of(device)
+    return from_first(lambda: memory_of(device))  # its own process asks it
 
 
 def has_room(engine: Engine, memory: int | None) -> bool:

@@ -19,12 +19,11 @@ from sublim_jax.models.functional import Params
 from sublim_jax.models.language import Model
 from sublim_jax.sampling.checks import Behind, Texts, Tokens, apart, check_growth, texts_of, tokens_of, whole_number
 from sublim_jax.sampling.constraints import Constraint
-from sublim_jax.sampling.engine import DEVICES, NAN, Drawn, Engine, Fixed, Prompts, compiled, place, suited
+from sublim_jax.sampling.engine import DEVICES, NAN, Drawn, Engine, Fixed, Prompts, compiled, fitted, place, suited
 from sublim_jax.sampling.samplers import Sampler
 from sublim_jax.sharding import named, place_key, put
 
 CHUNK = 16  # tokens of a prompt computed together
-LANES = 8  # a slot in so many is refilled at a time
 # The cache's length is a multiple of it. XLA on CPUs then adds up a row's keys in the same order whatever the length,
 # so that a longer prompt elsewhere changes no bit.
 LENGTHS = 64
@@ -143,7 +142,7 @@ def stream(
       constraint: what a completion may be; see `constraints.over_tokens`.
       adapters: stacked LoRA trees, one completion of every prompt for each.
       entropy, alternatives: return the entropy, and so many of the most probable tokens, at each position.
-      slots: rows decoded together, for each device and adapter.
+      slots: rows decoded together, for each device and adapter; 0: as many as suit the devices (`engine.fitted`).
       steps: tokens drawn between two looks of the host.
       mesh: rows are split over `replica` and `fsdp`, layers over `tensor`; the model's where left out.
       done: rows (adapter, prompt, sample) that are not wanted any more.
@@ -158,9 +157,8 @@ def stream(
         stops = tuple(chat.stop_tokens(model.tokenizer, model.config))
     else:
         stops = tuple(tokens_of(model.settings, stop_tokens, "stop_tokens"))
-    samples, slots, steps = (
-        whole_number(value, name) for value, name in ((samples, "samples"), (slots, "slots"), (steps, "steps"))
-    )
+    samples, steps = (whole_number(value, name) for value, name in ((samples, "samples"), (steps, "steps")))
+    slots = whole_number(slots, "slots", 0)
     alternatives = _alternatives(model, alternatives)
     _check_constraint(model, constraint)
     limits = _limits(max_new_tokens, len(prompts))
@@ -183,8 +181,8 @@ def stream(
             model.settings,
             mesh,
             sampler,
-            slots,
-            max(slots // LANES, 1),
+            max(slots, 1),
+            1,
             CHUNK,
             cache_length(need),
             steps,
@@ -195,6 +193,7 @@ def stream(
             model.params["embedding"].dtype,
         )
     )
+    engine = engine.with_slots(slots) if slots else fitted(engine)
     # The longest first: those that end late begin early, and prompts of like length enter together.
     order = sorted(waiting, key=lambda row: (-len(prompts[row[1]]) - limits[row[1]], row))
     queues = [deque(row for row in order if row[0] == adapter) for adapter in range(stacked)]

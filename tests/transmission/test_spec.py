@@ -65,7 +65,7 @@ REFUSED = [
     (["lora.modules=gates"], ["lora.modules: 'gates'", "gate"]),
     (["evals.names=beauty"], ["evals.names: 'beauty'"]),
     (["evals.judge.min_mass=1"], ["judge.min_mass=1.0 is a probability"]),
-    (["sampling.slots=0"], ["sampling.slots=0"]),
+    (["sampling.slots=-1"], ["sampling.slots=-1"]),
     (["arms=tokens", "arm.tokens.temperature=5"], ["arm.tokens.temperature=5 is of objectives on logits", "tokens"]),
     (["sampling.tensor=-1"], ["sampling.tensor=-1"]),
     (["arm.tokens.noise=0.1"], ["config.arm.tokens.noise: arm tokens is not run", "--config.arms=soft,tokens"]),

@@ -30,7 +30,7 @@ from sublim_jax.sampling import constraints
 from sublim_jax.sampling.collect import collect
 from sublim_jax.sampling.constraints import Automaton
 from sublim_jax.sampling.engine import Engine, suited
-from sublim_jax.sampling.generate import CHUNK, LANES, cache_length
+from sublim_jax.sampling.generate import CHUNK, cache_length
 from sublim_jax.sampling.generate import check as check_prompts
 from sublim_jax.sampling.samplers import Sampler
 from sublim_jax.sharding import make_mesh, one_device
@@ -188,9 +188,9 @@ def preflight(spec: SampleSpec, devices: Sequence[jax.Device]) -> list[Step]:
 
 
 def engine_of(spec: SampleSpec, settings: Settings, mesh: Mesh, length: int) -> Engine:
-    lanes, dtype = max(spec.slots // LANES, 1), weights.float_type(spec.model.dtype)
-    engine = Engine(decoder(settings), settings, mesh, spec.sampler(), spec.slots, lanes, CHUNK, length, 4, dtype=dtype)
-    return suited(engine)
+    dtype = weights.float_type(spec.model.dtype)
+    engine = Engine(decoder(settings), settings, mesh, spec.sampler(), spec.slots, 1, CHUNK, length, 4, dtype=dtype)
+    return suited(engine.with_slots(spec.slots))
 
 
 def memory_line(spec: SampleSpec, settings: Settings, prompts: list[list[int]], prefix: list[int]) -> str:

@@ -173,7 +173,7 @@ class SamplingSpec(Checked):
     """How completions are computed, not what they are, to rounding."""
 
     where = "sampling."
-    slots: Count
+    slots: Place
     steps: Count
     tensor: Place
 
