@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from sublim_jax.data import templates
 from sublim_jax.data.templates import Message
-from sublim_jax.data.tokenizer import Tokenizer
+from sublim_jax.data.tokenizer import Tokenizer, end_token
 from sublim_jax.errors import UserError
 
 ANCHORS = ("", "a", "\n")  # texts to encode another behind
@@ -41,8 +41,8 @@ def exchange(tokenizer: Tokenizer, text: str, answer: str, system: str = "") -> 
     if tokenizer.chat_template:
         return conversation(tokenizer, [*_messages(text, system), {"role": "assistant", "content": answer}])
     parts = _continued(tokenizer, _plain(text, system), f" {answer}", special=True)
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    return [*parts[0], *parts[1], *end]
+    end = end_token(tokenizer)
+    return [*parts[0], *parts[1], *([] if end is None else [end])]
 
 
 def completion(tokenizer: Tokenizer, text: str, answer: str, system: str = "") -> list[int]:
@@ -122,7 +122,7 @@ def _decode(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
 
 def stop_tokens(tokenizer: Tokenizer, config: object) -> tuple[int, ...]:
     """The tokens that end an answer, by the tokenizer and the model's config."""
-    named = [tokenizer.eos_token_id, getattr(config, "eos_token_id", None)]
+    named = [end_token(tokenizer), getattr(config, "eos_token_id", None)]
     flat = [token for value in named for token in (value if isinstance(value, list | tuple) else [value])]
     return tuple(sorted({int(token) for token in flat if token is not None}))
 

@@ -15,12 +15,11 @@ class Encoded(Protocol):
 class Tokenizer(Protocol):
     """The members of transformers' PreTrainedTokenizerBase that are used, with the types that they have as they are.
 
-    Its own types also cover batches and tensors, and leave out what it makes at run time, such as `eos_token_id`.
+    Its own types also cover batches and tensors.
     """
 
     name_or_path: str
     chat_template: str | dict[str, str] | None  # several, by their names
-    eos_token_id: int | None
 
     @property
     def all_special_ids(self) -> list[int]: ...
@@ -51,3 +50,11 @@ class Tokenizer(Protocol):
     ) -> str: ...
 
     def get_vocab(self) -> dict[str, int]: ...
+
+
+def end_token(tokenizer: Tokenizer) -> int | None:
+    """The token that ends a text, if it has one.
+
+    Transformers makes this attribute at run time, where a protocol would not see it from Python 3.12 on.
+    """
+    return getattr(tokenizer, "eos_token_id", None)
