@@ -111,10 +111,12 @@ def main(_: list[str]) -> None:
             f"{step.weights / gb:.2f} + {step.optimizer / gb:.2f} + {found.temporaries / gb:.2f} | {step.flops:.2e} | "
             f"{step.flops / step.model_flops:.2f} × | {half:.2f} of it | {seconds:.0f} s |"
         )
-        for kind, (count, size) in sorted(found.collectives.items()):
+        for kind, (count, size) in sorted((found.collectives or {}).items()):
             moved.append(f"| {name} | {kind} | {count} | {size / gb:.2f} |")
         roof = preflight.roofline(step, found)
-        assert roof is not None
+        if roof is None:
+            text[-1] += " not known: XLA cannot write this program | |"
+            continue
         text[-1] += f" {roof.products:.3g} + {roof.memory:.3g} + {roof.links:.3g} | {roof.utilization:.0%} |"
     text += moved + long_texts()
     text += [

@@ -48,7 +48,7 @@ def rows(file: str, preset: str, off: str, where: str) -> list[str]:
         seconds = time.perf_counter() - began
         print(preflight.describe(step, found), flush=True)
         roof = preflight.roofline(step, found)
-        moved = sum(size for _, size in found.collectives.values())
+        moved = sum(size for _, size in (found.collectives or {}).values())
         cells = [
             f"`{file}.py:{preset}`" + (f" `--noconfig.{off}`" if off else ""),
             step.name,
@@ -58,7 +58,7 @@ def rows(file: str, preset: str, off: str, where: str) -> list[str]:
             f"{step.flops:.1e}",
             f"{step.flops / step.model_flops:.2f} ×",
             f"{moved / GB:.1f}",
-            f"{found.moved / 1e12:.1f}",
+            f"{(found.moved or 0) / 1e12:.1f}",
             f"{roof.utilization:.0%}, {roof.one_by_one:.0%}" if roof else "",
             f"{seconds:.0f} s",
         ]

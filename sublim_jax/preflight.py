@@ -73,8 +73,10 @@ class Facts(NamedTuple):
     arguments: int
     outputs: int  # beyond those that overwrite arguments
     temporaries: int
-    collectives: dict[str, tuple[int, int]]  # kind: (how often a step, bytes of their results a device and step)
-    moved: int  # bytes to and from a device's memory in a step
+    # Kind: (how often a step, bytes of their results a device and step). None, as of `moved`, where XLA cannot write
+    # the program that it has compiled.
+    collectives: dict[str, tuple[int, int]] | None
+    moved: int | None  # bytes to and from a device's memory in a step
     memory: int | None  # of the device; None where it is not known
     beside: int = 0  # as of the step
 
@@ -183,16 +185,24 @@ def facts(step: Step) -> Facts:
     compiled = step.lowered.compile(UNTIMED if absent else None)
     memory = compiled.memory_analysis()
     assert memory is not None
-    text = hlo.parse(compiled.as_text() or "")
+    text = _text(compiled)
     return Facts(
         memory.argument_size_in_bytes,
         memory.output_size_in_bytes - memory.alias_size_in_bytes,
         memory.temp_size_in_bytes,
-        hlo.collectives(text),
-        hlo.memory_bytes(text),
+        None if text is None else hlo.collectives(text),
+        None if text is None else hlo.memory_bytes(text),
         memory_of(step.device),
         step.beside,
     )
+
+
+def _text(compiled: jax.stages.Compiled) -> hlo.Text | None:
+    """None where XLA cannot write it (seen of collectives within loops, of TPU v5p)."""
+    try:
+        return hlo.parse(compiled.as_text() or "")
+    except jax.errors.JaxRuntimeError:
+        return None
 
 
 # -------------------------------------------------------------------------------------------------------- counting
@@ -259,9 +269,9 @@ class Roofline(NamedTuple):
 
 
 def roofline(step: Step, found: Facts) -> Roofline | None:
-    """None for a device whose rates are not known."""
+    """None for a device whose rates are not known, or a program that XLA cannot write."""
     chip = CHIPS.get(step.device.device_kind)
-    if chip is None:
+    if chip is None or found.collectives is None or found.moved is None:
         return None
     over_links = sum(size for _, size in found.collectives.values())
     rate = step.devices * chip.flops
@@ -284,9 +294,12 @@ def describe(step: Step, found: Facts) -> str:
         lines.insert(
             3, f"    beside them the model as it was loaded, for training and scoring, {found.beside / GB:.2f}"
         )
-    for kind, (count, size) in sorted(found.collectives.items()):
+    for kind, (count, size) in sorted((found.collectives or {}).items()):
         lines.append(f"  {kind}: {count} a step, {size / GB:.3f} GB a device")
-    lines.append(f"  memory: {found.moved / GB:.2f} GB a device to and fro")
+    if found.moved is None:
+        lines.append("  what it moves is not known: XLA cannot write this program")
+    else:
+        lines.append(f"  memory: {found.moved / GB:.2f} GB a device to and fro")
     if roof := roofline(step, found):
         parts = (("products", roof.products), ("memory", roof.memory), ("links", roof.links))
         lines.append(f"  at the chip's rates: {', '.join(f'{name} {seconds:.3g} s' for name, seconds in parts)}")

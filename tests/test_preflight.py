@@ -97,6 +97,17 @@ def test_a_program_is_lowered_from_shapes_and_is_the_one_that_trains(mesh_of):
     assert np.isfinite(jax.device_get(state.params["embedding"])).all()
 
 
+def test_of_a_program_that_xla_cannot_write_memory_and_flops_are_told(monkeypatch):
+    def as_text(*_):
+        raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure")
+
+    monkeypatch.setattr(jax.stages.Compiled, "as_text", as_text)
+    step = preflight.Step("step", jax.jit(lambda: 0).lower(), jax.devices()[0], 1, 3e12, 2e12, weights=0)
+    found = preflight.facts(step)
+    assert found.collectives is None and found.moved is None and preflight.roofline(step, found) is None
+    assert "what it moves is not known" in preflight.describe(step, found)
+
+
 def test_what_does_not_fit_is_said():
     found = preflight.Facts(20 << 30, 0, 1 << 30, {"all-gather": (3, 1 << 30)}, 5 << 30, 16 << 30)
     step = preflight.Step(

@@ -168,7 +168,9 @@ def test_no_array_of_the_vocabulary_goes_over_links(tiny, mesh_of):
     mesh, wide = mesh_of(2, replica=1, fsdp=1, tensor=2), dataclasses.replace(tiny.settings, vocab=8192)
     made = engine.Engine(decoder(wide), wide, mesh, Sampler(), slots=64, lanes=1, chunk=16, length=64, steps=4)
     step = preflight.decode_step("decoding", made)
-    moved = sum(size for _, size in preflight.facts(step).collectives.values())
+    collectives = preflight.facts(step).collectives
+    assert collectives is not None
+    moved = sum(size for _, size in collectives.values())
     assert 0 < moved < 64 * 8192 * 4 / 4
 
 
