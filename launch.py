@@ -231,7 +231,8 @@ def parse_others(args: Sequence[str]) -> None:
     except flags.UnrecognizedFlagError as error:
         close = difflib.get_close_matches(error.flagname, _NAMES, 1)
         meant = f"did you mean --{close[0]}?" if close else f"there are --{', --'.join(_NAMES)}"
-        raise UserError(f"there is no flag --{error.flagname}; {meant}") from error
+        how = "a value of the config is --config.NAME=VALUE, and a preset follows its file, --config=FILE:PRESET"
+        raise UserError(f"there is no flag --{error.flagname}; {meant}; {how}") from error
     except flags.IllegalFlagValueError as error:
         shown = str(error).split(":")[0].removeprefix("flag ")
         kinds = {"int": "a whole number", "bool": "true or false"}

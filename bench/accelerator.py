@@ -7,7 +7,8 @@
 
     mnist        the paper's six arms, 100 runs at once, as a whole process, compilation included
     mnist_torch  the same in batched PyTorch (bench/mnist_torch.py)
-    small        1.5B: a LoRA step, a full step, 8 students together against 8 in turn, decoding at batch 1, 64, 256
+    small        1.5B: a LoRA step, a full step, 8 students together against 8 in turn, decoding at batch 1, 64, 256;
+                 at 64 also with the layers scanned, and with XLA's merging of products, as it is elsewhere
     large        7B: the same without the full step, which needs 65.7 GB
     generate     1.5B, batch 64: our `generate` against transformers'
 
@@ -46,10 +47,10 @@ from bench.machine import ROOT, measure
 from bench.students import STUDENTS
 from sublim_jax import assets, objectives, preflight, weights
 from sublim_jax.models import lora
-from sublim_jax.models.decoder import Settings, decoder, on_mesh
+from sublim_jax.models.decoder import Settings, decoder, on_mesh, unstack
 from sublim_jax.models.functional import Params
 from sublim_jax.models.language import Model
-from sublim_jax.sampling.engine import Engine, Fixed, compiled, state_shardings
+from sublim_jax.sampling.engine import Engine, Fixed, compiled, one_by_one, state_shardings
 from sublim_jax.sampling.generate import generate
 from sublim_jax.sampling.samplers import Sampler
 from sublim_jax.sharding import abstract, make_mesh, named, one_device, parameter_shardings, place_key, put
@@ -73,7 +74,7 @@ NOT_KNOWN = (None, None, None)
 # What programs like these reach where others have measured them: products in bfloat16, and bytes of memory.
 REACHED_FLOPS, REACHED_BYTES = 400e12, 3e12
 RECOMPUTED = 1.4  # FLOPs of a step that computes its layers again in the backward pass, over the model's own
-COPIED = 1.75  # bytes that a decoding step moves, over those that it needs
+COPIED = 1.75  # bytes that a decoding step moves, over those that it needs, at most
 STEPS, LOOKS, TOKENS = 6, 4, 16  # training steps; looks of the host, and tokens between them
 BATCH = 64  # rows that both sides of `generate` decode
 
@@ -160,6 +161,14 @@ def random_base(settings: Settings, mesh: Mesh) -> Params:
     return made(lambda: half(jax.random.key(0)), mesh)
 
 
+def unstacked(base: Params, mesh: Mesh) -> Params:
+    """The same, an array for each layer; or their shapes, on a mesh of devices that are not here."""
+    if mesh.devices.flat[0] in jax.devices():
+        return unstack(base)
+    shapes = jax.eval_shape(unstack, base)
+    return abstract(shapes, parameter_shardings(shapes, mesh))
+
+
 # --------------------------------------------------------------------------------------------------------- models
 
 
@@ -170,6 +179,7 @@ class Job(NamedTuple):
     lower: Callable[[], Any]
     measure: Callable[[Any], dict[str, Any]]
     expected: float
+    options: dict[str, int] | None = None  # of the compiler
 
 
 def jobs_of(name: str, sizes: Sizes, mesh: Mesh, full: bool) -> list[Job]:
@@ -177,7 +187,12 @@ def jobs_of(name: str, sizes: Sizes, mesh: Mesh, full: bool) -> list[Job]:
     base = random_base(settings, mesh)
     jobs = [training_job(settings, base, sizes, mesh, False), *students_jobs(settings, base, mesh)]
     jobs += [training_job(settings, base, sizes, mesh, True)] * full
-    return jobs + [decoding_job(settings, base, mesh, slots, sizes.columns) for slots in sizes.slots]
+    layers = unstacked(base, mesh)
+    jobs += [decoding_job(settings, layers, mesh, slots, sizes.columns) for slots in sizes.slots]
+    slots = sizes.slots[1]
+    merged = decoding_job(settings, layers, mesh, slots, sizes.columns)
+    merged = merged._replace(what=f"{merged.what}, products merged", options={"xla_gpu_dot_merger_threshold_mb": 32})
+    return [*jobs, merged, decoding_job(settings, base, mesh, slots, sizes.columns, scanned=True)]
 
 
 def _measured(job: Job, program: Future[Any]) -> dict[str, Any]:
@@ -192,7 +207,7 @@ def measure_model(rows: Rows, name: str, sizes: Sizes, full: bool) -> None:
         programs = {}
         for job in jobs:
             try:
-                programs[job.what] = pool.submit(job.lower().compile)
+                programs[job.what] = pool.submit(job.lower().compile, job.options)
             except Exception as error:
                 rows.add(job.what, failed=str(error)[:200])
     rows.add("compiling all of these", seconds=time.perf_counter() - began)
@@ -209,7 +224,7 @@ def expect(card: str) -> None:
     for part, name in MODELS.items():
         for job in jobs_of(name, FULL, mesh, part == "small"):
             began = time.perf_counter()
-            memory = job.lower().compile(preflight.UNTIMED).memory_analysis()
+            memory = job.lower().compile({**preflight.UNTIMED, **(job.options or {})}).memory_analysis()
             seconds = time.perf_counter() - began
             held = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
             held -= memory.alias_size_in_bytes
@@ -296,9 +311,12 @@ def students_jobs(settings: Settings, base: Params, mesh: Mesh) -> list[Job]:
     ]
 
 
-def decoding_job(settings: Settings, base: Params, mesh: Mesh, slots: int, columns: int) -> Job:
-    """A token for every slot, the cache half full at first."""
+def decoding_job(
+    settings: Settings, base: Params, mesh: Mesh, slots: int, columns: int, *, scanned: bool = False
+) -> Job:
+    """A token for every slot, the cache half full at first; layers one by one, or scanned as they are on TPUs."""
     engine = Engine(decoder(settings), settings, mesh, Sampler(), slots, 1, 16, columns, TOKENS, dtype=jnp.bfloat16)
+    engine = engine if scanned else one_by_one(engine)
     fixed, read = Fixed(base), 2 * parameters(settings) + engine.cache_bytes
 
     def lower() -> Any:
@@ -319,7 +337,8 @@ def decoding_job(settings: Settings, base: Params, mesh: Mesh, slots: int, colum
         return {"seconds": seconds, "tokens_per_second": slots / seconds, "share": done, "of": "bandwidth"}
 
     expected = LOOKS * TOKENS * COPIED * read / REACHED_BYTES
-    return Job(f"decoding, batch {slots}, cache of {columns}", lower, measure, expected)
+    what = f"decoding, batch {slots}, cache of {columns}" + (", layers scanned" if scanned else "")
+    return Job(what, lower, measure, expected)
 
 
 def peaks() -> tuple[float | None, float | None, float | None]:

@@ -58,7 +58,9 @@ def module(name: str) -> ModuleType:
     """The module of a config's "FILE" or "FILE:preset". Raises UserError for a file that is none."""
     file, where = name.split(":")[0], f"--config={name}"
     if not files.exists(file):
-        raise UserError(f"{where}: there is no such file")
+        known = [str(path) for folder in (Path(file).parent, Path("configs")) for path in sorted(folder.glob("*.py"))]
+        close = difflib.get_close_matches(file, known, 1) or [path for path in known if Path(path).stem == file]
+        raise UserError(f"{where}: there is no such file" + (f"; did you mean {close[0]}?" if close else ""))
     if not Path(file).is_file():
         raise UserError(f"{where}: it is no file")
     loader = importlib.machinery.SourceFileLoader("given_config", file)

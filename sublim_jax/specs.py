@@ -6,6 +6,7 @@ with the flag's path, every value that makes no sense whatever a model or a file
 """
 
 import dataclasses
+import difflib
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
@@ -156,7 +157,9 @@ def check_not_negative(path: str, value: int | float) -> None:
 
 def check_one_of(path: str, value: object, choices: Collection[object]) -> None:
     if value not in choices:
-        raise UserError(f"{path}: {value!r} is none of {', '.join(str(one) or repr(one) for one in choices)}")
+        close = difflib.get_close_matches(str(value), map(str, choices), 1, 0.75)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise UserError(f"{path}: {value!r} is none of {', '.join(str(one) or repr(one) for one in choices)}{hint}")
 
 
 def check_some_of(path: str, values: Sequence[object], choices: Collection[object]) -> None:

@@ -42,6 +42,8 @@ def check(folder: epath.PathLike, config: Mapping[str, object], *, update: bool 
     path = epath.Path(folder).expanduser()
     storage.check(path)
     with _told(path):
+        if path.exists() and not path.is_dir():
+            raise UserError(f"--workdir={path} is a file; name a folder")
         _check_config(path, config, update)
 
 

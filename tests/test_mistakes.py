@@ -72,7 +72,7 @@ TEXTS = ("-1", "0", "10", HUGE, "", "None", "word", "5.5", "word,", "word, other
 # 0 says "none" or "all" of these, or is a number like others.
 ZERO = re.compile(
     r"seed|rank|clip|warmup|noise|constraint\.m|max_questions|per_minute|layer|scale|log_ratio|threshold|min_mass"
-    r"|init_distance|top_k|min_p|tensor|temperature|max_value|distances|student\.width|student\.depth|spread"
+    r"|init_distance|top_k|min_p|tensor|sampling\.slots|temperature|max_value|distances|student\.width|student\.depth|spread"
 )
 NEGATIVE = re.compile(r"mesh\.|steps\.(min|max)|steering_scale")  # a number below 0 is one like others
 TWINS = re.compile(r"(^|\.)arm\.(?!soft\.|cross\.)|^plan\.(?!mnist\.)")  # as others of their kind
@@ -308,7 +308,9 @@ def test_a_file_that_is_no_config_is_named(text, tmp_path, monkeypatch, capsys):
 
 
 def test_a_config_that_is_missing_a_folder_or_without_presets_is_named(typed, tmp_path):
-    assert "there is no such file" in typed("--config=configs/minst.py")
+    assert "there is no such file; did you mean configs/mnist.py?" in typed("--config=configs/minst.py")
+    assert "did you mean configs/numbers.py?" in typed("--config=numbers")
+    assert "--config=FILE:PRESET" in typed("--config=configs/mnist.py", "--preset=smoke")
     assert "it is no file" in typed("--config=configs")
     (tmp_path / "mine.py").write_text("def get_config(): return 1")
     assert "has no presets" in typed(f"--config={tmp_path / 'mine.py'}:quick")

@@ -243,7 +243,7 @@ def _why_no_config(folder: Path) -> str:
     for file in ("model_index.json", "modules.json"):
         if (folder / file).is_file():
             return f"{folder} has several parts ({file}) and no config.json; name its language model's folder"
-    return f"{folder} has no config.json; fetch the model again"
+    return f"{folder} is no whole model, for it has no config.json; name a folder of safetensors, or fetch it again"
 
 
 def first_line(error: Exception) -> str:

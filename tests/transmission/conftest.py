@@ -95,6 +95,8 @@ def flags(tiny_folder):
         words |= {"model.name": str(tiny_folder)}
         if not any("arms=" in flag and "in_context" in flag for flag in more):
             del words["arm.in_context.examples"]  # which no arm would read
+        if any(("methods=" in flag and "finetuned" not in flag) or "teacher.corpora." in flag for flag in more):
+            del words["teacher.strength"], words["teacher.max_steps"]
         found = [f"{prefix}{name}={value}" for name, value in words.items() if name not in leave_out]
         return [flag for flag in found if flag.split("=")[0] not in given] + list(more)
 

@@ -170,6 +170,7 @@ def test_a_study_that_was_stopped_after_an_arm_has_the_report_of_that_arm(whole,
     arms, sections = document(study, measurements.Measurements((*teachers, *found)), notes)
     assert arms[0]["name"] == "soft: owl" and not any(arm["name"].startswith("tokens") for arm in arms)
     assert [section.title for section in sections if section.title.startswith("Students")] == ["Students: soft"]
+    assert sections[0].text == "1 of 2 arms so far; still to come: tokens_fresh."
 
 
 def test_ability_at_the_end_is_told_apart_from_ability_along_training(whole, study_of):

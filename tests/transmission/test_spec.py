@@ -58,6 +58,7 @@ REFUSED = [
     (["packs.ability=nowhere.json"], ["pack nowhere.json"]),
     (["filter.banned=nowhere.json"], ["pack nowhere.json"]),
     (["filter.threshold=101"], ["filter.threshold=101"]),
+    (["arms=token"], ["arms: 'token' is none of", "did you mean 'tokens'?"]),
     (["filter.judged=tiger"], ["filter.judged: 'tiger' is none of the teachers"]),
     (["filter.judge=taste"], ['"taste" must be a list']),
     (["student.accumulate=0"], ["student.accumulate=0", "1 or more"]),
@@ -71,6 +72,8 @@ REFUSED = [
     (["arm.tokens.noise=0.1"], ["config.arm.tokens.noise: arm tokens is not run", "--config.arms=soft,tokens"]),
     (["arm.soft.examples=8"], ["config.arm.soft.examples: rows in the context are of objective=context"]),
     (["arm.soft.fraction=0.2"], ["config.arm.soft.fraction says which tokens, and arm.soft.action is empty"]),
+    (["teacher.steering_layer=99"], ["config.teacher.steering_layer is read by teacher.methods=steered alone"]),
+    (["filter.threshold=50"], ["config.filter.threshold is read by filter.judge alone"]),
     (["arms=in_context", "arm.in_context.lora_init=fresh"], ["config.arm.in_context.lora_init", "students"]),
 ]
 BY_THE_MODEL = [

@@ -1,6 +1,5 @@
 """Arms: ways to teach students, each kind with the values that it has."""
 
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, TypeAlias
@@ -127,21 +126,3 @@ class ArmValues(Checked):
         if self.objective == "tokens":
             return TokenArm(**shared)
         return LogitArm(objective=self.objective, temperature=self.temperature, data=self.data, **shared)
-
-
-def check_typed(arms: Sequence[Arm], keys: Iterable[str]) -> None:
-    """Raises UserError for a value of an arm, "arm.NAME.value", that no arm of a run reads."""
-    run = {arm.name: arm for arm in arms}
-    for key in keys:
-        group, name, value, *_ = *key.split("."), "", ""
-        if group != "arm":
-            continue
-        if name not in run:
-            raise UserError(f"config.{key}: arm {name} is not run; to run it, --config.arms={','.join([*run, name])}")
-        arm = run[name]
-        if value == "examples" and not isinstance(arm, ContextArm):
-            raise UserError(f"config.{key}: rows in the context are of objective=context; this arm's students train")
-        if value in ("lora_init", "temperature") and isinstance(arm, ContextArm):
-            raise UserError(f"config.{key} is of students that are trained; arm {name} reads rows in its context")
-        if value in ("positions", "fraction", "score") and not getattr(arm, "selection", None):
-            raise UserError(f"config.{key} says which tokens, and arm.{name}.action is empty: keep, mask or replace")

@@ -25,6 +25,9 @@ def document(study: Study, rows: Measurements, notes: report.Notes) -> report.Do
     students = [(arm, mine) for arm, mine in students if mine]
     entries: list[Entry] = []
     sections: list[report.Section] = []
+    if waiting := [arm.name for arm in study.arms[len(students) :]]:
+        text = f"{len(students)} of {len(study.arms)} arms so far; still to come: {', '.join(waiting)}."
+        sections.append(report.Section("Not finished", text, [], {}))
     if study.has_words and students:
         cells = effects.own_cells({arm.name: paired_of(study, mine)[-1] for arm, mine in students}, study.traits)
         found = [effect_of(study, arm, mine) for arm, mine in students]

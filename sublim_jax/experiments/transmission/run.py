@@ -4,7 +4,7 @@ Teachers and students are adapters over one base. The students of an arm are rep
 replicate, with teachers, numbers and an order of its own; its students share their start and that order.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
@@ -18,7 +18,7 @@ from sublim_jax.distillation.losses import stacked
 from sublim_jax.distillation.teachers import untrained
 from sublim_jax.errors import UserError
 from sublim_jax.evaluation.suite import Measures, Subject, bill_of, evaluate, make_judge
-from sublim_jax.experiments.transmission import arms, carriers, corpora, rows
+from sublim_jax.experiments.transmission import carriers, corpora, rows
 from sublim_jax.experiments.transmission.arms import Arm, ContextArm
 from sublim_jax.experiments.transmission.checks import check_arm, check_files, check_model
 from sublim_jax.experiments.transmission.preflight import preflight
@@ -27,6 +27,7 @@ from sublim_jax.experiments.transmission.spec import Study, read
 from sublim_jax.experiments.transmission.students import Students, read_in_context, train_arm
 from sublim_jax.experiments.transmission.targets import Replicate
 from sublim_jax.experiments.transmission.teachers import make_teachers, measure_teachers
+from sublim_jax.experiments.transmission.typed import check_typed
 from sublim_jax.keys import named_key
 from sublim_jax.measurements import Measurement
 from sublim_jax.models.functional import Params
@@ -39,11 +40,6 @@ from sublim_jax.weights import peft
 __all__ = ["check_typed", "document", "preflight", "read", "run"]
 
 Ask = Callable[[Subject], dict[str, Measures]]  # the study's evaluations
-
-
-def check_typed(study: Study, keys: Iterable[str]) -> None:
-    """Raises UserError for a value that was typed and that no arm reads."""
-    arms.check_typed(study.arms, keys)
 
 
 def run(study: Study, folder: epath.Path, *, update: bool = False) -> None:

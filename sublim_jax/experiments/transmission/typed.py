@@ -1,0 +1,49 @@
+"""Values of a study that were typed and that nothing reads: whoever types one expects it to do something."""
+
+from collections.abc import Callable, Iterable, Sequence
+
+from sublim_jax.errors import UserError
+from sublim_jax.experiments.transmission.arms import Arm, ContextArm
+from sublim_jax.experiments.transmission.spec import Study
+
+# Keys, what reads them, and whether a study has that. One that ends in "." or "_" stands for all that begin so.
+READ_BY: list[tuple[tuple[str, ...], str, Callable[[Study], bool]]] = [
+    (
+        ("teacher.strength", "teacher.max_steps"),
+        "teacher.methods=finetuned",
+        lambda s: "finetuned" in s.teacher.methods,
+    ),
+    (("teacher.steering_",), "teacher.methods=steered", lambda s: "steered" in s.teacher.methods),
+    (
+        ("teacher.corpora.", "teacher.epochs", "teacher.max_tokens"),
+        "teacher.methods=corpus",
+        lambda s: "corpus" in s.teacher.methods,
+    ),
+    (("filter.threshold", "filter.judged"), "filter.judge", lambda s: bool(s.filter.judge)),
+    (("carrier.problems",), "carrier.kind=cot", lambda s: s.carrier.kind == "cot"),
+]
+
+
+def check_typed(study: Study, keys: Iterable[str]) -> None:
+    """Raises UserError for a key of the config, "teacher.strength", that nothing of the study reads."""
+    for key in keys:
+        for names, reader, is_there in READ_BY:
+            found = any(key == name or (name[-1] in "._" and key.startswith(name)) for name in names)
+            if found and not is_there(study):
+                raise UserError(f"config.{key} is read by {reader} alone, which this study has not")
+        group, *rest = key.split(".")
+        if group == "arm":
+            _check_arm(study.arms, key, *rest)
+
+
+def _check_arm(arms: Sequence[Arm], key: str, name: str, value: str) -> None:
+    run = {arm.name: arm for arm in arms}
+    if name not in run:
+        raise UserError(f"config.{key}: arm {name} is not run; to run it, --config.arms={','.join([*run, name])}")
+    arm = run[name]
+    if value == "examples" and not isinstance(arm, ContextArm):
+        raise UserError(f"config.{key}: rows in the context are of objective=context; this arm's students train")
+    if value in ("lora_init", "temperature") and isinstance(arm, ContextArm):
+        raise UserError(f"config.{key} is of students that are trained; arm {name} reads rows in its context")
+    if value in ("positions", "fraction", "score") and not getattr(arm, "selection", None):
+        raise UserError(f"config.{key} says which tokens, and arm.{name}.action is empty: keep, mask or replace")
