@@ -72,8 +72,8 @@ REFUSED = [
     (["arm.tokens.noise=0.1"], ["config.arm.tokens.noise: arm tokens is not run", "--config.arms=soft,tokens"]),
     (["arm.soft.examples=8"], ["config.arm.soft.examples: rows in the context are of objective=context"]),
     (["arm.soft.fraction=0.2"], ["config.arm.soft.fraction says which tokens, and arm.soft.action is empty"]),
-    (["teacher.steering_layer=99"], ["config.teacher.steering_layer is read by teacher.methods=steered alone"]),
-    (["filter.threshold=50"], ["config.filter.threshold is read by filter.judge alone"]),
+    (["teacher.steering_layer=99"], ["config.teacher.steering_layer is read only with teacher.methods=steered"]),
+    (["filter.threshold=50"], ["config.filter.threshold is read only with filter.judge"]),
     (["arms=in_context", "arm.in_context.lora_init=fresh"], ["config.arm.in_context.lora_init", "students"]),
 ]
 BY_THE_MODEL = [

@@ -30,7 +30,7 @@ def check_typed(study: Study, keys: Iterable[str]) -> None:
         for names, reader, is_there in READ_BY:
             found = any(key == name or (name[-1] in "._" and key.startswith(name)) for name in names)
             if found and not is_there(study):
-                raise UserError(f"config.{key} is read by {reader} alone, which this study has not")
+                raise UserError(f"config.{key} is read only with {reader}, which this study does not have")
         group, *rest = key.split(".")
         if group == "arm":
             _check_arm(study.arms, key, *rest)
