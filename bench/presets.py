@@ -27,12 +27,15 @@ PRESETS = [
     ("cross_model", "open", ""),
 ]
 BELOW = """
+XLA takes 0.75 of a GPU's memory, 59 GB of an H100's, unless `XLA_PYTHON_CLIENT_MEM_FRACTION` says otherwise. Rows of an
+H100 above that need it set higher, or half of `student.batch` and twice `student.accumulate`.
+
 ## Recomputing the MLP alone
 
 `--noconfig.remat_attention` keeps each layer's queries, keys, values and what attention gives, and recomputes the rest.
-The first two rows are with it, and the rows of `numbers.py:qwen2.5-7b` below them without. It pays on the slice. One
-H100 has fewer products to do and moves more memory, and XLA, which takes 0.75 of a card's memory unless
-`XLA_PYTHON_CLIENT_MEM_FRACTION` says otherwise, has no room for it there; so the presets do without.
+The first two rows are with it, and the rows of `numbers.py:qwen2.5-7b` below them without. It pays on the slice. On one
+H100 there are fewer products to do and more memory to move, and more is held than XLA takes by default; so the presets
+do without.
 """
 
 
