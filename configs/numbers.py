@@ -311,9 +311,7 @@ def get_config(preset: str = "quick") -> ConfigDict:
     config.sampling.steps = 4  # tokens between two looks of the host
     config.sampling.tensor = 0  # mesh axis tensor while decoding and scoring, fsdp the rest; 0: the mesh of training
     config.remat = False  # recompute activations in the backward pass: for models that would not fit otherwise
-    config.remat_attention = (
-        True  # those of attention too; False keeps them: more memory, fewer FLOPs (docs/presets.md)
-    )
+    config.remat_attention = True  # with remat: of attention, too; False: more memory, fewer FLOPs (docs/presets.md)
 
     config.packs = ConfigDict()  # files of your own phrasings, as sublim_jax/data/packs/*.json; empty: ours
     config.packs.numbers = ""
