@@ -45,6 +45,10 @@ FAMILIES = {
     ),
 }
 
+ADAPTED = pytest.mark.parametrize(
+    "adapted", [pytest.param(False, marks=pytest.mark.slow, id="as it is"), pytest.param(True, id="adapted")]
+)
+
 
 def drawn(params):
     """Every parameter a random one, biases and norms too."""
@@ -55,7 +59,7 @@ def drawn(params):
     )
 
 
-@pytest.mark.parametrize("adapted", [False, True], ids=["as it is", "adapted"])
+@ADAPTED
 @pytest.mark.parametrize("family", FAMILIES)
 def test_layers_one_by_one_give_what_the_scanned_ones_give(family, adapted):
     settings = dataclasses.replace(FAMILIES[family], lora=SPEC if adapted else None)
@@ -85,7 +89,7 @@ def test_layers_one_by_one_give_what_the_scanned_ones_give(family, adapted):
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-6 * np.abs(other).max())
 
 
-@pytest.mark.parametrize("adapted", [False, True], ids=["as it is", "adapted"])
+@ADAPTED
 def test_samples_on_two_devices_are_those_of_the_scanned_layers(tiny, mesh_of, monkeypatch, adapted):
     mesh = mesh_of(2, replica=1, fsdp=1, tensor=2)
     prompts = [list(range(5, 5 + length)) for length in (3, 20, 7, 11)]
