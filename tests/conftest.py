@@ -37,7 +37,7 @@ hypothesis.settings.load_profile("here")
 
 MEMORY = 1_400_000_000  # bytes of a worker, of which compiled programs take 1.5 MB each
 GROWTH = 200_000_000  # bytes more than were left last time: what stays for good is no reason to compile everything anew
-MOST = 1_900_000_000  # bytes at which there is one all the same
+MOST = 1_700_000_000  # bytes at which there is one all the same
 left = 0
 
 

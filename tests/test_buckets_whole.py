@@ -76,7 +76,8 @@ def test_samples_killed_and_stopped_and_by_two_processes(bucket, wait_for, tiny_
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": f"Number {i}?"}) + "\n" for i in range(40)))
     words = ["--config=configs/sample.py", f"--config.model.name={tiny_folder}", f"--config.prompts={prompts}"]
-    words += ["--config.slots=4", "--config.max_new_tokens=300", "--config.num_samples=8", "--config.chat=False"]
+    # Enough for a minute, of which a part is written every ten seconds.
+    words += ["--config.slots=4", "--config.max_new_tokens=300", "--config.num_samples=100", "--config.chat=False"]
     finish(start(*words, f"--workdir={tmp_path / 'work'}"))
     for number, code in ((signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)):
         process = start(*words, f"--workdir={bucket}/work")
