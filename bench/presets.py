@@ -51,7 +51,10 @@ def rows(file: str, preset: str, off: str, where: str) -> list[str]:
         seconds = time.perf_counter() - began
         print(preflight.describe(step, found), flush=True)
         roof = preflight.roofline(step, found)
-        moved = sum(size for _, size in (found.collectives or {}).values())
+        links = memory = "not known"  # where XLA cannot write the program
+        if found.collectives is not None and found.moved is not None:
+            links = f"{sum(size for _, size in found.collectives.values()) / GB:.1f}"
+            memory = f"{found.moved / 1e12:.1f}"
         cells = [
             f"`{file}.py:{preset}`" + (f" `--noconfig.{off}`" if off else ""),
             step.name,
@@ -60,8 +63,8 @@ def rows(file: str, preset: str, off: str, where: str) -> list[str]:
             "yes" if found.fits else "**no**",
             f"{step.flops:.1e}",
             f"{step.flops / step.model_flops:.2f} ×",
-            f"{moved / GB:.1f}",
-            f"{(found.moved or 0) / 1e12:.1f}",
+            links,
+            memory,
             f"{roof.utilization:.0%}, {roof.one_by_one:.0%}" if roof else "",
             f"{seconds:.0f} s",
         ]
