@@ -146,11 +146,11 @@ def settings_of(name: str) -> Settings:
     )
 
 
-def made(make: Callable[[], Params], mesh: Mesh) -> Params:
+def made(make: Callable[..., Params], mesh: Mesh, *given: Params) -> Params:
     """What a function makes, on the device; or on a mesh of devices that are not here, its shapes."""
     if mesh.devices.flat[0] in jax.devices():
-        return make()
-    shapes = jax.eval_shape(make)
+        return make(*given)
+    shapes = jax.eval_shape(make, *given)
     return abstract(shapes, parameter_shardings(shapes, mesh))
 
 
@@ -159,14 +159,6 @@ def random_base(settings: Settings, mesh: Mesh) -> Params:
     init = decoder(settings).init
     half = jax.jit(lambda key: jax.tree.map(lambda x: x.astype(jnp.bfloat16), init(key)))
     return made(lambda: half(jax.random.key(0)), mesh)
-
-
-def unstacked(base: Params, mesh: Mesh) -> Params:
-    """The same, an array for each layer; or their shapes, on a mesh of devices that are not here."""
-    if mesh.devices.flat[0] in jax.devices():
-        return unstack(base)
-    shapes = jax.eval_shape(unstack, base)
-    return abstract(shapes, parameter_shardings(shapes, mesh))
 
 
 # --------------------------------------------------------------------------------------------------------- models
@@ -187,7 +179,7 @@ def jobs_of(name: str, sizes: Sizes, mesh: Mesh, full: bool) -> list[Job]:
     base = random_base(settings, mesh)
     jobs = [training_job(settings, base, sizes, mesh, False), *students_jobs(settings, base, mesh)]
     jobs += [training_job(settings, base, sizes, mesh, True)] * full
-    layers = unstacked(base, mesh)
+    layers = made(unstack, mesh, base)
     jobs += [decoding_job(settings, layers, mesh, slots, sizes.columns) for slots in sizes.slots]
     slots = sizes.slots[1]
     merged = decoding_job(settings, layers, mesh, slots, sizes.columns)

@@ -42,8 +42,6 @@ def check(folder: epath.PathLike, config: Mapping[str, object], *, update: bool 
     path = epath.Path(folder).expanduser()
     storage.check(path)
     with _told(path):
-        if path.exists() and not path.is_dir():
-            raise UserError(f"--workdir={path} is a file; name a folder")
         _check_config(path, config, update)
 
 
@@ -78,12 +76,12 @@ def _told(path: epath.Path) -> Iterator[None]:
     """What is wrong with a folder, or a bucket, in a line."""
     try:
         with storage.explained(path):
+            if path.exists() and not path.is_dir():
+                raise UserError(f"--workdir={path} is a file; name a folder")
             yield
     except OSError as error:
         if storage.in_bucket(path):
             raise UserError(f"cannot write to --workdir={path}: there is no bucket {path.parts[2]} for you") from error
-        if path.exists() and not path.is_dir():
-            raise UserError(f"--workdir={path} is a file; name a folder") from error
         raise UserError(f"cannot write to --workdir={path} ({error.strerror or error})") from error
 
 

@@ -10,30 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from decoder_kit import SETTINGS
 from jax.sharding import PartitionSpec
 from launch_kit import free_port
 
 from sublim_jax import preflight
 from sublim_jax.models import lora
-from sublim_jax.models.decoder import Settings, Steering, decoder, empty_cache, on_mesh
-from sublim_jax.models.rope import Rotary
+from sublim_jax.models.decoder import Steering, decoder, empty_cache, on_mesh
 from sublim_jax.objectives import cross_entropy
 from sublim_jax.sharding import named, parameter_shardings
 from sublim_jax.training import Program, fit
 from sublim_jax.weights import huggingface
 
-SETTINGS = Settings(
-    vocab=64,
-    width=32,
-    layers=4,
-    heads=4,
-    key_heads=2,
-    head_size=8,
-    mlp_width=48,
-    activation="silu",
-    rotaries=(Rotary(tuple(10_000.0 ** -(np.arange(4) / 4))),),
-    windows=(0, 5, 0, 5),
-)
 NETWORK = decoder(SETTINGS)
 PARAMS = NETWORK.init(jax.random.key(0))
 TOKENS = jax.random.randint(jax.random.key(1), (2, 24), 0, 64)

@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from decoder_kit import SETTINGS
 
 from sublim_jax import preflight
 from sublim_jax.models import lora
-from sublim_jax.models.decoder import Settings, Steering, decoder, empty_cache, unstack
+from sublim_jax.models.decoder import Steering, decoder, empty_cache, unstack
 from sublim_jax.models.rope import Rotary
 from sublim_jax.sampling import engine, generate
 from sublim_jax.sampling.samplers import Sampler
@@ -18,18 +19,7 @@ from sublim_jax.sharding import bytes_of
 
 KEY = jax.random.key(2)
 SPEC = lora.Lora(4, 8)
-LLAMA = Settings(
-    vocab=64,
-    width=32,
-    layers=2,
-    heads=4,
-    key_heads=2,
-    head_size=8,
-    mlp_width=48,
-    activation="silu",
-    rotaries=(Rotary(tuple(10_000.0 ** -(np.arange(4) / 4))),),
-    windows=(0, 5),
-)
+LLAMA = dataclasses.replace(SETTINGS, layers=2, windows=(0, 5))
 FAMILIES = {
     "qwen2, with biases": dataclasses.replace(LLAMA, qkv_bias=True, tied=False),
     "qwen3, with norms of heads": dataclasses.replace(LLAMA, head_norm="head"),

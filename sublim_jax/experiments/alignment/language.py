@@ -87,15 +87,16 @@ def run(spec: LanguageSpec, folder: epath.Path, *, update: bool = False) -> None
             ADAPTERS: beside,
         }
         inputs = (replace(spec, preset=""), model)
-        missing = [name for name in parts if store.known("theorem", *inputs, name) is None]
+        kept = {name: store.known("theorem", *inputs, name) for name in parts}
+        missing = [name for name, rows in kept.items() if rows is None]
         with Track("the theorem in a language model", len(missing)) as track:
             # Each takes minutes, and is kept; as many at once as there are processes.
             for start in range(0, len(missing), jax.process_count()):
                 names = missing[start : start + jax.process_count()]
                 for name, found in zip(names, shared_out([parts[name] for name in names])):
-                    store.json("theorem", lambda *_, found=found: found, *inputs, name)
+                    kept[name] = store.json("theorem", lambda *_, found=found: found, *inputs, name)
                 track.update(start + len(names), names[-1])
-    rows = [Measurement(*row) for name in parts for row in store.known("theorem", *inputs, name)]
+    rows = [Measurement(*row) for found in kept.values() for row in found]
     notes = {"settings": [one._asdict() for one in about], "tokens": int(seen.weights.sum())}
     report.finish(store.folder, spec, rows, document, models=[model.source], notes=notes)
 
