@@ -22,6 +22,20 @@ import launch as launcher
 from sublim_jax import signals as process_signals
 
 ROOT = Path(__file__).parents[1]
+# The command in a process as where the requirements alone are installed: tests run beside torch, which transformers
+# would load there.
+LAUNCH = (
+    sys.executable,
+    "-c",
+    """
+import runpy, sys
+from importlib.machinery import PathFinder
+find = PathFinder.find_spec
+PathFinder.find_spec = lambda name, *where: None if name == "torch" else find(name, *where)
+sys.argv[0] = "launch.py"
+runpy.run_path("launch.py", run_name="__main__")
+""",
+)
 
 
 @contextlib.contextmanager
@@ -96,7 +110,7 @@ def assert_refused(result, *words):
 def start(*words, devices=1):
     """A process that runs the command."""
     env = {**os.environ, "JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "launch.py", *map(str, words)]
+    command = [*LAUNCH, *map(str, words)]
     return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 

@@ -30,6 +30,7 @@ def test_what_one_process_fails_with_ends_both_with_that_line(tmp_path, mnist_fo
         other.communicate()
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_ends_the_other_and_both_go_on(tmp_path, mnist_folder):
     one, two = tmp_path / "one", tmp_path / "two"
     both = start_two(*LONG, f"--workdir={two}")

@@ -5,26 +5,15 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 
 import pytest
 from filelock import FileLock
-from launch_kit import ROOT, assert_refused, run_here
-
-# As where the requirements alone are installed: tests run beside torch.
-WITHOUT_TORCH = """
-import runpy, sys
-from importlib.machinery import PathFinder
-find = PathFinder.find_spec
-PathFinder.find_spec = lambda name, *where: None if name == "torch" else find(name, *where)
-sys.argv[0] = "launch.py"
-runpy.run_path("launch.py", run_name="__main__")
-"""
+from launch_kit import LAUNCH, ROOT, assert_refused, run_here
 
 
 def launch(*args, timeout=300, **env):
     return subprocess.run(
-        [sys.executable, "-c", WITHOUT_TORCH, *map(str, args)],
+        [*LAUNCH, *map(str, args)],
         cwd=ROOT,
         env={**os.environ, "JAX_NUM_CPU_DEVICES": "1", **env},
         capture_output=True,

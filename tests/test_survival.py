@@ -22,14 +22,12 @@ def whole(tmp_path_factory, mnist_folder):
     return (work / "results.json").read_bytes()
 
 
-@pytest.mark.parametrize(
-    "stages", [STAGES[1:2], pytest.param(STAGES, marks=pytest.mark.slow)], ids=["in one stage", "in every stage"]
-)
-def test_killed_at_any_moment_and_resumed_gives_the_same_results_to_the_bit(mnist_folder, tmp_path, stages):
+@pytest.mark.slow
+def test_killed_at_any_moment_and_resumed_gives_the_same_results_to_the_bit(mnist_folder, tmp_path):
     """Each time in a process of its own: this one has eight devices, whose threads divide sums in another way."""
     dice, whole, work = random.Random(0), tmp_path / "whole", tmp_path / "killed"
     finish(start(*SIZE, f"--workdir={whole}"))
-    for stage in stages:
+    for stage in STAGES:
         process = start(*SIZE, f"--workdir={work}")
         assert wait_for(process, work, f"checkpoints/{stage}"), stage
         if stage != STAGES[-1]:  # the report takes less

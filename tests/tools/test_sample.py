@@ -4,10 +4,11 @@ import json
 import shutil
 import signal
 import time
+from functools import partial
 
 import pytest
 from etils import epath
-from launch_kit import finish, run_here, start
+from launch_kit import finish, run_here, start, start_two
 
 from configs import sample as sample_config
 from sublim_jax import weights
@@ -85,6 +86,18 @@ def test_a_stopped_job_goes_on_and_ends_with_the_same_file(tiny_folder, prompts,
     assert 10 <= between < 120
     assert run_here(*arguments(tiny_folder, prompts, work, *more)).returncode == 0
     assert (work / "samples.jsonl").read_bytes() == (tmp_path / "whole" / "samples.jsonl").read_bytes()
+
+
+def test_samples_by_two_processes_are_those_of_one(tiny_folder, prompts, tmp_path):
+    """With the table, the figure and the numbers that are made of them."""
+    run = partial(arguments, tiny_folder, prompts)
+    both = start_two(*run(tmp_path / "two", "--config.max_new_tokens=8"))
+    assert run_here(*run(tmp_path / "one", "--config.max_new_tokens=8")).returncode == 0
+    for process in both:
+        finish(process)
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert (two / "samples.jsonl").read_bytes() == (one / "samples.jsonl").read_bytes()
+    assert (two / "report.md").exists() and {f.name for f in two.iterdir()} == {f.name for f in one.iterdir()}
 
 
 def written(work):

@@ -19,7 +19,8 @@ STAGES = {
 }
 
 
-@pytest.mark.parametrize("stage", [TRAINING, pytest.param(WRITING, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [TRAINING, WRITING])
 def test_stopped_by_a_signal_it_goes_on_to_the_same_results(whole_command, copy_of_whole, stage):
     """What a stage made is taken away, and the run that makes it anew is stopped on the way."""
     work, expected = copy_of_whole, arms_in(copy_of_whole)
@@ -63,7 +64,8 @@ def test_killed_in_any_stage_it_ends_with_the_same_results(whole_command, tmp_pa
     assert arms_in(work) == arms_in(expected)
 
 
-@pytest.mark.parametrize("decoding", [[], pytest.param(["--config.sampling.tensor=2"], marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("decoding", [[], ["--config.sampling.tensor=2"]])
 def test_two_processes_give_what_one_gives(flags, decoding, tmp_path):
     """Teachers, what they write, students and what they prefer, rows split over both; or layers, in decoding."""
     parts = ["arms=tokens", "student.steps=3", "evaluate_every=3", "carrier.num_rows=20"]
