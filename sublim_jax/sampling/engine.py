@@ -31,6 +31,7 @@ from sublim_jax.sharding import abstract, bytes_of, everywhere, from_first, name
 DEVICES = ("replica", "fsdp")
 ROOM = 0.7  # of a device's memory, for weights and cache; by default XLA takes 0.75 of it
 MAX_ROWS = 512  # of all adapters, on an accelerator
+SMALL = 4 << 30  # bytes of a model that a CPU's memory is thought to hold twice
 LANES = 8  # a slot in so many is refilled at a time
 NAN = -2  # in place of a token where logits are no numbers
 
@@ -261,16 +262,20 @@ def beside(engine: Engine) -> int:
 
 
 def suited(engine: Engine) -> Engine:
-    """The engine as it suits its devices: unstacked on GPUs that have room for the layers twice.
+    """The engine as it suits its devices: unstacked on GPUs with room for the layers twice, and on CPUs if the model is
+    small.
 
-    XLA copies each layer's kernels out of the stack for a GPU's matrix products, at every step; for TPUs and CPUs it
-    does not. Whether there is room depends on the kind of device alone, so that the rounding is always the same.
+    There XLA copies each layer's kernels out of the stack at every step, and on CPUs its cache, too; for TPUs it does
+    not. Whether there is room depends on the model and the kind of device alone, so that the rounding is always the
+    same.
     """
-    device = engine.mesh.devices.flat[0]
-    if device.platform != "gpu":
-        return engine
+    platform = engine.mesh.devices.flat[0].platform
     other = one_by_one(engine)
-    return other if has_room(other, _memory(engine.mesh)) else engine
+    if platform == "gpu":
+        room = has_room(other, _memory(engine.mesh))
+    else:
+        room = platform == "cpu" and bytes_of(weights(engine)) < SMALL
+    return other if room else engine
 
 
 def one_by_one(engine: Engine) -> Engine:
