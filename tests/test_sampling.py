@@ -190,6 +190,14 @@ def test_a_row_has_the_same_bits_in_a_batch_of_1_8_and_64(tiny, alone, batch):
     assert bits(found) == bits(alone[:batch])
 
 
+@pytest.mark.parametrize("chunk, lanes", [(5, 1), (64, 99)])
+def test_how_prompts_enter_changes_nothing_but_rounding(tiny, alone, chunk, lanes):
+    found = generate(tiny, prompts_of(tiny, 64), KEY, max_new_tokens=12, slots=16, steps=3, chunk=chunk, lanes=lanes)
+    assert [sample.tokens for sample in found] == [sample.tokens for sample in alone]
+    for one, other in zip(found, alone):
+        np.testing.assert_allclose(one.logprobs, other.logprobs, rtol=1e-4, atol=1e-5)
+
+
 def test_a_row_has_the_same_bits_on_eight_devices(tiny, alone, mesh_of):
     mesh = mesh_of(8, replica=2, fsdp=4)
     assert bits(generate(tiny, prompts_of(tiny, 64), KEY, max_new_tokens=12, slots=16, mesh=mesh)) == bits(alone)

@@ -112,7 +112,11 @@ class Engine:
 
     def with_slots(self, slots: int) -> "Engine":
         """With so many, of which an eighth is refilled at a time."""
-        return dataclasses.replace(self, slots=slots, lanes=max(slots // LANES, 1))
+        return dataclasses.replace(self, slots=slots).with_lanes(slots // LANES)
+
+    def with_lanes(self, lanes: int) -> "Engine":
+        """With so many, of which there is one at least and none without a slot."""
+        return dataclasses.replace(self, lanes=min(max(lanes, 1), self.slots))
 
     @property
     def devices(self) -> int:

@@ -1,5 +1,6 @@
 """Prompts in, samples out: which row enters which slot, and when it is done."""
 
+import math
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import NamedTuple, SupportsIndex, TypedDict
@@ -60,6 +61,8 @@ class Slots(TypedDict, total=False):
 
     slots: SupportsIndex
     steps: SupportsIndex
+    chunk: SupportsIndex
+    lanes: SupportsIndex
 
 
 class Options(Slots, Behind, total=False):
@@ -91,6 +94,8 @@ def generate(
     alternatives: SupportsIndex = 0,
     slots: SupportsIndex = 64,
     steps: SupportsIndex = 4,
+    chunk: SupportsIndex = CHUNK,
+    lanes: SupportsIndex = 0,
     mesh: Mesh | None = None,
 ) -> list[Sample]:
     """All samples of `stream`, which explains the arguments, in order of adapter, prompt and sample.
@@ -122,6 +127,8 @@ def stream(
     alternatives: SupportsIndex = 0,
     slots: SupportsIndex = 64,
     steps: SupportsIndex = 4,
+    chunk: SupportsIndex = CHUNK,
+    lanes: SupportsIndex = 0,
     mesh: Mesh | None = None,
     done: Collection[tuple[int, int, int]] = (),
 ) -> Iterator[Sample]:
@@ -129,7 +136,7 @@ def stream(
 
     A row's draws depend on `key`, the number of its prompt and of its sample alone; adapters share them, so that they
     can be compared draw by draw. What rides beside a row, the number of devices and an interruption change no bit;
-    `slots` changes shapes, and with them the rounding.
+    `slots`, `chunk` and `lanes` change shapes, and with them the rounding.
 
     Args:
       model: of `weights.load`; with `lora` in its settings where there are adapters.
@@ -144,6 +151,8 @@ def stream(
       entropy, alternatives: return the entropy, and so many of the most probable tokens, at each position.
       slots: rows decoded together, for each device and adapter; 0: as many as suit the devices (`engine.fitted`).
       steps: tokens drawn between two looks of the host.
+      chunk: tokens of a prompt that are computed together.
+      lanes: prompts that enter together, for each device and adapter; 0: an eighth of the slots.
       mesh: rows are split over `replica` and `fsdp`, layers over `tensor`; the model's where left out.
       done: rows (adapter, prompt, sample) that are not wanted any more.
 
@@ -157,8 +166,8 @@ def stream(
         stops = tuple(chat.stop_tokens(model.tokenizer, model.config))
     else:
         stops = tuple(tokens_of(model.settings, stop_tokens, "stop_tokens"))
-    samples, steps = (whole_number(value, name) for value, name in ((samples, "samples"), (steps, "steps")))
-    slots = whole_number(slots, "slots", 0)
+    samples, steps, chunk = map(whole_number, (samples, steps, chunk), ("samples", "steps", "chunk"))
+    slots, lanes = (whole_number(value, name, 0) for value, name in ((slots, "slots"), (lanes, "lanes")))
     alternatives = _alternatives(model, alternatives)
     _check_constraint(model, constraint)
     limits = _limits(max_new_tokens, len(prompts))
@@ -183,8 +192,8 @@ def stream(
             sampler,
             max(slots, 1),
             1,
-            CHUNK,
-            cache_length(need),
+            chunk,
+            cache_length(need, chunk),
             steps,
             stops,
             stacked,
@@ -194,6 +203,7 @@ def stream(
         )
     )
     engine = engine.with_slots(slots) if slots else fitted(engine)
+    engine = engine.with_lanes(lanes) if lanes else engine
     # The longest first: those that end late begin early, and prompts of like length enter together.
     order = sorted(waiting, key=lambda row: (-len(prompts[row[1]]) - limits[row[1]], row))
     queues = [deque(row for row in order if row[0] == adapter) for adapter in range(stacked)]
@@ -205,14 +215,14 @@ def stream(
     state = run.start()
     riding: dict[Slot, _Row] = {}
     ahead: _Look | None = None
-    longest = -(-max(len(prompt) for prompt in prompts) // CHUNK) * CHUNK
+    longest = -(-max(len(prompt) for prompt in prompts) // chunk) * chunk
     with signals.deferred() as signal:
         # The next steps are on their way before the last ones are read, so that the device does not wait for the host:
         # a slot whose row has ended is refilled one look later.
         while any(queues) or riding:
             while (entering := _entering(engine, queues, riding, prompts)) is not None:
-                lanes = _prompts(engine, entering, prompts, limits, key, longest)
-                state = run.admit(fixed, state, lanes)
+                given = _prompts(engine, entering, prompts, limits, key, longest)
+                state = run.admit(fixed, state, given)
                 riding |= {slot: _Row(*row) for slot, row in entering.items()}
             last, ahead = ahead, None
             if (left := max(_left(slot, row, limits, last) for slot, row in riding.items())) > 0:
@@ -313,9 +323,10 @@ def _check_constraint(model: Model, constraint: Constraint | None) -> None:
         )
 
 
-def cache_length(tokens: int) -> int:
+def cache_length(tokens: int, chunk: int = CHUNK) -> int:
     """Columns of a cache for so many tokens of a row."""
-    return -(-tokens // LENGTHS) * LENGTHS
+    unit = math.lcm(LENGTHS, chunk)
+    return -(-tokens // unit) * unit
 
 
 def _entering(

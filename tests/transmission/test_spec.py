@@ -67,6 +67,7 @@ REFUSED = [
     (["evals.names=beauty"], ["evals.names: 'beauty'"]),
     (["evals.judge.min_mass=1"], ["judge.min_mass=1.0 is a probability"]),
     (["sampling.slots=-1"], ["sampling.slots=-1"]),
+    (["sampling.chunk=0"], ["sampling.chunk=0"]),
     (["arms=tokens", "arm.tokens.temperature=5"], ["arm.tokens.temperature=5 is of objectives on logits", "tokens"]),
     (["sampling.tensor=-1"], ["sampling.tensor=-1"]),
     (["arm.tokens.noise=0.1"], ["config.arm.tokens.noise: arm tokens is not run", "--config.arms=soft,tokens"]),

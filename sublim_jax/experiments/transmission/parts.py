@@ -175,6 +175,8 @@ class SamplingSpec(Checked):
     where = "sampling."
     slots: Place
     steps: Count
+    chunk: Count
+    lanes: Place
     tensor: Place
 
     def mesh(self, training: Mesh) -> Mesh | None:
@@ -190,7 +192,7 @@ class SamplingSpec(Checked):
     @property
     def options(self) -> Slots:
         """For `sampling.generate.stream`."""
-        return {"slots": self.slots, "steps": self.steps}
+        return {"slots": self.slots, "steps": self.steps, "chunk": self.chunk, "lanes": self.lanes}
 
 
 @dataclass(frozen=True)
