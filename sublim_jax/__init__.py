@@ -3,6 +3,7 @@
     import sublim_jax as sl
 
     sl.load                                       a language model by its name, folder or GGUF file
+    sl.save                                       it as a folder for transformers and what is made for its models
     sl.generate                                   completions of a model, or of many adapters over it
     sl.Lora, sl.fit, sl.Program, sl.objectives    training
     sl.teachers.finetune, .prompt, .steer         teachers
@@ -31,9 +32,10 @@ _FUNCTIONS = {
     "fit": "sublim_jax.training",
     "generate": "sublim_jax.sampling.generate",
     "load": "sublim_jax.weights",
+    "save": "sublim_jax.weights",
 }
-__all__ = ["Lora", "Program", "carriers", "evaluate", "fit", "generate", "load", "objectives", "students", "teachers"]
-__all__ += ["theorem"]
+__all__ = ["Lora", "Program", "carriers", "evaluate", "fit", "generate", "load", "objectives", "save", "students"]
+__all__ += ["teachers", "theorem"]
 
 
 def __getattr__(name: str) -> Any:

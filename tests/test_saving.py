@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sublim_jax import weights
 from sublim_jax.errors import UserError
 from sublim_jax.models.decoder import decoder
 from sublim_jax.weights import config_fields, huggingface
@@ -168,3 +169,16 @@ def test_the_text_model_of_one_that_sees_is_saved_by_itself(tmp_path, config):
     assert config_fields.WRAPPER not in (tmp_path / "text" / "config.json").read_text()
     with pytest.raises(UserError, match="holds a model with other senses, which would be lost"):
         huggingface.save(tmp_path / "whole", params, settings, huggingface.load_config(tmp_path / "whole"))
+
+
+def test_a_saved_model_has_its_tokenizer_and_its_template(tiny, place):
+    """In the place of another's."""
+    weights.save(place, tiny)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(place)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(place)
+    tokens = tokenizer.apply_chat_template([{"role": "user", "content": "owls, 123"}], tokenize=True)["input_ids"]
+    assert tokens == tiny.tokenizer.apply_chat_template([{"role": "user", "content": "owls, 123"}])["input_ids"]
+    with torch.no_grad():
+        expected = theirs(torch.tensor([tokens])).logits.numpy()
+    np.testing.assert_allclose(tiny.network.apply(tiny.params, jnp.asarray([tokens])), expected, rtol=1e-4, atol=1e-4)
+    assert weights.load(place).tokenizer.get_vocab() == tiny.tokenizer.get_vocab()

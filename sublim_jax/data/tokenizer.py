@@ -51,6 +51,8 @@ class Tokenizer(Protocol):
 
     def get_vocab(self) -> dict[str, int]: ...
 
+    def save_pretrained(self, folder: str, /) -> object: ...
+
 
 def end_token(tokenizer: Tokenizer) -> int | None:
     """The token that ends a text, if it has one.

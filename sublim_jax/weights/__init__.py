@@ -45,6 +45,15 @@ def load(name: str | Path, mesh: Mesh | None = None, dtype: DTypeLike = jnp.floa
     return Model(settings, decoder(settings), params, tokenizer, config, mesh or one_device(), source)
 
 
+def save(folder: str | Path, model: Model) -> None:
+    """Writes a folder that transformers loads, and what is made for its models: weights, config and tokenizer.
+
+    Merge adapters first (`peft.merged`, `Model.merged`). Raises UserError where the folder holds an adapter, or a model
+    with other senses, which would be lost.
+    """
+    huggingface.save(folder, model.params, model.settings, model.config, model.tokenizer)
+
+
 def _tokenizer(folder: Path) -> Tokenizer:
     """A folder's tokenizer. Raises UserError where transformers reads none, or only by code of the folder's own."""
     try:

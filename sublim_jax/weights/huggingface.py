@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from sublim_jax.data.tokenizer import Tokenizer
 from sublim_jax.errors import UserError
 from sublim_jax.models.decoder import Settings, decoder
 from sublim_jax.models.families import AS_IS, TRANSPOSED, Config, Rule, family
@@ -235,10 +236,13 @@ def place(
     return jax.tree.unflatten(structure, arrays)
 
 
-def save(folder: str | Path, params: Params, settings: Settings, config: Config) -> None:
+def save(
+    folder: str | Path, params: Params, settings: Settings, config: Config, tokenizer: Tokenizer | None = None
+) -> None:
     """Writes config.json and model*.safetensors that `transformers.AutoModelForCausalLM.from_pretrained` loads.
 
-    They take the place of a checkpoint that is there. Of a model with other senses it is the text model alone.
+    They take the place of a checkpoint that is there, and the tokenizer's files, where it is given, of its own. Of a
+    model with other senses it is the text model alone.
 
     Raises UserError where the folder holds an adapter, which transformers would put onto the model, or a model with
     other senses, which would be lost.
@@ -249,6 +253,8 @@ def save(folder: str | Path, params: Params, settings: Settings, config: Config)
     }
     with replaced(epath.Path(folder)) as scratch:
         _config_of(flat, settings, config).save_pretrained(scratch)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(scratch))
         files: list[list[str]] = []
         size = 0
         for shard in _shards_of(_tensors(settings, family(config).rules(settings), flat)):
