@@ -129,15 +129,28 @@ def keys(config: ConfigDict, prefix: str = "") -> list[str]:
 
 def _nearest(key: str, known: list[str]) -> str:
     """Which key may have been meant: one of almost this path, or of this name elsewhere; else what there is."""
-    if close := difflib.get_close_matches(key, known, 1, 0.75):
+    *groups, name = key.split(".")
+    close = [one for one in difflib.get_close_matches(key, known, 3, 0.75) if _alike(key.split("."), one.split("."))]
+    if close:
         return f"did you mean config.{close[0]}?"
+    there = [part for depth, part in enumerate(groups, 1) if _inside(groups[:depth], known)]
     names = {one.split(".")[-1]: one for one in reversed(known)}
-    if close := difflib.get_close_matches(key.split(".")[-1], names, 1, 0.75):
+    close = difflib.get_close_matches(name, names, 1, 0.75)
+    if close and there in ([], groups):
         return f"did you mean config.{names[close[0]]}?"
-    group = key.rpartition(".")[0]
-    inside = [one for one in known if one.startswith(f"{group}.")] or known
-    depth = 1 + (inside is not known) * (group.count(".") + 1)
-    return "there are config." + ", config.".join(dict.fromkeys(".".join(one.split(".")[:depth]) for one in inside))
+    inside = [".".join(one.split(".")[: len(there) + 1]) for one in _inside(there, known)]
+    more = "; a config file may have more (docs/extending.md)" if there == ["arm"] else ""
+    return "there are config." + ", config.".join(dict.fromkeys(inside)) + more
+
+
+def _alike(one: list[str], other: list[str]) -> bool:
+    """Whether two paths may be one with a slip, in every part that both have."""
+    return all(difflib.SequenceMatcher(None, *parts).ratio() > 0.5 for parts in zip(one, other))
+
+
+def _inside(groups: list[str], known: list[str]) -> list[str]:
+    """The keys of a group."""
+    return [one for one in known if one.split(".")[: len(groups)] == groups]
 
 
 def _one(where: str, typed: str, old: object) -> object:

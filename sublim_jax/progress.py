@@ -32,6 +32,7 @@ class Track:
         self._what, self._total, self._start = what, total, start
         self._step = start
         self._began = self._said = time.monotonic()
+        self._first: tuple[int, float] | None = None  # step that was first to be done, and when
         self._bar: Progress | None = None
         self._quiet = jax.process_index() != 0
 
@@ -53,7 +54,13 @@ class Track:
     def update(self, step: int, note: str = "") -> None:
         self._step = step
         now = time.monotonic()
-        done, seconds = step - self._start, max(now - self._began, 1e-9)
+        # Once there are two, pace is counted from the first step on, which compilation came before.
+        since, began = self._first or (self._start, self._began)
+        if step == since:
+            since, began = self._start, self._began
+        elif self._first is None and step > self._start:
+            self._first = step, now
+        done, seconds = step - since, max(now - began, 1e-9)
         if self._bar:
             self._bar.update(self._task, completed=step, rate=pace(done, seconds), note=note)
         elif not self._quiet and now - self._said >= SECONDS_BETWEEN_LINES:

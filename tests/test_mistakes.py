@@ -72,7 +72,8 @@ TEXTS = ("-1", "0", "10", HUGE, "", "None", "word", "5.5", "word,", "word, other
 # 0 says "none" or "all" of these, or is a number like others.
 ZERO = re.compile(
     r"seed|rank|clip|warmup|noise|constraint\.m|max_questions|per_minute|layer|scale|log_ratio|threshold|min_mass"
-    r"|init_distance|top_k|min_p|tensor|sampling\.slots|temperature|max_value|distances|student\.width|student\.depth|spread"
+    r"|init_distance|top_k|min_p|tensor|sampling\.slots|lanes|temperature|max_value|distances|spread"
+    r"|student\.width|student\.depth"
 )
 NEGATIVE = re.compile(r"mesh\.|steps\.(min|max)|steering_scale")  # a number below 0 is one like others
 TWINS = re.compile(r"(^|\.)arm\.(?!soft\.|cross\.)|^plan\.(?!mnist\.)")  # as others of their kind
@@ -228,6 +229,11 @@ def test_a_system_prompt_of_none_is_none(tiny):
         (["--config=configs/mnist.py", "--config.epochs=3"], "did you mean config.clone.epochs?"),
         (["--config=configs/mnist.py", "--config.alternatives=a"], "there are config.arms, config.checkpoint_every"),
         (["--config=configs/mnist.py", "--config.student.lr=1"], "there are config.student.activation"),
+        (
+            ["--config=configs/numbers.py", "--config.arm.new.objective=kl"],
+            "there are config.arm.foreign, config.arm.in_",
+        ),
+        (["--config=configs/numbers.py", "--config.arm.sotf.noise=1"], "did you mean config.arm.soft.noise?"),
         (["--config=configs/mnist.py", "--config.student=1"], "is a group of values; set one of them: config.student."),
         (["--config=configs/mnist.py", "--config.runs"], "config.runs has no value; write --config.runs="),
         (["--config=configs/mnist.py", "--noconfig.runs"], "config.runs has no value"),

@@ -136,6 +136,12 @@ def test_without_a_compiler_for_a_topology_it_is_told_in_one_line(name):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["a100", "h100:x", "v5e-16", "v5e:16", ""])
+def test_what_is_no_topology_is_told_what_is(name):
+    with pytest.raises(UserError, match=f"--preflight={name}: name local .*, h100, h100:8, or .* v5e:4x4"):
+        preflight.topology(name)
+
+
 def test_flops_beyond_the_largest_integer_are_counted():
     x, w = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((2**34, 2**20), (2**20, 2**17)))
     assert preflight.count_flops(jnp.matmul, x, w) == 2.0**72

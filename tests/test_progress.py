@@ -23,3 +23,15 @@ def test_lines_of_a_pipe_give_the_pace_and_the_time_left(monkeypatch, capsys, st
         track.update(step, "loss 0.5")
         track.update(step + 1, "too soon after the last line")
     assert capsys.readouterr().out.splitlines() == [line, f"rows: {step + 1}/256 in {seconds:.1f} s"]
+
+
+def test_the_pace_is_counted_from_the_first_step_on(monkeypatch, capsys):
+    """Which waited for its program."""
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    with progress.Track("rows", 100) as track:
+        for step, at in ((1, 60.0), (11, 70.0)):
+            now[0] = at
+            track.update(step)
+    first, second, _ = capsys.readouterr().out.splitlines()
+    assert first == "rows: 1/100, 60.0 s a step, 1:39:00 left" and second == "rows: 11/100, 1.0 steps/s, 0:01:29 left"
