@@ -118,7 +118,7 @@ def topology(name: str) -> Sequence[jax.Device]:
     card = re.fullmatch(r"h100(?::(\d+))?", name)
     if not card and not re.fullmatch(r"\w+:\d+(x\d+)+", name):
         raise UserError(
-            f"--preflight={name}: name local (the devices here), h100, h100:8, or a TPU's topology as v5e:4x4 or v5p:4x4x4"
+            f"--preflight={name}: name local (the devices here), h100, h100:8, or a TPU's topology as v5e:4x4"
         )
     if card:
         given = {"platform": "cuda", "target_config": H100, "topology": f"1x1x{card[1] or 1}"}

@@ -54,12 +54,11 @@ class Track:
     def update(self, step: int, note: str = "") -> None:
         self._step = step
         now = time.monotonic()
-        # Once there are two, pace is counted from the first step on, which compilation came before.
-        since, began = self._first or (self._start, self._began)
-        if step == since:
-            since, began = self._start, self._began
-        elif self._first is None and step > self._start:
+        if self._first is None and step > self._start:
             self._first = step, now
+        since, began = self._start, self._began
+        if self._first and self._first[0] < step:  # the first step waited for its program
+            since, began = self._first
         done, seconds = step - since, max(now - began, 1e-9)
         if self._bar:
             self._bar.update(self._task, completed=step, rate=pace(done, seconds), note=note)
