@@ -3,8 +3,9 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
-from launch_kit import assert_refused, run_here
+from launch_kit import assert_refused, finish, run_here, start_two
 from safetensors.numpy import load_file, save_file
 
 from configs import cross_model
@@ -21,11 +22,26 @@ def models(tiny_folder, tmp_path_factory):
     return str(tiny_folder), str(other)
 
 
-@pytest.mark.slow
-def test_every_cell_of_the_matrix_is_of_its_teachers_and_students_models(models, flags, tmp_path):
+@pytest.fixture(scope="module")
+def command(models, flags):
     more = ["--config.study.carrier.max_new_tokens=64", "--config.study.student.steps=2"]
     study = flags(*more, prefix="--config.study.", leave_out=("model.name",))
-    command = ["--config=configs/cross_model.py:smoke", f"--config.models={','.join(models)}", *study]
+    return ["--config=configs/cross_model.py:smoke", f"--config.models={','.join(models)}", *study]
+
+
+@pytest.mark.slow
+def test_two_processes_give_what_one_gives(command, tmp_path):
+    both = start_two(*command, f"--workdir={tmp_path / 'two'}")
+    assert run_here(*command, f"--workdir={tmp_path / 'one'}").returncode == 0
+    for process in both:
+        finish(process)
+    one, two = (json.loads((tmp_path / name / "results.json").read_text())["arms"] for name in ("one", "two"))
+    for arm, expected in zip(two, one, strict=True):
+        np.testing.assert_allclose(arm["runs"], expected["runs"], rtol=1e-3, atol=1e-4, err_msg=arm["name"])
+
+
+@pytest.mark.slow
+def test_every_cell_of_the_matrix_is_of_its_teachers_and_students_models(models, command, tmp_path):
     result = run_here(*command, f"--workdir={tmp_path}")
     assert result.returncode == 0, result.stderr
     arms = json.loads((tmp_path / "results.json").read_text())["arms"]
