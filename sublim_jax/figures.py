@@ -116,18 +116,20 @@ def arms_figure(arms: list[Arm], path: epath.Path, xlabel: str = "", chance: flo
 
 
 def sweep_figure(points: list[Arm], axis: str, path: epath.Path) -> None:
-    """One line an arm over the values of the axis, with every run as a dot."""
+    """One line an arm over the values of the axis, or points where they are no numbers, with every run as a dot."""
     values = list(dict.fromkeys(point["value"] for point in points))
     numeric = _numbers(values)
     place = numeric or dict(zip(values, range(len(values))))
-    figure = _figure(7.5, 4.5)
+    width, line_style = 7.5, "-" if numeric else "none"
+    figure = _figure(width, 4.5)
     axes = figure.subplots()
-    for name in dict.fromkeys(point["name"] for point in points):
+    names = list(dict.fromkeys(point["name"] for point in points))
+    for name in names:
         mine = [point for point in points if point["name"] == name]
         x = [place[point["value"]] for point in mine]
         half_widths = [0 if math.isnan(point["ci95"]) else point["ci95"] for point in mine]
         means = [point["mean"] for point in mine]
-        line = axes.errorbar(x, means, yerr=half_widths, capsize=3, marker="o", ms=4, label=name)
+        line = axes.errorbar(x, means, half_widths, label=name, capsize=3, marker="o", ms=4, ls=line_style)
         for position, point in zip(x, mine):
             axes.plot([position] * len(point["runs"]), point["runs"], ".", ms=3, alpha=0.5, color=line[0].get_color())
     if numeric and min(numeric.values()) > 0 and max(numeric.values()) >= 20 * min(numeric.values()):
@@ -138,7 +140,8 @@ def sweep_figure(points: list[Arm], axis: str, path: epath.Path) -> None:
     axes.set_ylim(0, 1)
     axes.set_xlabel(axis)
     axes.set_ylabel("MNIST test accuracy")
-    figure.legend(frameon=False, fontsize=8, loc="outside upper center", ncols=4)
+    longest = 0.6 + 0.065 * max(map(len, names))  # inches, with its mark
+    figure.legend(frameon=False, fontsize=8, loc="outside upper center", ncols=min(4, max(1, int(width / longest))))
     axes.spines[["top", "right"]].set_visible(False)
     _save(figure, path)
 
