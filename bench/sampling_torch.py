@@ -15,7 +15,7 @@ import transformers
 
 
 def sample(
-    model: transformers.GenerationMixin, prompts: list[list[int]], batch: int, tokens: int, stop: int
+    model: transformers.GenerationMixin, prompts: list[list[int]], batch: int, tokens: int, stops: list[int]
 ) -> tuple[int, float]:
     """Useful tokens and seconds; prompts of like length together, padded on the left."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -23,7 +23,7 @@ def sample(
     for start in range(0, len(order), batch):
         rows = [prompts[i] for i in order[start : start + batch]]
         longest = max(map(len, rows))
-        padded = torch.tensor([[stop] * (longest - len(row)) + row for row in rows])
+        padded = torch.tensor([stops[:1] * (longest - len(row)) + row for row in rows])
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
         with torch.inference_mode():
             found = model.generate(
@@ -34,11 +34,11 @@ def sample(
                 temperature=1.0,
                 top_k=0,
                 top_p=1.0,
-                pad_token_id=stop,
-                eos_token_id=stop,
+                pad_token_id=stops[0],
+                eos_token_id=stops,
             )[:, longest:]
         for row in found.tolist():
-            useful += row.index(stop) + 1 if stop in row else len(row)
+            useful += next((number for number, token in enumerate(row, 1) if token in stops), len(row))
     return useful, time.perf_counter() - began
 
 
@@ -47,13 +47,14 @@ def main(folder: str, file: str, tokens: int, batches: list[int]) -> None:
     torch.manual_seed(0)
     prompts = json.loads(Path(file).read_text())
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    stop = model.config.eos_token_id
+    ends = model.config.eos_token_id
+    stops = ends if isinstance(ends, list) else [ends]
     rates = {}
     for batch in batches:
-        useful, seconds = sample(model, prompts[:256], batch, tokens, stop)
+        useful, seconds = sample(model, prompts[:256], batch, tokens, stops)
         rates[batch] = useful / seconds
     best = max(rates, key=lambda batch: rates[batch])
-    useful, seconds = sample(model, prompts, best, tokens, stop)
+    useful, seconds = sample(model, prompts, best, tokens, stops)
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
     print(json.dumps({"useful": useful, "seconds": seconds, "batch": best, "rates": rates, "versions": versions}))
 
