@@ -33,7 +33,6 @@ from sublim_jax.models.functional import Params
 from sublim_jax.models.language import Model
 from sublim_jax.sharding import make_mesh
 from sublim_jax.training import Metrics, Program, Total
-from sublim_jax.weights import huggingface
 
 _PEER = flags.DEFINE_string("peer", sys.executable, "The Python that has PyTorch, transformers and peft.")
 _STEPS = flags.DEFINE_integer("steps", 8, "Steps measured by both; the median counts.")
@@ -104,7 +103,7 @@ def ours(model: Model, steps: int, kind: str) -> tuple[float, float, float, list
 def main(_: list[str]) -> None:
     model = weights.load("smollm2-135m-instruct")
     with tempfile.TemporaryDirectory() as folder:
-        huggingface.save(folder, model.params, model.settings, model.config)
+        weights.save(folder, model)
         command = [_PEER.value, "-m", "bench.lora_torch", folder, str(_STEPS.value)]
         theirs = json.loads(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
     mine = {kind: ours(model, _STEPS.value, kind) for kind in ("supervised", "distilled", "given")}

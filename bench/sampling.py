@@ -26,7 +26,6 @@ from sublim_jax.data import chat
 from sublim_jax.models.decoder import decoder
 from sublim_jax.models.language import Model
 from sublim_jax.sampling.generate import Options, Sample, generate
-from sublim_jax.weights import huggingface
 
 _PEER = flags.DEFINE_string("peer", sys.executable, "The Python that has PyTorch, transformers and xllamacpp.")
 _PROMPTS = flags.DEFINE_integer("prompts", 1000, "How many prompts all three sample.")
@@ -71,7 +70,7 @@ def main(_: list[str]) -> None:
     prefix, own = prompts[0][:common], [prompt[common:] for prompt in prompts]
     source = assets.fetch(assets.SMOLLM2) / next(iter(assets.SMOLLM2.checksums))
     with tempfile.TemporaryDirectory() as folder:
-        huggingface.save(folder, model.params, model.settings, model.config)
+        weights.save(folder, model)
         file = Path(folder) / "prompts.json"
         file.write_text(json.dumps(prompts))
         theirs = peer("sampling_torch", folder, file, TOKENS, 64, 128, 256)

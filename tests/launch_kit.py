@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import io
+import json
 import os
 import signal
 import socket
@@ -15,7 +16,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
+from etils import epath
 from filelock import FileLock
 
 import launch as launcher
@@ -125,6 +128,18 @@ def finish(process, code=0):
     output, _ = process.communicate()
     assert process.returncode == code, output
     return output
+
+
+def arms_in(work):
+    """The arms of a run's results.json, here or in a bucket."""
+    return json.loads((epath.Path(work) / "results.json").read_text())["arms"]
+
+
+def assert_same_arms(found, expected, atol, rtol=0.0):
+    """The same arms, with the same value in every run but for rounding."""
+    assert [arm["name"] for arm in found] == [arm["name"] for arm in expected]
+    for one, other in zip(found, expected):
+        np.testing.assert_allclose(one["runs"], other["runs"], atol=atol, rtol=rtol, err_msg=one["name"])
 
 
 def wait_for(process, folder, pattern):

@@ -1,13 +1,11 @@
 """Two processes of one run: where one fails or dies, the other ends as well, and the same command goes on."""
 
-import json
 import signal
 import time
 
-import numpy as np
 import pytest
 from evaluation_kit import HEADER, ROWS, completion
-from launch_kit import finish, run_here, start, start_two, wait_for
+from launch_kit import arms_in, assert_same_arms, finish, run_here, start, start_two, wait_for
 
 MNIST = ("--config=configs/mnist.py:smoke", "--config.arms=auxiliary")
 LONG = (*MNIST, "--config.teacher.epochs=400")
@@ -44,9 +42,7 @@ def test_a_process_that_is_killed_ends_the_other_and_both_go_on(tmp_path, mnist_
     for process in start_two(*MNIST, f"--workdir={two}", "--update"):
         finish(process)
     assert run_here(*MNIST, f"--workdir={one}").returncode == 0
-    found, expected = (json.loads((work / "results.json").read_text())["arms"] for work in (two, one))
-    for arm, other in zip(found, expected, strict=True):
-        np.testing.assert_allclose(arm["runs"], other["runs"], atol=2e-3, err_msg=arm["name"])
+    assert_same_arms(arms_in(two), arms_in(one), atol=2e-3, rtol=1e-7)
 
 
 # ----------------------------------------------------------------------------------- signals outside the training loop

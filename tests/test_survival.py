@@ -1,13 +1,12 @@
 """Whole runs, killed and stopped, and spread over processes: the same results."""
 
-import json
 import random
 import signal
 import time
 
 import numpy as np
 import pytest
-from launch_kit import finish, free_port, run_here, run_stopped, start, wait_for
+from launch_kit import arms_in, finish, run_here, run_stopped, start, start_two, wait_for
 
 # Larger than `smoke`, so that a kill finds it at work.
 SIZE = ["--config=configs/mnist.py:smoke", "--config.inputs.count=20000", "--config.student.epochs=3"]
@@ -61,12 +60,11 @@ THREE_AXES = ["--config.mesh.replica=2", "--config.mesh.fsdp=2", "--config.mesh.
 
 
 def cluster(work, *args):
-    join = [f"--coordinator=127.0.0.1:{free_port()}", "--num_processes=2", f"--workdir={work}"]
-    return [start(*EIGHT, *join, f"--process_id={i}", *args, devices=4) for i in range(2)]
+    return start_two(*EIGHT, f"--workdir={work}", *args, devices=4)
 
 
 def values(work):
-    return {arm["name"]: arm["runs"] for arm in json.loads((work / "results.json").read_text())["arms"]}
+    return {arm["name"]: arm["runs"] for arm in arms_in(work)}
 
 
 @pytest.fixture(scope="module")

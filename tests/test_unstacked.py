@@ -90,12 +90,13 @@ def test_samples_on_two_devices_are_those_of_the_scanned_layers(tiny, mesh_of, m
     run = partial(
         generate.generate, model, prompts, KEY, adapters=adapters, prefix=[3, 4, 5], max_new_tokens=8, slots=2
     )
-    found = run(mesh=mesh)
+    samples = [run(mesh=where) for where in (mesh_of(1), mesh)]
     monkeypatch.setattr(generate, "suited", lambda scanned: scanned)
     expected = run(mesh=mesh_of(1))
-    assert [(one.row, one.tokens, one.finish) for one in found] == [(o.row, o.tokens, o.finish) for o in expected]
-    for one, other in zip(found, expected):
-        np.testing.assert_allclose(one.logprobs, other.logprobs, rtol=1e-4, atol=1e-5)
+    for found in samples:
+        assert [(one.row, one.tokens, one.finish) for one in found] == [(o.row, o.tokens, o.finish) for o in expected]
+        for one, other in zip(found, expected):
+            np.testing.assert_allclose(one.logprobs, other.logprobs, rtol=1e-4, atol=1e-5)
 
 
 def test_each_layers_weights_lie_as_the_stack_lay(tiny, mesh_of):

@@ -3,9 +3,8 @@
 import json
 import shutil
 
-import numpy as np
 import pytest
-from launch_kit import assert_refused, finish, run_here, start_two
+from launch_kit import arms_in, assert_refused, assert_same_arms, finish, run_here, start_two
 from safetensors.numpy import load_file, save_file
 
 from configs import cross_model
@@ -35,16 +34,14 @@ def test_two_processes_give_what_one_gives(command, tmp_path):
     assert run_here(*command, f"--workdir={tmp_path / 'one'}").returncode == 0
     for process in both:
         finish(process)
-    one, two = (json.loads((tmp_path / name / "results.json").read_text())["arms"] for name in ("one", "two"))
-    for arm, expected in zip(two, one, strict=True):
-        np.testing.assert_allclose(arm["runs"], expected["runs"], rtol=1e-3, atol=1e-4, err_msg=arm["name"])
+    assert_same_arms(arms_in(tmp_path / "two"), arms_in(tmp_path / "one"), atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.slow
 def test_every_cell_of_the_matrix_is_of_its_teachers_and_students_models(models, command, tmp_path):
     result = run_here(*command, f"--workdir={tmp_path}")
     assert result.returncode == 0, result.stderr
-    arms = json.loads((tmp_path / "results.json").read_text())["arms"]
+    arms = arms_in(tmp_path)
     assert [(arm["teacher"], arm["student"]) for arm in arms] == [(one, two) for one in models for two in models]
     for teacher, row in enumerate((arms[:2], arms[2:])):
         whole = json.loads((tmp_path / f"teacher{teacher}" / "results.json").read_text())

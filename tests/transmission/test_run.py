@@ -5,12 +5,7 @@ import signal
 
 import numpy as np
 import pytest
-from launch_kit import finish, free_port, run_here, run_stopped, start, wait_for
-
-
-def arms_in(work):
-    return json.loads((work / "results.json").read_text())["arms"]
-
+from launch_kit import arms_in, assert_same_arms, finish, run_here, run_stopped, start, start_two, wait_for
 
 TRAINING, WRITING = "students-tokens_fresh-*.training/2", "completions-x*"  # files that a stage makes
 STAGES = {
@@ -71,15 +66,11 @@ def test_two_processes_give_what_one_gives(flags, decoding, tmp_path):
     parts = ["arms=tokens", "student.steps=3", "evaluate_every=3", "carrier.num_rows=20"]
     parts += ["carrier.num_completions=20", "teacher.max_steps=4"]
     words = ["--config=configs/numbers.py", *flags(*(f"--config.{part}" for part in parts))]
-    join = [f"--coordinator=127.0.0.1:{free_port()}", "--num_processes=2", f"--workdir={tmp_path / 'two'}"]
-    both = [start(*words, *decoding, *join, f"--process_id={number}") for number in range(2)]
+    both = start_two(*words, *decoding, f"--workdir={tmp_path / 'two'}")
     assert run_here(*words, f"--workdir={tmp_path / 'one'}").returncode == 0
     for process in both:
         finish(process)
-    one, two = (arms_in(tmp_path / name) for name in ("one", "two"))
-    assert [arm["name"] for arm in two] == [arm["name"] for arm in one]
-    for arm, expected in zip(two, one):
-        np.testing.assert_allclose(arm["runs"], expected["runs"], rtol=1e-3, atol=1e-4, err_msg=arm["name"])
+    assert_same_arms(arms_in(tmp_path / "two"), arms_in(tmp_path / "one"), atol=1e-4, rtol=1e-3)
     for name in ("owl", "x", "neutral"):
         rows = [tmp_path / folder / "data" / "run0" / f"numbers-{name}.jsonl" for folder in ("one", "two")]
         found, expected = ([json.loads(line)["completion"] for line in file.open()] for file in rows)

@@ -1,6 +1,5 @@
 """A study in a bucket, stopped and continued, and by two processes: what a folder here would hold."""
 
-import json
 import os
 import signal
 import threading
@@ -9,13 +8,9 @@ import time
 import numpy as np
 import pytest
 from etils import epath
-from launch_kit import finish, free_port, run_here, start
+from launch_kit import arms_in, finish, run_here, start_two
 
 pytestmark = pytest.mark.slow
-
-
-def arms_in(work):
-    return json.loads((epath.Path(work) / "results.json").read_text())["arms"]
 
 
 def assert_same(there, here):
@@ -62,7 +57,6 @@ def test_by_two_processes(flags, bucket, tmp_path):
     parts += ["carrier.num_completions=20", "teacher.max_steps=4"]
     words = ["--config=configs/numbers.py", *flags(*(f"--config.{part}" for part in parts))]
     for work in (tmp_path / "work", f"{bucket}/work"):
-        join = [f"--coordinator=127.0.0.1:{free_port()}", "--num_processes=2", f"--workdir={work}"]
-        for process in [start(*words, *join, f"--process_id={number}") for number in range(2)]:
+        for process in start_two(*words, f"--workdir={work}"):
             finish(process)
     assert_same(f"{bucket}/work", tmp_path / "work")
