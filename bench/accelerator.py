@@ -50,7 +50,8 @@ from sublim_jax.models import lora
 from sublim_jax.models.decoder import Settings, decoder, on_mesh, unstack
 from sublim_jax.models.functional import Params
 from sublim_jax.models.language import Model
-from sublim_jax.sampling.engine import Engine, Fixed, compiled, one_by_one, state_shardings
+from sublim_jax.sampling.capacity import one_by_one
+from sublim_jax.sampling.engine import Engine, Fixed, compiled, state_shardings
 from sublim_jax.sampling.generate import generate
 from sublim_jax.sampling.samplers import Sampler
 from sublim_jax.sharding import abstract, make_mesh, named, one_device, parameter_shardings, place_key, put

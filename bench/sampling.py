@@ -25,7 +25,8 @@ from sublim_jax import assets, weights
 from sublim_jax.data import chat
 from sublim_jax.models.decoder import decoder
 from sublim_jax.models.language import Model
-from sublim_jax.sampling.generate import Options, Sample, generate
+from sublim_jax.sampling.generate import Options, generate
+from sublim_jax.sampling.scheduler import Sample
 
 _PEER = flags.DEFINE_string("peer", sys.executable, "The Python that has PyTorch, transformers and xllamacpp.")
 _PROMPTS = flags.DEFINE_integer("prompts", 1000, "How many prompts all three sample.")

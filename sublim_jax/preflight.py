@@ -17,7 +17,8 @@ from sublim_jax import hlo
 from sublim_jax.chips import CHIPS, memory_of
 from sublim_jax.errors import UserError
 from sublim_jax.models.functional import Params
-from sublim_jax.sampling.engine import Engine, Fixed, beside, compiled, state_shardings, weights
+from sublim_jax.sampling.capacity import beside, weights
+from sublim_jax.sampling.engine import Engine, Fixed, compiled, state_shardings
 from sublim_jax.sharding import abstract, bytes_of, named, parameter_shardings
 from sublim_jax.training import Program
 

@@ -19,8 +19,7 @@ from sublim_jax.data import chat
 from sublim_jax.errors import UserError
 from sublim_jax.models import lora
 from sublim_jax.models.decoder import Steering, decoder
-from sublim_jax.sampling import constraints, engine, samplers, scoring
-from sublim_jax.sampling import generate as module
+from sublim_jax.sampling import constraints, engine, samplers, scheduler, scoring
 from sublim_jax.sampling.generate import generate, stream
 from sublim_jax.sampling.samplers import Sampler
 from sublim_jax.sharding import named
@@ -224,7 +223,7 @@ def test_a_model_that_is_split_over_rows_decodes_on_a_mesh_of_its_own(tiny_folde
 def test_the_next_steps_are_on_their_way_before_the_last_are_read(tiny, monkeypatch):
     """The device never waits for the host, but at the end."""
     events: list[str] = []
-    read, compiled = module._read, engine.compiled
+    read, compiled = scheduler._read, engine.compiled
 
     def noting(what, function):
         def call(*args):
@@ -237,8 +236,8 @@ def test_the_next_steps_are_on_their_way_before_the_last_are_read(tiny, monkeypa
         run: Any = compiled(made)
         return run._replace(advance=noting("sent", run.advance))
 
-    monkeypatch.setattr(module, "compiled", recorded)
-    monkeypatch.setattr(module, "_read", noting("read", read))
+    monkeypatch.setattr(scheduler, "compiled", recorded)
+    monkeypatch.setattr(scheduler, "_read", noting("read", read))
     generate(tiny, prompts_of(tiny, 4), KEY, max_new_tokens=20, slots=4, steps=4, stop_tokens=())
     assert events == ["sent", "sent", "read", "sent", "read", "sent", "read", "sent", "read", "read"]
 

@@ -13,7 +13,7 @@ from sublim_jax import preflight
 from sublim_jax.models import lora
 from sublim_jax.models.decoder import Steering, decoder, empty_cache, unstack
 from sublim_jax.models.rope import Rotary
-from sublim_jax.sampling import engine, generate
+from sublim_jax.sampling import capacity, engine, generate
 from sublim_jax.sampling.samplers import Sampler
 from sublim_jax.sharding import bytes_of
 
@@ -118,16 +118,16 @@ def test_layers_are_unstacked_where_there_is_room_for_them_twice(mesh_of, monkey
     scanned = engine.Engine(network, LLAMA, mesh, Sampler(), slots=2, lanes=1, chunk=16, length=64, steps=4)
     shapes = jax.eval_shape(network.init, KEY)
     layers, whole = (4 * sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (shapes["layers"], shapes))
-    apart = engine.one_by_one(scanned)
-    assert engine.suited(scanned) == apart  # on a CPU, for which it is small
-    monkeypatch.setattr(engine, "SMALL", whole)
-    assert engine.suited(scanned) == scanned
-    need = whole + engine.beside(apart) + scanned.cache_bytes
+    apart = capacity.one_by_one(scanned)
+    assert capacity.suited(scanned) == apart  # on a CPU, for which it is small
+    monkeypatch.setattr(capacity, "SMALL", whole)
+    assert capacity.suited(scanned) == scanned
+    need = whole + capacity.beside(apart) + scanned.cache_bytes
     if split == 1:
-        assert (engine.beside(scanned), engine.beside(apart)) == (0, layers)
+        assert (capacity.beside(scanned), capacity.beside(apart)) == (0, layers)
     else:
-        assert 0.45 * whole <= engine.beside(scanned) <= engine.beside(apart) <= 0.55 * whole
-    assert [engine.has_room(apart, memory) for memory in (None, int(need * 1.5), int(need * 1.4))] == [
+        assert 0.45 * whole <= capacity.beside(scanned) <= capacity.beside(apart) <= 0.55 * whole
+    assert [capacity.has_room(apart, memory) for memory in (None, int(need * 1.5), int(need * 1.4))] == [
         True,
         True,
         False,
@@ -136,21 +136,21 @@ def test_layers_are_unstacked_where_there_is_room_for_them_twice(mesh_of, monkey
 
 def test_slots_of_nought_are_64_on_a_cpu_and_elsewhere_what_fits(tiny, mesh_of, monkeypatch):
     one = engine.Engine(tiny.network, tiny.settings, mesh_of(1), Sampler(), 1, lanes=1, chunk=16, length=64, steps=4)
-    assert (engine.fitted(one).slots, engine.fitted(one).lanes) == (64, 8)
+    assert (capacity.fitted(one).slots, capacity.fitted(one).lanes) == (64, 8)
     run = partial(generate.generate, tiny, [[5, 6, 7], [8, 9]], KEY, max_new_tokens=6, samples=3)
     given, chosen, few = (run(slots=slots) for slots in (64, 0, 3))
     assert given == chosen
     assert [sample.tokens for sample in few] == [sample.tokens for sample in given]  # each by its own key
-    need = bytes_of(engine.weights(one)) + engine.beside(one)
+    need = bytes_of(capacity.weights(one)) + capacity.beside(one)
     for slots, adapters, expected in ((1000, 1, 256), (1000, 3, 128), (40, 1, 32), (1, 1, 8)):
         wide = dataclasses.replace(one, adapters=adapters)
-        memory = int((need + slots * wide.cache_bytes) / engine.ROOM) + 1
-        assert engine.chosen_slots(wide, memory) == expected
+        memory = int((need + slots * wide.cache_bytes) / capacity.ROOM) + 1
+        assert capacity.chosen_slots(wide, memory) == expected
 
 
 def test_a_decode_step_one_by_one_is_as_many_flops_and_counts_the_stack_beside_it(mesh_of):
     made = engine.Engine(decoder(LLAMA), LLAMA, mesh_of(1), Sampler(), 2, lanes=1, chunk=16, length=64, steps=4)
-    scanned, apart = (preflight.decode_step("decoding", one) for one in (made, engine.one_by_one(made)))
+    scanned, apart = (preflight.decode_step("decoding", one) for one in (made, capacity.one_by_one(made)))
     assert apart.flops == scanned.flops > 0
     found, before = preflight.facts(apart), preflight.facts(scanned)
     held = before.peak - before.temporaries + apart.beside

@@ -18,7 +18,8 @@ from sublim_jax.data.records import Record
 from sublim_jax.models.language import Model
 from sublim_jax.progress import Track
 from sublim_jax.sampling.checks import Tokens
-from sublim_jax.sampling.generate import Options, Sample, stream
+from sublim_jax.sampling.generate import Options, stream
+from sublim_jax.sampling.scheduler import Sample
 from sublim_jax.sharding import check_same, from_first
 
 PART_SECONDS = 10.0

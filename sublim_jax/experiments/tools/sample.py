@@ -27,9 +27,10 @@ from sublim_jax.preflight import Step, decode_step
 from sublim_jax.progress import say
 from sublim_jax.report import Document, Notes
 from sublim_jax.sampling import constraints
+from sublim_jax.sampling.capacity import suited
 from sublim_jax.sampling.collect import collect
 from sublim_jax.sampling.constraints import Automaton
-from sublim_jax.sampling.engine import Engine, suited
+from sublim_jax.sampling.engine import Engine
 from sublim_jax.sampling.generate import CHUNK, cache_length
 from sublim_jax.sampling.generate import check as check_prompts
 from sublim_jax.sampling.samplers import Sampler
