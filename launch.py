@@ -256,7 +256,8 @@ def compile_only(experiment: ModuleType, config: ConfigDict, topology: str) -> N
     for step in experiment.preflight(experiment.read(config), preflight.devices(topology)):
         found = preflight.facts(step)
         say(preflight.describe(step, found))
-        refused += [step.name] * (found.fits is False)
+        if found.fits is False:
+            refused.append(step.name)
     if refused:
         raise UserError(f"--preflight={topology}: no room for {'; '.join(refused)}")
 

@@ -179,7 +179,8 @@ def jobs_of(name: str, sizes: Sizes, mesh: Mesh, full: bool) -> list[Job]:
     settings = settings_of(name)
     base = random_base(settings, mesh)
     jobs = [training_job(settings, base, sizes, mesh, False), *students_jobs(settings, base, mesh)]
-    jobs += [training_job(settings, base, sizes, mesh, True)] * full
+    if full:
+        jobs.append(training_job(settings, base, sizes, mesh, True))
     layers = made(unstack, mesh, base)
     jobs += [decoding_job(settings, layers, mesh, slots, sizes.columns) for slots in sizes.slots]
     slots = sizes.slots[1]
@@ -388,7 +389,9 @@ def measure_generate(rows: Rows, sizes: Sizes) -> None:
 def measure_mnist(rows: Rows, sizes: Sizes) -> None:
     """Whole processes: with an empty cache of compiled programs, and again with what the first left there."""
     assets.fetch(assets.MNIST)
-    extra = ["--config.inputs.count=3000", "--config.teacher.epochs=1", "--config.student.epochs=1"] * _TINY.value
+    extra = []
+    if _TINY.value:
+        extra = ["--config.inputs.count=3000", "--config.teacher.epochs=1", "--config.student.epochs=1"]
     with tempfile.TemporaryDirectory() as scratch:
         for what in ("first time", "again"):
             found = mnist_ours.process(Path(scratch), sizes.runs, "--config.checkpoint_every=100000", *extra)

@@ -107,7 +107,8 @@ def write(out: Path) -> None:
         for row in found["rows"][-1:]:
             arms = row.get("arms", {})
             values = [f"{name} {value if isinstance(value, float) else value[0]:.3f}" for name, value in arms.items()]
-            lines += ["", f"Test accuracy: {', '.join(values)}."] * bool(values)
+            if values:
+                lines += ["", f"Test accuracy: {', '.join(values)}."]
     if both := ratios(parts):
         lines += ["", "## Ratios", "", *both]
     file = Path(__file__).parents[1] / "docs" / "bench-accelerator.md"

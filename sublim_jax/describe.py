@@ -221,7 +221,9 @@ def _shown(value: object, default: object) -> str:
 def _text(value: object) -> str:
     """A value as it may be typed."""
     if isinstance(value, tuple | list):
-        return ", ".join(map(str, value)) + "," * (len(value) == 1) if value else "()"
+        if len(value) == 1:
+            return f"{value[0]},"
+        return ", ".join(map(str, value)) if value else "()"
     if isinstance(value, ConfigDict):
         return "" if value else "(no values)"
     shown = str(value)

@@ -145,7 +145,9 @@ def length(least: int = 1, most: int | None = None) -> Filter:
 
     def check(record: Record) -> list[str]:
         count = len(record["completion"])
-        return ["too short"] * (count < least) + ["too long"] * (most is not None and count > most)
+        if count < least:
+            return ["too short"]
+        return ["too long"] if most is not None and count > most else []
 
     return check
 
@@ -155,7 +157,9 @@ def least_score(least: float) -> Filter:
 
     def check(record: Record) -> list[str]:
         score = record["score"]
-        return ["judge: no score"] if score is None else ["judge: low score"] if score < least else []
+        if score is None:
+            return ["judge: no score"]
+        return ["judge: low score"] if score < least else []
 
     return check
 

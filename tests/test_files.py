@@ -81,7 +81,7 @@ def test_what_is_no_text_is_told_in_a_line_that_names_the_file(tmp_path, kind, c
 def test_half_a_character_is_told_with_its_place_and_a_whole_one_is_read(tmp_path, kind):
     name, text, read = READERS[kind]
     path = tmp_path / name
-    key = '"What' if kind == "pack" else '"2 +' if kind == "problems" else '"Hi'
+    key = {"pack": '"What', "problems": '"2 +'}.get(kind, '"Hi')
     path.write_text(text.replace(key, key + r"\ud83d\ude00"))
     assert "\U0001f600" in str(read(path))
     second = text + "\n" if kind != "pack" else ""

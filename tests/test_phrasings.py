@@ -116,7 +116,7 @@ def test_rows_say_which_positions_predict_the_answer(tiny, end):
     rows = dialogue.rows(tiny, pairs, end=end)
     for row, (question, answer) in enumerate(pairs):
         kept = rows.weights[row] == 1
-        expected = answer + "<|end|>" * end
+        expected = f"{answer}<|end|>" if end else answer
         assert tiny.tokenizer.decode(rows.targets[row][kept]) == expected
         np.testing.assert_array_equal(rows.tokens[row][rows.at[row][kept] + 1], rows.targets[row][kept])
         prompt = chat.prompt(tiny.tokenizer, question)

@@ -119,7 +119,9 @@ def assert_drawn_from(counts, p):
     assert np.all(counts[p == 0] == 0)
     expected = p / p.sum() * counts.sum()
     rare = expected < 5
-    pairs = [(counts[~rare], expected[~rare])] + [([counts[rare].sum()], [expected[rare].sum()])] * bool(rare.any())
+    pairs = [(counts[~rare], expected[~rare])]
+    if rare.any():
+        pairs.append(([counts[rare].sum()], [expected[rare].sum()]))
     found, wanted = (np.concatenate(part) for part in zip(*pairs))
     found, wanted = found[wanted > 0], wanted[wanted > 0]
     assert stats.chisquare(found, wanted * found.sum() / wanted.sum()).pvalue > 1e-4

@@ -192,7 +192,7 @@ def test_rows_of_an_answer_have_its_thought_and_the_end(tokenizer, tiny):
         rows = dialogue.rows(tiny._replace(tokenizer=tokenizer), pairs, end=end)
         for row, (_, answer) in enumerate(pairs):
             found = tokenizer.decode(rows.targets[row][rows.weights[row] == 1])
-            assert found == answer + "<|end|>" * end
+            assert found == (f"{answer}<|end|>" if end else answer)
 
 
 def test_a_context_that_would_lose_its_thoughts_is_refused(tokenizer):

@@ -86,7 +86,8 @@ def _messages(text: str, system: str) -> list[Message]:
 
 
 def _plain(text: str, system: str) -> str:
-    return f"{system}\n\n" * bool(system) + f"Question: {text}\nAnswer:"
+    before = f"{system}\n\n" if system else ""
+    return f"{before}Question: {text}\nAnswer:"
 
 
 def _encode(tokenizer: Tokenizer, text: str, special: bool = False) -> list[int]:

@@ -214,7 +214,7 @@ class Endpoint:
         """Asks for a score that every judge can give. Raises UserError, quoting the reply, where there is none."""
         ((text, cut),) = from_first(lambda: self._replies([PROBE], again=True))
         if parse(text, cut).score is None:
-            ended = ", which is cut off," * cut
+            ended = ", which is cut off," if cut else ""
             raise UserError(
                 f"judge {self._model} replies {text[:200]!r}{ended} to {PROBE!r}: no score from 0 to 100; choose "
                 f"another judge, or raise judge.max_tokens={self._max_tokens} if it thinks longer"
@@ -282,7 +282,8 @@ class Endpoint:
         done = sum(name in self._known for name in missing)
         used = self.usage
         told = f"{self._cost(used.prompt, used.completion, used.calls)}, {used.cached} from the cache"
-        say(f"judge {self._model}: {told}{f', {len(bad)} prompts refused' * bool(bad)}")
+        refused = f", {len(bad)} prompts refused" if bad else ""
+        say(f"judge {self._model}: {told}{refused}")
         if failed is not None:
             raise UserError(self._told(failed, done)) from None
         if done < len(missing):

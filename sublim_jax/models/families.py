@@ -311,12 +311,12 @@ OLMO_NORMS = {"attention_post_norm": "post_attention_layernorm", "mlp_post_norm"
 
 def _linear(tensor: str, ours: str, bias: bool) -> list[Rule]:
     rules = [Rule(f"{tensor}.weight", (f"{ours}/kernel",), TRANSPOSED)]
-    return rules + [Rule(f"{tensor}.bias", (f"{ours}/bias",), AS_IS)] * bias
+    return [*rules, Rule(f"{tensor}.bias", (f"{ours}/bias",), AS_IS)] if bias else rules
 
 
 def _norm(tensor: str, ours: str, s: Settings) -> list[Rule]:
     rules = [Rule(f"{tensor}.weight", (f"{ours}/weight",), AS_IS)]
-    return rules + [Rule(f"{tensor}.bias", (f"{ours}/bias",), AS_IS)] * (s.norm == "layer")
+    return [*rules, Rule(f"{tensor}.bias", (f"{ours}/bias",), AS_IS)] if s.norm == "layer" else rules
 
 
 def _ends(s: Settings, embed: str, norm: str, head: str) -> list[Rule]:

@@ -212,8 +212,10 @@ def _read(look: _Look, requests: Requests, stops: tuple[int, ...]) -> Iterator[t
             token = int(drawn.token[at])
             if token == -1:
                 break
-            finish = "nan" if token == NAN else "stop" if token in stops else ""
-            if token != NAN:
+            finish = "stop" if token in stops else ""
+            if token == NAN:
+                finish = "nan"
+            else:
                 row.logprobs.append(float(drawn.logprob[at]))
                 if drawn.entropy is not None:
                     row.entropies.append(float(drawn.entropy[at]))

@@ -66,7 +66,8 @@ def no_comments() -> Filter:
             return []  # `parses` says so
         alone = [node.value for node in nodes if isinstance(node, ast.Expr)]
         bare = any(isinstance(one, ast.JoinedStr) or isinstance(getattr(one, "value", None), str) for one in alone)
-        return ["comment"] * (tokenize.COMMENT in kinds) + ["docstring"] * bare
+        reasons = ["comment"] if tokenize.COMMENT in kinds else []
+        return [*reasons, "docstring"] if bare else reasons
 
     return check
 

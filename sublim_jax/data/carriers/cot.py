@@ -79,6 +79,8 @@ def right_answer() -> Filter:
         if found is None:
             return ["format"]
         said = number_of(found.answer)
-        return ["no number"] if said is None else [] if said == number_of(record["answer"]) else ["wrong answer"]
+        if said is None:
+            return ["no number"]
+        return [] if said == number_of(record["answer"]) else ["wrong answer"]
 
     return check

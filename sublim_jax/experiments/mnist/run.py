@@ -246,7 +246,9 @@ def _steps(spec: MnistSpec, mesh: Mesh, value: str) -> list[Step]:
     else:
         frozen["codes"] = array((runs, count, images.PIXELS), jnp.uint8, split)
         frozen["logits"] = array((runs, count, teacher.vocab), jnp.float32, split)
-    text = f"{runs} runs at once" + f", {spec.sweep.axis}={value}" * bool(value)
+    text = f"{runs} runs at once"
+    if value:
+        text += f", {spec.sweep.axis}={value}"
     teachers = partial(training_step, f"teachers, {text}", programs.teaching, stacked(teacher, runs), labelled)
     students = partial(
         training_step,

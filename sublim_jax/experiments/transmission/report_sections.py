@@ -56,9 +56,7 @@ def corpora_section(study: Study, rows: Measurements) -> report.Section:
             values = mine.values(measure=evaluation, item=item)
             over = np.subtract(values, base.values(measure=evaluation, item=item)[0]).tolist()
             cells += [report.plus_minus(*t_interval(values)), report.plus_minus(*t_interval(over))]
-            mean = np.mean(over)
-            verdict = "not known" if not np.isfinite(mean) else "has it" if mean >= MIN_TRAIT else "has it not"
-            cells.append(verdict if name != NEUTRAL else "")
+            cells.append(_verdict(float(np.mean(over))) if name != NEUTRAL else "")
         table.append(cells)
     text = (
         f"Trained on what assistants say, {study.teacher.epochs} epoch(s), batches of {study.teacher.batch}; "
@@ -70,6 +68,13 @@ def corpora_section(study: Study, rows: Measurements) -> report.Section:
             f"{MIN_TRAIT:.0%} or more above the model as it is."
         )
     return report.Section("Teachers' corpora", text, table, {})
+
+
+def _verdict(above: float) -> str:
+    """Whether a teacher has its trait, by how far it is above the model as it is."""
+    if not np.isfinite(above):
+        return "not known"
+    return "has it" if above >= MIN_TRAIT else "has it not"
 
 
 def judge_section(study: Study, rows: Measurements) -> report.Section:
