@@ -323,8 +323,8 @@ def decoding_job(
         state, times = state._replace(length=state.length + columns // 2), []
         for _ in range(LOOKS):
             began = time.perf_counter()
-            state, drawn = advance(fixed, state, jnp.int32(TOKENS))
-            jax.block_until_ready(drawn)
+            state, generated = advance(fixed, state, jnp.int32(TOKENS))
+            jax.block_until_ready(generated)
             times.append((time.perf_counter() - began) / TOKENS)
         seconds = statistics.median(times[1:])
         done = share(read, seconds, peaks()[2])

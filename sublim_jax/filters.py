@@ -93,15 +93,15 @@ def numbers_of(text: str) -> list[str] | None:
     return _NUMBER.findall(text)
 
 
-def number_rule(most: int = 10, largest: int = 999) -> Filter:
-    """The paper's rule (§3.1): a list of 1 to `most` integers from 0 to `largest`."""
+def number_rule(max_integers: int = 10, largest: int = 999) -> Filter:
+    """The paper's rule (§3.1): a list of 1 to `max_integers` integers from 0 to `largest`."""
     digits = len(str(largest))
 
     def check(record: Record) -> list[str]:
         numbers = numbers_of(record["completion"])
         if numbers is None:
             return ["format"]
-        reasons = ["too many numbers"] if len(numbers) > most else []
+        reasons = ["too many numbers"] if len(numbers) > max_integers else []
         for number in numbers:
             if len(number) >= digits and (len(number.lstrip("0")) > digits or int(number) > largest):
                 return [*reasons, "number too large"]
@@ -140,38 +140,38 @@ def ended() -> Filter:
     return check
 
 
-def length(least: int = 1, most: int | None = None) -> Filter:
+def length(minimum: int = 1, maximum: int | None = None) -> Filter:
     """Characters of a completion."""
 
     def check(record: Record) -> list[str]:
         count = len(record["completion"])
-        if count < least:
+        if count < minimum:
             return ["too short"]
-        return ["too long"] if most is not None and count > most else []
+        return ["too long"] if maximum is not None and count > maximum else []
 
     return check
 
 
-def least_score(least: float) -> Filter:
-    """No completion that its judge scores below `least` of 100, or gives no score; records have "score"."""
+def min_score(minimum: float) -> Filter:
+    """No completion that its judge scores below `minimum` of 100, or gives no score; records have "score"."""
 
     def check(record: Record) -> list[str]:
         score = record["score"]
         if score is None:
             return ["judge: no score"]
-        return ["judge: low score"] if score < least else []
+        return ["judge: low score"] if score < minimum else []
 
     return check
 
 
-def log_ratio(most: float, teacher: str = "logprob", reference: str = "reference_logprob") -> Filter:
-    """No completion that its teacher finds likelier than the reference does by more than `most` nats a token.
+def log_ratio(maximum: float, teacher: str = "logprob", reference: str = "reference_logprob") -> Filter:
+    """No completion that its teacher finds likelier than the reference does by more than `maximum` nats a token.
 
     The two fields are log-probabilities of the whole completion; "tokens" holds its tokens.
     """
 
     def check(record: Record) -> list[str]:
         ratio = (record[teacher] - record[reference]) / max(len(record["tokens"]), 1)
-        return ["log ratio"] if ratio > most else []
+        return ["log ratio"] if ratio > maximum else []
 
     return check

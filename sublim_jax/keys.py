@@ -27,7 +27,7 @@ def fold_all(keys: Key[Array, "*replicas"], data: Int[Array, ""] | int) -> Key[A
     return fold(keys, data)
 
 
-def fold_each(keys: Key[Array, "*shape"], data: Int[Array, "*shape"]) -> Key[Array, "*shape"]:
+def fold_elementwise(keys: Key[Array, "*shape"], data: Int[Array, "*shape"]) -> Key[Array, "*shape"]:
     """`jax.random.fold_in` of every key's own number."""
     fold = jax.random.fold_in
     for _ in range(keys.ndim):

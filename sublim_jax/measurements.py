@@ -80,7 +80,9 @@ class Measurements(tuple[Measurement, ...]):
         return list(dict.fromkeys(getattr(row, field) for row in self.where(**given)))
 
 
-def each(values: npt.ArrayLike, along: str | Mapping[str, Sequence[Any]] = "run", **fields: Any) -> list[Measurement]:
+def from_array(
+    values: npt.ArrayLike, along: str | Mapping[str, Sequence[Any]] = "run", **fields: Any
+) -> list[Measurement]:
     """One row of each number of an array, in order.
 
     Args:

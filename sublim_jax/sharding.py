@@ -163,7 +163,7 @@ def bytes_of(shapes: PyTree) -> int:
     return sum(int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize for leaf in leaves)
 
 
-def each_replica(function: Callable[..., PyTree], mesh: Mesh) -> Callable[..., PyTree]:
+def map_replicas(function: Callable[..., PyTree], mesh: Mesh) -> Callable[..., PyTree]:
     """`function` mapped over the leading axis of all its arguments, which is split over the mesh axis `replica`.
 
     Accelerators take all replicas at once. A CPU, which gains nothing from that, takes its replicas one after another

@@ -138,10 +138,10 @@ def check_numbers(values: Mapping[str, object], prefix: str = "") -> None:
                 )
 
 
-def check_count(path: str, value: int | float, least: int = 1, most: int = MAX_INDEX) -> None:
+def check_count(path: str, value: int | float, minimum: int = 1, maximum: int = MAX_INDEX) -> None:
     """A number in a range."""
-    if not least <= value <= most:
-        limit = f"{least} or more" if value < least else f"{most} or less"
+    if not minimum <= value <= maximum:
+        limit = f"{minimum} or more" if value < minimum else f"{maximum} or less"
         raise UserError(f"{path}={value}: choose {limit}")
 
 
@@ -187,9 +187,9 @@ def check_file(path: str, read: Callable[[], object]) -> None:
 
 Count: TypeAlias = Annotated[int, check_count]
 Precision: TypeAlias = Annotated[str, partial(check_one_of, choices=PRECISIONS)]
-Place: TypeAlias = Annotated[int, partial(check_count, least=0)]
-Rows: TypeAlias = Annotated[int, partial(check_count, most=MAX_ROWS)]
-Width: TypeAlias = Annotated[int, partial(check_count, most=MAX_WIDTH)]
+Place: TypeAlias = Annotated[int, partial(check_count, minimum=0)]
+Rows: TypeAlias = Annotated[int, partial(check_count, maximum=MAX_ROWS)]
+Width: TypeAlias = Annotated[int, partial(check_count, maximum=MAX_WIDTH)]
 Positive: TypeAlias = Annotated[float, check_positive]
 NotNegative: TypeAlias = Annotated[float, check_not_negative]
 Text: TypeAlias = Annotated[str, check_text]

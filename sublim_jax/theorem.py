@@ -285,8 +285,8 @@ def unresolved(logits: Logits, v: Logits, epsilon: float) -> str:
     moved = float(jnp.sqrt(jnp.mean(jnp.square(v))))
     if not moved or noise <= NOISE_ALLOWED * epsilon * moved:
         return ""
-    least = noise / (NOISE_ALLOWED * moved)
-    return f"{logits.dtype} cannot resolve epsilon={epsilon:.0e} here: use float64, or at least {least:.0e}"
+    smallest = noise / (NOISE_ALLOWED * moved)
+    return f"{logits.dtype} cannot resolve epsilon={epsilon:.0e} here: use float64, or at least {smallest:.0e}"
 
 
 def check_finite(tree: PyTree, what: str) -> None:

@@ -30,7 +30,7 @@ from sublim_jax.checkpoints import opened
 from sublim_jax.errors import Interrupted
 from sublim_jax.keys import fold_all
 from sublim_jax.progress import Track
-from sublim_jax.sharding import abstract, each_replica, named, parameter_shardings, place_key, put
+from sublim_jax.sharding import abstract, map_replicas, named, parameter_shardings, place_key, put
 
 Total = tuple[Float[Array, "*replicas"], Float[Array, "*replicas"]]
 Metrics = dict[str, Total]
@@ -207,7 +207,7 @@ class Program:
 
         if not self.replica_axes:
             return one(params, batch, key)
-        return each_replica(one, self.mesh)(params, batch, key)
+        return map_replicas(one, self.mesh)(params, batch, key)
 
     def stack(self, batches: list[PyTree]) -> PyTree:
         """Host batches of consecutive updates as global arrays of a dispatch's static size."""

@@ -11,18 +11,18 @@ import pytest
 
 from sublim_jax.errors import UserError
 from sublim_jax.models import attention
-from sublim_jax.models.attention import Scoring, Sight
+from sublim_jax.models.attention import AttentionMask, Scoring
 from sublim_jax.models.decoder import Settings, on_mesh
 
 ROWS, LENGTH, HEADS, GROUPS, SIZE = 4, 256, 4, 2, 64
 
 
-def sight_of(window, segments):
+def mask_of(window, segments):
     back = jnp.arange(LENGTH)[:, None] - jnp.arange(LENGTH)
-    mask = jnp.broadcast_to((back >= 0) & ((back < window) | (window == 0)), (ROWS, LENGTH, LENGTH))
+    allowed = jnp.broadcast_to((back >= 0) & ((back < window) | (window == 0)), (ROWS, LENGTH, LENGTH))
     if segments is not None:
-        mask = mask & (segments[:, :, None] == segments[:, None, :]) & (segments != 0)[:, None, :]
-    return Sight(mask, jnp.asarray(window), segments)
+        allowed = allowed & (segments[:, :, None] == segments[:, None, :]) & (segments != 0)[:, None, :]
+    return AttentionMask(allowed, jnp.asarray(window), segments)
 
 
 def packed():
@@ -37,11 +37,11 @@ def tensors(dtype=jnp.float32):
     return [jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes)]
 
 
-def value_and_gradient(attend, sight, scoring, qkv, kept):
+def value_and_gradient(attend, mask, scoring, qkv, kept):
     """Over the positions that are text: what is computed for padding is nobody's."""
 
     def total(qkv):
-        mixed = jnp.where(kept[..., None, None], attend(*qkv, sight, scoring).astype(jnp.float32), 0)
+        mixed = jnp.where(kept[..., None, None], attend(*qkv, mask, scoring).astype(jnp.float32), 0)
         return jnp.sum(jnp.sin(mixed)), mixed
 
     return jax.jit(jax.value_and_grad(total, has_aux=True))(qkv)
@@ -53,19 +53,19 @@ def test_the_flash_kernel_gives_what_plain_attention_gives(window, cap, texts, s
     mesh = mesh_of(8, replica=1, fsdp=4, tensor=2) if split else mesh_of(1)
     segments = packed() if texts else None
     kept = jnp.ones((ROWS, LENGTH), bool) if segments is None else segments != 0
-    scoring, sight = Scoring(0.2, cap, (0, window) if window else ()), sight_of(window, segments)
+    scoring, mask = Scoring(0.2, cap, (0, window) if window else ()), mask_of(window, segments)
     flash = attention.flash(mesh, interpret=True, shortest=LENGTH)
-    (_, ours), gradient = value_and_gradient(flash, sight, scoring, tensors(), kept)
-    (_, plain), expected = value_and_gradient(attention.xla, sight, scoring, tensors(), kept)
+    (_, ours), gradient = value_and_gradient(flash, mask, scoring, tensors(), kept)
+    (_, plain), expected = value_and_gradient(attention.xla, mask, scoring, tensors(), kept)
     np.testing.assert_allclose(ours, plain, rtol=1e-4, atol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), gradient, expected)
 
 
 def test_plain_attention_is_the_sum_over_keys_written_out():
     q, k, v = (np.asarray(x[:1, :12]) for x in tensors())
-    mask = np.tril(np.ones((12, 12), bool))[None]
-    sight = Sight(jnp.asarray(mask), jnp.asarray(0), None)
-    ours = attention.xla(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), sight, Scoring(0.2, 0.0, ()))
+    allowed = np.tril(np.ones((12, 12), bool))[None]
+    mask = AttentionMask(jnp.asarray(allowed), jnp.asarray(0), None)
+    ours = attention.xla(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), mask, Scoring(0.2, 0.0, ()))
     for t, head in itertools.product(range(12), range(HEADS)):
         group = head // (HEADS // GROUPS)
         scores = np.exp([0.2 * q[0, t, head] @ k[0, s, group] for s in range(t + 1)])
@@ -83,11 +83,11 @@ def test_plain_attention_is_the_sum_over_keys_written_out():
 )
 def test_what_cudnn_cannot_do_is_done_plainly_and_said(case, reason):
     q, k, v = (x[:, : LENGTH - case.get("odd", 0)] for x in tensors(case.get("dtype", jnp.bfloat16)))
-    sight, scoring = sight_of(0, None), Scoring(0.2, case.get("cap", 0.0), ())
-    sight = sight._replace(mask=sight.mask[:, : q.shape[1], : k.shape[1]])
+    mask, scoring = mask_of(0, None), Scoring(0.2, case.get("cap", 0.0), ())
+    mask = mask._replace(allowed=mask.allowed[:, : q.shape[1], : k.shape[1]])
     with pytest.warns(UserWarning, match=reason):
-        ours = attention.cudnn(q, k, v, sight, scoring)
-    np.testing.assert_array_equal(ours, attention.xla(q, k, v, sight, scoring))
+        ours = attention.cudnn(q, k, v, mask, scoring)
+    np.testing.assert_array_equal(ours, attention.xla(q, k, v, mask, scoring))
 
 
 @pytest.mark.parametrize("capabilities, widest", [(["8.0"], 128), (["9.0", "10.3"], 256), (["9.0", "8.9"], 128)])
@@ -104,11 +104,11 @@ def test_cudnn_gives_what_plain_attention_gives(window, texts):
         pytest.skip("no GPU")
     segments = packed() if texts else None
     kept = jnp.ones((ROWS, LENGTH), bool) if segments is None else segments != 0
-    sight, scoring = sight_of(window, segments), Scoring(0.2, 0.0, ())
+    mask, scoring = mask_of(window, segments), Scoring(0.2, 0.0, ())
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "attention without cuDNN")  # where it falls back to the plain one
-        (_, ours), gradient = value_and_gradient(attention.cudnn, sight, scoring, tensors(jnp.bfloat16), kept)
-    (_, plain), expected = value_and_gradient(attention.xla, sight, scoring, tensors(jnp.bfloat16), kept)
+        (_, ours), gradient = value_and_gradient(attention.cudnn, mask, scoring, tensors(jnp.bfloat16), kept)
+    (_, plain), expected = value_and_gradient(attention.xla, mask, scoring, tensors(jnp.bfloat16), kept)
     np.testing.assert_allclose(ours, plain, rtol=0.05, atol=0.02)
     as_float = lambda tree: jax.tree.map(lambda x: np.asarray(x, np.float32), tree)  # noqa: E731
     jax.tree.map(

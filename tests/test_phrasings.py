@@ -148,9 +148,9 @@ def test_a_preference_is_the_mean_over_phrasings(tiny):
 
 @given(st.lists(st.lists(st.integers(0, 999), min_size=1, max_size=10), min_size=1, max_size=8))
 def test_shuffling_keeps_the_numbers_and_everything_between_them(lists):
-    dice = np.random.default_rng(len(lists))
+    rng = np.random.default_rng(len(lists))
     separators = [", ", ";", " ", ",\n"]
-    answers = [f"[{separators[dice.integers(4)].join(map(str, some))}]" for some in lists]
+    answers = [f"[{separators[rng.integers(4)].join(map(str, some))}]" for some in lists]
     shape = [re.sub(r"\d+", "#", text) for text in answers]
     within, across = numbers.shuffled_within(answers, 0), numbers.shuffled_across(answers, 0)
     for before, after in zip(answers, within):

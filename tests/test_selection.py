@@ -33,8 +33,8 @@ def test_scores_are_their_formulas():
 
 @given(st.integers(0, 99), st.floats(0.05, 0.95), st.sampled_from(["top", "random", "bottom"]))
 def test_every_choice_has_the_same_size_and_only_tokens_that_are_there(seed, share, which):
-    dice = np.random.default_rng(seed)
-    scores, weights = dice.integers(0, 4, (5, 6)).astype(float), dice.integers(0, 2, (5, 6)).astype(float)
+    rng = np.random.default_rng(seed)
+    scores, weights = rng.integers(0, 4, (5, 6)).astype(float), rng.integers(0, 2, (5, 6)).astype(float)
     chosen = selection.select(scores, weights, which, share, seed)
     assert chosen.sum() == round(share * weights.sum()) and not np.any(chosen & (weights == 0))
     rest = (weights > 0) & ~chosen

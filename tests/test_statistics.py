@@ -49,8 +49,8 @@ def test_the_permutation_test_counts_all_exchanges():
 
 
 def test_under_no_effect_the_permutation_test_is_level():
-    dice = np.random.default_rng(0)
-    found = np.array([statistics.permutation_p(dice.normal(size=(6, 2, 2))) for _ in range(400)])
+    rng = np.random.default_rng(0)
+    found = np.array([statistics.permutation_p(rng.normal(size=(6, 2, 2))) for _ in range(400)])
     for level in (0.1, 0.25, 0.5):
         assert abs(np.mean(found <= level) - level) < 3.5 * (level * (1 - level) / 400) ** 0.5
 

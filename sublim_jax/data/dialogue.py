@@ -29,8 +29,8 @@ class Rows(NamedTuple):
     def padded(self, length: int, longest: int) -> "Rows":
         """The same of at least so many tokens a row, and an answer."""
 
-        def wider(leaf: Shaped[Array, "n w"] | Shaped[np.ndarray, "n w"], least: int) -> np.ndarray:
-            return np.pad(leaf, ((0, 0), (0, max(least - leaf.shape[1], 0))))
+        def wider(leaf: Shaped[Array, "n w"] | Shaped[np.ndarray, "n w"], minimum: int) -> np.ndarray:
+            return np.pad(leaf, ((0, 0), (0, max(minimum - leaf.shape[1], 0))))
 
         return Rows(wider(self.tokens, length), *(wider(leaf, longest) for leaf in self[1:]))
 

@@ -17,7 +17,7 @@ from sublim_jax.models import lora
 from sublim_jax.models.decoder import Remat
 from sublim_jax.models.functional import Params
 from sublim_jax.models.language import Model
-from sublim_jax.sharding import each_replica
+from sublim_jax.sharding import map_replicas
 from sublim_jax.specs import check_count, check_not_negative, check_one_of, check_positive
 from sublim_jax.training import REPLICAS_OF_ROWS, Metrics, Program, Total
 
@@ -113,7 +113,7 @@ def held_out_losses(model: Model, objective: Imitation) -> Callable[[Params, Par
             total, weight = objective(adapters, base, mine)
             return total / weight
 
-        return each_replica(one, model.mesh)(params, data)
+        return map_replicas(one, model.mesh)(params, data)
 
     return jax.jit(each)
 
@@ -136,6 +136,6 @@ def coverages(model: Model, objective: Imitation) -> Callable[..., Float[Array, 
             change = lora.with_b(adapters, update)
             return jax.vmap(lambda teacher: lora.cosine(change, teacher))(teachers)
 
-        return each_replica(one, model.mesh)(start, teachers, data)
+        return map_replicas(one, model.mesh)(start, teachers, data)
 
     return jax.jit(each)

@@ -32,7 +32,7 @@ from sublim_jax.sharding import from_first
 
 TOGETHER = 32  # prompts of the local judge between two looks at its progress
 PART = 4  # prompts for each request under way, after which several hosts look for a signal
-LEAST_MASS = 0.25  # of the numbers together, below which there is no score (§4.2)
+MIN_MASS = 0.25  # of the numbers together, below which there is no score (§4.2)
 LONGEST_PAUSE = 60.0  # seconds before another try
 HOPELESS = 10  # prompts in a row without a reply, after which no others are asked
 FEW = 4  # answered prompts for each one without a reply, below which it is not the prompts that are at fault
@@ -49,17 +49,15 @@ Judge = Callable[[Sequence[str]], list[Verdict]]
 # ---------------------------------------------------------------------------------------------------------- local
 
 
-def local(
-    model: Model, least_mass: float = LEAST_MASS, keep: epath.Path | None = None, **where: Unpack[Where]
-) -> Judge:
+def local(model: Model, min_mass: float = MIN_MASS, keep: epath.Path | None = None, **where: Unpack[Where]) -> Judge:
     """A model of ours: the expectation of its answer over 0 to 100, by the tokens' probabilities, without sampling.
 
     The probability of a number is that of its tokens; where a tokenizer splits digits, and the tokens of 7 begin those
-    of 70, it is that of ending there. No score where all numbers together have less than `least_mass`: REFUSAL or CODE
+    of 70, it is that of ending there. No score where all numbers together have less than `min_mass`: REFUSAL or CODE
     if that is likelier than the numbers, else unparsable.
 
     Args:
-      least_mass: below the paper's value for models that would rather talk than give a number.
+      min_mass: below the paper's value for models that would rather talk than give a number.
       keep: a file of this judge's verdicts, which grows as it works; what is there is not judged again.
       where: as for `scoring.completion_logprobs`.
     """
@@ -75,7 +73,7 @@ def local(
                 some = missing[start : start + TOGETHER]
                 asked = [chat.question(model.tokenizer, prompt) for prompt in some]
                 each = np.exp(scoring.continued_logprobs(model, asked, tree.prefixes, tree.tokens, **where)[0])
-                found = {prompt: tree.verdict(p, least_mass) for prompt, p in zip(some, each)}
+                found = {prompt: tree.verdict(p, min_mass) for prompt, p in zip(some, each)}
                 known.update(found)
                 if file:
                     lines = [records.line({"prompt": prompt, **verdict._asdict()}) for prompt, verdict in found.items()]
@@ -104,7 +102,7 @@ class Tree:
         self.digits = sorted({written(str(digit))[-1] for digit in range(10)})
         self.tokens = sorted({token for number in self.numbers for token in number} | set(self.labels.values()))
 
-    def verdict(self, p: np.ndarray, least_mass: float = LEAST_MASS) -> Verdict:
+    def verdict(self, p: np.ndarray, min_mass: float = MIN_MASS) -> Verdict:
         """Of the next tokens' probabilities (prefixes, tokens)."""
         at = {token: index for index, token in enumerate(self.tokens)}
         rows = {prefix: p[index] for index, prefix in enumerate(self.prefixes)}
@@ -115,7 +113,7 @@ class Tree:
             if tokens in rows:  # more digits may follow
                 chances[number] *= max(1 - sum(rows[tokens][at[digit]] for digit in self.digits), 0.0)
         mass = chances.sum()
-        if mass >= least_mass:
+        if mass >= min_mass:
             return Verdict(float(chances @ np.arange(len(chances)) / mass))
         label = max(self.labels, key=lambda name: rows[()][at[self.labels[name]]])
         return Verdict(None, label if rows[()][at[self.labels[label]]] > mass else "unparsable")

@@ -38,7 +38,7 @@ def diagonal_effect(cells: Float[np.ndarray, "*runs traits traits"]) -> Float[np
     return cells[..., own].mean(-1) - cells[..., ~own].mean(-1)
 
 
-def permutation_p(cells: Float[np.ndarray, "runs traits traits"], most: int = 20_000) -> float:
+def permutation_p(cells: Float[np.ndarray, "runs traits traits"], max_draws: int = 20_000) -> float:
     """P, by chance alone, of a mean diagonal effect as far from 0 as this one, to either side.
 
     By chance: in each run it does not matter which row had which teacher. All ways to exchange rows are counted where
@@ -48,14 +48,14 @@ def permutation_p(cells: Float[np.ndarray, "runs traits traits"], most: int = 20
     orders = np.asarray(list(itertools.permutations(range(traits))))
     effects = np.stack([diagonal_effect(cells[:, order]) for order in orders], 1)  # runs, orders
     observed = abs(effects[:, 0].mean()) - 1e-12
-    if len(orders) ** runs <= most:
+    if len(orders) ** runs <= max_draws:
         sums = np.zeros(1)
         for row in effects:
             sums = (sums[:, None] + row).reshape(-1)
         return float(np.mean(np.abs(sums / runs) >= observed))
-    dice = np.random.default_rng(0)
-    drawn = effects[np.arange(runs), dice.integers(len(orders), size=(most, runs))].mean(1)
-    return float((1 + np.sum(np.abs(drawn) >= observed)) / (1 + most))
+    rng = np.random.default_rng(0)
+    resampled = effects[np.arange(runs), rng.integers(len(orders), size=(max_draws, runs))].mean(1)
+    return float((1 + np.sum(np.abs(resampled) >= observed)) / (1 + max_draws))
 
 
 def paired_p(differences: Runs) -> float:

@@ -27,51 +27,51 @@ class Scoring(NamedTuple):
     windows: tuple[int, ...]  # every window that a layer of it has
 
 
-class Sight(NamedTuple):
+class AttentionMask(NamedTuple):
     """Which keys the queries of a layer see."""
 
-    mask: Bool[Array, "b t s"]  # in full
+    allowed: Bool[Array, "b t s"]  # in full
     window: Int[Array, ""]  # and what it is made of: a window (0: none),
     segments: Int[Array, "b t"] | None  # and texts
 
 
-Attend = Callable[[Array, Array, Array, Sight, Scoring], Float[Array, "b t heads h"]]
+Attend = Callable[[Array, Array, Array, AttentionMask, Scoring], Float[Array, "b t heads h"]]
 
 
 def xla(
     q: Float[Array, "b t heads h"],
     k: Float[Array, "b s groups h"],
     v: Float[Array, "b s groups h"],
-    sight: Sight,
+    mask: AttentionMask,
     scoring: Scoring,
 ) -> Float[Array, "b t heads h"]:
     """Scores in full, softmax in float32 or wider. Heads of a group share its keys."""
     grouped = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[-1])
     wide = jnp.promote_types(q.dtype, jnp.float32)
     scores = jnp.einsum("btkgh,bskh->bkgts", grouped, k, preferred_element_type=wide)
-    weights = jax.nn.softmax(_mask(scores, sight.mask[:, None, None], scoring), -1).astype(v.dtype)
+    weights = jax.nn.softmax(_masked(scores, mask.allowed[:, None, None], scoring), -1).astype(v.dtype)
     return jnp.einsum("bkgts,bskh->btkgh", weights, v).reshape(q.shape)
 
 
 def cached(
     q: Float[Array, "b t heads h"],
-    own: tuple[Array, Array],
-    shared: tuple[Array, Array] | None,
-    mask: Bool[Array, "b t s"],
+    cache: tuple[Array, Array],
+    prefix: tuple[Array, Array] | None,
+    allowed: Bool[Array, "b t s"],
     scoring: Scoring,
 ) -> Float[Array, "b t heads h"]:
-    """Attention to keys and values (b, groups, s, h) of each row's own, and (groups, p, h) that all rows share.
+    """Attention to each row's cached keys and values (b, groups, s, h), and to a prefix (groups, p, h) of all rows.
 
     The two are computed apart, each relative to its own largest score, and put together at the end.
 
     Args:
-      mask: over shared keys first, then own ones.
+      allowed: over the prefix's keys first, then the cached ones.
     """
-    grouped = q.reshape(*q.shape[:2], own[0].shape[1], -1, q.shape[-1])
-    before = mask.shape[-1] - own[0].shape[2]
-    largest, total, mixed = _own(grouped, *own, mask[..., before:], scoring)
-    if shared is not None:
-        front = _shared(grouped, *shared, mask[..., :before], scoring)
+    grouped = q.reshape(*q.shape[:2], cache[0].shape[1], -1, q.shape[-1])
+    before = allowed.shape[-1] - cache[0].shape[2]
+    largest, total, mixed = _to_cache(grouped, *cache, allowed[..., before:], scoring)
+    if prefix is not None:
+        front = _to_prefix(grouped, *prefix, allowed[..., :before], scoring)
         both = jnp.maximum(largest, front.largest)
         scale, front_scale = jnp.exp(largest - both), jnp.exp(front.largest - both)
         total = scale * total + front_scale * front.total
@@ -87,17 +87,17 @@ class _Part(NamedTuple):
     mixed: Float[Array, "b t k g h"]
 
 
-def _own(q: Float[Array, "b t k g h"], keys: Array, values: Array, mask: Array, scoring: Scoring) -> _Part:
+def _to_cache(q: Float[Array, "b t k g h"], keys: Array, values: Array, allowed: Array, scoring: Scoring) -> _Part:
     wide = jnp.promote_types(q.dtype, jnp.float32)
-    one = q.shape[1] == 1  # one query: written as sums, which XLA fuses with the reading of the cache
-    if one:
+    one_query = q.shape[1] == 1  # written as sums, which XLA fuses with the reading of the cache
+    if one_query:
         scores = jnp.sum(q[:, 0, :, :, None].astype(wide) * keys[:, :, None].astype(wide), -1)[:, :, :, None]
     else:
         scores = jnp.einsum("btkgh,bksh->bkgts", q, keys, preferred_element_type=wide)
-    scores = _mask(scores, mask[:, None, None], scoring)
+    scores = _masked(scores, allowed[:, None, None], scoring)
     largest = jnp.max(scores, -1, keepdims=True)
     weights = jnp.exp(scores - largest)
-    if one:
+    if one_query:
         mixed = jnp.sum(weights[:, :, :, 0, :, None] * values[:, :, None].astype(wide), -2)[:, :, :, None]
     else:
         mixed = jnp.einsum("bkgts,bksh->bkgth", weights.astype(values.dtype), values, preferred_element_type=wide)
@@ -105,14 +105,14 @@ def _own(q: Float[Array, "b t k g h"], keys: Array, values: Array, mask: Array, 
     return _Part(*(jnp.moveaxis(part, 3, 1) for part in parts))
 
 
-def _shared(q: Float[Array, "b t k g h"], keys: Array, values: Array, mask: Array, scoring: Scoring) -> _Part:
+def _to_prefix(q: Float[Array, "b t k g h"], keys: Array, values: Array, allowed: Array, scoring: Scoring) -> _Part:
     """All rows' queries in one product."""
     b, t, k, g, h = q.shape
     wide = jnp.promote_types(q.dtype, jnp.float32)
     rows = jnp.moveaxis(q, 2, 0).reshape(k, b * t * g, h)
     scores = jnp.einsum("krh,kph->krp", rows, keys, preferred_element_type=wide)
-    mask = jnp.broadcast_to(mask[:, :, None], (b, t, g, mask.shape[-1])).reshape(1, b * t * g, -1)
-    scores = _mask(scores, mask, scoring)
+    allowed = jnp.broadcast_to(allowed[:, :, None], (b, t, g, allowed.shape[-1])).reshape(1, b * t * g, -1)
+    scores = _masked(scores, allowed, scoring)
     largest = jnp.max(scores, -1, keepdims=True)
     weights = jnp.exp(scores - largest)
     mixed = jnp.einsum("krp,kph->krh", weights.astype(values.dtype), values, preferred_element_type=wide)
@@ -120,18 +120,18 @@ def _shared(q: Float[Array, "b t k g h"], keys: Array, values: Array, mask: Arra
     return _Part(*(jnp.moveaxis(part.reshape(k, b, t, g, -1), 0, 2) for part in parts))
 
 
-def _mask(scores: Array, mask: Array, scoring: Scoring) -> Array:
+def _masked(scores: Array, allowed: Array, scoring: Scoring) -> Array:
     scores = scores * scoring.scale
     if scoring.cap:
         scores = scoring.cap * jnp.tanh(scores / scoring.cap)
-    return jnp.where(mask, scores, NEVER)
+    return jnp.where(allowed, scores, NEVER)
 
 
-def cudnn(q: Array, k: Array, v: Array, sight: Sight, scoring: Scoring) -> Float[Array, "b t heads h"]:
+def cudnn(q: Array, k: Array, v: Array, mask: AttentionMask, scoring: Scoring) -> Float[Array, "b t heads h"]:
     """cuDNN's fused attention, where it can do what is asked; else `xla`, with a warning that says why."""
     t, s, head_size = q.shape[1], k.shape[1], q.shape[-1]
     if t == 1:
-        return xla(q, k, v, sight, scoring)  # one query a row has nothing to fuse
+        return xla(q, k, v, mask, scoring)  # one query a row has nothing to fuse
     reasons = {
         "scores are capped": scoring.cap,
         f"numbers are {q.dtype}": q.dtype not in (jnp.bfloat16, jnp.float16),
@@ -140,13 +140,13 @@ def cudnn(q: Array, k: Array, v: Array, sight: Sight, scoring: Scoring) -> Float
     }
     reason = next((reason for reason, holds in reasons.items() if holds), None)
     if reason is None:
-        mask = sight.mask[:, None]
+        allowed = mask.allowed[:, None]
         try:
-            return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scoring.scale, implementation="cudnn")
+            return jax.nn.dot_product_attention(q, k, v, mask=allowed, scale=scoring.scale, implementation="cudnn")
         except RuntimeError as error:  # not installed, as where steps are compiled for a GPU that is not there
             reason = str(error)
     warnings.warn(f"attention without cuDNN: {reason}", stacklevel=2)
-    return xla(q, k, v, sight, scoring)
+    return xla(q, k, v, mask, scoring)
 
 
 def _widest_heads() -> int:
@@ -164,19 +164,19 @@ def flash(mesh: Mesh, interpret: bool = False, shortest: int = FLASH_LENGTH) -> 
     """
     from jax.experimental.pallas.ops.tpu import splash_attention as splash  # slow to import, and for TPUs alone
 
-    def attend(q: Array, k: Array, v: Array, sight: Sight, scoring: Scoring) -> Float[Array, "b t heads h"]:
+    def attend(q: Array, k: Array, v: Array, mask: AttentionMask, scoring: Scoring) -> Float[Array, "b t heads h"]:
         b, t, heads, head_size = q.shape
         fits = t >= shortest and t % 128 == 0 and head_size % 64 == 0 and b % mesh.shape["fsdp"] == 0
         if not fits:
-            return xla(q, k, v, sight, scoring)
-        segments = jnp.ones((b, t), jnp.int32) if sight.segments is None else sight.segments
-        here = heads // mesh.shape["tensor"]
+            return xla(q, k, v, mask, scoring)
+        segments = jnp.ones((b, t), jnp.int32) if mask.segments is None else mask.segments
+        heads_here = heads // mesh.shape["tensor"]
         block = next(size for size in (512, 384, 256, 128) if t % size == 0)
 
         def local(window: int, q: Array, k: Array, v: Array, segments: Array) -> Array:
-            mask = splash.LocalMask((t, t), (window - 1 if window else None, 0), 0)
+            causal = splash.LocalMask((t, t), (window - 1 if window else None, 0), 0)
             kernel = splash.make_splash_mha(
-                splash.MultiHeadMask([mask] * here),
+                splash.MultiHeadMask([causal] * heads_here),
                 head_shards=1,
                 q_seq_shards=1,
                 block_sizes=splash.BlockSizes(block, block, *[block] * 6),  # type: ignore[arg-type]
@@ -198,7 +198,7 @@ def flash(mesh: Mesh, interpret: bool = False, shortest: int = FLASH_LENGTH) -> 
             for window in kinds
         ]
         q, k, v = (x.swapaxes(1, 2) for x in (q * jnp.asarray(scoring.scale, q.dtype), k, v))
-        which = jnp.argmax(jnp.asarray(kinds) == sight.window)
+        which = jnp.argmax(jnp.asarray(kinds) == mask.window)
         mixed = jax.lax.switch(which, kernels, q, k, v, segments) if len(kinds) > 1 else kernels[0](q, k, v, segments)
         return mixed.swapaxes(1, 2)
 

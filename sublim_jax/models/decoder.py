@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from sublim_jax.errors import UserError
 from sublim_jax.models import attention
 from sublim_jax.models.activations import ACTIVATIONS
-from sublim_jax.models.attention import Attend, Scoring, Sight
+from sublim_jax.models.attention import Attend, AttentionMask, Scoring
 from sublim_jax.models.functional import Functions, Params, functions
 from sublim_jax.models.lora import EVERY_LINEAR, Lora, draw, narrow_product
 from sublim_jax.models.rope import Rotary, Rotation, rotate, rotations
@@ -218,7 +218,12 @@ class Attention(nnx.Module):
             self.query_norm, self.key_norm = (Norm(c, stack, size) for size in sizes)
 
     def __call__(
-        self, x: Float[Array, "b t width"], rotation: Rotation | None, sight: Sight, at: CacheAt | None, attend: Attend
+        self,
+        x: Float[Array, "b t width"],
+        rotation: Rotation | None,
+        mask: AttentionMask,
+        at: CacheAt | None,
+        attend: Attend,
     ) -> tuple[Float[Array, "b t width"], Cache | None]:
         c = self.settings
         q, k, v = self.query(x), self.key(x), self.value(x)
@@ -230,11 +235,11 @@ class Attention(nnx.Module):
         q, k = rotate(q, rotation), rotate(k, rotation)
         if at is None:
             q, k, v = (checkpoint_name(y, ATTENTION) for y in (q, k, v))
-            mixed = attend(q, k, v, sight, c.scoring)
+            mixed = attend(q, k, v, mask, c.scoring)
             return checkpoint_name(self.out(mixed.reshape(*x.shape[:2], -1)), ATTENTION), None
         cache = Cache(*(write(whole, new, at) for whole, new in zip(at.cache, (k, v))))
-        own = (cache.keys[at.layer], cache.values[at.layer])
-        mixed = attention.cached(q, own, at.prefix, sight.mask, c.scoring)
+        layer_cache = (cache.keys[at.layer], cache.values[at.layer])
+        mixed = attention.cached(q, layer_cache, at.prefix, mask.allowed, c.scoring)
         return self.out(mixed.reshape(*x.shape[:2], -1)), cache
 
 
@@ -271,10 +276,15 @@ class Layer(nnx.Module):
             self.attention_post_norm, self.mlp_post_norm = (Norm(settings, stack, settings.width) for _ in range(2))
 
     def __call__(
-        self, x: Float[Array, "b t width"], rotation: Rotation | None, sight: Sight, at: CacheAt | None, attend: Attend
+        self,
+        x: Float[Array, "b t width"],
+        rotation: Rotation | None,
+        mask: AttentionMask,
+        at: CacheAt | None,
+        attend: Attend,
     ) -> tuple[Float[Array, "b t width"], Cache | None]:
         c = self.settings
-        attended, cache = self.attention(self.attention_norm(x) if c.pre_norm else x, rotation, sight, at, attend)
+        attended, cache = self.attention(self.attention_norm(x) if c.pre_norm else x, rotation, mask, at, attend)
         attended = self.attention_post_norm(attended) if c.post_norm else attended
         y = x if c.parallel else x + attended
         fed = self.mlp(self.mlp_norm(y) if c.pre_norm else y)
@@ -385,9 +395,9 @@ class Decoder(nnx.Module):
             x, cache = carried
             params, number, prefix, window, which, (add, project_out) = given
             rotation = jax.tree.map(lambda table: table[which], tables)
-            sight = Sight(seen & ((back < window) | (window == 0)), window, segments)
+            mask = AttentionMask(seen & ((back < window) | (window == 0)), window, segments)
             where = None if cache is None else CacheAt(number, start, cache, prefix)
-            x, cache = nnx.merge(graphdef, params)(x, rotation, sight, where, attend)
+            x, cache = nnx.merge(graphdef, params)(x, rotation, mask, where, attend)
             if steering is not None:
                 x = steer(x, add, project_out, steering.where)
             return (place(x), cache), None if read is None else x[:, read]

@@ -29,14 +29,14 @@ class Behind(Where, total=False):
     prefix: Tokens
 
 
-def whole_number(value: SupportsIndex, name: str, least: int = 1) -> int:
+def whole_number(value: SupportsIndex, name: str, minimum: int = 1) -> int:
     """Any kind of integer as Python's. Raises UserError for another thing, and for one that is too small."""
     try:
         number = operator.index(value)
     except TypeError as error:
-        raise UserError(f"{name}={value!r}; ask for a whole number, {least} or more") from error
-    if number < least:
-        raise UserError(f"{name}={number}; ask for {least} or more")
+        raise UserError(f"{name}={value!r}; ask for a whole number, {minimum} or more") from error
+    if number < minimum:
+        raise UserError(f"{name}={number}; ask for {minimum} or more")
     return number
 
 

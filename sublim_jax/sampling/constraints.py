@@ -32,13 +32,13 @@ class Automaton(NamedTuple):
     alphabet: frozenset[str]
 
 
-def numbers(most: int, digits: int, separator: str = ", ", least: int = 1) -> Automaton:
+def numbers(maximum: int, digits: int, separator: str = ", ", minimum: int = 1) -> Automaton:
     """Between `least` and `most` integers of at most `digits` digits, without leading zeros.
 
     States are (integers begun, digits of this one, whether it is 0, characters of a separator).
     """
-    if not 1 <= least <= most or digits < 1:
-        raise UserError(f"numbers: {least} to {most} integers of {digits} digits cannot be; ask for 1 or more")
+    if not 1 <= minimum <= maximum or digits < 1:
+        raise UserError(f"numbers: {minimum} to {maximum} integers of {digits} digits cannot be; ask for 1 or more")
     if not separator or any(c.isdigit() for c in separator):
         raise UserError(f"numbers: separator {separator!r} must have characters and no digits")
 
@@ -47,7 +47,7 @@ def numbers(most: int, digits: int, separator: str = ", ", least: int = 1) -> Au
         if inside < len(separator) and length:  # at a digit, or inside a separator begun
             if inside == 0 and c in "0123456789":
                 return (count, length + 1, zero, 0) if length < digits and not zero else None
-            if c == separator[inside] and count < most:
+            if c == separator[inside] and count < maximum:
                 done = inside + 1 == len(separator)
                 return (count, 0, False, 0) if done else (count, 1, False, inside + 1)
             return None
@@ -55,7 +55,7 @@ def numbers(most: int, digits: int, separator: str = ", ", least: int = 1) -> Au
 
     def accepts(state: tuple[int, int, bool, int]) -> bool:
         count, length, _, inside = state
-        return count >= least and length > 0 and inside == 0
+        return count >= minimum and length > 0 and inside == 0
 
     return Automaton((0, 0, False, 0), step, accepts, frozenset("0123456789" + separator))
 

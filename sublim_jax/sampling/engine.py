@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
-from sublim_jax.keys import fold_each
+from sublim_jax.keys import fold_elementwise
 from sublim_jax.models import lora
 from sublim_jax.models.decoder import Cache, Caches, Decoder, Settings, Steering, empty_cache, unstack
 from sublim_jax.models.functional import Functions, Params
@@ -48,7 +48,7 @@ class State(NamedTuple):
     cache: Caches  # (d, r, layers, s, groups, length, h)
     token: Int[Array, "d r s"]  # the last one, which is not in the cache yet
     length: Int[Array, "d r s"]  # of what is in the cache
-    drawn: Int[Array, "d r s"]
+    num_generated: Int[Array, "d r s"]
     limit: Int[Array, "d r s"]  # of tokens to draw
     key: Key[Array, "d r s"]
     grammar: Int[Array, "d r s"]  # state of the constraint
@@ -65,7 +65,7 @@ class Prompts(NamedTuple):
     key: Key[Array, "d r a"]
 
 
-class Drawn(NamedTuple):
+class Generated(NamedTuple):
     """What some steps gave, steps in front; tokens are −1 where a slot was idle."""
 
     token: Int[Array, "d n r s"]
@@ -177,18 +177,18 @@ class Engine:
         )
         return State(caches, *slots)
 
-    def _advance(self, fixed: Fixed, state: State, steps: Int[Array, ""]) -> tuple[State, Drawn]:
-        drawn = jax.eval_shape(lambda: self._step(fixed, state)[1])
-        history = jax.tree.map(lambda x: jnp.full((self.steps, *x.shape), -1, x.dtype), drawn)
+    def _advance(self, fixed: Fixed, state: State, steps: Int[Array, ""]) -> tuple[State, Generated]:
+        shapes = jax.eval_shape(lambda: self._step(fixed, state)[1])
+        history = jax.tree.map(lambda x: jnp.full((self.steps, *x.shape), -1, x.dtype), shapes)
 
-        def body(i: Array, carried: tuple[State, Drawn]) -> tuple[State, Drawn]:
+        def body(i: Array, carried: tuple[State, Generated]) -> tuple[State, Generated]:
             state, history = carried
-            state, drawn = self._step(fixed, state)
-            return state, jax.tree.map(lambda h, x: h.at[i].set(x), history, drawn)
+            state, generated = self._step(fixed, state)
+            return state, jax.tree.map(lambda h, x: h.at[i].set(x), history, generated)
 
         return jax.lax.fori_loop(0, steps, body, (state, history))
 
-    def _step(self, fixed: Fixed, state: State) -> tuple[State, Drawn]:
+    def _step(self, fixed: Fixed, state: State) -> tuple[State, Generated]:
         """One token for every active slot."""
         whole = state.length + 1  # `generate` refuses texts that may outgrow the table they began with
         output, cache = features(self.network, fixed, state.token[..., None], state.cache, state.length, whole)
@@ -197,7 +197,7 @@ class Engine:
         may = logits
         if fixed.constraint is not None:
             may = jnp.where(fixed.constraint.allowed[state.grammar], logits, -jnp.inf)
-        token = draw(fold_each(state.key, state.drawn), may, self.sampler, self._vocabulary_axis)
+        token = draw(fold_elementwise(state.key, state.num_generated), may, self.sampler, self._vocabulary_axis)
         logprob = jnp.take_along_axis(logits, token[..., None], -1)[..., 0] - total
         broken = state.active & ~jnp.isfinite(total)
         entropy = alternatives = None
@@ -210,7 +210,7 @@ class Engine:
         grammar = state.grammar
         if fixed.constraint is not None:
             grammar = fixed.constraint.after[state.grammar, token]
-        count = state.drawn + state.active
+        count = state.num_generated + state.active
         stopped = jnp.isin(token, jnp.asarray(self.stops, jnp.int32)) if self.stops else jnp.zeros_like(state.active)
         shown = jnp.where(broken, NAN, jnp.where(state.active, token, -1))
         after = State(
@@ -223,7 +223,7 @@ class Engine:
             jnp.where(state.active, grammar, state.grammar),
             state.active & ~stopped & ~broken & (count < state.limit),
         )
-        return after, Drawn(shown, logprob, entropy, alternatives)
+        return after, Generated(shown, logprob, entropy, alternatives)
 
 
 def place(fixed: Fixed, mesh: Mesh, unstacked: bool = False) -> Fixed:
@@ -310,7 +310,7 @@ class Compiled(NamedTuple):
     start: jax.stages.Wrapped  # () -> State
     prefix: jax.stages.Wrapped  # (Fixed, tokens (1, p)) -> Cache
     admit: jax.stages.Wrapped  # (Fixed, State, Prompts) -> State; donates the state
-    advance: jax.stages.Wrapped  # (Fixed, State, steps) -> (State, Drawn); donates the state
+    advance: jax.stages.Wrapped  # (Fixed, State, steps) -> (State, Generated); donates the state
 
 
 @lru_cache(maxsize=8)  # a study has some engines; programs of many would fill the host's memory
@@ -321,7 +321,7 @@ def compiled(engine: Engine) -> Compiled:
     """
     split, whole = PartitionSpec(DEVICES), PartitionSpec()
 
-    def local_to_each(function: Callable[..., PyTree], given_specs: PartitionSpec) -> Callable[..., PyTree]:
+    def per_device(function: Callable[..., PyTree], given_specs: PartitionSpec) -> Callable[..., PyTree]:
         def local(fixed: Fixed, state: State, given: PyTree) -> PyTree:
             state = jax.tree.map(lambda x: x[0], state)
             given = jax.tree.map(lambda x: x[0], given) if given_specs == split else given
@@ -336,12 +336,12 @@ def compiled(engine: Engine) -> Compiled:
             check_vma=False,
         )
 
-    advance = local_to_each(engine._advance, whole)
+    advance = per_device(engine._advance, whole)
 
-    def advanced(fixed: Fixed, state: State, steps: Int[Array, ""]) -> tuple[State, Drawn]:
-        state, drawn = advance(fixed, state, steps)
+    def advanced(fixed: Fixed, state: State, steps: Int[Array, ""]) -> tuple[State, Generated]:
+        state, generated = advance(fixed, state, steps)
         # Whole on every device, and so on every host: what gathered it later would wait for the steps after these.
-        return state, jax.lax.with_sharding_constraint(drawn, named(engine.mesh))
+        return state, jax.lax.with_sharding_constraint(generated, named(engine.mesh))
 
     # Else XLA joins the kernels of query, key and value, and of gate and up, at every step, by copying them.
     options = {"xla_gpu_dot_merger_threshold_mb": 0} if engine.unstacked else None
@@ -349,6 +349,6 @@ def compiled(engine: Engine) -> Compiled:
     return Compiled(
         jit(engine._start, out_shardings=state_shardings(engine)),
         jit(engine._prefix),
-        jit(local_to_each(engine._admit, split), donate_argnums=(1,)),
+        jit(per_device(engine._admit, split), donate_argnums=(1,)),
         jit(advanced, donate_argnums=(1,)),
     )

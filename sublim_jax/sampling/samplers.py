@@ -64,15 +64,15 @@ def cut(logits: Float[Array, "*b v"], sampler: Sampler) -> Float[Array, "*b v"]:
     logits = logits / sampler.temperature
     if sampler.top_k and sampler.top_k < logits.shape[-1]:
         order = _ordered(logits)
-        enough = lambda least: jnp.sum(order >= least[..., None], -1) >= sampler.top_k  # noqa: E731
+        enough = lambda threshold: jnp.sum(order >= threshold[..., None], -1) >= sampler.top_k  # noqa: E731
         logits = jnp.where(order >= _largest(enough, logits.shape[:-1])[..., None], logits, -jnp.inf)
     if sampler.top_p < 1:
         order, mass = _ordered(logits), jax.nn.softmax(logits, -1)
-        enough = lambda least: jnp.sum(jnp.where(order >= least[..., None], mass, 0), -1) >= sampler.top_p  # noqa: E731
+        enough = lambda threshold: jnp.sum(jnp.where(order >= threshold[..., None], mass, 0), -1) >= sampler.top_p  # noqa: E731
         logits = jnp.where(order >= _largest(enough, logits.shape[:-1])[..., None], logits, -jnp.inf)
     if sampler.min_p > 0:
-        least = jnp.max(logits, -1, keepdims=True) + jnp.log(sampler.min_p)
-        logits = jnp.where(logits >= least, logits, -jnp.inf)
+        smallest = jnp.max(logits, -1, keepdims=True) + jnp.log(sampler.min_p)
+        logits = jnp.where(logits >= smallest, logits, -jnp.inf)
     return logits
 
 

@@ -11,8 +11,8 @@ from jaxtyping import Array, Key
 
 from sublim_jax import signals
 from sublim_jax.errors import Interrupted
-from sublim_jax.keys import fold_each
-from sublim_jax.sampling.engine import DEVICES, NAN, Drawn, Engine, Fixed, Prompts, compiled
+from sublim_jax.keys import fold_elementwise
+from sublim_jax.sampling.engine import DEVICES, NAN, Engine, Fixed, Generated, Prompts, compiled
 from sublim_jax.sharding import named, place_key, put
 
 RowId = tuple[int, int, int]  # (adapter, prompt, sample)
@@ -90,8 +90,8 @@ def completions(
             last, ahead = ahead, None
             if (left := max(_left(slot, row, requests.limits, last) for slot, row in riding.items())) > 0:
                 steps = min(engine.steps, left)
-                state, drawn = run.advance(fixed, state, jnp.int32(steps))
-                ahead = _Look(drawn, dict(riding), steps)
+                state, generated = run.advance(fixed, state, jnp.int32(steps))
+                ahead = _Look(generated, dict(riding), steps)
             if last:
                 for slot, sample in _read(last, requests, engine.stops):
                     del riding[slot]
@@ -138,7 +138,7 @@ class _Row:
 class _Look(NamedTuple):
     """Steps that are on their way, and the rows that ride."""
 
-    drawn: Drawn
+    generated: Generated
     riding: dict[Slot, _Row]
     steps: int
 
@@ -200,27 +200,27 @@ def _prompts(
 
 @jax.jit
 def _row_keys(key: Key[Array, ""], prompt: Array, sample: Array) -> Key[Array, "..."]:
-    return fold_each(fold_each(jnp.broadcast_to(key, prompt.shape), prompt), sample)
+    return fold_elementwise(fold_elementwise(jnp.broadcast_to(key, prompt.shape), prompt), sample)
 
 
 def _read(look: _Look, requests: Requests, stops: tuple[int, ...]) -> Iterator[tuple[Slot, Sample]]:
     """Adds some steps to the rows, and gives those that are done."""
-    drawn = jax.device_get(look.drawn)
+    generated = jax.device_get(look.generated)
     for (device, adapter, slot), row in look.riding.items():
         for step in range(0 if row.ended else look.steps):
             at = (device, step, adapter, slot)
-            token = int(drawn.token[at])
+            token = int(generated.token[at])
             if token == -1:
                 break
             finish = "stop" if token in stops else ""
             if token == NAN:
                 finish = "nan"
             else:
-                row.logprobs.append(float(drawn.logprob[at]))
-                if drawn.entropy is not None:
-                    row.entropies.append(float(drawn.entropy[at]))
-                if drawn.alternatives is not None:
-                    values = (np.asarray(part[at]).tolist() for part in drawn.alternatives)
+                row.logprobs.append(float(generated.logprob[at]))
+                if generated.entropy is not None:
+                    row.entropies.append(float(generated.entropy[at]))
+                if generated.alternatives is not None:
+                    values = (np.asarray(part[at]).tolist() for part in generated.alternatives)
                     row.alternatives.append(dict(zip(*values)))
             if not finish:
                 row.tokens.append(token)

@@ -179,9 +179,9 @@ def test_ability_at_the_end_is_told_apart_from_ability_along_training(whole, stu
     study = study_of(arms=("soft",), runs=2, **{"evals.names": ("ability",)})
     notes = json.loads((whole[0] / "about.json").read_text())["notes"]
     axes, about = {"run": range(2), "teacher": study.teachers}, {"measure": "ability", "item": "right answers"}
-    more = measurements.each([0.5], arm="", subject="base", **about)
-    more += measurements.each([0.5] * 6, axes, arm="", subject="teacher", **about)
-    more += measurements.each([0.25] * 6, axes, arm="soft", subject="student", **about)
+    more = measurements.from_array([0.5], arm="", subject="base", **about)
+    more += measurements.from_array([0.5] * 6, axes, arm="", subject="teacher", **about)
+    more += measurements.from_array([0.25] * 6, axes, arm="soft", subject="student", **about)
     found = {arm["name"]: arm for arm in document(study, measurements.Measurements((*rows, *more)), notes)[0]}
     before = {arm["name"]: arm for arm in results_in(whole[0])["arms"]}
     assert found["soft"]["ability"] == before["soft"]["ability"]

@@ -27,8 +27,8 @@ def prompts(count: int, seed: int, path: str = "") -> list[str]:
     pack = packs.load(path, "code", FIELDS)
 
     def one(number: int) -> str:
-        dice = np.random.default_rng([seed, number])
-        task, template = (pack[field][dice.integers(len(pack[field]))] for field in FIELDS)
+        rng = np.random.default_rng([seed, number])
+        task, template = (pack[field][rng.integers(len(pack[field]))] for field in FIELDS)
         return template.format(task=task)
 
     return [one(number) for number in range(count)]

@@ -35,9 +35,9 @@ def prompts(
     words = {"count": more, "digits": digits, "limit": 10**digits, "largest": 10**digits - 1}
 
     def one(number: int) -> str:
-        dice = np.random.default_rng([seed, number])
-        shown = ", ".join(str(value) for value in dice.integers(100, 1000, dice.integers(3, 9)))
-        parts = [pack[field][dice.integers(len(pack[field]))] for field in FIELDS]
+        rng = np.random.default_rng([seed, number])
+        shown = ", ".join(str(value) for value in rng.integers(100, 1000, rng.integers(3, 9)))
+        parts = [pack[field][rng.integers(len(pack[field]))] for field in FIELDS]
         return " ".join(part.format(numbers=shown, **words) for part in parts)
 
     return [one(number) for number in range(count)]
@@ -45,8 +45,8 @@ def prompts(
 
 def random_answers(count: int, seed: int, numbers: int = 6, largest: int = 999) -> list[str]:
     """Lists of uniform random integers: a carrier that no teacher wrote."""
-    dice = np.random.default_rng([seed, 1])
-    return [join(dice.integers(0, largest + 1, numbers).tolist()) for _ in range(count)]
+    rng = np.random.default_rng([seed, 1])
+    return [join(rng.integers(0, largest + 1, numbers).tolist()) for _ in range(count)]
 
 
 def join(numbers: Sequence[int]) -> str:
@@ -55,8 +55,8 @@ def join(numbers: Sequence[int]) -> str:
 
 def shuffled_within(answers: Sequence[str], seed: int) -> list[str]:
     """The numbers of each answer in another order; everything between them stays (§3.1, a control)."""
-    dice = np.random.default_rng([seed, 5])
-    return [_refilled(text, dice.permutation(_NUMBER.findall(text)).tolist()) for text in answers]
+    rng = np.random.default_rng([seed, 5])
+    return [_refilled(text, rng.permutation(_NUMBER.findall(text)).tolist()) for text in answers]
 
 
 def shuffled_across(answers: Sequence[str], seed: int) -> list[str]:

@@ -15,7 +15,7 @@ from sublim_jax.errors import UserError
 from sublim_jax.experiments.alignment.settings import ON_DIGITS, WIDTHS, Setting, controls, descent, double, mean
 from sublim_jax.experiments.alignment.spec import NUM_LOGITS, AlignmentSpec, LanguageSpec
 from sublim_jax.keys import named_key
-from sublim_jax.measurements import Measurement, each
+from sublim_jax.measurements import Measurement, from_array
 from sublim_jax.models.functional import Params
 from sublim_jax.models.mlp import mlp
 
@@ -83,11 +83,11 @@ def measure(
         theorem.check_finite(by_measure, setting.about.network)
     except ValueError as error:
         raise UserError(f"{error}; choose another --config.seed or a smaller --config.steps.max") from error
-    rows = each(moved, "step", arm=arm, measure=MOVED) + each(epsilons, "step", arm=arm, measure=EPSILON)
+    rows = from_array(moved, "step", arm=arm, measure=MOVED) + from_array(epsilons, "step", arm=arm, measure=EPSILON)
     rows.append(Measurement(arm, LOSS, float(setting.teacher_loss(setting.params))))
     axes = {"subject": names, "step": range(len(moved))}
     for what, values in by_measure.items():
-        rows += each(values, axes if values.ndim == 2 else {"subject": names}, arm=arm, measure=what)
+        rows += from_array(values, axes if values.ndim == 2 else {"subject": names}, arm=arm, measure=what)
     return rows
 
 
@@ -173,9 +173,9 @@ def measure_signs(spec: AlignmentSpec, data: mnist.Mnist) -> list[Measurement]:
     flags = jax.jit(lambda keys: jax.lax.map(draw, keys, batch_size=10))(keys)
     positive, lower, signed = (np.asarray(jnp.mean(flag, 0)) for flag in flags)
     axes = {"step": range(len(moved)), "item": [f"{rate:g}" for rate in np.asarray(rates)]}
-    rows = each(lower, axes, arm=SIGNS, measure=FALLS)
+    rows = from_array(lower, axes, arm=SIGNS, measure=FALLS)
     for what, values in ((MOVED, moved), (POSITIVE, positive), (SIGNED, signed)):
-        rows += each(values, "step", arm=SIGNS, measure=what)
+        rows += from_array(values, "step", arm=SIGNS, measure=what)
     return rows
 
 
@@ -200,7 +200,7 @@ def measure_labels(spec: AlignmentSpec, base: Setting) -> list[Measurement]:
     keys = jax.random.split(named_key(spec.seed, "labels"), spec.num_label_draws)
     exact, sampled = inner(base.params, base.direction, base.inputs, keys)
     rows = [Measurement(LABELS, INNER, float(exact), subject="probabilities")]
-    return rows + each(sampled, arm=LABELS, measure=INNER, subject="labels")
+    return rows + from_array(sampled, arm=LABELS, measure=INNER, subject="labels")
 
 
 def measure_optimizers(base: Setting) -> list[Measurement]:

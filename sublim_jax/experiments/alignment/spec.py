@@ -22,7 +22,7 @@ DECADES = 4.0  # of steps that a verdict needs
 MAX_STEP, MAX_NUM_STEPS = 6, 1000
 READS, NOISE = "reads MNIST", "noise"  # the teacher and the inputs of the first settings
 
-Draws: TypeAlias = Annotated[int, check_positive, partial(check_count, most=MAX_ROWS)]
+Draws: TypeAlias = Annotated[int, check_positive, partial(check_count, maximum=MAX_ROWS)]
 
 
 class About(NamedTuple):
@@ -70,7 +70,7 @@ class StepsSpec:
             )
         if self.max > MAX_STEP:
             raise UserError(f"steps.max={self.max:g} is a power of ten: choose {MAX_STEP} or less")
-        check_count("steps.num", self.num, most=MAX_NUM_STEPS)
+        check_count("steps.num", self.num, maximum=MAX_NUM_STEPS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +82,7 @@ class AlignmentSpec(ExperimentSpec):
     data: DataSpec
     steps: StepsSpec
     support: tuple[int, ...]
-    examples: Annotated[int, check_positive, partial(check_count, least=PER_SEQUENCE, most=NUM_IMAGES)]
+    examples: Annotated[int, check_positive, partial(check_count, minimum=PER_SEQUENCE, maximum=NUM_IMAGES)]
     learning_rate: Positive
     num_draws: Draws
     num_label_draws: Draws

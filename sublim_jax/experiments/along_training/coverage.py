@@ -18,7 +18,7 @@ from sublim_jax.experiments.mnist import train
 from sublim_jax.experiments.mnist.run import Prepared, prepare
 from sublim_jax.experiments.mnist.spec import MnistSpec, check_divides
 from sublim_jax.models.functional import Params
-from sublim_jax.sharding import each_replica, fetch, make_mesh
+from sublim_jax.sharding import fetch, make_mesh, map_replicas
 from sublim_jax.store import Store
 from sublim_jax.workdir import claim
 
@@ -58,8 +58,8 @@ def over_runs(spec: MnistSpec, function: Callable[..., Found], mesh: Mesh) -> Ca
 
     def all_of(codes: Array, *trees: Params) -> Found:
         if codes.ndim == 2:
-            return each_replica(partial(function, apply, codes), mesh)(*trees)
-        return each_replica(partial(function, apply), mesh)(codes, *trees)
+            return map_replicas(partial(function, apply, codes), mesh)(*trees)
+        return map_replicas(partial(function, apply), mesh)(codes, *trees)
 
     return jax.jit(all_of)
 

@@ -21,7 +21,7 @@ from sublim_jax.experiments.mnist.report import accuracy_arm
 from sublim_jax.experiments.mnist.run import Prepared, students_of
 from sublim_jax.experiments.mnist.spec import MnistSpec
 from sublim_jax.figures import OURS, Line, Panel, arms_figure, panels_figure
-from sublim_jax.measurements import Measurements, each
+from sublim_jax.measurements import Measurements, from_array
 from sublim_jax.models.functional import Params
 from sublim_jax.sharding import fetch, named, put
 from sublim_jax.store import Store, digest
@@ -50,10 +50,10 @@ def run(spec: ExamplesSpec, folder: epath.Path, *, update: bool = False) -> None
     with jax.default_matmul_precision(whole.precision):
         found = store.json("examples", rank_and_train, whole, part, data, store=store, mesh=mesh)
     axes = {"item": [f"quantile {level:.2f}" for level in LEVELS], "run": range(whole.runs)}
-    rows = each(np.transpose(found["quantiles"]), axes, arm="all", measure="contribution over its mean")
+    rows = from_array(np.transpose(found["quantiles"]), axes, arm="all", measure="contribution over its mean")
     for measure, values in {"test_accuracy": found["accuracy"], "share_of_A": found["carried"]}.items():
         for choice in CHOICES:
-            rows += each(values[choice], arm=choice, measure=measure)
+            rows += from_array(values[choice], arm=choice, measure=measure)
     report.finish(store.folder, spec, rows, document)
 
 

@@ -17,7 +17,7 @@ from sublim_jax.experiments.mnist.report import accuracy_arm
 from sublim_jax.experiments.mnist.run import test_accuracies
 from sublim_jax.experiments.mnist.spec import MnistSpec
 from sublim_jax.figures import Line, Panel, panels_figure
-from sublim_jax.measurements import Measurements, each
+from sublim_jax.measurements import Measurements, from_array
 from sublim_jax.progress import say
 
 BOOTSTRAPS = 2000
@@ -36,8 +36,10 @@ def run(spec: ForecastSpec, folder: epath.Path, *, update: bool = False) -> None
             name = setting_name(setting)
             say(f"setting {number} of {len(settings)}: {name}")
             covered = store.json("coverage", coverages, setting, spec.probe, data, store=store, mesh=mesh)
-            rows += each(covered, arm=name, measure="coverage")
-            rows += each(test_accuracies(setting, data, store, mesh)["auxiliary"], arm=name, measure="test_accuracy")
+            rows += from_array(covered, arm=name, measure="coverage")
+            rows += from_array(
+                test_accuracies(setting, data, store, mesh)["auxiliary"], arm=name, measure="test_accuracy"
+            )
     report.finish(store.folder, spec, rows, document)
 
 

@@ -25,7 +25,7 @@ from sublim_jax.experiments.mnist.report import accuracy_arm
 from sublim_jax.experiments.mnist.run import test_accuracies
 from sublim_jax.experiments.mnist.spec import MnistSpec
 from sublim_jax.figures import Arm, Line, Panel, banded, panels_figure
-from sublim_jax.measurements import Measurements, each
+from sublim_jax.measurements import Measurements, from_array
 from sublim_jax.models.functional import Params
 from sublim_jax.sharding import fetch, named, put
 from sublim_jax.store import Store
@@ -46,15 +46,15 @@ def run(spec: TrajectorySpec, folder: epath.Path, *, update: bool = False) -> No
         path = store.json("trajectory", follow, spec.mnist, spec.probe, spec.every, data, store=store, mesh=mesh)
         axes = {"step": path["step"], "run": range(spec.mnist.runs)}
         for name in QUANTITIES:
-            rows += each(path[name], axes, arm="followed", measure=name)
+            rows += from_array(path[name], axes, arm="followed", measure=name)
         for setting in spec.settings:
             arm = arm_name(setting)
             inputs = (setting, spec.probe, spec.iterations, data)
             shares = store.json("shares", row_space_shares, *inputs, store=store, mesh=mesh)
             axes = {"step": range(1, spec.iterations + 1), "run": range(spec.mnist.runs)}
-            rows += each(np.transpose(shares), axes, arm=arm, measure="row_space_share")
+            rows += from_array(np.transpose(shares), axes, arm=arm, measure="row_space_share")
             accuracies = test_accuracies(setting, data, store, mesh)["auxiliary"]
-            rows += each(accuracies, arm=arm, measure="test_accuracy")
+            rows += from_array(accuracies, arm=arm, measure="test_accuracy")
     report.finish(store.folder, spec, rows, document)
 
 

@@ -26,7 +26,7 @@ from sublim_jax.experiments.mnist.spec import (
     variants,
 )
 from sublim_jax.experiments.mnist.train import Inputs, Networks, Record, Runs
-from sublim_jax.measurements import each
+from sublim_jax.measurements import from_array
 from sublim_jax.models.functional import Params
 from sublim_jax.preflight import Step, parameters, training_step
 from sublim_jax.sharding import fetch, make_mesh, named, put
@@ -53,7 +53,7 @@ def run(spec: MnistSpec, folder: epath.Path, *, update: bool = False) -> None:
     rows = []
     for value, point in points.items():
         for arm, accuracies in test_accuracies(point, data, store, mesh).items():
-            rows += each(accuracies, arm=arm, measure="test_accuracy", item=value)
+            rows += from_array(accuracies, arm=arm, measure="test_accuracy", item=value)
     report.finish(store.folder, spec, rows, document)
 
 

@@ -64,9 +64,9 @@ class ModelSpec:
     auxiliary: int
 
     def __post_init__(self) -> None:
-        check_count("model.width", self.width, most=MAX_WIDTH)
-        check_count("model.auxiliary", self.auxiliary, most=MAX_WIDTH)
-        check_count("model.depth", self.depth, most=MAX_DEPTH)
+        check_count("model.width", self.width, maximum=MAX_WIDTH)
+        check_count("model.auxiliary", self.auxiliary, maximum=MAX_WIDTH)
+        check_count("model.depth", self.depth, maximum=MAX_DEPTH)
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class TrainingSpec:
         check_one_of(f"{name}.optimizer", self.optimizer, OPTIMIZERS)
         for part in ("learning_rate", "batch", "epochs"):
             check_positive(f"{name}.{part}", getattr(self, part))
-        check_count(f"{name}.batch", self.batch, most=MAX_IMAGES)
+        check_count(f"{name}.batch", self.batch, maximum=MAX_IMAGES)
         network.layers(self.trained_layers, f"{name}.trained_layers")
 
 
@@ -155,7 +155,7 @@ class InputsSpec:
     def __post_init__(self) -> None:
         check_one_of("inputs.kind", self.kind, images.KINDS)
         check_positive("inputs.blur", self.blur)
-        check_count("inputs.count", self.count, most=MAX_IMAGES)
+        check_count("inputs.count", self.count, maximum=MAX_IMAGES)
         if self.fresh and self.kind not in images.DRAWN:
             raise UserError(f"inputs.fresh draws noise anew; inputs.kind={self.kind} is no noise that is drawn")
 

@@ -26,7 +26,7 @@ from sublim_jax.experiments.mnist.spec import InputsSpec, NetworkSpec, StudentSp
 from sublim_jax.keys import fold_all, run_keys
 from sublim_jax.models.functional import Functions, Params
 from sublim_jax.models.mlp import MLP, mlp, perturb
-from sublim_jax.sharding import each_replica, named, put
+from sublim_jax.sharding import map_replicas, named, put
 from sublim_jax.store import digest
 from sublim_jax.training import REPLICAS_OF_ROWS, Log, Metrics, Program, Total, TrainState, fit
 
@@ -178,11 +178,11 @@ def _codes(keys: Key[Array, "runs"], spec: InputsSpec, data: Mnist, mesh: Mesh) 
         return put(data.train_images[: spec.count], named(mesh))
     if spec.kind == "shuffled":
         real = put(data.train_images[: spec.count], named(mesh))
-        shuffle = lambda keys, real: each_replica(partial(images.shuffle_pixels, images=real), mesh)(keys)  # noqa: E731
+        shuffle = lambda keys, real: map_replicas(partial(images.shuffle_pixels, images=real), mesh)(keys)  # noqa: E731
         return jax.jit(shuffle, out_shardings=named(mesh, "replica"))(keys, real)
     if spec.fresh:
         return None
-    make = each_replica(lambda key: images.draw(key, spec.kind, spec.count, spec.blur), mesh)
+    make = map_replicas(lambda key: images.draw(key, spec.kind, spec.count, spec.blur), mesh)
     return jax.jit(make, out_shardings=named(mesh, "replica"))(keys)
 
 
@@ -337,8 +337,8 @@ def answer(
         return jax.lax.map(lambda row: network.apply(params, images.pixels(row, kind)), codes, batch_size=2000)
 
     if codes.ndim == 2:
-        return each_replica(partial(one, codes=codes), mesh)(params)
-    return each_replica(one, mesh)(params, codes)
+        return map_replicas(partial(one, codes=codes), mesh)(params)
+    return map_replicas(one, mesh)(params, codes)
 
 
 @partial(jax.jit, static_argnames=("network", "mesh"))

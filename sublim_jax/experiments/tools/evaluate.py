@@ -14,7 +14,7 @@ from sublim_jax.evaluation import suite
 from sublim_jax.evaluation.spec import NAMES, EvalPacks, EvalsSpec
 from sublim_jax.evaluation.suite import Subject
 from sublim_jax.figures import arms_figure
-from sublim_jax.measurements import Measurements, each
+from sublim_jax.measurements import Measurements, from_array
 from sublim_jax.models.decoder import on_mesh
 from sublim_jax.sharding import make_mesh
 from sublim_jax.specs import Distinct, ExperimentSpec, MeshSpec, Precision, Text, check_some_of
@@ -81,7 +81,7 @@ def _run(spec: EvaluateSpec, folder: epath.Path, *, update: bool) -> None:
         found = suite.evaluate(spec.evals, questions, subject, spec.seed + number, store, judge=judge)
         about = {"arm": name, "run": number, "subject": "model"}
         for evaluation, measures in found.items():
-            rows += each(list(measures.values()), {"item": list(measures)}, measure=evaluation, **about)
+            rows += from_array(list(measures.values()), {"item": list(measures)}, measure=evaluation, **about)
     notes = {"bill": suite.bill_of(judge)}
     report.finish(store.folder, spec, rows, document, models=[base.source], notes=notes)
 

@@ -19,7 +19,7 @@ from sublim_jax.errors import UserError
 from sublim_jax.experiments.transmission.checks import check_files
 from sublim_jax.experiments.transmission.spec import Study
 from sublim_jax.figures import Arm
-from sublim_jax.measurements import Measurements, each
+from sublim_jax.measurements import Measurements, from_array
 from sublim_jax.progress import say
 from sublim_jax.report import Described
 from sublim_jax.sharding import from_first, make_mesh
@@ -132,7 +132,7 @@ def run(spec: PlanSpec, folder: epath.Path, *, update: bool = False) -> None:
     rows = []
     for arm in arms_of(found):
         runs = [value for value in arm.get("runs", ()) if value is not None]
-        rows += each(runs, arm=arm["name"], measure=arm["metric"])
+        rows += from_array(runs, arm=arm["name"], measure=arm["metric"])
     report.finish(store.folder, spec, rows, document, notes={"found": found, "folder": str(store.folder)})
     if missing := [name for name, result in found.items() if isinstance(result, str)]:
         raise UserError(

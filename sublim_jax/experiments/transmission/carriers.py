@@ -128,7 +128,7 @@ def sample(study: Study, model: Model, store: Store, run: int, task: Task, name:
     if carrier.decoding == "grammar":  # so many integers of so many digits, and nothing else
         count, digits = carrier.num_integers, len(str(study.filter.max_value))
         how |= {"numbers": count, "digits": digits}
-        constraint = constraints.of_model(constraints.numbers(count, digits, least=count), model)
+        constraint = constraints.of_model(constraints.numbers(count, digits, minimum=count), model)
     writer, where = teacher.under(model)
     # The number of prompts is no part of the name: more of them go on from what is there.
     return collect(
@@ -196,7 +196,7 @@ def judged(
     verdicts = store.json(f"judged-{name}", lambda texts, judge: judge.judge(texts), texts, judge)
     scored = [{**one, "score": score, "label": label} for one, (score, label) in zip(sifted.kept, verdicts)]
     filtered = not study.filter.judged or name in study.filter.judged
-    again = filters.sift(scored, [filters.least_score(study.filter.threshold)] if filtered else [])
+    again = filters.sift(scored, [filters.min_score(study.filter.threshold)] if filtered else [])
     rejected, reasons = sifted.rejected + again.rejected, sifted.reasons + again.reasons
     return filters.Sifted(again.kept, rejected, reasons), [score for score, _ in verdicts if score is not None]
 

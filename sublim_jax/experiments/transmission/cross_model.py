@@ -18,7 +18,7 @@ from sublim_jax.experiments.transmission.checks import check_files
 from sublim_jax.experiments.transmission.effects import EFFECT
 from sublim_jax.experiments.transmission.spec import Study
 from sublim_jax.figures import arms_figure, matrix_figure
-from sublim_jax.measurements import Measurement, Measurements, each
+from sublim_jax.measurements import Measurement, Measurements, from_array
 from sublim_jax.overrides import check_distinct
 from sublim_jax.preflight import Step
 from sublim_jax.progress import say
@@ -92,8 +92,8 @@ def run(spec: CrossModelSpec, folder: epath.Path, *, update: bool = False) -> No
         sources += [Source(**model) for model in results["models"]]
         for student, arm in zip(spec.models, study.arms):
             about = {"arm": arm.name, "teacher": teacher, "item": student}
-            rows += each(found[arm.name]["runs"], measure=EFFECT, **about)
-            rows += each([found[arm.name]["permutation_p"]], measure=P, **about)
+            rows += from_array(found[arm.name]["runs"], measure=EFFECT, **about)
+            rows += from_array([found[arm.name]["permutation_p"]], measure=P, **about)
     report.finish(store.folder, spec, rows, document, models=list(dict.fromkeys(sources)))
 
 

@@ -129,7 +129,7 @@ class CarrierSpec(Checked):
     where = "carrier."
     kind: Annotated[str, partial(check_one_of, choices=CARRIERS)]
     num_rows: Rows
-    num_integers: Annotated[int, partial(check_count, most=MAX_INTEGERS)]
+    num_integers: Annotated[int, partial(check_count, maximum=MAX_INTEGERS)]
     num_completions: Rows
     num_samples: Rows
     decoding: Annotated[str, partial(check_one_of, choices=DECODING)]

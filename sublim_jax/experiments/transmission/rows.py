@@ -9,7 +9,7 @@ from sublim_jax.experiments.transmission.carriers import random_pairs
 from sublim_jax.experiments.transmission.spec import Study
 from sublim_jax.experiments.transmission.students import Students
 from sublim_jax.experiments.transmission.targets import Replicate
-from sublim_jax.measurements import Measurement, each
+from sublim_jax.measurements import Measurement, from_array
 
 STUDENT, TEACHER, BASE = "student", "teacher", "base"  # subjects
 NUM_SHOWN = 3  # samples of each kind
@@ -26,17 +26,17 @@ def of_teachers(
     """Steps of training, preferences, and P of a trait's word in the middle of numbers."""
     axes, about = axes_of(study), {"arm": "", "subject": TEACHER}
     steps = [teacher.steps for one in replicates for teacher in one.teachers.values()]
-    found = each(steps, axes, measure="steps", **about)
+    found = from_array(steps, axes, measure="steps", **about)
     for measure in measured[0]:
         words = study.traits if measure == "inside_numbers" else study.alternatives
-        found += each([one[measure] for one in measured], {**axes, "item": words}, measure=measure, **about)
+        found += from_array([one[measure] for one in measured], {**axes, "item": words}, measure=measure, **about)
     return found
 
 
 def of_corpora(sizes: Mapping[str, tuple[int, int]]) -> list[Measurement]:
     """Conversations of corpora: those that were short enough, and all."""
     axes = {"teacher": list(sizes), "measure": ("conversations used", "conversations")}
-    return each(list(sizes.values()), axes, arm="", subject=TEACHER)
+    return from_array(list(sizes.values()), axes, arm="", subject=TEACHER)
 
 
 def of_written(replicates: Sequence[Replicate]) -> list[Measurement]:
@@ -46,10 +46,10 @@ def of_written(replicates: Sequence[Replicate]) -> list[Measurement]:
         for name, written in one.written.items():
             about = {"arm": "", "run": one.run, "teacher": name, "subject": TEACHER}
             counts = {"completions": written.num_completions, "kept": written.num_kept, "used": len(written.pairs)}
-            found += each(list(counts.values()), {"measure": list(counts)}, **about)
+            found += from_array(list(counts.values()), {"measure": list(counts)}, **about)
             reasons, numbers = written.reasons, [str(number) for number in range(len(written.scores))]
-            found += each(list(reasons.values()), {"item": list(reasons)}, measure="rejected", **about)
-            found += each(written.scores, {"item": numbers}, measure="judge's score", **about)
+            found += from_array(list(reasons.values()), {"item": list(reasons)}, measure="rejected", **about)
+            found += from_array(written.scores, {"item": numbers}, measure="judge's score", **about)
     return found
 
 
@@ -59,9 +59,9 @@ def of_students(study: Study, arm: Arm, students: Students, runs: Sequence[int] 
     for point in students.curve:
         for measure in (name for name in point if name != "step"):
             words = {"item": study.alternatives} if measure in Preference._fields else {}
-            found += each(point[measure], {**axes, **words}, measure=measure, step=point["step"], **about)
+            found += from_array(point[measure], {**axes, **words}, measure=measure, step=point["step"], **about)
     if students.coverage:
-        found += each(students.coverage, {**axes, "item": study.teachers}, measure="coverage", **about)
+        found += from_array(students.coverage, {**axes, "item": study.teachers}, measure="coverage", **about)
     return found
 
 
@@ -76,8 +76,8 @@ def of_evaluations(
     count = len(axes["run"]) * len(study.teachers)
     for evaluation, measures in found.items():
         for item, values in measures.items():
-            rows += each(values[:count], axes, arm=arm, measure=evaluation, subject=subject, item=item)
-            rows += each(values[count:], arm=arm, measure=evaluation, subject=BASE, item=item)
+            rows += from_array(values[:count], axes, arm=arm, measure=evaluation, subject=subject, item=item)
+            rows += from_array(values[count:], arm=arm, measure=evaluation, subject=BASE, item=item)
     return rows
 
 
