@@ -1,9 +1,16 @@
-"""A small decoder of Llama's form."""
+"""A small decoder of Llama's form, and a training step of a decoder on a mesh."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
+from jax.sharding import PartitionSpec
 
-from sublim_jax.models.decoder import Settings
+from sublim_jax.models.decoder import Settings, decoder, on_mesh
 from sublim_jax.models.rope import Rotary
+from sublim_jax.objectives import cross_entropy
+from sublim_jax.sharding import named
+from sublim_jax.training import Program, fit
 
 SETTINGS = Settings(
     vocab=64,
@@ -17,3 +24,17 @@ SETTINGS = Settings(
     rotaries=(Rotary(tuple(10_000.0 ** -(np.arange(4) / 4))),),
     windows=(0, 5, 0, 5),
 )
+
+
+def logits_and_update(settings, params, mesh):
+    """Logits, and parameters after one step of plain gradient descent."""
+    network, where = decoder(settings), on_mesh(settings, mesh)
+    text = (jnp.arange(8)[:, None] * 7 + jnp.arange(16) * 3) % 64
+
+    def loss(params, frozen, batch, key):
+        return cross_entropy(network.apply(params, batch[:, :-1], remat=True, **where), batch[:, 1:]), {}
+
+    program = Program(loss, optax.sgd(0.1), mesh, lambda frozen, key, index: text, batch_spec=PartitionSpec("fsdp"))
+    state = fit(program, program.init(params), steps=1, key=jax.random.key(0))
+    logits = jax.jit(lambda p: network.apply(p, text, **where), out_shardings=named(mesh))(params)
+    return logits, state.params

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from config_kit import TOKENS, VOCAB, config_of, difference, edited, expected_logits, logits, random_model
 from safetensors.numpy import load_file, save_file
-from test_config_fields import TOKENS, VOCAB, config_of, difference, drawn, edited, ours, theirs
 
 from sublim_jax import weights
 from sublim_jax.errors import UserError
@@ -30,7 +30,7 @@ def made(tmp_path_factory):
         key = (kind, str(changes))
         if key not in folders:
             folders[key] = tmp_path_factory.mktemp(kind)
-            drawn(config_of(kind, changes)).save_pretrained(folders[key])
+            random_model(config_of(kind, changes)).save_pretrained(folders[key])
         return folders[key]
 
     return make
@@ -65,7 +65,7 @@ def test_a_head_of_its_own_counts_whatever_the_config_says_of_tying(kind, head, 
     folder = copy(kind, tie_word_embeddings=True)
     untied = np.random.default_rng(1).normal(size=(VOCAB, 64)).astype(np.float32)
     with_tensors(folder, lambda tensors: {**tensors, f"{head}.weight": untied})
-    assert difference(ours(folder, SHORT), theirs(folder, SHORT)) <= 1e-4
+    assert difference(logits(folder, SHORT), expected_logits(folder, SHORT)) <= 1e-4
     assert huggingface.load_config(folder).tie_word_embeddings is False
 
 
@@ -79,7 +79,7 @@ def test_a_head_that_is_the_embedding_again_stays_tied(kind, copy):
 
     with_tensors(folder, twice)
     assert huggingface.load(folder)[0].tied
-    assert difference(ours(folder, SHORT), theirs(folder, SHORT)) <= 1e-4
+    assert difference(logits(folder, SHORT), expected_logits(folder, SHORT)) <= 1e-4
 
 
 def test_an_untied_model_without_a_head_is_refused(copy):
@@ -116,7 +116,7 @@ def test_a_tensor_that_would_not_be_read_is_refused_by_name(name, shape, copy):
 )
 def test_tables_and_masks_in_a_file_carry_no_weight(kind, name, value, copy):
     folder = with_tensors(copy(kind), lambda tensors: {**tensors, name: value})
-    assert difference(ours(folder, SHORT), theirs(folder, SHORT)) <= 1e-4
+    assert difference(logits(folder, SHORT), expected_logits(folder, SHORT)) <= 1e-4
 
 
 def test_a_tensor_under_two_names_is_refused(copy):
@@ -131,7 +131,7 @@ def test_one_file_goes_before_an_index_as_for_transformers(copy):
     names = dict.fromkeys(load_file(folder / "model.safetensors"), "other.safetensors")
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": names}))
     with_tensors(folder, lambda tensors: {name: 2 * tensor for name, tensor in tensors.items()})
-    assert difference(ours(folder, SHORT), theirs(folder, SHORT)) <= 1e-4
+    assert difference(logits(folder, SHORT), expected_logits(folder, SHORT)) <= 1e-4
 
 
 # ---------------------------------------------------------------------------------------------------- other than models
@@ -334,7 +334,7 @@ def test_what_configs_of_the_hub_hold_besides_is_harmless(copy):
         },
     }
     folder = edited(copy(), **more)
-    assert difference(ours(folder, SHORT), theirs(folder, SHORT)) <= 1e-4
+    assert difference(logits(folder, SHORT), expected_logits(folder, SHORT)) <= 1e-4
 
 
 @pytest.mark.parametrize(
@@ -346,7 +346,7 @@ def test_what_configs_of_the_hub_hold_besides_is_harmless(copy):
 )
 def test_what_a_familys_older_configs_hold_is_harmless(kind, more, copy):
     folder = edited(copy(kind), **more)
-    assert difference(ours(folder, SHORT), theirs(folder, SHORT)) <= 1e-4
+    assert difference(logits(folder, SHORT), expected_logits(folder, SHORT)) <= 1e-4
 
 
 def test_another_window_of_the_same_name_is_refused(copy):
@@ -405,13 +405,13 @@ def theirs_seeing(folder):
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_whole_models_tying_goes_before_its_text_models(kind, tied, tmp_path):
     folder = wrapped(kind, tmp_path, {"tie_word_embeddings": not tied}, tie_word_embeddings=tied)
-    assert difference(ours(folder, SHORT), theirs_seeing(folder)) <= 1e-4
+    assert difference(logits(folder, SHORT), theirs_seeing(folder)) <= 1e-4
 
 
 @pytest.mark.parametrize("kind", WRAPPED)
 def test_what_configs_that_see_hold_besides_is_harmless(kind, tmp_path):
     folder = edited(wrapped(kind, tmp_path), ignore_index=-100, vocab_size=VOCAB + 3, processor_class="MineProcessor")
-    assert difference(ours(folder, SHORT), theirs_seeing(folder)) <= 1e-4
+    assert difference(logits(folder, SHORT), theirs_seeing(folder)) <= 1e-4
 
 
 @pytest.mark.parametrize(

@@ -5,39 +5,18 @@ import json
 import shutil
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from config_kit import LAYERS, TOKENS, config_of, difference, edited, expected_logits, logits, random_model
 
 from sublim_jax.errors import UserError
 from sublim_jax.models.activations import ACTIVATIONS
-from sublim_jax.models.decoder import decoder
 from sublim_jax.models.families import FAMILIES
-from sublim_jax.weights import huggingface
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-VOCAB, LAYERS = 97, 3
-BASE = {
-    "vocab_size": VOCAB,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-OF_KIND = {
-    "qwen3": {"head_dim": 16},
-    "gemma2": {"head_dim": 16, "sliding_window": 24, "query_pre_attn_scalar": 16},
-    "gemma3_text": {"head_dim": 16, "sliding_window": 24, "query_pre_attn_scalar": 16},
-}
-TOKENS = np.random.default_rng(0).integers(3, 90, (1, 300))
 THETA = {"rope_theta": 5e3}
 SHORT_AND_LONG = {"short_factor": [1.5] * 8, "long_factor": [3.0 + i for i in range(8)]}
 OVER_128 = {"rope_type": "longrope", "original_max_position_embeddings": 128, **SHORT_AND_LONG, **THETA}
@@ -176,34 +155,10 @@ def settings_of(kind):
     return found | TOGETHER
 
 
-def config_of(kind, changes):
-    # Copied: config classes write into what they are given.
-    return transformers.AutoConfig.for_model(
-        kind, **json.loads(json.dumps({**BASE, **OF_KIND.get(kind, {}), **changes}))
-    )
-
-
-def drawn(config):
-    """A model of transformers with every parameter drawn, so that no norm or bias is trivial."""
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            scale = 0.3 if parameter.ndim == 1 else parameter.shape[-1] ** -0.5
-            parameter.add_(scale * torch.randn_like(parameter))
-    return model
-
-
-def edited(folder, **changes):
-    path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-    return folder
-
-
 def written(kind, changes, plain, folder):
     """A checkpoint of a kind with some fields changed: of a model made so, else of another."""
     with contextlib.suppress(Exception):
-        drawn(config_of(kind, changes)).save_pretrained(folder)
+        random_model(config_of(kind, changes)).save_pretrained(folder)
         saved = json.loads((folder / "config.json").read_text())
         if all(saved.get(name) == value for name, value in changes.items() if value is None or name in saved):
             return folder
@@ -212,32 +167,16 @@ def written(kind, changes, plain, folder):
     return edited(folder, **changes)
 
 
-def ours(folder, tokens):
-    settings, params = huggingface.load(folder, dtype=jnp.float32)
-    return np.asarray(jax.jit(decoder(settings).apply)(params, jnp.asarray(tokens)))
-
-
-def theirs(folder, tokens):
-    options = {"dtype": torch.float32, "attn_implementation": "eager"}
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, **options).eval()
-    with torch.no_grad():
-        return model(input_ids=torch.tensor(tokens)).logits.numpy()
-
-
-def difference(a, b):
-    return float(np.max(np.abs(a - b)) / np.max(np.abs(b)))
-
-
 def verdict(folder, lengths=(40, 300)):
     """What is wrong, "" where every length is equal to transformers or refused."""
     for length in lengths:
         try:
-            found = ours(folder, TOKENS[:, :length])
+            found = logits(folder, TOKENS[:, :length])
         except UserError as error:
             assert "\n" not in str(error)
             return ""
         try:
-            expected = theirs(folder, TOKENS[:, :length])
+            expected = expected_logits(folder, TOKENS[:, :length])
         except Exception as error:
             return f"{length} tokens: computed, and transformers does not ({error!r})"
         if not difference(found, expected) <= 1e-4:
@@ -253,7 +192,7 @@ def plain(tmp_path_factory):
     def make(kind):
         if kind not in made:
             made[kind] = tmp_path_factory.mktemp(kind)
-            drawn(config_of(kind, {})).save_pretrained(made[kind])
+            random_model(config_of(kind, {})).save_pretrained(made[kind])
         return made[kind]
 
     return make

@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from decoder_kit import SETTINGS
+from decoder_kit import SETTINGS, logits_and_update
 from jax.sharding import PartitionSpec
 from launch_kit import free_port
 
 from sublim_jax import preflight
 from sublim_jax.models import lora
-from sublim_jax.models.decoder import Steering, decoder, empty_cache, on_mesh
+from sublim_jax.models.decoder import Steering, decoder, empty_cache
 from sublim_jax.objectives import cross_entropy
 from sublim_jax.sharding import named, parameter_shardings
 from sublim_jax.training import Program, fit
@@ -232,7 +232,7 @@ port, rank, tests, folder, out = sys.argv[1:]
 jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(rank))
 sys.path.insert(0, tests)
 import numpy as np
-from test_decoder import logits_and_update
+from decoder_kit import logits_and_update
 from sublim_jax.sharding import fetch, make_mesh
 from sublim_jax.weights import huggingface
 mesh = make_mesh({"replica": 1, "fsdp": 4, "tensor": 2})
@@ -241,20 +241,6 @@ leaves = jax.tree.leaves(fetch(logits_and_update(settings, params, mesh)))
 if rank == "0":
     np.savez(out, *leaves)
 """
-
-
-def logits_and_update(settings, params, mesh):
-    """Logits, and parameters after one step of plain gradient descent."""
-    network, where = decoder(settings), on_mesh(settings, mesh)
-    text = (jnp.arange(8)[:, None] * 7 + jnp.arange(16) * 3) % 64
-
-    def loss(params, frozen, batch, key):
-        return cross_entropy(network.apply(params, batch[:, :-1], remat=True, **where), batch[:, 1:]), {}
-
-    program = Program(loss, optax.sgd(0.1), mesh, lambda frozen, key, index: text, batch_spec=PartitionSpec("fsdp"))
-    state = fit(program, program.init(params), steps=1, key=jax.random.key(0))
-    logits = jax.jit(lambda p: network.apply(p, text, **where), out_shardings=named(mesh))(params)
-    return logits, state.params
 
 
 def test_two_processes_of_four_devices_compute_what_one_device_computes(peer, mesh_of, tmp_path):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from test_decoder import SETTINGS
+from decoder_kit import SETTINGS
 
 from sublim_jax.models import lora
 from sublim_jax.models.decoder import decoder

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from decoder_kit import SETTINGS
 from jax.sharding import PartitionSpec
 from launch_kit import assert_refused, run_here
-from test_decoder import SETTINGS
 
 from sublim_jax import preflight
 from sublim_jax.errors import UserError

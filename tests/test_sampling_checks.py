@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tokenizers
 import transformers
-from test_config_fields import config_of, drawn
+from config_kit import config_of, random_model
 
 from sublim_jax.errors import UserError
 from sublim_jax.models.decoder import decoder
@@ -55,7 +55,7 @@ def loaded(tmp_path_factory):
     def make(name):
         if name not in made:
             kind, changes = KINDS[name]
-            peer = drawn(config_of(kind, {**changes, "attn_implementation": "eager"}))
+            peer = random_model(config_of(kind, {**changes, "attn_implementation": "eager"}))
             folder = tmp_path_factory.mktemp(kind)
             peer.save_pretrained(folder)
             settings, params = huggingface.load(folder)
