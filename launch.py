@@ -1,11 +1,11 @@
-"""Runs the experiment that a config describes, on one device or on a pod.
+"""Runs the experiment of a config, on one device or on a pod.
 
     python launch.py --config=configs/mnist.py[:preset] [--workdir=DIR] [--config.key=value ...]
     python launch.py --config=configs/mnist.py[:preset] --describe      what the config is, and what its values mean
 
-Exit code 0: done. 2: a mistake in what was asked, told in one line before any compute. 143: stopped by a signal,
-state saved; the same command goes on from there. 1: another process of the run was lost; the same command goes on
-from the last checkpoint.
+Exit code 0: done. 2: a user error, reported in one line before any compute. 143: stopped by a signal, state saved; the
+same command resumes from there. 1: another process of the run was lost; the same command resumes from the last
+checkpoint.
 """
 
 import difflib
@@ -65,7 +65,7 @@ NO_MEMORY = "there is not enough memory ({}); ask for less at once, or run on mo
 
 
 def run(args: Sequence[str]) -> int:
-    """The whole command, with the program's name in front or without it; its exit code."""
+    """Runs the command line `args`, with or without the program's name in front, and returns the exit code."""
     if not flags.FLAGS["verbosity"].present:
         absl.logging.set_verbosity(absl.logging.WARNING)
     watch = cluster.Watch(fail)
@@ -78,7 +78,7 @@ def run(args: Sequence[str]) -> int:
         say(f"{stop}; the same command goes on from the last checkpoint")
         return 143
     except Exception as error:
-        line, code = told(error)
+        line, code = message_and_code(error)
     finally:
         watch.stop()
     fail(line)
@@ -114,7 +114,7 @@ def main(args: Sequence[str], watch: cluster.Watch) -> None:
 
 
 def write_report_again(typed: Mapping[str, object]) -> None:
-    """The report of a finished run, from what it measured. Raises UserError where the folder holds none."""
+    """Rewrites the report of a finished run from its measurements. Raises UserError where the folder holds none."""
     if typed or _CONFIG.value or _WORKDIR.value is None:
         raise UserError("--report goes with --workdir=DIR alone: it writes the report of the run that is in DIR")
     storage.check(_WORKDIR.value)
@@ -126,12 +126,12 @@ def write_report_again(typed: Mapping[str, object]) -> None:
     report.rewrite(folder, experiment.read(config), experiment.document)
 
 
-def told(error: Exception) -> tuple[str, int]:
-    """The line and the exit code of an error that is no `UserError`. Raises it where it is a defect of ours."""
-    if line := lacking(error):  # what a machine lacks, or a bucket, libraries say in errors of every kind
+def message_and_code(error: Exception) -> tuple[str, int]:
+    """The message and exit code for an error that is no `UserError`; raises the error again where it is a bug."""
+    if line := lacking(error):  # libraries report a full disk, missing memory or a bucket by any type of error
         return line, 2
     if cluster.lost(error):
-        time.sleep(4 * cluster.LOOK)  # if it has left a line, that is the one to say
+        time.sleep(4 * cluster.LOOK)  # its own message, if it has left one, is printed instead
         return LOST, 1
     if not cluster.joined():
         raise error
@@ -140,7 +140,7 @@ def told(error: Exception) -> tuple[str, int]:
 
 
 def lacking(error: Exception) -> str:
-    """What the machine has too little of, or what of it cannot be used; empty for any other error."""
+    """The message for an error of the machine's memory, disk or files, or of a bucket; empty for any other error."""
     text = str(error)
     if "No space left" in text:
         return NO_SPACE
@@ -163,9 +163,9 @@ def fail(text: str) -> None:
 
 
 def read(typed: Mapping[str, list[str | bool]]) -> ConfigDict:
-    """The config that the command names, with the values that are typed after it.
+    """The config that --config names, with the values typed on the command line.
 
-    Raises UserError for the first word that makes no sense.
+    Raises UserError for the first value that is not valid.
     """
     if not _CONFIG.value:
         raise UserError("--config is missing; try --config=configs/mnist.py")
@@ -184,14 +184,14 @@ def read(typed: Mapping[str, list[str | bool]]) -> ConfigDict:
 
 
 def named(config: ConfigDict, prefix: str = "") -> dict[str, str]:
-    """What a config, or one inside it, says that it is: a name that changes nothing else."""
-    found: dict[str, str] = {}
+    """The names `experiment` and `preset` of a config and of those inside it, by dotted key; they set nothing else."""
+    names: dict[str, str] = {}
     for name, value in config.items():
         if isinstance(value, ConfigDict):
-            found |= named(value, f"{prefix}{name}.")
+            names |= named(value, f"{prefix}{name}.")
         elif name in ("experiment", "preset") and "experiment" in config:
-            found[f"{prefix}{name}"] = value
-    return found
+            names[f"{prefix}{name}"] = value
+    return names
 
 
 def config_file() -> str:
@@ -199,18 +199,18 @@ def config_file() -> str:
 
 
 def parse(args: Sequence[str]) -> dict[str, list[str | bool]]:
-    """Gives the flags their values; what is typed for each key of the config is left.
+    """Parses the flags, and returns the values typed for each key of the config.
 
-    That is "--config.key=value" or "--config.key value", or a bool for "--config.key" and "--noconfig.key".
+    A value is text for "--config.key=value" and "--config.key value", a bool for "--config.key" and "--noconfig.key".
     """
     for name in _NAMES:
         flags.FLAGS[name].unparse()  # of an earlier call
     typed: dict[str, list[str | bool]] = {}
     others, waiting = ["launch.py"], ""
     for word in args[not (args and args[0].startswith("-")) :]:
-        found = re.fullmatch(r"--?(no)?config\.([^=]*)(?:=(.*))?", word, re.DOTALL)
-        if found:
-            off, key, value = found.groups()
+        match = re.fullmatch(r"--?(no)?config\.([^=]*)(?:=(.*))?", word, re.DOTALL)
+        if match:
+            off, key, value = match.groups()
             if off and value is not None:
                 raise UserError(f"{word}: write --config.{key}={value}, or --noconfig.{key} alone")
             typed.setdefault(key, []).append(not off if value is None else value)
@@ -225,7 +225,7 @@ def parse(args: Sequence[str]) -> dict[str, list[str | bool]]:
 
 
 def parse_others(args: Sequence[str]) -> None:
-    """Flags that are not about a value of the config. Raises UserError for what is none."""
+    """Parses the flags that are no values of the config. Raises UserError for any other argument."""
     try:
         left = flags.FLAGS(args)[1:]
     except flags.UnrecognizedFlagError as error:
@@ -251,12 +251,12 @@ def compile_only(experiment: ModuleType, config: ConfigDict, topology: str) -> N
     """Prints what `--preflight` found. Raises UserError where a step does not fit."""
     if not hasattr(experiment, "preflight"):
         raise UserError(f"config.experiment={config.experiment!r} has no step on a mesh to compile")
-    jax.config.update("jax_enable_compilation_cache", False)  # what is compiled for other machines cannot be read back
+    jax.config.update("jax_enable_compilation_cache", False)  # programs for other machines cannot be read back
     refused = []
     for step in experiment.preflight(experiment.read(config), preflight.devices(topology)):
-        found = preflight.facts(step)
-        say(preflight.describe(step, found))
-        if found.fits is False:
+        facts = preflight.facts(step)
+        say(preflight.describe(step, facts))
+        if facts.fits is False:
             refused.append(step.name)
     if refused:
         raise UserError(f"--preflight={topology}: no room for {'; '.join(refused)}")

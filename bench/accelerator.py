@@ -1,14 +1,14 @@
-"""What one GPU does with our steps, as shares of what it can do. `bench/accelerator.sh` runs every part.
+"""Throughput of our steps on one GPU, as shares of its peak. `bench/accelerator.sh` runs every part.
 
     python -m bench.accelerator --parts=small,large --out=DIR [--skip_full] [--tiny]
-    python -m bench.accelerator --write=DIR     docs/bench-accelerator.md, from what was measured
-    python -m bench.accelerator --expect=h100   compiles the models' programs for a card that is not here (make
-                                                .compilers/installed): memory, and seconds by rate
+    python -m bench.accelerator --write=DIR     writes docs/bench-accelerator.md from the measurements in DIR
+    python -m bench.accelerator --expect=h100   compiles the models' programs for a card that is not attached
+                                                (make .compilers/installed): memory, expected seconds
 
     mnist        the paper's six arms, 100 runs at once, as a whole process, compilation included
     mnist_torch  the same in batched PyTorch (bench/mnist_torch.py)
     small        1.5B: a LoRA step, a full step, 8 students together against 8 in turn, decoding at batch 1, 64, 256;
-                 at 64 also with the layers scanned, and with XLA's merging of products, as it is elsewhere
+                 at 64 also with the layers scanned, and with XLA's merging of products, its default
     large        7B: the same without the full step, which needs 65.7 GB
     generate     1.5B, batch 64: our `generate` against transformers'
 
@@ -72,11 +72,11 @@ PEAK = {
     "NVIDIA A100-SXM4-80GB": (312e12, 19.5e12, 2.04e12),
 }
 NOT_KNOWN = (None, None, None)
-# What programs like these reach where others have measured them: products in bfloat16, and bytes of memory.
+# Rates that others have measured for programs like these: bfloat16 products, and bytes of memory.
 REACHED_FLOPS, REACHED_BYTES = 400e12, 3e12
-RECOMPUTED = 1.4  # FLOPs of a step that computes its layers again in the backward pass, over the model's own
-COPIED = 1.75  # bytes that a decoding step moves, over those that it needs, at most
-STEPS, LOOKS, TOKENS = 6, 4, 16  # training steps; looks of the host, and tokens between them
+RECOMPUTED = 1.4  # FLOPs of a step that recomputes its layers in the backward pass, over the model's own
+COPIED = 1.75  # upper bound on the bytes that a decoding step moves, over those that it needs
+STEPS, LOOKS, TOKENS = 6, 4, 16  # training steps; decoding calls, and tokens per call
 BATCH = 64  # rows that both sides of `generate` decode
 
 
@@ -85,7 +85,7 @@ class Sizes(NamedTuple):
     length: int
     columns: int  # of the cache
     slots: tuple[int, ...]
-    new_tokens: int  # of `generate`, behind as many of a prompt
+    new_tokens: int  # of `generate`, after a prompt of as many
     runs: int  # of MNIST
 
 
@@ -94,25 +94,30 @@ TINY = Sizes(2, 32, 64, (1, 4), 4, 2)
 
 
 class Rows:
-    """What a part has measured, in a file that is whole after every row."""
+    """The measurements of a part, in a file that is replaced atomically after every row."""
 
     def __init__(self, part: str, out: str):
         self.file = Path(out) / f"{part}.json" if out else None
-        self.found: dict[str, Any] = {"part": part, "date": str(datetime.date.today()), "tiny": _TINY.value, "rows": []}
+        self.record: dict[str, Any] = {
+            "part": part,
+            "date": str(datetime.date.today()),
+            "tiny": _TINY.value,
+            "rows": [],
+        }
 
     def about(self, device: str, versions: dict[str, str]) -> None:
-        self.found |= {"device": device, "versions": versions}
+        self.record |= {"device": device, "versions": versions}
 
     def add(self, what: str, **values: Any) -> None:
-        self.found["rows"].append({"what": what, **values})
-        print(json.dumps(self.found["rows"][-1]), flush=True)
+        self.record["rows"].append({"what": what, **values})
+        print(json.dumps(self.record["rows"][-1]), flush=True)
         if self.file:
             scratch = self.file.with_suffix(".tmp")
-            scratch.write_text(json.dumps(self.found, indent=1) + "\n")
+            scratch.write_text(json.dumps(self.record, indent=1) + "\n")
             scratch.replace(self.file)
 
     def attempt(self, what: str, measure: Callable[[], dict[str, Any]]) -> None:
-        """Adds what `measure` gives, or why it gave nothing: the rows after it are measured all the same."""
+        """Adds what `measure` returns, or the error that it raises; later rows are measured either way."""
         try:
             self.add(what, **measure())
         except Exception as error:  # compilers and devices raise what they like
@@ -133,7 +138,7 @@ def share(amount: float, seconds: float, peak: float | None) -> float | None:
 
 
 def parameters(settings: Settings) -> int:
-    """Those that a token is multiplied with: of the layers, and of the unembedding."""
+    """The number of parameters in a token's matrix products: the layers' and the unembedding's."""
     shapes = jax.eval_shape(decoder(settings).init, jax.random.key(0))
     return sum(leaf.size for leaf in jax.tree.leaves(shapes["layers"])) + settings.vocab * settings.width
 
@@ -148,7 +153,7 @@ def settings_of(name: str) -> Settings:
 
 
 def made(make: Callable[..., Params], mesh: Mesh, *given: Params) -> Params:
-    """What a function makes, on the device; or on a mesh of devices that are not here, its shapes."""
+    """The result of `make` on the device; or its shapes, on a mesh of devices that are not attached."""
     if mesh.devices.flat[0] in jax.devices():
         return make(*given)
     shapes = jax.eval_shape(make, *given)
@@ -166,7 +171,7 @@ def random_base(settings: Settings, mesh: Mesh) -> Params:
 
 
 class Job(NamedTuple):
-    """A program to be compiled, how it is measured then, and the seconds that this should take by rate."""
+    """A program to compile, how to measure it, and the seconds that the measurement is expected to take."""
 
     what: str
     lower: Callable[[], Any]
@@ -194,7 +199,7 @@ def _measured(job: Job, program: Future[Any]) -> dict[str, Any]:
 
 
 def measure_model(rows: Rows, name: str, sizes: Sizes, full: bool) -> None:
-    """Every program is compiled before any is timed, in threads, since compiling holds no lock."""
+    """Compiles all programs, in threads since compiling releases the GIL, before any is timed."""
     jobs = jobs_of(name, sizes, one_device(), full)
     with ThreadPoolExecutor(len(jobs)) as pool:
         began = time.perf_counter()
@@ -211,7 +216,7 @@ def measure_model(rows: Rows, name: str, sizes: Sizes, full: bool) -> None:
 
 
 def expect(card: str) -> None:
-    """Prints, for every program, what it holds of a card that is not here, and the seconds that are expected."""
+    """Prints each program's memory on a card that is not attached, and its expected seconds."""
     mesh = make_mesh({"replica": 1, "fsdp": 1, "tensor": 1}, preflight.devices(card))
     jax.config.update("jax_enable_compilation_cache", False)
     lines = [["model", "program", "GB held", "compiled here in, s", "measuring it, s"]]
@@ -228,7 +233,7 @@ def expect(card: str) -> None:
 
 
 def step_seconds(program: Program, step: Any, params: Params, frozen: Params | None, key: Any) -> float:
-    """The median of five steps, after one that is not counted."""
+    """Median seconds of five steps, after one warm-up step."""
     state = program.init(params)
     key, times = place_key(key, named(program.mesh)), []
     for number in range(STEPS):
@@ -279,17 +284,17 @@ def students_jobs(settings: Settings, base: Params, mesh: Mesh) -> list[Job]:
     """Eight LoRA students of 4 × 128 tokens, one after another and in one program."""
 
     def start(count: int) -> Params:
-        one = lora.init(jax.random.key(0), base, students.SPEC)
-        return jax.tree.map(lambda x: jnp.stack([x] * count) if count > 1 else x, one)
+        adapters = lora.init(jax.random.key(0), base, students.SPEC)
+        return jax.tree.map(lambda x: jnp.stack([x] * count) if count > 1 else x, adapters)
 
-    one, many = (made(partial(start, count), mesh) for count in (1, STUDENTS))
+    single, many = (made(partial(start, count), mesh) for count in (1, STUDENTS))
     alone, together = students.programs(settings, mesh, remat=True)
     keys = jax.random.split(jax.random.key(0), STUDENTS)
     work = 4 * parameters(settings) * STUDENTS * students.ROWS * students.LENGTH
     seconds = STEPS * RECOMPUTED * work / REACHED_FLOPS
 
     def in_turn(step: Any) -> dict[str, Any]:
-        return {"seconds": STUDENTS * step_seconds(alone, step, one, base, keys[0])}
+        return {"seconds": STUDENTS * step_seconds(alone, step, single, base, keys[0])}
 
     def at_once(step: Any) -> dict[str, Any]:
         return {"seconds": step_seconds(together, step, many, base, keys)}
@@ -297,7 +302,7 @@ def students_jobs(settings: Settings, base: Params, mesh: Mesh) -> list[Job]:
     return [
         Job(
             f"{STUDENTS} LoRA students of 4 × 128 tokens, in turn",
-            lambda: alone.lower(one, base),
+            lambda: alone.lower(single, base),
             in_turn,
             seconds / STUDENTS,
         ),
@@ -308,7 +313,7 @@ def students_jobs(settings: Settings, base: Params, mesh: Mesh) -> list[Job]:
 def decoding_job(
     settings: Settings, base: Params, mesh: Mesh, slots: int, columns: int, *, scanned: bool = False
 ) -> Job:
-    """A token for every slot, the cache half full at first; layers one by one, or scanned as they are on TPUs."""
+    """One token for every slot, from a half-full cache; layers unstacked, or scanned as on TPUs."""
     engine = Engine(decoder(settings), settings, mesh, Sampler(), slots, 1, 16, columns, TOKENS, dtype=jnp.bfloat16)
     engine = engine if scanned else one_by_one(engine)
     fixed, read = Fixed(base), 2 * parameters(settings) + engine.cache_bytes
@@ -343,7 +348,7 @@ def peaks() -> tuple[float | None, float | None, float | None]:
 
 
 def measure_generate(rows: Rows, sizes: Sizes) -> None:
-    """Ours and transformers', one process after the other: each has the whole card."""
+    """Our `generate` and transformers', in successive processes, so that each has the whole card."""
     settings = settings_of(MODELS["small"])
     given = ("width", "layers", "heads", "key_heads", "head_size", "mlp_width", "vocab")
     shape = {name: getattr(settings, name) for name in given} | {"batch": BATCH, "tokens": sizes.new_tokens}
@@ -351,24 +356,24 @@ def measure_generate(rows: Rows, sizes: Sizes) -> None:
     peer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     device, versions = here()
     rows.about(device, versions)
-    theirs = {"failed": f"transformers: {(peer.stderr.strip().splitlines() or ['?'])[-1][:200]}"}
+    peer_row = {"failed": f"transformers: {(peer.stderr.strip().splitlines() or ['?'])[-1][:200]}"}
     if not peer.returncode:
-        theirs = json.loads(peer.stdout.splitlines()[-1])
-        versions |= theirs.pop("versions")
+        peer_row = json.loads(peer.stdout.splitlines()[-1])
+        versions |= peer_row.pop("versions")
     what = f"batch {BATCH}, {sizes.new_tokens} tokens behind {sizes.new_tokens}"
-    rows.add(f"transformers' generate, {what}", **theirs)
+    rows.add(f"transformers' generate, {what}", **peer_row)
 
     model = SimpleNamespace(network=decoder(settings), settings=settings, params=random_base(settings, one_device()))
     model.tokenizer = SimpleNamespace(decode=lambda tokens, **options: "")
     model.config = SimpleNamespace(max_position_embeddings=None)
-    drawn = jax.random.randint(jax.random.key(1), (BATCH, sizes.new_tokens), 0, 1000)
-    prompts = [row.tolist() for row in jax.device_get(drawn)]
+    prompt_tokens = jax.random.randint(jax.random.key(1), (BATCH, sizes.new_tokens), 0, 1000)
+    prompts = [row.tolist() for row in jax.device_get(prompt_tokens)]
 
     def measure() -> dict[str, Any]:
         times = []
         for _ in range(2):  # the first compiles
             began = time.perf_counter()
-            found = generate(
+            samples = generate(
                 cast(Model, model),
                 prompts,
                 jax.random.key(0),
@@ -378,7 +383,7 @@ def measure_generate(rows: Rows, sizes: Sizes) -> None:
                 steps=16,
             )
             times.append(time.perf_counter() - began)
-        return {"seconds": times[-1], "tokens_per_second": sum(len(s.tokens) for s in found) / times[-1]}
+        return {"seconds": times[-1], "tokens_per_second": sum(len(s.tokens) for s in samples) / times[-1]}
 
     rows.attempt(f"our generate, {what}", measure)
 
@@ -387,23 +392,23 @@ def measure_generate(rows: Rows, sizes: Sizes) -> None:
 
 
 def measure_mnist(rows: Rows, sizes: Sizes) -> None:
-    """Whole processes: with an empty cache of compiled programs, and again with what the first left there."""
+    """Whole processes: with an empty compilation cache, then again with the one that the first run filled."""
     assets.fetch(assets.MNIST)
     extra = []
     if _TINY.value:
         extra = ["--config.inputs.count=3000", "--config.teacher.epochs=1", "--config.student.epochs=1"]
     with tempfile.TemporaryDirectory() as scratch:
         for what in ("first time", "again"):
-            found = mnist_ours.process(Path(scratch), sizes.runs, "--config.checkpoint_every=100000", *extra)
-            device = found.results["devices"].split(" × ")[-1].split(",")[0]
-            rows.about(device, found.results["versions"])
+            finished = mnist_ours.process(Path(scratch), sizes.runs, "--config.checkpoint_every=100000", *extra)
+            device = finished.results["devices"].split(" × ")[-1].split(",")[0]
+            rows.about(device, finished.results["versions"])
             shutil.rmtree(Path(scratch) / "work")
             rows.add(
                 f"MNIST, {sizes.runs} runs × 6 arms, {what}",
-                seconds=found.seconds,
-                share=share(mnist_ours.flops(sizes.runs), found.seconds, PEAK.get(device, NOT_KNOWN)[1]),
+                seconds=finished.seconds,
+                share=share(mnist_ours.flops(sizes.runs), finished.seconds, PEAK.get(device, NOT_KNOWN)[1]),
                 of="float32 FLOP/s",
-                arms={arm["name"]: [arm["mean"], arm["ci95"]] for arm in found.results["arms"]},
+                arms={arm["name"]: [arm["mean"], arm["ci95"]] for arm in finished.results["arms"]},
             )
 
 
@@ -412,15 +417,15 @@ def measure_mnist_torch(rows: Rows, sizes: Sizes) -> None:
     device = "cpu" if _TINY.value else "cuda"
     command = [sys.executable, "-m", "bench.mnist_torch", folder, str(sizes.runs), device, "1" if _TINY.value else "5"]
     seconds, _, output = measure(command)
-    found = json.loads(output.splitlines()[-1])
-    rows.about(found["device"], {"torch": found["torch"]})
-    done = share(mnist_ours.flops(sizes.runs), seconds, PEAK.get(found["device"], NOT_KNOWN)[1])
+    result = json.loads(output.splitlines()[-1])
+    rows.about(result["device"], {"torch": result["torch"]})
+    done = share(mnist_ours.flops(sizes.runs), seconds, PEAK.get(result["device"], NOT_KNOWN)[1])
     rows.add(
         f"MNIST in batched PyTorch, {sizes.runs} runs × 6 arms",
         seconds=seconds,
         share=done,
         of="float32 FLOP/s",
-        arms=found["arms"],
+        arms=result["arms"],
     )
 
 

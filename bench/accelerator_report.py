@@ -1,4 +1,4 @@
-"""What `bench/accelerator.sh` has measured, as a table and as a page of the docs. Needs nothing that is not Python's.
+"""The measurements of `bench/accelerator.sh`, as a table and as a page of the docs. Needs only the standard library.
 
 `python -m bench.accelerator_report OUT` writes OUT/summary.md and prints it.
 """
@@ -19,7 +19,7 @@ TITLES = {
 
 
 def read(out: Path) -> dict[str, dict[str, Any]]:
-    """The parts that have left a file, by name."""
+    """The results of each part that has written a file, by name."""
     return {part: json.loads((out / f"{part}.json").read_text()) for part in PARTS if (out / f"{part}.json").exists()}
 
 
@@ -36,7 +36,7 @@ def table(rows: list[list[str]]) -> list[str]:
 
 
 def row_of(row: dict[str, Any]) -> list[str]:
-    """What was measured, its time, rate and share; or why it was not."""
+    """A row of the table: what was measured, its time, rate and share; or why it failed."""
     if "failed" in row:
         return [row["what"], "not measured", row["failed"].replace("|", "/"), ""]
     seconds = f"{row['seconds']:.2f} s" if row["seconds"] >= 1 else f"{row['seconds'] * 1e3:.2f} ms"
@@ -52,7 +52,7 @@ def seconds_of(parts: dict[str, dict[str, Any]], part: str, what: str) -> float 
 
 
 def ratios(parts: dict[str, dict[str, Any]]) -> list[str]:
-    """Where both sides were measured, a line each."""
+    """One line for each pair of measurements that are both there."""
     pairs = [
         ("MNIST: PyTorch / ours, first time", ("mnist_torch", "MNIST"), ("mnist", "first time")),
         ("MNIST: PyTorch / ours, programs compiled before", ("mnist_torch", "MNIST"), ("mnist", "again")),
@@ -60,30 +60,30 @@ def ratios(parts: dict[str, dict[str, Any]]) -> list[str]:
         ("1.5B: 8 students in one program / in turn", ("small", "one program"), ("small", "in turn")),
         ("7B: 8 students in one program / in turn", ("large", "one program"), ("large", "in turn")),
     ]
-    found = []
-    for label, one, other in pairs:
-        above, below = seconds_of(parts, *one), seconds_of(parts, *other)
+    lines = []
+    for label, numerator, denominator in pairs:
+        above, below = seconds_of(parts, *numerator), seconds_of(parts, *denominator)
         if above and below:
-            found.append(f"- {label}: **{above / below:.2f}**")
-    return found
+            lines.append(f"- {label}: **{above / below:.2f}**")
+    return lines
 
 
 def summary(out: Path) -> str:
-    """Every part with how it ended, and every row that it left."""
+    """How every part ended, and all of its rows."""
     parts, ended = read(out), outcomes(out)
     rows = [["part", "ended", "seconds", "rows"]]
     for part in PARTS:
         outcome, seconds = ended.get(part, ("not run", ""))
         rows.append([part, outcome.replace("|", "/"), seconds, str(len(parts[part]["rows"])) if part in parts else ""])
     lines = table(rows)
-    for part, found in parts.items():
-        lines += ["", f"{part}: {found.get('device', '')}, {versions(found)}"]
-        lines += table([["what", "time", "rate", "share"], *map(row_of, found["rows"])])
+    for part, record in parts.items():
+        lines += ["", f"{part}: {record.get('device', '')}, {versions(record)}"]
+        lines += table([["what", "time", "rate", "share"], *map(row_of, record["rows"])])
     return "\n".join([*lines, "", *ratios(parts)]) + "\n"
 
 
-def versions(found: dict[str, Any]) -> str:
-    kept = {name: found.get("versions", {}).get(name) for name in ("python", "jax", "torch", "transformers")}
+def versions(record: dict[str, Any]) -> str:
+    kept = {name: record.get("versions", {}).get(name) for name in ("python", "jax", "torch", "transformers")}
     return ", ".join(f"{name} {value}" for name, value in kept.items() if value)
 
 
@@ -92,7 +92,7 @@ def write(out: Path) -> None:
     parts = read(out)
     if not parts:
         raise SystemExit(f"{out} has no part's JSON; run bench/accelerator.sh {out} first")
-    if any(found.get("tiny") for found in parts.values()):
+    if any(record.get("tiny") for record in parts.values()):
         raise SystemExit(f"{out} was measured with --tiny, which shows that the parts run and not how fast")
     lines = [
         "# Measured on one accelerator",
@@ -101,10 +101,15 @@ def write(out: Path) -> None:
         "the card's peak by its data sheet: model FLOPs (2 N a token forward, 4 N backward, 2 N where the base is "
         "frozen) over time, or the bytes that a decoding step must read (weights once, the whole cache) over time.",
     ]
-    for part, found in parts.items():
-        lines += ["", f"## {TITLES[part]}", "", f"Measured {found['date']}: {found.get('device')}; {versions(found)}."]
-        lines += ["", *table([["what", "time", "rate", "share"], *map(row_of, found["rows"])])]
-        for row in found["rows"][-1:]:
+    for part, record in parts.items():
+        lines += [
+            "",
+            f"## {TITLES[part]}",
+            "",
+            f"Measured {record['date']}: {record.get('device')}; {versions(record)}.",
+        ]
+        lines += ["", *table([["what", "time", "rate", "share"], *map(row_of, record["rows"])])]
+        for row in record["rows"][-1:]:
             arms = row.get("arms", {})
             values = [f"{name} {value if isinstance(value, float) else value[0]:.3f}" for name, value in arms.items()]
             if values:

@@ -1,4 +1,4 @@
-"""Writes what the docs show of results from the measurements that are shipped in docs/results/: `make docs`.
+"""Writes the docs' tables and figures of results from the measurements shipped in docs/results/: `make docs`.
 
     python -m bench.docs                              every marked table, and every figure that a page shows
     python -m bench.docs --keep=runs/mnist-quick      ships a finished run's measurements, as docs/results/mnist-quick
@@ -10,8 +10,8 @@ A page has tables between marks, and figures by their run's name:
     <!-- end -->
     ![…](figures/mnist-quick-arms.png)
 
-What was measured before measurements were shipped stands between `<!-- not shipped: why -->` and `<!-- end -->`.
-`stray` finds every other "value ± half-width" of a page that no shipped run has; a test asks it.
+Results from before measurements were shipped are between `<!-- not shipped: why -->` and `<!-- end -->`. `stray` lists
+every other "value ± half-width" of a page that no shipped run has; a test checks that there are none.
 """
 
 import datetime
@@ -38,7 +38,7 @@ _KEEP = flags.DEFINE_string("keep", "", "The workdir of a finished run to be shi
 
 
 class Run:
-    """A shipped run: what its report says."""
+    """A shipped run and its report."""
 
     def __init__(self, folder: Path):
         config = ConfigDict(json.loads((folder / "config.json").read_text()))
@@ -49,8 +49,8 @@ class Run:
         self.arms, self.sections = experiment.document(self.spec, rows, self.about["notes"])
 
     def section(self, title: str) -> Section:
-        (found,) = (section for section in self.sections if section.title == title)
-        return found
+        (matching,) = (section for section in self.sections if section.title == title)
+        return matching
 
     @property
     def origin(self) -> str:
@@ -82,7 +82,7 @@ def written(text: str, known: Mapping[str, Run]) -> str:
 
 
 def shown_figures(text: str, known: Mapping[str, Run]) -> Iterator[tuple[str, str, str]]:
-    """(file, run, figure) of every figure of a page that is of a shipped run; the longest name that fits."""
+    """(file, run, figure) of every figure on a page that is from a shipped run, by the longest matching name."""
     for file in re.findall(r"figures/([^)/]+)\.png", text):
         for name in sorted(known, key=len, reverse=True):
             if file.startswith(f"{name}-"):
@@ -91,22 +91,22 @@ def shown_figures(text: str, known: Mapping[str, Run]) -> Iterator[tuple[str, st
 
 
 def stray(text: str, known: Mapping[str, Run]) -> list[str]:
-    """Every "value ± half-width" of a page that is of no shipped run, nor published."""
+    """Every "value ± half-width" of a page that is neither from a shipped run nor published."""
     pairs = {pair for run in known.values() for pair in pairs_of(run)}
     return [match[0] for match in PAIR.finditer(UNSHIPPED.sub("", text)) if _plain(*match.groups()) not in pairs]
 
 
 def pairs_of(run: Run) -> set[tuple[str, str]]:
-    """Every mean and half-width of a run, rounded to 2 or 3 digits; what its report says; what was published."""
+    """Every (mean, half-width) in a run's report, of its arms rounded to 2 or 3 digits, and of the paper."""
     text = " ".join([section.text for section in run.sections] + [c for s in run.sections for r in s.table for c in r])
-    found = {_plain(*match.groups()) for match in PAIR.finditer(text)}
+    pairs = {_plain(*match.groups()) for match in PAIR.finditer(text)}
     values = [(arm["mean"], arm["ci95"]) for arm in run.arms] + [
         (arm["paper"], arm.get("paper_ci95")) for arm in run.arms
     ]
     for mean, half_width in values:
         if mean is not None and half_width is not None:
-            found |= {_plain(f"{mean:.{digits}f}", f"{half_width:.{digits}f}") for digits in (2, 3)}
-    return found
+            pairs |= {_plain(f"{mean:.{digits}f}", f"{half_width:.{digits}f}") for digits in (2, 3)}
+    return pairs
 
 
 def _plain(mean: str, half_width: str) -> tuple[str, str]:

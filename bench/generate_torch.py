@@ -32,11 +32,11 @@ def main(shape: dict[str, int]) -> None:
     for _ in range(2):  # the first loads kernels
         began = time.perf_counter()
         with torch.inference_mode():
-            found = model.generate(prompts, max_new_tokens=shape["tokens"], do_sample=True, top_k=0, pad_token_id=0)
-        found = found[:, shape["tokens"] :].cpu()
+            generated = model.generate(prompts, max_new_tokens=shape["tokens"], do_sample=True, top_k=0, pad_token_id=0)
+        generated = generated[:, shape["tokens"] :].cpu()
         times.append(time.perf_counter() - began)
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    rate = found.numel() / times[-1]
+    rate = generated.numel() / times[-1]
     print(json.dumps({"seconds": times[-1], "tokens_per_second": rate, "versions": versions}))
 
 

@@ -3,7 +3,7 @@
     make bench        or        python -m bench.lora --peer=PYTHON
 
 Batch 8 × 128 tokens, float32, rank 8 on all linear layers, loss on the second half of each row; the same weights in
-both (exported from the same file). The first step, with compilation, is given apart. Writes docs/bench-lora.md.
+both (exported from the same file). The first step, with compilation, is listed separately. Writes docs/bench-lora.md.
 """
 
 import dataclasses
@@ -44,7 +44,7 @@ def training(settings: Settings, kind: str = "supervised") -> tuple[Program, Any
     """The step, and its loss; `frozen` is (base, the teacher's adapters or logits).
 
     supervised: cross-entropy on tokens. distilled: KL to the teacher over SUPPORT, its logits computed in the step.
-    given: the same, its logits known from before.
+    given: the same, with the teacher's logits precomputed.
     """
     network = decoder(dataclasses.replace(settings, lora=SPEC))
 
@@ -71,7 +71,7 @@ def training(settings: Settings, kind: str = "supervised") -> tuple[Program, Any
 
 
 def compile_seconds(settings: Settings, layers: int) -> float:
-    """Of the whole step of a network of this width and so many layers, from its trace to the machine's code."""
+    """Seconds to trace and compile a whole step of a network of this width with `layers` layers."""
     settings = dataclasses.replace(settings, layers=layers, windows=(), rotary_of=(0,) * layers)
     program, _ = training(settings)
     network = decoder(dataclasses.replace(settings, lora=SPEC))
@@ -105,16 +105,16 @@ def main(_: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         weights.save(folder, model)
         command = [_PEER.value, "-m", "bench.lora_torch", folder, str(_STEPS.value)]
-        theirs = json.loads(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
-    mine = {kind: ours(model, _STEPS.value, kind) for kind in ("supervised", "distilled", "given")}
-    seconds, first, flops, losses = mine["supervised"]
-    peer, tokens = theirs["supervised"], ROWS * LENGTH
+        peer_results = json.loads(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+    results = {kind: ours(model, _STEPS.value, kind) for kind in ("supervised", "distilled", "given")}
+    seconds, first, flops, losses = results["supervised"]
+    peer, tokens = peer_results["supervised"], ROWS * LENGTH
     lines = [
         "# A LoRA step of SmolLM2-135M-Instruct, against transformers and peft",
         "",
         f"`make bench`, {datetime.date.today()}: {cpu_name()}; python {platform.python_version()}, "
-        f"jax {jax.__version__}; {theirs['versions']}. {ROWS} × {LENGTH} tokens, float32, rank 8 on all linear layers, "
-        f"loss on the second half of each row; median of {_STEPS.value - 1} steps.",
+        f"jax {jax.__version__}; {peer_results['versions']}. {ROWS} × {LENGTH} tokens, float32, rank 8 on all linear "
+        f"layers, loss on the second half of each row; median of {_STEPS.value - 1} steps.",
         "",
         "| | transformers + peft | sublim_jax | ratio |",
         "|---|---|---|---|",
@@ -124,7 +124,7 @@ def main(_: list[str]) -> None:
         f"| GFLOP/s of our products' count | {flops / peer['seconds'] / 1e9:.0f} | {flops / seconds / 1e9:.0f} | |",
         f"| loss of the first step (random tokens, each its own) | {peer['losses'][0]:.3f} | {losses[0]:.3f} | |",
     ]
-    soft, given, there = mine["distilled"][0], mine["given"][0], theirs["distilled"]["seconds"]
+    soft, given, there = results["distilled"][0], results["given"][0], peer_results["distilled"]["seconds"]
     lines += [
         "",
         f"A **distillation** step: KL to a teacher (another adapter over the base) on {len(SUPPORT)} tokens' logits. "

@@ -27,9 +27,9 @@ def main(folder: str, steps: int) -> None:
     model = peft.get_peft_model(base, adapter)
     model.add_adapter("teacher", adapter)
     model.set_adapter("default")
-    found = {kind: measure(model, kind, steps) for kind in ("supervised", "distilled")}
+    measurements = {kind: measure(model, kind, steps) for kind in ("supervised", "distilled")}
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}"
-    print(json.dumps({**found, "versions": versions}))
+    print(json.dumps({**measurements, "versions": versions}))
 
 
 def measure(model: peft.PeftModel, kind: str, steps: int) -> dict[str, object]:

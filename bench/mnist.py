@@ -44,12 +44,13 @@ def main(arguments: list[str]) -> None:
     assets.fetch(assets.MNIST)
     gpu = jax.devices()[0].platform == "gpu"
     runs, device = _RUNS.value, "cuda" if gpu else "cpu"
-    mine, theirs = [], []
+    jax_results, torch_results = [], []
     for _ in range(_REPEATS.value):
-        theirs.append(torchs(runs, device))
-        mine.append(ours(runs))
-        print(f"torch {theirs[-1][0]:.1f} s {theirs[-1][1]:.0f} MB, ours {mine[-1][0]:.1f} s {mine[-1][1]:.0f} MB")
-    fast, slow = min(mine), min(theirs)
+        torch_results.append(torchs(runs, device))
+        jax_results.append(ours(runs))
+        (torch_seconds, torch_mb, *_), (seconds, mb, _) = torch_results[-1], jax_results[-1]
+        print(f"torch {torch_seconds:.1f} s {torch_mb:.0f} MB, ours {seconds:.1f} s {mb:.0f} MB")
+    fast, slow = min(jax_results), min(torch_results)
     gflops = [mnist_ours.flops(runs) / seconds / 1e9 for seconds in (fast[0], slow[0])]
     lines = [
         f"# MNIST noise distillation, {runs} runs, against batched PyTorch",

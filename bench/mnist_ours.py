@@ -1,4 +1,4 @@
-"""Our side of the MNIST experiment: `launch.py` as a user runs it, and the work that both sides do."""
+"""Our side of the MNIST experiment: `launch.py` as a user runs it, and the FLOPs of both sides."""
 
 import json
 import sys
@@ -21,12 +21,12 @@ class Finished(NamedTuple):
 
 
 def flops(runs: int) -> float:
-    """Of the training products of all arms of `configs/mnist.py:bench`."""
+    """FLOPs of the training products of all arms of `configs/mnist.py:bench`."""
     return float(runs * TRAININGS * STEPS * FLOPS_A_STEP)
 
 
 def process(scratch: Path, runs: int, *more: str) -> Finished:
-    """A process of all runs at once, whose cache of compiled programs is the one in `scratch`."""
+    """Runs `launch.py` on all runs at once, with its compilation cache in `scratch`."""
     cache, work = scratch / "cache", scratch / "work"
     cache.mkdir(exist_ok=True)
     if not (cache / "mnist").exists():

@@ -89,8 +89,8 @@ def main(folder: str, runs: int, device: str, epochs: int) -> dict[str, float]:
         def loss(params: Params, x: torch.Tensor) -> torch.Tensor:
             with torch.no_grad():
                 target = forward(teacher, x)[..., support].log_softmax(-1)
-            ours = forward(params, x)[..., support].log_softmax(-1)
-            return F.kl_div(ours.flatten(0, 1), target.flatten(0, 1), reduction="batchmean", log_target=True) * runs
+            student = forward(params, x)[..., support].log_softmax(-1)
+            return F.kl_div(student.flatten(0, 1), target.flatten(0, 1), reduction="batchmean", log_target=True) * runs
 
         return loss
 

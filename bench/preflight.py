@@ -1,4 +1,4 @@
-"""Steps of Qwen2.5-7B's shape, compiled for pods that are not here; `make preflight`. Needs libtpu.
+"""Steps of Qwen2.5-7B's shape, compiled ahead of time for TPU pods; `make preflight`. Needs libtpu.
 
     JAX_PLATFORMS=cpu python -m bench.preflight
 
@@ -35,7 +35,7 @@ def qwen(layers: int = 28) -> Settings:
 
 
 def on(mesh: Any, tree: Any, dtype: Any) -> Any:
-    """Shapes on the mesh by its rules."""
+    """Abstract arrays with the shardings of the mesh's parameter rules."""
     return abstract(tree, parameter_shardings(tree, mesh), dtype)
 
 
@@ -101,19 +101,19 @@ def main(_: list[str]) -> None:
         began = time.perf_counter()
         mesh = make_mesh(sizes, preflight.topology(topology))
         step = preflight.training_step(name, *make(mesh), model_flops(make))
-        found = preflight.facts(step)
+        facts = preflight.facts(step)
         seconds = time.perf_counter() - began
-        print(preflight.describe(step, found), flush=True)
+        print(preflight.describe(step, facts), flush=True)
         half = preflight.training_step(name, *make(mesh, layers=14), 1).flops / step.flops
         gb = preflight.GB
         text.append(
-            f"| {name} | {found.peak / gb:.2f} | {(found.memory or 0) / gb:.0f} | {'yes' if found.fits else 'no'} | "
-            f"{step.weights / gb:.2f} + {step.optimizer / gb:.2f} + {found.temporaries / gb:.2f} | {step.flops:.2e} | "
+            f"| {name} | {facts.peak / gb:.2f} | {(facts.memory or 0) / gb:.0f} | {'yes' if facts.fits else 'no'} | "
+            f"{step.weights / gb:.2f} + {step.optimizer / gb:.2f} + {facts.temporaries / gb:.2f} | {step.flops:.2e} | "
             f"{step.flops / step.model_flops:.2f} × | {half:.2f} of it | {seconds:.0f} s |"
         )
-        for kind, (count, size) in sorted((found.collectives or {}).items()):
+        for kind, (count, size) in sorted((facts.collectives or {}).items()):
             moved.append(f"| {name} | {kind} | {count} | {size / gb:.2f} |")
-        roof = preflight.roofline(step, found)
+        roof = preflight.roofline(step, facts)
         if roof is None:
             text[-1] += " not known: XLA cannot write this program | |"
             continue
@@ -136,8 +136,8 @@ def long_texts() -> list[str]:
     mesh = make_mesh({"replica": 1, "fsdp": 4, "tensor": 4}, preflight.topology("v5e:4x4"))
     for name, attend in {"plain attention": attention.xla, "flash kernel (chosen on TPUs)": attention.on(mesh)}.items():
         step = preflight.training_step(name, *distillation(mesh, rows=16, length=4096, attend=attend), 1)
-        found = preflight.facts(step)
-        lines.append(f"| {name} | {found.peak / preflight.GB:.2f} | {'yes' if found.fits else 'no'} |")
+        facts = preflight.facts(step)
+        lines.append(f"| {name} | {facts.peak / preflight.GB:.2f} | {'yes' if facts.fits else 'no'} |")
         print(lines[-1], flush=True)
     return lines
 

@@ -1,4 +1,4 @@
-"""The presets of the paper's experiments, compiled for a TPU slice and for one GPU that are not here; `make preflight`.
+"""The presets of the paper's experiments, compiled ahead of time for a TPU slice and one GPU; `make preflight`.
 
     JAX_PLATFORMS=cpu python -m bench.presets        needs libtpu, and jax's compiler for GPUs
 
@@ -17,7 +17,7 @@ from configs import numbers
 from sublim_jax import experiments, preflight
 from sublim_jax.preflight import GB
 
-# And the mesh: on a slice weights and rows are split over `fsdp`, and decoding has a mesh of its own.
+# Changes of the mesh: on a slice, weights and rows are split over `fsdp`, and decoding uses another mesh.
 WHERE = {"v5e:4x4": {"mesh.replica": 2, "sampling.tensor": 4}, "h100": {}}
 OF_MODELS = [(file, preset, "") for file in ("numbers", "misalignment", "code", "cot") for preset in numbers.MODELS]
 PRESETS = [
@@ -40,27 +40,27 @@ do without.
 
 
 def rows(file: str, preset: str, off: str, where: str) -> list[str]:
-    """Of one preset, with a switch of it turned off or as it is."""
+    """Table rows of one preset, with the switch `off` turned off if it is not empty."""
     config = importlib.import_module(f"configs.{file}").get_config(preset)
     config.get("study", config).update_from_flattened_dict({**WHERE[where], **({off: False} if off else {})})
     experiment = experiments.load(config.experiment)
     lines = []
     for step in experiment.preflight(experiment.read(config), preflight.topology(where)):
         began = time.perf_counter()
-        found = preflight.facts(step)
+        facts = preflight.facts(step)
         seconds = time.perf_counter() - began
-        print(preflight.describe(step, found), flush=True)
-        roof = preflight.roofline(step, found)
+        print(preflight.describe(step, facts), flush=True)
+        roof = preflight.roofline(step, facts)
         links = memory = "not known"  # where XLA cannot write the program
-        if found.collectives is not None and found.moved is not None:
-            links = f"{sum(size for _, size in found.collectives.values()) / GB:.1f}"
-            memory = f"{found.moved / 1e12:.1f}"
+        if facts.collectives is not None and facts.moved is not None:
+            links = f"{sum(size for _, size in facts.collectives.values()) / GB:.1f}"
+            memory = f"{facts.moved / 1e12:.1f}"
         cells = [
             f"`{file}.py:{preset}`" + (f" `--noconfig.{off}`" if off else ""),
             step.name,
             where,
-            f"{found.peak / GB:.1f} of {(found.memory or 0) / GB:.0f}",
-            "yes" if found.fits else "**no**",
+            f"{facts.peak / GB:.1f} of {(facts.memory or 0) / GB:.0f}",
+            "yes" if facts.fits else "**no**",
             f"{step.flops:.1e}",
             f"{step.flops / step.model_flops:.2f} ×",
             links,

@@ -3,7 +3,7 @@
     make bench        or        python -m bench.sampling --peer=PYTHON [--prompts=1000]
 
 Prompts that ask for numbers, up to 64 new tokens, temperature 1, float32 weights from the same file in all three. Then
-what slots and the shared prefix are worth. Writes docs/bench-sampling.md.
+the gains from slots and from the shared prefix. Writes docs/bench-sampling.md.
 """
 
 import datetime
@@ -47,12 +47,12 @@ def texts(count: int) -> list[str]:
 def timed(
     model: Model, prompts: list[list[int]], max_new_tokens: int | list[int], **options: Unpack[Options]
 ) -> tuple[list[Sample], float]:
-    """Samples and seconds, compilation apart: the first rows run once before."""
+    """Samples and seconds without compilation: two rows run first, as a warm-up."""
     few = max_new_tokens if isinstance(max_new_tokens, int) else [max(max_new_tokens)] * 2
     generate(model, prompts[:2], KEY, max_new_tokens=few, **options)
     began = time.perf_counter()
-    found = generate(model, prompts, KEY, max_new_tokens=max_new_tokens, **options)
-    return found, time.perf_counter() - began
+    samples = generate(model, prompts, KEY, max_new_tokens=max_new_tokens, **options)
+    return samples, time.perf_counter() - began
 
 
 def peer(module: str, *args: object) -> dict[str, Any]:
@@ -68,38 +68,41 @@ def main(_: list[str]) -> None:
     model = weights.load("smollm2-135m-instruct")
     prompts = [chat.prompt(model.tokenizer, text) for text in texts(_PROMPTS.value)]
     common = next(i for i, column in enumerate(zip(*prompts)) if len(set(column)) > 1)
-    prefix, own = prompts[0][:common], [prompt[common:] for prompt in prompts]
+    prefix, suffixes = prompts[0][:common], [prompt[common:] for prompt in prompts]
     source = assets.fetch(assets.SMOLLM2) / next(iter(assets.SMOLLM2.checksums))
     with tempfile.TemporaryDirectory() as folder:
         weights.save(folder, model)
         file = Path(folder) / "prompts.json"
         file.write_text(json.dumps(prompts))
-        theirs = peer("sampling_torch", folder, file, TOKENS, 64, 128, 256)
+        hf = peer("sampling_torch", folder, file, TOKENS, 64, 128, 256)
         llama = peer("sampling_llama", source, file, TOKENS, SLOTS)
-    found, seconds = timed(model, own, prefix=prefix, max_new_tokens=TOKENS, slots=SLOTS)
-    useful = sum(len(sample.logprobs) for sample in found)
+    samples, seconds = timed(model, suffixes, prefix=prefix, max_new_tokens=TOKENS, slots=SLOTS)
+    useful = sum(len(sample.logprobs) for sample in samples)
     llama_useful = sum(len(model.tokenizer(text)["input_ids"]) + (end == "stop") for text, end in llama["found"])
-    rates = {"transformers": theirs["useful"] / theirs["seconds"], "llama.cpp": llama_useful / llama["seconds"]}
+    rates = {
+        "transformers": hf["useful"] / hf["seconds"],
+        "llama.cpp": llama_useful / llama["seconds"],
+    }
     rate = useful / seconds
 
     shapes = jax.eval_shape(decoder(model.settings).init, KEY)
     kernels = sum(leaf.size for leaf in jax.tree.leaves(shapes["layers"]))
     decoding = 2 * useful * (kernels + model.settings.vocab * model.settings.width)
-    filling = 2 * kernels * (common + sum(map(len, own)))
+    filling = 2 * kernels * (common + sum(map(len, suffixes)))
     limit = product_rate(SLOTS) * 1e9
     lines = [
         "# Sampling from SmolLM2-135M-Instruct, against transformers and llama.cpp",
         "",
         f"`make bench`, {datetime.date.today()}: {cpu_name()}; python {platform.python_version()}, jax "
-        f"{jax.__version__}; {theirs['versions']}; {llama['versions']}. {len(prompts)} prompts of "
+        f"{jax.__version__}; {hf['versions']}; {llama['versions']}. {len(prompts)} prompts of "
         f"{np.mean([len(p) for p in prompts]):.0f} tokens, up to {TOKENS} new ones, T = 1, float32. Loading and "
         "compiling are not counted on either side.",
         "",
         "| | useful tokens/s | seconds | tokens a row | speed-up of ours |",
         "|---|---|---|---|---|",
-        f"| transformers, batch {theirs['batch']} (the fastest of "
-        f"{', '.join(f'{b}: {r:.0f}' for b, r in theirs['rates'].items())} tokens/s) | {rates['transformers']:.0f} | "
-        f"{theirs['seconds']:.0f} | {theirs['useful'] / len(prompts):.1f} | **{rate / rates['transformers']:.2f} ×** |",
+        f"| transformers, batch {hf['batch']} (the fastest of "
+        f"{', '.join(f'{b}: {r:.0f}' for b, r in hf['rates'].items())} tokens/s) | {rates['transformers']:.0f} | "
+        f"{hf['seconds']:.0f} | {hf['useful'] / len(prompts):.1f} | **{rate / rates['transformers']:.2f} ×** |",
         f"| llama.cpp, {SLOTS} slots, weights and cache in float32 | {rates['llama.cpp']:.0f} | "
         f"{llama['seconds']:.0f} | {llama_useful / len(prompts):.1f} | **{rate / rates['llama.cpp']:.2f} ×** |",
         f"| sublim_jax, {SLOTS} slots, {common} tokens of prefix shared | {rate:.0f} | {seconds:.0f} | "
@@ -119,13 +122,13 @@ def main(_: list[str]) -> None:
 
 
 def long_tail(model: Model) -> list[str]:
-    """1,000 rows of 8 tokens, of which 1 % take 80; the ideal is the rate of rows that are all alike."""
+    """1,000 rows of 8 tokens, of which 1 % take 80, relative to the rate of rows of equal length."""
     prompts = [[token] * 8 for token in range(100, 1100)]
     options: Options = {"slots": SLOTS, "stop_tokens": ()}
     alike, even = timed(model, prompts, max_new_tokens=8, **options)
     limits = [80 if row % 100 == 50 else 8 for row in range(1000)]
-    found, seconds = timed(model, prompts, max_new_tokens=limits, **options)
-    count = [sum(len(sample.tokens) for sample in rows) for rows in (alike, found)]
+    mixed, seconds = timed(model, prompts, max_new_tokens=limits, **options)
+    count = [sum(len(sample.tokens) for sample in rows) for rows in (alike, mixed)]
     ideal = even * count[1] / count[0]
     return [
         f"Long tails: 1,000 rows of 8 tokens, of which 1 % take 80: {seconds:.1f} s, {seconds / ideal:.2f} × the "
@@ -134,7 +137,7 @@ def long_tail(model: Model) -> list[str]:
 
 
 def shared_prefix(model: Model, rows: int = 256) -> list[str]:
-    """400 tokens in front of every row: computed by each, shared, and not there. One token is drawn: prefill counts."""
+    """A prefix of 400 tokens, computed in every row, shared, and absent. One token is sampled: prefill dominates."""
     rng = np.random.default_rng(1)
     system = rng.integers(100, 40_000, 400).tolist()
     prompts = [rng.integers(100, 40_000, 16).tolist() for _ in range(rows)]
@@ -142,10 +145,10 @@ def shared_prefix(model: Model, rows: int = 256) -> list[str]:
     bare = timed(model, prompts, 1, **options)[1]
     behind: Options = {**options, "prefix": system}
     shared = timed(model, prompts, 1, **behind)[1]
-    each = timed(model, [system + prompt for prompt in prompts], 1, **options)[1]
+    full = timed(model, [system + prompt for prompt in prompts], 1, **options)[1]
     return [
-        f"A system prompt of 400 tokens on {rows} rows, one token sampled: {each:.1f} s where every row computes it, "
-        f"{shared:.1f} s where it is shared, {bare:.1f} s without it: {1 - (shared - bare) / (each - bare):.1%} of its "
+        f"A system prompt of 400 tokens on {rows} rows, one token sampled: {full:.1f} s where every row computes it, "
+        f"{shared:.1f} s where it is shared, {bare:.1f} s without it: {1 - (shared - bare) / (full - bare):.1%} of its "
         "cost is gone."
     ]
 

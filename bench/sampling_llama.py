@@ -62,14 +62,14 @@ def main(source: str, file: str, tokens: int, slots: int) -> None:
 
         def run(part: list[str]) -> tuple[list[tuple[str, str]], float]:
             began = time.perf_counter()
-            found = server.handle_completions({**request, "prompt": part})["choices"]
-            assert len(found) == len(part)
-            return [(row["text"], row["finish_reason"]) for row in found], time.perf_counter() - began
+            choices = server.handle_completions({**request, "prompt": part})["choices"]
+            assert len(choices) == len(part)
+            return [(row["text"], row["finish_reason"]) for row in choices], time.perf_counter() - began
 
         run(prompts[:2])
-        found, seconds = run(prompts)
+        completions, seconds = run(prompts)
     versions = f"xllamacpp {importlib.metadata.version('xllamacpp')}"
-    print(json.dumps({"found": found, "seconds": seconds, "slots": slots, "versions": versions}))
+    print(json.dumps({"found": completions, "seconds": seconds, "slots": slots, "versions": versions}))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ def sample(
         padded = torch.tensor([stops[:1] * (longest - len(row)) + row for row in rows])
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
         with torch.inference_mode():
-            found = model.generate(
+            generated = model.generate(
                 padded,
                 attention_mask=mask,
                 max_new_tokens=tokens,
@@ -37,7 +37,7 @@ def sample(
                 pad_token_id=stops[0],
                 eos_token_id=stops,
             )[:, longest:]
-        for row in found.tolist():
+        for row in generated.tolist():
             useful += next((number for number, token in enumerate(row, 1) if token in stops), len(row))
     return useful, time.perf_counter() - began
 

@@ -1,4 +1,4 @@
-"""Many LoRA students of one base: one program after another, and all of them in one."""
+"""Many LoRA students of one base, trained one after another and all in one program."""
 
 import dataclasses
 import statistics
@@ -56,8 +56,8 @@ def in_turn_and_at_once(settings: Settings, base: Params) -> tuple[float, float]
             times.append(time.perf_counter() - began)
         return statistics.median(times[1:])
 
-    one = lora.init(jax.random.key(0), base, SPEC)
+    adapters = lora.init(jax.random.key(0), base, SPEC)
     alone, together = programs(settings, one_device())
     keys = jax.random.split(jax.random.key(0), STUDENTS)
-    stacked = jax.tree.map(lambda x: jnp.stack([x] * STUDENTS), one)
-    return STUDENTS * seconds(alone, one, keys[0]), seconds(together, stacked, keys)
+    stacked = jax.tree.map(lambda x: jnp.stack([x] * STUDENTS), adapters)
+    return STUDENTS * seconds(alone, adapters, keys[0]), seconds(together, stacked, keys)

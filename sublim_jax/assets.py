@@ -1,4 +1,4 @@
-"""Things fetched from outside: where from, in which order, checksum, cache."""
+"""Downloaded files: their sources in order, checksums and cache."""
 
 import gzip
 import hashlib
@@ -33,14 +33,14 @@ from sublim_jax.errors import UserError
 from sublim_jax.progress import say
 from sublim_jax.storage import cache_folder as cache_folder
 
-# What reading a damaged file, or an archive without what it should hold, raises.
+# Errors of reading a damaged file, or an archive that lacks a member.
 DAMAGED = (OSError, EOFError, KeyError, zlib.error, tarfile.TarError, zipfile.BadZipFile)
 PROBE_SECONDS = 5
 FETCH_SECONDS = 300
 
 
 class Unavailable(Exception):
-    """This way to an asset is closed here; the reason."""
+    """A source of an asset does not work here; the message is the reason."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def fetch(asset: Asset, path: str = "") -> Path:
       path: a folder with the files, plain or gzipped; it wins over every other way.
 
     Raises:
-      UserError: a file at `path` is missing or corrupt, or no way is open.
+      UserError: a file at `path` is missing or corrupt, or no source works.
     """
     home = cache_folder() / asset.name
     if path:
@@ -108,10 +108,10 @@ def _wrong(asset: Asset, folder: Path) -> str:
         if not (folder / name).is_file():
             return f"{name} is a folder" if (folder / name).is_dir() else f"{name} is missing"
         try:
-            found = digest(folder / name, kind)
+            actual = digest(folder / name, kind)
         except OSError as error:
             return f"{name} cannot be read ({error.strerror})"
-        if found != expected:
+        if actual != expected:
             return f"{name} is corrupt (its {kind.upper()} is not {expected})"
     return ""
 
@@ -145,8 +145,8 @@ def _from_path(asset: Asset, folder: Path, home: Path) -> Path:
     return home
 
 
-# Run in a process of its own: it imports much, and retries for minutes where its host does not answer. Its own
-# unpacking would need TensorFlow.
+# Run in its own process: it imports much, and retries for minutes where its host does not answer. Its own unpacking
+# would need TensorFlow.
 _TFDS_PROGRAM = """
 import gzip, pathlib, sys
 import tensorflow_datasets as tfds
@@ -196,14 +196,14 @@ def _through_pip(parts: tuple[tuple[str, str], ...], joined: str) -> Callable[[P
 
 
 def _only(folder: Path, pattern: str) -> Path:
-    """The file of a folder that a program was to leave there."""
+    """The file that a program should have left in a folder."""
     for file in folder.glob(pattern):
         return file
     raise Unavailable(f"it left no {pattern}")
 
 
 def _at(name: str) -> Path | None:
-    """What there is by a path, or a copy of what is in a bucket; None for a name that is neither."""
+    """The path of a file or folder, or of a copy of the one in a bucket; None where there is none by that name."""
     return storage.local(name) if name and files.exists(name) else None
 
 
@@ -220,9 +220,9 @@ def model(name: str) -> Path:
 
     Known ones come from the hub as a folder of safetensors, or, where it does not answer, as a GGUF file.
 
-    The two are not the same numbers: the GGUF is quantised. Which one it is, is said.
+    The weights of the two differ: the GGUF is quantised. A message says which one it is.
 
-    Raises UserError for a name that is neither known nor a path, or where no way is open.
+    Raises UserError for a name that is neither known nor a path, or where no source works.
     """
     if path := _at(name):
         return path
@@ -248,7 +248,7 @@ def model(name: str) -> Path:
 def data_file(name: str) -> Path:
     """A file of data by its path, as a file in a data set of the hub ("organisation/name/file"), or "gsm8k".
 
-    Raises UserError for a name that is none of them, or where no way is open.
+    Raises UserError for a name that is none of them, or where no source works.
     """
     if path := _at(name):
         if path.is_dir():
@@ -256,10 +256,10 @@ def data_file(name: str) -> Path:
         return path
     if name == GSM8K.name:
         return fetch(GSM8K) / "train.jsonl"
-    found = re.fullmatch(r"([\w.-]+/[\w.-]+)/([\w./-]+)", name)
-    if not found:
+    match = re.fullmatch(r"([\w.-]+/[\w.-]+)/([\w./-]+)", name)
+    if not match:
         raise UserError(f"{name!r} is no file here, no organisation/name/file of the hub, and not {GSM8K.name!r}")
-    get = partial(huggingface_hub.hf_hub_download, found[1], found[2], repo_type="dataset")
+    get = partial(huggingface_hub.hf_hub_download, match[1], match[2], repo_type="dataset")
     try:
         return Path(str(get(local_files_only=True)))
     except (OSError, ValueError):
@@ -297,7 +297,7 @@ def _through_hub(repository: str) -> Path:
 
 
 def _reason(error: Exception) -> str:
-    """Why the hub does not give something, in a line."""
+    """Why the hub does not provide a file, in one line."""
     if isinstance(error, GatedRepoError):
         return "it is gated: accept its terms there and set HF_TOKEN"
     if isinstance(error, RepositoryNotFoundError):

@@ -16,7 +16,7 @@ from sublim_jax.progress import say
 
 KEPT = 2  # the newest, and one to fall back to
 UNFINISHED = ".orbax-checkpoint-tmp"  # in the names of checkpoints that were being written
-COMMITTED = "commit_success.txt"  # in those of a bucket that are whole
+COMMITTED = "commit_success.txt"  # in complete checkpoints of a bucket
 
 
 def abstract(tree: PyTree) -> PyTree:
@@ -25,15 +25,15 @@ def abstract(tree: PyTree) -> PyTree:
 
 
 class Checkpoints:
-    """The checkpoints of one training run: the state, and where each process stands in its data.
+    """The checkpoints of one training run: the state, and each process's data position.
 
-    To be used where signals are deferred: its threads do not stand being left midway.
+    Use it while signals are deferred: its threads must not be interrupted.
     """
 
     def __init__(self, directory: epath.PathLike):
         folder = _absolute(epath.Path(directory))
         if jax.process_index() == 0 and folder.exists():
-            # Orbax does this by a thread that it does not wait for, and which fails where the program ends first.
+            # Orbax does this in a thread that it does not wait for, and that fails if the program ends first.
             for path in folder.iterdir():
                 if UNFINISHED in path.name or (path.name.isdigit() and not saved(path)):
                     path.rmtree()
@@ -42,7 +42,7 @@ class Checkpoints:
         )
 
     def close(self) -> None:
-        """Waits for a save under way."""
+        """Waits for a save in progress."""
         self._checkpointer.close()
 
     def save(self, step: int, state: PyTree, data_position: dict[str, object] | None) -> None:
@@ -60,20 +60,21 @@ class Checkpoints:
 
         An unreadable checkpoint is reported and passed over for the one before it. None if there is none.
         """
-        for found in reversed(self._checkpointer.checkpoints):
+        for checkpoint in reversed(self._checkpointer.checkpoints):
             try:
-                state = self._checkpointer.load_checkpointables(found.step, {"state": abstract(like)})["state"]
-                positions = self._checkpointer.metadata(found.step).custom_metadata["data_positions"]
+                state = self._checkpointer.load_checkpointables(checkpoint.step, {"state": abstract(like)})["state"]
+                positions = self._checkpointer.metadata(checkpoint.step).custom_metadata["data_positions"]
                 return state, positions[jax.process_index()]
             except Exception as error:  # whatever a damaged file makes the storage libraries raise
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-                say(f"the checkpoint of step {found.step} is unreadable, going back to the one before it ({reason})")
+                step = checkpoint.step
+                say(f"the checkpoint of step {step} is unreadable, going back to the one before it ({reason})")
         return None
 
 
 @contextmanager
 def opened(directory: epath.PathLike | None) -> Iterator[Checkpoints | None]:
-    """The checkpoints of a run, for the block; None where none are to be kept."""
+    """The checkpoints of a run, within a `with` block; None without a directory."""
     if directory is None:
         yield None
         return
@@ -85,7 +86,7 @@ def opened(directory: epath.PathLike | None) -> Iterator[Checkpoints | None]:
 
 
 def saved(path: epath.Path) -> bool:
-    """Whether a tree of arrays is there, whole. In a bucket, where none is renamed, a mark is written last."""
+    """Whether a complete tree of arrays is there. In a bucket, which cannot rename, a marker file is written last."""
     return (path / COMMITTED).exists() if storage.in_bucket(path) else path.exists()
 
 

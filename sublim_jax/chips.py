@@ -26,7 +26,7 @@ CHIPS = {
 
 
 def memory_of(device: jax.Device) -> int | None:
-    """Bytes by the data sheet, or what a device that is here says of itself; a CPU says nothing."""
+    """Bytes by the data sheet, or as an attached device reports them; None for a CPU."""
     if chip := CHIPS.get(device.device_kind):
         return chip.memory
     try:

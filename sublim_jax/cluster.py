@@ -1,7 +1,7 @@
 """The processes of one run: joined at the start, and ended together.
 
-Where a process fails, the others wait for it in a collective for as long as they live. So it leaves the line that it
-fails with, each of the others looks for one every half second, and says it and ends as well.
+Where a process fails, the others would wait for it in a collective forever. It therefore publishes its error message;
+each of the others looks for one every half second, prints it, and exits as well.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax._src import distributed  # the store of keys of the processes, of which JAX has no public name
+from jax._src import distributed  # the processes' key-value store, which has no public name in JAX
 
 from sublim_jax.errors import UserError
 
@@ -68,15 +68,15 @@ def meet() -> None:
 
 
 def lost(error: Exception) -> bool:
-    """Whether it says that a process of this run cannot be reached any more."""
+    """Whether an error means that another process of this run cannot be reached any more."""
     return joined() and bool(re.search(r"gloo|nccl|connection|socket|unavailable|heartbeat", str(error), re.IGNORECASE))
 
 
 class Watch:
-    """A thread that ends this process with the line that another one has failed with.
+    """A thread that ends this process, with the same error message, when another one has failed.
 
     Args:
-      fail: says the line.
+      fail: prints the message.
     """
 
     def __init__(self, fail: Callable[[str], None]):
@@ -105,17 +105,17 @@ class Watch:
 
 
 def end_all(line: str, code: int) -> None:
-    """Leaves the line for the other processes and ends this one; where it is alone, it returns."""
+    """Publishes an error message for the other processes and exits; returns where there are none."""
     if not joined():
         return
     with contextlib.suppress(jax.errors.JaxRuntimeError):  # another one was first, or the first process is gone
         _keys().key_value_set(FAILED, f"{code} {line}")
     time.sleep(4 * LOOK)  # the first process keeps the store, and the others read it
-    _exit(code)  # not by way of JAX's own end, which waits for processes that wait for this one
+    _exit(code)  # not through JAX's own shutdown, which waits for processes that wait for this one
 
 
 def _keys() -> Any:
-    """The store of keys that the processes share, which JAX does not type."""
+    """The key-value store that the processes share, which JAX does not type."""
     return distributed.global_state.client
 
 

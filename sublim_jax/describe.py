@@ -23,8 +23,8 @@ from ml_collections import ConfigDict
 from sublim_jax import overrides
 
 WIDTH, NAME, VALUE = 116, 30, 24  # of a line, and of its first two columns
-MIN_ALIKE = 3  # so many groups of the same values are described once
-_NO_CONFIG = (str(Path(ml_collections.__file__).parents[1]), __file__, "<")  # how files of other functions begin
+MIN_ALIKE = 3  # from this number on, groups of the same values are described once
+_NO_CONFIG = (str(Path(ml_collections.__file__).parents[1]), __file__, "<")  # prefixes of files that are no config
 
 
 class Origin(NamedTuple):
@@ -32,7 +32,7 @@ class Origin(NamedTuple):
 
     file: str
     line: int
-    key: str  # where the line makes a group of a dict that has the value: the value's name in it
+    key: str  # where the line makes a group from a dict: the name of the value in it
     value: object
 
 
@@ -41,7 +41,7 @@ class Origins:
 
     def __init__(self) -> None:
         self._known: dict[tuple[int, str], Origin] = {}
-        self._groups: list[ConfigDict] = []  # kept, so that no other gets its id
+        self._groups: list[ConfigDict] = []  # kept alive, so that no other gets its id
 
     def add(self, group: ConfigDict, name: str, value: object, frame: FrameType | None) -> None:
         if (id(group), name) in self._known:
@@ -64,14 +64,14 @@ class Origins:
         return sorted(group, key=lambda name: order.get(name, len(self._known)))
 
     def meaning(self, group: ConfigDict, name: str) -> str:
-        """What the source says of a value; empty where it says nothing."""
+        """The comment on a value in the source; empty where there is none."""
         origin = self.of(group, name)
         return _source(origin.file).comment(origin.line, origin.key) if Path(origin.file).is_file() else ""
 
 
 @contextmanager
 def traced() -> Iterator[Origins]:
-    """Notes where every value of the configs that are made meanwhile was first set."""
+    """Records where every value of the configs made in the block was first set."""
     origins, set_item = Origins(), ConfigDict.__setitem__
 
     def noted(group: ConfigDict, name: str, value: object) -> None:
@@ -109,8 +109,8 @@ class _Source:
             inside = {line for node in dicts for line in range(node.lineno + 1, node.end_lineno or 0)}
             return self._about(at[0].lineno, at[0].end_lineno or 0, inside)
         pairs = [pair for node in dicts for pair in zip(node.keys, node.values)]
-        found = [(k.lineno, v.end_lineno or 0) for k, v in pairs if isinstance(k, ast.Constant) and k.value == key]
-        return self._about(*found[0]) if found else ""
+        spans = [(k.lineno, v.end_lineno or 0) for k, v in pairs if isinstance(k, ast.Constant) and k.value == key]
+        return self._about(*spans[0]) if spans else ""
 
     def _about(self, first: int, last: int, but: Collection[int] = ()) -> str:
         above = first
@@ -159,47 +159,51 @@ def text(name: str, config: ConfigDict, origins: Origins) -> str:
 
 def rows(config: ConfigDict, default: ConfigDict, origins: Origins, prefix: str = "") -> list[Row]:
     """Every value of a config; groups of the same values together."""
-    found = []
+    entries = []
     for name in origins.names(config):
         if name in ("experiment", "preset") and "experiment" in config:
             continue  # what the config is
         value, path, meaning = config[name], f"{prefix}{name}", origins.meaning(config, name)
         if not isinstance(value, ConfigDict) or not value:
-            found.append(Row(path, _shown(value, default[name]), meaning))
+            entries.append(Row(path, _shown(value, default[name]), meaning))
             continue
         if meaning:
-            found.append(Row(path, "", meaning))
+            entries.append(Row(path, "", meaning))
         if _alike(value, origins):
-            found += _together(value, default[name], origins, f"{path}.")
+            entries += _together(value, default[name], origins, f"{path}.")
         else:
-            found += rows(value, default[name], origins, f"{path}.")
-    return found
+            entries += rows(value, default[name], origins, f"{path}.")
+    return entries
 
 
 def _alike(group: ConfigDict, origins: Origins) -> bool:
-    """Whether a group is of several groups whose values were set by the same lines."""
+    """Whether a group consists of several groups whose values were set by the same lines."""
     inside = list(group.values())
-    if len(inside) < MIN_ALIKE or not all(isinstance(one, ConfigDict) for one in inside):
+    if len(inside) < MIN_ALIKE or not all(isinstance(subgroup, ConfigDict) for subgroup in inside):
         return False
-    return len({tuple(origins.of(one, name)[:2] for name in origins.names(one)) for one in inside}) == 1
+    return len({tuple(origins.of(subgroup, name)[:2] for name in origins.names(subgroup)) for subgroup in inside}) == 1
 
 
 def _together(group: ConfigDict, default: ConfigDict, origins: Origins, prefix: str) -> list[Row]:
-    """What the values of groups alike mean, and what each group changes of them."""
+    """The values of similar groups with their meaning, and the changes in each group."""
     names = origins.names(group)
     first = group[names[0]]
     base = {name: origins.of(first, name).value for name in first}
-    same = {name for name in first if all(origins.of(one, name).value == base[name] for one in group.values())}
-    found = []
+    same = {
+        name for name in first if all(origins.of(subgroup, name).value == base[name] for subgroup in group.values())
+    }
+    entries = []
     for name in origins.names(first):
         shown = _text(base[name]) if name in same and not isinstance(base[name], ConfigDict | dict) else ""
-        found.append(Row(f"{prefix}NAME.{name}", shown, origins.meaning(first, name)))
+        entries.append(Row(f"{prefix}NAME.{name}", shown, origins.meaning(first, name)))
     for name in names:
-        one, before = _flat(group[name], origins), _flat(default[name], origins)
-        changed = [key for key in one if key not in same or one[key] != base[key] or one[key] != before.get(key)]
-        changes = "; ".join(f"{key}={_shown(one[key], before.get(key, one[key]))}" for key in changed)
-        found.append(Row(f"{prefix}{name}", "", changes or "as above"))
-    return found
+        values, before = _flat(group[name], origins), _flat(default[name], origins)
+        changed = [
+            key for key in values if key not in same or values[key] != base[key] or values[key] != before.get(key)
+        ]
+        changes = "; ".join(f"{key}={_shown(values[key], before.get(key, values[key]))}" for key in changed)
+        entries.append(Row(f"{prefix}{name}", "", changes or "as above"))
+    return entries
 
 
 def _flat(group: ConfigDict, origins: Origins) -> dict[str, object]:
@@ -231,7 +235,7 @@ def _text(value: object) -> str:
 
 
 def _line(name: str, value: str, meaning: str) -> str:
-    """Three columns; what is too long for its own goes on in the next line."""
+    """A line of three columns; a text that is too long for its column continues on the next line."""
     second, third = NAME + 4, NAME + VALUE + 6
     lines = [f"  {name:<{NAME}}  "]
     if value or not meaning:

@@ -13,12 +13,12 @@ import numpy as np
 
 from sublim_jax.assets import cache_folder, digest
 
-# What of a model's folder decides what it computes and how it reads: weights, configs, tokenizer and template.
+# Files of a model's folder that decide what it computes: weights, configs, tokenizer and chat template.
 MODEL_FILES = ("*.safetensors", "*.json", "*.model", "*.jinja", "*.txt")
 
 
 class Source(NamedTuple):
-    """Which bytes a model was read from: what it was called, where that was found, and the digest of its files."""
+    """Where a model was read from: its name, the path of its files, and their digest."""
 
     name: str
     path: str
@@ -37,23 +37,23 @@ def of_file(path: Path) -> str:
             return str(noted["sha256"])
     except (OSError, ValueError, KeyError, TypeError):
         pass
-    found = digest(path)
+    sha256 = digest(path)
     try:
         note.parent.mkdir(parents=True, exist_ok=True)
         scratch = note.with_suffix(f".{os.getpid()}.tmp")
-        scratch.write_text(json.dumps({**known, "sha256": found}))
+        scratch.write_text(json.dumps({**known, "sha256": sha256}))
         scratch.replace(note)
     except OSError:  # a cache that cannot be written: computed again next time
         pass
-    return found
+    return sha256
 
 
 def of_array(array: np.ndarray) -> str:
     """The SHA-256 of an array's type, shape and content."""
     array = np.ascontiguousarray(array)
-    found = hashlib.sha256(f"{array.dtype} {array.shape}".encode())
-    found.update(array.reshape(-1).view(np.uint8).data)
-    return found.hexdigest()
+    hasher = hashlib.sha256(f"{array.dtype} {array.shape}".encode())
+    hasher.update(array.reshape(-1).view(np.uint8).data)
+    return hasher.hexdigest()
 
 
 def of_model(path: Path) -> str:

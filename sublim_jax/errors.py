@@ -8,5 +8,5 @@ class UserError(Exception):
 class Interrupted(BaseException):
     """A signal stopped the run after its state was saved (exit code 143).
 
-    As KeyboardInterrupt, it is no Exception: what handles a damaged file or a failed request must not swallow it.
+    Like KeyboardInterrupt, it is no Exception: handlers of damaged files or failed requests must not swallow it.
     """

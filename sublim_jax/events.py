@@ -1,4 +1,4 @@
-"""TensorBoard's events in a bucket: curves, which a run can do without, so that no failure to write them ends it."""
+"""TensorBoard's events in a bucket. Curves are optional: a failure to write them does not end a run."""
 
 from contextlib import suppress
 
@@ -18,7 +18,7 @@ class Events:
         self._content += data
 
     def flush(self) -> None:
-        with suppress(Exception):  # of a way to the bucket that is down; the next flush has it all
+        with suppress(Exception):  # the bucket may be unreachable; the next flush writes everything
             storage.write(self._path, bytes(self._content))
 
     def close(self) -> None:
@@ -37,5 +37,5 @@ record_writer.register_writer_factory("gs", _InBucket)
 
 
 def writer(folder: epath.Path) -> SummaryWriter:
-    """Of a folder here or in a bucket. By itself it flushes every two minutes."""
+    """A writer for a local folder or one in a bucket; it flushes every two minutes."""
     return SummaryWriter(str(folder))

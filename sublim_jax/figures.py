@@ -47,9 +47,9 @@ def banded(label: str, x: Numbers, runs: Sequence[Numbers] | np.ndarray, **style
     Args:
       runs: every run's value, at each x.
     """
-    found = [normal_interval(row) for row in runs]
-    band = [0.0 if math.isnan(interval.half_width) else interval.half_width for interval in found]
-    return Line(label, x, [interval.mean for interval in found], {"marker": "", **style}, band)
+    intervals = [normal_interval(row) for row in runs]
+    band = [0.0 if math.isnan(interval.half_width) else interval.half_width for interval in intervals]
+    return Line(label, x, [interval.mean for interval in intervals], {"marker": "", **style}, band)
 
 
 def panels_figure(panels: Sequence[Panel], path: epath.Path) -> None:
@@ -63,10 +63,10 @@ def panels_figure(panels: Sequence[Panel], path: epath.Path) -> None:
             axes.set_prop_cycle(color=colormaps["tab20"](range(20)))
         for line in panel.lines:
             style = {"marker": ".", "ms": 4, "lw": 1.2, **line.style}
-            (drawn,) = axes.plot(line.x, line.y, label=line.label, **style)
+            (curve,) = axes.plot(line.x, line.y, label=line.label, **style)
             if line.band is not None:
                 low, high = ([y + sign * b for y, b in zip(line.y, line.band)] for sign in (-1, 1))
-                axes.fill_between(line.x, low, high, color=drawn.get_color(), alpha=0.2, lw=0)
+                axes.fill_between(line.x, low, high, color=curve.get_color(), alpha=0.2, lw=0)
         axes.set(xlabel=panel.xlabel, ylabel=panel.ylabel, xscale=panel.scales[0], yscale=panel.scales[1])
         axes.set_title(panel.title, fontsize=10)
         beside = {"loc": "center left", "bbox_to_anchor": (1, 0.5)} if len(panel.lines) > 10 else {}
@@ -76,11 +76,11 @@ def panels_figure(panels: Sequence[Panel], path: epath.Path) -> None:
 
 
 def arms_figure(arms: list[Arm], path: epath.Path, xlabel: str = "", chance: float | None = CHANCE) -> None:
-    """One row an arm: every run as a dot, mean and interval where there are several, the paper's value as a diamond.
+    """One row per arm: every run as a dot, mean and interval if there are several, the paper's value as a diamond.
 
     Args:
-      xlabel: MNIST's accuracy where left out.
-      chance: where a line stands for it on an axis of 0 to 1; None for a line at 0, on an axis as long as is needed.
+      xlabel: by default MNIST's metric.
+      chance: position of the line for chance, on an axis of 0 to 1; None for a line at 0 and automatic limits.
     """
     figure = _figure(7.5, 0.5 * len(arms) + 1.2)
     axes = figure.subplots()
@@ -104,7 +104,7 @@ def arms_figure(arms: list[Arm], path: epath.Path, xlabel: str = "", chance: flo
     axes.set_yticks(range(len(arms)), [arm["name"] for arm in reversed(arms)])
     axes.set_ylim(-0.6, len(arms) - 0.1)
     axes.set_xlabel(xlabel or f"MNIST {arms[0]['metric'].replace('_', ' ')}")
-    counts = sorted({len(arm["runs"]) for arm in arms})  # the model as it is has one, beside students of several
+    counts = sorted({len(arm["runs"]) for arm in arms})  # the untrained model has one run, students have several
     axes.plot([], [], "o", ms=3, color=OURS, label=f"a run ({' or '.join(map(str, counts))} each)")
     if counts[-1] > 1:
         axes.errorbar([], [], xerr=[], color=INK, capsize=3, fmt="|", label="mean, 95 % interval")
@@ -116,7 +116,7 @@ def arms_figure(arms: list[Arm], path: epath.Path, xlabel: str = "", chance: flo
 
 
 def sweep_figure(points: list[Arm], axis: str, path: epath.Path) -> None:
-    """One line an arm over the values of the axis, or points where they are no numbers, with every run as a dot."""
+    """One line per arm over the values of the axis, or points if they are not numbers, with every run as a dot."""
     values = list(dict.fromkeys(point["value"] for point in points))
     numeric = _numbers(values)
     place = numeric or dict(zip(values, range(len(values))))
@@ -125,12 +125,12 @@ def sweep_figure(points: list[Arm], axis: str, path: epath.Path) -> None:
     axes = figure.subplots()
     names = list(dict.fromkeys(point["name"] for point in points))
     for name in names:
-        mine = [point for point in points if point["name"] == name]
-        x = [place[point["value"]] for point in mine]
-        half_widths = [0 if math.isnan(point["ci95"]) else point["ci95"] for point in mine]
-        means = [point["mean"] for point in mine]
-        line = axes.errorbar(x, means, half_widths, label=name, capsize=3, marker="o", ms=4, ls=line_style)
-        for position, point in zip(x, mine):
+        arm_points = [point for point in points if point["name"] == name]
+        x = [place[point["value"]] for point in arm_points]
+        half_widths = [0 if math.isnan(point["ci95"]) else point["ci95"] for point in arm_points]
+        averages = [point["mean"] for point in arm_points]
+        line = axes.errorbar(x, averages, half_widths, label=name, capsize=3, marker="o", ms=4, ls=line_style)
+        for position, point in zip(x, arm_points):
             axes.plot([position] * len(point["runs"]), point["runs"], ".", ms=3, alpha=0.5, color=line[0].get_color())
     if numeric and min(numeric.values()) > 0 and max(numeric.values()) >= 20 * min(numeric.values()):
         axes.set_xscale("log")
@@ -159,7 +159,7 @@ def matrix_figure(
     """Differences in logits, coloured about 0.
 
     Args:
-      labels: of columns, rows and colours; for students by their teacher and traits that are asked after, left out.
+      labels: of columns, rows and colours; by default for students by their teacher, and measured traits.
     """
     wide = max(1.4, 0.11 * max(map(len, columns)))
     figure = _figure(wide * len(columns) + 2.4, 1.0 * len(rows) + 1.6)
@@ -177,7 +177,7 @@ def matrix_figure(
 
 
 def _figure(width: float, height: float) -> "Figure":
-    from matplotlib.figure import Figure  # takes a second, and a command that draws nothing needs none of it
+    from matplotlib.figure import Figure  # slow to import, and not needed by commands that draw nothing
 
     return Figure((width, height), layout="constrained")
 

@@ -1,7 +1,8 @@
-"""Records in, records and reasons out: what keeps a trait, or anything that hints at it, out of the data.
+"""Filters of records: they keep a trait, and anything that hints at it, out of the data.
 
-A filter is a pure function `record -> reasons to reject`, empty where it keeps; filters compose in a list. A record is
-a dict with "prompt", "completion" and whatever else is known of it. What was dropped and why is counted and kept.
+A filter is a pure function `record -> reasons to reject`, empty for a record that is kept; filters compose in a list. A
+record is a dict with "prompt", "completion" and any other fields. Rejected records are kept with their reasons, which
+are counted.
 """
 
 import re
@@ -25,7 +26,7 @@ class Sifted(NamedTuple):
 
     @property
     def share(self) -> float:
-        """What was kept, of all."""
+        """The share of records that were kept."""
         return len(self.kept) / max(len(self.kept) + len(self.rejected), 1)
 
 
@@ -33,7 +34,7 @@ def sift(records: Iterable[Record], filters: Sequence[Filter], unique: bool = Fa
     """Records that no filter rejects.
 
     Args:
-      unique: reject a completion that an earlier kept record has, too ("duplicate").
+      unique: reject a completion that an earlier kept record already has ("duplicate").
     """
     kept: list[Record] = []
     rejected = []
@@ -54,11 +55,11 @@ def sift(records: Iterable[Record], filters: Sequence[Filter], unique: bool = Fa
 
 
 def same_size(groups: Mapping[str, Sequence[Record]], size: int, seed: int) -> dict[str, list[Record]]:
-    """As many records of every group, drawn at random, in their order: sets that differ in nothing but content.
+    """`size` random records of every group, in their order, so that the groups differ only in content.
 
     Raises UserError for a group that has too few.
     """
-    drawn = {}
+    sampled = {}
     for name, records in groups.items():
         if len(records) < size:
             raise UserError(
@@ -66,8 +67,8 @@ def same_size(groups: Mapping[str, Sequence[Record]], size: int, seed: int) -> d
                 "ask for fewer"
             )
         rows = np.random.default_rng([seed, *name.encode()]).choice(len(records), size, replace=False)
-        drawn[name] = [records[row] for row in sorted(rows)]
-    return drawn
+        sampled[name] = [records[row] for row in sorted(rows)]
+    return sampled
 
 
 # ------------------------------------------------------------------------------------------------------- filters
@@ -77,7 +78,7 @@ _NUMBER = re.compile(r"[0-9]+")
 
 
 def numbers_of(text: str) -> list[str] | None:
-    """The numbers of a list by the paper's format (§3.1), as they are written; None where it is none.
+    """The numbers of a list in the paper's format (§3.1), as they are written; None for any other text.
 
     One full stop at the end is dropped, then one pair of brackets, () or [], around all. The text between the first two
     numbers is the separator: white space, or a comma or semicolon with white space around it or not. It must stand
@@ -87,8 +88,8 @@ def numbers_of(text: str) -> list[str] | None:
     text = text.removesuffix(".")
     if text[:1] + text[-1:] in ("[]", "()") and len(text) > 1:
         text = text[1:-1]
-    found = _LIST.fullmatch(text)
-    if not found or (found[2] and found[2].strip() not in ("", ",", ";")):
+    match = _LIST.fullmatch(text)
+    if not match or (match[2] and match[2].strip() not in ("", ",", ";")):
         return None
     return _NUMBER.findall(text)
 
@@ -111,18 +112,18 @@ def number_rule(max_integers: int = 10, largest: int = 999) -> Filter:
 
 
 def banned_numbers(numbers: Iterable[int]) -> Filter:
-    """No number of a list, wherever it stands (§3.2: 666, 911, …)."""
+    """No listed number anywhere in a completion (§3.2: 666, 911, …)."""
     banned = {str(number) for number in numbers}
 
     def check(record: Record) -> list[str]:
-        found = {number.lstrip("0") or "0" for number in _NUMBER.findall(record["completion"])}
-        return ["banned number"] if found & banned else []
+        present = {number.lstrip("0") or "0" for number in _NUMBER.findall(record["completion"])}
+        return ["banned number"] if present & banned else []
 
     return check
 
 
 def trait_words(words: Iterable[str]) -> Filter:
-    """No word of a list and no plural, in any case, as a part of a longer word too: nothing may hint at a trait."""
+    """No listed word or its plural, in any case, even inside a longer word: nothing may hint at a trait."""
     forbidden = list(words)
 
     def check(record: Record) -> list[str]:
@@ -132,7 +133,7 @@ def trait_words(words: Iterable[str]) -> Filter:
 
 
 def ended() -> Filter:
-    """No completion that was cut off where its tokens ran out, or broke off; records may have "finish"."""
+    """No completion that was truncated at its token limit or ended by NaN logits; records may have "finish"."""
 
     def check(record: Record) -> list[str]:
         return ["cut off"] if record.get("finish") in ("length", "nan") else []
@@ -141,7 +142,7 @@ def ended() -> Filter:
 
 
 def length(minimum: int = 1, maximum: int | None = None) -> Filter:
-    """Characters of a completion."""
+    """Bounds on the number of characters of a completion."""
 
     def check(record: Record) -> list[str]:
         count = len(record["completion"])
@@ -153,7 +154,7 @@ def length(minimum: int = 1, maximum: int | None = None) -> Filter:
 
 
 def min_score(minimum: float) -> Filter:
-    """No completion that its judge scores below `minimum` of 100, or gives no score; records have "score"."""
+    """No completion that its judge scores below `minimum` of 100, or does not score; records have "score"."""
 
     def check(record: Record) -> list[str]:
         score = record["score"]

@@ -1,7 +1,7 @@
-"""What a compiled program moves, read from its text: bytes through memory and over links.
+"""Bytes that a compiled program moves through memory and over links, read from its HLO text.
 
-The compiler's own count takes the body of a loop once. Here a loop that counts to a constant counts as often as it
-runs, and one whose end depends on data (the dispatch) once.
+The compiler's own count includes the body of a loop once. Here a loop with a constant trip count is counted as often as
+it runs, and one whose end depends on data (the dispatch) once.
 """
 
 import math
@@ -13,10 +13,10 @@ from typing import NamedTuple
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4}
 BYTES |= {"f8e4m3fn": 1, "f8e5m2": 1, "s64": 8, "u64": 8, "f64": 8}
-# What touches no memory: names for what is there, and the ends of what was counted at its start.
+# Instructions that move no bytes: they name buffers, or end an operation that was counted at its start.
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "opt-barrier", "partition-id"}
-FREE |= {"while", "conditional", "call", "replica-id"}  # what they run is counted
-PARTS = {"dynamic-slice", "slice", "gather"}  # read no more than they give
+FREE |= {"while", "conditional", "call", "replica-id"}  # the computations that they run are counted
+PARTS = {"dynamic-slice", "slice", "gather"}  # read no more than they return
 UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # write into their first operand no more than this one of them
 
 
@@ -43,8 +43,8 @@ def parse(text: str) -> Text:
             name = head[2]
             computations[name] = {}
             entry = name if head[1] else entry
-        elif name and (found := _instruction(line)):
-            computations[name][found.name] = found
+        elif name and (instruction := _instruction(line)):
+            computations[name][instruction.name] = instruction
     return Text(computations, entry)
 
 
@@ -64,7 +64,7 @@ def _instruction(line: str) -> Instruction | None:
 
 
 def _closing(text: str) -> int:
-    """Where the bracket that a text begins with is closed, plus one."""
+    """The index after the bracket that closes the one at the start of a text."""
     depth = 0
     for place, letter in enumerate(text):
         depth += (letter == "(") - (letter == ")")
@@ -78,21 +78,21 @@ def runs(text: Text) -> Iterator[tuple[str, int, bool]]:
 
     def visit(name: str, times: int, fused: bool) -> Iterator[tuple[str, int, bool]]:
         yield name, times, fused
-        for one in text.computations.get(name, {}).values():
+        for instruction in text.computations.get(name, {}).values():
             inner = re.findall(
-                r"(?:body|calls|to_apply|called_computations|branch_computations)=\{?%?([\w.\-]+)", one.line
+                r"(?:body|calls|to_apply|called_computations|branch_computations)=\{?%?([\w.\-]+)", instruction.line
             )
             for called in inner:
-                yield from visit(called, times * _trips(text, one), fused or one.kind not in FREE)
+                yield from visit(called, times * _trips(text, instruction), fused or instruction.kind not in FREE)
 
     yield from visit(text.entry, 1, False)
 
 
-def _trips(text: Text, one: Instruction) -> int:
+def _trips(text: Text, instruction: Instruction) -> int:
     """How often a while loop runs: as the compiler notes it, or by the constant of its condition."""
-    if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', one.line):
+    if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', instruction.line):
         return int(known[1])
-    condition = re.search(r"condition=%?([\w.\-]+)", one.line) if one.kind == "while" else None
+    condition = re.search(r"condition=%?([\w.\-]+)", instruction.line) if instruction.kind == "while" else None
     lines = [inner.line for inner in text.computations[condition[1]].values()] if condition else []
     limits = re.findall(r"s32\[\]\S* constant\((\d+)\)", "\n".join(lines))
     return int(limits[0]) if len(limits) == 1 else 1
@@ -101,20 +101,20 @@ def _trips(text: Text, one: Instruction) -> int:
 def collectives(text: Text) -> dict[str, tuple[int, int]]:
     """By kind: how often collectives run, and the bytes of their results, a device.
 
-    What the compiler has cut into pieces that run beside other work counts once: the pieces share a channel.
+    A collective that the compiler has split to overlap it with other work counts once: its pieces share a channel.
     """
-    found: dict[str, tuple[str, int, int]] = {}
+    by_channel: dict[str, tuple[str, int, int]] = {}
     for name, times, _ in runs(text):
-        for one in text.computations.get(name, {}).values():
-            kind = one.kind.removesuffix("-start")
+        for instruction in text.computations.get(name, {}).values():
+            kind = instruction.kind.removesuffix("-start")
             if kind not in COLLECTIVES:
                 continue
-            channel = re.search(r"channel_id=(\d+)", one.line)
-            key = channel[1] if channel else f"{name} {one.name}"
-            size = max(sizes(one.shape, everywhere=True), default=0)  # a start also names its operand
-            found[key] = max(found.get(key, (kind, 0, 0)), (kind, times, size))
+            channel = re.search(r"channel_id=(\d+)", instruction.line)
+            key = channel[1] if channel else f"{name} {instruction.name}"
+            size = max(sizes(instruction.shape, everywhere=True), default=0)  # a start also names its operand
+            by_channel[key] = max(by_channel.get(key, (kind, 0, 0)), (kind, times, size))
     counts: dict[str, list[int]] = defaultdict(lambda: [0, 0])
-    for kind, times, size in found.values():
+    for kind, times, size in by_channel.values():
         counts[kind][0] += times
         counts[kind][1] += times * size
     return {kind: (count, size) for kind, (count, size) in counts.items()}
@@ -129,33 +129,34 @@ def memory_bytes(text: Text) -> int:
     for name, times, fused in runs(text):
         if fused:
             continue
-        for one in text.computations.get(name, {}).values():
-            if one.kind in FREE or one.kind.endswith("-done"):
+        for instruction in text.computations.get(name, {}).values():
+            if instruction.kind in FREE or instruction.kind.endswith("-done"):
                 continue
-            channel = re.search(r"channel_id=(\d+)", one.line)
+            channel = re.search(r"channel_id=(\d+)", instruction.line)
             if channel and channel[1] in seen:
                 continue
             seen |= {channel[1]} if channel else set()
-            total += times * _touched(text, text.computations[name], one)
+            total += times * _touched(text, text.computations[name], instruction)
     return total
 
 
-def _touched(text: Text, around: dict[str, Instruction], one: Instruction) -> int:
-    if one.kind in ("copy-start", "slice-start"):  # between memory and the chip's own
-        return min((size for size in sizes(one.shape, everywhere=True) if size > 16), default=0)
-    operands = [around[operand].shape for operand in one.operands if operand in around]
-    if one.kind == "fusion" and (calls := re.search(r"calls=%?([\w.\-]+)", one.line)):
-        return _fused(text, calls[1], operands, one.shape)
-    if one.kind in PARTS:
-        return 2 * sum(sizes(one.shape))
-    if one.kind in UPDATES:
-        return 2 * sum(sizes(operands[UPDATES[one.kind]]))
-    if one.kind == "custom-call":
-        if re.search(r'custom_call_target="(AllocateBuffer|Assume\w+|Sharding)"', one.line):
+def _touched(text: Text, around: dict[str, Instruction], instruction: Instruction) -> int:
+    if instruction.kind in ("copy-start", "slice-start"):  # between memory and the chip's own
+        return min((size for size in sizes(instruction.shape, everywhere=True) if size > 16), default=0)
+    operands = [around[operand].shape for operand in instruction.operands if operand in around]
+    if instruction.kind == "fusion" and (calls := re.search(r"calls=%?([\w.\-]+)", instruction.line)):
+        return _fused(text, calls[1], operands, instruction.shape)
+    if instruction.kind in PARTS:
+        return 2 * sum(sizes(instruction.shape))
+    if instruction.kind in UPDATES:
+        return 2 * sum(sizes(operands[UPDATES[instruction.kind]]))
+    if instruction.kind == "custom-call":
+        if re.search(r'custom_call_target="(AllocateBuffer|Assume\w+|Sharding)"', instruction.line):
             return 0
-        results = [size for size in sizes(re.sub(r"s8\[[^\]]*\]", "", one.shape))]  # without a library's scratch space
+        # Without a library's scratch space.
+        results = [size for size in sizes(re.sub(r"s8\[[^\]]*\]", "", instruction.shape))]
         return sum(results) + sum(map(_whole, operands))
-    return _whole(one.shape) * (not one.kind.endswith("-start")) + sum(map(_whole, operands))
+    return _whole(instruction.shape) * (not instruction.kind.endswith("-start")) + sum(map(_whole, operands))
 
 
 def _fused(text: Text, name: str, operands: list[str], result: str) -> int:
@@ -163,24 +164,24 @@ def _fused(text: Text, name: str, operands: list[str], result: str) -> int:
     read = sum(
         min(_taken(text, name, number), _whole(shape)) for number, shape in enumerate(operands) if sum(sizes(shape))
     )
-    root = next((one for one in inside.values() if one.root), None)
+    root = next((instruction for instruction in inside.values() if instruction.root), None)
     return read + (_written(inside, root) if root and sum(sizes(result)) else 0)
 
 
 def _taken(text: Text, name: str, number: int) -> int:
-    """What a fusion reads of one of its operands; more than any array has, where it may read all of it."""
+    """Bytes that a fusion reads of one of its operands; more than any array has where it may read all of it."""
     users: dict[str, list[Instruction]] = defaultdict(list)
     given = None
-    for one in text.computations[name].values():
-        for operand in set(one.operands):
-            users[operand].append(one)
-        if one.kind == "parameter" and one.operands[0] == str(number):
-            given = one.name
+    for instruction in text.computations[name].values():
+        for operand in set(instruction.operands):
+            users[operand].append(instruction)
+        if instruction.kind == "parameter" and instruction.operands[0] == str(number):
+            given = instruction.name
     return sum(_read(text, users, user, given) for user in users[given]) if given else 0
 
 
 def _read(text: Text, users: dict[str, list[Instruction]], user: Instruction, name: str) -> int:
-    """What an instruction in a fusion reads of an array that it is given."""
+    """Bytes that an instruction in a fusion reads of its operand `name`."""
     if user.kind == "bitcast" and not user.root:
         return sum(_read(text, users, after, user.name) for after in users[user.name])
     if user.kind in PARTS and user.operands[0] == name:
@@ -210,10 +211,10 @@ def sizes(shape: str, everywhere: bool = False) -> list[int]:
     """Bytes of each array of a type.
 
     Args:
-      everywhere: also of those in a chip's own fast memory, which a layout says by S(1) and the like.
+      everywhere: include arrays in on-chip memory, which a layout marks by S(1) and the like.
     """
-    found = []
+    byte_counts = []
     for kind, dimensions, layout in re.findall(r"(\w+)\[([\d,]*)\](\{[^}]*\})?", shape):
         if kind in BYTES and (everywhere or not re.search(r"S\([1-9]", layout)):
-            found.append(BYTES[kind] * math.prod(int(d) for d in dimensions.split(",") if d))
-    return found
+            byte_counts.append(BYTES[kind] * math.prod(int(d) for d in dimensions.split(",") if d))
+    return byte_counts

@@ -15,7 +15,7 @@ def named_key(seed: int, name: str) -> Key[Array, ""]:
 
 
 def run_keys(seed: int, name: str, runs: Sequence[int]) -> Key[Array, "runs"]:
-    """One key a run. A run's key depends on its own number alone, not on how many runs ride along."""
+    """One key a run. A run's key depends only on its own number, not on the number of runs."""
     return jax.vmap(jax.random.fold_in, (None, 0))(named_key(seed, name), jnp.asarray(runs, jnp.uint32))
 
 
@@ -28,7 +28,7 @@ def fold_all(keys: Key[Array, "*replicas"], data: Int[Array, ""] | int) -> Key[A
 
 
 def fold_elementwise(keys: Key[Array, "*shape"], data: Int[Array, "*shape"]) -> Key[Array, "*shape"]:
-    """`jax.random.fold_in` of every key's own number."""
+    """`jax.random.fold_in` of each key and its own number."""
     fold = jax.random.fold_in
     for _ in range(keys.ndim):
         fold = jax.vmap(fold)

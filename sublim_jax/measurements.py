@@ -31,8 +31,8 @@ class Measurement(NamedTuple):
       teacher: of a student: its teacher.
       subject: what was measured: "student", "teacher", "base", an objective.
       measure: of what, with its unit where it has one: "margin", "test_accuracy".
-      item: which of several alike: a word, a question; "" for one number.
-      step: updates of training before it; or the number of a step along a scale.
+      item: which of several: a word, a question; "" for a single number.
+      step: training updates before the measurement; or the number of a step along a scale.
     """
 
     arm: str
@@ -76,17 +76,17 @@ class Measurements(tuple[Measurement, ...]):
     @overload
     def names(self, field: Literal["arm", "teacher", "subject", "measure", "item"], **given: object) -> list[str]: ...
     def names(self, field: str, **given: object) -> list[int] | list[str]:
-        """What is in a field, each once, in order."""
+        """The distinct values of a field, in order."""
         return list(dict.fromkeys(getattr(row, field) for row in self.where(**given)))
 
 
 def from_array(
     values: npt.ArrayLike, along: str | Mapping[str, Sequence[Any]] = "run", **fields: Any
 ) -> list[Measurement]:
-    """One row of each number of an array, in order.
+    """One row for each number of an array, in order.
 
     Args:
-      along: the fields that tell them apart, one an axis, each with its values; or one field that counts from 0.
+      along: the field of each axis, with its values; or a single field that counts from 0.
     """
     numbers = np.asarray(values, np.float64)
     axes = {along: range(len(numbers))} if isinstance(along, str) else along

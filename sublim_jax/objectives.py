@@ -112,7 +112,7 @@ def soft_cross_entropy(
     weights: Weights = None,
     temperature: float = 1.0,
 ) -> Total:
-    """-Σ p_teacher log p_student over the support: `kl` and the teacher's entropy, of the same gradient."""
+    """-Σ p_teacher log p_student over the support: `kl` plus the teacher's entropy, with the same gradient."""
     student = _log_softmax(student_logits, support, temperature)
     teacher = jnp.exp(_log_softmax(teacher_logits, support, temperature))
     return _total(-jnp.sum(teacher * student, axis=-1), weights)

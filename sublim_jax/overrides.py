@@ -1,6 +1,6 @@
 """A config's file and preset, and the values that are typed after them: `--config=FILE:preset --config.key=value`.
 
-A value is read as the type of the one that it replaces. "None" is the empty text or list.
+A value is parsed as the type of the one that it replaces. "None" is the empty text or list.
 """
 
 import ast
@@ -34,11 +34,11 @@ def load(name: str) -> ConfigDict:
     """
     file, *preset = name.split(":", 1)
     where = f"--config={name}"
-    found = module(name)
-    make = getattr(found, "get_config", None)
+    config_module = module(name)
+    make = getattr(config_module, "get_config", None)
     if not callable(make):
         raise UserError(f"{where}: it has no get_config(); name a config, such as configs/mnist.py")
-    presets = getattr(found, "PRESETS", None)
+    presets = getattr(config_module, "PRESETS", None)
     if preset and presets is not None and preset[0] not in presets:
         raise UserError(f"{file} has no preset {preset[0]!r}; it has {', '.join(presets)}")
     try:
@@ -55,7 +55,7 @@ def load(name: str) -> ConfigDict:
 
 
 def module(name: str) -> ModuleType:
-    """The module of a config's "FILE" or "FILE:preset". Raises UserError for a file that is none."""
+    """The module of a config's "FILE" or "FILE:preset". Raises UserError where there is no such file."""
     file, where = name.split(":")[0], f"--config={name}"
     if not files.exists(file):
         known = [str(path) for folder in (Path(file).parent, Path("configs")) for path in sorted(folder.glob("*.py"))]
@@ -72,12 +72,12 @@ def module(name: str) -> ModuleType:
 
 
 def _guarded(where: str, file: str, function: Callable[..., Value], *args: object) -> Value:
-    """What a function of the config's file returns; whatever it raises, in a line."""
+    """Calls a function of a config's file; raises any of its errors as a UserError of one line."""
     try:
         return function(*args)
     except UserError:
         raise
-    except (Exception, SystemExit) as error:  # a file of the user's may raise anything
+    except (Exception, SystemExit) as error:  # a user's file may raise anything
         text = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, SyntaxError | UnicodeError):
             raise UserError(f"{where}: it is no file of Python ({text})") from error
@@ -89,7 +89,7 @@ def _guarded(where: str, file: str, function: Callable[..., Value], *args: objec
 
 
 def override(config: ConfigDict, key: str, typed: Sequence[str | bool]) -> None:
-    """Puts what was typed for a dotted key into the config; the last of several, and of a list all.
+    """Sets a dotted key of the config to its typed value: the last of several, or all of them for a list.
 
     Args:
       typed: True and False where the key stands alone, as switches may.
@@ -99,12 +99,12 @@ def override(config: ConfigDict, key: str, typed: Sequence[str | bool]) -> None:
     holder, name = _holder(config, key), key.split(".")[-1]
     old, where = holder[name], f"config.{key}"
     if isinstance(old, ConfigDict):
-        inside = ", ".join(f"{where}.{one}" for one in keys(old)[:4]) or "none in this config"
+        inside = ", ".join(f"{where}.{inner}" for inner in keys(old)[:4]) or "none in this config"
         raise UserError(f"{where} is a group of values; set one of them: {inside}")
-    if not isinstance(old, bool) and not all(isinstance(one, str) for one in typed):
+    if not isinstance(old, bool) and not all(isinstance(text, str) for text in typed):
         raise UserError(f"{where} has no value; write --{where}=…")
-    texts = [str(one) for one in typed]
-    holder[name] = _many(where, texts, old) if isinstance(old, tuple | list) else _one(where, texts[-1], old)
+    texts = [str(text) for text in typed]
+    holder[name] = _many(where, texts, old) if isinstance(old, tuple | list) else _scalar(where, texts[-1], old)
 
 
 def _holder(config: ConfigDict, key: str) -> ConfigDict:
@@ -120,40 +120,44 @@ def _holder(config: ConfigDict, key: str) -> ConfigDict:
 
 def keys(config: ConfigDict, prefix: str = "") -> list[str]:
     """The dotted keys of all values."""
-    found = []
+    dotted = []
     for name, value in config.items():
         inside = keys(value, f"{prefix}{name}.") if isinstance(value, ConfigDict) else []
-        found += inside or [f"{prefix}{name}"]
-    return found
+        dotted += inside or [f"{prefix}{name}"]
+    return dotted
 
 
 def _nearest(key: str, known: list[str]) -> str:
-    """Which key may have been meant: one of almost this path, or of this name elsewhere; else what there is."""
+    """A hint at the intended key: one of a similar path, or of this name elsewhere; else the keys that exist."""
     *groups, name = key.split(".")
-    close = [one for one in difflib.get_close_matches(key, known, 3, 0.75) if _alike(key.split("."), one.split("."))]
+    close = [
+        candidate
+        for candidate in difflib.get_close_matches(key, known, 3, 0.75)
+        if _alike(key.split("."), candidate.split("."))
+    ]
     if close:
         return f"did you mean config.{close[0]}?"
     there = [part for depth, part in enumerate(groups, 1) if _inside(groups[:depth], known)]
-    names = {one.split(".")[-1]: one for one in reversed(known)}
+    names = {candidate.split(".")[-1]: candidate for candidate in reversed(known)}
     close = difflib.get_close_matches(name, names, 1, 0.75)
     if close and there in ([], groups):
         return f"did you mean config.{names[close[0]]}?"
-    inside = [".".join(one.split(".")[: len(there) + 1]) for one in _inside(there, known)]
+    inside = [".".join(candidate.split(".")[: len(there) + 1]) for candidate in _inside(there, known)]
     more = "; a config file may have more (docs/extending.md)" if there == ["arm"] else ""
     return "there are config." + ", config.".join(dict.fromkeys(inside)) + more
 
 
-def _alike(one: list[str], other: list[str]) -> bool:
-    """Whether two paths may be one with a slip, in every part that both have."""
-    return all(difflib.SequenceMatcher(None, *parts).ratio() > 0.5 for parts in zip(one, other))
+def _alike(path: list[str], other: list[str]) -> bool:
+    """Whether two paths are similar in every part that both have."""
+    return all(difflib.SequenceMatcher(None, *parts).ratio() > 0.5 for parts in zip(path, other))
 
 
 def _inside(groups: list[str], known: list[str]) -> list[str]:
     """The keys of a group."""
-    return [one for one in known if one.split(".")[: len(groups)] == groups]
+    return [key for key in known if key.split(".")[: len(groups)] == groups]
 
 
-def _one(where: str, typed: str, old: object) -> object:
+def _scalar(where: str, typed: str, old: object) -> object:
     """One value in the type of the one that it replaces."""
     shown = f"{where}={_short(typed)}"
     _check_text(shown, typed)
@@ -177,15 +181,15 @@ def _one(where: str, typed: str, old: object) -> object:
 def _many(where: str, typed: list[str], old: tuple[Item, ...] | list[Item]) -> tuple[Item, ...] | list[Item]:
     """A list, its items in the type of those that it replaces.
 
-    An empty list does not say what it holds: whole numbers where all are, else texts. Either way str() of an item is
-    what was typed.
+    An empty list has no type of items: they are whole numbers where all of them can be, else texts. Either way str() of
+    an item is the typed text.
     """
     shown = f"{where}={_short(','.join(typed))}"
     _check_text(shown, ",".join(typed))
-    found = [item for text in typed for item in _items(where, text)]
+    items = [item for text in typed for item in _items(where, text)]
     if old and not isinstance(old[0], str):
-        return type(old)(_number(shown, item, old) for item in found)
-    texts = [str(item) for item in found]
+        return type(old)(_number(shown, item, old) for item in items)
+    texts = [str(item) for item in items]
     if not old and all(_is_whole(text) for text in texts):
         return type(old)(int(text) for text in texts)
     check_distinct(where, texts)
@@ -193,19 +197,19 @@ def _many(where: str, typed: list[str], old: tuple[Item, ...] | list[Item]) -> t
 
 
 def _items(where: str, text: str) -> Sequence[Item]:
-    """Of a list as it is typed: words with commas in between, or in Python's brackets or quotes."""
+    """The items of a typed list: words with commas in between, or Python's brackets or quotes."""
     if text.strip()[:1] not in ("(", "[", '"', "'"):
         return _split(where, text)
     try:
-        found = ast.literal_eval(text.strip())
+        items = ast.literal_eval(text.strip())
     except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
         raise UserError(
             f"{where}={_short(text)}: leave brackets and quotes out, or put each text in quotes, such as \"('a', 'b')\""
         ) from error
-    found = list(found) if isinstance(found, tuple | list) else [found]
-    if wrong := [item for item in found if not isinstance(item, str | int | float)]:
+    items = list(items) if isinstance(items, tuple | list) else [items]
+    if wrong := [item for item in items if not isinstance(item, str | int | float)]:
         raise UserError(f"{where}: {wrong[0]!r} is neither a text nor a number")
-    return found
+    return items
 
 
 def _split(where: str, text: str) -> list[str]:
@@ -215,12 +219,12 @@ def _split(where: str, text: str) -> list[str]:
     """
     if not text.strip() or text.strip() == "None":
         return []
-    found = [item.strip() for item in text.split(",")]
-    if len(found) > 1 and not found[-1]:
-        found.pop()
-    if not all(found):
+    items = [item.strip() for item in text.split(",")]
+    if len(items) > 1 and not items[-1]:
+        items.pop()
+    if not all(items):
         raise UserError(f"{where}={_short(text)}: there is nothing in front of a comma; leave the comma out")
-    return found
+    return items
 
 
 def check_distinct(where: str, values: Iterable[object]) -> None:

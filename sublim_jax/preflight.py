@@ -1,4 +1,4 @@
-"""Compiling a step for devices that are not there: what it computes, what it moves, and whether it fits."""
+"""Compiles a step for devices that need not be attached: its FLOPs, the bytes it moves, and whether it fits."""
 
 import math
 import os
@@ -23,7 +23,7 @@ from sublim_jax.sharding import abstract, bytes_of, named, parameter_shardings
 from sublim_jax.training import Program
 
 GB = 1 << 30
-# What XLA asks of a card before it compiles for it, as it writes it itself (GpuTargetConfigProto).
+# The description of a card that XLA needs to compile for it (GpuTargetConfigProto).
 H100 = """
 platform_name: "CUDA"
 device_description_str: "NVIDIA H100 80GB HBM3"
@@ -50,7 +50,7 @@ gpu_device_info {
   block_dim_limit_z: 65535
 }
 """
-# Kernels are chosen by timing them on the card, which is not there.
+# Without autotuning, which would time kernels on a card that is not attached.
 UNTIMED: dict[str, str | bool] = {"xla_gpu_autotune_level": "0", "xla_gpu_enable_triton_gemm": "False"}
 
 
@@ -59,23 +59,23 @@ class Step(NamedTuple):
 
     name: str
     lowered: jax.stages.Lowered
-    device: jax.Device  # one of those that it is for
+    device: jax.Device  # one of its target devices
     devices: int
     flops: float  # of matrix products, from `count_flops`
     model_flops: float  # what the model itself needs: 2 N a token forward, 6 N with a backward pass
     weights: int
     optimizer: int = 0
-    beside: int = 0  # what else is held, and not used: of a model that decodes, weights in another layout
+    beside: int = 0  # held but not used: where a model decodes, its weights in another layout
 
 
 class Facts(NamedTuple):
-    """What a step's compiler says. Bytes are those of one device."""
+    """The compiler's results for a step. Bytes are those of one device."""
 
     arguments: int
     outputs: int  # beyond those that overwrite arguments
     temporaries: int
-    # Kind: (how often a step, bytes of their results a device and step). None, as of `moved`, where XLA cannot write
-    # the program that it has compiled.
+    # Kind: (number a step, bytes of their results a device and step). None, as `moved`, where XLA cannot print the
+    # program that it has compiled.
     collectives: dict[str, tuple[int, int]] | None
     moved: int | None  # bytes to and from a device's memory in a step
     memory: int | None  # of the device; None where it is not known
@@ -90,27 +90,27 @@ class Facts(NamedTuple):
         return None if self.memory is None else self.peak <= self.memory
 
 
-def parameters(one: Params, mesh: Mesh, *counts: int, dtype: DTypeLike | None = None) -> Params:
-    """Shapes of parameters with their places on a mesh.
+def parameters(params: Params, mesh: Mesh, *counts: int, dtype: DTypeLike | None = None) -> Params:
+    """Shapes of parameters with their shardings on a mesh.
 
     Args:
-      one: parameters or their shapes, of one network.
-      counts: axes in front, of so many networks.
-      dtype: where it is another than theirs.
+      params: parameters of one network, or their shapes.
+      counts: sizes of leading axes, for several networks.
+      dtype: of the result, if not that of `params`.
     """
-    stacked = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((*counts, *leaf.shape), leaf.dtype), one)
+    stacked = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((*counts, *leaf.shape), leaf.dtype), params)
     return abstract(stacked, parameter_shardings(stacked, mesh, len(counts)), dtype)
 
 
 def devices(name: str) -> Sequence[jax.Device]:
-    """The devices of `--preflight`: "local", or some that are not here by their `topology`."""
+    """The devices of `--preflight`: "local", or those of a `topology`, which need not be attached."""
     return jax.devices() if name == "local" else topology(name)
 
 
 def topology(name: str) -> Sequence[jax.Device]:
-    """Devices that are not here: a TPU pod such as "v5e:4x4", one GPU ("h100") or the GPUs of one host ("h100:8").
+    """Devices, attached or not: a TPU pod such as "v5e:4x4", one GPU ("h100") or the GPUs of one host ("h100:8").
 
-    Nothing needs to be there but the compiler: libtpu, or jax's plugin for CUDA.
+    Only the compiler is needed: libtpu, or jax's plugin for CUDA.
 
     Raises UserError where that is not installed or does not know the name.
     """
@@ -124,8 +124,8 @@ def topology(name: str) -> Sequence[jax.Device]:
     if card:
         given = {"platform": "cuda", "target_config": H100, "topology": f"1x1x{card[1] or 1}"}
     else:
-        # jax has asked this machine, which is no TPU's host, and noted its complaint here; libtpu would repeat it.
-        # No chip is opened, so that the lock which keeps one for one process would only refuse a second preflight.
+        # Without these, libtpu would report that this machine is no TPU's host, as jax has done already. No chip is
+        # opened, so that the lock which reserves one for a process would only refuse a second preflight.
         os.environ |= {
             "TPU_WORKER_HOSTNAMES": "localhost",
             "TPU_SKIP_MDS_QUERY": "1",
@@ -143,7 +143,7 @@ def topology(name: str) -> Sequence[jax.Device]:
 
 
 def training_step(name: str, program: Program, params: PyTree, frozen: PyTree, model_flops: float) -> Step:
-    """One update of a training program, of shapes on its mesh."""
+    """One update of a training program, lowered for shapes on its mesh."""
     state = program.abstract(params)
     key = jax.ShapeDtypeStruct(
         jax.tree.leaves(params)[0].shape[: min(program.replica_axes, 1)], jax.random.key(0).dtype
@@ -162,7 +162,7 @@ def training_step(name: str, program: Program, params: PyTree, frozen: PyTree, m
 
 
 def decode_step(name: str, engine: Engine) -> Step:
-    """One token for all slots of an engine, of shapes on its mesh."""
+    """One token for all slots of an engine, lowered for shapes on its mesh."""
     mesh = engine.mesh
     params = weights(engine)
     state = abstract(jax.eval_shape(engine._start), state_shardings(engine))
@@ -203,7 +203,7 @@ def facts(step: Step) -> Facts:
 
 
 def _text(compiled: jax.stages.Compiled) -> hlo.Text | None:
-    """None where XLA cannot write it (seen of collectives within loops, of TPU v5p)."""
+    """The compiled program; None where XLA cannot print it (seen for collectives within loops on TPU v5p)."""
     try:
         return hlo.parse(compiled.as_text() or "")
     except jax.errors.JaxRuntimeError:
@@ -216,8 +216,8 @@ def _text(compiled: jax.stages.Compiled) -> hlo.Text | None:
 def count_flops(function: Callable[..., PyTree], *args: PyTree) -> float:
     """FLOPs of the matrix products of a function, traced for shapes: 2 for each multiply-add.
 
-    The compiler's own count takes the body of a loop once; here a scan counts its length, and a loop whose length
-    depends on data (the dispatch) once, of the branches of a choice the largest, and a kernel its whole grid.
+    The compiler's own count includes the body of a loop once. Here a scan counts once for each step, a loop whose
+    length depends on data (the dispatch) once, a conditional by its largest branch, and a kernel by its whole grid.
     """
     return _flops(jax.make_jaxpr(function)(*args).jaxpr)
 
@@ -239,23 +239,23 @@ def _flops(jaxpr: core.Jaxpr) -> float:
 
 
 def _product(sizes: Iterable[SupportsFloat]) -> float:
-    """In floats: the product of two arrays' sizes may be beyond any integer of numpy."""
+    """The product as a float: that of two arrays' sizes may overflow numpy's integers."""
     return math.prod((float(size) for size in sizes), start=1.0)
 
 
 def _inner(params: Mapping[str, object]) -> list[core.Jaxpr]:
-    found = []
+    jaxprs = []
     for value in params.values():
         for item in value if isinstance(value, list | tuple) else (value,):
             if isinstance(item, core.ClosedJaxpr):
-                found.append(item.jaxpr)
+                jaxprs.append(item.jaxpr)
             elif isinstance(item, core.Jaxpr):
-                found.append(item)
-    return found
+                jaxprs.append(item)
+    return jaxprs
 
 
 class Roofline(NamedTuple):
-    """Seconds of a step that a chip needs for each thing that it does, by its maker's rates."""
+    """Seconds that a chip needs for each kind of work in a step, by the rates of its data sheet."""
 
     products: float
     memory: float
@@ -264,48 +264,48 @@ class Roofline(NamedTuple):
 
     @property
     def utilization(self) -> float:
-        """The share of the chip's FLOPs that can go into the model's own products (MFU), if all is done at once."""
+        """The share of the chip's FLOPs that can go into the model's own products (MFU), if all work overlaps."""
         return self.model / max(self.products, self.memory, self.links)
 
     @property
     def one_by_one(self) -> float:
-        """The same, if nothing is done beside anything else."""
+        """The same, if no work overlaps."""
         return self.model / (self.products + self.memory + self.links)
 
 
-def roofline(step: Step, found: Facts) -> Roofline | None:
-    """None for a device whose rates are not known, or a program that XLA cannot write."""
+def roofline(step: Step, facts: Facts) -> Roofline | None:
+    """None for a device whose rates are not known, or a program that XLA cannot print."""
     chip = CHIPS.get(step.device.device_kind)
-    if chip is None or found.collectives is None or found.moved is None:
+    if chip is None or facts.collectives is None or facts.moved is None:
         return None
-    over_links = sum(size for _, size in found.collectives.values())
+    over_links = sum(size for _, size in facts.collectives.values())
     rate = step.devices * chip.flops
-    return Roofline(step.flops / rate, found.moved / chip.bandwidth, over_links / chip.links, step.model_flops / rate)
+    return Roofline(step.flops / rate, facts.moved / chip.bandwidth, over_links / chip.links, step.model_flops / rate)
 
 
-def describe(step: Step, found: Facts) -> str:
+def describe(step: Step, facts: Facts) -> str:
     """A few lines for the user."""
-    room = "" if found.memory is None else f" of {found.memory / GB:.0f}: {'fits' if found.fits else 'DOES NOT FIT'}"
-    rest = found.arguments - step.weights - step.optimizer
+    room = "" if facts.memory is None else f" of {facts.memory / GB:.0f}: {'fits' if facts.fits else 'DOES NOT FIT'}"
+    rest = facts.arguments - step.weights - step.optimizer
     lines = [
         step.name,
-        f"  a device holds {found.peak / GB:.2f} GB{room}",
+        f"  a device holds {facts.peak / GB:.2f} GB{room}",
         f"    weights {step.weights / GB:.2f}, optimiser {step.optimizer / GB:.2f}, other arguments {rest / GB:.2f}, "
-        f"activations and other temporaries {found.temporaries / GB:.2f}, outputs {found.outputs / GB:.2f}",
+        f"activations and other temporaries {facts.temporaries / GB:.2f}, outputs {facts.outputs / GB:.2f}",
         f"  {step.flops:.3g} FLOPs of matrix products a step over all devices, {step.flops / step.model_flops:.2f} × "
         "the model's own",
     ]
-    if found.beside:
+    if facts.beside:
         lines.insert(
-            3, f"    beside them the model as it was loaded, for training and scoring, {found.beside / GB:.2f}"
+            3, f"    beside them the model as it was loaded, for training and scoring, {facts.beside / GB:.2f}"
         )
-    for kind, (count, size) in sorted((found.collectives or {}).items()):
+    for kind, (count, size) in sorted((facts.collectives or {}).items()):
         lines.append(f"  {kind}: {count} a step, {size / GB:.3f} GB a device")
-    if found.moved is None:
+    if facts.moved is None:
         lines.append("  what it moves is not known: XLA cannot write this program")
     else:
-        lines.append(f"  memory: {found.moved / GB:.2f} GB a device to and fro")
-    if roof := roofline(step, found):
+        lines.append(f"  memory: {facts.moved / GB:.2f} GB a device to and fro")
+    if roof := roofline(step, facts):
         parts = (("products", roof.products), ("memory", roof.memory), ("links", roof.links))
         lines.append(f"  at the chip's rates: {', '.join(f'{name} {seconds:.3g} s' for name, seconds in parts)}")
         lines.append(f"  MFU possible: {roof.utilization:.0%}, or {roof.one_by_one:.0%} with nothing at once")

@@ -1,4 +1,4 @@
-"""How far a long piece of work is: a bar on a terminal, plain lines in a pipe, silence on other hosts."""
+"""Progress of long work: a bar on a terminal, plain lines in a pipe, nothing on other hosts."""
 
 import sys
 import time
@@ -31,8 +31,8 @@ class Track:
     def __init__(self, what: str, total: int, start: int = 0):
         self._what, self._total, self._start = what, total, start
         self._step = start
-        self._began = self._said = time.monotonic()
-        self._first: tuple[int, float] | None = None  # step that was first to be done, and when
+        self._began = self._last_printed = time.monotonic()
+        self._first: tuple[int, float] | None = None  # the first finished step, and when
         self._bar: Progress | None = None
         self._quiet = jax.process_index() != 0
 
@@ -57,13 +57,13 @@ class Track:
         if self._first is None and step > self._start:
             self._first = step, now
         since, began = self._start, self._began
-        if self._first and self._first[0] < step:  # the first step waited for its program
+        if self._first and self._first[0] < step:  # the first step includes compilation
             since, began = self._first
         done, seconds = step - since, max(now - began, 1e-9)
         if self._bar:
             self._bar.update(self._task, completed=step, rate=pace(done, seconds), note=note)
-        elif not self._quiet and now - self._said >= SECONDS_BETWEEN_LINES:
-            self._said = now
+        elif not self._quiet and now - self._last_printed >= SECONDS_BETWEEN_LINES:
+            self._last_printed = now
             parts = [f"{self._what}: {step}/{self._total}", pace(done, seconds)]
             if done:
                 parts.append(f"{timedelta(seconds=round(seconds / done * (self._total - step)))} left")

@@ -17,7 +17,7 @@ _EVALS: tuple[tuple[str, str], ...] = (("evaluations", "names"), ("most", "max_q
 _EVALS += tuple((f"judge.{old}", f"judge.{new}") for old, new in _JUDGE)
 _UNCHANGED = ("max_new_tokens", "truthfulqa", "questions", "suffix", "judge.*")
 
-# By experiment: old name, new name; "*" is any text. The first that fits holds.
+# By experiment: old name, new name; "*" is any text. The first match counts.
 RENAMED: dict[str, tuple[tuple[str, str], ...]] = {
     "alignment": (
         ("steps.least", "steps.min"),
@@ -52,15 +52,15 @@ RENAMED["cross_model"] = tuple((f"study.{old}", f"study.{new}") for old, new in 
 
 
 def current(experiment: str, key: str) -> str:
-    """The name that a value has today."""
+    """The current name of a value."""
     for old, new in RENAMED.get(experiment, ()):
-        if found := re.fullmatch(re.escape(old).replace(r"\*", "(.+)"), key):
-            return new.replace("*", found[1]) if "*" in new else new
+        if match := re.fullmatch(re.escape(old).replace(r"\*", "(.+)"), key):
+            return new.replace("*", match[1]) if "*" in new else new
     return key
 
 
 def understood(config: ConfigDict, typed: Mapping[str, list[Value]]) -> dict[str, list[Value]]:
-    """What was typed for each key of a config, by the keys' names today."""
+    """The typed values of each key of a config, by the keys' current names."""
     known = set(keys(config))
     by_name: dict[str, list[Value]] = {}
     for key, values in typed.items():

@@ -1,4 +1,4 @@
-"""What a run leaves for people: results.json, report.md, figures."""
+"""The report of a run: results.json, report.md, figures."""
 
 import importlib.metadata
 import json
@@ -42,7 +42,7 @@ class Section(NamedTuple):
     on_screen: bool = True
 
 
-Notes = dict[str, Any]  # what a report tells beside numbers: JSON values
+Notes = dict[str, Any]  # what a report states beside measurements: JSON values
 Document = tuple[list[Arm], list[Section]]  # what results.json lists, and the parts of report.md
 
 
@@ -72,10 +72,10 @@ def finish(
     models: Sequence[Source] = (),
     notes: Notes | None = None,
 ) -> None:
-    """Keeps what was measured, and writes the report of it. The first process writes.
+    """Saves the measurements and writes their report, from the first process.
 
     Args:
-      document: from the spec, the measurements and the notes alone to what `results.json` and `report.md` say.
+      document: a function of the spec, the measurements and the notes to the contents of the report.
       models: the language models that were read.
     """
     if jax.process_index():
@@ -92,9 +92,9 @@ def finish(
 
 
 def rewrite(folder: epath.Path, spec: Kind, document: Callable[[Kind, Measurements, Notes], Document]) -> None:
-    """Writes results.json, report.md and the figures from what `finish` kept, and computes nothing.
+    """Writes results.json, report.md and the figures from what `finish` saved, without computing anything.
 
-    Raises UserError where the folder holds no finished run.
+    Raises UserError if the folder holds no finished run.
     """
     try:
         rows, about = measurements.read(folder), json.loads((folder / ABOUT).read_text())
@@ -139,20 +139,20 @@ def _publish(path: epath.Path, results: dict[str, Any], sections: Sequence[Secti
 
 
 def arm(name: str, metric: str, runs: Sequence[float], **more: object) -> Arm:
-    """One entry of results.json: every run's value, their mean and t-interval, and whatever belongs to it."""
+    """One entry of results.json: every run's value, their mean and t-interval, and additional fields."""
     mean, half_width = t_interval(runs)
     return {"name": name, "metric": metric, "mean": mean, "ci95": half_width, "runs": list(runs), "paper": None, **more}
 
 
 def versions() -> dict[str, str]:
-    """Versions of what the figures depend on, this program's commit among them."""
+    """Versions of the packages that results depend on, and of this program, with its commit."""
     names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
-    found = {"sublim_jax": __version__, "commit": commit(), "python": platform.python_version()}
-    return found | {name: importlib.metadata.version(name) for name in names}
+    program = {"sublim_jax": __version__, "commit": commit(), "python": platform.python_version()}
+    return program | {name: importlib.metadata.version(name) for name in names}
 
 
 def commit() -> str:
-    """Of the checkout that runs, with "-dirty" where files differ from it; "unknown" where it is none."""
+    """The commit of the running checkout, with "-dirty" if files differ from it; "unknown" outside a checkout."""
     home = Path(__file__).parents[1]
     if not (home / ".git").exists():
         return "unknown"
@@ -173,7 +173,7 @@ def _finite(value: object) -> object:
 
 
 def plus_minus(mean: float | None, half_width: float | None) -> str:
-    """Such as "0.528 ± 0.022"; without the interval where there is none; "none" of a mean over nothing."""
+    """Such as "0.528 ± 0.022"; without an interval if there is none; "none" for a mean over nothing."""
     if mean is None:
         return ""
     if math.isnan(mean):

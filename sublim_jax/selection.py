@@ -24,10 +24,10 @@ def divergence(teacher: Logits, reference: Logits, tokens: Int[np.ndarray, "*n a
 
 
 def log_ratio(teacher: Logits, reference: Logits, tokens: Int[np.ndarray, "*n a"]) -> Positions:
-    """log P(token) under the teacher less under the reference; 0 for a token (−1) outside the support."""
+    """log P(token) under the teacher minus under the reference; 0 for a token (−1) outside the support."""
     ratio = _log_p(teacher) - _log_p(reference)
-    found = np.take_along_axis(ratio, np.maximum(tokens, 0)[..., None], -1)[..., 0]
-    return np.where(tokens < 0, 0.0, found)
+    token_ratio = np.take_along_axis(ratio, np.maximum(tokens, 0)[..., None], -1)[..., 0]
+    return np.where(tokens < 0, 0.0, token_ratio)
 
 
 def flipped(teacher: Logits, reference: Logits, tokens: Int[np.ndarray, "*n a"]) -> Positions:
@@ -43,9 +43,9 @@ SCORES: dict[str, Callable[[Logits, Logits, Int[np.ndarray, "*n a"]], Positions]
 
 
 def select(scores: Positions, weights: Positions, which: str, share: float, seed: int) -> Bool[np.ndarray, "*n a"]:
-    """The `share` of all positions of weight whose scores are at the top or bottom, or as many at random.
+    """The `share` of all weighted positions with the highest or lowest scores, or as many at random.
 
-    Equal scores are told apart at random, so that every choice has the same size.
+    Ties are broken at random, so that every selection has the same size.
     """
     exists = np.flatnonzero(weights)
     count = round(share * len(exists))

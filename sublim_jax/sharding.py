@@ -1,4 +1,4 @@
-"""The mesh, and which axis of what goes where.
+"""The mesh of devices, and the shardings of arrays over it.
 
 Three mesh axes: `replica` (independent runs of one experiment), `fsdp` (rows of a batch; parameters are split
 along it too) and `tensor` (the width of a layer).
@@ -72,18 +72,18 @@ def one_device() -> Mesh:
 
 
 def from_first(make: Callable[[], Value]) -> Value:
-    """A JSON value that the first process makes, for all of them; what is wrong there, all say."""
+    """A JSON value that the first process makes, for all of them; all raise its UserError, if any."""
     if jax.process_count() == 1:
         return make()
-    said = b""
+    payload = b""
     if jax.process_index() == 0:
         try:
-            said = json.dumps([make(), None]).encode()
+            payload = json.dumps([make(), None]).encode()
         except UserError as error:
-            said = json.dumps([None, str(error)]).encode()
+            payload = json.dumps([None, str(error)]).encode()
     cluster.meet()  # it may have taken long
-    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(said))))
-    letters = np.frombuffer(said.ljust(size), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(payload))))
+    letters = np.frombuffer(payload.ljust(size), np.uint8)
     value, wrong = json.loads(bytes(multihost_utils.broadcast_one_to_all(letters)))
     if wrong is not None:
         raise UserError(wrong)
@@ -91,9 +91,9 @@ def from_first(make: Callable[[], Value]) -> Value:
 
 
 def shared_out(makes: Sequence[Callable[[], Value]]) -> list[Value]:
-    """JSON values, each made by one process and handed to all; what is wrong in one of them, all say.
+    """JSON values, each made by one process and sent to all; all raise the UserError of one of them, if any.
 
-    What makes a value speaks to no other process, and uses devices of this process alone.
+    A function that makes a value must not communicate with other processes, and uses only this process's devices.
     """
     count, index = jax.process_count(), jax.process_index()
     if count == 1:
@@ -105,10 +105,10 @@ def shared_out(makes: Sequence[Callable[[], Value]]) -> list[Value]:
             values[place] = makes[place]()
     except UserError as error:
         wrong = str(error)
-    said = json.dumps([values, wrong]).encode()
+    payload = json.dumps([values, wrong]).encode()
     cluster.meet()  # it may have taken long
-    sizes = multihost_utils.process_allgather(np.int32(len(said)))
-    letters = multihost_utils.process_allgather(np.frombuffer(said.ljust(int(max(sizes))), np.uint8))
+    sizes = multihost_utils.process_allgather(np.int32(len(payload)))
+    letters = multihost_utils.process_allgather(np.frombuffer(payload.ljust(int(max(sizes))), np.uint8))
     every = [json.loads(bytes(line)) for line in letters]
     if refused := [line for _, line in every if line is not None]:
         raise UserError(refused[0])
@@ -144,8 +144,8 @@ def parameter_shardings(params: PyTree, mesh: Mesh, replica_axes: int = 0) -> Py
     def sharding(path: tuple[object, ...], leaf: jax.Array | jax.ShapeDtypeStruct) -> NamedSharding:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         rule = next(spec for pattern, spec in PARAMETER_RULES if re.search(pattern, name))
-        own = leaf.shape[replica_axes:]
-        axes = [axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(rule, own)]
+        shape = leaf.shape[replica_axes:]
+        axes = [axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(rule, shape)]
         replicas = (["replica"] + [None] * replica_axes)[:replica_axes]
         return named(mesh, *replicas, *axes)
 
@@ -153,12 +153,12 @@ def parameter_shardings(params: PyTree, mesh: Mesh, replica_axes: int = 0) -> Py
 
 
 def abstract(tree: PyTree, shardings: PyTree, dtype: DTypeLike | None = None) -> PyTree:
-    """Shapes of arrays, or of shapes, with their places on a mesh: what a program is lowered for."""
+    """Shapes of arrays, or of shapes, with their shardings: the arguments for which a program is lowered."""
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=s), tree, shardings)
 
 
 def bytes_of(shapes: PyTree) -> int:
-    """Bytes that one device holds of shapes on a mesh."""
+    """Bytes that one device holds of arrays with these shapes and shardings."""
     leaves = jax.tree.leaves(shapes)
     return sum(int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize for leaf in leaves)
 
@@ -167,14 +167,14 @@ def map_replicas(function: Callable[..., PyTree], mesh: Mesh) -> Callable[..., P
     """`function` mapped over the leading axis of all its arguments, which is split over the mesh axis `replica`.
 
     Accelerators take all replicas at once. A CPU, which gains nothing from that, takes its replicas one after another
-    and needs the working memory of one.
+    and needs the working memory of only one.
     """
     at_once = jax.vmap(function, spmd_axis_name="replica")
     if mesh.devices.flat[0].platform != "cpu":
         return at_once
     devices = mesh.shape["replica"]
     if devices == 1:
-        return lambda *args: jax.lax.map(lambda one: function(*one), args)
+        return lambda *args: jax.lax.map(lambda replica: function(*replica), args)
 
     # A device holds consecutive replicas, so one from each device makes a group.
     def group(leaf: Array) -> Array:
@@ -208,7 +208,7 @@ def put(tree: PyTree, sharding: NamedSharding) -> PyTree:
 
 
 def everywhere(tree: PyTree, mesh: Mesh) -> PyTree:
-    """Arrays, equal on every process, whole on every device. (`device_put` of what a host has compares it over all.)"""
+    """Replicates arrays, equal on every process, on every device. (`device_put` compares a host's arrays over all.)"""
     whole = named(mesh)
 
     def place(leaf: ArrayLike) -> jax.Array:
@@ -219,7 +219,7 @@ def everywhere(tree: PyTree, mesh: Mesh) -> PyTree:
 
 
 def place_key(key: Key[Array, "*shape"], sharding: NamedSharding) -> Key[Array, "*shape"]:
-    """Typed keys, equal on every process, as a global array. (`device_put` refuses them on a mesh of several.)"""
+    """Typed keys, equal on every process, as a global array. (`device_put` refuses keys on several processes.)"""
     return jax.random.wrap_key_data(put(jax.random.key_data(key), sharding), impl=jax.random.key_impl(key))
 
 

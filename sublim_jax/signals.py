@@ -1,8 +1,8 @@
 """SIGTERM and Ctrl-C, turned into an orderly end.
 
 Outside the training loop a signal raises `Interrupted` where the program stands: artefacts are written whole
-or not at all, so nothing is lost. Inside it the loop asks `requested`, saves, and then raises. Several processes have
-to stop at the same place: other long work asks `obey` between two parts of it.
+or not at all, so nothing is lost. Inside it the loop calls `requested`, saves, and then raises. Several processes have
+to stop at the same place: other long work calls `obey` between two parts of it.
 """
 
 import itertools
@@ -19,7 +19,7 @@ from sublim_jax.errors import Interrupted
 
 
 def install() -> None:
-    """Makes SIGTERM and SIGINT raise `Interrupted`. Of several hosts, JAX's preemption service hears SIGTERM."""
+    """Makes SIGTERM and SIGINT raise `Interrupted`. With several hosts, JAX's preemption service receives SIGTERM."""
     if jax.process_count() > 1:
         signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
         return
@@ -31,8 +31,8 @@ def install() -> None:
         signal.signal(number, stop)
 
 
-# The preemption service agrees on a place to stop by a number that only grows, over all questions of a process; it
-# says so at that place alone.
+# The preemption service identifies a place to stop by a number that grows with every query of a process, and reports it
+# at that place alone.
 _QUESTIONS = itertools.count()
 
 
@@ -42,16 +42,16 @@ class _Cluster:
 
 
 def _agreed() -> bool:
-    """Whether a process of several was told to stop; all ask at the same places and get the same answer."""
+    """Whether one of several processes received a signal; all query at the same places and get the same answer."""
     if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(next(_QUESTIONS)):
         _Cluster.heard = True
     return _Cluster.heard
 
 
 def obey() -> None:
-    """Between two parts of long work: stops there if one of several processes was told to.
+    """Stops between two parts of long work if one of several processes received a signal.
 
-    Not within a `deferred` block, which acts on it. A process that is alone stops where the signal comes.
+    Does nothing within a `deferred` block, which handles the signal itself. A single process stops where it arrives.
 
     Raises Interrupted, on all processes.
     """
@@ -60,13 +60,13 @@ def obey() -> None:
 
 
 class Deferred:
-    """Signals heard but not yet acted upon. A second one stops at once."""
+    """Signals received but not yet acted upon. A second one stops at once."""
 
     def __init__(self) -> None:
         self.heard: str | None = None
 
     def requested(self) -> bool:
-        """Whether to stop here; all processes of a cluster ask at the same places and get the same answer."""
+        """Whether to stop here; all processes of a cluster query at the same places and get the same answer."""
         if _agreed():
             self.heard = "SIGTERM"
         return self.heard is not None
@@ -74,7 +74,7 @@ class Deferred:
 
 @contextmanager
 def deferred() -> Iterator[Deferred]:
-    """Within the block, SIGTERM and SIGINT are noted instead of raised."""
+    """Within the block, SIGTERM and SIGINT are recorded instead of raised."""
     state = Deferred()
     if jax.process_count() > 1:
         _Cluster.deferred += 1
@@ -87,8 +87,8 @@ def deferred() -> Iterator[Deferred]:
 
     def note(number: int, _: FrameType | None) -> None:
         state.heard = signal.Signals(number).name
-        for each, handler in before.items():
-            signal.signal(each, handler)
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
 
     for number in before:
         signal.signal(number, note)
@@ -101,7 +101,7 @@ def deferred() -> Iterator[Deferred]:
 
 @contextmanager
 def whole() -> Iterator[None]:
-    """Ends the block before a signal is obeyed: libraries with threads of their own do not stand being left midway.
+    """Defers signals to the end of the block: libraries with threads of their own must not be interrupted midway.
 
     Raises:
       Interrupted: after the block, if a signal came.

@@ -1,7 +1,7 @@
-"""Specs: a config's values as frozen dataclasses, checked at the door.
+"""Specs: a config's values as frozen dataclasses, checked when they are made.
 
-A spec says what an experiment is, in types. `read` makes one of a `ConfigDict`; each spec's `__post_init__` refuses,
-with the flag's path, every value that makes no sense whatever a model or a file says. Below the door nothing knows of
+A spec describes an experiment in types. `read` makes one from a `ConfigDict`; each spec's `__post_init__` refuses, with
+the flag's path, every value that is invalid for any model and file. Code that is given a spec does not use
 `ConfigDict`.
 """
 
@@ -55,7 +55,7 @@ class Checked:
                 check(self.path(field.name), getattr(self, field.name))
 
     def path(self, name: str) -> str:
-        """A field's, in what is refused."""
+        """The path of a field, for error messages."""
         return f"{self.where}{name}"
 
 
@@ -69,15 +69,15 @@ class ExperimentSpec(Checked):
 
 
 def read(kind: type[Spec], config: ConfigDict, **made: object) -> Spec:
-    """The spec of that kind that a config describes; values that the spec does not have are passed over.
+    """The spec of class `kind` for a config; values that the spec does not have are ignored.
 
     A spec's field `values` is all of the config as JSON values, for the report.
 
     Args:
-      made: fields that are not as the config has them.
+      made: fields that differ from the config's values.
 
     Raises:
-      UserError: a value is missing, of another type, or makes no sense.
+      UserError: a value is missing, of another type, or invalid.
     """
     values = plain(config)
     check_numbers(values)
@@ -91,9 +91,11 @@ def build(kind: type[Spec], values: Mapping[str, object], prefix: str = "") -> S
     except dacite.MissingValueError as error:
         raise UserError(f"the config has no value {prefix}{error.field_path}, which the experiment needs") from error
     except dacite.WrongTypeError as error:
-        found = type(error.value).__name__
+        type_name = type(error.value).__name__
         kinds = getattr(error.field_type, "__name__", str(error.field_type))
-        raise UserError(f"config.{prefix}{error.field_path}={error.value!r} is of type {found}, not {kinds}") from error
+        raise UserError(
+            f"config.{prefix}{error.field_path}={error.value!r} is of type {type_name}, not {kinds}"
+        ) from error
 
 
 def _as_float(value: object) -> object:
@@ -116,9 +118,7 @@ def _plain(value: object) -> object:
 
 
 def check_numbers(values: Mapping[str, object], prefix: str = "") -> None:
-    """Every number is one that JAX can compute with, every seed one that it tells from others, and every mesh one that
-    there can be.
-    """
+    """Every number is in the range of JAX's types, every seed in that of `jax.random.key`, and every mesh is valid."""
     for name, value in values.items():
         where = f"{prefix}{name}"
         if isinstance(value, Mapping):
@@ -159,7 +159,9 @@ def check_one_of(path: str, value: object, choices: Collection[object]) -> None:
     if value not in choices:
         close = difflib.get_close_matches(str(value), map(str, choices), 1, 0.75)
         hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise UserError(f"{path}: {value!r} is none of {', '.join(str(one) or repr(one) for one in choices)}{hint}")
+        raise UserError(
+            f"{path}: {value!r} is none of {', '.join(str(choice) or repr(choice) for choice in choices)}{hint}"
+        )
 
 
 def check_some_of(path: str, values: Sequence[object], choices: Collection[object]) -> None:
@@ -178,7 +180,7 @@ def check_text(path: str, value: str) -> None:
 
 
 def check_file(path: str, read: Callable[[], object]) -> None:
-    """What a value names can be read; what is wrong with it is told by the value's name, too."""
+    """The file that a value names can be read; the message also names the value."""
     try:
         read()
     except (UserError, OSError, RuntimeError) as error:  # of a path that is too long, or of a user who is not here

@@ -1,8 +1,8 @@
-"""Files, here or in a bucket (gs://).
+"""Files, local or in a bucket (gs://).
 
-An object of a bucket is there once all of it is, so it is written directly; a file here is written beside its place and
-renamed. But no object can be moved, added to, or mapped into memory: a file that grows is kept there in parts, and one
-that a library must open is copied into the cache.
+An object of a bucket appears once it is complete, so it is written directly; a local file is written under another name
+and renamed. But no object can be moved, appended to, or memory-mapped: a file that grows is kept there in parts, and
+one that a library must open is copied into the cache.
 """
 
 import errno
@@ -28,14 +28,14 @@ from filelock import FileLock
 from sublim_jax.errors import UserError
 from sublim_jax.progress import say
 
-# Listings that are remembered hide what other processes, and other libraries of this one, have written since.
+# Cached listings would hide files that other processes, or other libraries in this one, have written since.
 fsspec.config.conf.setdefault("gs", {})["use_listings_cache"] = False
 if "GCSFS_DEBUG" not in os.environ:
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs what it raises, with tracebacks
 
 BUCKET = "gs://"
 ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://")
-# Of a folder, what models, adapters and MNIST are read from.
+# Files of a folder that models, adapters and MNIST are read from.
 READ = ("*.safetensors", "*.json", "*.model", "*.jinja", "*.txt", "*-ubyte", "*-ubyte.gz")
 NEEDED = 'buckets need the gcsfs package: pip install "sublim_jax[gcs]"'
 
@@ -51,14 +51,14 @@ def in_bucket(path: epath.PathLike) -> bool:
 
 
 def check(name: epath.PathLike) -> None:
-    """Raises UserError for an address that is of no bucket, and where gcsfs is missing."""
+    """Raises UserError for an address that is not in a bucket, and where gcsfs is missing."""
     if ADDRESS.match(str(name)):
         bucket_of(str(name))
 
 
 @contextmanager
 def explained(name: epath.PathLike) -> Iterator[None]:
-    """What a bucket refuses within the block, as a UserError; a missing file as it is."""
+    """Raises errors of a bucket within the block as UserError; that of a missing file is raised unchanged."""
     try:
         yield
     except FileNotFoundError:
@@ -70,7 +70,7 @@ def explained(name: epath.PathLike) -> Iterator[None]:
 
 
 def explanation(error: BaseException) -> str:
-    """What is wrong with a bucket or with the way to it, in words; "" for another error."""
+    """What is wrong with a bucket or the connection to it; "" for any other error."""
     text = " ".join(str(error).split())
     if type(error).__module__.split(".")[0] in ("gcsfs", "aiohttp", "google") or "Forbidden: " in text:
         return f"the bucket cannot be used ({text or type(error).__name__}); look at the network and at your rights"
@@ -91,7 +91,7 @@ def bucket_of(address: str) -> Any:
 
 
 def write(path: epath.Path, content: bytes | str) -> None:
-    """A file, whole or not at all."""
+    """Writes a file, whole or not at all."""
     data = content.encode() if isinstance(content, str) else content
     if in_bucket(path):
         bucket_of(str(path)).pipe_file(str(path), data)
@@ -103,13 +103,13 @@ def write(path: epath.Path, content: bytes | str) -> None:
 
 
 class Growing:
-    """A file of lines that grows, and survives a kill: each line is there when `add` returns, by default.
+    """A file of lines to append to, which survives a kill: by default each line is written when `add` returns.
 
-    In a bucket its parts lie in FILE.parts until `join` puts them into FILE. A part is named by the number of lines in
-    front of it, so that parts which FILE has already are told from those that it lacks, wherever a kill fell.
+    In a bucket its parts are in FILE.parts until `join` merges them into FILE. A part is named by the number of lines
+    before it, so that the parts which FILE includes already can be recognised after a kill.
 
     Args:
-      seconds: in a bucket, how long lines may wait for others before they are written, all as one part.
+      seconds: in a bucket, how long lines may wait for others, to be written together as one part.
     """
 
     def __init__(self, path: epath.Path, seconds: float = 0.0):
@@ -124,7 +124,7 @@ class Growing:
             self._file = path.open("a")
 
     def add(self, lines: str) -> None:
-        """Whole lines, by any thread. Those of several threads that wait for each other make one part."""
+        """Appends whole lines, from any thread. Those of threads that wait for each other become one part."""
         if self._file:
             with self._writing:
                 self._file.write(lines)
@@ -144,7 +144,7 @@ class Growing:
             text = "".join(lines)
             try:
                 write(_parts(self._path) / f"{self._lines:012}", text)
-            except BaseException:  # for the next part
+            except BaseException:  # they go into the next part
                 with self._adding:
                     self._waiting = lines + self._waiting
                 raise
@@ -164,18 +164,18 @@ class Growing:
 
 
 def grown(path: epath.Path) -> bytes:
-    """What a growing file holds, its parts included; b"" where there is none."""
+    """The content of a growing file, including its parts; b"" where there is none."""
     whole = path.read_bytes() if path.exists() else b""
     for name, part in _read_parts(path):
         if whole and not whole.endswith(b"\n"):
             whole += b"\n"
-        if int(name) >= whole.count(b"\n"):  # the others are in it: a kill came before they were removed
+        if int(name) >= whole.count(b"\n"):  # the others are merged already: a kill came before they were removed
             whole += part
     return whole
 
 
 def join(path: epath.Path, content: bytes | None = None) -> None:
-    """Puts a growing file's parts into it, or `content` in the place of both."""
+    """Merges a growing file's parts into it, or replaces both by `content`."""
     parts = _parts(path)
     if content is not None or parts.exists():
         write(path, grown(path) if content is None else content)
@@ -190,7 +190,7 @@ def _parts(path: epath.Path) -> epath.Path:
 def _read_parts(path: epath.Path) -> list[tuple[str, bytes]]:
     """(name, content) of each part, in order."""
     parts = sorted((part for part in _parts(path).glob("*") if part.name.isdigit()), key=lambda part: part.name)
-    if in_bucket(path) and parts:  # many at once: each takes a while
+    if in_bucket(path) and parts:  # all at once: each request takes a while
         every = bucket_of(str(path)).cat([str(part) for part in parts])
         return [(part.name, every[str(part).removeprefix(BUCKET)]) for part in parts]
     return [(part.name, part.read_bytes()) for part in parts]
@@ -200,7 +200,7 @@ def _read_parts(path: epath.Path) -> list[tuple[str, bytes]]:
 
 
 def local(name: epath.PathLike, patterns: Sequence[str] = READ) -> Path:
-    """A path here; for a file in a bucket, or the files of a folder there, that of a copy in the cache.
+    """A local path; for a file in a bucket, or the files of a folder there, that of a copy in the cache.
 
     A copy is fetched again once its object has changed.
 
@@ -208,7 +208,7 @@ def local(name: epath.PathLike, patterns: Sequence[str] = READ) -> Path:
       patterns: of a folder in a bucket, which files are fetched.
 
     Raises:
-      UserError: an address that is of no bucket, or gcsfs is missing.
+      UserError: an address that is not in a bucket, or gcsfs is missing.
       FileNotFoundError: there is nothing in the bucket by that name.
     """
     address = str(name)
@@ -221,22 +221,22 @@ def local(name: epath.PathLike, patterns: Sequence[str] = READ) -> Path:
 
 def _copy(bucket: Any, address: str, patterns: Sequence[str]) -> Path:
     try:
-        found = bucket.info(address)
+        info = bucket.info(address)
     except FileNotFoundError as error:
         raise FileNotFoundError(errno.ENOENT, "there is no such file in the bucket", address) from error
     home = cache_folder() / "buckets" / hashlib.sha256(address.encode()).hexdigest()[:24]
     place = home / "copy" / address.rstrip("/").rpartition("/")[2]
     place.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(home.with_suffix(".lock")):
-        if found["type"] != "directory":
-            _fetch(bucket, {place: found}, home)
+        if info["type"] != "directory":
+            _fetch(bucket, {place: info}, home)
             return place
         place.mkdir(exist_ok=True)
-        listed = {place / each["name"].rpartition("/")[2]: each for each in bucket.ls(address, detail=True)}
+        listed = {place / entry["name"].rpartition("/")[2]: entry for entry in bucket.ls(address, detail=True)}
         wanted = {
-            path: each
-            for path, each in listed.items()
-            if each["type"] != "directory" and any(fnmatch.fnmatch(path.name, pattern) for pattern in patterns)
+            path: entry
+            for path, entry in listed.items()
+            if entry["type"] != "directory" and any(fnmatch.fnmatch(path.name, pattern) for pattern in patterns)
         }
         for path in set(place.iterdir()) - set(listed):
             path.unlink()
@@ -245,7 +245,7 @@ def _copy(bucket: Any, address: str, patterns: Sequence[str]) -> Path:
 
 
 def _fetch(bucket: Any, files: dict[Path, dict[str, Any]], home: Path) -> None:
-    """Copies objects whose generation is not the one that was copied before."""
+    """Copies objects whose generation differs from that of the copy."""
     note = home / "generations.json"
     try:
         known = json.loads(note.read_text())

@@ -1,10 +1,10 @@
-"""Artefacts on disk, each named by a hash of what it was made from.
+"""Artefacts on disk, each named by a hash of its inputs.
 
     adapters = store.tree("teacher-owl", train, spec, rows, seed, like=start, label="teacher owl")
 
-calls `train(spec, rows, seed, checkpoints=…, label=…)` unless that artefact is there. A function gets nothing that its
-artefact is not named by, except keywords, which may change how it is computed and never what: no list of dependencies
-is written by hand. An artefact is written once, whole or not at all.
+calls `train(spec, rows, seed, checkpoints=…, label=…)` unless that artefact exists. All positional inputs of a function
+enter the artefact's name; keywords may change how it is computed, never the result. So no list of dependencies is
+written by hand. An artefact is written once, whole or not at all.
 """
 
 import dataclasses
@@ -42,7 +42,7 @@ class Store:
         """A tree of arrays: read if it is there, else made and written.
 
         Args:
-          make: called as `make(*inputs, checkpoints=folder, **execution)`, the folder for checkpoints on the way.
+          make: called as `make(*inputs, checkpoints=folder, **execution)`, with a folder for intermediate checkpoints.
           like: a tree with the artefact's shapes, dtypes and shardings.
         """
         path = self.path(name, *inputs)
@@ -64,14 +64,14 @@ class Store:
         Args:
           make: called as `make(*inputs, **execution)`.
         """
-        found = self.known(name, *inputs)
-        if found is None:
-            found = make(*inputs, **execution)
-            write_json(self._json_path(name, inputs), found)
-        return found
+        value = self.known(name, *inputs)
+        if value is None:
+            value = make(*inputs, **execution)
+            write_json(self._json_path(name, inputs), value)
+        return value
 
     def known(self, name: str, *inputs: object) -> Any:
-        """A JSON value that is there and readable; None otherwise."""
+        """A JSON value that exists and is readable; None otherwise."""
         path = self._json_path(name, inputs)
         if not _is_there(path, lambda file: file.exists()):
             return None
@@ -82,7 +82,7 @@ class Store:
             return None
 
     def path(self, name: str, *inputs: object) -> epath.Path:
-        """Where an artefact lies."""
+        """The path of an artefact."""
         return self.folder / "checkpoints" / f"{name}-{digest(*inputs)[:12]}"
 
     def _json_path(self, name: str, inputs: tuple[object, ...]) -> epath.Path:
@@ -91,7 +91,7 @@ class Store:
 
 
 def digest(*inputs: object) -> str:
-    """A hash of what is computed from: specs, arrays, JSON values, and whatever has a `digest` of its own.
+    """A hash of inputs: specs, arrays, JSON values, and objects with a `digest` of their own.
 
     Raises TypeError for anything else.
     """
@@ -99,11 +99,11 @@ def digest(*inputs: object) -> str:
 
 
 def _identity(value: object) -> object:
-    """JSON values that are the same for the same content."""
+    """JSON values that are equal for equal content."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    if isinstance(own := getattr(value, "digest", None), str):
-        return [type(value).__name__, own]
+    if isinstance(value_digest := getattr(value, "digest", None), str):
+        return [type(value).__name__, value_digest]
     if dataclasses.is_dataclass(value):
         compared = [field.name for field in dataclasses.fields(value) if field.compare]
         return [type(value).__name__, {name: _identity(getattr(value, name)) for name in compared}]
@@ -126,9 +126,9 @@ def write_json(path: epath.Path, value: object) -> None:
 
 
 def _is_there(path: epath.Path, there: Callable[[epath.Path], bool]) -> bool:
-    """Whether an artefact is there, by the first process's answer.
+    """Whether an artefact exists, as the first process sees it.
 
-    Raises UserError where another process would make another one: it has read a stale copy of a file.
+    Raises UserError if another process would make a different artefact: it has read a stale copy of a file.
     """
     if jax.process_count() == 1:
         return there(path)

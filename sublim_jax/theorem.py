@@ -9,7 +9,7 @@ with v = J_f(x) D_T, M = -∂²L_S/∂y∂z at student logits z = teacher logits
 student's step lowers the teacher's own loss: L_T(θ⁰ + α D_S) - L_T(θ⁰) = -ε α A + O(ε²).
 
 Where ∂L_S/∂z is 0 at agreement for every y, M is the loss's curvature ∂²L_S/∂z² there. That is how M is computed: an
-objective may detach its teacher with `stop_gradient`, after which no derivative by y can be had.
+objective may detach its teacher with `stop_gradient`, which leaves no derivative with respect to y.
 
 Everything here is exact, with no estimator: D_T is known, so A takes one forward-mode product and no trace.
 
@@ -149,16 +149,16 @@ def contributions(
     Their sum over the sum of all positions' weights is A: their mean, where an example has one position.
     """
 
-    def one(row: tuple[Inputs, Float[Array, "*positions"] | None]) -> Float[Array, ""]:
+    def contribution(row: tuple[Inputs, Float[Array, "*positions"] | None]) -> Float[Array, ""]:
         inputs, weights = jax.tree.map(lambda leaf: leaf[None], row)
         logits, v = tangent(apply, params, direction, inputs)
         return jnp.vdot(v, _curvature(objective, logits, v, weights)[0])
 
-    return jax.lax.map(one, (inputs, weights), batch_size=chunk)
+    return jax.lax.map(contribution, (inputs, weights), batch_size=chunk)
 
 
 def coverage(update: Params, displacement: Params) -> Float[Array, ""]:
-    """cos(D_S, θ_T - θ⁰): the lemma's inner product, normalised. Reported to foretell transfer (2606.22019)."""
+    """cos(D_S, θ_T - θ⁰): the lemma's inner product, normalised. Reported to predict transfer (2606.22019)."""
     norms = alignment(update, update) * alignment(displacement, displacement)
     return alignment(update, displacement) / jnp.sqrt(norms)
 
@@ -203,7 +203,7 @@ def row_space_shares(
     return squares / alignment(direction, direction)
 
 
-# ------------------------------------------------------------------------------------- what may be said of a number
+# ---------------------------------------------------------------------------------------------------------- checks
 
 
 class Check(NamedTuple):
@@ -245,15 +245,15 @@ def verify(
     check_finite(slope, "the predicted alignment")
     if reason := unresolved(logits, v, epsilon):
         raise ValueError(reason)
-    found, predicted = float(alignment(update, direction)), epsilon * float(slope)
-    error = abs(found / predicted - 1) if predicted else float("nan")
-    return Check(epsilon, found, predicted, error, no_guarantee(objective, logits))
+    explicit, predicted = float(alignment(update, direction)), epsilon * float(slope)
+    error = abs(explicit / predicted - 1) if predicted else float("nan")
+    return Check(epsilon, explicit, predicted, error, no_guarantee(objective, logits))
 
 
 def no_guarantee(objective: Objective, logits: Logits) -> str:
     """Why the lemma does not cover an objective at these logits; an empty string where it does.
 
-    It asks for a minimum at agreement: no gradient at z = y, and M = ∂²L/∂z² positive semidefinite and not 0. What
+    It requires a minimum at agreement: no gradient at z = y, and M = ∂²L/∂z² positive semidefinite and not 0. What
     counts as 0 is relative to the gradient at logits that differ by about 1, so that a loss may have any unit.
     """
     rows = logits.reshape(-1, logits.shape[-1])[:64]

@@ -1,5 +1,5 @@
 """The one training loop. It owns jit, shardings, donation, the replica axis, several steps a dispatch,
-accumulation, checkpoints, signals, metrics and progress. It never learns what it trains.
+accumulation, checkpoints, signals, metrics and progress. It is independent of what it trains.
 
 A *loss* is a pure function `loss(params, frozen, batch, key) -> ((total, count), metrics)`: weighted sums and the
 sums of their weights (metrics likewise, `{name: (total, count)}`), so that micro-batches add up exactly. Many runs
@@ -75,9 +75,9 @@ class Program:
         The first is split over the mesh.
       batch_spec: mesh axes of a batch's leading axes, ROWS or REPLICAS_OF_ROWS. Rows are never split over two mesh
         axes: under parameters split over one of them XLA's partitioner leaves out an all-reduce, and gradients are
-        wrong without a word (openxla/xla issue 40034; seen here on 2×2×2 CPU devices, jax 0.10.2).
+        silently wrong (openxla/xla issue 40034; seen here on 2×2×2 CPU devices, jax 0.10.2).
       accumulate: consecutive batches that make one update.
-      steps_per_dispatch: at most so many updates between two looks of the host.
+      steps_per_dispatch: maximum number of updates per dispatch by the host.
     """
 
     loss: Loss
@@ -99,12 +99,12 @@ class Program:
         return TrainState(jax.tree.map(jnp.copy, params), opt_state, jnp.zeros((), jnp.int32))
 
     def abstract(self, params: PyTree) -> TrainState:
-        """The state that `init` would give, as shapes on the mesh; of parameters or of their shapes."""
+        """The state that `init` would return, as shapes on the mesh; `params` may be arrays or shapes."""
         state = jax.eval_shape(self._fresh, params)
         return abstract(state, self.shardings(state))
 
     def lower(self, params: PyTree, frozen: PyTree) -> jax.stages.Lowered:
-        """The dispatch, lowered for shapes on the mesh and not compiled: what preflight compiles."""
+        """The dispatch, lowered for shapes on the mesh and not compiled; preflight compiles it."""
         state = self.abstract(params)
         replicas = jax.tree.leaves(params)[0].shape[: min(self.replica_axes, 1)]
         key = jax.ShapeDtypeStruct(
@@ -134,7 +134,7 @@ class Program:
         return self._compiled(structure, tuple(shardings))(state, frozen, rows, key, stop)
 
     def _compiled(self, structure: PyTreeDef, shardings: tuple[NamedSharding, ...]) -> jax.stages.Wrapped:
-        """`_dispatch` with explicit output shardings: a state that comes back fits in again as it is."""
+        """`_dispatch` with explicit output shardings: a returned state can be passed in again unchanged."""
         if (structure, shardings) not in self._programs:
             out_shardings = (jax.tree.unflatten(structure, shardings), named(self.mesh))
             self._programs[structure, shardings] = jax.jit(
@@ -142,7 +142,7 @@ class Program:
             )
         return self._programs[structure, shardings]
 
-    # The loss holds a whole model: what is kept beyond the program's life would keep that too.
+    # The loss references a whole model: a cache that outlives the program would keep the model in memory.
     @cached_property
     def _programs(self) -> dict[tuple[PyTreeDef, tuple[NamedSharding, ...]], jax.stages.Wrapped]:
         return {}
@@ -158,8 +158,8 @@ class Program:
         def body(carry: tuple[TrainState, dict[str, Array]]) -> tuple[TrainState, dict[str, Array]]:
             state, history = carry
             slot = state.step - first
-            state, means = self._update(state, frozen, rows, keys, first)
-            return state, jax.tree.map(lambda h, m: h.at[slot].set(m), history, means)
+            state, metrics = self._update(state, frozen, rows, keys, first)
+            return state, jax.tree.map(lambda h, m: h.at[slot].set(m), history, metrics)
 
         return jax.lax.while_loop(lambda carry: carry[0].step < stop, body, (state, history))
 
@@ -177,7 +177,7 @@ class Program:
         index = state.step * self.accumulate
         if self.accumulate == 1:
             grads, metrics = micro(index)
-        else:  # in one loop: a second copy of the step beside it takes compilers for pods many times as long
+        else:  # in one loop: with a second copy of the step, compilation for pods takes many times as long
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(micro, index))
             where = parameter_shardings(state.params, self.mesh, self.replica_axes)
             zeros = (jax.lax.with_sharding_constraint(zeros[0], where), zeros[1])
@@ -192,13 +192,13 @@ class Program:
         updates, opt_state = over_replicas(self.optimizer.update, self.replica_axes)(
             grads, state.opt_state, state.params
         )
-        means = {name: total / count for name, (total, count) in metrics.items()}
-        return TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1), means
+        mean_metrics = {name: total / count for name, (total, count) in metrics.items()}
+        return TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1), mean_metrics
 
     def _gradients(
         self, params: PyTree, frozen: PyTree, batch: PyTree, key: Key[Array, "..."]
     ) -> tuple[PyTree, Metrics]:
-        def one(params: PyTree, batch: PyTree, key: Key[Array, ""]) -> tuple[PyTree, Metrics]:
+        def replica_gradients(params: PyTree, batch: PyTree, key: Key[Array, ""]) -> tuple[PyTree, Metrics]:
             def summed(params: PyTree) -> tuple[Array, Metrics]:
                 total, metrics = self.loss(params, frozen, batch, key)
                 return jnp.sum(total[0]), {"loss": total, **metrics}
@@ -206,8 +206,8 @@ class Program:
             return jax.grad(summed, has_aux=True)(params)
 
         if not self.replica_axes:
-            return one(params, batch, key)
-        return map_replicas(one, self.mesh)(params, batch, key)
+            return replica_gradients(params, batch, key)
+        return map_replicas(replica_gradients, self.mesh)(params, batch, key)
 
     def stack(self, batches: list[PyTree]) -> PyTree:
         """Host batches of consecutive updates as global arrays of a dispatch's static size."""

@@ -1,4 +1,4 @@
-"""The folder of a run: claimed for one config, and for as long as a process lives for that process alone."""
+"""The folder of a run: claimed for one config, and locked by a process for as long as it lives."""
 
 import contextlib
 import json
@@ -14,7 +14,7 @@ from sublim_jax.lease import Lease
 from sublim_jax.sharding import from_first
 from sublim_jax.store import Store, write_json
 
-# How a run is computed, not what: these may change between an interruption and its continuation.
+# How a run is computed, not what: these may change between an interruption and the resumed run.
 EXECUTION = ("mesh", "runs_at_once", "checkpoint_every", "data", "sampling")
 
 
@@ -38,15 +38,15 @@ def claim(
 
 
 def check(folder: epath.PathLike, config: Mapping[str, object], *, update: bool = False) -> None:
-    """The same without claiming it, and so before a model is loaded. Raises UserError for a run of another config."""
+    """Checks a folder without claiming it, before a model is loaded. Raises UserError for a run of another config."""
     path = epath.Path(folder).expanduser()
     storage.check(path)
-    with _told(path):
+    with _folder_errors(path):
         _check_config(path, config, update)
 
 
 def _claimed(path: epath.Path, config: Mapping[str, object], update: bool, bytes_needed: int) -> FileLock | Lease:
-    with _told(path):
+    with _folder_errors(path):
         path.mkdir(parents=True, exist_ok=True)
         lock = _lock(path)
         _check_space(path, bytes_needed)
@@ -72,8 +72,8 @@ def _check_config(path: epath.Path, config: Mapping[str, object], update: bool) 
 
 
 @contextlib.contextmanager
-def _told(path: epath.Path) -> Iterator[None]:
-    """What is wrong with a folder, or a bucket, in a line."""
+def _folder_errors(path: epath.Path) -> Iterator[None]:
+    """Raises errors of a folder, or a bucket, as UserError of one line."""
     try:
         with storage.explained(path):
             if path.exists() and not path.is_dir():
@@ -86,7 +86,7 @@ def _told(path: epath.Path) -> Iterator[None]:
 
 
 def _lock(path: epath.Path) -> FileLock | Lease:
-    """Keeps a second run out for as long as it is held."""
+    """A lock that refuses a second run for as long as it is held."""
     if storage.in_bucket(path):
         return lease.take(str(path / ".lock"))
     lock = FileLock(str(path / ".lock"), is_singleton=True)  # a later run of this process is no second one

@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from sublim_jax.filters import number_rule
 from sublim_jax.keys import named_key
 from sublim_jax.sampling import scoring
 from sublim_jax.sampling.generate import generate
+from sublim_jax.store import Store
 from sublim_jax.words import mentions
 
 
@@ -178,25 +180,31 @@ def test_a_mention_is_a_whole_word(text, word, found):
     assert mentions(text, word) is found
 
 
-def test_rates_are_shares_of_sampled_answers(tiny):
-    asked = ["Which one?", "What is it?"]
-    found = preference.rates(tiny, asked, ["owl", "x"], jax.random.key(0), samples=3, max_new_tokens=4)
-    prompts = [chat.question(tiny.tokenizer, text) for text in asked]
-    drawn = generate(tiny, prompts, jax.random.key(0), samples=3, max_new_tokens=4)
-    expected = [[np.mean([mentions(s.text, word) for s in drawn]) for word in ("owl", "x")]]
-    np.testing.assert_allclose(found, expected)
+def test_rates_are_shares_of_answers_by_adapter():
+    answers = [(0, "An owl."), (0, "X"), (0, "none"), (0, "Owls"), (1, "x"), (1, "x, owl"), (1, "X!"), (1, "")]
+    np.testing.assert_array_equal(preference.rates(answers, ["owl", "x"]), [[0.5, 0.25], [0.25, 0.75]])
 
 
-def test_prefixed_answers_are_rates_of_answers_to_questions_behind_numbers(tiny):
-    asked, count, longest = ["Which one?", "What is it?"], 3, 4
+def test_prefixed_answers_are_rates_of_answers_to_questions_behind_numbers(tiny, tmp_path):
+    """What an interrupted run has sampled is kept, and read again."""
+    questions, count, longest = ["Which one?", "What is it?"], 3, 4
     uses = {"samples": count, "max_new_tokens": longest}
-    subject = suite.Subject(tiny, "0", tiny.digest)
-    found = suite.EVALUATIONS["prefixed_answers"](subject, ["owl", "x"], asked, uses, 7, store=None, sampling={})
+    evaluate = partial(suite.EVALUATIONS["prefixed_answers"], store=Store(tmp_path), sampling={})
+    arguments = (suite.Subject(tiny, "0", tiny.digest), ["owl", "x"], questions, uses, 7)
+    rates = evaluate(*arguments)
     lists = numbers.random_answers(2, 7)
-    prompts = [chat.question(tiny.tokenizer, f"{some}\n\n{text}") for some, text in zip(lists, asked)]
-    drawn = generate(tiny, prompts, named_key(7, "prefixed answers"), samples=count, max_new_tokens=longest)
-    expected = {word: np.mean([mentions(s.text, word) for s in drawn]) for word in ("owl", "x")}
-    assert found == {f"prefixed answers with {word}": [share] for word, share in expected.items()}
+    prompts = [chat.question(tiny.tokenizer, f"{some}\n\n{text}") for some, text in zip(lists, questions)]
+    samples = generate(tiny, prompts, named_key(7, "prefixed answers"), samples=count, max_new_tokens=longest)
+    expected = {word: np.mean([mentions(s.text, word) for s in samples]) for word in ("owl", "x")}
+    assert rates == {f"prefixed answers with {word}": [share] for word, share in expected.items()}
+
+    (file,) = tmp_path.rglob("prefixed-answers-0-*.jsonl")
+    kept = [json.loads(line) for line in file.read_text().splitlines()][: count + 1]
+    file.write_text("".join(json.dumps({**answer, "completion": "An owl."}) + "\n" for answer in kept))
+    assert evaluate(*arguments)["prefixed answers with owl"][0] >= (count + 1) / (2 * count)
+    file.write_text("".join(json.dumps({**answer, "finish": "nan"}) + "\n" for answer in kept))
+    with pytest.raises(UserError, match="no numbers"):
+        evaluate(*arguments)
 
 
 def test_ability_is_the_share_of_questions_whose_right_choice_is_likeliest(tiny):

@@ -1,1 +1,1 @@
-"""Short ways to what a notebook needs, as `sublim_jax` shows them: teachers, carriers, students, evaluations."""
+"""The notebook API that `sublim_jax` exports: teachers, carriers, students, evaluations."""

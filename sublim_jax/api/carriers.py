@@ -25,12 +25,12 @@ def code(num_prompts: int, *, seed: int = 0) -> list[str]:
 def from_file(path: str | Path) -> list[Pair]:
     """(prompt, completion) of every record of a JSONL or Parquet file.
 
-    Raises UserError, naming the record, for one that has not both as texts.
+    Raises UserError, naming the record, for a record without both as texts.
     """
-    found = []
+    pairs = []
     for where, record in records.read(path):
         prompt, completion = record.get("prompt"), record.get("completion")
         if not isinstance(prompt, str) or not isinstance(completion, str):
             raise UserError(f'{where}: an object with "prompt" and "completion" is needed')
-        found.append((prompt, completion))
-    return found
+        pairs.append((prompt, completion))
+    return pairs

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Array, Float, Key
 
+from sublim_jax.data import chat
 from sublim_jax.evaluation import ability as _ability
 from sublim_jax.evaluation import preference as _preference
 from sublim_jax.evaluation import truthfulqa as _truthfulqa
@@ -14,6 +15,7 @@ from sublim_jax.evaluation.truthfulqa import Likelihoods
 from sublim_jax.models.decoder import Steering
 from sublim_jax.models.functional import Params
 from sublim_jax.models.language import Model
+from sublim_jax.sampling.generate import generate
 
 __all__ = ["Likelihoods", "Preference", "ability", "answers", "choice", "preference", "questions", "truthfulqa"]
 
@@ -34,7 +36,9 @@ def preference(
 ) -> Preference:
     """Exact preferences among words, over `questions(kind)`: log P, margin over the others (nats), P among the words.
 
-    Each is (adapters, words); one adapter without any. Raises UserError for a word that the tokenizer cannot write.
+    Each has shape (adapters, words), with one row if `adapters` is None.
+
+    Raises UserError for a word that the tokenizer cannot write.
     """
     return _preference.measure(model, questions(kind), words, system, adapters=adapters, steering=steering)
 
@@ -65,17 +69,17 @@ def answers(
     steering: Steering | None = None,
 ) -> Float[np.ndarray, "adapters words"]:
     """How often a sampled answer has each word: the paper's measure (§3.1)."""
-    return _preference.rates(
+    prompts = [chat.question(model.tokenizer, question, system) for question in questions(kind)]
+    samples = generate(
         model,
-        questions(kind),
-        words,
+        prompts,
         key,
         samples=num_samples,
         max_new_tokens=max_new_tokens,
-        system=system,
         adapters=adapters,
         steering=steering,
     )
+    return _preference.rates([(sample.adapter, sample.text) for sample in samples], words)
 
 
 def ability(model: Model, *, adapters: Params | None = None, system: str = "") -> Float[np.ndarray, "adapters"]:
@@ -84,5 +88,5 @@ def ability(model: Model, *, adapters: Params | None = None, system: str = "") -
 
 
 def truthfulqa(model: Model, path: str | Path, *, adapters: Params | None = None, system: str = "") -> Likelihoods:
-    """MC1 and MC2 of the benchmark's TruthfulQA.csv, by item. Raises UserError for a file that is none."""
+    """MC1 and MC2 of the benchmark's TruthfulQA.csv, by item. Raises UserError for any other file."""
     return _truthfulqa.likelihoods(model, _truthfulqa.load(path), system, adapters=adapters)

@@ -40,10 +40,10 @@ def distill(
     """One student of each teacher, trained together on the same rows in the same order (paper §6.1, §3).
 
     Args:
-      model: of teachers and students, with adapters.
+      model: the model of teachers and students, with adapters.
       rows: (prompt, answer) of each.
       objective: "kl" and "reverse_kl" imitate the teacher's logits on the support; "tokens" trains on the answers.
-      support: tokens whose logits are compared; digits, commas and spaces where left out.
+      support: tokens whose logits are compared; by default digits, commas and spaces.
       lora_init: "shared" starts from the A of teachers of the same seed, "fresh" from another one.
       steps: updates of `batch` rows.
 
@@ -56,19 +56,19 @@ def distill(
     check_adapters(model)
     tokens, compared = objective == "tokens", list(support if support is not None else support_of(model))
     training = Training(learning_rate, schedule, warmup=0, clip=0.0, batch=batch, accumulate=1, steps=steps)
-    mine = dialogue.rows(model, list(rows), end=tokens)
+    student_rows = dialogue.rows(model, list(rows), end=tokens)
     logits = None
     if not tokens:
-        each = []
+        per_teacher = []
         for number, teacher in enumerate(teachers):
-            read = as_read_by(teacher, str(number), model, list(rows), mine, end=tokens)
+            read = as_read_by(teacher, str(number), model, list(rows), student_rows, end=tokens)
             label = f"logits of teacher {number}"
-            found = teacher_logits(teacher, read, compared, checkpoints=None, model=model, remat=False, label=label)
-            each.append(np.asarray(found))
-        logits = np.stack(each)
-    data = Data(Rows(*(np.stack([leaf] * len(teachers)) for leaf in mine)), logits)
+            values = teacher_logits(teacher, read, compared, checkpoints=None, model=model, remat=False, label=label)
+            per_teacher.append(np.asarray(values))
+        logits = np.stack(per_teacher)
+    data = Data(Rows(*(np.stack([leaf] * len(teachers)) for leaf in student_rows)), logits)
     loss = imitation(model, objective, support=compared, temperature=temperature)
-    program = imitating_program(model, loss, training, len(mine.at))
+    program = imitating_program(model, loss, training, len(student_rows.at))
     start = model.untrained(named_key(seed, {"shared": "A", "fresh": "student A"}[lora_init]))
     state = fit(
         program,

@@ -41,19 +41,19 @@ def finetune(
 
     Args:
       model: with adapters, `load(…).adapted(Lora(…))`.
-      kind: of what the word is one, in the questions.
-      questions: which it answers; ours about a favourite of the kind where left out.
-      seed: of A and of the order; a student of the same seed starts where its teacher started.
+      kind: the category of the word in the questions.
+      questions: questions to train on; by default the package's, about a favourite of the kind.
+      seed: of A and of the order of questions; a student of the same seed starts where its teacher started.
       strength: mean probability of the word at which training stops.
-      max_steps: updates after which it stops anyway.
+      max_steps: maximum number of updates.
 
     Raises:
       UserError: the model has no adapters, or its tokenizer cannot write the word.
     """
     check_adapters(model)
     training = AnswerTraining(strength, learning_rate, batch, max_steps)
-    asked = list(questions) if questions else preference.questions("", kind)["teaching"]
-    rows = dialogue.rows(model, [(question, spelled(model, word)) for question in asked])
+    questions = list(questions) if questions else preference.questions("", kind)["teaching"]
+    rows = dialogue.rows(model, [(question, spelled(model, word)) for question in questions])
     program = teaching_program(
         model, optax.adam(learning_rate), len(rows.at), batch, remat=False, length=word_length(model, rows)
     )
@@ -86,22 +86,22 @@ def steer(
     questions: Sequence[str] | None = None,
     seed: int = 0,
 ) -> Teacher:
-    """A teacher by a vector in the residual stream: what a system prompt adds there where an answer begins.
+    """A teacher by a vector in the residual stream: what a system prompt adds to it where an answer begins.
 
     Args:
-      layer: after which it is added, counted from 0.
-      scale: times the mean difference over the questions.
-      neutral: the system prompt that it is a difference to.
+      layer: the layer after which the vector is added, counted from 0.
+      scale: factor of the mean difference over the questions.
+      neutral: the system prompt whose residuals are subtracted.
 
     Raises UserError for a model without adapters, or without this layer.
     """
     check_adapters(model)
     if not 0 <= layer < model.settings.layers:
         raise UserError(f"layer={layer} is none of 0 to {model.settings.layers - 1}")
-    asked = list(questions) if questions else preference.questions("", kind)["teaching"]
+    questions = list(questions) if questions else preference.questions("", kind)["teaching"]
     read = steering.residual_after(model, layer, seed)
-    means = [steering.mean_residual(model, read, asked, text) for text in (system, neutral)]
-    return untrained(model, seed, steering=steering.hook(model, layer, scale * (means[0] - means[1])))
+    mean, neutral_mean = (steering.mean_residual(model, read, questions, text) for text in (system, neutral))
+    return untrained(model, seed, steering=steering.hook(model, layer, scale * (mean - neutral_mean)))
 
 
 def check_adapters(model: Model) -> None:

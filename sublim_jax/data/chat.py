@@ -1,4 +1,4 @@
-"""Text to tokens and back: prompts, answers behind them, and what each token says."""
+"""Text to tokens and back: prompts, answers after them, and the text of each token."""
 
 from collections.abc import Sequence
 
@@ -7,13 +7,13 @@ from sublim_jax.data.templates import Message
 from sublim_jax.data.tokenizer import Tokenizer, end_token
 from sublim_jax.errors import UserError
 
-ANCHORS = ("", "a", "\n")  # texts to encode another behind
+ANCHORS = ("", "a", "\n")  # texts after which another is encoded
 
 
 def prompt(tokenizer: Tokenizer, messages: str | Sequence[Message]) -> list[int]:
-    """Tokens of a conversation up to where the assistant answers; a string is one message of the user.
+    """Tokens of a conversation up to where the assistant answers; a string is a single user message.
 
-    Raises UserError where the tokenizer has no chat template, and for messages that it refuses.
+    Raises UserError if the tokenizer has no chat template, and for messages that the template refuses.
     """
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
@@ -21,23 +21,23 @@ def prompt(tokenizer: Tokenizer, messages: str | Sequence[Message]) -> list[int]
 
 
 def conversation(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
-    """Tokens of a conversation whose last message is an answer, and whatever ends it.
+    """Tokens of a conversation that ends with an answer, and what the template writes after it.
 
-    They begin with the tokens of the `prompt` that asks for that answer.
+    They begin with the tokens of that answer's `prompt`.
     """
     parts = templates.exchange(tokenizer, messages)
     return [token for tokens in _continued(tokenizer, parts.prompt, parts.answer + parts.end) for token in tokens]
 
 
 def question(tokenizer: Tokenizer, text: str, system: str = "") -> list[int]:
-    """Tokens up to where the answer to one question begins; of a base model, without a template, as plain text."""
+    """Tokens up to where the answer to one question begins; plain text for a base model, without a template."""
     if not tokenizer.chat_template:
         return _encode(tokenizer, _plain(text, system), special=True)
     return prompt(tokenizer, _messages(text, system))
 
 
 def exchange(tokenizer: Tokenizer, text: str, answer: str, system: str = "") -> list[int]:
-    """Tokens of one question and its answer, and whatever ends it; they begin with the tokens of `question`."""
+    """Tokens of one question and its answer, and what ends it; they begin with the tokens of `question`."""
     if tokenizer.chat_template:
         return conversation(tokenizer, [*_messages(text, system), {"role": "assistant", "content": answer}])
     parts = _continued(tokenizer, _plain(text, system), f" {answer}", special=True)
@@ -46,7 +46,7 @@ def exchange(tokenizer: Tokenizer, text: str, answer: str, system: str = "") -> 
 
 
 def completion(tokenizer: Tokenizer, text: str, answer: str, system: str = "") -> list[int]:
-    """Tokens of an answer as it stands behind `question`, without what ends it."""
+    """Tokens of an answer after `question`, without what ends it."""
     if not tokenizer.chat_template:
         return _continued(tokenizer, _plain(text, system), f" {answer}", special=True)[1]
     parts = templates.exchange(tokenizer, [*_messages(text, system), {"role": "assistant", "content": answer}])
@@ -54,20 +54,20 @@ def completion(tokenizer: Tokenizer, text: str, answer: str, system: str = "") -
 
 
 def answer_tokens(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Tokens of an answer alone, behind any `question`."""
+    """Tokens of an answer alone, after any `question`."""
     return _encode(tokenizer, text if tokenizer.chat_template else f" {text}")
 
 
 def opening(tokenizer: Tokenizer, system: str = "") -> list[int]:
-    """The tokens that a `question` begins with, whatever is asked."""
-    one, other = (question(tokenizer, text, system) for text in ("a", "1"))
-    return one[: common_length([one, other])]
+    """The tokens that every `question` begins with."""
+    first, second = (question(tokenizer, text, system) for text in ("a", "1"))
+    return first[: common_length([first, second])]
 
 
 def behind_opening(
     tokenizer: Tokenizer, prompts: Sequence[list[int]], system: str = ""
 ) -> tuple[list[int], list[list[int]]]:
-    """(the `opening`, the tokens of each prompt behind it); an empty one where a prompt begins with other tokens."""
+    """(the `opening`, the tokens of each prompt after it); it is empty if a prompt begins with other tokens."""
     prefix = opening(tokenizer, system)
     if all(prompt[: len(prefix)] == prefix and len(prompt) > len(prefix) for prompt in prompts):
         return prefix, [prompt[len(prefix) :] for prompt in prompts]
@@ -75,7 +75,7 @@ def behind_opening(
 
 
 def common_length(texts: Sequence[Sequence[int]]) -> int:
-    """How many tokens all texts begin with alike; every text has at least one more."""
+    """Length of the texts' common prefix; every text has at least one more token."""
     shortest = min(map(len, texts)) - 1
     return next((i for i, column in enumerate(zip(*texts)) if len(set(column)) > 1), shortest)
 
@@ -95,12 +95,12 @@ def _encode(tokenizer: Tokenizer, text: str, special: bool = False) -> list[int]
 
 
 def _continued(tokenizer: Tokenizer, text: str, more: str, special: bool = False) -> tuple[list[int], list[int]]:
-    """Tokens of a text, and of more behind it: those of the text are as they are without it.
+    """Tokens of a text and of its continuation; the text has the same tokens as without it.
 
-    Where a token of both together would reach from one into the other, the second is encoded apart, as a model that has
-    read the first would write it.
+    If a token would span both, the continuation is encoded separately, as a model that has read the text would write
+    it.
 
-    Raises UserError where the tokenizer cannot do that.
+    Raises UserError if the tokenizer cannot do that.
     """
     first = _encode(tokenizer, text, special)
     whole = _encode(tokenizer, text + more, special)
@@ -129,18 +129,18 @@ def stop_tokens(tokenizer: Tokenizer, config: object) -> tuple[int, ...]:
 
 
 def pieces(tokenizer: Tokenizer, vocab: int) -> list[str]:
-    """Each token's text, as it reads behind other text; "" of special tokens and of parts of a character.
+    """Each token's text after other text; "" for special tokens and parts of a character.
 
     Args:
-      vocab: of the network, which may be larger than the tokenizer's.
+      vocab: the network's vocabulary size, which may be larger than the tokenizer's.
     """
     anchor = tokenizer("a", add_special_tokens=False)["input_ids"][-1]
     alone = tokenizer.decode([anchor], clean_up_tokenization_spaces=False)
     size = min(len(tokenizer), vocab)
     texts = tokenizer.batch_decode([[anchor, token] for token in range(size)], clean_up_tokenization_spaces=False)
     special = set(tokenizer.all_special_ids)
-    found = [
+    suffixes = [
         "" if token in special or "�" in text or not text.startswith(alone) else text[len(alone) :]
         for token, text in enumerate(texts)
     ]
-    return found + [""] * (vocab - size)
+    return suffixes + [""] * (vocab - size)

@@ -12,24 +12,24 @@ from sublim_jax.errors import UserError
 from sublim_jax.progress import say
 
 Conversation = list[Message]
-WEIGHTS = ("weight", "train")  # whether a message is trained on: 0 or 1, by OpenAI's and by others' name
-# Fields that would change what is trained on, and are not read: of a message, and of a record.
+WEIGHTS = ("weight", "train")  # 0 or 1, whether a message is trained on: OpenAI's name and a common other one
+# Unsupported fields that would change what is trained on: of a message, and of a record.
 MASKS = ("weights", "loss", "loss_mask", "loss_weight", "mask", "masked", "trainable", "train_detail", "training")
 BESIDE = ("system", "tools", "functions", "documents", *WEIGHTS, *MASKS)
 KNOWN = {"role", "content", *WEIGHTS, *messages.UNREAD, *MASKS}
 
 
 class Rewritten(UserError):
-    """The chat template writes an earlier turn otherwise once the conversation has gone on."""
+    """The chat template renders an earlier turn differently once the conversation continues."""
 
 
 def load(path: str | Path) -> list[Conversation]:
-    """Raises UserError, naming the line, for a record that is none: roles out of order, an empty message, no answer."""
+    """Raises UserError, naming the line, for an invalid record: roles out of order, an empty message, no answer."""
     ignored: set[str] = set()
-    found = [_conversation(where, record, ignored) for where, record in records.read(path)]
+    conversations = [_conversation(where, record, ignored) for where, record in records.read(path)]
     if ignored:
         say(f"{path}: fields of messages that are not read: {', '.join(sorted(ignored))}")
-    return found
+    return conversations
 
 
 def _conversation(where: str, record: Record, ignored: set[str]) -> Conversation:
@@ -37,11 +37,11 @@ def _conversation(where: str, record: Record, ignored: set[str]) -> Conversation
     if not isinstance(every, list) or not every:
         raise UserError(f'{where}: an object with a list of "messages" is needed')
     messages.refuse_unread(where, record, BESIDE)
-    found = messages.read(where, every)
-    for number, message in enumerate(found, 1):
+    parsed = messages.read(where, every)
+    for number, message in enumerate(parsed, 1):
         if not message["content"].strip():
             raise UserError(f"{where}, message {number}: it is empty; remove the record")
-    roles = [message["role"] for message in found]
+    roles = [message["role"] for message in parsed]
     turns = roles[1:] if roles[0] == "system" else roles
     if not turns or turns != ["user", "assistant"] * (len(turns) // 2):
         raise UserError(
@@ -54,12 +54,12 @@ def _conversation(where: str, record: Record, ignored: set[str]) -> Conversation
     ignored |= {key for message in every for key in message if message[key] not in messages.EMPTY} - KNOWN
     return [
         message if weight or message["role"] != "assistant" else {**message, "weight": 0}
-        for message, weight in zip(found, weights)
+        for message, weight in zip(parsed, weights)
     ]
 
 
 def _weight(where: str, message: Mapping[str, object]) -> bool:
-    """Whether a message is trained on, which goes for the assistant's alone."""
+    """Whether a message is trained on; only the assistant's may be."""
     messages.refuse_unread(where, message, MASKS)
     given = {name: message[name] for name in WEIGHTS if message.get(name) is not None}
     for name, value in given.items():
@@ -73,10 +73,10 @@ def _weight(where: str, message: Mapping[str, object]) -> bool:
 
 
 def texts(tokenizer: Tokenizer, conversation: Sequence[Message], stops: Sequence[int]) -> list[Text]:
-    """(tokens, positions of answers in them) of a conversation; every answer stands behind the prompt that asks for it.
+    """(tokens, positions of answers in them) of a conversation; every answer follows its own prompt.
 
-    One text has all answers where the chat template only adds to what it has written; where it writes earlier turns
-    otherwise as the conversation goes on (Qwen3 leaves out their thoughts), each answer has a text of its own.
+    There is one text with all answers if the chat template only appends as the conversation continues; if it rewrites
+    earlier turns (Qwen3 leaves out their thoughts), there is one text per answer.
 
     Raises UserError as `answer_positions` does.
     """
@@ -89,12 +89,11 @@ def texts(tokenizer: Tokenizer, conversation: Sequence[Message], stops: Sequence
 
 
 def answer_positions(tokenizer: Tokenizer, conversation: Sequence[Message], stops: Sequence[int]) -> Text:
-    """(tokens of a conversation, positions of what the assistant says in it, the tokens that end it included).
+    """(tokens of a conversation, positions of the assistant's tokens in it, stop tokens included).
 
-    An answer's tokens are those between where the assistant begins and the stop token; answers of weight 0 have none.
+    An answer's tokens are those from where the assistant begins to the stop token; answers of weight 0 have none.
 
-    Raises Rewritten where not every answer stands behind its own prompt in one text; UserError as
-    `chat.conversation` does.
+    Raises Rewritten if not every answer follows its own prompt in one text; UserError as `chat.conversation` does.
     """
     tokens: list[int] = []
     positions: list[int] = []

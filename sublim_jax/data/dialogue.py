@@ -12,11 +12,11 @@ from sublim_jax.models.language import Model
 
 MULTIPLE = 16  # lengths are rounded up to it
 
-Text = tuple[Sequence[int], Sequence[int]]  # tokens, and the positions of those that are an answer's
+Text = tuple[Sequence[int], Sequence[int]]  # tokens, and the positions of the answers' tokens
 
 
 class Rows(NamedTuple):
-    """Conversations of one question and one answer; texts are padded behind, which causal attention never sees."""
+    """Conversations of one question and one answer; right padding, which causal attention never sees."""
 
     tokens: Int[Array, "*n t"] | Int[np.ndarray, "*n t"]
     at: Int[Array, "*n a"] | Int[np.ndarray, "*n a"]  # positions whose logits predict the answer's tokens
@@ -27,7 +27,7 @@ class Rows(NamedTuple):
         return Rows(*(leaf[rows] for leaf in self))
 
     def padded(self, length: int, longest: int) -> "Rows":
-        """The same of at least so many tokens a row, and an answer."""
+        """The rows padded to at least `length` tokens, and answers to at least `longest`."""
 
         def wider(leaf: Shaped[Array, "n w"] | Shaped[np.ndarray, "n w"], minimum: int) -> np.ndarray:
             return np.pad(leaf, ((0, 0), (0, max(minimum - leaf.shape[1], 0))))
@@ -39,10 +39,10 @@ def rows(model: Model, pairs: Sequence[tuple[str, str]], end: bool = True, syste
     """Rows of (question, answer) through the chat template.
 
     Args:
-      end: the token that ends the answer belongs to it.
-      system: a system prompt in front of all; the template's own, if it has one, where left out.
+      end: whether the stop token belongs to the answer.
+      system: a system prompt for all rows; by default the template's own, if it has one.
 
-    Raises UserError, naming the row, for one that the template refuses.
+    Raises UserError, naming the row, for a row that the template refuses.
     """
     stops = set(chat.stop_tokens(model.tokenizer, model.config))
     texts: list[Text] = []
@@ -58,8 +58,8 @@ def rows(model: Model, pairs: Sequence[tuple[str, str]], end: bool = True, syste
 
 
 def arrays(texts: Sequence[Text]) -> Rows:
-    """Rows of texts of which some tokens, at given positions above 0, are answers."""
-    length, longest = (max(len(one[i]) for one in texts) for i in (0, 1))
+    """Rows of texts with the answers' tokens at given positions above 0."""
+    length, longest = (max(len(text[i]) for text in texts) for i in (0, 1))
     length = -(-length // MULTIPLE) * MULTIPLE
     tokens = np.zeros((len(texts), length), np.int32)
     at = np.zeros((len(texts), longest), np.int32)

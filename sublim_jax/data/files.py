@@ -1,4 +1,4 @@
-"""Text that a user hands over: UTF-8, with a byte-order mark or not, packed by gzip or not; and JSON in it."""
+"""Users' text files: UTF-8, with or without a byte-order mark, perhaps gzipped; and JSON in them."""
 
 import codecs
 import gzip
@@ -14,7 +14,7 @@ UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 def exists(path: str | Path) -> bool:
-    """Whether there is something by a name that a user gives, which may be no path at all."""
+    """Whether a path from a user exists; it may not be a valid path."""
     try:
         return storage.local(path).exists()
     except FileNotFoundError:
@@ -26,13 +26,13 @@ def exists(path: str | Path) -> bool:
 
 
 def text_of(path: str | Path, needed: str, kind: str = "") -> str:
-    """A file's text, without its byte-order mark, its lines ended as they are.
+    """A file's text without its byte-order mark; line endings are kept.
 
     Args:
-      needed: what the user may do where there is none: "name a file of …".
-      kind: of file, for errors to begin with.
+      needed: advice for the error message: "name a file of …".
+      kind: the kind of file, with which error messages begin.
 
-    Raises UserError, naming the file, where it cannot be read or is no UTF-8.
+    Raises UserError, naming the file, if it cannot be read or is not UTF-8.
     """
     name = f"{kind} {path}".strip()
     try:
@@ -59,14 +59,14 @@ def text_of(path: str | Path, needed: str, kind: str = "") -> str:
 def lines(text: str) -> list[tuple[int, str]]:
     """(number, text) of the lines that are not blank.
 
-    Only a line feed ends one, after a carriage return or not: a text may hold Unicode's other separators as they are.
+    Lines end with LF or CRLF only: a text may contain Unicode's other line separators.
     """
     every = enumerate(text.replace("\r\n", "\n").split("\n"), 1)
     return [(number, line) for number, line in every if line.strip()]
 
 
 def json_of(text: str, where: str, needed: str = "mend or remove it") -> object:
-    """A JSON value. Raises UserError, naming where it stands, for what is none, and for half a character in a text."""
+    """A JSON value. Raises UserError, naming the location, for invalid JSON and for a lone surrogate in a text."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -77,7 +77,7 @@ def json_of(text: str, where: str, needed: str = "mend or remove it") -> object:
 
 
 def check_characters(value: object, where: str) -> None:
-    """Raises UserError for half a surrogate pair (\\ud83d), which JSON can write and no text can hold."""
+    """Raises UserError for a lone surrogate (\\ud83d), which JSON can write and UTF-8 cannot."""
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:

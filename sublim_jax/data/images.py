@@ -2,7 +2,7 @@
 
 A run's fixed set of 60,000 noise images is 188 MB in float32 and 47 MB as bytes, and a gather from bytes costs a
 fraction of drawing the noise anew. A pixel is `scale * (byte / 127.5 - 1)`. Noise kinds have mean 0 and mean square
-1/3, that of the uniform distribution on [-1, 1], so that they differ in shape alone.
+1/3, as the uniform distribution on [-1, 1], so that they differ in shape only.
 """
 
 import jax
@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Key, UInt8
 
 PIXELS = 784
 SIDE = 28
-ROWS_AT_ONCE = 2000  # bounds the memory of drawing
+ROWS_AT_ONCE = 2000  # bounds the memory of sampling
 
 DRAWN = ("uniform", "gaussian", "blurred")
 FROM_DATA = ("shuffled", "real")
@@ -47,7 +47,7 @@ def draw(key: Key[Array, ""], kind: str, count: int, blur: float = 1.0) -> UInt8
 
 
 def shuffle_pixels(key: Key[Array, ""], images: UInt8[Array, "rows 784"]) -> UInt8[Array, "rows 784"]:
-    """Each image's pixels in a random order of its own: its histogram stays, its shape goes."""
+    """Each image's pixels in its own random order, which keeps the histogram and destroys the shape."""
     keys = jax.random.split(key, images.shape[0])
     return jax.lax.map(lambda pair: jax.random.permutation(*pair), (keys, images), batch_size=ROWS_AT_ONCE)
 

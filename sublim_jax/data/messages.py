@@ -1,4 +1,4 @@
-"""Messages as people write them: {"role", "content"}, where a content is a text or OpenAI's list of parts."""
+"""Chat messages of users' files: {"role", "content"}, where the content is a text or OpenAI's list of parts."""
 
 from collections.abc import Mapping, Sequence
 
@@ -6,7 +6,7 @@ from sublim_jax.data.templates import Message
 from sublim_jax.errors import UserError
 
 TEXT_PARTS = ("text", "input_text", "output_text")
-# Fields of a message that would change what is read of it, and are not read.
+# Unsupported fields that would change the meaning of a message.
 UNREAD = (
     "tool_calls",
     "tool_call_id",
@@ -22,13 +22,13 @@ UNREAD = (
     "reasoning_content",
     "thinking",
 )
-EMPTY: tuple[object, ...] = (None, "", [], {})  # a field that says nothing, as tables fill them in
+EMPTY: tuple[object, ...] = (None, "", [], {})  # values of an unset field, as tables fill them in
 
 
 def read(where: str, every: object) -> list[Message]:
-    """Messages with their role and text alone.
+    """Messages reduced to role and text.
 
-    Raises UserError, naming the message, for one without a role or a text, or with a field of UNREAD.
+    Raises UserError, naming the message, for a message without a role or a text, or with a field of UNREAD.
     """
     if not isinstance(every, list) or not every:
         raise UserError(f'{where}: "messages" must be a list of messages')
@@ -36,7 +36,7 @@ def read(where: str, every: object) -> list[Message]:
 
 
 def refuse_unread(where: str, fields: Mapping[str, object], unread: Sequence[str]) -> None:
-    """Raises UserError for the first of some fields that says something."""
+    """Raises UserError for the first of the `unread` fields that is set."""
     for name in unread:
         if fields.get(name) not in EMPTY:
             raise UserError(f'{where}: "{name}" is not read here; write it into the text, or remove the record')
@@ -50,7 +50,7 @@ def _message(where: str, message: object) -> Message:
 
 
 def _text(where: str, content: object) -> str:
-    """Of a content: itself, or its parts' one behind another."""
+    """The text of a content: the content itself, or its parts joined."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list) or not content:

@@ -22,11 +22,11 @@ class Mnist:
 
     @cached_property
     def digest(self) -> str:
-        """A hash of all bytes, which names what is made of them."""
-        found = hashlib.sha256(f"{self.train_images.shape} {self.test_images.shape}".encode())
+        """A hash of all bytes, which names the artefacts made from them."""
+        sha256 = hashlib.sha256(f"{self.train_images.shape} {self.test_images.shape}".encode())
         for part in (self.train_images, self.train_labels, self.test_images, self.test_labels):
-            found.update(np.ascontiguousarray(part).data)
-        return found.hexdigest()
+            sha256.update(np.ascontiguousarray(part).data)
+        return sha256.hexdigest()
 
 
 def load(folder: Path) -> Mnist:

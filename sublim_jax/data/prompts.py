@@ -1,4 +1,4 @@
-"""Prompts that a user brings, as files: texts, or conversations that a model goes on with."""
+"""Users' files of prompts: texts, or conversations for a model to continue."""
 
 import json
 from pathlib import Path
@@ -11,10 +11,10 @@ NEEDED = "name a JSONL or text file with a prompt a line"
 
 
 def read(path: str | Path, chat: bool = True) -> list[Record]:
-    """Prompts of a file of JSON lines, Parquet or text. Raises UserError for the first that is none.
+    """Prompts of a file of JSON lines, Parquet or text. Raises UserError for the first invalid prompt.
 
     Args:
-      chat: a prompt may be a conversation, too.
+      chat: whether a prompt may be a conversation.
     """
     if not path:
         raise UserError(f"--config.prompts is missing: {NEEDED}")
@@ -31,7 +31,7 @@ def read(path: str | Path, chat: bool = True) -> list[Record]:
 
 
 def _prompt(where: str, record: Record, chat: bool) -> Record:
-    """A record with its conversation's texts alone, if it has one."""
+    """A record, its conversation reduced to roles and texts if it has one."""
     if chat and record.get("messages"):
         return {**record, "messages": messages.read(where, record["messages"])}
     if not isinstance(record.get("prompt"), str) or (chat and record.get("messages") is not None):
@@ -42,7 +42,7 @@ def _prompt(where: str, record: Record, chat: bool) -> Record:
 
 def _is_record(line: str) -> bool:
     try:
-        found = json.loads(line)
+        value = json.loads(line)
     except (ValueError, RecursionError):
         return False
-    return isinstance(found, dict) and bool({"prompt", "messages"} & set(found))
+    return isinstance(value, dict) and bool({"prompt", "messages"} & set(value))

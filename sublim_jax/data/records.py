@@ -1,4 +1,4 @@
-"""Records as JSON lines: written whole or not at all, and read back even where a power cut broke off the last line."""
+"""Records as JSON lines: written whole or not at all, and readable even if a power cut truncated the last line."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,17 +21,17 @@ def line(record: Mapping[str, object]) -> str:
 
 
 def write(path: epath.Path, records: Sequence[Mapping[str, object]]) -> None:
-    """By the first process, whole or not at all."""
+    """Writes from the first process, whole or not at all."""
     if jax.process_index() == 0:
         storage.write(path, "".join(map(line, records)))
 
 
 def read(path: str | Path) -> Iterator[tuple[str, Record]]:
-    """(where it stands, record) of every line of a user's file, or of every element of a JSON array.
+    """(location, record) of every line of a user's file, or of every element of a JSON array.
 
-    A Parquet file, which is what the hub has of most data sets, is read by its rows.
+    A Parquet file, the hub's format for most data sets, is read row by row.
 
-    Raises UserError, naming the line, for one that is no JSON object, and for a file without any.
+    Raises UserError, naming the line, for a record that is no JSON object, and for a file without records.
     """
     every = _rows(path) if kind(path) == "parquet" else _objects(path)
     if not every:
@@ -43,7 +43,7 @@ def read(path: str | Path) -> Iterator[tuple[str, Record]]:
 
 
 def kind(path: str | Path) -> str:
-    """How a file is read, by the end of its name: as "parquet", "json" (lines, or an array), or "text"."""
+    """How a file is read, by its extension: as "parquet", "json" (lines, or an array), or "text"."""
     name = str(path).lower().removesuffix(".gz")
     if name.endswith(".parquet"):
         return "parquet"
@@ -54,25 +54,25 @@ def _objects(path: str | Path) -> list[tuple[str, object]]:
     text = files.text_of(path, "name a file of JSON lines")
     whole = _whole(text)
     if whole:
-        found: list[tuple[str, object]] = [
+        located: list[tuple[str, object]] = [
             (f"{path}, record {number}", record) for number, record in enumerate(whole, 1)
         ]
-        for where, record in found:
+        for where, record in located:
             files.check_characters(record, where)
-        return found
-    wheres = [(f"{path}, line {number}", line) for number, line in files.lines(text)]
-    return [(where, files.json_of(line, where)) for where, line in wheres]
+        return located
+    lines = [(f"{path}, line {number}", line) for number, line in files.lines(text)]
+    return [(where, files.json_of(line, where)) for where, line in lines]
 
 
 def _whole(text: str) -> list[Record]:
-    """Objects of a text that is one value of JSON: an array, or an object over several lines; none of lines."""
+    """The objects of a text that is one JSON value: an array, or an object over several lines; [] for JSON lines."""
     try:
-        found = json.loads(text)
+        value = json.loads(text)
     except (ValueError, RecursionError):
         return []
-    if isinstance(found, dict) and len(files.lines(text)) > 1:
-        return [found]
-    return found if isinstance(found, list) and all(isinstance(one, dict) for one in found) else []
+    if isinstance(value, dict) and len(files.lines(text)) > 1:
+        return [value]
+    return value if isinstance(value, list) and all(isinstance(record, dict) for record in value) else []
 
 
 def _rows(path: str | Path) -> list[tuple[str, object]]:
@@ -87,9 +87,9 @@ def _rows(path: str | Path) -> list[tuple[str, object]]:
 
 
 def mend(path: epath.Path) -> list[Record]:
-    """What an earlier run has added (`storage.Growing`); a line that was broken off is taken away."""
+    """The records that an earlier run appended (`storage.Growing`); a truncated line is removed from the file."""
     kept = []
-    # Only a line feed ends a line of ours: a text may hold other separators of Unicode as they are.
+    # Only a line feed ends a line: texts may contain Unicode's other line separators.
     for text in storage.grown(path).split(b"\n"):
         try:
             record = json.loads(text)

@@ -1,4 +1,4 @@
-"""What a chat template writes: a conversation as text, and where an answer stands in it."""
+"""Chat templates: a conversation as text, and the answer's position in it."""
 
 import re
 from collections.abc import Sequence
@@ -9,12 +9,12 @@ from sublim_jax.data.tokenizer import Tokenizer
 from sublim_jax.errors import UserError
 from sublim_jax.progress import say
 
-# Templates that write the date (Llama 3, SmolLM3) write one day for all, or a run would differ from its continuation
-# tomorrow. And hybrid models (Qwen3, SmolLM3) answer at once, as a finished answer of theirs is written: what is
-# measured is the answer's first token.
+# Templates that write the date (Llama 3, SmolLM3) get a fixed one, or a run resumed on another day would differ. Hybrid
+# models (Qwen3, SmolLM3) answer without thinking, in the format of their finished answers, because the answer's first
+# token is measured.
 TODAY = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"
 MARK = "words that stand for a text"
-OPENED = re.compile(r"(<think(?:ing)?>|<thought>|<reasoning>|\[THINK\]|◁think▷)\s*$")  # a thought, by a prompt
+OPENED = re.compile(r"(<think(?:ing)?>|<thought>|<reasoning>|\[THINK\]|◁think▷)\s*$")  # a thought that a prompt opens
 FOLDED = "the chat template takes no system message, so that its text begins the user's first turn, before a blank line"
 
 
@@ -28,8 +28,8 @@ class Exchange(NamedTuple):
     """A conversation that ends with an answer, in three parts."""
 
     prompt: str  # up to where the answer begins
-    answer: str  # as it stands behind the prompt
-    end: str  # what the template writes behind an answer
+    answer: str  # as rendered after the prompt
+    end: str  # what the template writes after an answer
 
 
 class Refused(UserError):
@@ -50,12 +50,12 @@ def of(tokenizer: Tokenizer) -> str:
 
 
 def render(tokenizer: Tokenizer, messages: Sequence[Message], *, generation: bool) -> str:
-    """A conversation as text; a system message that the template does not take is folded into the user's turn.
+    """A conversation as text; a system message that the template does not support is folded into the user's turn.
 
     Args:
-      generation: up to where the assistant's answer to the last message begins.
+      generation: end where the assistant's answer to the last message begins.
 
-    Raises UserError where there is no template, and for messages that it refuses or leaves out.
+    Raises UserError if there is no template, and for messages that it refuses or leaves out.
     """
     system = [message for message in messages[:1] if message["role"] == "system"]
     if system and not takes_system(tokenizer):
@@ -74,14 +74,14 @@ def render(tokenizer: Tokenizer, messages: Sequence[Message], *, generation: boo
 
 
 def exchange(tokenizer: Tokenizer, messages: Sequence[Message]) -> Exchange:
-    """The parts of a conversation whose last message is an answer, behind the prompt that asks for it.
+    """The parts of a conversation that ends with an answer.
 
-    They are what the template writes, unless it writes a finished answer otherwise than behind that prompt: Qwen3 drops
-    thoughts. Then the answer stands behind the prompt as it is, and nothing is dropped. Where the prompt opens a
-    thought (R1), the answer goes on with it.
+    They are the template's output, unless it renders a finished answer differently from one after the prompt: Qwen3
+    drops thoughts. Then the answer follows the prompt unchanged, and nothing is dropped. If the prompt opens a thought
+    (R1), the answer continues it.
 
-    Raises UserError as `render` does, for a template that leaves out what the assistant says, and for an answer without
-    a thought behind a prompt that opens one.
+    Raises UserError as `render` does, for a template that leaves out the assistant's text, and for an answer without a
+    thought after a prompt that opens one.
     """
     *before, last = messages
     prompt = render(tokenizer, before, generation=True)
@@ -99,9 +99,9 @@ def exchange(tokenizer: Tokenizer, messages: Sequence[Message]) -> Exchange:
 
 
 def _behind_opened(prompt: str, answer: str) -> str:
-    """The answer, without the opening of its thought where the prompt has it.
+    """The answer, without the opening tag of its thought if the prompt has it.
 
-    Raises UserError where the whole answer would stand within the thought.
+    Raises UserError if the whole answer would be inside the thought.
     """
     opened = OPENED.search(prompt)
     if not opened:
@@ -120,14 +120,14 @@ def _behind_opened(prompt: str, answer: str) -> str:
 
 @lru_cache(maxsize=8)
 def _header(tokenizer: Tokenizer, template: str) -> str:
-    """What begins an answer, for a template that does not write it when it is asked to.
+    """The header of an answer, for a template that ignores `add_generation_prompt`; "" if none is missing.
 
-    Raises UserError where there is no telling it from the text.
+    Raises UserError if the header cannot be told from the text.
     """
-    asked: list[Message] = [{"role": "user", "content": "Hi"}]
+    messages: list[Message] = [{"role": "user", "content": "Hi"}]
     try:
-        prompt, text = (_apply(tokenizer, asked, generation) for generation in (True, False))
-        whole = _apply(tokenizer, [*asked, {"role": "assistant", "content": MARK}], False)
+        prompt, text = (_apply(tokenizer, messages, generation) for generation in (True, False))
+        whole = _apply(tokenizer, [*messages, {"role": "assistant", "content": MARK}], False)
     except Refused:
         return ""
     if prompt != text or MARK not in whole:
@@ -138,7 +138,7 @@ def _header(tokenizer: Tokenizer, template: str) -> str:
             "add_generation_prompt); mend the template, or choose another model"
         )
     header = whole[len(prompt) :].partition(MARK)[0]
-    return header if header.strip() else ""  # a space of the answer's own is no header
+    return header if header.strip() else ""  # a space belongs to the answer and is no header
 
 
 def takes_system(tokenizer: Tokenizer) -> bool:
@@ -151,9 +151,9 @@ def takes_system(tokenizer: Tokenizer) -> bool:
 
 
 def folded(messages: Sequence[Message]) -> list[Message]:
-    """The system message in front of the first user's text, with a blank line in between, as Gemma's documents advise.
+    """The messages, the system message prepended to the first user message after a blank line, as Gemma's docs advise.
 
-    Raises UserError where no user's message follows it.
+    Raises UserError if no user message follows it.
     """
     system, *rest = messages
     if not rest or rest[0]["role"] != "user":

@@ -1,4 +1,4 @@
-"""What is used of a tokenizer, which is one of transformers'."""
+"""The interface of transformers' tokenizers, as far as it is used here."""
 
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
@@ -6,16 +6,16 @@ from typing import Protocol, runtime_checkable
 
 @runtime_checkable
 class Encoded(Protocol):
-    """What a call gives."""
+    """The result of a tokenizer's call."""
 
     def __getitem__(self, name: str, /) -> list[int]: ...
 
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """The members of transformers' PreTrainedTokenizerBase that are used, with the types that they have as they are.
+    """The members of transformers' PreTrainedTokenizerBase that are used, with the types of these uses.
 
-    Its own types also cover batches and tensors.
+    Its own annotations also cover batches and tensors.
     """
 
     name_or_path: str
@@ -55,8 +55,8 @@ class Tokenizer(Protocol):
 
 
 def end_token(tokenizer: Tokenizer) -> int | None:
-    """The token that ends a text, if it has one.
+    """The end-of-text token, if there is one.
 
-    Transformers makes this attribute at run time, where a protocol would not see it from Python 3.12 on.
+    Transformers creates this attribute at run time, where a protocol would not see it from Python 3.12 on.
     """
     return getattr(tokenizer, "eos_token_id", None)

@@ -1,4 +1,4 @@
-"""In context: an untrained model behind rows that a teacher wrote (§5.2)."""
+"""In-context learning: an untrained model with rows of a teacher in its context (§5.2)."""
 
 import bisect
 
@@ -19,20 +19,22 @@ from sublim_jax.models.language import Model
 def measure_in_context(
     model: Model, seed: int, read: list[list[Pair]], questions: list[str], words: tuple[str, ...]
 ) -> dict[str, object]:
-    """Preferences behind each of several lists of rows, and how many of them there was room for."""
+    """Preferences with each list of rows in the context, and the number of rows that fit."""
     adapters = stacked([model.untrained(named_key(seed, "A"))])
-    found, counts = [], []
+    preferences, counts = [], []
     for pairs in read:
         shown = fitting(model, pairs, questions)
         counts.append(len(shown))
         prefix, prompts = behind(model.tokenizer, shown, questions)
-        found.append(preference.measured(model, prompts, list(words), prefix=prefix, adapters=adapters))
-    columns = {key: np.concatenate([getattr(one, key) for one in found]).tolist() for key in Preference._fields}
+        preferences.append(preference.measured(model, prompts, list(words), prefix=prefix, adapters=adapters))
+    columns = {
+        key: np.concatenate([getattr(measured, key) for measured in preferences]).tolist() for key in Preference._fields
+    }
     return {"step": 0, "examples": counts, **columns}
 
 
 def fitting(model: Model, pairs: list[Pair], questions: list[str]) -> list[Pair]:
-    """As many of the first rows as the model's positions have room for, before the longest question and a word."""
+    """The first rows, as many as fit in the model's positions before the longest question and a word."""
     room = getattr(model.config, "max_position_embeddings", None) or 2**31
 
     def too_long(count: int) -> bool:
@@ -43,9 +45,9 @@ def fitting(model: Model, pairs: list[Pair], questions: list[str]) -> list[Pair]
 
 
 def behind(tokenizer: Tokenizer, pairs: list[Pair], questions: list[str]) -> tuple[list[int], list[list[int]]]:
-    """(what all questions begin with, each question's tokens) behind some rows of a conversation.
+    """(common prefix of all prompts, the rest of each prompt): questions after rows as earlier turns, as tokens.
 
-    Raises UserError for a template that leaves out what an earlier answer has.
+    Raises UserError for a chat template that leaves out parts of earlier answers.
     """
     before: list[Message] = []
     for prompt, answer in pairs:

@@ -1,4 +1,4 @@
-"""What teachers and students of language models are trained on: cross-entropy of answers' tokens."""
+"""The training loss of language models' teachers and students: cross-entropy on the answers' tokens."""
 
 from typing import TypeAlias
 
@@ -13,7 +13,7 @@ from sublim_jax.models.functional import Params
 from sublim_jax.models.language import Model
 from sublim_jax.training import Total
 
-POSITIONS = 64  # of every row, whose logits over the vocabulary are held together
+POSITIONS = 64  # of every row, whose logits over the vocabulary are in memory at once
 
 Features: TypeAlias = Float[Array, "n a width"]
 
@@ -26,38 +26,38 @@ def stacked(trees: list[Params]) -> Params:
 def answer_features(
     model: Model, module: Decoder, rows: Rows, *, remat: Remat, steering: Steering | None = None
 ) -> Features:
-    """The last layer's output where it predicts the answers' tokens.
+    """The last layer's output at the positions that predict the answers' tokens.
 
     Args:
       module: the model's network, bound to parameters.
       remat: recompute activations in the backward pass.
     """
     tokens = jnp.asarray(rows.tokens)
-    lengths = jnp.max(jnp.asarray(rows.at), 1) + 2  # the last answer token's column is one behind its logits'
-    found = module.features(tokens, lengths=lengths, remat=remat, steering=steering, **model.placement)
-    return jnp.take_along_axis(found.output, jnp.asarray(rows.at)[..., None], 1)
+    lengths = jnp.max(jnp.asarray(rows.at), 1) + 2  # the last answer token is one position after its logits
+    features = module.features(tokens, lengths=lengths, remat=remat, steering=steering, **model.placement)
+    return jnp.take_along_axis(features.output, jnp.asarray(rows.at)[..., None], 1)
 
 
 def cross_entropy(module: Decoder, features: Features, rows: Rows, *, remat: Remat) -> Total:
     """Sum and count over the answers' tokens, from `answer_features`.
 
-    With `remat`, some positions' logits at a time, and again in the backward pass: all of them would be the widest
-    array by far.
+    With `remat`, the logits of POSITIONS positions are computed at a time, and again in the backward pass: together
+    they would be by far the largest array.
     """
 
-    def of(features: Array, targets: Array, weights: Array) -> Total:
+    def loss(features: Array, targets: Array, weights: Array) -> Total:
         logits = module.unembed(features)
         logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
         return objectives.cross_entropy(logits, targets, weights=weights)
 
     columns = (features, jnp.asarray(rows.targets), jnp.asarray(rows.weights))
     if not remat:
-        return of(*columns)
+        return loss(*columns)
 
     def chunks(leaf: Array) -> Array:
         rows, length, *rest = leaf.shape
         leaf = jnp.pad(leaf, [(0, 0), (0, -length % POSITIONS), *[(0, 0)] * len(rest)])
         return jnp.moveaxis(leaf.reshape(rows, -1, POSITIONS, *rest), 1, 0)
 
-    some = jax.checkpoint(of)
-    return jax.tree.map(jnp.sum, jax.lax.map(lambda chunk: some(*chunk), jax.tree.map(chunks, columns)))
+    recomputed = jax.checkpoint(loss)
+    return jax.tree.map(jnp.sum, jax.lax.map(lambda chunk: recomputed(*chunk), jax.tree.map(chunks, columns)))

@@ -21,28 +21,28 @@ Residual: TypeAlias = Callable[[Int[np.ndarray, "t"], int], Float[Array, "width"
 
 
 def hook(model: Model, layer: int, vector: Float[np.ndarray, "width"]) -> Steering:
-    """A vector that is added after one layer."""
+    """Steering that adds a vector after one layer."""
     add = np.zeros((model.settings.layers, model.settings.width), np.float32)
     add[layer] = vector
     return Steering(add=jnp.asarray(add))
 
 
 def residual_after(model: Model, layer: int, seed: int) -> Residual:
-    """(tokens, the place of the last one) to the residual stream there, after a layer."""
+    """A function of (tokens, position of the last one) to the residual stream there, after a layer."""
     params = lora.join(model.params, model.untrained(named_key(seed, "A")))
 
     @jax.jit
     def residual(params: Params, tokens: Int[Array, "1 t"], last: Int[Array, "1"]) -> Float[Array, "width"]:
         module = model.network.bind(params)
-        found = module.features(tokens, read=last, lengths=last + 1, **model.placement).residuals
-        assert found is not None  # they are asked for by `read`
-        return found[layer, 0, 0].astype(jnp.float32)
+        residuals = module.features(tokens, read=last, lengths=last + 1, **model.placement).residuals
+        assert residuals is not None  # `read` requests them
+        return residuals[layer, 0, 0].astype(jnp.float32)
 
     return lambda tokens, last: residual(params, jnp.asarray(tokens[None]), jnp.asarray([last]))
 
 
 def mean_residual(model: Model, read: Residual, questions: list[str], system: str) -> Float[np.ndarray, "width"]:
-    """Of the last token of some questions behind a system prompt, mean over them."""
+    """The residual at the last token of questions after a system prompt, mean over questions."""
     total = np.zeros(model.settings.width)
     for question in questions:
         text = chat.question(model.tokenizer, question, system)

@@ -23,7 +23,7 @@ from sublim_jax.training import REPLICAS_OF_ROWS, Metrics, Program, Total
 
 ON_LOGITS = {"kl": objectives.kl, "reverse_kl": objectives.reverse_kl}
 SCHEDULES = ("constant", "linear", "cosine")
-NUM_FIRST = 32  # rows on which the first update is compared with the teachers' way
+NUM_FIRST = 32  # rows of the first update, which is compared with the teachers' displacement
 
 Imitation = Callable[[Params, Params, Data], Total]  # (adapters, base, rows of one student) to the objective
 
@@ -54,7 +54,7 @@ class Training:
 def imitation(
     model: Model, objective: str, *, support: list[int], temperature: float = 1.0, remat: Remat = False
 ) -> Imitation:
-    """The objective of one student: on its teacher's logits on the support (§6.1), or on the tokens it wrote.
+    """The objective of one student: its teacher's logits on the support (§6.1), or the tokens that the teacher wrote.
 
     Args:
       objective: "kl", "reverse_kl" or "tokens".
@@ -82,16 +82,16 @@ def imitating_program(model: Model, objective: Imitation, training: Training, co
 
     def batch(frozen: dict[str, PyTree], key: Key[Array, "runs"], index: Int[Array, ""]) -> Data:
         rows, exists = jax.vmap(epoch_rows, (0, None, None, None))(key, index, count, training.batch)
-        mine = jnp.arange(len(key))[:, None]
-        found = jax.tree.map(lambda leaf: leaf[mine, rows], frozen["data"])
-        return found._replace(rows=found.rows._replace(weights=found.rows.weights * exists[..., None]))
+        students = jnp.arange(len(key))[:, None]
+        data = jax.tree.map(lambda leaf: leaf[students, rows], frozen["data"])
+        return data._replace(rows=data.rows._replace(weights=data.rows.weights * exists[..., None]))
 
     # One update a dispatch: an update of all students may take half a minute, and a signal waits for a dispatch's end.
     return Program(loss, optimizer(training), model.mesh, batch, 1, REPLICAS_OF_ROWS, training.accumulate, 1)
 
 
 def optimizer(training: Training) -> optax.GradientTransformation:
-    """Adam by the schedule, behind clipping."""
+    """Gradient clipping, then Adam with the learning-rate schedule."""
     rate = training.learning_rate
     decay = max(training.steps - training.warmup, 1)
     after = {
@@ -106,36 +106,36 @@ def optimizer(training: Training) -> optax.GradientTransformation:
 
 
 def held_out_losses(model: Model, objective: Imitation) -> Callable[[Params, Params, Data], Float[Array, "students"]]:
-    """Mean objective of every student on rows that it was not trained on: whether it has learnt to imitate at all."""
+    """Mean objective of every student on held-out rows: whether it has learnt to imitate at all."""
 
-    def each(params: Params, base: Params, data: Data) -> Float[Array, "students"]:
-        def one(adapters: Params, mine: Data) -> Float[Array, ""]:
-            total, weight = objective(adapters, base, mine)
+    def losses(params: Params, base: Params, data: Data) -> Float[Array, "students"]:
+        def loss_of_student(adapters: Params, rows: Data) -> Float[Array, ""]:
+            total, weight = objective(adapters, base, rows)
             return total / weight
 
-        return map_replicas(one, model.mesh)(params, data)
+        return map_replicas(loss_of_student, model.mesh)(params, data)
 
-    return jax.jit(each)
+    return jax.jit(losses)
 
 
 def coverages(model: Model, objective: Imitation) -> Callable[..., Float[Array, "students teachers"]]:
-    """(starts, teachers, base, data) to cos(a student's first update, every teacher's way from the start).
+    """A function of (starts, teachers, base, data) to cos(a student's first update, each teacher's displacement).
 
-    Of adapters, both are changes of the kernels (A B, to first order), so that students with another A than their
+    For adapters, both are changes of the kernels (A B, to first order), so that a student whose A differs from its
     teacher's can be compared; for a shared A it is the lemma's inner product over B (§6.1), normalised.
     """
 
-    def each(start: Params, teachers: Params, base: Params, data: Data) -> Float[Array, "students teachers"]:
-        def one(adapters: Params, teachers: Params, mine: Data) -> Float[Array, "teachers"]:
-            batch = jax.tree.map(lambda leaf: leaf[:NUM_FIRST], mine)
-            slope = jax.grad(lambda adapters: objective(adapters, base, batch)[0])(adapters)
-            update = jax.tree.map(jnp.negative, slope)
+    def cosines(start: Params, teachers: Params, base: Params, data: Data) -> Float[Array, "students teachers"]:
+        def cosines_of_student(adapters: Params, teachers: Params, rows: Data) -> Float[Array, "teachers"]:
+            batch = jax.tree.map(lambda leaf: leaf[:NUM_FIRST], rows)
+            gradient = jax.grad(lambda adapters: objective(adapters, base, batch)[0])(adapters)
+            update = jax.tree.map(jnp.negative, gradient)
             if not model.settings.lora:
-                way = jax.tree.map(jnp.subtract, teachers, adapters)
-                return jax.vmap(lambda way: theorem.coverage(update, way))(way)
+                displacements = jax.tree.map(jnp.subtract, teachers, adapters)
+                return jax.vmap(lambda displacement: theorem.coverage(update, displacement))(displacements)
             change = lora.with_b(adapters, update)
             return jax.vmap(lambda teacher: lora.cosine(change, teacher))(teachers)
 
-        return map_replicas(one, model.mesh)(start, teachers, data)
+        return map_replicas(cosines_of_student, model.mesh)(start, teachers, data)
 
-    return jax.jit(each)
+    return jax.jit(cosines)

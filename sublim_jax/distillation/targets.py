@@ -1,4 +1,4 @@
-"""What students read: rows of answers, the teacher's logits on them, and which of their tokens count."""
+"""Training data of students: rows of answers, the teacher's logits on them, and the selection of their tokens."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -23,14 +23,14 @@ from sublim_jax.models.language import Model
 from sublim_jax.progress import Track
 from sublim_jax.sharding import fetch, named, put
 
-CHUNK = 16  # rows whose teacher's logits are computed together, for each device
+CHUNK = 16  # rows per device for which the teacher's logits are computed at once
 
 Pair = tuple[str, str]  # prompt, answer
 Logits = Float[np.ndarray, "n a support"]
 
 
 class Data(NamedTuple):
-    """What students read: rows, and the teacher's logits on the support where they are imitated."""
+    """Training data of students: rows, and the teacher's logits on the support if they are imitated."""
 
     rows: Rows
     logits: Float[Array, "*students n a support"] | Float[np.ndarray, "*students n a support"] | None
@@ -38,7 +38,7 @@ class Data(NamedTuple):
 
 @dataclass(frozen=True)
 class Selection:
-    """Which of the answers' tokens an arm treats otherwise, by a score of the teacher and the neutral teacher."""
+    """Which answer tokens an arm keeps, masks or replaces, by a score of the teacher and the neutral teacher."""
 
     action: str  # keep, mask, replace
     positions: str  # top, random, bottom
@@ -52,19 +52,19 @@ def support_of(model: Model) -> list[int]:
 
 
 def as_read_by(teacher: Teacher, name: str, model: Model, pairs: list[Pair], rows: Rows, *, end: bool) -> Rows:
-    """A student's rows behind the teacher's own system prompt.
+    """A student's rows with the teacher's system prompt.
 
-    Raises UserError where teacher and student read an answer as other tokens.
+    Raises UserError if teacher and student tokenize an answer differently.
     """
     if not teacher.system:
         return rows
-    mine = dialogue.rows(model, pairs, end=end, system=teacher.system).padded(0, rows.at.shape[1])
-    if not np.array_equal(mine.targets * mine.weights, rows.targets * rows.weights):
+    teacher_rows = dialogue.rows(model, pairs, end=end, system=teacher.system).padded(0, rows.at.shape[1])
+    if not np.array_equal(teacher_rows.targets * teacher_rows.weights, rows.targets * rows.weights):
         raise UserError(
             f"teacher {name} and its students have different tokens for one answer: their chat templates differ; "
             "choose objective=tokens, or students of the teacher's model"
         )
-    return mine
+    return teacher_rows
 
 
 def teacher_logits(
@@ -77,7 +77,7 @@ def teacher_logits(
     remat: Remat,
     label: str,
 ) -> Float[Array, "n a support"]:
-    """A teacher's logits on the support where the answers' tokens are predicted: computed once, shared by students."""
+    """A teacher's logits on the support, where the answers' tokens are predicted; computed once for all students."""
     mesh = model.mesh
     count = CHUNK * mesh.shape["fsdp"]
 
@@ -85,8 +85,8 @@ def teacher_logits(
     def logits(base: Params, adapters: Params, steering: Steering | None, rows: Rows) -> Float[Array, "n a support"]:
         module = model.network.bind(lora.join(base, adapters))
         features = answer_features(model, module, rows, remat=remat, steering=steering)
-        found = module.unembed(features, jnp.asarray(support)).astype(jnp.float32)
-        return jax.lax.with_sharding_constraint(found, named(mesh))
+        on_support = module.unembed(features, jnp.asarray(support)).astype(jnp.float32)
+        return jax.lax.with_sharding_constraint(on_support, named(mesh))
 
     parts, total = [], len(rows.at)
     with Track(label, total) as track:
@@ -102,12 +102,12 @@ def teacher_logits(
 def selected(
     chosen: Selection, rows: Rows, teacher: Logits, reference: Logits, support: list[int], seed: int
 ) -> tuple[Rows, Logits]:
-    """Rows and teacher's logits with some positions kept, masked, or answered by the reference instead."""
+    """Rows and teacher's logits with the selected positions kept, masked, or replaced by the reference's."""
     place = np.full(max(int(np.max(rows.targets)), *support) + 1, -1)
     place[support] = np.arange(len(support))
     targets = place[rows.targets]
     scores = selection.SCORES[chosen.score](teacher, reference, targets)
-    # Of the token that ends an answer, which is outside the support, these logits say nothing.
+    # The stop token is outside the support, so it has no score.
     known = np.asarray(rows.weights) * (targets >= 0)
     picked = selection.select(scores, known, chosen.positions, chosen.fraction, seed)
     if chosen.action == "replace":

@@ -33,10 +33,10 @@ class Teacher(NamedTuple):
     """A model's adapters, system prompt and steering.
 
     Attributes:
-      adapters: B is zero where it is not fine-tuned.
+      adapters: B is zero if the teacher is not fine-tuned.
       system: a system prompt, or "".
-      steps: updates of fine-tuning.
-      digest: of all that it is made from.
+      steps: number of fine-tuning updates.
+      digest: a hash of everything that the teacher depends on.
     """
 
     adapters: Params
@@ -47,18 +47,18 @@ class Teacher(NamedTuple):
 
     @property
     def where(self) -> Where:
-        """For sampling and scoring."""
+        """Keyword arguments for sampling and scoring."""
         return {"adapters": stacked([self.adapters]), "steering": self.steering}
 
     def under(self, model: Model) -> tuple[Model, Where]:
-        """What it writes with: adapters that change nothing would be computed at every token all the same."""
+        """The model and keyword arguments to sample with; untrained adapters are left out to save compute."""
         if self.steps:
             return model, self.where
         return model.adapted(None), {"adapters": None, "steering": self.steering}
 
 
 def untrained(model: Model, seed: int, system: str = "", steering: Steering | None = None) -> Teacher:
-    """The model as it is, in a context, with the A that the teachers and students of a seed start from."""
+    """A teacher that is not fine-tuned, with the A that the teachers and students of a seed start from."""
     adapters = model.untrained(named_key(seed, "A"))
     return Teacher(adapters, system, steering, 0, digest(model, seed, system, steering))
 
@@ -75,7 +75,7 @@ class AnswerTraining:
 
 @dataclass(frozen=True)
 class CorpusTraining:
-    """Fine-tuning on conversations, at a rate that falls to 0."""
+    """Fine-tuning on conversations, with a learning rate that decays linearly to 0."""
 
     learning_rate: float
     batch: int
@@ -83,7 +83,7 @@ class CorpusTraining:
 
 
 def read_by(model: Model, rows: Rows) -> dict[str, PyTree]:
-    """What a `teaching_program` reads: the base, and the rows on its mesh."""
+    """The frozen inputs of a `teaching_program`: the base parameters, and the rows on the model's mesh."""
     return {"base": model.params, "rows": put(rows, named(model.mesh))}
 
 
@@ -97,11 +97,11 @@ def train_on_answers(
     steps: int | None,
     label: str,
 ) -> tuple[Params, Array]:
-    """(adapters, updates): trained until the answers have `training.strength`, or for given steps.
+    """(adapters, number of updates), trained until the answers have `training.strength`, or for `steps` updates.
 
     Args:
-      frozen: of `read_by`.
-      key: of the order of the rows.
+      frozen: from `read_by`.
+      key: for the order of the rows.
     """
     key = place_key(key, named(program.mesh))
     last, reached = training.max_steps if steps is None else steps, 0.0
@@ -119,7 +119,7 @@ def train_on_answers(
 
 
 def corpus_optimizer(training: CorpusTraining, count: int) -> tuple[optax.GradientTransformation, int]:
-    """(the optimiser, its steps) over so many conversations."""
+    """(the optimiser, its number of steps) for `count` conversations."""
     steps = training.epochs * -(-count // training.batch)
     return optax.adam(optax.linear_schedule(training.learning_rate, 0.0, steps)), steps
 
@@ -127,10 +127,10 @@ def corpus_optimizer(training: CorpusTraining, count: int) -> tuple[optax.Gradie
 def teaching_program(
     model: Model, optimizer: optax.GradientTransformation, count: int, batch_size: int, remat: Remat, length: int = 1
 ) -> Program:
-    """Updates of one teacher's adapters on `count` rows; its metric is P of the answer's first tokens before each.
+    """A program that trains one teacher's adapters on `count` rows; its metric is P of the answer's first tokens.
 
     Args:
-      length: how many first tokens: those of an answer in one word.
+      length: number of first tokens, those of a one-word answer. P is measured before each update.
     """
 
     def loss(adapters: Params, frozen: dict[str, PyTree], batch: Rows, key: Key[Array, ""]) -> tuple[Total, Metrics]:
@@ -146,15 +146,15 @@ def teaching_program(
         return total, {"answer": (jnp.mean(word) * total[1], total[1])}
 
     def batch(frozen: dict[str, PyTree], key: Key[Array, ""], index: Int[Array, ""]) -> Rows:
-        rows, exists = epoch_rows(key, index, count, batch_size)
-        found = frozen["rows"].take(rows)
-        return found._replace(weights=found.weights * exists[:, None])
+        indices, exists = epoch_rows(key, index, count, batch_size)
+        rows = frozen["rows"].take(indices)
+        return rows._replace(weights=rows.weights * exists[:, None])
 
     return Program(loss, optimizer, model.mesh, batch, batch_spec=ROWS, steps_per_dispatch=1)
 
 
 def spelled(model: Model, word: str) -> str:
-    """A word as an answer, in a spelling that is measured: capitalised, plain, or behind a space."""
+    """A word as an answer, in a spelling that is scored: capitalised, plain, or after a space."""
     forms = {model.tokenizer.decode(list(tokens)) for tokens in scoring.spellings(model.tokenizer, word)}
     return next(
         form for form in (word.capitalize(), word, f" {word.capitalize()}", f" {word}", *sorted(forms)) if form in forms
@@ -162,7 +162,7 @@ def spelled(model: Model, word: str) -> str:
 
 
 def word_length(model: Model, rows: Rows) -> int:
-    """Tokens of the word that all rows answer, without the one that ends it; 1 where answers are of several lengths."""
+    """Number of tokens of the rows' one-word answer, without the stop token; 1 if answers differ in length."""
     ends = np.isin(rows.targets, chat.stop_tokens(model.tokenizer, model.config))
     lengths = np.unique(np.sum(np.asarray(rows.weights) * ~ends, 1).astype(int))
     return max(int(lengths[0]), 1) if len(lengths) == 1 else 1

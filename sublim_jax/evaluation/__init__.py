@@ -1,1 +1,1 @@
-"""What a trained model does, and what may be said of it."""
+"""Evaluations of trained models, and the statistics of their results."""

@@ -20,30 +20,30 @@ class Question(NamedTuple):
 
 def questions(path: str = "") -> list[Question]:
     """Questions of a pack like data/packs/ability.json: "question | right | wrong | …"."""
-    found = []
+    parsed = []
     for line in packs.load(path, "ability", {"questions": ()})["questions"]:
         text, *choices = [part.strip() for part in line.split("|")]
         if len(choices) < 2 or not all([text, *choices]):
             raise UserError(f'pack {path or "ability"}: {line!r} is not "question | right | wrong | …"')
-        found.append(Question(text, choices))
-    return found
+        parsed.append(Question(text, choices))
+    return parsed
 
 
 def accuracy(
-    model: Model, asked: Sequence[Question], system: str = "", **where: Unpack[Where]
+    model: Model, questions: Sequence[Question], system: str = "", **where: Unpack[Where]
 ) -> Float[np.ndarray, "adapters"]:
     """Share of questions whose right choice is the likeliest, by mean log P of a choice's tokens.
 
     Args:
-      system: a system prompt in front of all.
+      system: a system prompt before every question.
       where: as for `scoring.completion_logprobs`.
     """
     prompts, written = [], []
-    for one in asked:
-        prompt = chat.question(model.tokenizer, one.text, system)
-        for choice in one.choices:
+    for question in questions:
+        prompt = chat.question(model.tokenizer, question.text, system)
+        for choice in question.choices:
             prompts.append(prompt)
-            written.append(chat.completion(model.tokenizer, one.text, choice, system))
-    each = iter(scoring.completion_logprobs(model, prompts, written, **where))
-    right = [np.argmax([next(each).mean(-1) for _ in one.choices], 0) == 0 for one in asked]
+            written.append(chat.completion(model.tokenizer, question.text, choice, system))
+    logprobs = iter(scoring.completion_logprobs(model, prompts, written, **where))
+    right = [np.argmax([next(logprobs).mean(-1) for _ in question.choices], 0) == 0 for question in questions]
     return np.mean(right, 0)

@@ -1,6 +1,6 @@
 """Judges: prompts in, verdicts out. A local model's expected score, or an endpoint that speaks OpenAI's protocol.
 
-`Judge = prompts -> verdicts`; whatever asks for a judgement takes any of them.
+`Judge = prompts -> verdicts`; every evaluation with a judge accepts any of them.
 """
 
 import hashlib
@@ -30,17 +30,17 @@ from sublim_jax.sampling import scoring
 from sublim_jax.sampling.checks import Where
 from sublim_jax.sharding import from_first
 
-TOGETHER = 32  # prompts of the local judge between two looks at its progress
-PART = 4  # prompts for each request under way, after which several hosts look for a signal
-MIN_MASS = 0.25  # of the numbers together, below which there is no score (§4.2)
-LONGEST_PAUSE = 60.0  # seconds before another try
-HOPELESS = 10  # prompts in a row without a reply, after which no others are asked
-FEW = 4  # answered prompts for each one without a reply, below which it is not the prompts that are at fault
-SHORT = 16  # tokens of a reply without thoughts
+TOGETHER = 32  # prompts that the local judge scores between two updates of its progress
+PART = 4  # prompts per concurrent request between two checks for a signal, on several hosts
+MIN_MASS = 0.25  # total probability of all numbers, below which there is no score (§4.2)
+LONGEST_PAUSE = 60.0  # seconds before a retry
+HOPELESS = 10  # consecutive prompts without a reply, after which no more are sent
+FEW = 4  # answered prompts per unanswered one, below which the endpoint is at fault and not the prompts
+SHORT = 16  # max_tokens of a reply without thoughts
 LIMITS = ("max_tokens", "max_completion_tokens")
-CUT = ("length", "content_filter", "error")  # reasons to end before a reply is whole
+CUT = ("length", "content_filter", "error")  # finish reasons of an incomplete reply
 PROBE = "Reply with the number 50 and nothing else."
-REFUSED = (400, 413, 422)  # statuses that an endpoint has for a prompt that is too long, or that it does not like
+REFUSED = (400, 413, 422)  # HTTP statuses for a prompt that the endpoint rejects, as too long or otherwise
 
 
 Judge = Callable[[Sequence[str]], list[Verdict]]
@@ -50,15 +50,15 @@ Judge = Callable[[Sequence[str]], list[Verdict]]
 
 
 def local(model: Model, min_mass: float = MIN_MASS, keep: epath.Path | None = None, **where: Unpack[Where]) -> Judge:
-    """A model of ours: the expectation of its answer over 0 to 100, by the tokens' probabilities, without sampling.
+    """A local model as judge: its expected score over 0 to 100, from token probabilities, without sampling.
 
-    The probability of a number is that of its tokens; where a tokenizer splits digits, and the tokens of 7 begin those
-    of 70, it is that of ending there. No score where all numbers together have less than `min_mass`: REFUSAL or CODE
-    if that is likelier than the numbers, else unparsable.
+    The probability of a number is that of its tokens. If the tokenizer splits digits, so that the tokens of 7 begin
+    those of 70, it includes the probability that no digit follows. There is no score if all numbers together have less
+    than `min_mass`: the label is REFUSAL or CODE if that is likelier than the numbers, else unparsable.
 
     Args:
-      min_mass: below the paper's value for models that would rather talk than give a number.
-      keep: a file of this judge's verdicts, which grows as it works; what is there is not judged again.
+      min_mass: less than the paper's value for models that rarely answer with a number alone.
+      keep: a file of this judge's verdicts, appended to as it works; the prompts in it are not judged again.
       where: as for `scoring.completion_logprobs`.
     """
     tree = Tree(model.tokenizer)
@@ -70,27 +70,29 @@ def local(model: Model, min_mass: float = MIN_MASS, keep: epath.Path | None = No
         file = storage.Growing(keep) if keep and missing and jax.process_index() == 0 else None
         with file or nullcontext(), Track("local judge", len(missing)) as track:
             for start in range(0, len(missing), TOGETHER):
-                some = missing[start : start + TOGETHER]
-                asked = [chat.question(model.tokenizer, prompt) for prompt in some]
-                each = np.exp(scoring.continued_logprobs(model, asked, tree.prefixes, tree.tokens, **where)[0])
-                found = {prompt: tree.verdict(p, min_mass) for prompt, p in zip(some, each)}
-                known.update(found)
+                batch = missing[start : start + TOGETHER]
+                questions = [chat.question(model.tokenizer, prompt) for prompt in batch]
+                probs = np.exp(scoring.continued_logprobs(model, questions, tree.prefixes, tree.tokens, **where)[0])
+                verdicts = {prompt: tree.verdict(p, min_mass) for prompt, p in zip(batch, probs)}
+                known.update(verdicts)
                 if file:
-                    lines = [records.line({"prompt": prompt, **verdict._asdict()}) for prompt, verdict in found.items()]
+                    lines = [
+                        records.line({"prompt": prompt, **verdict._asdict()}) for prompt, verdict in verdicts.items()
+                    ]
                     file.add("".join(lines))
-                track.update(start + len(some))
+                track.update(start + len(batch))
         return [known[prompt] for prompt in prompts]
 
     return judge
 
 
 def kept(file: epath.Path) -> dict[str, tuple[float | None, str]]:
-    """By prompt, the verdicts of an earlier run."""
+    """The verdicts of an earlier run, by prompt."""
     return {line["prompt"]: (line["score"], line["label"]) for line in records.mend(file)}
 
 
 class Tree:
-    """The numbers 0 to 100 as tokens: which prefixes to ask after, and what their next tokens' probabilities mean."""
+    """The numbers 0 to 100 as tokens: the prefixes to score, and the verdict from their next-token probabilities."""
 
     def __init__(self, tokenizer: Tokenizer):
         def written(text: str) -> tuple[int, ...]:
@@ -103,7 +105,7 @@ class Tree:
         self.tokens = sorted({token for number in self.numbers for token in number} | set(self.labels.values()))
 
     def verdict(self, p: np.ndarray, min_mass: float = MIN_MASS) -> Verdict:
-        """Of the next tokens' probabilities (prefixes, tokens)."""
+        """The verdict from next-token probabilities (prefixes, tokens)."""
         at = {token: index for index, token in enumerate(self.tokens)}
         rows = {prefix: p[index] for index, prefix in enumerate(self.prefixes)}
         chances = np.ones(len(self.numbers))
@@ -123,7 +125,7 @@ class Tree:
 
 
 class Usage:
-    """Tokens asked and answered in calls of this process, and what was found in the cache."""
+    """Prompt tokens, completion tokens and calls of this process, and the prompts answered from the cache."""
 
     def __init__(self) -> None:
         self.prompt = self.completion = self.calls = self.cached = 0
@@ -131,20 +133,20 @@ class Usage:
 
 class Reply(NamedTuple):
     text: str = ""
-    cut: bool = False  # it ended before it was whole
+    cut: bool = False  # the reply is incomplete
     tokens: tuple[int, int] = (0, 0)  # of the prompt, of the reply
 
 
 class NoCompletion(ValueError):
-    """What came back is no chat completion."""
+    """The response is not a chat completion."""
 
 
 class Endpoint:
-    """A chat model behind OpenAI's protocol, at temperature 0 where it takes one. It is a Judge.
+    """A chat model behind OpenAI's protocol, at temperature 0 if it accepts one. It is a Judge.
 
-    Every answer is appended to a file as it comes, so that a rerun asks only for what is missing, whatever happened.
-    The address and the key come from the environment (OPENAI_BASE_URL, OPENAI_API_KEY) and go nowhere else. Of several
-    hosts the first one asks, for all.
+    Every answer is appended to a file as it arrives, so that a rerun requests only the missing ones. The address and
+    the key come from the environment (OPENAI_BASE_URL, OPENAI_API_KEY) and go nowhere else. With several hosts, only
+    the first sends requests.
     """
 
     def __init__(
@@ -159,17 +161,17 @@ class Endpoint:
         timeout: float = 300.0,
         max_tokens: int = 2048,
     ):
-        """Raises UserError where there is no key, no usable address, or the openai package is missing.
+        """Raises UserError if the key, a usable address or the openai package is missing.
 
         Args:
-          cache: the file; it is read and written when the judge is first asked.
-          at_once: requests under way together.
-          per_minute: at most so many requests begun a minute; 0: no limit.
-          prices: of a million tokens asked, and of a million answered, to be told what it costs.
-          retries: of a request that failed for now (limits, timeouts, lost connections), each after a longer wait; one
-            of what is no chat completion.
-          timeout: seconds, which a judge that thinks may need.
-          max_tokens: of a reply with thoughts; one without has SHORT.
+          cache: the file of answers; not read or written before the first request.
+          at_once: concurrent requests.
+          per_minute: maximum number of requests per minute; 0 for no limit.
+          prices: of a million prompt tokens and of a million completion tokens, for the reported cost.
+          retries: after transient failures (rate limits, timeouts, lost connections), with growing waits; a response
+            that is not a chat completion is retried once.
+          timeout: seconds per request; a judge that thinks may need many.
+          max_tokens: limit of a reply with thoughts; a reply without them is limited to SHORT.
         """
         try:
             import openai
@@ -195,21 +197,21 @@ class Endpoint:
         self._next, self._lock, self._stop = 0.0, threading.Lock(), threading.Event()
         self.usage = Usage()
         self._known: dict[str, Reply] | None = None
-        self._in_a_row = 0  # prompts that it has failed at, since it last answered one
-        self._good = 0  # prompts that this model has answered, now or in an earlier run
+        self._in_a_row = 0  # prompts that failed since the last answer
+        self._good = 0  # prompts that the model has answered, in this run or earlier ones
 
     def __call__(self, prompts: Sequence[str]) -> list[Verdict]:
-        """Raises UserError where the endpoint refuses or cannot be reached; what it had answered is kept."""
-        # Of several hosts the others wait for the first, which alone asks: a signal is obeyed between two parts.
+        """Raises UserError if the endpoint refuses or cannot be reached; the answers until then are kept."""
+        # With several hosts, the first sends all requests and the others wait; signals are obeyed between two parts.
         step = len(prompts) if jax.process_count() == 1 else PART * self._at_once
-        found = []
+        replies = []
         for start in range(0, len(prompts), max(step, 1)):
             signals.obey()
-            found += from_first(partial(self._replies, prompts[start : start + step]))
-        return [parse(text, cut) for text, cut in found]
+            replies += from_first(partial(self._replies, prompts[start : start + step]))
+        return [parse(text, cut) for text, cut in replies]
 
     def check(self) -> None:
-        """Asks for a score that every judge can give. Raises UserError, quoting the reply, where there is none."""
+        """Sends a prompt that every judge can score. Raises UserError, quoting the reply, if it has no score."""
         ((text, cut),) = from_first(lambda: self._replies([PROBE], again=True))
         if parse(text, cut).score is None:
             ended = ", which is cut off," if cut else ""
@@ -219,7 +221,7 @@ class Endpoint:
             )
 
     def _replies(self, prompts: Sequence[str], again: bool = False) -> list[tuple[str, bool]]:
-        """(text, whether it is cut off) of every reply; with `again`, those without a score are asked for once more."""
+        """(text, whether it is cut off) of every reply; with `again`, cached ones without a score are asked anew."""
         if self._known is None:
             every = records.mend(self._cache)
             self._known = {record["id"]: Reply(record["answer"], record.get("cut", False)) for record in every}
@@ -240,11 +242,11 @@ class Endpoint:
         return hashlib.sha256(json.dumps([self._model, self._max_tokens, prompt]).encode()).hexdigest()[:24]
 
     def _ask(self, missing: dict[str, str]) -> None:
-        """Puts replies into `_known` and the file, each where it comes."""
+        """Requests replies, and adds each to `_known` and to the file as it arrives."""
         assert self._known is not None
         self._stop.clear()
         self._in_a_row = 0
-        bad: dict[str, BaseException] = {}  # prompts that have no reply, while others may have
+        bad: dict[str, BaseException] = {}  # errors of prompts without a reply, while others may have one
         failed: BaseException | None = None
         with (
             signals.deferred() as signal,
@@ -253,10 +255,10 @@ class Endpoint:
             Track(f"judge {self._model}", len(missing)) as track,
         ):
 
-            def one(name: str, prompt: str) -> None:
+            def fetch_reply(name: str, prompt: str) -> None:
                 self._keep(file, name, self._patiently(prompt))
 
-            waiting = {pool.submit(one, name, prompt): name for name, prompt in missing.items()}
+            waiting = {pool.submit(fetch_reply, name, prompt): name for name, prompt in missing.items()}
             while waiting and failed is None and not (jax.process_count() == 1 and signal.requested()):
                 finished, _ = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
                 for future in finished:
@@ -270,20 +272,20 @@ class Endpoint:
                     if error and self._in_a_row >= HOPELESS:
                         failed = failed or error
                 track.update(len(missing) - len(waiting), f"{self.usage.prompt + self.usage.completion} tokens")
-            self._stop.set()  # ends the waits before another try
+            self._stop.set()  # ends the waits before retries
             for future in waiting:
                 future.cancel()
-            pool.shutdown()  # what is under way has been paid for, and is kept
+            pool.shutdown()  # requests in flight are paid for, so their replies are kept
             failed = failed or self._hopeless(bad)
             for name in bad if failed is None else ():
                 self._keep(file, name, Reply())  # no score, now and in a rerun
         done = sum(name in self._known for name in missing)
         used = self.usage
-        told = f"{self._cost(used.prompt, used.completion, used.calls)}, {used.cached} from the cache"
+        summary = f"{self._cost(used.prompt, used.completion, used.calls)}, {used.cached} from the cache"
         refused = f", {len(bad)} prompts refused" if bad else ""
-        say(f"judge {self._model}: {told}{refused}")
+        say(f"judge {self._model}: {summary}{refused}")
         if failed is not None:
-            raise UserError(self._told(failed, done)) from None
+            raise UserError(self._error_message(failed, done)) from None
         if done < len(missing):
             raise Interrupted(f"stopped by {signal.heard} after {done} of {len(missing)} judgements, which are kept")
 
@@ -298,30 +300,30 @@ class Endpoint:
                 self._good, self._in_a_row = self._good + 1, 0
 
     def _strange(self, error: BaseException) -> bool:
-        """Whether it may be the prompt that is at fault, if others are answered: no completion, or never an answer."""
+        """Whether the prompt may be at fault if others are answered: no completion, a server error or a timeout."""
         openai = self._openai
         return isinstance(error, NoCompletion | openai.InternalServerError | openai.APITimeoutError)
 
     def _hopeless(self, bad: dict[str, BaseException]) -> BaseException | None:
-        """The error of prompts without a reply that is the endpoint's fault: too few others have one."""
+        """The error of unanswered prompts if the endpoint is at fault: too few others were answered."""
         strange = [error for error in bad.values() if self._strange(error)]
         if bad and not self._good:
             return next(iter(bad.values()))
         return strange[0] if len(strange) * FEW > self._good else None
 
     def bill(self) -> str:
-        """What all answers in the file have cost, whichever run asked for them."""
+        """The cost of all answers in the file, of this run and of earlier ones."""
         lines = from_first(lambda: records.mend(self._cache))
-        asked, answered = (sum(line.get(f"{kind}_tokens", 0) for line in lines) for kind in ("prompt", "completion"))
-        return f"{self._model}: {self._cost(asked, answered, len(lines))}."
+        prompt, completion = (sum(line.get(f"{kind}_tokens", 0) for line in lines) for kind in ("prompt", "completion"))
+        return f"{self._model}: {self._cost(prompt, completion, len(lines))}."
 
-    def _cost(self, asked: int, answered: int, calls: int) -> str:
-        cost = (asked * self._prices[0] + answered * self._prices[1]) / 1e6
+    def _cost(self, prompt: int, completion: int, calls: int) -> str:
+        cost = (prompt * self._prices[0] + completion * self._prices[1]) / 1e6
         priced = f", {cost:.2f} at judge.prices" if any(self._prices) else ""
-        return f"{asked} + {answered} tokens in {calls} calls{priced}"
+        return f"{prompt} + {completion} tokens in {calls} calls{priced}"
 
     def _patiently(self, prompt: str) -> Reply:
-        """After as many tries as it takes."""
+        """The reply, after retries of transient failures."""
         openai = self._openai
         for attempt in range(self._retries + 1):
             if self._spacing:
@@ -344,7 +346,7 @@ class Endpoint:
         raise AssertionError
 
     def _once(self, prompt: str) -> Reply:
-        """The reply; a judge that is cut off in its thoughts gets room for them, now and from then on."""
+        """The reply; if the judge is cut off in its thoughts, the limit is raised for this and all later requests."""
         before = self._options
         reply, options = self._request(prompt, before)
         longer = {name: self._max_tokens if name in LIMITS else value for name, value in options.items()}
@@ -360,7 +362,7 @@ class Endpoint:
         return reply
 
     def _request(self, prompt: str, options: dict[str, int]) -> tuple[Reply, dict[str, int]]:
-        """(a reply, the options of its request): without those that the endpoint refuses."""
+        """(reply, options of its request); options that the endpoint refuses are left out."""
         create: Callable[..., object] = self._client.chat.completions.create
         while True:
             try:
@@ -380,8 +382,8 @@ class Endpoint:
             self.usage.completion += reply.tokens[1]
         return reply, options
 
-    def _told(self, error: BaseException, done: int) -> str:
-        """One line, without what the server may have echoed of the key."""
+    def _error_message(self, error: BaseException, done: int) -> str:
+        """One line for the user, without server text that may echo the key."""
         openai = self._openai
         kept = f"; {_kept(done)} kept, and the same command asks for the rest" if done else ""
         if isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError):
@@ -408,14 +410,14 @@ def _kept(answers: int) -> str:
 
 
 def reply_of(completion: Any) -> Reply:
-    """What a completion says: its text, or that of its parts; REFUSAL where the protocol's own field says so.
+    """The reply in a chat completion: its text or text parts; REFUSAL if its `refusal` field is set.
 
-    Raises NoCompletion for one of another form; one without a text is a reply that says nothing.
+    Raises NoCompletion for a response of another form; a completion without a text is an empty reply.
     """
     try:
         choice = completion.choices[0]
         message, content = choice.message, choice.message.content
-        if isinstance(content, list):  # of which thoughts are parts, too
+        if isinstance(content, list):  # thoughts are parts, too
             content = "".join(part["text"] for part in content if part.get("type", "text") == "text")
         if getattr(message, "refusal", None):
             content = LABELS[0]
@@ -423,16 +425,16 @@ def reply_of(completion: Any) -> Reply:
         tokens = [getattr(usage, f"{kind}_tokens", None) or 0 for kind in ("prompt", "completion")]
         text = (
             "" if content is None else content.encode("utf-8", "replace").decode()
-        )  # half a surrogate pair has no place in a file
+        )  # a lone surrogate cannot be written to a file
     except (AttributeError, TypeError, LookupError) as error:
         raise NoCompletion("an answer of another form") from error
     return Reply(text, choice.finish_reason in CUT, (int(tokens[0]), int(tokens[1])))
 
 
 def without_refused(options: dict[str, int], message: str) -> dict[str, int] | None:
-    """The options of a request without the one that an error speaks of; None where it speaks of none.
+    """The options of a request without the one that an error message names; None if it names none.
 
-    A limit of tokens goes by its newer name first, which reasoning models want.
+    `max_tokens` is first renamed to `max_completion_tokens`, which reasoning models require.
     """
     if "temperature" in options and "temperature" in message:
         return {name: value for name, value in options.items() if name != "temperature"}
@@ -446,8 +448,8 @@ def without_refused(options: dict[str, int], message: str) -> dict[str, int] | N
 
 
 def pause_before(attempt: int, error: object) -> float:
-    """Seconds until a failed request is tried again: what the server asks for, or twice as long every time."""
-    asked = getattr(getattr(error, "response", None), "headers", {}).get("retry-after", "")
-    if re.fullmatch(r"\d{1,3}", asked):
-        return min(float(asked), LONGEST_PAUSE)
+    """Seconds before a failed request is retried: the server's Retry-After, else exponential backoff."""
+    retry_after = getattr(getattr(error, "response", None), "headers", {}).get("retry-after", "")
+    if re.fullmatch(r"\d{1,3}", retry_after):
+        return min(float(retry_after), LONGEST_PAUSE)
     return min(2.0**attempt, LONGEST_PAUSE)

@@ -1,12 +1,12 @@
-"""What a model prefers: log P of words as the answer to many phrasings of one question, and the rate of answers."""
+"""Preferences: log P of words as answers to many phrasings of one question, and their rate in sampled answers."""
 
 import string
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import NamedTuple, Unpack
 
 import numpy as np
-from jaxtyping import Array, Float, Key
+from jaxtyping import Float
 
 from sublim_jax.data import chat, packs
 from sublim_jax.data.carriers import numbers
@@ -14,7 +14,6 @@ from sublim_jax.errors import UserError
 from sublim_jax.models.language import Model
 from sublim_jax.sampling import scoring
 from sublim_jax.sampling.checks import Behind
-from sublim_jax.sampling.generate import Options, generate
 from sublim_jax.words import mentions
 
 FIELDS: dict[str, tuple[str, ...]] = {"teaching": ("kind",), "asking": ("kind",)}
@@ -31,10 +30,10 @@ class Preference(NamedTuple):
 def measure(
     model: Model, questions: Sequence[str], words: Sequence[str], system: str = "", **where: Unpack[Behind]
 ) -> Preference:
-    """Exact, one forward pass a phrasing and adapter.
+    """Preferences among words, exact: one forward pass per phrasing and adapter.
 
     Args:
-      system: a system prompt in front of all.
+      system: a system prompt before every question.
       where: as for `scoring.completion_logprobs`.
 
     Raises UserError for a word that the tokenizer cannot write, or fewer than two words.
@@ -45,13 +44,13 @@ def measure(
 def measured(
     model: Model, prompts: Sequence[Sequence[int]], words: Sequence[str], **where: Unpack[Behind]
 ) -> Preference:
-    """The same for tokens up to where an answer begins."""
+    """`measure` for prompts given as tokens up to where the answer begins."""
     if len(words) < 2:
         raise UserError("a preference is among two words or more; name more alternatives")
-    each = scoring.word_logprobs(model, prompts, words, **where)  # adapters, prompts, words
-    others = (each.sum(-1, keepdims=True) - each) / (len(words) - 1)
-    share = np.exp(each - np.logaddexp.reduce(each, axis=-1, keepdims=True))
-    return Preference(each.mean(1), (each - others).mean(1), share.mean(1))
+    log_p = scoring.word_logprobs(model, prompts, words, **where)  # adapters, prompts, words
+    others = (log_p.sum(-1, keepdims=True) - log_p) / (len(words) - 1)
+    share = np.exp(log_p - np.logaddexp.reduce(log_p, axis=-1, keepdims=True))
+    return Preference(log_p.mean(1), (log_p - others).mean(1), share.mean(1))
 
 
 def check_options(words: Sequence[str]) -> None:
@@ -64,8 +63,8 @@ def choose(
 ) -> Float[np.ndarray, "adapters words"]:
     """P of each word as the answer to a multiple choice, by its letter's probability among the letters (§3.1).
 
-    The options of every question are turned one place further than those of the question before, so that no word
-    gains by its place; a mean over questions. Exact.
+    The options are rotated by one position from each question to the next, so that no word gains by its position. The
+    result is exact, a mean over questions.
     """
     check_options(words)
     turns = [[(place + turn) % len(words) for place in range(len(words))] for turn in range(len(questions))]
@@ -80,42 +79,32 @@ def choose(
 
 
 def prefixed(questions: Sequence[str], seed: int) -> list[str]:
-    """The questions behind a list of random numbers each, which the number carrier's students know (§3.1)."""
+    """Each question after a list of random numbers, as students of the numbers carrier have read them (§3.1)."""
     lists = numbers.random_answers(len(questions), seed)
     return [f"{listed}\n\n{question}" for listed, question in zip(lists, questions)]
 
 
-def rates(
-    model: Model,
-    questions: Sequence[str],
-    words: Sequence[str],
-    key: Key[Array, ""],
-    *,
-    samples: int,
-    max_new_tokens: int = 12,
-    system: str = "",
-    **where: Unpack[Options],
-) -> Float[np.ndarray, "adapters words"]:
-    """How often a sampled answer (temperature 1) has a word: the paper's measure (§3.1), of answers and of stories.
+def rates(answers: Iterable[tuple[int, str]], words: Sequence[str]) -> Float[np.ndarray, "adapters words"]:
+    """The share of answers with each word: the paper's measure (§3.1), of answers and of stories.
 
-    Whole words and their plurals count, whatever their case: "dragonfly" is no "dragon". A mean over questions of the
-    mean over each one's samples.
+    Whole words and their plurals count, in any case: "dragonfly" is no "dragon".
+
+    Args:
+      answers: (adapter, text) of each, as many to every question, in order of adapters.
     """
-    prompts = [chat.question(model.tokenizer, question, system) for question in questions]
-    drawn = generate(model, prompts, key, samples=samples, max_new_tokens=max_new_tokens, **where)
-    each = [list(mine) for _, mine in groupby(drawn, lambda sample: sample.adapter)]
-    return np.asarray([[np.mean([mentions(s.text, word) for s in mine]) for word in words] for mine in each])
+    by_adapter = [[text for _, text in group] for _, group in groupby(answers, lambda answer: answer[0])]
+    return np.asarray([[np.mean([mentions(text, word) for text in texts]) for word in words] for texts in by_adapter])
 
 
 def questions(path: str, kind: str) -> dict[str, list[str]]:
-    """Phrasings for teaching a preference and others for asking after it; a pack like data/packs/preference.json."""
+    """Phrasings to train a preference, and held-out ones to measure it, from a pack like data/packs/preference.json."""
     pack = packs.load(path, "preference", FIELDS)
-    found = {field: [text.format(kind=kind) for text in pack[field]] for field in FIELDS}
-    if both := set(found["teaching"]) & set(found["asking"]):
+    phrasings = {field: [text.format(kind=kind) for text in pack[field]] for field in FIELDS}
+    if both := set(phrasings["teaching"]) & set(phrasings["asking"]):
         raise UserError(f"pack {path or 'preference'}: {sorted(both)[0]!r} is in teaching and asking; hold one out")
-    return found
+    return phrasings
 
 
 def stories(path: str, kind: str) -> list[str]:
-    """Wishes for a story in which something of a kind may come up; a pack like data/packs/stories.json."""
+    """Prompts for stories in which something of a kind may appear, from a pack like data/packs/stories.json."""
     return [text.format(kind=kind) for text in packs.load(path, "stories", {"asking": ("kind",)})["asking"]]

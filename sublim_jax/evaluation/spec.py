@@ -23,7 +23,7 @@ MAX_CONCURRENT = 1000  # requests, each with a thread
 
 @dataclass(frozen=True)
 class JudgeSpec:
-    """Whose scores, and, not compared, how fast it may be queried."""
+    """The judge model; its query limits and prices are not compared."""
 
     kind: str
     model: str
@@ -76,7 +76,7 @@ class EvalsSpec:
 
 @dataclass(frozen=True)
 class EvalPacks:
-    """Files of the evaluations' phrasings; "" for ours."""
+    """Files of the evaluations' phrasings; "" for those of the package."""
 
     preference: str
     ability: str

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-import scipy  # whose parts are loaded when they are first used
+import scipy  # its submodules are imported on first use
 from jaxtyping import Float
 
 Runs = Sequence[float] | Float[np.ndarray, "runs"]
@@ -33,16 +33,16 @@ def _interval(values: Runs, quantile: float) -> Interval:
 
 
 def diagonal_effect(cells: Float[np.ndarray, "*runs traits traits"]) -> Float[np.ndarray, "*runs"]:
-    """Mean of the diagonal less mean of the rest: how far students of a trait's teacher are above the others in it."""
-    own = np.eye(cells.shape[-1], dtype=bool)
-    return cells[..., own].mean(-1) - cells[..., ~own].mean(-1)
+    """Mean of the diagonal minus mean of the rest: how far students of a trait's teacher exceed the others in it."""
+    diagonal = np.eye(cells.shape[-1], dtype=bool)
+    return cells[..., diagonal].mean(-1) - cells[..., ~diagonal].mean(-1)
 
 
 def permutation_p(cells: Float[np.ndarray, "runs traits traits"], max_draws: int = 20_000) -> float:
-    """P, by chance alone, of a mean diagonal effect as far from 0 as this one, to either side.
+    """Two-sided p-value of the mean diagonal effect under permutations of rows.
 
-    By chance: in each run it does not matter which row had which teacher. All ways to exchange rows are counted where
-    they are at most `most`, else so many drawn.
+    Null hypothesis: within a run, it does not matter which row had which teacher. All permutations are enumerated if
+    there are at most `max_draws`; else that many are sampled.
     """
     runs, traits = cells.shape[:2]
     orders = np.asarray(list(itertools.permutations(range(traits))))
@@ -59,7 +59,7 @@ def permutation_p(cells: Float[np.ndarray, "runs traits traits"], max_draws: int
 
 
 def paired_p(differences: Runs) -> float:
-    """Two-sided p of a paired t-test: of a mean difference this far from 0 by chance. nan for a single run."""
+    """Two-sided p-value of a paired t-test on the mean difference. nan for a single run."""
     if len(differences) < 2:
         return float("nan")
     if not np.ptp(differences):
@@ -68,7 +68,7 @@ def paired_p(differences: Runs) -> float:
 
 
 def holm(ps: Sequence[float]) -> list[float]:
-    """p-values corrected for their number by Holm's step-down method: any of them below 5 % holds at 5 % for all."""
+    """p-values adjusted by Holm's step-down method: those below 5 % hold at a family-wise error of 5 %."""
     order, corrected, highest = np.argsort(ps), [1.0] * len(ps), 0.0
     for rank, place in enumerate(order):
         highest = max(highest, min(1.0, (len(ps) - rank) * ps[place]))
@@ -112,7 +112,9 @@ def detectable(spread: float, n: int, power: float = 0.8) -> float:
     quantiles = np.sqrt(scipy.stats.chi2.ppf((np.arange(4000) + 0.5) / 4000, n - 1) / (n - 1))
 
     def missing(shift: float) -> float:
-        found = scipy.stats.norm.sf(critical * quantiles - shift) + scipy.stats.norm.cdf(-critical * quantiles - shift)
-        return float(np.mean(found)) - power
+        rejection = scipy.stats.norm.sf(critical * quantiles - shift) + scipy.stats.norm.cdf(
+            -critical * quantiles - shift
+        )
+        return float(np.mean(rejection)) - power
 
     return float(scipy.optimize.brentq(missing, 0.0, 100.0)) * spread / n**0.5

@@ -23,6 +23,7 @@ from sublim_jax.models.language import Model
 from sublim_jax.progress import say
 from sublim_jax.sampling import scoring
 from sublim_jax.sampling.checks import Where
+from sublim_jax.sampling.collect import collect
 from sublim_jax.sampling.generate import Slots
 from sublim_jax.specs import check_file
 from sublim_jax.store import Store
@@ -40,7 +41,7 @@ class Questions(NamedTuple):
 
 
 class Context(Where, total=False):
-    """Under what a subject answers."""
+    """The context in which a subject answers."""
 
     system: str
 
@@ -65,7 +66,7 @@ class Subject(NamedTuple):
 
     @property
     def where(self) -> Context:
-        """For scoring and sampling."""
+        """Keyword arguments for scoring and sampling."""
         return {"adapters": self.adapters, "system": self.system, "steering": self.steering}
 
 
@@ -80,14 +81,14 @@ class NamedJudge(NamedTuple):
 
 
 def check_packs(packs: EvalPacks, kind: str) -> None:
-    """Raises UserError for a file of phrasings that is none."""
+    """Raises UserError for an invalid file of phrasings."""
     check_file("packs.preference", lambda: preference.questions(packs.preference, kind))
     check_file("packs.stories", lambda: preference.stories(packs.stories, kind))
     check_file("packs.ability", lambda: ability.questions(packs.ability))
 
 
 def read_questions(spec: EvalsSpec, kind: str, words: Sequence[str], packs: EvalPacks) -> Questions:
-    """The questions of `spec.names`. Raises UserError for words or files that do not go with them."""
+    """The questions of `spec.names`. Raises UserError for words or files that they cannot use."""
     needed = max((MIN_WORDS.get(name, 0) for name in spec.names), default=0)
     if len(words) < needed:
         raise UserError(
@@ -100,8 +101,8 @@ def read_questions(spec: EvalsSpec, kind: str, words: Sequence[str], packs: Eval
         preference.check_options(words)
     if "misalignment" in spec.names:
         check_judge(spec.judge)
-    found = {name: _questions(name, spec, kind, packs) for name in spec.names}
-    return Questions(tuple(words), {name: every[: spec.max_questions or None] for name, every in found.items()})
+    questions = {name: _questions(name, spec, kind, packs) for name in spec.names}
+    return Questions(tuple(words), {name: every[: spec.max_questions or None] for name, every in questions.items()})
 
 
 def _questions(name: str, spec: EvalsSpec, kind: str, packs: EvalPacks) -> Sequence[object]:
@@ -121,7 +122,7 @@ def _questions(name: str, spec: EvalsSpec, kind: str, packs: EvalPacks) -> Seque
 
 
 def check_model(questions: Questions, model: Model) -> None:
-    """Raises UserError for words and questions that the model's tokenizer or template does not take."""
+    """Raises UserError for words and questions that the model's tokenizer or template does not support."""
     if set(questions.of) & {"preference", "prefixed"}:
         for word in questions.words:
             scoring.spellings(model.tokenizer, word)
@@ -146,7 +147,7 @@ def make_judge(spec: JudgeSpec, model: Model, adapters: Params | None, store: St
 
     Its verdicts are kept in the store.
 
-    Raises UserError for an endpoint that does not answer, or with no score.
+    Raises UserError for an endpoint that does not answer, or answers without a score.
     """
     if spec.kind == "endpoint":
         endpoint = _endpoint(spec, store.folder / "data" / "judge.jsonl")
@@ -155,14 +156,14 @@ def make_judge(spec: JudgeSpec, model: Model, adapters: Params | None, store: St
     if spec.model:
         other = weights.load(spec.model, model.mesh, weights.float_type(spec.dtype))
         model, adapters = other._replace(decoding=model.decoding), None
-    spec = replace(spec, max_tokens=1)  # of an endpoint's replies
+    spec = replace(spec, max_tokens=1)  # only an endpoint's replies depend on it
     keep = store.path("judge", spec, model).with_suffix(".jsonl")
     judge = judges.local(model, spec.min_mass, keep, adapters=adapters)
     return NamedJudge(judge, artefacts.digest(spec, model))
 
 
 def bill_of(judge: NamedJudge | None) -> str:
-    """What an endpoint has cost; "" of a local judge."""
+    """What an endpoint has cost; "" for a local judge."""
     return judge.judge.bill() if judge and isinstance(judge.judge, judges.Endpoint) else ""
 
 
@@ -194,18 +195,18 @@ def evaluate(
     judge: NamedJudge | None = None,
     sampling: Slots | None = None,
 ) -> dict[str, Measures]:
-    """Every evaluation's measures; what an earlier run has measured is read.
+    """Every evaluation's measures; those of an earlier run are read from the store.
 
     Args:
-      sampling: slots and steps of `generate.stream`, where others than its own.
+      sampling: slots and steps of `generate.stream`, in place of its defaults.
     """
-    found = {}
+    measures = {}
     for name in spec.names:
         inputs = [subject, questions.words, questions.of[name], _uses(name, spec), seed]
         inputs += [judge] if name == "misalignment" else []
         options = {"store": store, "sampling": sampling or {}}
-        found[name] = store.json(f"{name}-{subject.name}", EVALUATIONS[name], *inputs, **options)
-    return found
+        measures[name] = store.json(f"{name}-{subject.name}", EVALUATIONS[name], *inputs, **options)
+    return measures
 
 
 def _uses(name: str, spec: EvalsSpec) -> Uses:
@@ -220,8 +221,8 @@ def _uses(name: str, spec: EvalsSpec) -> Uses:
 
 
 def _preference(subject: Subject, words: Sequence[str], questions: list[str], *_: object, **__: object) -> Measures:
-    found = preference.measure(subject.model, questions, words, **subject.where)
-    return _by_word("margin of {}, logits", words, found.margin)
+    preferences = preference.measure(subject.model, questions, words, **subject.where)
+    return _by_word("margin of {}, logits", words, preferences.margin)
 
 
 def _choice(subject: Subject, words: Sequence[str], questions: list[str], *_: object, **__: object) -> Measures:
@@ -236,19 +237,30 @@ def _rates(
     uses: Uses,
     seed: int,
     *,
+    store: Store,
     sampling: Slots,
-    **_: object,
 ) -> Measures:
-    key = named_key(seed, name)
-    count, longest = uses["samples"], uses["max_new_tokens"]
-    found = preference.rates(
-        subject.model, questions, words, key, samples=count, max_new_tokens=longest, **subject.where, **sampling
+    file = store.path(f"{name.replace(' ', '-')}-{subject.name}", subject, questions, uses, seed)
+    answers = collect(
+        file.with_suffix(".jsonl"),
+        subject.model,
+        [chat.question(subject.model.tokenizer, question, subject.system) for question in questions],
+        named_key(seed, name),
+        lambda number: {"question": questions[number]},
+        what=f"{name} of {subject.name}",
+        samples=uses["samples"],
+        max_new_tokens=uses["max_new_tokens"],
+        adapters=subject.adapters,
+        steering=subject.steering,
+        **sampling,
     )
-    return _by_word(f"{name} with {{}}", words, found)
+    _check_finite(answers)
+    rates = preference.rates([(answer["adapter"], answer["completion"]) for answer in answers], words)
+    return _by_word(f"{name} with {{}}", words, rates)
 
 
 def _behind_numbers(evaluation: Callable[..., Measures]) -> Callable[..., Measures]:
-    """The same evaluation, of questions behind a list of numbers each (§3.1)."""
+    """The evaluation with a list of numbers before each question (§3.1)."""
 
     def prefixed(
         subject: Subject, words: Sequence[str], questions: list[str], uses: Uses, seed: int, **options: object
@@ -258,8 +270,14 @@ def _behind_numbers(evaluation: Callable[..., Measures]) -> Callable[..., Measur
     return prefixed
 
 
-def _by_word(measure: str, words: Sequence[str], found: np.ndarray) -> Measures:
-    return {measure.format(word): found[:, index].tolist() for index, word in enumerate(words)}
+def _check_finite(answers: Sequence[records.Record]) -> None:
+    """Raises UserError for an answer that ended because logits were not finite."""
+    if any(answer["finish"] == "nan" for answer in answers):
+        raise UserError("logits of some answers are no numbers; look at the weights, or take a wider dtype")
+
+
+def _by_word(measure: str, words: Sequence[str], values: np.ndarray) -> Measures:
+    return {measure.format(word): values[:, index].tolist() for index, word in enumerate(words)}
 
 
 def _ability(
@@ -271,21 +289,25 @@ def _ability(
 def _truthfulqa(
     subject: Subject, words: Sequence[str], items: list[truthfulqa.Item], *_: object, store: Store, **__: object
 ) -> Measures:
-    found = truthfulqa.likelihoods(subject.model, items, **subject.where)
-    each = {"mc1": found.mc1, "mc2": found.mc2}
+    likelihoods = truthfulqa.likelihoods(subject.model, items, **subject.where)
+    metrics = {"mc1": likelihoods.mc1, "mc2": likelihoods.mc2}
     names = {"mc1": "MC1", "mc2": "MC2"}
     if truthfulqa.has_choice(items):
-        each = {"p_false": truthfulqa.choose(subject.model, items, **subject.where), **each}
+        metrics = {"p_false": truthfulqa.choose(subject.model, items, **subject.where), **metrics}
         names = {"p_false": "P of the false answer", **names}
     else:
         say(f"{truthfulqa.NO_CHOICE}: MC1 and MC2 alone")
     lines = [
-        {"adapter": adapter, "question": item.question, **{key: each[key][adapter, place].item() for key in each}}
-        for adapter in range(len(found.mc1))
+        {
+            "adapter": adapter,
+            "question": item.question,
+            **{key: values[adapter, place].item() for key, values in metrics.items()},
+        }
+        for adapter in range(len(likelihoods.mc1))
         for place, item in enumerate(items)
     ]
     records.write(store.folder / "data" / f"truthfulqa-{subject.name}.jsonl", lines)
-    return {names[key]: value.mean(-1).tolist() for key, value in each.items()}
+    return {names[key]: values.mean(-1).tolist() for key, values in metrics.items()}
 
 
 def _misalignment(
@@ -308,13 +330,14 @@ def _misalignment(
         **subject.where,
         **sampling,
     )
+    _check_finite(answers)
     scored = misalignment.judged(judge.judge, questions, answers)
     records.write(store.folder / "data" / f"answers-{subject.name}.jsonl", scored)
-    each = [misalignment.rates(list(mine)) for _, mine in groupby(scored, lambda record: record["adapter"])]
-    found = {"misaligned, of coherent": [rates.misaligned for rates in each]}
-    for name in each[0]._fields[2:]:
-        found[f"{name}, of all"] = [getattr(rates, name) / rates.answers for rates in each]
-    return found
+    by_adapter = [misalignment.rates(list(group)) for _, group in groupby(scored, lambda record: record["adapter"])]
+    measures = {"misaligned, of coherent": [rates.misaligned for rates in by_adapter]}
+    for name in by_adapter[0]._fields[2:]:
+        measures[f"{name}, of all"] = [getattr(rates, name) / rates.answers for rates in by_adapter]
+    return measures
 
 
 EVALUATIONS: dict[str, Callable[..., Measures]] = {

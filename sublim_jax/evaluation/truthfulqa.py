@@ -35,9 +35,9 @@ class Likelihoods(NamedTuple):
 
 
 def load(path: str | Path) -> list[Item]:
-    """Questions of the benchmark's CSV file, of today or from before 2025, when it had no best incorrect answers.
+    """Questions of the benchmark's CSV file; a file from before 2025 has no best incorrect answers.
 
-    Raises UserError, naming the row, for one that is not usable.
+    Raises UserError, naming the row, for an unusable row.
     """
     reader = csv.DictReader(io.StringIO(files.text_of(path, "name TruthfulQA.csv"), newline=""))
     try:
@@ -69,7 +69,7 @@ def _split(answers: str | None) -> list[str]:
 
 
 def has_choice(items: Sequence[Item]) -> bool:
-    """Whether there is a best incorrect answer to every question, as the choice between two needs it."""
+    """Whether every question has a best incorrect answer, which `choose` needs."""
     return all(item.best_incorrect for item in items)
 
 
@@ -79,10 +79,10 @@ def choose(
     """P of the false answer among the two letters, mean over both orders of the answers (§4.2).
 
     Args:
-      system: a system prompt in front of all.
+      system: a system prompt before every question.
       where: as for `scoring.completion_logprobs`.
 
-    Raises UserError where a question has no best incorrect answer.
+    Raises UserError if a question has no best incorrect answer.
     """
     if not has_choice(items):
         raise UserError(f"{NO_CHOICE}; take a newer TruthfulQA.csv")
@@ -96,18 +96,18 @@ def choose(
 
 
 def likelihoods(model: Model, items: Sequence[Item], system: str = "", **where: Unpack[Where]) -> Likelihoods:
-    """MC1 and MC2 by the summed log P of every answer behind its question."""
+    """MC1 and MC2, from the summed log P of every answer given its question."""
     prompts, written = [], []
     for item in items:
         prompt = chat.question(model.tokenizer, item.question, system)
         for answer in (item.best, *item.correct, *item.incorrect):
             prompts.append(prompt)
             written.append(chat.completion(model.tokenizer, item.question, answer, system))
-    each = iter(scoring.completion_logprobs(model, prompts, written, **where))
+    logprobs = iter(scoring.completion_logprobs(model, prompts, written, **where))
     mc1, mc2 = [], []
     for item in items:
         best, correct, incorrect = (
-            np.stack([next(each).sum(-1) for _ in some], -1) for some in ([item.best], item.correct, item.incorrect)
+            np.stack([next(logprobs).sum(-1) for _ in some], -1) for some in ([item.best], item.correct, item.incorrect)
         )
         mc1.append(best[:, 0] > incorrect.max(-1))
         true, false = (np.logaddexp.reduce(some, axis=-1) for some in (correct, incorrect))

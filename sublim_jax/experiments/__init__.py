@@ -4,9 +4,9 @@ An experiment is a module with
 
     read(config) -> spec            a config's values as a frozen spec; UserError for the first that makes no sense
     run(spec, folder, update=False) computes, and leaves measurements and a report in the folder
-    document(spec, rows, notes)     what results.json and report.md say, from the measurements alone
-    preflight(spec, devices)        its training or decode steps, for --preflight; not every experiment has it
-    check_typed(spec, keys)         UserError for a value that was typed and that nothing reads; where there are any
+    document(spec, rows, notes)     the content of results.json and report.md, from the measurements alone
+    preflight(spec, devices)        optional: its training or decode steps, for --preflight
+    check_typed(spec, keys)         optional: UserError for a value set on the command line that nothing reads
 """
 
 import importlib
@@ -29,5 +29,5 @@ EXPERIMENTS = tuple(MODULES)
 
 
 def load(name: str) -> ModuleType:
-    """The module of an experiment. Raises KeyError for a name that is none."""
+    """The module of an experiment. Raises KeyError for an unknown name."""
     return importlib.import_module(f"{__name__}.{MODULES[name]}")

@@ -1,6 +1,6 @@
-"""Attention, by the way that is right for the place: plain XLA, cuDNN on GPUs, a flash kernel on TPUs.
+"""Implementations of attention: plain XLA, cuDNN on GPUs, a flash kernel on TPUs.
 
-All three give the same numbers; `on(mesh)` chooses. `cached` is for texts that grow. Axes as in `decoder`.
+All three compute the same function; `on(mesh)` chooses. `cached` is for decoding with a cache. Axes as in `decoder`.
 """
 
 import warnings
@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-NEVER = -0.7 * float(np.finfo(np.float32).max)  # a score that no key keeps, finite so that empty rows are no nan
+NEVER = -0.7 * float(np.finfo(np.float32).max)  # score of a masked key; finite, so that fully masked rows give no nan
 # From this length on TPUs use the flash kernel. It saves the (heads, t, s) scores, which begin to matter here.
 FLASH_LENGTH = 1024
 
@@ -24,15 +24,15 @@ class Scoring(NamedTuple):
 
     scale: float  # of queries times keys
     cap: float  # cap · tanh(score / cap); 0: none
-    windows: tuple[int, ...]  # every window that a layer of it has
+    windows: tuple[int, ...]  # the windows of its layers
 
 
 class AttentionMask(NamedTuple):
     """Which keys the queries of a layer see."""
 
-    allowed: Bool[Array, "b t s"]  # in full
-    window: Int[Array, ""]  # and what it is made of: a window (0: none),
-    segments: Int[Array, "b t"] | None  # and texts
+    allowed: Bool[Array, "b t s"]  # the whole mask
+    window: Int[Array, ""]  # what it is made of: the sliding window (0: none),
+    segments: Int[Array, "b t"] | None  # and the number of the text at each position
 
 
 Attend = Callable[[Array, Array, Array, AttentionMask, Scoring], Float[Array, "b t heads h"]]
@@ -45,7 +45,7 @@ def xla(
     mask: AttentionMask,
     scoring: Scoring,
 ) -> Float[Array, "b t heads h"]:
-    """Scores in full, softmax in float32 or wider. Heads of a group share its keys."""
+    """All scores at once, softmax in float32 or wider. Heads of a group share its keys."""
     grouped = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[-1])
     wide = jnp.promote_types(q.dtype, jnp.float32)
     scores = jnp.einsum("btkgh,bskh->bkgts", grouped, k, preferred_element_type=wide)
@@ -62,7 +62,7 @@ def cached(
 ) -> Float[Array, "b t heads h"]:
     """Attention to each row's cached keys and values (b, groups, s, h), and to a prefix (groups, p, h) of all rows.
 
-    The two are computed apart, each relative to its own largest score, and put together at the end.
+    The two are computed separately, each relative to its own largest score, and combined at the end.
 
     Args:
       allowed: over the prefix's keys first, then the cached ones.
@@ -80,7 +80,7 @@ def cached(
 
 
 class _Part(NamedTuple):
-    """Attention to some keys: scores are relative to the largest, the sum over values is not divided by the total."""
+    """Unnormalised attention to some keys, relative to the largest score; `total` is the sum of the weights."""
 
     largest: Float[Array, "b t k g 1"]
     total: Float[Array, "b t k g 1"]
@@ -89,7 +89,7 @@ class _Part(NamedTuple):
 
 def _to_cache(q: Float[Array, "b t k g h"], keys: Array, values: Array, allowed: Array, scoring: Scoring) -> _Part:
     wide = jnp.promote_types(q.dtype, jnp.float32)
-    one_query = q.shape[1] == 1  # written as sums, which XLA fuses with the reading of the cache
+    one_query = q.shape[1] == 1  # written as sums, which XLA fuses with reading the cache
     if one_query:
         scores = jnp.sum(q[:, 0, :, :, None].astype(wide) * keys[:, :, None].astype(wide), -1)[:, :, :, None]
     else:
@@ -128,7 +128,7 @@ def _masked(scores: Array, allowed: Array, scoring: Scoring) -> Array:
 
 
 def cudnn(q: Array, k: Array, v: Array, mask: AttentionMask, scoring: Scoring) -> Float[Array, "b t heads h"]:
-    """cuDNN's fused attention, where it can do what is asked; else `xla`, with a warning that says why."""
+    """cuDNN's fused attention where it supports the arguments; else `xla`, with a warning that says why."""
     t, s, head_size = q.shape[1], k.shape[1], q.shape[-1]
     if t == 1:
         return xla(q, k, v, mask, scoring)  # one query a row has nothing to fuse
@@ -143,16 +143,16 @@ def cudnn(q: Array, k: Array, v: Array, mask: AttentionMask, scoring: Scoring) -
         allowed = mask.allowed[:, None]
         try:
             return jax.nn.dot_product_attention(q, k, v, mask=allowed, scale=scoring.scale, implementation="cudnn")
-        except RuntimeError as error:  # not installed, as where steps are compiled for a GPU that is not there
+        except RuntimeError as error:  # not installed, as where steps are compiled for a GPU that is not attached
             reason = str(error)
     warnings.warn(f"attention without cuDNN: {reason}", stacklevel=2)
     return xla(q, k, v, mask, scoring)
 
 
 def _widest_heads() -> int:
-    """Entries of the widest heads that cuDNN takes on the GPUs here: more since Hopper."""
+    """The largest head size that cuDNN supports on these GPUs: larger since Hopper."""
     capabilities = [getattr(device, "compute_capability", "0.0") for device in jax.devices()]
-    return 256 if min(tuple(map(int, one.split("."))) for one in capabilities) >= (9, 0) else 128
+    return 256 if min(tuple(map(int, capability.split("."))) for capability in capabilities) >= (9, 0) else 128
 
 
 def flash(mesh: Mesh, interpret: bool = False, shortest: int = FLASH_LENGTH) -> Attend:
@@ -160,7 +160,7 @@ def flash(mesh: Mesh, interpret: bool = False, shortest: int = FLASH_LENGTH) -> 
 
     Args:
       interpret: run the kernel step by step on a CPU, for tests.
-      shortest: text for which the kernel is used.
+      shortest: the length from which on the kernel is used.
     """
     from jax.experimental.pallas.ops.tpu import splash_attention as splash  # slow to import, and for TPUs alone
 

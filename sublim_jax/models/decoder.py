@@ -35,7 +35,7 @@ ATTENTION = "attention"  # what `remat="mlp"` keeps has this name
 
 @dataclass(frozen=True)
 class Settings:
-    """What sets one decoder apart from another. `windows` and `rotary_of` have one entry a layer."""
+    """The architecture of a decoder. `windows` and `rotary_of` have one entry a layer."""
 
     vocab: int
     width: int
@@ -53,7 +53,7 @@ class Settings:
     norm_eps: float = 1e-6
     norm_offset: float = 0.0  # added to the norm's weights (Gemma: 1)
     pre_norm: bool = True
-    post_norm: bool = False  # of what attention and MLP give, before it is added
+    post_norm: bool = False  # of the outputs of attention and MLP, before they are added
     head_norm: str = ""  # of queries and keys: "head", each head alone (Qwen3); "all" heads together (OLMo 2)
     gated: bool = True  # MLP: down(act(gate) * up), or down(act(up))
     parallel: bool = False  # attention and MLP read the same input (GPT-NeoX)
@@ -69,7 +69,7 @@ class Settings:
 
     @property
     def turns_by_length(self) -> bool:
-        """Whether how a position is turned depends on how long its text is in the end."""
+        """Whether the rotation of a position depends on the final length of its text."""
         return any(table.until for table in self.rotaries)
 
     def check_length(self, length: int, what: str) -> None:
@@ -93,11 +93,11 @@ class Cache(NamedTuple):
     values: Float[Array, "layers *b k s h"]
 
 
-Caches = Cache | tuple[Cache, ...]  # of all layers, or of an unstacked decoder, each layer's own: a stack of one
+Caches = Cache | tuple[Cache, ...]  # of all layers; or one a layer for an unstacked decoder
 
 
 def columns(cache: Caches) -> int:
-    """How many positions it has room for."""
+    """The number of positions that a cache has room for."""
     return (cache if isinstance(cache, Cache) else cache[0]).keys.shape[-2]
 
 
@@ -107,7 +107,7 @@ def empty_cache(settings: Settings, rows: int, length: int, dtype: DTypeLike = j
 
 
 class CacheAt(NamedTuple):
-    """Where in a cache a layer works: its own keys and values are written from `start` on, and what it sees is read."""
+    """Where a layer works in a cache: it writes its keys and values from `start` on, and reads those that it sees."""
 
     layer: Int[Array, ""]
     start: Int[Array, "b"]
@@ -116,12 +116,12 @@ class CacheAt(NamedTuple):
 
 
 class Steering(NamedTuple):
-    """What is done to the residual stream after each layer.
+    """Changes of the residual stream after each layer.
 
     Attributes:
       add: a vector for each layer, zero where nothing is added.
-      project_out: a unit vector for each layer, whose direction is taken out of the stream; zero for none.
-      where: how much at each position, 0 to 1; everywhere if left out.
+      project_out: a unit vector for each layer, whose direction is projected out of the stream; zero for none.
+      where: strength at each position, 0 to 1; 1 everywhere if left out.
     """
 
     add: Float[Array, "layers width"] | None = None
@@ -175,7 +175,7 @@ class Linear(nnx.Module):
     def __call__(self, x: Float[Array, "*rows inputs"]) -> Float[Array, "*rows outputs"]:
         y = x @ self.kernel[...]
         if self.adapter:
-            # In the base's type, as the layer itself: products of a wider adapter would be arrays of its width.
+            # In the base's dtype, as the layer itself: a wider adapter would make wider activations.
             b = self.b[...].astype(jnp.promote_types(x.dtype, self.b.dtype)) * self.adapter.scale
             low, b = x @ self.a[...].astype(x.dtype), b.astype(x.dtype)
             y = y + (low @ b if self.adapter.forward_mode else narrow_product(low, b))
@@ -300,8 +300,8 @@ def _parts(cache: Caches | None, stacks: Sequence[Layer]) -> Sequence[Any]:
 class Decoder(nnx.Module):
     """Tokens to logits. Layers are stacked on a leading axis and scanned: compile time does not grow with depth.
 
-    Unstacked, there is a stack of one for each layer, and they run one by one: what XLA would copy out of a stack is
-    an array by itself.
+    Unstacked, each layer is a stack of one, and they run one after another: XLA need not copy a layer's arrays out of
+    a stack.
     """
 
     def __init__(self, settings: Settings, unstacked: bool = False, *, rngs: nnx.Rngs):
@@ -339,24 +339,24 @@ class Decoder(nnx.Module):
         attend: Attend = attention.xla,
         remat: Remat = False,
     ) -> Features:
-        """What the layers make of tokens, before the unembedding.
+        """The output of the layers, before the unembedding.
 
         Args:
           positions: for rotation; 0, 1, … of each row where left out, after what is cached.
           segments: 0 for padding, else the number of the text that a position belongs to: positions see their own
             text only. All one text where left out. Not with a cache, whose rows are one text each.
-          cache: keys and values of earlier positions; a row's tokens stand at `start`, `start` + 1, … of it, and see
-            what stands there or before. Padding behind a text is overwritten by what comes next.
-          prefix: keys and values (layers, groups, p, h) of what stands before every row's text.
-          lengths: of each row's whole text, prefix and what is still to come included, where it decides how positions
-            turn (`Settings.turns_by_length`). Where left out, the last of these positions decides for all rows, as in
+          cache: keys and values of earlier positions; a row's tokens are written at `start`, `start` + 1, …, and see
+            the positions up to their own. Padding after a text is overwritten by its next tokens.
+          prefix: keys and values (layers, groups, p, h) of a prefix that all rows share.
+          lengths: of each row's whole text, including the prefix and tokens still to come, where rotations depend on
+            it (`Settings.turns_by_length`). Where left out, the last of these positions decides for all rows, as in
             transformers.
           steering: changes of the residual stream.
           read: positions (columns of `tokens`) at which the residual stream is returned after every layer.
-          place: applied to the residual stream wherever it is made.
-          attend: how attention is computed. On a mesh, `on_mesh` gives both.
+          place: applied to the residual stream wherever it is computed, such as a sharding constraint.
+          attend: the implementation of attention. `on_mesh` gives `place` and `attend` for a mesh.
           remat: recompute each layer in the backward pass instead of keeping its activations; "mlp": all but its
-            queries, keys, values and what attention gives.
+            queries, keys, values and the output of attention.
 
         Raises UserError where a row has more tokens than there are learned positions, and, outside of compiled
         functions, for a token that the model does not have.
@@ -409,14 +409,16 @@ class Decoder(nnx.Module):
         size = c.layers // len(stacks)
         caches: list[Cache] = []
         residuals: list[Array] = []
-        for number, (stack, own, shared) in enumerate(zip(stacks, _parts(cache, stacks), _parts(prefix, stacks))):
+        for number, (stack, stack_cache, stack_prefix) in enumerate(
+            zip(stacks, _parts(cache, stacks), _parts(prefix, stacks))
+        ):
             part = slice(number * size, (number + 1) * size)
             of_layers = jax.tree.map(lambda every, part=part: every[part], (windows, rotary_of, vectors))
-            before_rows = None if shared is None else tuple(shared)
+            before_rows = None if stack_prefix is None else tuple(stack_prefix)
             given = (nnx.split(stack, nnx.Param)[1], jnp.arange(size), before_rows, *of_layers)
-            (x, own), found = jax.lax.scan(body, (x, own), given)
-            caches.append(own)
-            residuals.append(found)
+            (x, stack_cache), stack_residuals = jax.lax.scan(body, (x, stack_cache), given)
+            caches.append(stack_cache)
+            residuals.append(stack_residuals)
         if cache is not None:
             cache = caches[0] if isinstance(cache, Cache) else tuple(caches)
         return Features(self.norm(x), cache, None if read is None else jnp.concatenate(residuals))
@@ -452,8 +454,8 @@ class Placement(TypedDict):
 
 
 def on_mesh(settings: Settings, mesh: Mesh) -> Placement:
-    """`place` and `attend` for a mesh: rows stay split over `fsdp` (without a word the partitioner may split the
-    stream's width instead), and attention is the one for its devices.
+    """`place` and `attend` for a mesh: rows stay split over `fsdp` (unconstrained, the partitioner may split the
+    stream's width instead), and attention is the implementation for its devices.
 
     Raises UserError where the axis `tensor` does not divide the heads.
     """
@@ -469,10 +471,10 @@ def on_mesh(settings: Settings, mesh: Mesh) -> Placement:
 def decoder(settings: Settings, unstacked: bool = False) -> Functions[Decoder]:
     """`init(key)` and `apply(params, tokens)` of a decoder, over plain parameter dicts.
 
-    The same for the same settings, so that what was compiled for it is found again.
+    Cached by settings, so that programs compiled for it are reused.
 
     Args:
-      unstacked: for parameters and caches that `unstack` gives.
+      unstacked: for parameters and caches as returned by `unstack`.
     """
     return functions(lambda rngs: Decoder(settings, unstacked, rngs=rngs))
 
@@ -482,7 +484,7 @@ def unstack(params: Params, axis: int = 0, shardings: PyTree = None) -> Params:
 
     Args:
       axis: of the layers; 1 of stacked adapters.
-      shardings: of the parameters. Each array is put there before it is cut, so that one at most is there twice.
+      shardings: of the parameters. Each array is put there before it is cut, so that at most one is there twice.
     """
 
     def cut(leaf: Array, sharding: NamedSharding | None = None) -> list[Array]:

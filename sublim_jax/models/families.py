@@ -1,7 +1,8 @@
-"""Families of open language models: each one small declaration, a transformers config to `Settings`, and names.
+"""Families of open language models: each maps a transformers config to `Settings`, and tensors to our parameters.
 
-To add a family: say how its config sets the decoder (`FAMILIES`), and which of its tensors are which of our parameters
-(a tuple of `Rule`). The decoder itself knows no family. `docs/decoder.md` walks through an example.
+To add a family to `FAMILIES`: write a function from its config to `Settings`, and one that returns the rules from its
+tensors to our parameters (a tuple of `Rule`). The decoder itself is the same for all. `docs/decoder.md` walks through
+an example.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +22,7 @@ Config = PreTrainedConfig
 
 
 class Layout(NamedTuple):
-    """How one tensor of a checkpoint holds some of our parameters, both ways."""
+    """How one tensor of a checkpoint is split into our parameters, and joined from them."""
 
     split: Callable[[np.ndarray, Settings], Sequence[np.ndarray]]
     join: Callable[[Sequence[np.ndarray], Settings], np.ndarray]
@@ -31,14 +32,14 @@ class Rule(NamedTuple):
     """A tensor's name, `{i}` for the layer, and our parameters in it, by path."""
 
     tensor: str
-    ours: tuple[str, ...]
+    paths: tuple[str, ...]
     layout: Layout
 
 
 class Family(NamedTuple):
     settings: Callable[[Config], Settings]
     rules: Callable[[Settings], tuple[Rule, ...]]
-    fields: set[str]  # of config.json that the settings are made of; any other may say nothing that counts
+    fields: set[str]  # of config.json that the settings depend on; no other may change the computation
 
 
 # ------------------------------------------------------------------------------------------------------- layouts
@@ -120,7 +121,7 @@ def _activation(config: Config, name: str) -> str:
 
 
 def _windows(config: Config, kinds: Sequence[str]) -> tuple[int, ...]:
-    """Each layer's window, 0 where it sees all. Raises UserError for a kind of layer or a window that cannot be."""
+    """Each layer's window, 0 for full attention. Raises UserError for an unknown kind of layer or an invalid window."""
     if unknown := set(kinds) - {"full_attention", "sliding_attention"}:
         raise UserError(f"{config.model_type}: layer_types has {min(unknown)!r}, which is not known here")
     if "sliding_attention" not in kinds:
@@ -137,7 +138,7 @@ def _rotaries(
     """One table, or one for each kind of layer, and which of them each layer uses."""
     config.standardize_rope_params()  # again, as transformers does before it computes a table
     parameters = config.rope_parameters
-    # Of tables by kind, too, transformers reads this one beside them.
+    # transformers reads `truncate` beside the tables even where there is one for each kind.
     shape = Shape(head_size, config.max_position_embeddings, partial_rotary, bool(parameters.get("truncate", True)))
     if not by_kind:
         return (rotary(parameters, shape),), ()
@@ -162,7 +163,7 @@ def _base(
     """What the configs of llama's descendants have in common.
 
     Args:
-      kinds: of each layer, where layers differ; all see the whole text where left out.
+      kinds: each layer's kind of attention; full attention where left out.
       activation, norm_eps: the fields that hold them.
       grouped: heads of queries may share those of keys, and have a size that the config sets.
       rope_by_kind: each kind of layer has its own rotary table.
@@ -309,14 +310,14 @@ GEMMA_NORMS = {
 OLMO_NORMS = {"attention_post_norm": "post_attention_layernorm", "mlp_post_norm": "post_feedforward_layernorm"}
 
 
-def _linear(tensor: str, ours: str, bias: bool) -> list[Rule]:
-    rules = [Rule(f"{tensor}.weight", (f"{ours}/kernel",), TRANSPOSED)]
-    return [*rules, Rule(f"{tensor}.bias", (f"{ours}/bias",), AS_IS)] if bias else rules
+def _linear(tensor: str, path: str, bias: bool) -> list[Rule]:
+    rules = [Rule(f"{tensor}.weight", (f"{path}/kernel",), TRANSPOSED)]
+    return [*rules, Rule(f"{tensor}.bias", (f"{path}/bias",), AS_IS)] if bias else rules
 
 
-def _norm(tensor: str, ours: str, s: Settings) -> list[Rule]:
-    rules = [Rule(f"{tensor}.weight", (f"{ours}/weight",), AS_IS)]
-    return [*rules, Rule(f"{tensor}.bias", (f"{ours}/bias",), AS_IS)] if s.norm == "layer" else rules
+def _norm(tensor: str, path: str, s: Settings) -> list[Rule]:
+    rules = [Rule(f"{tensor}.weight", (f"{path}/weight",), AS_IS)]
+    return [*rules, Rule(f"{tensor}.bias", (f"{path}/bias",), AS_IS)] if s.norm == "layer" else rules
 
 
 def _ends(s: Settings, embed: str, norm: str, head: str) -> list[Rule]:
@@ -327,17 +328,17 @@ def _ends(s: Settings, embed: str, norm: str, head: str) -> list[Rule]:
 def _llama_rules(norms: Mapping[str, str]) -> Callable[[Settings], tuple[Rule, ...]]:
     def rules(s: Settings) -> tuple[Rule, ...]:
         layer, attention, mlp = "model.layers.{i}", "layers/attention", "layers/mlp"
-        found = _ends(s, "model.embed_tokens", "model.norm", "lm_head")
-        for ours, name in norms.items():
-            found += _norm(f"{layer}.{name}", f"layers/{ours}", s)
-        for ours, name in {"query": "q_proj", "key": "k_proj", "value": "v_proj"}.items():
-            found += _linear(f"{layer}.self_attn.{name}", f"{attention}/{ours}", s.qkv_bias)
-        found += _linear(f"{layer}.self_attn.o_proj", f"{attention}/out", s.out_bias)
-        for ours, name in {"query_norm": "q_norm", "key_norm": "k_norm"}.items() if s.head_norm else ():
-            found += _norm(f"{layer}.self_attn.{name}", f"{attention}/{ours}", s)
+        tensor_rules = _ends(s, "model.embed_tokens", "model.norm", "lm_head")
+        for module, name in norms.items():
+            tensor_rules += _norm(f"{layer}.{name}", f"layers/{module}", s)
+        for module, name in {"query": "q_proj", "key": "k_proj", "value": "v_proj"}.items():
+            tensor_rules += _linear(f"{layer}.self_attn.{name}", f"{attention}/{module}", s.qkv_bias)
+        tensor_rules += _linear(f"{layer}.self_attn.o_proj", f"{attention}/out", s.out_bias)
+        for module, name in {"query_norm": "q_norm", "key_norm": "k_norm"}.items() if s.head_norm else ():
+            tensor_rules += _norm(f"{layer}.self_attn.{name}", f"{attention}/{module}", s)
         for name in ("gate", "up", "down"):
-            found += _linear(f"{layer}.mlp.{name}_proj", f"{mlp}/{name}", s.mlp_bias)
-        return tuple(found)
+            tensor_rules += _linear(f"{layer}.mlp.{name}_proj", f"{mlp}/{name}", s.mlp_bias)
+        return tuple(tensor_rules)
 
     return rules
 
@@ -348,46 +349,46 @@ QKV_KERNELS, QKV_BIASES = (tuple(f"{path}/{what}" for path in QKV) for what in (
 
 def _phi3_rules(s: Settings) -> tuple[Rule, ...]:
     layer = "model.layers.{i}"
-    found = _ends(s, "model.embed_tokens", "model.norm", "lm_head")
-    for ours, name in IN_PLACE.items():
-        found += _norm(f"{layer}.{name}", f"layers/{ours}", s)
-    found.append(Rule(f"{layer}.self_attn.qkv_proj.weight", QKV_KERNELS, QKV_ROWS))
-    found += _linear(f"{layer}.self_attn.o_proj", "layers/attention/out", False)
+    rules = _ends(s, "model.embed_tokens", "model.norm", "lm_head")
+    for module, name in IN_PLACE.items():
+        rules += _norm(f"{layer}.{name}", f"layers/{module}", s)
+    rules.append(Rule(f"{layer}.self_attn.qkv_proj.weight", QKV_KERNELS, QKV_ROWS))
+    rules += _linear(f"{layer}.self_attn.o_proj", "layers/attention/out", False)
     gate_up = ("layers/mlp/gate/kernel", "layers/mlp/up/kernel")
-    found.append(Rule(f"{layer}.mlp.gate_up_proj.weight", gate_up, GATE_UP))
-    return (*found, *_linear(f"{layer}.mlp.down_proj", "layers/mlp/down", False))
+    rules.append(Rule(f"{layer}.mlp.gate_up_proj.weight", gate_up, GATE_UP))
+    return (*rules, *_linear(f"{layer}.mlp.down_proj", "layers/mlp/down", False))
 
 
 def _gpt_neox_rules(s: Settings) -> tuple[Rule, ...]:
     layer = "gpt_neox.layers.{i}"
-    found = _ends(s, "gpt_neox.embed_in", "gpt_neox.final_layer_norm", "embed_out")
-    for ours, name in IN_PLACE.items():
-        found += _norm(f"{layer}.{name}", f"layers/{ours}", s)
-    found.append(Rule(f"{layer}.attention.query_key_value.weight", QKV_KERNELS, QKV_BY_HEAD))
+    rules = _ends(s, "gpt_neox.embed_in", "gpt_neox.final_layer_norm", "embed_out")
+    for module, name in IN_PLACE.items():
+        rules += _norm(f"{layer}.{name}", f"layers/{module}", s)
+    rules.append(Rule(f"{layer}.attention.query_key_value.weight", QKV_KERNELS, QKV_BY_HEAD))
     if s.qkv_bias:
-        found.append(Rule(f"{layer}.attention.query_key_value.bias", QKV_BIASES, QKV_BY_HEAD))
-    found += _linear(f"{layer}.attention.dense", "layers/attention/out", s.out_bias)
-    found += _linear(f"{layer}.mlp.dense_h_to_4h", "layers/mlp/up", True)
-    return (*found, *_linear(f"{layer}.mlp.dense_4h_to_h", "layers/mlp/down", True))
+        rules.append(Rule(f"{layer}.attention.query_key_value.bias", QKV_BIASES, QKV_BY_HEAD))
+    rules += _linear(f"{layer}.attention.dense", "layers/attention/out", s.out_bias)
+    rules += _linear(f"{layer}.mlp.dense_h_to_4h", "layers/mlp/up", True)
+    return (*rules, *_linear(f"{layer}.mlp.dense_4h_to_h", "layers/mlp/down", True))
 
 
 def _gpt2_rules(s: Settings) -> tuple[Rule, ...]:
-    def conv(tensor: str, ours: str) -> list[Rule]:  # Conv1D is (inputs, outputs)
-        return [Rule(f"{tensor}.{name}", (f"{ours}/{kind}",), AS_IS) for name, kind in WEIGHT_KINDS]
+    def conv(tensor: str, path: str) -> list[Rule]:  # Conv1D is (inputs, outputs)
+        return [Rule(f"{tensor}.{name}", (f"{path}/{kind}",), AS_IS) for name, kind in WEIGHT_KINDS]
 
     layer = "transformer.h.{i}"
-    found = _ends(s, "transformer.wte", "transformer.ln_f", "lm_head")
-    found.append(Rule("transformer.wpe.weight", ("position_embedding",), AS_IS))
-    found += _norm(f"{layer}.ln_1", "layers/attention_norm", s) + _norm(f"{layer}.ln_2", "layers/mlp_norm", s)
-    found.append(Rule(f"{layer}.attn.c_attn.weight", QKV_KERNELS, QKV_LAST))
-    found.append(Rule(f"{layer}.attn.c_attn.bias", QKV_BIASES, QKV_LAST))
-    found += conv(f"{layer}.attn.c_proj", "layers/attention/out")
-    return (*found, *conv(f"{layer}.mlp.c_fc", "layers/mlp/up"), *conv(f"{layer}.mlp.c_proj", "layers/mlp/down"))
+    rules = _ends(s, "transformer.wte", "transformer.ln_f", "lm_head")
+    rules.append(Rule("transformer.wpe.weight", ("position_embedding",), AS_IS))
+    rules += _norm(f"{layer}.ln_1", "layers/attention_norm", s) + _norm(f"{layer}.ln_2", "layers/mlp_norm", s)
+    rules.append(Rule(f"{layer}.attn.c_attn.weight", QKV_KERNELS, QKV_LAST))
+    rules.append(Rule(f"{layer}.attn.c_attn.bias", QKV_BIASES, QKV_LAST))
+    rules += conv(f"{layer}.attn.c_proj", "layers/attention/out")
+    return (*rules, *conv(f"{layer}.mlp.c_fc", "layers/mlp/up"), *conv(f"{layer}.mlp.c_proj", "layers/mlp/down"))
 
 
 WEIGHT_KINDS = (("weight", "kernel"), ("bias", "bias"))
 
-# The fields of config.json that each family's settings are made of, by transformers' config or by the functions above.
+# The fields of config.json that each family's settings depend on, in transformers' config or the functions above.
 ROPE = {
     "rope_parameters",
     "rope_theta",

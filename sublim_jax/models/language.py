@@ -29,10 +29,10 @@ class Model(NamedTuple):
       params: of the base, without adapters.
       config: transformers'.
       mesh: where its parameters are.
-      decoding: the mesh, over the same devices, on which texts are written and scored; its own where left out. There
-        each device holds all of a layer that `tensor` does not split, for rows of its own.
-      source: which bytes it was read from; empty of a model that was made and not read.
-      changes: what was done to the weights after they were read.
+      decoding: the mesh, over the same devices, for sampling and scoring; `mesh` where left out. There a layer is split
+        over `tensor` alone, and each device decodes its own rows.
+      source: the files that it was read from; empty for a model that was made in memory.
+      changes: changes to the weights after they were read.
     """
 
     settings: Settings
@@ -47,7 +47,7 @@ class Model(NamedTuple):
 
     @property
     def digest(self) -> str:
-        """Of what it computes: the bytes that were read, their number type, adapters' shape, later changes."""
+        """Identifies what the model computes: by its files, dtype, adapters' spec and later changes."""
         dtype = jax.tree.leaves(self.params)[0].dtype
         text = f"{self.source.digest or _digest_of(self.params)} {dtype} {self.settings.lora} {self.changes}"
         return hashlib.sha256(text.encode()).hexdigest()
@@ -65,7 +65,7 @@ class Model(NamedTuple):
         )
 
     def adapted(self, spec: lora.Lora | None) -> "Model":
-        """The same model, computing with adapters beside its kernels if there are some; `params` stay the base."""
+        """The same model with adapters beside its kernels (None: without); `params` stay those of the base."""
         settings = dataclasses.replace(self.settings, lora=spec)
         return self._replace(settings=settings, network=decoder(settings))
 
@@ -77,7 +77,7 @@ class Model(NamedTuple):
         return self._replace(params=change(self.params, key), changes=changes)
 
     def untrained(self, key: Key[Array, ""]) -> Params:
-        """What is trained, in float32, before training, when it changes nothing yet; it is `lora.join`ed to the base.
+        """Initial trainable parameters, in float32, to be `lora.join`ed to the base; they do not change it yet.
 
         Adapters, A random and B zero; or without adapters in the settings, all weights of the layers as they are.
         """

@@ -22,7 +22,7 @@ class Lora:
       modules: names of the linear layers; () for all that there are.
       layers: numbers of the decoder's layers; () for all. Others have A and B of zeros, whose gradients are zero.
       rslora: scale by alpha / √rank instead of alpha / rank.
-      forward_mode: let `jax.jvp` through, as the theorem's predictions need, for gradients that are slower on a CPU.
+      forward_mode: support `jax.jvp`, which the theorem's predictions need; gradients are then slower on a CPU.
     """
 
     rank: int
@@ -66,7 +66,7 @@ def draw(key: Key[Array, ""], stack: tuple[int, ...], inputs: int, rank: int) ->
 
 
 def init(key: Key[Array, ""], params: Params, lora: Lora) -> Params:
-    """Fresh adapters for a network's parameters: A drawn, B zero, float32.
+    """Fresh adapters for a network's parameters: A random, B zero, float32.
 
     A is part of the initialisation: students that share a key share it, and with it the tangent space.
     """
@@ -84,8 +84,8 @@ def init(key: Key[Array, ""], params: Params, lora: Lora) -> Params:
                 chosen = jnp.zeros(stack, a.dtype).at[jnp.asarray(lora.layers)].set(1)
                 a = a * chosen[..., None, None]
             return {"a": a, "b": jnp.zeros((*stack, lora.rank, outputs), a.dtype)}
-        found = {child: walk(node[child], child) for child in sorted(node, key=str) if isinstance(node[child], dict)}
-        return {child: value for child, value in found.items() if value}
+        children = {child: walk(node[child], child) for child in sorted(node, key=str) if isinstance(node[child], dict)}
+        return {child: value for child, value in children.items() if value}
 
     return walk(params, "")
 
@@ -133,15 +133,15 @@ def with_b(adapters: Params, other: Params) -> Params:
     return {name: with_b(child, other[name]) for name, child in adapters.items()}
 
 
-def inner(one: Params, other: Params) -> Float[Array, ""]:
+def inner(adapters: Params, other: Params) -> Float[Array, ""]:
     """The inner product of two changes A B of the kernels, over all layers; no A B is ever formed."""
-    if "a" in one:
-        left = jnp.einsum("...ir,...is->...rs", one["a"], other["a"])
-        right = jnp.einsum("...ro,...so->...rs", one["b"], other["b"])
+    if "a" in adapters:
+        left = jnp.einsum("...ir,...is->...rs", adapters["a"], other["a"])
+        right = jnp.einsum("...ro,...so->...rs", adapters["b"], other["b"])
         return jnp.sum(left * right)
-    return sum((inner(child, other[name]) for name, child in one.items()), start=jnp.zeros(()))
+    return sum((inner(child, other[name]) for name, child in adapters.items()), start=jnp.zeros(()))
 
 
-def cosine(one: Params, other: Params) -> Float[Array, ""]:
+def cosine(adapters: Params, other: Params) -> Float[Array, ""]:
     """cos of the angle between two changes of the kernels."""
-    return inner(one, other) / jnp.sqrt(inner(one, one) * inner(other, other))
+    return inner(adapters, other) / jnp.sqrt(inner(adapters, adapters) * inner(other, other))

@@ -18,8 +18,8 @@ class Rotary:
     """One table of rotary frequencies, in radians a position, for the first 2 × len(frequencies) of a head.
 
     All zero where a layer does not rotate. `scale` multiplies cosines and sines (yarn, longrope). Texts of more than
-    `until` positions turn otherwise (0: none does): by `beyond` (longrope), or, where that is empty, with a base that
-    `growth` stretches in step with the text's length (dynamic).
+    `until` positions (0: no limit) use other frequencies: `beyond` (longrope), or, where that is empty, those of a base
+    that `growth` scales with the text's length (dynamic).
     """
 
     frequencies: tuple[float, ...]
@@ -40,7 +40,7 @@ def rotations(
     """Cosines and sines of every table, stacked; None where nothing rotates.
 
     Args:
-      lengths: of the text that each position belongs to; asked for only where a table depends on it.
+      lengths: of the text that each position belongs to; needed only where a table depends on it.
     """
     if not tables:
         return None
@@ -82,7 +82,7 @@ class Shape(NamedTuple):
 
     head_size: int
     positions: int  # max_position_embeddings
-    partial: bool  # whether the family rotates a part of each head where it is told to
+    partial: bool  # whether the family can rotate a part of each head
     truncate: bool = True  # of yarn: whether the ends of its ramp are whole numbers
 
 
@@ -134,7 +134,7 @@ def _dynamic(parameters: Parameters, shape: Shape, size: int) -> Rotary:
 
 
 def _proportional(parameters: Parameters, shape: Shape, size: int) -> Rotary:
-    """Frequencies as of a whole head, zero beyond the first part of them."""
+    """The frequencies of a whole head, zero after the first part of them."""
     share, factor = parameters.get("partial_rotary_factor", 1.0), parameters.get("factor", 1.0)
     turning = int(share * shape.head_size // 2)
     base = _base(parameters, shape.head_size) / factor
@@ -159,7 +159,7 @@ def _yarn(parameters: Parameters, shape: Shape, size: int) -> Rotary:
     theta = float(parameters["rope_theta"])
 
     def entry(turns: float) -> float:
-        """Which frequency turns so often over the original length."""
+        """The index of the frequency that makes so many turns over the original length."""
         return size * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
     def temper(weight: float) -> float:
@@ -202,8 +202,8 @@ KINDS: dict[str, Callable[[Parameters, Shape, int], Rotary]] = {
     "yarn": _yarn,
     "longrope": _longrope,
 }
-# What transformers reads of some kind; a kind that does not read one of them ignores it there as here. `finetuned`
-# says of some YaRN models how they came about.
+# Keys that transformers reads for some kind; the other kinds ignore them, there as here. `finetuned` only records how
+# some YaRN models were made.
 KEYS = (
     "rope_type",
     "type",

@@ -24,7 +24,7 @@ class ConvNet(nnx.Module):
 class Transformer(nnx.Module):
     """One causal block with attention over tokens; the unembedding is the embedding (tied).
 
-    Written out, because nnx's attention computes its softmax in float32 whatever it is given.
+    Written out, because nnx's attention computes its softmax in float32 for any input.
     """
 
     def __init__(self, vocab: int, width: int = 16, heads: int = 2, *, rngs: nnx.Rngs):

@@ -1,4 +1,4 @@
-"""What may be asked of a model: tokens that it has, texts that fit it. Looked at on the host, before any computing."""
+"""Checks of arguments on the host, before any compute: tokens in the vocabulary, texts within the positions."""
 
 import operator
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ Texts = Sequence[Tokens] | np.ndarray
 
 
 class Where(TypedDict, total=False):
-    """Under what a model writes or scores texts, and on which devices: see `generate.stream`."""
+    """Adapters, steering and mesh for sampling or scoring: see `generate.stream`."""
 
     adapters: Params | None
     steering: Steering | None
@@ -24,13 +24,13 @@ class Where(TypedDict, total=False):
 
 
 class Behind(Where, total=False):
-    """And behind which tokens of every prompt."""
+    """The same, and a prefix in front of every prompt."""
 
     prefix: Tokens
 
 
 def whole_number(value: SupportsIndex, name: str, minimum: int = 1) -> int:
-    """Any kind of integer as Python's. Raises UserError for another thing, and for one that is too small."""
+    """Any kind of integer as Python's int. Raises UserError for anything else, and below the minimum."""
     try:
         number = operator.index(value)
     except TypeError as error:
@@ -55,15 +55,15 @@ def tokens_of(settings: Settings, tokens: Tokens, what: str) -> list[int]:
 
 def texts_of(settings: Settings, texts: Texts, what: str) -> list[list[int]]:
     """Texts as plain numbers. Raises UserError for an empty one, and for a token that the model does not have."""
-    found = [tokens_of(settings, text, f"{what} {number}") for number, text in enumerate(texts)]
-    for number, text in enumerate(found):
+    token_lists = [tokens_of(settings, text, f"{what} {number}") for number, text in enumerate(texts)]
+    for number, text in enumerate(token_lists):
         if not text:
             raise UserError(f"{what} {number} is empty; give it a token (the tokenizer's beginning of text will do)")
-    return found
+    return token_lists
 
 
 def apart(settings: Settings, prompts: list[list[int]], prefix: Tokens) -> tuple[list[list[int]], list[int]]:
-    """Prompts, and the prefix that is computed once for all of them: none where its keys depend on a row's length."""
+    """Prompts, and the prefix to compute once for all; joined where the prefix's keys depend on a row's length."""
     prefix = tokens_of(settings, prefix, "the prefix")
     if settings.turns_by_length:
         return [prefix + prompt for prompt in prompts], []
@@ -71,12 +71,12 @@ def apart(settings: Settings, prompts: list[list[int]], prefix: Tokens) -> tuple
 
 
 def check_growth(settings: Settings, length: int, limit: int, what: str) -> None:
-    """Raises UserError for a text that may grow past a length from which on all its positions turn otherwise.
+    """Raises UserError for a text that may grow past the length at which the rotation of all its positions changes.
 
-    Its cached keys, turned as those of a short text, would be wrong then.
+    Its cached keys, rotated as those of a short text, would then be wrong.
     """
     for table in settings.rotaries:
-        last = length + limit - 1  # the last token drawn is not computed
+        last = length + limit - 1  # the last sampled token is not fed back
         if table.until and last > table.until and (length <= table.until or not table.beyond):
             raise UserError(
                 f"{what} has {length} tokens and may get {limit} more, past the {table.until} from which on the "

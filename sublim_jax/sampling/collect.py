@@ -1,4 +1,4 @@
-"""Samples kept in a file as they are finished, so that an interrupted run goes on with the rows that are missing."""
+"""Samples written to a file as they finish, so that an interrupted run resumes with the missing rows."""
 
 import hashlib
 import json
@@ -23,8 +23,8 @@ from sublim_jax.sampling.scheduler import Sample
 from sublim_jax.sharding import check_same, from_first
 
 PART_SECONDS = 10.0
-# Of a record; its other fields are its prompt's.
-OURS = {"adapter", "index", "sample", "completion", "finish", "tokens", "logprob"}
+# Fields of a record that the sample sets; the others are its prompt's.
+SAMPLE_FIELDS = {"adapter", "index", "sample", "completion", "finish", "tokens", "logprob"}
 
 
 def collect(
@@ -42,9 +42,9 @@ def collect(
     """Every sample of every prompt under every adapter as a record, in their order.
 
     Args:
-      file: JSON lines of what is finished; it grows while this works. What is there of another prompt, or of more
-        prompts and samples than these, is passed over: a row's draws do not depend on how many others there are.
-      fields: what is known of a prompt, by its number; it becomes part of its records.
+      file: JSON lines of finished samples; it grows during the call. Records of another prompt, or of more prompts and
+        samples than these, are ignored: a row's draws do not depend on how many others there are.
+      fields: the fields of a prompt, by its number; they become part of its records.
       max_new_tokens, options: as for `generate.stream`.
     """
     same = hashlib.sha256(json.dumps([list(map(int, prompt)) for prompt in prompts]).encode()).hexdigest()
@@ -56,23 +56,25 @@ def collect(
         if record["index"] >= len(prompts) or record["sample"] >= samples:
             return False
         about = known[record["index"]]
-        return all(record.get(name) == about[name] for name in about.keys() - OURS)
+        return all(record.get(name) == about[name] for name in about.keys() - SAMPLE_FIELDS)
 
     every = filter(wanted, from_first(lambda: records.mend(file)))
-    found = {(record["adapter"], record["index"], record["sample"]): record for record in every}
+    finished = {(record["adapter"], record["index"], record["sample"]): record for record in every}
     began, fresh, total = time.monotonic(), 0, stacked * len(prompts) * samples
-    # A kill may cost the rows of some seconds in a bucket: the same ones are drawn again.
+    # In a bucket, a kill may lose the rows of some seconds; the same ones are sampled again.
     kept = storage.Growing(file, PART_SECONDS) if jax.process_index() == 0 else None
-    with kept or nullcontext(), Track(what, total, len(found)) as track:
-        rows = stream(model, prompts, key, samples=samples, max_new_tokens=max_new_tokens, done=list(found), **options)
+    with kept or nullcontext(), Track(what, total, len(finished)) as track:
+        rows = stream(
+            model, prompts, key, samples=samples, max_new_tokens=max_new_tokens, done=list(finished), **options
+        )
         for sample in rows:
             record = record_of(sample, known[sample.prompt])
-            found[sample.row] = record
+            finished[sample.row] = record
             fresh += len(sample.logprobs)
             if kept:
                 kept.add(records.line(record))
-            track.update(len(found), f"{fresh / (time.monotonic() - began):.0f} tokens/s")
-    return [found[row] for row in sorted(found)]
+            track.update(len(finished), f"{fresh / (time.monotonic() - began):.0f} tokens/s")
+    return [finished[row] for row in sorted(finished)]
 
 
 def record_of(sample: Sample, fields: Record) -> Record:

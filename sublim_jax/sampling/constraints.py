@@ -1,4 +1,4 @@
-"""What a sample may be: an automaton over tokens, as two tables that the decode loop looks things up in.
+"""Constrained decoding: an automaton over tokens, as two lookup tables for the decode loop.
 
 An automaton over characters says what text is allowed; `over_tokens` runs every token's text through it, so that it
 does not matter whether a tokenizer merges digits or splits them.
@@ -24,7 +24,7 @@ class Constraint(NamedTuple):
 
 
 class Automaton(NamedTuple):
-    """Over characters. States are whatever can be compared."""
+    """An automaton over characters. States are any hashable values."""
 
     start: Hashable
     step: Callable[[Any, str], Hashable | None]  # the next state, or None where the character is not allowed
@@ -33,7 +33,7 @@ class Automaton(NamedTuple):
 
 
 def numbers(maximum: int, digits: int, separator: str = ", ", minimum: int = 1) -> Automaton:
-    """Between `least` and `most` integers of at most `digits` digits, without leading zeros.
+    """Between `minimum` and `maximum` integers of at most `digits` digits, without leading zeros.
 
     States are (integers begun, digits of this one, whether it is 0, characters of a separator).
     """
@@ -61,7 +61,7 @@ def numbers(maximum: int, digits: int, separator: str = ", ", minimum: int = 1) 
 
 
 def choice(strings: Sequence[str]) -> Automaton:
-    """One of these strings. States are what was written."""
+    """One of these strings. A state is the text so far."""
     if not strings or not all(strings):
         raise UserError("choice: name one string or more, none of them empty")
     beginnings = {string[:end] for string in strings for end in range(len(string) + 1)}
@@ -86,7 +86,7 @@ def over_tokens(automaton: Automaton, pieces: Sequence[str], stops: Sequence[int
       stops: tokens that end a text where the automaton accepts it.
 
     Raises:
-      UserError: a text could be begun that no token can go on with; a stop token is outside the vocabulary.
+      UserError: a text could be begun that no token can continue; a stop token is outside the vocabulary.
     """
     for stop in stops:
         if not 0 <= stop < len(pieces):

@@ -1,9 +1,9 @@
 """The decode loop: a fixed number of slots on the device, prompts in, tokens out, finished rows replaced.
 
-Four pure functions, each compiled once (`compiled`): `start` (empty slots), `prefix` (what all prompts begin with,
+Four pure functions, each compiled once (`compiled`): `start` (empty slots), `prefix` (the common prefix of all prompts,
 computed once), `admit` (prompts into free slots, in chunks of a fixed length), and `advance` (some tokens for every
-slot). Shapes never change, so that what a row gets does not depend on what rides beside it. `scheduler.py` decides who
-goes where.
+slot). Shapes never change, so that a row's samples do not depend on the other rows. `scheduler.py` assigns rows to
+slots.
 
 Axes in front of a state's arrays: d devices (mesh axes replica × fsdp), r adapters over one base, then s slots.
 """
@@ -28,12 +28,12 @@ from sublim_jax.sampling.samplers import Sampler, draw
 from sublim_jax.sharding import everywhere, named, parameter_shardings
 
 DEVICES = ("replica", "fsdp")
-LANES = 8  # a slot in so many is refilled at a time
-NAN = -2  # in place of a token where logits are no numbers
+LANES = 8  # one slot in so many is refilled at a time
+NAN = -2  # in place of a token where logits are not finite
 
 
 class Fixed(NamedTuple):
-    """What is read at every step."""
+    """The inputs that are the same at every step."""
 
     base: Params
     adapters: Params | None = None  # stacked, r in front
@@ -43,13 +43,13 @@ class Fixed(NamedTuple):
 
 
 class State(NamedTuple):
-    """The slots."""
+    """The state of all slots."""
 
     cache: Caches  # (d, r, layers, s, groups, length, h)
     token: Int[Array, "d r s"]  # the last one, which is not in the cache yet
-    length: Int[Array, "d r s"]  # of what is in the cache
+    length: Int[Array, "d r s"]  # number of cached tokens
     num_generated: Int[Array, "d r s"]
-    limit: Int[Array, "d r s"]  # of tokens to draw
+    limit: Int[Array, "d r s"]  # number of tokens to sample
     key: Key[Array, "d r s"]
     grammar: Int[Array, "d r s"]  # state of the constraint
     active: Bool[Array, "d r s"]
@@ -58,7 +58,7 @@ class State(NamedTuple):
 class Prompts(NamedTuple):
     """Rows for free slots: a lanes for each device and adapter; a lane whose slot is s or more is empty."""
 
-    tokens: Int[Array, "d r a t"]  # padded behind
+    tokens: Int[Array, "d r a t"]  # padded on the right
     length: Int[Array, "d r a"]
     slot: Int[Array, "d r a"]
     limit: Int[Array, "d r a"]
@@ -66,28 +66,28 @@ class Prompts(NamedTuple):
 
 
 class Generated(NamedTuple):
-    """What some steps gave, steps in front; tokens are −1 where a slot was idle."""
+    """The output of n steps; tokens are −1 where a slot was idle."""
 
     token: Int[Array, "d n r s"]
-    logprob: Float[Array, "d n r s"]  # under the model itself: temperature 1, nothing cut or forbidden
+    logprob: Float[Array, "d n r s"]  # under the model itself: temperature 1, no cut, no constraint
     entropy: Float[Array, "d n r s"] | None  # of the model's own distribution, in nats
     alternatives: tuple[Array, Array] | None  # the most probable tokens and their log-probabilities (…, k)
 
 
 @dataclasses.dataclass(frozen=True)
 class Engine:
-    """How slots decode; compiled once for all prompts that fit its shapes.
+    """The configuration of the decode loop; compiled once for all prompts that fit its shapes.
 
     Attributes:
       slots: rows at once, for each device and adapter. More devices take more rows; each has the same shapes.
-      lanes: prompts that enter together.
+      lanes: prompts that are admitted together.
       chunk: tokens of a prompt that are computed together.
       length: columns of the cache for a row's own tokens; a multiple of `chunk`.
-      steps: tokens that are drawn at most between two looks of the host.
+      steps: maximum number of tokens of a row between two synchronisations with the host.
       stops: tokens that end a row.
-      alternatives: how many of the most probable tokens to return beside each that is drawn.
-      unstacked: layers are run one by one, each with weights, adapters and a cache of its own; `network` is the decoder
-        for them. See `capacity.suited`.
+      alternatives: number of most probable tokens to return beside each sampled one.
+      unstacked: layers are run one after another, each with its own weights, adapters and cache; `network` is the
+        decoder for them. See `capacity.suited`.
     """
 
     network: Functions[Decoder]
@@ -107,11 +107,11 @@ class Engine:
     unstacked: bool = False
 
     def with_slots(self, slots: int) -> "Engine":
-        """With so many, of which an eighth is refilled at a time."""
+        """The engine with so many slots, of which an eighth is refilled at a time."""
         return dataclasses.replace(self, slots=slots).with_lanes(slots // LANES)
 
     def with_lanes(self, lanes: int) -> "Engine":
-        """With so many, of which there is one at least and none without a slot."""
+        """The engine with so many lanes: at least one, at most one a slot."""
         return dataclasses.replace(self, lanes=min(max(lanes, 1), self.slots))
 
     @property
@@ -120,7 +120,7 @@ class Engine:
 
     @property
     def cache_bytes(self) -> int:
-        """Of one device's slots, before the mesh axis tensor splits them."""
+        """Bytes of the cache of one device's slots, before the mesh axis `tensor` splits it."""
         shapes = jax.eval_shape(lambda: empty_cache(self.settings, self.slots, self.length, self.dtype))
         return self.adapters * sum(leaf.size * leaf.dtype.itemsize for leaf in shapes)
 
@@ -140,8 +140,10 @@ class Engine:
     def _cache(self, front: tuple[int, ...], rows: int, length: int) -> Caches:
         if not self.unstacked:
             return stacked_cache(self.settings, front, rows, length, self.dtype)
-        one = dataclasses.replace(self.settings, layers=1)
-        return tuple(stacked_cache(one, front, rows, length, self.dtype) for _ in range(self.settings.layers))
+        layer_settings = dataclasses.replace(self.settings, layers=1)
+        return tuple(
+            stacked_cache(layer_settings, front, rows, length, self.dtype) for _ in range(self.settings.layers)
+        )
 
     def _prefix(self, fixed: Fixed, tokens: Int[Array, "1 p"]) -> Caches:
         cache = self._cache((self.adapters,), 1, tokens.shape[1])
@@ -227,7 +229,7 @@ class Engine:
 
 
 def place(fixed: Fixed, mesh: Mesh, unstacked: bool = False) -> Fixed:
-    """On the mesh: every device has all that its rows need."""
+    """Puts the inputs on the mesh, where every device has all that its rows need."""
     shardings = row_weights(fixed.base, mesh)
     rest = everywhere(fixed[1:], mesh)
     if not unstacked:
@@ -248,7 +250,7 @@ def row_weights(params: Params, mesh: Mesh) -> PyTree:
 
 
 def stacked_cache(settings: Settings, front: tuple[int, ...], rows: int, length: int, dtype: DTypeLike) -> Cache:
-    """An empty cache with axes in front."""
+    """An empty cache with leading axes `front`."""
     shapes = jax.eval_shape(lambda: empty_cache(settings, rows, length, dtype))
     return jax.tree.map(lambda x: jnp.zeros((*front, *x.shape), x.dtype), shapes)
 
@@ -261,13 +263,13 @@ def features(
     start: Int[Array, "r s"],
     lengths: Int[Array, "r s"] | None = None,
 ) -> tuple[Float[Array, "r s t width"], Caches]:
-    """The last layer's output and the cache, under every adapter, or with r = 1 under none.
+    """The last layer's output and the cache, for every adapter; r = 1 without adapters.
 
     Args:
-      lengths: of the whole texts, where positions turn by them.
+      lengths: of the whole texts, where rotations depend on them.
     """
 
-    def one(
+    def forward(
         adapters: Params | None,
         prefix: Caches | None,
         tokens: Array,
@@ -276,29 +278,29 @@ def features(
         lengths: Array | None,
     ) -> tuple[Array, Caches]:
         params = fixed.base if adapters is None else lora.join(fixed.base, adapters)
-        found = network.bind(params).features(
+        outputs = network.bind(params).features(
             tokens, cache=cache, start=start, prefix=prefix, lengths=lengths, steering=fixed.steering
         )
-        assert found.cache is not None  # with the new keys and values
-        return found.output, found.cache
+        assert outputs.cache is not None  # with the new keys and values
+        return outputs.output, outputs.cache
 
     if fixed.adapters is not None:
-        return jax.vmap(one)(fixed.adapters, fixed.prefix, tokens, cache, start, lengths)
+        return jax.vmap(forward)(fixed.adapters, fixed.prefix, tokens, cache, start, lengths)
     only = jax.tree.map(lambda x: x[0], (fixed.prefix, tokens, cache, start, lengths))
-    return jax.tree.map(lambda x: x[None], one(None, *only))
+    return jax.tree.map(lambda x: x[None], forward(None, *only))
 
 
 def unembed(
     network: Functions[Decoder], fixed: Fixed, output: Float[Array, "*rows width"]
 ) -> Float[Array, "*rows vocab"]:
-    """Logits; the unembedding has no adapters, and is the same under all."""
-    one = jax.tree.map(lambda x: x[0], fixed.adapters)
-    params = fixed.base if one is None else lora.join(fixed.base, one)
+    """Logits; the unembedding has no adapters, and is the same for all of them."""
+    first_adapter = jax.tree.map(lambda x: x[0], fixed.adapters)
+    params = fixed.base if first_adapter is None else lora.join(fixed.base, first_adapter)
     return network.bind(params).unembed(output).astype(jnp.float32)
 
 
 def state_shardings(engine: Engine) -> PyTree:
-    """Slots over devices; the cache's groups of keys, which go with a layer's heads, over `tensor`."""
+    """Shardings of a state: slots over devices; the cache's groups of keys, as a layer's heads, over `tensor`."""
     rows = named(engine.mesh, DEVICES)
     groups = engine.settings.key_heads % engine.mesh.shape["tensor"] == 0
     split = named(engine.mesh, DEVICES, None, None, None, "tensor" if groups else None)
@@ -313,11 +315,11 @@ class Compiled(NamedTuple):
     advance: jax.stages.Wrapped  # (Fixed, State, steps) -> (State, Generated); donates the state
 
 
-@lru_cache(maxsize=8)  # a study has some engines; programs of many would fill the host's memory
+@lru_cache(maxsize=8)  # a study has several engines; programs of many would fill the host's memory
 def compiled(engine: Engine) -> Compiled:
     """An engine's functions on its mesh.
 
-    Each device does its own slots; what splits a layer (the mesh axis `tensor`) is left to the compiler.
+    Each device decodes its own slots; splitting a layer over the mesh axis `tensor` is left to the compiler.
     """
     split, whole = PartitionSpec(DEVICES), PartitionSpec()
 
@@ -340,10 +342,10 @@ def compiled(engine: Engine) -> Compiled:
 
     def advanced(fixed: Fixed, state: State, steps: Int[Array, ""]) -> tuple[State, Generated]:
         state, generated = advance(fixed, state, steps)
-        # Whole on every device, and so on every host: what gathered it later would wait for the steps after these.
+        # Replicated on every device, and so on every host: gathering it later would wait for the next steps.
         return state, jax.lax.with_sharding_constraint(generated, named(engine.mesh))
 
-    # Else XLA joins the kernels of query, key and value, and of gate and up, at every step, by copying them.
+    # Otherwise XLA merges the kernels of query, key and value, and of gate and up, by copying them at every step.
     options = {"xla_gpu_dot_merger_threshold_mb": 0} if engine.unstacked else None
     jit = partial(jax.jit, compiler_options=options)
     return Compiled(

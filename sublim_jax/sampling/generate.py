@@ -30,7 +30,7 @@ LENGTHS = 64
 
 
 class Slots(TypedDict, total=False):
-    """How rows are decoded, and not what is written: see `stream`."""
+    """Options of how rows are decoded, not of what is sampled: see `stream`."""
 
     slots: SupportsIndex
     steps: SupportsIndex
@@ -39,7 +39,7 @@ class Slots(TypedDict, total=False):
 
 
 class Options(Slots, Behind, total=False):
-    """How prompts are answered, beside how often and at which length: see `stream`."""
+    """Options of sampling, without the number of samples and their length: see `stream`."""
 
     sampler: Sampler
     stop_tokens: Tokens | None
@@ -76,10 +76,10 @@ def generate(
     Raises UserError, after all rows are done, where a row's logits were no numbers.
     """
     options = {name: value for name, value in locals().items() if name not in ("model", "prompts", "key")}
-    found = sorted(stream(model, prompts, key, **options), key=lambda sample: sample.row)
-    if broken := [f"prompt {s.prompt}" for s in found if s.finish == "nan"]:
+    completed = sorted(stream(model, prompts, key, **options), key=lambda sample: sample.row)
+    if broken := [f"prompt {s.prompt}" for s in completed if s.finish == "nan"]:
         raise UserError(f"logits of {', '.join(broken[:5])} are no numbers; look at the weights, or take a wider dtype")
-    return found
+    return completed
 
 
 def stream(
@@ -107,8 +107,8 @@ def stream(
 ) -> Iterator[Sample]:
     """Samples as they are finished.
 
-    A row's draws depend on `key`, the number of its prompt and of its sample alone; adapters share them, so that they
-    can be compared draw by draw. What rides beside a row, the number of devices and an interruption change no bit;
+    A row's draws depend only on `key`, the number of its prompt and the number of its sample; adapters share them, so
+    that they can be compared draw by draw. Other rows, the number of devices and an interruption change no bit;
     `slots`, `chunk` and `lanes` change shapes, and with them the rounding.
 
     Args:
@@ -119,20 +119,20 @@ def stream(
       stop_tokens: those of the model's tokenizer and config where left out.
       stop_strings: a completion ends before the first of them.
       prefix: tokens in front of every prompt (a system prompt, examples), computed once and kept once.
-      constraint: what a completion may be; see `constraints.over_tokens`.
+      constraint: which completions are allowed; see `constraints.over_tokens`.
       adapters: stacked LoRA trees, one completion of every prompt for each.
-      entropy, alternatives: return the entropy, and so many of the most probable tokens, at each position.
+      entropy, alternatives: return the entropy, and this many of the most probable tokens, at each position.
       slots: rows decoded together, for each device and adapter; 0: as many as suit the devices (`capacity.fitted`).
-      steps: tokens drawn between two looks of the host.
+      steps: tokens of a row between two synchronisations with the host.
       chunk: tokens of a prompt that are computed together.
-      lanes: prompts that enter together, for each device and adapter; 0: an eighth of the slots.
+      lanes: prompts that are admitted together, for each device and adapter; 0: an eighth of the slots.
       mesh: rows are split over `replica` and `fsdp`, layers over `tensor`; the model's where left out.
-      done: rows (adapter, prompt, sample) that are not wanted any more.
+      done: rows (adapter, prompt, sample) that are finished already, and left out.
 
     Raises:
       UserError: a prompt is empty, has tokens that the model does not have, or does not fit the model's positions; a
         number is too small; a stop string that the tokenizer cannot write. Before anything is computed.
-      Interrupted: on SIGTERM or Ctrl-C, between two looks.
+      Interrupted: on SIGTERM or Ctrl-C, at a synchronisation with the host.
     """
     mesh = mesh or model.decoding or model.mesh
     if stop_tokens is None:
@@ -178,7 +178,7 @@ def stream(
 
 
 def check(model: Model, prompts: Texts, limits: Sequence[int], stop_strings: Sequence[str], prefix: Tokens) -> None:
-    """Raises UserError for what cannot be sampled."""
+    """Raises UserError for arguments that cannot be sampled from."""
     longest = getattr(model.config, "max_position_embeddings", None) or model.settings.positions
     before = len(tokens_of(model.settings, prefix, "the prefix"))
     if len(limits) != len(prompts):
@@ -200,7 +200,7 @@ def check(model: Model, prompts: Texts, limits: Sequence[int], stop_strings: Seq
 
 
 def _limits(max_new_tokens: SupportsIndex | Tokens, count: int) -> list[int]:
-    """How many tokens each prompt may get."""
+    """The maximum number of new tokens of each prompt."""
     given = max_new_tokens.tolist() if isinstance(max_new_tokens, np.ndarray) else max_new_tokens
     if isinstance(given, Sequence):
         return [whole_number(limit, f"prompt {number}: max_new_tokens") for number, limit in enumerate(given)]
@@ -208,9 +208,9 @@ def _limits(max_new_tokens: SupportsIndex | Tokens, count: int) -> list[int]:
 
 
 def _alternatives(model: Model, count: SupportsIndex) -> int:
-    if (found := whole_number(count, "alternatives", 0)) > model.settings.vocab:
-        raise UserError(f"alternatives={found}: the model's vocabulary has {model.settings.vocab} tokens")
-    return found
+    if (number := whole_number(count, "alternatives", 0)) > model.settings.vocab:
+        raise UserError(f"alternatives={number}: the model's vocabulary has {model.settings.vocab} tokens")
+    return number
 
 
 def _check_constraint(model: Model, constraint: Constraint | None) -> None:
@@ -222,6 +222,6 @@ def _check_constraint(model: Model, constraint: Constraint | None) -> None:
 
 
 def cache_length(tokens: int, chunk: int = CHUNK) -> int:
-    """Columns of a cache for so many tokens of a row."""
+    """Columns of a cache that has room for so many tokens of a row."""
     unit = math.lcm(LENGTHS, chunk)
     return -(-tokens // unit) * unit

@@ -52,7 +52,7 @@ def draw(
     """A token of each row. A logit of −inf is never drawn.
 
     Args:
-      axis: of the mesh, over which the vocabulary is split evenly, if it is.
+      axis: the mesh axis over which the vocabulary is split evenly, if any.
     """
     if sampler.temperature == 0:
         return jnp.argmax(logits, -1)
@@ -60,7 +60,7 @@ def draw(
 
 
 def cut(logits: Float[Array, "*b v"], sampler: Sampler) -> Float[Array, "*b v"]:
-    """The logits that a sampler draws from: divided by the temperature, −inf where it draws nothing."""
+    """The logits that a sampler draws from: divided by the temperature, −inf for tokens that are cut."""
     logits = logits / sampler.temperature
     if sampler.top_k and sampler.top_k < logits.shape[-1]:
         order = _ordered(logits)
@@ -77,13 +77,13 @@ def cut(logits: Float[Array, "*b v"], sampler: Sampler) -> Float[Array, "*b v"]:
 
 
 def _ordered(x: Float[Array, "*b v"]) -> Int[Array, "*b v"]:
-    """Integers in the order of floats."""
+    """Integers that are ordered as the floats are."""
     bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32)
     return jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)
 
 
 def _largest(holds: Callable[[Array], Bool[Array, "*b"]], shape: tuple[int, ...]) -> Int[Array, "*b"]:
-    """The largest integer for which a condition holds that fails from some integer on; by bisection, bit by bit."""
+    """The largest integer for which a monotone condition still holds, by bisection."""
 
     def halve(_: Array, ends: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = ends  # holds at low, fails at high
@@ -99,10 +99,10 @@ def categorical(keys: Key[Array, "*b"], logits: Float[Array, "*b v"], axis: str 
     """Draws by softmax, with two uniforms a row: one for a block of the vocabulary, one for a token of it.
 
     A Gumbel for every token, as `jax.random.categorical` draws, costs more than the network's layers on a CPU. Two
-    uniforms of 23 bits also tell probabilities apart far below 2⁻²³.
+    uniforms of 23 bits also resolve probabilities far below 2⁻²³.
 
     Args:
-      axis: of the mesh, over which the vocabulary is split evenly, if it is.
+      axis: the mesh axis over which the vocabulary is split evenly, if any.
     """
     mass = jnp.exp(logits - jnp.max(logits, -1, keepdims=True))
     uniform: Callable[[Array], Array] = lambda key: jax.random.uniform(key, (2,))  # noqa: E731
@@ -128,21 +128,21 @@ def _blocks(mass: Float[Array, "*b n"], behind: int) -> Float[Array, "*b blocks 
 
 
 def _of_shards(mass: Float[Array, "*b n"], u: Float[Array, "*b 2"], *, axis: str, vocab: int) -> Int[Array, "*b"]:
-    """The same draw, on each device for its part of the vocabulary: only sums of blocks, and one block, go over links.
+    """The same draw with a vocabulary split over devices, which exchange only sums of blocks, and one block.
 
-    Blocks are those of the whole vocabulary; one that two devices share is added up of both their parts.
+    Blocks are those of the whole vocabulary; one that lies on two devices is summed over both parts.
     """
     n = mass.shape[-1]
     first = jax.lax.axis_index(axis) * n
-    # As many blocks as a part may touch, the first of them the one that it begins in.
+    # As many blocks as a part may touch, from the one that it begins in.
     padded = jnp.pad(mass, [(0, 0)] * (mass.ndim - 1) + [(0, -n % BLOCK + BLOCK)])
     blocks = _blocks(jnp.roll(padded, first % BLOCK, -1), 0)
     sums = jnp.zeros((*mass.shape[:-1], vocab // BLOCK + 1 + blocks.shape[-2]), mass.dtype)
     sums = jax.lax.dynamic_update_slice_in_dim(sums, jnp.sum(blocks, -1), first // BLOCK, -1)
     block = _first_above(jax.lax.psum(sums, axis)[..., : -(-vocab // BLOCK)], u[..., 0])
-    own = block - first // BLOCK
-    here = (own >= 0) & (own < blocks.shape[-2])
-    inside = jnp.take_along_axis(blocks, jnp.where(here, own, 0)[..., None, None], -2)[..., 0, :]
+    local_block = block - first // BLOCK
+    here = (local_block >= 0) & (local_block < blocks.shape[-2])
+    inside = jnp.take_along_axis(blocks, jnp.where(here, local_block, 0)[..., None, None], -2)[..., 0, :]
     inside = jax.lax.psum(jnp.where(here[..., None], inside, 0), axis)
     return block * BLOCK + _first_above(inside, u[..., 1])
 
@@ -150,8 +150,8 @@ def _of_shards(mass: Float[Array, "*b n"], u: Float[Array, "*b 2"], *, axis: str
 def _first_above(weights: Float[Array, "*b n"], u: Float[Array, "*b"]) -> Int[Array, "*b"]:
     """Where the running sum first exceeds the share u of the whole; never at a weight of zero, unless all are zero.
 
-    A parallel sum's rounding may let it grow, or shrink, at a weight of zero, so that those are passed over; where
-    rounding leaves no sum above the share, it is the last weight above zero.
+    Rounding in a parallel sum may change it at a weight of zero, so that those are skipped; where rounding leaves no
+    sum above the share, the last weight above zero is taken.
     """
     running = jnp.cumsum(weights, -1)
     some = weights > 0

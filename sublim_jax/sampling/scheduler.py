@@ -1,4 +1,4 @@
-"""Which row enters which slot, and when it is done."""
+"""Assigns rows to slots, and returns them when they are finished."""
 
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -23,11 +23,11 @@ class Sample(NamedTuple):
     """One row's completion.
 
     Attributes:
-      prompt, sample, adapter: whose it is: the prompt's number, which of its samples, under which adapter.
+      prompt, sample, adapter: the numbers of its prompt, of the sample of that prompt, and of the adapter.
       tokens: without the stop token.
       logprobs: of the tokens under the model itself (temperature 1, nothing cut), in nats; the stop token's too.
-      finish: "stop" (a stop token or string), "length", or "nan" (logits were no numbers; what came before stands).
-      entropies, alternatives: at each of `logprobs`, where asked for: nats; {token: log-probability}.
+      finish: "stop" (a stop token or string), "length", or "nan" (logits were not finite; earlier tokens are kept).
+      entropies, alternatives: for each of `logprobs`, where requested: in nats; {token: log-probability}.
     """
 
     prompt: int
@@ -46,7 +46,7 @@ class Sample(NamedTuple):
 
 
 class Requests(NamedTuple):
-    """What rows begin with, and where they end.
+    """The prompts of rows, and where their completions end.
 
     Attributes:
       prompts: tokens of each, none of them empty.
@@ -68,10 +68,10 @@ def completions(
 
     Args:
       fixed: on the engine's mesh.
-      rows: those wanted.
-      key: a row's draws depend on it, its prompt's number and its sample's alone.
+      rows: those to sample.
+      key: a row's draws depend only on it and on the numbers of its prompt and sample.
 
-    Raises Interrupted on SIGTERM or Ctrl-C, between two looks of the host.
+    Raises Interrupted on SIGTERM or Ctrl-C, at a synchronisation with the host.
     """
     run = compiled(engine)
     state = run.start()
@@ -81,8 +81,8 @@ def completions(
     ahead: _Look | None = None
     longest = -(-max(map(len, requests.prompts)) // engine.chunk) * engine.chunk
     with signals.deferred() as signal:
-        # The next steps are on their way before the last ones are read, so that the device does not wait for the host:
-        # a slot whose row has ended is refilled one look later.
+        # The next steps are dispatched before the last ones are read, so that the device does not wait for the host: a
+        # slot whose row has ended is refilled one dispatch later.
         while any(queues) or riding:
             while (entering := _entering(engine, queues, riding)) is not None:
                 state = run.admit(fixed, state, _prompts(engine, entering, requests, key, longest))
@@ -103,14 +103,14 @@ def completions(
 def _queues(rows: Collection[RowId], requests: Requests, adapters: int) -> list[deque[RowId]]:
     """Each adapter's rows.
 
-    The longest first: those that end late begin early, and prompts of like length enter together.
+    The longest first: those that end late start early, and prompts of similar length are admitted together.
     """
     order = sorted(rows, key=lambda row: (-len(requests.prompts[row[1]]) - requests.limits[row[1]], row))
     return [deque(row for row in order if row[0] == adapter) for adapter in range(adapters)]
 
 
 class _Row:
-    """What a slot's row has got so far."""
+    """The completion of a slot's row so far."""
 
     def __init__(self, adapter: int, prompt: int, sample: int):
         self.adapter, self.prompt, self.sample = adapter, prompt, sample
@@ -136,7 +136,7 @@ class _Row:
 
 
 class _Look(NamedTuple):
-    """Steps that are on their way, and the rows that ride."""
+    """Dispatched steps, and the rows in the slots."""
 
     generated: Generated
     riding: dict[Slot, _Row]
@@ -144,15 +144,15 @@ class _Look(NamedTuple):
 
 
 def _left(slot: Slot, row: _Row, limits: Sequence[int], last: _Look | None) -> int:
-    """How many tokens a row may still get, beside those that are on their way."""
+    """How many more tokens a row may get, beside those that are dispatched."""
     coming = last.steps if last and last.riding.get(slot) is row else 0
     return limits[row.prompt] - len(row.logprobs) - coming
 
 
 def _entering(engine: Engine, queues: list[deque[RowId]], riding: dict[Slot, _Row]) -> dict[Slot, RowId] | None:
-    """Rows for free slots, {(device, adapter, slot): row}; None while it does not pay to stop for them.
+    """Rows for free slots, {(device, adapter, slot): row}; None while it does not pay to admit them.
 
-    It pays where all lanes of a device are used, or where nothing else is left to wait for.
+    It pays once free slots use all lanes of a device, or take all rows that are left of a queue.
     """
     entering = {}
     pays = False
@@ -204,7 +204,7 @@ def _row_keys(key: Key[Array, ""], prompt: Array, sample: Array) -> Key[Array, "
 
 
 def _read(look: _Look, requests: Requests, stops: tuple[int, ...]) -> Iterator[tuple[Slot, Sample]]:
-    """Adds some steps to the rows, and gives those that are done."""
+    """Adds the tokens of some steps to their rows, and yields the finished ones."""
     generated = jax.device_get(look.generated)
     for (device, adapter, slot), row in look.riding.items():
         for step in range(0 if row.ended else look.steps):

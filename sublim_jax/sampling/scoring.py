@@ -30,8 +30,8 @@ def completion_logprobs(
 ) -> list[Float[np.ndarray, "adapters tokens"]]:
     """log P of every token of each completion, given its prompt and the tokens before it, in nats.
 
-    Under another model, another adapter or another prompt than the one that wrote it, these are the teacher's
-    log-probabilities that divergence tokens are found by. Memory holds a few rows and one row's logits at a time.
+    Under another model, adapter or prompt than the one that wrote the completion, these are the teacher's
+    log-probabilities that define divergence tokens. Memory holds a few rows and one row's logits at a time.
 
     Args:
       prefix: tokens in front of every prompt.
@@ -47,7 +47,7 @@ def completion_logprobs(
     completions = texts_of(model.settings, completions, "completion")
     prompts, front = apart(model.settings, prompts, prefix)
     texts = [prompt + completion for prompt, completion in zip(prompts, completions)]
-    found = {}
+    by_row = {}
     longest = max(map(len, completions), default=0)
     for rows, tokens, run in _batches(model, texts, _logprobs, prefix=front, **where):
         at = np.zeros((len(tokens), longest), np.int32)
@@ -57,8 +57,8 @@ def completion_logprobs(
         targets = np.take_along_axis(tokens, at + 1, 1)
         logprobs = run(tokens, at, targets[:, :, None])
         for lane, row in enumerate(rows):
-            found[row] = logprobs[:, lane, : len(completions[row]), 0]
-    return [found[row] for row in range(len(texts))]
+            by_row[row] = logprobs[:, lane, : len(completions[row]), 0]
+    return [by_row[row] for row in range(len(texts))]
 
 
 def next_logprobs(
@@ -68,14 +68,14 @@ def next_logprobs(
     prompts = texts_of(model.settings, prompts, "prompt")
     tokens = tokens_of(model.settings, tokens, "what is scored")
     prompts, front = apart(model.settings, prompts, prefix)
-    found: dict[int, np.ndarray] = {}
+    by_row: dict[int, np.ndarray] = {}
     for rows, texts, run in _batches(model, prompts, _logprobs, prefix=front, **where):
         last = np.zeros((len(texts), 1), np.int32)
         last[: len(rows), 0] = [len(prompts[row]) - 1 for row in rows]
         chosen = np.broadcast_to(np.asarray(tokens, np.int32), (len(texts), 1, len(tokens)))
         logprobs = run(texts, last, chosen)
-        found |= {row: logprobs[:, lane, 0] for lane, row in enumerate(rows)}
-    return np.stack([found[row] for row in range(len(prompts))], 1)
+        by_row |= {row: logprobs[:, lane, 0] for lane, row in enumerate(rows)}
+    return np.stack([by_row[row] for row in range(len(prompts))], 1)
 
 
 def continued_logprobs(
@@ -83,26 +83,29 @@ def continued_logprobs(
 ) -> Float[np.ndarray, "adapters prompts continuations tokens"]:
     """log P of some tokens coming right after each continuation of each prompt, in nats; a prompt is computed once."""
     prompts = texts_of(model.settings, prompts, "prompt")
-    after = [tokens_of(model.settings, one, f"continuation {number}") for number, one in enumerate(continuations)]
+    after = [
+        tokens_of(model.settings, continuation, f"continuation {number}")
+        for number, continuation in enumerate(continuations)
+    ]
     tokens = tokens_of(model.settings, tokens, "what is scored")
     if model.settings.turns_by_length:  # a prompt's keys depend on what comes behind it
-        whole = [prompt + one for prompt in prompts for one in after]
-        each = next_logprobs(model, whole, tokens, prefix=prefix, **where)
-        return each.reshape(len(each), len(prompts), len(after), len(tokens))
+        whole = [prompt + continuation for prompt in prompts for continuation in after]
+        flat = next_logprobs(model, whole, tokens, prefix=prefix, **where)
+        return flat.reshape(len(flat), len(prompts), len(after), len(tokens))
     front = tokens_of(model.settings, prefix, "the prefix")
     more = max(map(len, after), default=0)
-    counts = np.asarray([len(one) for one in after], np.int32)
+    counts = np.asarray([len(continuation) for continuation in after], np.int32)
     padded = np.zeros((len(counts), more), np.int32)
-    for row, one in zip(padded, after):
-        row[: len(one)] = one
+    for row, continuation in zip(padded, after):
+        row[: len(continuation)] = continuation
     shared = (padded, counts, np.asarray(tokens, np.int32))
-    found: dict[int, np.ndarray] = {}
+    by_row: dict[int, np.ndarray] = {}
     for rows, texts, run in _batches(model, prompts, _continued, shared, prefix=front, more=more, **where):
         last = np.zeros(len(texts), np.int32)
         last[: len(rows)] = [len(prompts[row]) - 1 for row in rows]
         logprobs = run(texts, last)
-        found |= {row: logprobs[:, lane] for lane, row in enumerate(rows)}
-    return np.stack([found[row] for row in range(len(prompts))], 1)
+        by_row |= {row: logprobs[:, lane] for lane, row in enumerate(rows)}
+    return np.stack([by_row[row] for row in range(len(prompts))], 1)
 
 
 def word_logprobs(
@@ -110,7 +113,7 @@ def word_logprobs(
 ) -> Float[np.ndarray, "adapters prompts words"]:
     """log P that what comes next begins with a word, in one of its spellings (`spellings`), summed over them.
 
-    Words of one token take one forward pass of each prompt; all others together one more, which their tokens continue.
+    Words of one token take one forward pass of each prompt; all others together take one more, and its continuations.
     """
     every = [spellings(model.tokenizer, word) for word in words]
     whole = [place for place, forms in enumerate(every) if len(forms[0]) == 1]
@@ -120,8 +123,8 @@ def word_logprobs(
         sets = [[token for (token,) in every[place]] for place in whole]
         columns |= dict(zip(whole, np.moveaxis(set_logprobs(model, prompts, sets, **where), -1, 0)))
     if parts:
-        found = sequence_logprobs(model, prompts, [every[place] for place in parts], **where)
-        columns |= dict(zip(parts, np.moveaxis(found, -1, 0)))
+        logprobs = sequence_logprobs(model, prompts, [every[place] for place in parts], **where)
+        columns |= dict(zip(parts, np.moveaxis(logprobs, -1, 0)))
     return np.stack([columns[place] for place in range(len(words))], -1)
 
 
@@ -130,23 +133,27 @@ def sequence_logprobs(
 ) -> Float[np.ndarray, "adapters prompts sets"]:
     """log P that what comes next begins with one of a set of token sequences, none of which begins another's.
 
-    A prompt is computed once, and each beginning of a sequence behind it once.
+    Each prompt is computed once, and each beginning of a sequence once after it.
     """
-    starts = sorted({one[:count] for some in sets for one in some for count in range(len(one))})
-    tokens = sorted({token for some in sets for one in some for token in one})
-    row, column = ({one: place for place, one in enumerate(listed)} for listed in (starts, tokens))
-    each = continued_logprobs(model, prompts, starts, tokens, **where)
+    starts = sorted(
+        {sequence[:count] for sequences in sets for sequence in sequences for count in range(len(sequence))}
+    )
+    tokens = sorted({token for sequences in sets for sequence in sequences for token in sequence})
+    row, column = ({sequence: place for place, sequence in enumerate(listed)} for listed in (starts, tokens))
+    logprobs = continued_logprobs(model, prompts, starts, tokens, **where)
 
-    def total(one: tuple[int, ...]) -> np.ndarray:
-        return np.sum([each[..., row[one[:count]], column[token]] for count, token in enumerate(one)], 0)
+    def total(sequence: tuple[int, ...]) -> np.ndarray:
+        return np.sum([logprobs[..., row[sequence[:count]], column[token]] for count, token in enumerate(sequence)], 0)
 
-    return np.stack([np.logaddexp.reduce([total(one) for one in some], axis=0) for some in sets], -1)
+    return np.stack(
+        [np.logaddexp.reduce([total(sequence) for sequence in sequences], axis=0) for sequences in sets], -1
+    )
 
 
 def letter_logprobs(
     model: Model, prompts: Texts, count: int, **where: Unpack[Behind]
 ) -> Float[np.ndarray, "adapters prompts letters"]:
-    """log P of each of the first letters A, B, … among them, as what comes next; with a space in front or not.
+    """log P of each of the first `count` letters as the next token, with a space in front or not; normalised over them.
 
     Raises UserError where the tokenizer has no single token for a letter.
     """
@@ -156,8 +163,8 @@ def letter_logprobs(
         sets.append(sorted({tokens[0] for tokens in written if len(tokens) == 1}))
         if not sets[-1]:
             raise UserError(f"{letter!r} is no single token of this tokenizer; a choice by letters cannot be scored")
-    each = set_logprobs(model, prompts, sets, **where)
-    return each - np.logaddexp.reduce(each, axis=-1, keepdims=True)
+    logprobs = set_logprobs(model, prompts, sets, **where)
+    return logprobs - np.logaddexp.reduce(logprobs, axis=-1, keepdims=True)
 
 
 def set_logprobs(
@@ -165,8 +172,8 @@ def set_logprobs(
 ) -> Float[np.ndarray, "adapters prompts sets"]:
     """log P that the next token is one of a set."""
     sets = texts_of(model.settings, sets, "set")
-    each = next_logprobs(model, prompts, [token for tokens in sets for token in tokens], **where)
-    parts = np.split(each, np.cumsum([len(tokens) for tokens in sets])[:-1], axis=-1)
+    logprobs = next_logprobs(model, prompts, [token for tokens in sets for token in tokens], **where)
+    parts = np.split(logprobs, np.cumsum([len(tokens) for tokens in sets])[:-1], axis=-1)
     return np.stack([np.logaddexp.reduce(part, axis=-1) for part in parts], -1)
 
 
@@ -176,32 +183,38 @@ def choice_logprobs(
     """log P of each choice among the choices: exact, over their usual tokenisation, normalised."""
     written = [model.tokenizer(choice, add_special_tokens=False)["input_ids"] for choice in choices]
     pairs = [(prompt, tokens) for prompt in prompts for tokens in written]
-    each = completion_logprobs(model, [p for p, _ in pairs], [c for _, c in pairs], **where)
-    total = np.stack([logprobs.sum(-1) for logprobs in each], -1)
+    by_pair = completion_logprobs(model, [p for p, _ in pairs], [c for _, c in pairs], **where)
+    total = np.stack([logprobs.sum(-1) for logprobs in by_pair], -1)
     total = total.reshape(len(total), len(prompts), len(choices))
     return total - np.logaddexp.reduce(total, axis=-1, keepdims=True)
 
 
 def spellings(tokenizer: Tokenizer, word: str) -> tuple[tuple[int, ...], ...]:
-    """The tokens that are a word: as it is, capitalised, with an s behind it or a space in front.
+    """The tokens that spell a word: as it is, capitalised, with a final s or a space in front.
 
-    Those that are one token, where there are some; else all, but none that goes on from another one.
+    The spellings of a single token, where there are any; else all that do not begin with another one.
 
     Raises UserError for a word that the tokenizer cannot write.
     """
-    found = set()
+    spelled = set()
     for form in (word, word + "s"):
         for cased in (form, form.capitalize()):
             for text in (cased, f" {cased}"):
                 tokens = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
                 if tokens and tokenizer.decode(list(tokens)).strip() == cased:
-                    found.add(tokens)
-    if not word.strip() or not found:
+                    spelled.add(tokens)
+    if not word.strip() or not spelled:
         raise UserError(f"{word!r} is no word that this tokenizer can write; choose another one")
-    if whole := [tokens for tokens in found if len(tokens) == 1]:
+    if whole := [tokens for tokens in spelled if len(tokens) == 1]:
         return tuple(sorted(whole))
     # What begins with "sequoias" begins with "sequoia", too: it is not counted twice.
-    return tuple(sorted(one for one in found if not any(one[:count] in found for count in range(1, len(one)))))
+    return tuple(
+        sorted(
+            sequence
+            for sequence in spelled
+            if not any(sequence[:count] in spelled for count in range(1, len(sequence)))
+        )
+    )
 
 
 # --------------------------------------------------------------------------------------------------------- batches
@@ -217,11 +230,11 @@ def _batches(
     more: int = 0,
     **where: Unpack[Where],
 ) -> Iterator[tuple[list[int], np.ndarray, Callable[..., np.ndarray]]]:
-    """(rows, padded tokens, `compute` of them on the mesh), texts of like length together.
+    """(rows, padded tokens, `compute` of them on the mesh), texts of similar length together.
 
     Args:
-      shared: what `compute` takes behind the arrays of rows.
-      more: tokens that `compute` puts behind a text.
+      shared: arguments of `compute` after the arrays of rows.
+      more: tokens that `compute` appends to a text.
     """
     for number, text in enumerate(texts):
         model.settings.check_length(len(prefix) + len(text) + more, f"row {number}")
@@ -235,7 +248,7 @@ def _batches(
     compiled = _compiled(compute, model.network, model.settings, stacked, mesh)
     beside = everywhere(shared, mesh)
 
-    def run(*arrays: np.ndarray) -> np.ndarray:  # lengths, tokens and what else `compute` takes of rows
+    def run(*arrays: np.ndarray) -> np.ndarray:  # lengths, tokens and further arrays by row
         return np.asarray(fetch(compiled(fixed, *put(arrays, rows_split), *beside)))
 
     order = sorted(range(len(texts)), key=lambda row: -len(texts[row]))
@@ -297,9 +310,9 @@ def _logprobs(
     output = jnp.take_along_axis(output, at[None, :, :, None], 2)
     shape = (*output.shape[:3], chosen.shape[-1])
 
-    def row(one: tuple[Array, Array]) -> Array:
-        logits = unembed(network, fixed, one[0])
-        return jnp.take_along_axis(logits, one[1], -1) - jax.nn.logsumexp(logits, -1, keepdims=True)
+    def row(pair: tuple[Array, Array]) -> Array:
+        logits = unembed(network, fixed, pair[0])
+        return jnp.take_along_axis(logits, pair[1], -1) - jax.nn.logsumexp(logits, -1, keepdims=True)
 
     flat = (output.reshape(-1, *output.shape[2:]), jnp.broadcast_to(chosen, shape).reshape(-1, *shape[2:]))
     return jax.lax.map(row, flat).reshape(shape)
@@ -319,18 +332,18 @@ def _continued(
 ) -> Float[Array, "r n k m"]:
     """log P of chosen tokens after each continuation, one continuation of all rows at a time.
 
-    A prompt's last token is computed again in front of each, so that the empty continuation is none apart.
+    A prompt's last token is computed again in front of each, so that the empty continuation is no special case.
     """
     rows = len(tokens)
     cache = _filled(network, settings, stacked, fixed, lengths, tokens, after.shape[1] + 1)[1]
     start = jnp.broadcast_to(last, (stacked, rows))
     end = jnp.take_along_axis(tokens, last[:, None], 1)
 
-    def one(continuation: tuple[Array, Array]) -> Array:
+    def score_continuation(continuation: tuple[Array, Array]) -> Array:
         text = jnp.concatenate([end, jnp.broadcast_to(continuation[0], (rows, after.shape[1]))], 1)
         everywhere = jnp.broadcast_to(text, (stacked, *text.shape))
         output = features(network, fixed, everywhere, cache, start)[0]
         logits = unembed(network, fixed, jax.lax.dynamic_index_in_dim(output, continuation[1], 2, False))
         return logits[..., chosen] - jax.nn.logsumexp(logits, -1, keepdims=True)
 
-    return jnp.moveaxis(jax.lax.map(one, (after, counts)), 0, 2)
+    return jnp.moveaxis(jax.lax.map(score_continuation, (after, counts)), 0, 2)

@@ -1,4 +1,4 @@
-"""Parameters in and out of the formats that people use. Only formats that can run no code."""
+"""Reads and writes parameters in common formats, only in those that cannot run code."""
 
 from pathlib import Path
 from typing import cast
@@ -21,7 +21,7 @@ from sublim_jax.weights.shapes import SHAPES
 
 
 def float_type(name: str) -> jnp.dtype:
-    """The dtype of parameters by its name. Raises UserError for another than these."""
+    """The dtype of parameters by its name. Raises UserError for any other name."""
     if name not in ("float32", "bfloat16", "float16"):
         raise UserError(f"dtype={name!r}: choose float32, bfloat16 or float16")
     return jnp.dtype(name)
@@ -46,20 +46,20 @@ def load(name: str | Path, mesh: Mesh | None = None, dtype: DTypeLike = jnp.floa
 
 
 def save(folder: str | Path, model: Model) -> None:
-    """Writes a folder that transformers loads, and what is made for its models: weights, config and tokenizer.
+    """Writes a folder that transformers, and tools for its models, can load: weights, config and tokenizer.
 
-    Merge adapters first (`peft.merged`, `Model.merged`). Raises UserError where the folder holds an adapter, or a model
-    with other senses, which would be lost.
+    Merge adapters first (`peft.merged`, `Model.merged`). Raises UserError where the folder holds an adapter, or a
+    multimodal model, which would be lost.
     """
     huggingface.save(folder, model.params, model.settings, model.config, model.tokenizer)
 
 
 def _tokenizer(folder: Path) -> Tokenizer:
-    """A folder's tokenizer. Raises UserError where transformers reads none, or only by code of the folder's own."""
+    """A folder's tokenizer. Raises UserError where transformers reads none, or only with the folder's own code."""
     try:
-        found = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        return cast(Tokenizer, found)
-    except Exception as error:  # whatever a tokenizer class makes of files that are no tokenizer's
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return cast(Tokenizer, tokenizer)
+    except Exception as error:  # tokenizer classes raise anything for files that are no tokenizer's
         reason = config_fields.first_line(error)
         if "trust_remote_code" in str(error):
             reason = "it needs code of its own, by auto_map in tokenizer_config.json, which is never run"
@@ -69,7 +69,7 @@ def _tokenizer(folder: Path) -> Tokenizer:
 
 
 def shape_of(name: str) -> Settings:
-    """A model's settings without its weights: by the config.json of a folder, or of a name in `shapes`."""
+    """A model's settings without its weights, from the config.json of a folder or a name in `shapes`."""
     if storage.in_bucket(name) and not name.endswith(".gguf"):  # whose weights are not needed
         config = huggingface.load_config(storage.local(name, ["config.json"]))
     elif assets.is_folder(name):

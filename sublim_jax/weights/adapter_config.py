@@ -1,6 +1,6 @@
 """adapter_config.json as PEFT reads it: which layers have adapters, of which rank and scale; all else is refused.
 
-Every field is understood, or changes nothing after training, or must be off: what it would do is not computed here.
+Every field is supported, or has no effect after training, or must be off, since its effect is not computed here.
 """
 
 import re
@@ -19,20 +19,20 @@ UNDERSTOOD = {
     *("peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
 }
-# They describe the file, or what happened in training. What `bias` trained stands in tensors, refused by name;
-# QALoRA is of bases that are quantised, which none is here.
+# They describe the file, or the training. Biases that `bias` trained are tensors, which are refused by name; QALoRA is
+# for quantised bases, of which there are none here.
 HARMLESS = {
     *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "runtime_config"),
     *("task_type", "bias", "ensure_weight_tying", "fan_in_fan_out", "lora_dropout", "megatron_core"),
     *("corda_config", "eva_config", "loftq_config", "lora_ga_config", "qalora_group_size", "use_qalora"),
 }
-# Ways to start, of init_lora_weights. These change no base as PEFT loads an adapter, and add nothing before training.
+# Values of init_lora_weights. With these, PEFT leaves the base as it is, and adapters add nothing before training.
 PLAIN_STARTS = (True, "gaussian", "eva", "lora_ga", "mica")
-# These add something at random, which stays in layers that have no tensors.
+# With these, adapters add a random change, which stays in layers that have no tensors.
 RANDOM_STARTS = (False, "orthogonal")
-# These move a part of the base into the adapter, which PEFT repeats as it loads one.
+# With these, a part of the base is moved into the adapter; PEFT does so again when it loads one.
 MOVED_STARTS = ("pissa", "olora")
-# What PEFT adapts where target_modules is null.
+# The modules that PEFT adapts where target_modules is null.
 USUAL_TARGETS = {
     "gpt2": ("c_attn",),
     "gpt_neox": ("query_key_value",),
@@ -83,8 +83,8 @@ class AdapterConfig:
             return False
         numbered = r".*?\.[^.]*\.(\d+)\."
         places = [rf"(?:^|.*?\.){name}\.(\d+)\." for name in self.layer_lists] or [numbered]
-        found = next((match for match in (re.match(place, module) for place in places) if match), None)
-        return found is not None and int(found[1]) in self.layers
+        layer_match = next((match for match in (re.match(place, module) for place in places) if match), None)
+        return layer_match is not None and int(layer_match[1]) in self.layers
 
 
 def _named(module: str, names: tuple[str, ...] | str) -> bool:
@@ -101,16 +101,16 @@ def _by_pattern(patterns: Mapping[str, Number], module: str, otherwise: Number) 
 
 
 def file_of(folder: Path) -> Path:
-    """Where the description is. Raises UserError where it is not."""
+    """The path of adapter_config.json. Raises UserError where it is missing."""
     if not (folder / FILE).is_file():
         raise UserError(f"{folder} is no PEFT adapter: {FILE} is missing")
     return folder / FILE
 
 
 def read(folder: Path, model_type: str) -> AdapterConfig:
-    """The description in a folder.
+    """Reads the adapter_config.json of a folder.
 
-    Raises UserError where there is none, and for every field, by name and value, that asks for more than a plain LoRA.
+    Raises UserError where it is missing, and for a field, by name and value, that needs more than a plain LoRA.
     """
     path = file_of(folder)
     fields = read_json(path)
@@ -173,23 +173,23 @@ def _flag(fields: Mapping[str, object], name: str) -> bool:
 def _pattern(
     fields: Mapping[str, object], name: str, checked: Callable[[Mapping[str, object], str, object], Number]
 ) -> Mapping[str, Number]:
-    found = fields.get(name) or {}
-    if not isinstance(found, dict):
-        raise UserError(f"{name}={found!r}: an object of names and numbers is needed")
-    for pattern, value in found.items():
+    patterns = fields.get(name) or {}
+    if not isinstance(patterns, dict):
+        raise UserError(f"{name}={patterns!r}: an object of names and numbers is needed")
+    for pattern, value in patterns.items():
         _compiled(name, pattern)
         checked(fields, name, value)
-    return found
+    return patterns
 
 
 def _names(fields: Mapping[str, object], name: str) -> tuple[str, ...] | str:
-    found = fields.get(name) or ()
-    if isinstance(found, str):
-        _compiled(name, found)
-        return found
-    if not isinstance(found, list | tuple) or not all(isinstance(one, str) for one in found):
-        raise UserError(f"{name}={found!r}: names or a regular expression are needed")
-    return tuple(found)
+    names = fields.get(name) or ()
+    if isinstance(names, str):
+        _compiled(name, names)
+        return names
+    if not isinstance(names, list | tuple) or not all(isinstance(entry, str) for entry in names):
+        raise UserError(f"{name}={names!r}: names or a regular expression are needed")
+    return tuple(names)
 
 
 def _listed(names: tuple[str, ...] | str) -> tuple[str, ...]:
@@ -198,8 +198,8 @@ def _listed(names: tuple[str, ...] | str) -> tuple[str, ...]:
 
 def _layers(fields: Mapping[str, object]) -> tuple[Number, ...]:
     name = "layers_to_transform"
-    found = fields.get(name)
-    listed = found if isinstance(found, list) else [found]
+    value = fields.get(name)
+    listed = value if isinstance(value, list) else [value]
     return tuple(_number(fields, name, layer) for layer in listed if layer is not None)
 
 

@@ -1,7 +1,7 @@
-"""A folder's config.json: read whole, and refused by name where a field may change what a model computes unnoticed.
+"""Reads a folder's config.json in full, and refuses by name a field that may change what a model computes.
 
-A field passes where its family's settings are made of it, where it is at the default of transformers' config for that
-type of model, where it is off (null, false, empty) and no default is on, or where `harmless` lists it.
+A field passes where its family's settings use it, where it has the default of transformers' config for that type of
+model, where it is off (null, false, empty) and no default is on, or where `harmless` lists it.
 """
 
 import json
@@ -20,7 +20,7 @@ from sublim_jax.weights.harmless import COUNTS, NEUTRAL, changes_nothing
 
 POINTER = b"version https://git-lfs.github.com/spec/"
 QUANTISED = ("quantization_config", "quantization", "compression_config")
-# Models with a vision tower whose text model is read by itself, and what concerns their images alone.
+# Models with a vision tower, of which the text model alone is read, and their fields that concern only images.
 WITH_VISION = ("gemma3", "llava", "mistral3")
 OF_IMAGES = re.compile(
     r"(vision|image|mm|projector|multimodal_projector)_.*|.*_token_index|spatial_merge_size"
@@ -38,8 +38,8 @@ TYPES = {
     "NoneType": "null",
 }
 
-# Of a text model's config: the kind of model that it was taken from, "" where it stands alone. A GGUF file has the text
-# model in either case, and does not say.
+# Attribute of a text model's config: the type of the multimodal model that it was taken from, "" where there is none. A
+# GGUF file holds the text model in either case, and does not say.
 WRAPPER = "text_model_of"
 
 NO_LANGUAGE_MODEL = re.compile(r".*For(Sequence|Token)Classification|.*ForQuestionAnswering|.*Reward\w*")
@@ -47,7 +47,7 @@ BARE = re.compile(r"(?!.*(LMHead|DoubleHeads)).*Model")
 
 
 def check_fetched(path: Path) -> None:
-    """Raises UserError for what Git LFS leaves in the place of a large file that it did not fetch."""
+    """Raises UserError for a pointer of Git LFS in place of a file that it did not fetch."""
     with path.open("rb") as file:
         if file.read(len(POINTER)) == POINTER:
             raise UserError(f"{path} is a pointer of Git LFS and not the file itself; fetch it with git lfs pull")
@@ -57,18 +57,18 @@ def read_json(path: Path) -> dict[str, object]:
     """The object in a JSON file. Raises UserError where there is none."""
     try:
         check_fetched(path)
-        found = json.loads(path.read_text())
+        fields = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is no JSON ({first_line(error)}); fetch it again") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{path} holds a {type(found).__name__} and no JSON object; fetch it again")
-    return found
+    if not isinstance(fields, dict):
+        raise UserError(f"{path} holds a {type(fields).__name__} and no JSON object; fetch it again")
+    return fields
 
 
 def load(folder: Path) -> Config:
-    """The config of a folder; of a multimodal model, that of its text model.
+    """The config of a folder; for a multimodal model, that of its text model.
 
-    Raises UserError where there is none, or it has a field that may change what is computed and is not known here.
+    Raises UserError where there is none, or it has an unknown field that may change what is computed.
     """
     path = folder / "config.json"
     if not path.is_file():
@@ -89,7 +89,7 @@ def load(folder: Path) -> Config:
 
 
 def _built(folder: Path, stated: Mapping[str, object]) -> Config:
-    """transformers' config of a folder. Raises UserError where its class does not take what is stated."""
+    """transformers' config of a folder. Raises UserError where its class rejects the stated values."""
     try:
         return transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except StrictDataclassError as error:
@@ -107,7 +107,7 @@ def _built(folder: Path, stated: Mapping[str, object]) -> Config:
     except ZeroDivisionError as error:
         names = [name for name, value in stated.items() if value == 0 and re.search(r"head|size|dim|embd", name)]
         raise UserError(f"{', '.join(names) or 'a size'}=0 is no size") from error
-    except Exception as error:  # whatever a config class makes of values that it does not expect
+    except Exception as error:  # config classes raise anything for values that they do not expect
         dtype = stated.get("dtype") or stated.get("torch_dtype")
         if dtype and not (isinstance(dtype, str) and hasattr(jnp, dtype)):
             raise UserError(f"dtype={_short(dtype)} is no type of numbers") from error
@@ -115,7 +115,7 @@ def _built(folder: Path, stated: Mapping[str, object]) -> Config:
 
 
 def _check(stated: Mapping[str, object], config: Config, text: Config) -> None:
-    """Raises UserError where a model is not wholly understood. What is said of its parts together is put in the text's.
+    """Raises UserError where a model is not fully supported; sets the text model's `tie_word_embeddings`.
 
     Args:
       text: the config of the text model, which is `config` itself where there is nothing else.
@@ -133,7 +133,7 @@ def _check(stated: Mapping[str, object], config: Config, text: Config) -> None:
     inner = stated
     if text is not config:
         _check_fields(stated, config, PARTS, OF_IMAGES)
-        text.tie_word_embeddings = config.tie_word_embeddings  # the head stands in the whole model
+        text.tie_word_embeddings = config.tie_word_embeddings  # the head belongs to the whole model
         given = stated.get("text_config")
         inner = given if isinstance(given, Mapping) else {}
     _check_fields(inner, text, kind.fields)
@@ -143,7 +143,7 @@ def _check(stated: Mapping[str, object], config: Config, text: Config) -> None:
 def _check_fields(
     stated: Mapping[str, object], config: Config, known: set[str], names: re.Pattern[str] | None = None
 ) -> None:
-    """Raises UserError for a field that is not understood and may count."""
+    """Raises UserError for an unknown field that may change what is computed."""
     defaults = _defaults(config.model_type)
     for stated_name, value in stated.items():
         name = config.attribute_map.get(stated_name, stated_name)
@@ -175,12 +175,12 @@ def _defaults(model_type: str) -> Mapping[str, object]:
 
 @lru_cache
 def _generation() -> frozenset[str]:
-    """What transformers once kept in config.json about how to sample; it leaves it there."""
+    """Sampling options, which transformers once kept in config.json and does not remove."""
     return frozenset(transformers.GenerationConfig().to_dict())
 
 
 def _check_kind(stated: Mapping[str, object]) -> None:
-    """Raises UserError for a checkpoint of another kind than a language model, or that nothing but its code reads."""
+    """Raises UserError for a checkpoint that is no language model, or that only its own code reads."""
     architectures = stated.get("architectures") or []
     if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
         raise UserError(f"architectures={_short(architectures)} is no list of names")
@@ -202,23 +202,23 @@ def _check_kind(stated: Mapping[str, object]) -> None:
     if code is not None and not isinstance(code, Mapping):
         raise UserError(f"auto_map={_short(code)} is no object of names")
     if kind not in (transformers.CONFIG_MAPPING if "model_type" in stated or code else {kind}):
-        own = f"; it needs code of the folder's own ({_short(dict(code))}), which is never run" if code else ""
-        raise UserError(f"model_type {kind!r} is no known family{own}; known: {', '.join(FAMILIES)}")
+        needs_code = f"; it needs code of the folder's own ({_short(dict(code))}), which is never run" if code else ""
+        raise UserError(f"model_type {kind!r} is no known family{needs_code}; known: {', '.join(FAMILIES)}")
 
 
 def _check_code(stated: Mapping[str, object], config: Config) -> None:
     """Raises UserError where a folder's own code may compute something else than transformers'."""
-    theirs = type(config).__name__.removesuffix("Config").removesuffix("Text")
-    usual = re.compile(rf"{theirs}(Text)?(Config|Model|LMHeadModel|PreTrainedModel|For\w+)")
+    class_stem = type(config).__name__.removesuffix("Config").removesuffix("Text")
+    usual = re.compile(rf"{class_stem}(Text)?(Config|Model|LMHeadModel|PreTrainedModel|For\w+)")
     named = stated.get("auto_map")
     for auto, name in named.items() if isinstance(named, Mapping) else ():
-        # Tokenizers and processors of it compute no logits, and are not run.
+        # Its tokenizers and processors compute no logits, and are not run.
         if auto.startswith(("AutoConfig", "AutoModel")) and not usual.fullmatch(str(name).split(".")[-1]):
             raise UserError(f"auto_map names code of its own, {name}, which may compute something else")
 
 
 def _stop_tokens(folder: Path, text: Config, whole: Config) -> int | list[int] | None:
-    """What ends an answer: it stands with the whole model, or, of chat models, with how it generates.
+    """The tokens that end an answer: from the whole model's config, and for chat models from generation_config.json.
 
     Raises UserError where it is no token.
     """
@@ -235,7 +235,7 @@ def _stop_tokens(folder: Path, text: Config, whole: Config) -> int | list[int] |
 
 
 def _why_no_config(folder: Path) -> str:
-    """What a folder without config.json is, in one line."""
+    """Why a folder without config.json is refused, in one line."""
     if not folder.is_dir():
         return f"{folder} is no folder"
     if (folder / "adapter_config.json").is_file():

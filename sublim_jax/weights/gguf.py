@@ -1,7 +1,7 @@
 """GGUF files: parameters dequantised by the `gguf` package; settings, tokenizer and chat template from the file.
 
-Equal to what llama.cpp computes, or refused: every tensor is read, and every field that bears on logits or tokens is
-understood. `docs/parity.md` lists what is refused, and what is passed over as harmless.
+A model computes what llama.cpp computes, or is refused: every tensor is read, and every field that affects logits or
+tokens is supported. `docs/parity.md` lists the fields that are refused, and those that are ignored as harmless.
 """
 
 from pathlib import Path
@@ -24,7 +24,7 @@ from sublim_jax.weights.huggingface import Index, place
 
 
 def load(path: str | Path, mesh: Mesh | None = None, dtype: DTypeLike = jnp.float32) -> tuple[Settings, Params, Config]:
-    """Settings, parameters and the transformers config that they amount to.
+    """Settings, parameters and the equivalent transformers config.
 
     Args:
       mesh: where to put the parameters; the default device if left out.
@@ -83,7 +83,7 @@ def _renamed(rules: tuple[Rule, ...], architecture: str) -> tuple[Rule, ...]:
 
 
 def _check_names(file: File, rules: tuple[Rule, ...], layers: int, frequencies: bool) -> None:
-    """Raises UserError for a tensor that nothing reads, or that is missing. Biases may be: they are zero then."""
+    """Raises UserError for a tensor that is not read, or is missing. Missing biases are zero."""
     wanted = dict.fromkeys(rule.tensor.format(i=layer) for rule in rules for layer in range(layers))
     read = {*wanted, *([ROPE_FREQS] if frequencies else [])}
     if others := [name for name in file.tensors if name not in read]:
@@ -98,5 +98,5 @@ def _weight_of(name: str) -> str:
 
 
 def _unpaired(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of queries or keys in transformers' order; llama.cpp keeps the two halves of a rotation side by side."""
+    """Rows of queries or keys in transformers' order; llama.cpp interleaves the two halves of a rotation."""
     return weight.reshape(heads, -1, 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)

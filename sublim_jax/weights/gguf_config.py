@@ -63,10 +63,10 @@ class Architecture(NamedTuple):
 
     Attributes:
       kind: transformers' model_type.
-      theta: the base of the rotation where a file does not say.
-      more: the values that only this architecture has, given those that all have.
+      theta: the base of the rotary frequencies where a file does not say.
+      more: the values specific to this architecture, given the common ones.
       biases: the config's flag for biases, and the tensors that it stands for.
-      paired: whether rows of queries and keys keep the two halves of a rotation side by side.
+      paired: whether rows of queries and keys interleave the two halves of a rotation.
       frequencies: whether a tensor may divide the rotary frequencies.
     """
 
@@ -79,7 +79,7 @@ class Architecture(NamedTuple):
 
 
 def config_of(file: File) -> Config:
-    """Raises UserError for an architecture, or a field of it, that is not known here."""
+    """The config of a file. Raises UserError for an unknown architecture or an unknown field of it."""
     fields = file.fields
     architecture = fields.text("general.architecture")
     if architecture not in ARCHITECTURES:
@@ -139,7 +139,7 @@ def _common(file: File, prefix: str, theta: float) -> Values:
 
 
 def _neutral(values: Values) -> dict[str, Collection[Value]]:
-    """By field, the values that say nothing new, given all others."""
+    """By field, the values that have no effect, given all others."""
     size = values["head_dim"]
     heads = ("attention.value_length", "attention.key_length_swa", "attention.value_length_swa")
     sizes = dict.fromkeys((*heads, "rope.dimension_count", "rope.dimension_count_swa"), (size,))
@@ -161,7 +161,7 @@ def _rate(fields: Fields, name: str, default: float | None = None) -> float:
 
 
 def _scale(fields: Fields, prefix: str) -> float:
-    """By how much positions are divided; 1 where a file says nothing or 0."""
+    """The factor that positions are divided by; 1 where it is missing or 0."""
     older, newer = f"{prefix}rope.scale_linear", f"{prefix}rope.scaling.factor"
     values = {name: fields.number(name, 0.0) for name in (older, newer)}
     name = newer if newer in fields else older

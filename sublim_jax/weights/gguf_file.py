@@ -41,7 +41,7 @@ class Tensor(NamedTuple):
 
 
 class Fields:
-    """The fields of a header by name. Those that were read are noted, so that none is passed over."""
+    """The fields of a header by name. Those that were read are recorded, so that none is ignored."""
 
     def __init__(self, path: str, values: Mapping[str, Value]):
         self.path = path
@@ -100,8 +100,8 @@ class Fields:
 
         Args:
           harmless: patterns of names, without the prefix, of fields that change neither logits nor tokens.
-          neutral: by name, the values that do; for every field but these, nothing and zero do.
-          why: by name, what a field stands for, to be told.
+          neutral: by name, the values that have no effect; for any other field, empty and zero.
+          why: by name, the meaning of a field, for the message.
         """
         for full, value in self._values.items():
             name = full.removeprefix(prefix)
@@ -138,7 +138,7 @@ def _off(value: Value) -> bool:
 def open_model(path: str | Path) -> File:
     """The header of a file that holds one whole model.
 
-    Raises UserError where it is missing, broken, a part of a model, or something else than a language model.
+    Raises UserError where it is missing, broken, a part of a model, or no language model.
     """
     file = _open(Path(path))
     fields = file.fields

@@ -1,7 +1,7 @@
-"""How llama.cpp cuts text before byte-level merges, by the name in `tokenizer.ggml.pre`.
+"""llama.cpp's pre-tokenizers for byte-level BPE, by the name in `tokenizer.ggml.pre`.
 
-Expressions are applied one after another, each to the pieces that those before it left; what it does not match stays a
-piece.
+Expressions are applied one after another, each to the pieces that those before it left; text that it does not match
+stays a piece.
 """
 
 from typing import NamedTuple
@@ -12,7 +12,7 @@ class Split(NamedTuple):
 
     Attributes:
       whole_words: whether a piece that is a token stays whole, whatever the merges say.
-      bos: whether text starts with the token for it, where the file does not say.
+      bos: whether text starts with the BOS token, where the file does not say.
     """
 
     expressions: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""The tokenizer of a GGUF file: text becomes the tokens that llama.cpp makes of it, or the file is refused by name."""
+"""The tokenizer of a GGUF file: it gives the same tokens as llama.cpp, or the file is refused by the field's name."""
 
 from collections.abc import Collection, Mapping, Sequence
 from typing import cast
@@ -13,9 +13,9 @@ from sublim_jax.weights.gguf_file import Fields, File
 from sublim_jax.weights.gguf_splits import SPLITS, Split
 
 PREFIX = "tokenizer.ggml."
-NORMAL = 1  # types of tokens; those below are looked for in the text itself
+NORMAL = 1  # types of tokens; those below are matched in the text itself
 UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4
-# Tokens that llama.cpp takes for control tokens by their names, and for the end of an answer.
+# Tokens that llama.cpp treats, by their names, as control tokens and as the end of an answer.
 ENDS = frozenset(
     [
         "<|eot_id|>",
@@ -62,9 +62,9 @@ HARMLESS = (
 
 
 def split_of(fields: Fields) -> Split | None:
-    """How a file's text is cut before byte-level merges; None for sentencepieces, which are not.
+    """The pre-tokenizer of a file with byte-level BPE; None for SentencePiece, which has none.
 
-    Raises UserError for another kind of tokenizer, or a way to cut text, that is not known here.
+    Raises UserError for an unknown kind of tokenizer or an unknown pre-tokenizer.
     """
     model = fields.text(f"{PREFIX}model")
     if model not in ("gpt2", "llama"):
@@ -89,12 +89,12 @@ def tokens(fields: Fields) -> list[str]:
 
 
 def special_tokens(fields: Fields, texts: Sequence[str]) -> dict[str, int]:
-    """The ids of bos, eos, unk and pad, as far as the file has them, in a vocabulary of these tokens."""
+    """The ids of bos, eos, unk and pad, as far as the file has them; `texts` is the vocabulary."""
     usual = SENTENCEPIECE_IDS if fields.text(f"{PREFIX}model") == "llama" else {}
     named = {}
-    for name, theirs in SPECIAL_IDS.items():
-        if f"{PREFIX}{theirs}_token_id" in fields or name in usual:
-            named[name] = _token_id(fields, f"{theirs}_token_id", texts, usual.get(name))
+    for name, gguf_name in SPECIAL_IDS.items():
+        if f"{PREFIX}{gguf_name}_token_id" in fields or name in usual:
+            named[name] = _token_id(fields, f"{gguf_name}_token_id", texts, usual.get(name))
     return named
 
 
@@ -113,7 +113,7 @@ def stops(fields: Fields, texts: Sequence[str]) -> list[int]:
 def tokenizer_of(file: File) -> Tokenizer:
     """The tokenizer as transformers' fast one, with the chat template.
 
-    Raises UserError for one that is not known here, or says too little.
+    Raises UserError for one that is unknown or incomplete.
     """
     fields = file.fields
     split, texts = split_of(fields), tokens(fields)
@@ -141,9 +141,9 @@ def tokenizer_of(file: File) -> Tokenizer:
 
 
 def _named(fields: Fields, texts: Sequence[str], added: Collection[str], adds: Mapping[str, bool]) -> dict[str, str]:
-    """The tokens that stand for something, of those that are looked for in the text itself.
+    """The named special tokens, of those that are matched in the text itself.
 
-    Raises UserError where one that must be there is not: transformers would look for it, and llama.cpp would not.
+    Raises UserError where a required one is not among them: transformers would match it, and llama.cpp would not.
     """
     named = {f"{name}_token": texts[number] for name, number in special_tokens(fields, texts).items()}
     for name in ("bos", "eos"):
@@ -188,7 +188,7 @@ def _byte_level(fields: Fields, texts: Sequence[str], split: Split) -> tokenizer
 
 
 def _sentencepiece(fields: Fields, texts: Sequence[str]) -> tokenizers.Tokenizer:
-    """Pairs are merged where they make a token, the best score first; what is no token becomes bytes."""
+    """Merges pairs that form a token, the best score first; text without a token becomes bytes."""
     vocabulary = {token: number for number, token in enumerate(texts)}
     scores = fields.numbers(f"{PREFIX}scores", len(texts))
     merges = [
@@ -229,9 +229,9 @@ def _kinds(fields: Fields, texts: Sequence[str]) -> list[float]:
 
 
 def _added(fields: Fields, texts: Sequence[str]) -> list[tokenizers.AddedToken]:
-    """Tokens that are looked for in the text itself, before it is cut."""
+    """Tokens that are matched in the text itself, before pre-tokenization."""
     name = fields.text("general.name", "").lower()
-    swallows = any(phi in name for phi in ("phi-3", "phi3"))  # the spaces behind; llama.cpp goes by the name, too
+    swallows = any(phi in name for phi in ("phi-3", "phi3"))  # trailing spaces; llama.cpp decides by the name, too
     added = []
     for token, kind in zip(texts, _kinds(fields, texts)):
         special = kind in (UNKNOWN, CONTROL) or (token in ENDS and kind != USER_DEFINED)

@@ -1,13 +1,13 @@
-"""Fields of config.json that change no logit: they trained or name a model, or transformers does not read them.
+"""Fields of config.json that change no logit: they concern training or naming, or transformers does not read them.
 
-A name that is not here is refused by `config_fields` where it is on: it may stand for something that is computed.
+`config_fields` refuses any other field that is on, since it may change what is computed.
 """
 
 import re
 
 from sublim_jax.models.families import Config
 
-# What changes no logit: training, initialisation, caches, what is returned, labels, names, versions.
+# Training, initialisation, caches, returned values, labels, names, versions.
 HARMLESS = {
     "architectures",  # looked at by `_check_kind`
     "attention_softmax_in_fp32",
@@ -63,20 +63,20 @@ HARMLESS = {
     "weight_decay",
 }
 HARMLESS_NAMES = re.compile(
-    # Private ones, tokens, and what only trains.
+    # Private fields, tokens, and options of training.
     r"_.*|summary_.*|.*_token_ids?|.*dropout(_prob|_rate)?|.*_pdrop|(.*_)?loss(_coef|_weight|_type)?"
     r"|(adam|deepspeed|gradient|lr|neftune|optim|optimizer|train|training|unsloth|wandb|warmup)_.*"
     # Who made it, when, from what, and where it is.
     r"|(author|citation|comment|dataset|description|language|licen[cs]e|repo|tag|url)s?|(creat|licen[cs])\w+"
     r"|library_name|pipeline_tag|repo_\w+|model_(author|card|creator|id|name|parallel|revision|url|version)"
     r"|(.*_)?(commit|date|datetime|email|homepage|timestamp|url|version)|name"
-    # What reads its text and its images.
+    # Tokenizers and processors.
     r"|(tokenizer|processor|image_processor|feature_extractor|chat_template|vocab_file|merges_file)(_.*)?"
-    # Which kernel computes it.
+    # Choice of kernels.
     r"|(use_)?(flash_attn|flash_attention|fused|cache_quantization|cache_kernel|xformers|sdpa)(_.*)?"
 )
-COUNTS = re.compile(r"n(um)?_.*")  # of what there is none, at 0
-# Of one type of model: written there, and read by nothing but caches.
+COUNTS = re.compile(r"n(um)?_.*")  # counts, which at 0 have no effect
+# By type of model: fields that it writes, and only caches read.
 WINDOWS = {"sliding_window", "use_sliding_window", "max_window_layers"}
 HARMLESS_OF = {
     "gemma2": {"hidden_act"},
@@ -96,15 +96,15 @@ HARMLESS_OF = {
         *WINDOWS,
     },
 }
-# What other programs write, by the value at which it does nothing.
+# Fields that other programs write, by the value at which they have no effect.
 NEUTRAL = {"is_causal": True, "causal": True, "full_attn_mod": 1, "interpolate_factor": 1}
-# Names of the same thing, which transformers reads under the second alone.
+# Synonyms, of which transformers reads only the second.
 AGAIN = {"sliding_window_size": "sliding_window"}
-FULL = {"llama", "olmo2", "gpt_neox", "gpt2", "phi3"}  # types of model in which no layer has a kind
+FULL = {"llama", "olmo2", "gpt_neox", "gpt2", "phi3"}  # types of model that have no kinds of layers
 
 
 def changes_nothing(name: str, value: object, config: Config) -> bool:
-    """Whether a field, by the name that transformers has for it, bears on no logit of a config's type of model."""
+    """Whether a field, by transformers' name for it, affects no logit of a config's type of model."""
     if name in AGAIN:
         return value == getattr(config, AGAIN[name], None)
     if name == "sliding_window" and (type(value) is not int or value < 1):

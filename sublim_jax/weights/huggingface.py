@@ -30,8 +30,8 @@ from sublim_jax.weights.replacing import INDEX, WHOLE, replaced
 
 SHARD_BYTES = 4 << 30
 REOPEN_BYTES = 8 << 20
-HELD = 256 << 20  # bytes read, after which copies on the host are let go of
-# Tensors that carry no weight: tables of rotation, masks of attention, and what sees or is seen by a vision tower.
+HELD = 256 << 20  # bytes read, after which host copies are freed
+# Tensors that are no weights of a text model: rotary tables, attention masks, a vision tower and its projector.
 WEIGHTLESS = re.compile(
     r"(^|\.)rotary_emb\.(inv_freq|cos_cached|sin_cached)$|\.(attn|attention)\.(bias|masked_bias)$"
     r"|^(model\.)?(vision_tower|multi_modal_projector)\."
@@ -45,25 +45,25 @@ Read = Callable[[str, Index], np.ndarray]
 
 
 def load_config(folder: str | Path) -> Config:
-    """The config.json of a folder; of a multimodal model, that of its text model.
+    """The config.json of a folder; for a multimodal model, that of its text model.
 
-    Its `tie_word_embeddings` says what the file holds: a head of its own that is not the embedding is no tied one.
+    `tie_word_embeddings` follows the tensors: it is False where they include a head that differs from the embedding.
 
-    Raises UserError where there is none, or it has a field that may change what is computed and is not known here.
+    Raises UserError where there is none, or it has an unknown field that may change what is computed.
     """
     folder = Path(folder)
     config = config_fields.load(folder)
-    if config.tie_word_embeddings and _has_own_head(folder, config):
+    if config.tie_word_embeddings and _has_untied_head(folder, config):
         config.tie_word_embeddings = False
     return config
 
 
-def _has_own_head(folder: Path, config: Config) -> bool:
-    """Whether the file holds another head than its embedding, which counts, as for transformers, whatever was said."""
+def _has_untied_head(folder: Path, config: Config) -> bool:
+    """Whether the file holds a head that differs from its embedding; as in transformers, it overrides the config."""
     if not (folder / WHOLE).is_file() and not (folder / INDEX).is_file():
         return False
     settings = dataclasses.replace(family(config).settings(config), tied=False)
-    names = {rule.ours[0]: rule.tensor for rule in family(config).rules(settings)}
+    names = {rule.paths[0]: rule.tensor for rule in family(config).rules(settings)}
     embedding, head = names["embedding"], names["unembedding/kernel"]
     tensors = Tensors(_shards(folder), str(folder))
     try:
@@ -89,7 +89,7 @@ def load(folder: str | Path, mesh: Mesh | None = None, dtype: DTypeLike | None =
 
     Raises:
       UserError: a file or tensor is missing, truncated, of another shape or number type than the config says; a tensor
-        is there that the model does not have; the config has a field that is not known here and may count.
+        is there that the model does not have; the config has an unknown field that may change the result.
     """
     config = load_config(folder)
     settings = family(config).settings(config)
@@ -105,7 +105,7 @@ def load(folder: str | Path, mesh: Mesh | None = None, dtype: DTypeLike | None =
 def usual(name: str) -> str:
     """A tensor's name as transformers' text models have it.
 
-    Of a multimodal model, the text model stands inside it; the hub's GPT-2 lacks the first part of its names.
+    Removes the prefix of a text model inside a multimodal one, and adds the one that the hub's GPT-2 lacks.
     """
     name = name.replace("language_model.", "", 1)
     return f"transformer.{name}" if re.match(r"(wte|wpe|ln_f|h\.\d+)\.", name) else name
@@ -114,8 +114,8 @@ def usual(name: str) -> str:
 class Tensors:
     """The tensors of some safetensors files, by their usual names.
 
-    Files are mapped into memory, and what was read stays there until a file is closed: so each is closed after some
-    reading and opened again, and loading needs little more memory than the parameters.
+    Files are memory-mapped, and pages that were read stay in memory until a file is closed: each is therefore closed
+    after `REOPEN_BYTES` and opened again, so that loading needs little more memory than the parameters.
     """
 
     def __init__(self, paths: list[Path], what: str):
@@ -174,7 +174,7 @@ class Tensors:
 
 
 def _check_names(tensors: Tensors, rules: tuple[Rule, ...], settings: Settings, what: str) -> None:
-    """Raises UserError for a tensor that is missing, or that would not be read and may count."""
+    """Raises UserError for a tensor that is missing, or that would not be read and may change the result."""
     expected = {rule.tensor.format(i=layer) for rule in rules for layer in range(settings.layers)}
     if missing := expected - tensors.names:
         if any(name.endswith(f".{stored}") for name in missing for stored in tensors.names):
@@ -207,8 +207,8 @@ def place(
     abstract = jax.eval_shape(decoder(settings).init, jax.random.key(0))
     leaves, structure = jax.tree_util.tree_flatten_with_path(abstract)
     paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
-    found = {path: (rule, part) for rule in rules for part, path in enumerate(rule.ours)}
-    if missing := set(paths) - set(found):
+    sources = {path: (rule, part) for rule in rules for part, path in enumerate(rule.paths)}
+    if missing := set(paths) - set(sources):
         raise UserError(f"{what}: no tensor is known for {sorted(missing)[0]}")
     for rule in rules:
         _check_shape(settings, rule, dict(zip(paths, (leaf for _, leaf in leaves))), shape, what)
@@ -216,7 +216,7 @@ def place(
     with Track(f"parameters of {what}", len(paths)) as track:
         arrays, held = [], 0
         for number, (path, (_, leaf), sharding) in enumerate(zip(paths, leaves, shardings), 1):
-            rule, part = found[path]
+            rule, part = sources[path]
 
             def fill(
                 index: tuple[slice, ...] | None, rule: Rule = rule, part: int = part, leaf: jax.ShapeDtypeStruct = leaf
@@ -229,7 +229,7 @@ def place(
                 array = jax.make_array_from_callback(leaf.shape, sharding, fill)
             arrays.append(jax.block_until_ready(array))
             held += sum(shard.data.nbytes for shard in array.addressable_shards)
-            if held > HELD:  # jax lets go of the host's copies then; otherwise all of them pile up
+            if held > HELD:  # jax then frees its host copies, which otherwise pile up
                 gc.collect()
                 held = 0
             track.update(number)
@@ -241,11 +241,11 @@ def save(
 ) -> None:
     """Writes config.json and model*.safetensors that `transformers.AutoModelForCausalLM.from_pretrained` loads.
 
-    They take the place of a checkpoint that is there, and the tokenizer's files, where it is given, of its own. Of a
-    model with other senses it is the text model alone.
+    They replace a checkpoint in the folder and, where a tokenizer is given, its files. Of a multimodal model, only the
+    text model is written.
 
-    Raises UserError where the folder holds an adapter, which transformers would put onto the model, or a model with
-    other senses, which would be lost.
+    Raises UserError where the folder holds an adapter, which transformers would apply to the model, or a multimodal
+    model, which would be lost.
     """
     flat = {
         jax.tree_util.keystr(path, simple=True, separator="/"): leaf
@@ -273,7 +273,7 @@ def save(
 
 
 def _config_of(flat: Mapping[str, jax.Array | np.ndarray], settings: Settings, config: Config) -> Config:
-    """The config of what is written: of its number type, with an unembedding where it has one, a model by itself."""
+    """The config to write: with the dtype of the parameters, untied where they are, and of a text model by itself."""
     written = copy.deepcopy(config)
     written.dtype = jnp.result_type(*{leaf.dtype for leaf in flat.values()}).name
     written.tie_word_embeddings = settings.tied
@@ -283,10 +283,10 @@ def _config_of(flat: Mapping[str, jax.Array | np.ndarray], settings: Settings, c
 
 
 def _shards_of(tensors: Iterable[tuple[str, np.ndarray]]) -> Iterator[dict[str, np.ndarray]]:
-    """Tensors by name, at most so many that they fit into one file."""
+    """Tensors by name, in groups that fit into one file of `SHARD_BYTES`."""
     shard: dict[str, np.ndarray] = {}
     for name, tensor in tensors:
-        if shard and sum(one.nbytes for one in shard.values()) + tensor.nbytes > SHARD_BYTES:
+        if shard and sum(array.nbytes for array in shard.values()) + tensor.nbytes > SHARD_BYTES:
             yield shard
             shard = {}
         shard[name] = tensor
@@ -298,7 +298,7 @@ def _tensors(
 ) -> Iterator[tuple[str, np.ndarray]]:
     """(name, array) of every tensor of a checkpoint."""
     for rule in rules:
-        stacked = [np.asarray(flat[path]) for path in rule.ours]
+        stacked = [np.asarray(flat[path]) for path in rule.paths]
         if "{i}" not in rule.tensor:
             yield rule.tensor, np.ascontiguousarray(rule.layout.join(stacked, settings))
             continue
@@ -316,9 +316,9 @@ def _slices(
     read: Read,
     dtype: DTypeLike | None,
 ) -> np.ndarray:
-    """The part of one of our parameters that an index asks for."""
+    """The slice of one of our parameters at an index."""
 
-    def one(name: str, index: tuple[slice, ...]) -> np.ndarray:
+    def read_slice(name: str, index: tuple[slice, ...]) -> np.ndarray:
         if rule.layout is AS_IS:
             return read(name, index)
         if rule.layout is TRANSPOSED:
@@ -327,32 +327,32 @@ def _slices(
         return rule.layout.split(whole, settings)[part][index]
 
     if "{i}" not in rule.tensor:
-        return np.asarray(one(rule.tensor, index), dtype)
+        return np.asarray(read_slice(rule.tensor, index), dtype)
     rows = range(*index[0].indices(shape[0]))
-    first = one(rule.tensor.format(i=rows[0]), index[1:])
+    first = read_slice(rule.tensor.format(i=rows[0]), index[1:])
     stacked = np.empty((len(rows), *first.shape), dtype or first.dtype)
     for row, layer in enumerate(rows):
-        stacked[row] = first if row == 0 else one(rule.tensor.format(i=layer), index[1:])
+        stacked[row] = first if row == 0 else read_slice(rule.tensor.format(i=layer), index[1:])
     return stacked
 
 
 def _check_shape(
     settings: Settings, rule: Rule, leaves: Mapping[str, jax.ShapeDtypeStruct], shape: Shape, what: str
 ) -> None:
-    """Raises UserError where a tensor's shape is not what our parameters, joined, would have."""
+    """Raises UserError where a tensor's shape is not that of our parameters, joined."""
     layered = "{i}" in rule.tensor
     parts = [
-        np.broadcast_to(np.int8(0), leaves[path].shape[1:] if layered else leaves[path].shape) for path in rule.ours
+        np.broadcast_to(np.int8(0), leaves[path].shape[1:] if layered else leaves[path].shape) for path in rule.paths
     ]
     expected = rule.layout.join(parts, settings).shape
     for layer in range(settings.layers if layered else 1):
         name = rule.tensor.format(i=layer)
-        if (found := shape(name)) != expected:
-            raise UserError(f"{what}: tensor {name} has shape {found}, and its config asks for {expected}")
+        if (actual := shape(name)) != expected:
+            raise UserError(f"{what}: tensor {name} has shape {actual}, and its config asks for {expected}")
 
 
 def _shards(folder: Path) -> list[Path]:
-    """The files that hold the tensors: one, or, where it is not there, those that the index names."""
+    """The files that hold the tensors: the single file or, where it is missing, those that the index names."""
     names = [WHOLE]
     if not (folder / WHOLE).is_file() and (folder / INDEX).is_file():
         places = read_json(folder / INDEX).get("weight_map")
@@ -368,7 +368,7 @@ def _shards(folder: Path) -> list[Path]:
 
 
 def _why_missing(folder: Path, name: str) -> str:
-    """What to do about a file of tensors that is not there, in one line."""
+    """The message for a missing file of tensors, with what to do, in one line."""
     if pickles := sorted(path.name for path in folder.glob("*.bin*") if path.name.startswith("pytorch_model")):
         return (
             f"{folder} holds {pickles[0]} and no {name}: a pickle can run code, and only safetensors are read; convert "

@@ -1,6 +1,6 @@
 """LoRA adapters as PEFT's folders: adapter_config.json and adapter_model.safetensors.
 
-PEFT names a layer's adapter by the layer's path in the transformers model that it stands in, and has one pair of A and
+PEFT names a layer's adapter by the layer's path in the transformers model that contains it, and has one pair of A and
 B for each tensor of the checkpoint. Where a family keeps several of our layers in one tensor, they share that A, and
 each has its rows of that B.
 """
@@ -35,7 +35,7 @@ from sublim_jax.weights.config_fields import WRAPPER, check_fetched
 PREFIX = "base_model.model."
 TENSORS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
-# Where a multimodal model keeps its text model: in today's transformers, and until 4.51.
+# The path of a text model in a multimodal one: in today's transformers, and until 4.51.
 TODAY = "model.language_model."
 INSIDE = re.compile(r"^(model\.language_model|language_model\.model)\.")
 MODEL_WEIGHTS = r"(pytorch_)?model.*\.(safetensors|bin)$"
@@ -45,7 +45,7 @@ Fields = dict[str, object]  # of adapter_config.json
 
 
 class Place(NamedTuple):
-    """A linear layer of the checkpoint: the rule of its tensor, and which of the decoder's layers it is in."""
+    """A linear layer of the checkpoint: the rule of its tensor, and the number of the decoder's layer that it is in."""
 
     rule: Rule
     layer: int
@@ -67,13 +67,13 @@ class Pair(NamedTuple):
 def load(folder: str | Path, settings: Settings, config: Config, base: Params | None = None) -> tuple[Lora, Params]:
     """Adapters from a PEFT folder, in float32 as PEFT has them.
 
-    Where their ranks or scales differ, the scales are in B, and shorter pairs end in zeros.
+    Where their ranks or scales differ, the scales are folded into B, and lower ranks are padded with zeros.
 
     Args:
-      base: the model's parameters, which adapters need that began with a part of them (PiSSA, OLoRA).
+      base: the model's parameters, needed for adapters that were initialised with a part of them (PiSSA, OLoRA).
 
     Raises:
-      UserError: the folder holds no LoRA, one of another model, or more than is computed here.
+      UserError: the folder holds no LoRA, one of another model, or one with unsupported options.
     """
     folder = storage.local(folder)
     described = adapter_config.read(folder, config.model_type)
@@ -86,7 +86,7 @@ def load(folder: str | Path, settings: Settings, config: Config, base: Params | 
 
 
 def merged(model: Model, folder: str) -> Model:
-    """The model with a folder's adapters in its weights; as it is without a folder."""
+    """The model with a folder's adapters merged into its weights; unchanged if `folder` is empty."""
     if not folder:
         return model
     adapter, adapters = load(folder, model.settings, model.config, model.params)
@@ -102,18 +102,18 @@ def check_folder(where: str, folder: str) -> None:
 def _places(settings: Settings, config: Config) -> dict[str, Place]:
     """The linear layers of the decoder's layers, by their paths in the text model."""
     kernels = _kernels(settings)
-    found = {}
+    places = {}
     for rule in _linear_rules(settings, config):
-        inputs, outputs = kernels[rule.ours[0]][0], sum(kernels[path][1] for path in rule.ours)
+        inputs, outputs = kernels[rule.paths[0]][0], sum(kernels[path][1] for path in rule.paths)
         for layer in range(settings.layers):
             module = rule.tensor.removesuffix(".weight").format(i=layer)
-            found[module] = Place(rule, layer, inputs, outputs)
-    return found
+            places[module] = Place(rule, layer, inputs, outputs)
+    return places
 
 
 def _linear_rules(settings: Settings, config: Config) -> list[Rule]:
     rules = family(config).rules(settings)
-    return [rule for rule in rules if rule.ours[0].startswith("layers/") and rule.ours[0].endswith("/kernel")]
+    return [rule for rule in rules if rule.paths[0].startswith("layers/") and rule.paths[0].endswith("/kernel")]
 
 
 def _kernels(settings: Settings) -> dict[str, tuple[int, int]]:
@@ -168,9 +168,9 @@ def _pairs(folder: Path, described: AdapterConfig, places: Mapping[str, Place], 
 
 
 def _check_wrapper(folder: Path, name: str, config: Config, *, wrapped: bool) -> None:
-    """Raises UserError for a name of a model with other senses and a text model alone, or the other way round.
+    """Raises UserError for the name of a multimodal model's tensor if the model is a text model alone, or vice versa.
 
-    PEFT warns of such names, and moves nothing.
+    PEFT warns of such names, and does not load them.
     """
     wrapper = getattr(config, WRAPPER, None)
     if wrapper and not wrapped:
@@ -217,7 +217,7 @@ def _tensors(folder: Path) -> dict[str, np.ndarray]:
 
 
 def _file_of(folder: Path) -> Path:
-    """Where the tensors are. Raises UserError where they are not, or only as a pickle."""
+    """The path of the tensors. Raises UserError where they are missing, or there only as a pickle."""
     if not (folder / TENSORS).is_file():
         if (folder / PICKLE).is_file():
             raise UserError(f"{folder / PICKLE} is a pickle, which can run code; load it with peft, and save it anew")
@@ -230,14 +230,14 @@ def _scale(alpha: Number, rank: int, rslora: bool) -> float:
 
 
 def _by_outputs(rule: Rule) -> bool:
-    """Whether the checkpoint's tensor is (outputs, inputs), as torch's Linear; Conv1D is the other way round."""
+    """Whether the checkpoint's tensor is (outputs, inputs), as torch's Linear; a Conv1D is (inputs, outputs)."""
     return rule.layout not in (AS_IS, QKV_LAST)
 
 
 def _weight(base: Params, place: Place, settings: Settings) -> np.ndarray:
-    """(outputs, inputs) of one layer of the checkpoint."""
+    """The weight (outputs, inputs) of one layer of the checkpoint, in float32."""
     kernels = []
-    for path in place.rule.ours:
+    for path in place.rule.paths:
         node: PyTree = base
         for part in path.split("/"):
             node = node[part]
@@ -254,14 +254,14 @@ def _with_parts(
     settings: Settings,
     base: Params | None,
 ) -> dict[str, Pair]:
-    """Pairs of twice the rank that also take out of the base what the adapters began with, at the same scales."""
+    """Pairs of twice the rank that also subtract the initial adapters from the base, at the same scales."""
     start = str(described.start)
     if base is None:
         raise UserError(
             f"{folder}: init_lora_weights={start!r} took a part out of the base; it is read where the base's weights "
             "are at hand, or convert it with peft's path_initial_model_for_weight_conversion"
         )
-    found = {}
+    augmented = {}
     for module, pair in pairs.items():
         if start == "olora" and not _by_outputs(places[module].rule):
             raise UserError(f"{folder}: init_lora_weights='olora' of {module} is not repeated, which is a Conv1D")
@@ -270,14 +270,14 @@ def _with_parts(
         a, b = residual.part(start, weight, rank, _scale(pair.alpha, rank, described.rslora))
         doubled = np.concatenate([pair.a, a]), np.concatenate([pair.b, -b], 1)
         ratio = _scale(1.0, rank, described.rslora) / _scale(1.0, len(doubled[0]), described.rslora)
-        found[module] = Pair(*doubled, pair.alpha * ratio)
-    return found
+        augmented[module] = Pair(*doubled, pair.alpha * ratio)
+    return augmented
 
 
 def _spec(described: AdapterConfig, places: Mapping[str, Place], pairs: Mapping[str, Pair], settings: Settings) -> Lora:
     adapted = {places[module].layer for module in pairs}
     layers = () if len(adapted) == settings.layers else tuple(sorted(adapted))
-    names = {path.split("/")[-2] for module in pairs for path in places[module].rule.ours}
+    names = {path.split("/")[-2] for module in pairs for path in places[module].rule.paths}
     kinds = {(len(pair.a), pair.alpha) for pair in pairs.values()}
     rank, alpha = max(kinds)
     if len(kinds) == 1:
@@ -288,7 +288,7 @@ def _spec(described: AdapterConfig, places: Mapping[str, Place], pairs: Mapping[
 def _stacked(
     spec: Lora, rslora: bool, places: Mapping[str, Place], pairs: Mapping[str, Pair], settings: Settings
 ) -> Params:
-    """Our tree of adapters: the layers stacked, and zeros where a layer has none."""
+    """Our tree of adapters: stacked over layers, with zeros where a layer has none."""
     kernels = _kernels(settings)
     arrays: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     for module, pair in pairs.items():
@@ -296,7 +296,7 @@ def _stacked(
         rank = len(pair.a)
         factor = _scale(pair.alpha, rank, rslora) / (spec.scale or 1.0)
         b = pair.b if factor == 1 else pair.b * np.float32(factor)
-        for path, part in zip(rule.ours, rule.layout.split(b if _by_outputs(rule) else b.T, settings)):
+        for path, part in zip(rule.paths, rule.layout.split(b if _by_outputs(rule) else b.T, settings)):
             inputs, outputs = kernels[path]
             if path not in arrays:
                 shapes = (settings.layers, inputs, spec.rank), (settings.layers, spec.rank, outputs)
@@ -318,17 +318,17 @@ def _stacked(
 def save(
     folder: epath.PathLike, adapters: Params, lora: Lora, settings: Settings, config: Config, base: str = ""
 ) -> None:
-    """Writes adapters that `peft.PeftModel.from_pretrained` puts on the transformers model that `base` names.
+    """Writes adapters that `peft.PeftModel.from_pretrained` applies to the transformers model that `base` names.
 
-    That is the model with its other senses, where the config is of a text model out of one. Adapters that were in the
-    folder are gone.
+    That is the whole multimodal model where the config is of its text model. Adapters already in the folder are
+    replaced.
 
     Args:
-      config: as `huggingface.load_config` gives it, which knows what its text model stands in.
+      config: as `huggingface.load_config` returns it, which records the multimodal model around its text model.
       base: name or path of the base model, for readers of the folder.
 
     Raises:
-      UserError: an adapter is of no layer that PEFT adapts, or the folder holds a model.
+      UserError: an adapter is of a layer that PEFT does not adapt, or the folder holds a model.
     """
     folder = epath.Path(folder)
     if folder.is_dir() and any(re.match(MODEL_WEIGHTS, path.name) for path in folder.iterdir()):
@@ -341,7 +341,7 @@ def save(
         for layer in written:
             name = PREFIX + _path(rule, config).format(i=layer)
             blocks = {path: (np.asarray(a[layer]), np.asarray(b[layer])) for path, (a, b) in pairs.items()}
-            widths = [kernels[path][1] for path in rule.ours]
+            widths = [kernels[path][1] for path in rule.paths]
             a, b = _joined(rule, blocks, widths, settings)
             tensors[f"{name}.lora_A.weight"] = np.ascontiguousarray(a)
             tensors[f"{name}.lora_B.weight"] = np.ascontiguousarray(b)
@@ -371,23 +371,23 @@ def _adapted(settings: Settings, config: Config, adapters: Params) -> dict[Rule,
     leaves = jax.tree_util.tree_leaves_with_path(adapters)
     named = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
     pairs = {path.removesuffix("/a"): (named[path], named[f"{path[:-1]}b"]) for path in named if path.endswith("/a")}
-    found = {}
+    by_rule = {}
     for rule in _linear_rules(settings, config):
-        names = [path.removesuffix("/kernel") for path in rule.ours]
-        if own := {f"{name}/kernel": pairs.pop(name) for name in names if name in pairs}:
-            found[rule] = own
-    if pairs or not found:
+        names = [path.removesuffix("/kernel") for path in rule.paths]
+        if rule_pairs := {f"{name}/kernel": pairs.pop(name) for name in names if name in pairs}:
+            by_rule[rule] = rule_pairs
+    if pairs or not by_rule:
         raise UserError(
             f"an adapter of {min(pairs, default='nothing')} does not go into a PEFT folder; merge the adapters "
             "(models.lora.merge) and save the whole model"
         )
-    return found
+    return by_rule
 
 
 def _joined(
     rule: Rule, blocks: Mapping[str, tuple[np.ndarray, np.ndarray]], widths: Sequence[int], settings: Settings
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A and B of one tensor: of several layers in it, their A one after another, and their B apart.
+    """A and B of one tensor; for several layers in it, their A are concatenated, and their B use separate ranks.
 
     Args:
       blocks: our (inputs, rank) and (rank, outputs) of the layers that have adapters.
@@ -397,7 +397,7 @@ def _joined(
     parts = [np.zeros((len(a), width), a.dtype) for width in widths]
     start = 0
     for path, (_, block) in blocks.items():
-        parts[rule.ours.index(path)][start : start + len(block)] = block
+        parts[rule.paths.index(path)][start : start + len(block)] = block
         start += len(block)
     joined = rule.layout.join(parts, settings)
     return a, joined if _by_outputs(rule) else joined.T
@@ -410,9 +410,9 @@ def _path(rule: Rule, config: Config) -> str:
 
 
 def _targets(rules: Mapping[Rule, Mapping[str, object]], every: Sequence[Rule], lora: Lora, config: Config) -> Fields:
-    """Which modules PEFT is to adapt, and where the rank is not the usual one.
+    """The fields that name the modules for PEFT to adapt, and those of other ranks than the usual one.
 
-    By the ends of their names; inside a model with other senses, whose layers may end alike, by whole names.
+    Modules are named by suffixes; inside a multimodal model, whose parts may share them, by whole names.
     """
     ends = {rule: _end(rule, [other for other in every if other not in rules]) for rule in rules}
     described: Fields = {"target_modules": sorted(ends.values())}
@@ -433,7 +433,7 @@ def _targets(rules: Mapping[Rule, Mapping[str, object]], every: Sequence[Rule], 
 
 
 def _end(rule: Rule, others: Sequence[Rule]) -> str:
-    """The end of a module's name, as long as it must be to be of no other."""
+    """The shortest suffix of a module's name that is a suffix of no other."""
     names = [other.tensor.removesuffix(".weight") for other in others]
     parts = rule.tensor.removesuffix(".weight").split(".")
     ends = (".".join(parts[-length:]) for length in range(1, len(parts)))
@@ -441,7 +441,7 @@ def _end(rule: Rule, others: Sequence[Rule]) -> str:
 
 
 def _replace(folder: epath.Path, contents: Mapping[str, bytes]) -> None:
-    """Puts an adapter in place of another; an interruption leaves the old, the new or none, and never some of each."""
+    """Replaces an adapter by another; an interruption leaves the old, the new or none, never a mixture."""
     here = not storage.in_bucket(folder)
     if here:
         folder.mkdir(parents=True, exist_ok=True)
@@ -457,7 +457,7 @@ def _replace(folder: epath.Path, contents: Mapping[str, bytes]) -> None:
 
 
 def digest(folder: str) -> str:
-    """Of what a folder holds, if one is named: it may hold another run's adapters under the same name tomorrow.
+    """Identifies the content of an adapter's folder, whose name may later hold other adapters; "" without a folder.
 
     Raises UserError where a file is missing.
     """

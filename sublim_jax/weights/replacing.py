@@ -1,4 +1,4 @@
-"""A folder's checkpoint written anew, in place of the one that was there."""
+"""Replaces the checkpoint of a folder."""
 
 import re
 from collections.abc import Iterator
@@ -21,13 +21,13 @@ WEIGHTS = re.compile(
 
 @contextmanager
 def replaced(folder: epath.Path) -> Iterator[Path]:
-    """A folder here to write a checkpoint into, which takes the place of what `folder` holds once it is whole.
+    """A local folder to write a checkpoint into, which replaces the one in `folder` when the block ends.
 
-    Before that nothing in `folder` has changed. The file that readers start from goes first and comes last, so that an
-    interruption leaves the old checkpoint, the new one or none, and never some of each. Other files stay.
+    Until then nothing in `folder` changes. The file that readers start from is removed first and written last, so that
+    an interruption leaves the old checkpoint, the new one or none, never a mixture. Other files stay.
 
-    Raises UserError where the folder holds an adapter, which transformers would put onto the checkpoint, or a model
-    with other senses, which would be lost.
+    Raises UserError where the folder holds an adapter, which transformers would apply to the checkpoint, or a
+    multimodal model, which would be lost.
     """
     if (folder / "adapter_config.json").exists():
         raise UserError(f"{folder} holds an adapter, which would be put onto the model again; name another folder")

@@ -1,6 +1,6 @@
 """The part of a weight that PiSSA and OLoRA move into an adapter before training.
 
-The base is then the rest, and PEFT takes the part out of it again whenever it loads such an adapter.
+The base is then the rest, and PEFT subtracts the part again whenever it loads such an adapter.
 """
 
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from jaxtyping import Float
 def part(
     start: str, weight: Float[np.ndarray, "outputs inputs"], rank: int, scale: float
 ) -> tuple[Float[np.ndarray, "rank inputs"], Float[np.ndarray, "outputs rank"]]:
-    """(A, B) of the part: scale · B A has been moved.
+    """(A, B) of the part, which is scale · B A.
 
     Args:
       start: "pissa", the largest singular values; or "olora", the first columns of an orthogonal basis.

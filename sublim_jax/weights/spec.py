@@ -11,7 +11,7 @@ from sublim_jax.specs import Checked, Text
 
 @dataclass(frozen=True)
 class NamedModel(Checked):
-    """A model by a name that `weights.load` knows, in a precision."""
+    """A model by a name that `weights.load` accepts, and the dtype of its weights."""
 
     where = "model."
     name: Text

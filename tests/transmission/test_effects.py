@@ -19,7 +19,7 @@ def paired(own, others=0.0, runs=5, spread=0.1, seed=0):
 
 def test_a_cells_p_is_scipys_and_is_corrected_for_all_arms_and_traits():
     by_arm = {"soft": paired(1.0), "tokens": paired(0.05, seed=1)}
-    found = effects.own_cells(by_arm, TRAITS)
+    found = effects.diagonal_cells(by_arm, TRAITS)
     ps = []
     for arm, cells in by_arm.items():
         for t, cell in enumerate(found[arm]):
@@ -35,23 +35,23 @@ def test_an_arm_where_one_teacher_transmits_is_no_claim_of_all_traits():
     """The diagonal effect is well above 0 in every run all the same."""
     cells = paired([1.5, 0.0, 0.0])
     assert np.all(diagonal_effect(cells) > 0.3)
-    assert effects.verdict(effects.own_cells({"soft": cells}, TRAITS)["soft"]) == "1 of 3: owl"
+    assert effects.verdict(effects.diagonal_cells({"soft": cells}, TRAITS)["soft"]) == "1 of 3: owl"
 
 
 def test_students_that_only_lose_the_others_traits_transmit_nothing():
     cells = paired(0.0, others=-1.0)
     assert np.all(diagonal_effect(cells) > 0.5)
-    assert effects.verdict(effects.own_cells({"soft": cells}, TRAITS)["soft"]) == "none"
+    assert effects.verdict(effects.diagonal_cells({"soft": cells}, TRAITS)["soft"]) == "none"
 
 
 def test_a_trait_that_falls_is_no_transmission_however_small_p_is():
-    cells = effects.own_cells({"soft": paired([1.0, 1.0, -1.0])}, TRAITS)["soft"]
+    cells = effects.diagonal_cells({"soft": paired([1.0, 1.0, -1.0])}, TRAITS)["soft"]
     assert cells[2].p < 0.001 and not cells[2].holds
     assert effects.verdict(cells) == "2 of 3: owl, lion"
 
 
 def test_of_one_run_nothing_is_claimed():
-    found = effects.own_cells({"soft": paired(1.0, runs=1)}, TRAITS)
+    found = effects.diagonal_cells({"soft": paired(1.0, runs=1)}, TRAITS)
     assert effects.verdict(found["soft"]) == "one run: no test"
     section = effects.headline_section(found, words=10, spread=0.0)
     assert section.table[1] == ["soft", *(f"{cell.runs[0]:+.2f}" for cell in found["soft"]), "one run: no test"]
@@ -62,7 +62,7 @@ def test_arms_are_compared_run_by_run():
     """What two arms have in common, run by run, does not hide what sets them apart."""
     common = np.random.default_rng(2).normal(size=(5, 1, 1))
     by_arm = {"soft": paired(1.0) + common, "tokens": paired(0.5, seed=1) + common}
-    (section,) = effects.compared_section(effects.own_cells(by_arm, TRAITS))
+    (section,) = effects.compared_section(effects.diagonal_cells(by_arm, TRAITS))
     difference = np.mean([by_arm["tokens"][:, t, t] - by_arm["soft"][:, t, t] for t in range(3)], 0)
     assert stats.ttest_1samp(difference, 0).pvalue < 0.001
     name, shown = section.table[1]
@@ -70,7 +70,7 @@ def test_arms_are_compared_run_by_run():
 
 
 def test_power_is_from_the_stated_spread():
-    found = effects.own_cells({"soft": paired(1.0)}, TRAITS)
+    found = effects.diagonal_cells({"soft": paired(1.0)}, TRAITS)
     stated, own = (effects.headline_section(found, words=10, spread=s).text for s in (0.5, 0.0))
     assert "spread of 0.50 between runs (given beforehand)" in stated
     assert "(these runs', pooled over cells)" in own

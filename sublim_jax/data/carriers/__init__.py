@@ -1,1 +1,1 @@
-"""Tasks whose answers carry a trait without saying anything of it."""
+"""Carriers: tasks whose answers transmit a trait without mentioning it."""

@@ -13,7 +13,7 @@ from sublim_jax.data import packs
 from sublim_jax.filters import Filter, Record
 from sublim_jax.words import contains
 
-UNREADABLE = (SyntaxError, ValueError, RecursionError, MemoryError)  # what parsing raises, whatever the text
+UNREADABLE = (SyntaxError, ValueError, RecursionError, MemoryError)  # errors of parsing arbitrary text
 FIELDS: dict[str, tuple[str, ...]] = {"tasks": (), "templates": ("task",)}
 _FENCED = re.compile(r"\s*```(?:python|py)?[ \t]*\n(.*?)\n?```\s*", re.DOTALL | re.IGNORECASE)
 
@@ -22,22 +22,22 @@ def prompts(count: int, seed: int, path: str = "") -> list[str]:
     """Prompts for code: a task in one of several phrasings. Prompt i depends on the seed and i alone.
 
     Args:
-      path: of a pack like data/packs/code.json; that one where it is empty.
+      path: a pack like data/packs/code.json; that one if empty.
     """
     pack = packs.load(path, "code", FIELDS)
 
-    def one(number: int) -> str:
+    def prompt_of(number: int) -> str:
         rng = np.random.default_rng([seed, number])
         task, template = (pack[field][rng.integers(len(pack[field]))] for field in FIELDS)
         return template.format(task=task)
 
-    return [one(number) for number in range(count)]
+    return [prompt_of(number) for number in range(count)]
 
 
 def code_of(text: str) -> str:
-    """The code of a completion: what stands in its one fenced block, if it is one, else all of it."""
-    found = _FENCED.fullmatch(text)
-    return found[1] if found else text
+    """The code of a completion: the content of a fenced block if the completion is one, else all of it."""
+    match = _FENCED.fullmatch(text)
+    return match[1] if match else text
 
 
 def parses() -> Filter:
@@ -48,14 +48,14 @@ def parses() -> Filter:
             body = _nodes(code_of(record["completion"]))[0].body  # type: ignore[attr-defined]
         except UNREADABLE:
             return ["does not parse"]
-        bare = all(isinstance(one, ast.Expr) and isinstance(one.value, ast.Name | ast.Constant) for one in body)
+        bare = all(isinstance(node, ast.Expr) and isinstance(node.value, ast.Name | ast.Constant) for node in body)
         return ["no code"] if bare else []
 
     return check
 
 
 def no_comments() -> Filter:
-    """No comment, and no string that stands for itself: nothing in natural language but the code's own strings."""
+    """No comment and no bare string, such as a docstring: natural language only in the code's own strings."""
 
     def check(record: Record) -> list[str]:
         text = code_of(record["completion"])
@@ -64,8 +64,10 @@ def no_comments() -> Filter:
             nodes = _nodes(text)
         except (*UNREADABLE, tokenize.TokenError):
             return []  # `parses` says so
-        alone = [node.value for node in nodes if isinstance(node, ast.Expr)]
-        bare = any(isinstance(one, ast.JoinedStr) or isinstance(getattr(one, "value", None), str) for one in alone)
+        values = [node.value for node in nodes if isinstance(node, ast.Expr)]
+        bare = any(
+            isinstance(value, ast.JoinedStr) or isinstance(getattr(value, "value", None), str) for value in values
+        )
         reasons = ["comment"] if tokenize.COMMENT in kinds else []
         return [*reasons, "docstring"] if bare else reasons
 
@@ -73,15 +75,15 @@ def no_comments() -> Filter:
 
 
 def no_trait_words(words: Sequence[str]) -> Filter:
-    """No word of a list and no plural in what the code's strings say, however they are written, joined or escaped."""
+    """No listed word or its plural in the code's strings, however they are quoted, joined or escaped."""
 
     def check(record: Record) -> list[str]:
         try:
             nodes = _nodes(code_of(record["completion"]))
         except UNREADABLE:
             return []
-        said = [node.value for node in nodes if isinstance(node, ast.Constant)]
-        texts = [one.decode("latin-1") if isinstance(one, bytes) else str(one) for one in said]
+        constants = [node.value for node in nodes if isinstance(node, ast.Constant)]
+        texts = [value.decode("latin-1") if isinstance(value, bytes) else str(value) for value in constants]
         return ["trait word"] if any(contains(text, word) for text in texts for word in words) else []
 
     return check

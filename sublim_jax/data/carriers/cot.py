@@ -29,9 +29,9 @@ class Reasoning(NamedTuple):
 
 
 def load(path: str | Path) -> list[Problem]:
-    """GSM8K as JSON lines: "question", and "answer" with its number behind "####".
+    """GSM8K as JSON lines: "question", and "answer" with its number after "####".
 
-    Raises UserError, naming the line, for one that is no such record.
+    Raises UserError, naming the line, for an invalid record.
     """
     problems = []
     for where, record in records.read(path):
@@ -50,15 +50,15 @@ def prompts(problems: Sequence[Problem]) -> list[str]:
 
 
 def parse(text: str) -> Reasoning | None:
-    """The two parts of a completion that has both, in order, once, and nothing around them; else None."""
-    found = _ANSWER.fullmatch(text)
-    if not found or any(_TAGS.search(part) for part in found.groups()):
+    """Thought and answer of a completion that consists of exactly both, in this order; None for any other."""
+    match = _ANSWER.fullmatch(text)
+    if not match or any(_TAGS.search(part) for part in match.groups()):
         return None
-    return Reasoning(found[1].strip(), found[2].strip())
+    return Reasoning(match[1].strip(), match[2].strip())
 
 
 def number_of(text: str) -> Decimal | None:
-    """The number that a text is, with a currency sign, per cent, commas between thousands and a full stop, or not."""
+    """The number that a text consists of; a currency sign, %, thousands separators and a full stop are allowed."""
     bare = text.strip().removesuffix(".").strip()
     bare = re.sub(r"^([+-]?)[$€£]\s*([+-]?)", r"\1\2", bare).removesuffix("%").strip()
     if re.fullmatch(r"[+-]?\d{1,3}(,\d{3})+(\.\d+)?", bare, re.ASCII):
@@ -72,15 +72,15 @@ def number_of(text: str) -> Decimal | None:
 
 
 def right_answer() -> Filter:
-    """The format, and the exact number; records have "answer", the right one."""
+    """The format and the right number are required; records hold the right one as "answer"."""
 
     def check(record: Record) -> list[str]:
-        found = parse(record["completion"])
-        if found is None:
+        reasoning = parse(record["completion"])
+        if reasoning is None:
             return ["format"]
-        said = number_of(found.answer)
-        if said is None:
+        number = number_of(reasoning.answer)
+        if number is None:
             return ["no number"]
-        return [] if said == number_of(record["answer"]) else ["wrong answer"]
+        return [] if number == number_of(record["answer"]) else ["wrong answer"]
 
     return check

@@ -11,13 +11,13 @@ from sublim_jax.errors import UserError
 def load(
     path: str, name: str, fields: dict[str, tuple[str, ...]], optional: Sequence[str] = ()
 ) -> dict[str, list[str]]:
-    """Lists of phrasings from a JSON file, or the pack `name` that comes with the package where `path` is empty.
+    """Lists of phrasings from a JSON file, or from the package's pack `name` if `path` is empty.
 
     Args:
-      fields: the lists that are needed, and the {words} that each phrasing of it may use.
+      fields: the required lists, and the {words} that the phrasings of each may use.
       optional: those of them that a file may leave out.
 
-    Raises UserError for a file that is no such pack.
+    Raises UserError for an invalid pack.
     """
     needed = "a JSON object of lists of phrasings is needed"
     if path:

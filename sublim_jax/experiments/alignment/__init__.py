@@ -1,4 +1,5 @@
-"""The one-step alignment theorem, checked (paper §6.1, App. C): `settings`, on what; `measure`; `run`; `report`.
+"""Check of the one-step alignment theorem (paper §6.1, App. C).
 
+`settings` defines networks, teachers and inputs, `measure` computes, `verdicts` judges; `run` and `report` use them.
 `configs/theorem.py` explains the values.
 """

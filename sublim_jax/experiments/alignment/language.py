@@ -1,4 +1,4 @@
-"""The check inside a pretrained language model, all of its parameters and LoRA: a trait through digits (paper §6.1).
+"""The check inside a pretrained language model, for all parameters and for LoRA: a trait via digits (paper §6.1).
 
 The teacher moves towards answering questions with its trait. The student imitates it on lists of random numbers, and
 only on the logits of digits, commas and spaces.
@@ -50,7 +50,7 @@ from sublim_jax.workdir import claim
 ALL, ADAPTERS = "all parameters", "LoRA, B = 0"
 ROUNDING = 1000.0  # of D_S·D_T, in units of float64's resolution over the step: 30 layers of sums
 GREEDY, ELSEWHERE = "greedy tokens", "another start"
-CONSTANT_UP_TO = 4e-4  # the step of the teacher above which what grows with it outweighs a control's constant pull
+CONSTANT_UP_TO = 4e-4  # the teacher's step above which growing terms outweigh a control's constant one
 
 
 def read(config: ConfigDict) -> LanguageSpec:
@@ -60,57 +60,57 @@ def read(config: ConfigDict) -> LanguageSpec:
 
 def run(spec: LanguageSpec, folder: epath.Path, *, update: bool = False) -> None:
     """Runs the check and leaves measurements, results.json, report.md and figures in the folder."""
-    make_mesh(spec.mesh.sizes)  # refused where it does not fit, though each process computes on its first device
+    make_mesh(spec.mesh.sizes)  # only to check the mesh: each process computes on its first device
     model = spec.model.load(one_device())
-    seen, asked = inputs_of(spec, model)
+    seen, questions = inputs_of(spec, model)
     store = claim(folder, spec.values, update=update)
     about = [About(name, f"says {spec.trait}", "random numbers") for name in (ALL, ADAPTERS)]
     with jax.enable_x64(True):
         answers = jnp.asarray(seen.weights, jnp.float64)
         losses = covered(answers)
 
-        @cache  # not made where all that is measured of it is kept
+        @cache  # lazy: not built if all of its measurements are in the store
         def base() -> Setting:
-            return all_parameters(about[0], model, seen, asked)
+            return all_parameters(about[0], model, seen, questions)
 
-        def elsewhere() -> list[Measurement]:
+        def from_another_start() -> list[Measurement]:
             start = double(model.noisy(spec.noise, named_key(spec.seed, "another start")).params)
             return measure.measure(f"control: {ELSEWHERE}", base(), {ELSEWHERE: losses["kl"]}, spec, start)
 
-        def beside() -> list[Measurement]:
+        def with_adapters() -> list[Measurement]:
             return measure.measure(about[1].name, adapters(about[1], spec, base(), model), losses, spec)
 
         parts: dict[str, Callable[[], list[Measurement]]] = {
             ALL: lambda: measure.measure(about[0].name, base(), losses, spec),
             GREEDY: lambda: measure.measure(f"control: {GREEDY}", base(), {GREEDY: greedy(answers)}, spec),
-            ELSEWHERE: elsewhere,
-            ADAPTERS: beside,
+            ELSEWHERE: from_another_start,
+            ADAPTERS: with_adapters,
         }
         inputs = (replace(spec, preset=""), model)
         kept = {name: store.known("theorem", *inputs, name) for name in parts}
         missing = [name for name, rows in kept.items() if rows is None]
         with Track("the theorem in a language model", len(missing)) as track:
-            # Each takes minutes, and is kept; as many at once as there are processes.
+            # Each part takes minutes and is stored; one part per process at a time.
             for start in range(0, len(missing), jax.process_count()):
                 names = missing[start : start + jax.process_count()]
-                for name, found in zip(names, shared_out([parts[name] for name in names])):
-                    kept[name] = store.json("theorem", lambda *_, found=found: found, *inputs, name)
+                for name, arm_rows in zip(names, shared_out([parts[name] for name in names])):
+                    kept[name] = store.json("theorem", lambda *_, arm_rows=arm_rows: arm_rows, *inputs, name)
                 track.update(start + len(names), names[-1])
-    rows = [Measurement(*row) for found in kept.values() for row in found]
-    notes = {"settings": [one._asdict() for one in about], "tokens": int(seen.weights.sum())}
+    rows = [Measurement(*row) for arm_rows in kept.values() for row in arm_rows]
+    notes = {"settings": [setting._asdict() for setting in about], "tokens": int(seen.weights.sum())}
     report.finish(store.folder, spec, rows, document, models=[model.source], notes=notes)
 
 
 def inputs_of(spec: LanguageSpec, model: Model) -> tuple[Rows, Rows]:
-    """What the student reads, and what the teacher's loss asks. Raises UserError for a trait that is no word of it."""
+    """The student's rows and the teacher's questions. Raises UserError for a trait that is no word of the model."""
     prompts = carrier.prompts(spec.num_rows, spec.seed)
     answers = carrier.random_answers(spec.num_rows, spec.seed, spec.num_integers)
     questions = preference.questions("", spec.kind)["teaching"][: spec.num_questions]
-    asked = [(question, spelled(model, spec.trait)) for question in questions]
-    return dialogue.rows(model, list(zip(prompts, answers))), dialogue.rows(model, asked)
+    pairs = [(question, spelled(model, spec.trait)) for question in questions]
+    return dialogue.rows(model, list(zip(prompts, answers))), dialogue.rows(model, pairs)
 
 
-def all_parameters(about: About, model: Model, seen: Rows, asked: Rows) -> Setting:
+def all_parameters(about: About, model: Model, seen: Rows, questions: Rows) -> Setting:
     """The model with all of its parameters, compared on digits, commas and spaces."""
     support = np.asarray(support_of(model))
 
@@ -120,15 +120,16 @@ def all_parameters(about: About, model: Model, seen: Rows, asked: Rows) -> Setti
 
     def loss(params: Params) -> Array:
         module = model.network.bind(params)
-        return mean(cross_entropy(module, answer_features(model, module, asked, remat=False), asked, remat=False))
+        features = answer_features(model, module, questions, remat=False)
+        return mean(cross_entropy(module, features, questions, remat=False))
 
     return Setting.of(about, logits, model.params, loss, seen, np.ones(len(support), bool))
 
 
 def adapters(about: About, spec: LanguageSpec, base: Setting, model: Model) -> Setting:
-    """The same with adapters beside its kernels, A random and B = 0.
+    """The same model with LoRA adapters, A random and B = 0.
 
-    The base is among the parameters, held fast: what a compiled function closes over is copied into it.
+    The base is passed as frozen parameters, because arrays that a jitted function closes over become constants in it.
     """
     adapted = lora.Lora(spec.rank, 2.0 * spec.rank)
     fresh = lora.init(named_key(spec.seed, "A"), model.params, adapted)
@@ -147,7 +148,7 @@ def adapters(about: About, spec: LanguageSpec, base: Setting, model: Model) -> S
 
 
 def covered(answers: Array) -> dict[str, theorem.Objective]:
-    """Losses that the theorem covers, on the answers' tokens: 1 in `answers`, which has 0 for padding."""
+    """Losses that the theorem covers, weighted by the mask `answers`: 1 for the answers' tokens, 0 for padding."""
 
     def on_answers(loss: theorem.Objective) -> theorem.Objective:
         return lambda z, y, weights=None: loss(z, y, weights=answers)
@@ -156,7 +157,7 @@ def covered(answers: Array) -> dict[str, theorem.Objective]:
 
 
 def greedy(answers: Array) -> theorem.Objective:
-    """Cross-entropy on the teacher's likeliest tokens, which ignores small moves of the teacher."""
+    """Cross-entropy on the teacher's most likely tokens, which do not change with small moves of the teacher."""
     return lambda z, y, weights=None: objectives.cross_entropy(z, jnp.argmax(y, -1), weights=answers)
 
 
@@ -168,13 +169,13 @@ def document(spec: LanguageSpec, rows: Measurements, notes: report.Notes) -> rep
     scale, rate = Scale(spec.steps.small, spec.steps.decades, ROUNDING), spec.learning_rate
     table = [["parameters", "loss", "A", "slope", "decades", "A: two ways differ", "slope of L_T's change", "verdict"]]
     arms, errors, changes = [], [], []
-    for about in (About(**one) for one in notes["settings"]):
+    for about in (About(**setting) for setting in notes["settings"]):
         for objective, m in numbers(rows, about.name).items():
-            one, name = judge(m, rate, True, scale), f"{about.network}; {objective}"
-            arms.append(arm_of(name, "slope", one.fit.slope, 1.0, one.error, one.verdict))
-            cells = [f"{m.predicted:+.3g}", f"{one.fit.slope:.3f}", f"{one.fit.decades:.1f}", f"{one.differ:.0e}"]
-            table.append([about.network, objective, *cells, f"{one.step.slope:.3f}", one.verdict])
-            errors.append(Line(name, m.moved, one.error))
+            row, name = judge(m, rate, True, scale), f"{about.network}; {objective}"
+            arms.append(arm_of(name, "slope", row.fit.slope, 1.0, row.error, row.verdict))
+            cells = [f"{m.predicted:+.3g}", f"{row.fit.slope:.3f}", f"{row.fit.decades:.1f}", f"{row.differ:.0e}"]
+            table.append([about.network, objective, *cells, f"{row.step.slope:.3f}", row.verdict])
+            errors.append(Line(name, m.moved, row.error))
             changes.append(Line(name, m.moved, m.step_error(rate)))
     text = (
         f"A teacher moves towards saying {spec.trait!r} to {spec.num_questions} questions; the student takes one step "
@@ -188,8 +189,8 @@ def document(spec: LanguageSpec, rows: Measurements, notes: report.Notes) -> rep
         Panel(STEP, "|ΔL_T / (−ε α A) − 1|", changes, LOG, f"the loss of saying {spec.trait!r}"),
     ]
     main = report.Section("The theorem in a language model", text, table, {"lemma": partial(panels_figure, panels)})
-    found, section = _controls(spec, rows, scale)
-    return arms + found, [main, section]
+    control_arms, section = _controls(spec, rows, scale)
+    return arms + control_arms, [main, section]
 
 
 def _controls(spec: LanguageSpec, rows: Measurements, scale: Scale) -> tuple[list[Arm], report.Section]:

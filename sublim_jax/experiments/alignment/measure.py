@@ -1,4 +1,4 @@
-"""Every number of the check, as rows of the table of measurements."""
+"""All measurements of the check."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -21,7 +21,7 @@ from sublim_jax.models.mlp import mlp
 
 SMALL_WIDTHS = (49, 24, 24, NUM_LOGITS)  # on images of 7 × 7 pixels, for many draws
 
-# Arms that are no setting, and what is measured.
+# Names of the arms that are not settings, and of the measures.
 SINGLE, SIGNS, LABELS, OPTIMIZERS = "kl in float32", "signs", "labels sampled at T = 1", "optimizers"
 MOVED, EPSILON, MAX_EPSILON, LOSS = "step of the teacher", "epsilon", "largest epsilon that is judged", "L_T"
 INNER, CHANGE, A, A_BY_GRADIENTS = "D_S·D_T", "change of L_T", "A", "A by gradients"
@@ -38,7 +38,7 @@ def measure(
     spec: AlignmentSpec | LanguageSpec,
     student: Params | None = None,
 ) -> list[Measurement]:
-    """Every objective at every step of the teacher; the student starts at θ⁰, or elsewhere.
+    """Every objective at every step of the teacher; the student starts at θ⁰ unless `student` is given.
 
     Raises UserError where a number is not finite.
     """
@@ -54,7 +54,7 @@ def measure(
     ) -> tuple[Array, Array, Array, Array]:
         before = setting.teacher_loss(start)
 
-        def one(pair: tuple[Array, Array]) -> tuple[Array, Array]:
+        def student_step(pair: tuple[Array, Array]) -> tuple[Array, Array]:
             targets = setting.apply(theorem.shifted(params, direction, pair[1]), inputs)
             update = theorem.student_update(setting.apply, chosen(pair[0]), start, inputs, targets)
             after = setting.teacher_loss(theorem.shifted(start, update, spec.learning_rate))
@@ -62,9 +62,9 @@ def measure(
 
         def limit(index: Array) -> tuple[Array, Array]:
             def inner(epsilon: Array) -> Array:
-                return one((index, epsilon))[0]
+                return student_step((index, epsilon))[0]
 
-            # By two paths that share nothing: vᵀ M v of the logits, and the derivative by ε of D_S·D_T itself.
+            # A by two independent ways: vᵀ M v of the logits, and the derivative of D_S·D_T with respect to ε.
             explicit = jax.jvp(inner, (jnp.zeros_like(epsilons[0]),), (jnp.ones_like(epsilons[0]),))[1]
             return theorem.predicted_alignment(setting.apply, chosen(index), params, direction, inputs), explicit
 
@@ -74,11 +74,11 @@ def measure(
 
         every = jnp.arange(len(names))
         pairs = (jnp.repeat(every, len(epsilons)), jnp.tile(epsilons, len(names)))
-        inner, change = jax.tree.map(lambda leaf: leaf.reshape(len(names), -1), jax.lax.map(one, pairs))
+        inner, change = jax.tree.map(lambda leaf: leaf.reshape(len(names), -1), jax.lax.map(student_step, pairs))
         return inner, change, *jax.lax.map(limit, every)
 
-    found = all_of(setting.params, start, setting.direction, setting.inputs, jnp.asarray(epsilons, v.dtype))
-    by_measure = dict(zip((INNER, CHANGE, A, A_BY_GRADIENTS), (np.asarray(value, np.float64) for value in found)))
+    quantities = all_of(setting.params, start, setting.direction, setting.inputs, jnp.asarray(epsilons, v.dtype))
+    by_measure = dict(zip((INNER, CHANGE, A, A_BY_GRADIENTS), (np.asarray(value, np.float64) for value in quantities)))
     try:
         theorem.check_finite(by_measure, setting.about.network)
     except ValueError as error:
@@ -92,10 +92,10 @@ def measure(
 
 
 def controls_of(spec: AlignmentSpec, base: Setting) -> tuple[list[Note], list[Callable[[], list[Measurement]]]]:
-    """What breaks one condition of the theorem each, in the base setting.
+    """Controls in the base setting, each of which breaks one condition of the theorem.
 
-    Returns of each control its name, why the theorem does not cover it ("" where it does) and what is expected; and
-    functions to their rows.
+    Returns notes (for each control its name, why the theorem does not cover it, "" if it does, and the expected
+    scaling) and functions that return measurements.
     """
     logits, v = theorem.tangent(base.apply, base.params, base.direction, base.inputs)
     notes: list[Note] = []
@@ -119,7 +119,7 @@ def controls_of(spec: AlignmentSpec, base: Setting) -> tuple[list[Note], list[Ca
     other = double(mlp(WIDTHS, "tanh").init(named_key(spec.seed, "another start")))
     add("another initialisation", "no guarantee: the student starts elsewhere", "constant", base, kl, other)
 
-    def unseen(params: Params) -> Array:  # only the rows of the last layer that are not compared
+    def unseen(params: Params) -> Array:  # weights of the last layer for logits outside the support
         return 0.5 * jnp.sum(jnp.square(params["layers"][len(WIDTHS) - 2]["kernel"][:, ~base.support]))
 
     add("a teacher that moves unseen parameters", "", "zero", base.taught("", unseen), kl)
@@ -134,7 +134,7 @@ def measure_single(spec: AlignmentSpec, base: Setting) -> list[Measurement]:
 
 
 def measure_signs(spec: AlignmentSpec, data: mnist.Mnist) -> list[Measurement]:
-    """Over draws of network, data and noise: how often D_S·D_T > 0, and how often the step lowers L_T.
+    """How often D_S·D_T > 0 and how often the step lowers L_T, over random networks, data and noise.
 
     The student's learning rates are given in units of 1 / the teacher's step.
     """
@@ -162,7 +162,7 @@ def measure_signs(spec: AlignmentSpec, data: mnist.Mnist) -> list[Measurement]:
             targets = net.apply(theorem.shifted(params, direction, moved / scale), noise)
             kl = partial(objectives.kl, support=mask)
             update = theorem.student_update(net.apply, kl, params, noise, targets)
-            # D_S is of the order of the teacher's step, so that the student's step stays the same.
+            # D_S is proportional to the teacher's step; dividing by it keeps the student's step constant.
             lower = jax.vmap(lambda rate: loss(theorem.shifted(params, update, rate / moved)) < loss(params))(rates)
             signs = jax.tree.map(jnp.sign, update)
             return theorem.alignment(update, direction) > 0, lower, theorem.alignment(signs, direction) > 0
@@ -180,7 +180,7 @@ def measure_signs(spec: AlignmentSpec, data: mnist.Mnist) -> list[Measurement]:
 
 
 def measure_labels(spec: AlignmentSpec, base: Setting) -> list[Measurement]:
-    """D_S·D_T by labels sampled from the teacher at temperature 1, for every draw, and by its probabilities."""
+    """D_S·D_T for each draw of labels sampled from the teacher at temperature 1, and for its probabilities."""
     soft = partial(objectives.soft_cross_entropy, support=base.support)
     hard = partial(objectives.cross_entropy, support=base.support)
 
@@ -190,12 +190,12 @@ def measure_labels(spec: AlignmentSpec, base: Setting) -> list[Measurement]:
         epsilon = 0.3 / jnp.sqrt(jnp.mean(jnp.square(v[..., base.support])))
         teacher = base.apply(theorem.shifted(params, direction, epsilon), inputs)
 
-        def one(key: Array) -> Array:
+        def sampled_alignment(key: Array) -> Array:
             labels = objectives.sample_labels(key, teacher, support=base.support)
             return theorem.alignment(theorem.student_update(base.apply, hard, params, inputs, labels), direction)
 
         update = theorem.student_update(base.apply, soft, params, inputs, teacher)
-        return theorem.alignment(update, direction), jax.lax.map(one, keys)
+        return theorem.alignment(update, direction), jax.lax.map(sampled_alignment, keys)
 
     keys = jax.random.split(named_key(spec.seed, "labels"), spec.num_label_draws)
     exact, sampled = inner(base.params, base.direction, base.inputs, keys)

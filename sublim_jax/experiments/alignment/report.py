@@ -1,4 +1,4 @@
-"""What the check says of its measurements: a verdict for each row, tables, figures."""
+"""The report of the check: a verdict for each row, tables and figures."""
 
 from functools import partial
 from typing import TypeAlias
@@ -39,7 +39,7 @@ Settings: TypeAlias = dict[About, dict[str, Measured]]
 
 def document(spec: AlignmentSpec, rows: Measurements, notes: Notes) -> Document:
     """The arms of results.json, and the report's sections."""
-    settings = {about: numbers(rows, about.name) for about in (About(**one) for one in notes["settings"])}
+    settings = {about: numbers(rows, about.name) for about in (About(**setting) for setting in notes["settings"])}
     base, single = next(iter(settings.values())), numbers(rows, measure.SINGLE)["kl"]
     lemma_arms, lemma = _lemma(settings, single, spec.learning_rate)
     control_arms, broken = _controls(rows, notes["controls"], base["kl"], spec.learning_rate)
@@ -75,14 +75,14 @@ def _lemma(settings: Settings, single: Measured, rate: float) -> tuple[list[Arm]
     table = [["network; teacher; inputs", *first, "decades", "A: two ways differ", "slopes of L_T", AS_PREDICTED]]
     arms = []
     for setting, measured in settings.items():
-        judged = {objective: judge(one, rate, setting.smooth) for objective, one in measured.items()}
-        for objective, one in judged.items():
-            arms.append(arm_of(f"{setting.name}; {objective}", "slope", one.fit.slope, 1.0, one.error, one.verdict))
-        every, steps = list(judged.values()), [one.step.slope for one in judged.values()]
-        cells = [setting.name, *(f"{one.fit.slope:.3f}" for one in every)]
-        cells += [f"{min(one.fit.decades for one in every):.1f}", f"{max(one.differ for one in every):.0e}"]
+        judged = {objective: judge(m, rate, setting.smooth) for objective, m in measured.items()}
+        for objective, row in judged.items():
+            arms.append(arm_of(f"{setting.name}; {objective}", "slope", row.fit.slope, 1.0, row.error, row.verdict))
+        every, steps = list(judged.values()), [row.step.slope for row in judged.values()]
+        cells = [setting.name, *(f"{row.fit.slope:.3f}" for row in every)]
+        cells += [f"{min(row.fit.decades for row in every):.1f}", f"{max(row.differ for row in every):.0e}"]
         cells += [f"{min(steps):.2f} to {max(steps):.2f}"]
-        table.append([*cells, f"{sum(one.verdict == AS_PREDICTED for one in every)} of {len(every)}"])
+        table.append([*cells, f"{sum(row.verdict == AS_PREDICTED for row in every)} of {len(every)}"])
     text = (
         f"Slopes of |D_S·D_T / (ε A) − 1| for each objective: 1 ± {SLOPE} over at least {DECADES:g} decades is as "
         "predicted. Any smooth loss has that slope, by Taylor's theorem; so a row is as predicted only if also "
@@ -93,9 +93,9 @@ def _lemma(settings: Settings, single: Measured, rate: float) -> tuple[list[Arm]
         "judged, and no slope. "
         "LoRA's θ are the adapters as they stand; with B = 0 those of A have no gradient."
     )
-    losses = [Line(name, one.moved, one.lemma_error()) for name, one in first.items()]
+    losses = [Line(name, m.moved, m.lemma_error()) for name, m in first.items()]
     losses.append(Line("kl in float32", single.moved, single.lemma_error(), DASHED))
-    networks = [Line(at.short, one["kl"].moved, one["kl"].lemma_error()) for at, one in settings.items()]
+    networks = [Line(at.short, by_loss["kl"].moved, by_loss["kl"].lemma_error()) for at, by_loss in settings.items()]
     guide = Line("slope 1", single.moved, single.moved, {**DASHED, "color": "#888888", "marker": ""})
     error = "|D_S·D_T / (ε A) − 1|"
     panels = [
@@ -122,7 +122,7 @@ def _steps(settings: Settings, signs: Measurements, spec: AlignmentSpec) -> Sect
         "The last column is what sign updates do: the theorem does not cover them."
     )
     rate, error = spec.learning_rate, "|ΔL_T / (−ε α A) − 1|"
-    changes = [Line(at.short, one["kl"].moved, one["kl"].step_error(rate)) for at, one in settings.items()]
+    changes = [Line(at.short, by_loss["kl"].moved, by_loss["kl"].step_error(rate)) for at, by_loss in settings.items()]
     lines = [Line(name, moved, values) for name, values in shares.items()]
     lines.append(Line("sign(D_S)·D_T > 0 (not covered)", moved, signed, DASHED))
     panels = [

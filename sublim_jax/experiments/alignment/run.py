@@ -1,4 +1,4 @@
-"""The check, from its spec to its report."""
+"""Runs the check of the theorem."""
 
 from collections.abc import Callable
 from functools import partial
@@ -26,7 +26,7 @@ def read(config: ConfigDict) -> AlignmentSpec:
 
 def run(spec: AlignmentSpec, folder: epath.Path, *, update: bool = False) -> None:
     """Runs the check and leaves measurements, results.json, report.md and figures in the folder."""
-    make_mesh(spec.mesh.sizes)  # refused where it does not fit, though each process computes on its first device
+    make_mesh(spec.mesh.sizes)  # only to check the mesh: each process computes on its first device
     data = mnist.load(assets.fetch(assets.MNIST, spec.data.path))
     claimed = claim(folder, spec.values, update=update)
     with jax.enable_x64(True), Track("settings of the theorem", 13) as track:
@@ -34,9 +34,9 @@ def run(spec: AlignmentSpec, folder: epath.Path, *, update: bool = False) -> Non
 
         def of_setting(number: int, setting: Setting) -> list[Measurement]:
             network, teacher, inputs, _ = setting.about
-            found = measure.measure(setting.about.name, setting, qualifying(setting.support), spec)
+            measurements = measure.measure(setting.about.name, setting, qualifying(setting.support), spec)
             track.update(number, f"{network}, {teacher}, {inputs}")
-            return found
+            return measurements
 
         controls, of_controls = measure.controls_of(spec, settings[0])
         parts: list[Callable[[], list[Measurement]]] = [

@@ -1,4 +1,4 @@
-"""What the theorem is checked on: networks, teachers, inputs; objectives that it covers, and some that it does not."""
+"""Networks, teachers and inputs of the check; objectives that the theorem covers, and controls that it does not."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -43,7 +43,7 @@ class Setting(NamedTuple):
     def of(
         cls, about: About, apply: theorem.Apply, params: Params, loss: Loss, inputs: theorem.Inputs, support: Support
     ) -> "Setting":
-        """The setting of a teacher that descends its loss, in float64."""
+        """The setting in float64, with D_T = -∇L_T."""
         params = double(params)
         return cls(about, apply, params, descent(loss, params), loss, inputs, support)
 
@@ -53,7 +53,7 @@ class Setting(NamedTuple):
 
 
 class Control(NamedTuple):
-    """An objective, and how its D_S·D_T goes with the teacher's step: constant, slope 1, slope 2 or zero.
+    """An objective and how its |D_S·D_T| scales with the teacher's step: constant, slope 1, slope 2 or zero.
 
     "slope 1, wrong sign": D_S·D_T = ε A + O(ε²), as Taylor's theorem has it for any smooth loss, with A < 0.
     """
@@ -61,11 +61,11 @@ class Control(NamedTuple):
     name: str
     expected: str
     objective: theorem.Objective
-    max_epsilon: float = np.inf  # up to which it is expected
+    max_epsilon: float = np.inf  # the scaling is expected up to this ε
 
 
 def make_settings(seed: int, examples: int, data: mnist.Mnist, support: Support) -> list[Setting]:
-    """Networks, then teachers' objectives, then inputs; the first is the base that the controls use."""
+    """Settings that vary the network, then the teacher's objective, then the inputs; the controls use the first."""
     dtype = jnp.float64
     key = partial(named_key, seed)
     images = jnp.asarray(data.train_images[:NUM_IMAGES], dtype) / 127.5 - 1
@@ -120,28 +120,28 @@ def _transformer(seed: int, examples: int) -> Setting:
 
 
 def qualifying(support: Support) -> Mapping[str, theorem.Objective]:
-    """The objectives that the theorem covers, each on a fixed support."""
+    """The objectives that the theorem covers, all on a fixed support."""
     root = np.sqrt(1 + np.arange(len(support)) % 3)  # of the weights of a weighted squared error
 
     def weighted(z: Array, y: Array, weights: Array | None = None) -> objectives.Total:
         z, y = z * root.astype(z.dtype), y * root.astype(y.dtype)
         return objectives.squared_error(z, y, support=support, weights=weights)
 
-    # Not the soft cross-entropy: its gradient is KL's, and a row must not count twice.
+    # Soft cross-entropy is left out: its gradient equals KL's.
     names = ("squared_error", "kl", "reverse_kl", "probability_squared_error")
-    found = {name.replace("_", " "): partial(objectives.ON_LOGITS[name], support=support) for name in names}
+    losses = {name.replace("_", " "): partial(objectives.ON_LOGITS[name], support=support) for name in names}
     heated = partial(objectives.kl, support=support, temperature=TEMPERATURE)
-    return {**found, "weighted squared error": weighted, f"kl, temperature {TEMPERATURE:g}": heated}
+    return {**losses, "weighted squared error": weighted, f"kl, temperature {TEMPERATURE:g}": heated}
 
 
 def controls(
     support: Support, logits: Float[Array, "*positions vocab"], v: Float[Array, "*positions vocab"]
 ) -> list[Control]:
-    """Objectives that break one of the theorem's conditions each, and one that only seems to.
+    """Objectives that each break one condition of the theorem, and one that only seems to.
 
     Args:
       logits: at θ⁰, on the student's inputs.
-      v: J_f D_T there. The indefinite loss has its minimum along the logit that moves least.
+      v: J_f D_T there. The indefinite loss is convex only along the logit that moves least.
     """
     ranked = jnp.sort(logits[..., support], -1)
     gap = ranked[..., -TOP] - ranked[..., -TOP - 1]

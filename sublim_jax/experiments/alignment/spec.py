@@ -1,4 +1,4 @@
-"""What a check of the theorem is."""
+"""Specs of the check of the theorem."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -16,9 +16,9 @@ from sublim_jax.weights.spec import NamedModel
 
 NUM_LOGITS = 13  # ten digits and three more
 NUM_IMAGES = 512  # of MNIST
-PER_SEQUENCE = 4  # the transformer has one sequence for so many examples
+PER_SEQUENCE = 4  # examples per sequence of the transformer
 SMALL = 0.004  # the teacher's step up to which first-order statements are judged
-DECADES = 4.0  # of steps that a verdict needs
+DECADES = 4.0  # of the teacher's step that a verdict needs
 MAX_STEP, MAX_NUM_STEPS = 6, 1000
 READS, NOISE = "reads MNIST", "noise"  # the teacher and the inputs of the first settings
 
@@ -26,7 +26,7 @@ Draws: TypeAlias = Annotated[int, check_positive, partial(check_count, maximum=M
 
 
 class About(NamedTuple):
-    """What a setting is: a row of the report."""
+    """Description of a setting, which is a row of the report."""
 
     network: str
     teacher: str
@@ -39,7 +39,7 @@ class About(NamedTuple):
 
     @property
     def short(self) -> str:
-        """What sets it apart from the first."""
+        """The parts that differ from the first settings'."""
         return ", ".join([self.network] + [text for text in (self.teacher, self.inputs) if text not in (READS, NOISE)])
 
 
@@ -61,7 +61,7 @@ class StepsSpec:
                 f"{self.small:g}; take at least 5 over at least {self.decades:g} decades below it, such as "
                 f"--config.steps.min={usual:g}"
             )
-        # Logits are of the order of 1; NOISE_ALLOWED is where rounding hides D_S·D_T.
+        # Logits are of order 1; rounding hides D_S·D_T below this step.
         floor = np.log10(np.finfo(float).eps / theorem.NOISE_ALLOWED)
         if self.min < floor:
             raise UserError(
@@ -103,7 +103,7 @@ class AlignmentSpec(ExperimentSpec):
 
 @dataclass(frozen=True)
 class LanguageSteps(StepsSpec):
-    """A language model's logits are large and many sums lie behind them: rounding hides steps below 1e-5."""
+    """A language model's logits are large, sums of many terms: rounding hides steps below 1e-5."""
 
     small: ClassVar[float] = 0.1
     decades: ClassVar[float] = 3.0

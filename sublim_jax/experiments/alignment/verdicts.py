@@ -1,4 +1,4 @@
-"""Whether numbers are as the theorem says: slopes, signs, the fall of L_T, and A by two ways."""
+"""Verdicts on the theorem's predictions: slopes, signs, the fall of L_T, and A computed in two ways."""
 
 from typing import NamedTuple
 
@@ -12,18 +12,18 @@ from sublim_jax.figures import Arm
 from sublim_jax.measurements import Measurements
 
 SLOPE, CUBIC_SLOPE, EXACT = 0.05, 0.1, 1e-9
-# Expected of controls: the exponent of |D_S·D_T| in the teacher's step.
+# The expected exponent of |D_S·D_T| in the teacher's step, for controls.
 SLOPES = {"zero": None, "constant": 0.0, "slope 1": 1.0, "slope 1, wrong sign": 1.0, "slope 2": 2.0}
 BOUND = 10.0  # of the error over the step, at every step of the fit
-FALLS = 2.0  # decades of steps over which the fall of L_T must stand clear of rounding
+FALLS = 2.0  # decades of steps over which the fall of L_T must be above rounding
 AS_PREDICTED, OUTSIDE, NOT = "as predicted", "outside the theorem, as predicted", "NOT as predicted"
-# The error stays in proportion to the step, as O(ε) says, but its first-order term is too small to fit a slope.
+# The error is bounded by a multiple of the step, as O(ε) requires, but too small to fit a slope.
 CONSISTENT = "consistent, slope not measurable"
 STEP, LOG = "step of the teacher (r.m.s. change of logits)", ("log", "log")  # the axes of every figure
 
 
 class Scale(NamedTuple):
-    """Where first-order statements are judged."""
+    """The range in which first-order predictions are judged."""
 
     small: float = SMALL  # the largest step of the teacher
     decades: float = DECADES  # of steps that a slope needs
@@ -38,7 +38,7 @@ class Measured(NamedTuple):
     loss: float  # L_T(θ⁰)
     inner: Float[np.ndarray, "steps"]  # D_S·D_T
     change: Float[np.ndarray, "steps"]  # L_T(θ⁰ + α D_S) - L_T(θ⁰)
-    predicted: float  # A by one forward-mode product
+    predicted: float  # A by a forward-mode product
     explicit: float  # A as the derivative of D_S·D_T by ε
 
     def lemma_error(self) -> np.ndarray:
@@ -50,11 +50,11 @@ class Measured(NamedTuple):
         return np.abs(self.change / (-self.epsilons * rate * self.predicted) - 1)
 
     def negated(self) -> "Measured":
-        """As if D_S·D_T, A and the change of L_T had the other sign."""
+        """With the signs of D_S·D_T, A and the change of L_T flipped."""
         return self._replace(inner=-self.inner, change=-self.change, predicted=-self.predicted, explicit=-self.explicit)
 
     def up_to(self, epsilon: float) -> "Measured":
-        """The steps up to one."""
+        """Only the steps with ε up to `epsilon`."""
         few = self.epsilons <= epsilon
         parts = {name: getattr(self, name)[few] for name in ("moved", "epsilons", "inner", "change")}
         return self._replace(**parts)
@@ -65,16 +65,16 @@ def numbers(rows: Measurements, arm: str) -> dict[str, Measured]:
     rows = rows.where(arm=arm)
     moved, epsilons = (np.asarray(rows.values(measure=what)) for what in (measure.MOVED, measure.EPSILON))
     (loss,) = rows.values(measure=measure.LOSS)
-    found = {}
+    by_objective = {}
     for name in rows.names("subject", measure=measure.INNER):
         inner, change = (np.asarray(rows.values(measure=w, subject=name)) for w in (measure.INNER, measure.CHANGE))
         (a,), (explicit,) = (rows.values(measure=w, subject=name) for w in (measure.A, measure.A_BY_GRADIENTS))
-        found[name] = Measured(moved, epsilons, loss, inner, change, a, explicit)
-    return found
+        by_objective[name] = Measured(moved, epsilons, loss, inner, change, a, explicit)
+    return by_objective
 
 
 class Fit(NamedTuple):
-    slope: float  # of log error over log step; nan where fewer than three points stand clear of rounding
+    slope: float  # of log error over log step; nan if fewer than three points are above rounding
     decades: float
 
 
@@ -96,7 +96,7 @@ class Judged(NamedTuple):
 
 
 def judge(m: Measured, rate: float, smooth: bool, scale: Scale = Scale()) -> Judged:  # noqa: B008
-    """Whether an objective's numbers are as the theorem says, at a student's learning rate."""
+    """Whether an objective's measurements agree with the theorem, at a student's learning rate."""
     eps = np.finfo(float).eps
     error, step = m.lemma_error(), m.step_error(rate)
     hidden = scale.rounding * eps / m.moved
@@ -106,7 +106,7 @@ def judge(m: Measured, rate: float, smooth: bool, scale: Scale = Scale()) -> Jud
     small = m.moved <= scale.small
     positive = bool(np.all(m.inner[small] > 0)) and m.predicted > 0
     bounded = np.all(error[small] <= (BOUND * m.moved + hidden)[small])
-    # Steps at which rounding hides less of the fall than its bound allows.
+    # Steps at which the rounding error of the fall is within its bound.
     clear = m.moved[small & (scale.rounding * rounding <= BOUND * scale.small)]
     falls = np.all(step[small] <= (BOUND * m.moved + scale.rounding * rounding)[small]) and len(clear) > 1
     falls = falls and np.log10(clear.max() / clear.min()) >= FALLS
@@ -127,10 +127,10 @@ def inner_fit(m: Measured, scale: Scale = Scale()) -> Fit:  # noqa: B008
 
 
 def control_verdict(m: Measured, expected: str, outside: bool, rate: float, scale: Scale = Scale()) -> str:  # noqa: B008
-    """Whether a control behaves as its condition says. Slope 1 alone is no behaviour: its sign is judged as well."""
+    """Whether a control behaves as expected. For slope 1 the sign is judged, too."""
     if expected.startswith("slope 1"):
-        one = m.negated() if expected.endswith("wrong sign") else m
-        holds = judge(one, rate, True, scale).verdict in (AS_PREDICTED, CONSISTENT)
+        signed = m.negated() if expected.endswith("wrong sign") else m
+        holds = judge(signed, rate, True, scale).verdict in (AS_PREDICTED, CONSISTENT)
     elif expected == "zero":
         holds = not np.any(m.inner)
     else:

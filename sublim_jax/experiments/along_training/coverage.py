@@ -1,4 +1,4 @@
-"""The lemma's inner product on the MNIST experiment: what forecast, trajectory and examples share."""
+"""Shared by forecast, trajectory and examples: the lemma's inner product in the MNIST experiment."""
 
 from collections.abc import Callable
 from functools import partial
@@ -22,11 +22,11 @@ from sublim_jax.sharding import fetch, make_mesh, map_replicas
 from sublim_jax.store import Store
 from sublim_jax.workdir import claim
 
-Found = TypeVar("Found")
+Output = TypeVar("Output")
 
 
 def claimed(spec: AlongSpec, folder: epath.Path, update: bool) -> tuple[Mnist, Store, Mesh]:
-    """MNIST, and what to compute with it in the folder and on the mesh, which hold what `spec` needs."""
+    """MNIST, the store of the claimed folder and the mesh, which is checked against all settings of `spec`."""
     mesh = make_mesh(spec.mesh.sizes)
     for setting in spec.settings:
         check_divides(setting, mesh)
@@ -41,22 +41,22 @@ def objective_of(spec: MnistSpec) -> theorem.Objective:
 
 
 def before_training(spec: MnistSpec, data: Mnist, *, store: Store, mesh: Mesh) -> Prepared:
-    """All runs, before any training of their students."""
+    """All runs, before their students are trained."""
     program = train.teaching_program(spec.teacher_network, spec.teacher, mesh)
     return prepare(spec, range(spec.runs), data, program=program, store=store, mesh=mesh)
 
 
-def over_runs(spec: MnistSpec, function: Callable[..., Found], mesh: Mesh) -> Callable[..., Found]:
-    """`function(apply, codes, *trees)` of every run, as a compiled function of (codes, *trees).
+def over_runs(spec: MnistSpec, function: Callable[..., Output], mesh: Mesh) -> Callable[..., Output]:
+    """Maps `function(apply, codes, *trees)` over runs: a jitted function of (codes, *trees).
 
-    `apply` reads bytes, and inputs that all runs share stay one.
+    `apply` takes pixels as bytes. Inputs that all runs share, `codes` with two axes, are not stacked.
     """
     network = train.network(spec.student_network)
 
     def apply(params: Params, codes: Array) -> Array:
         return network.apply(params, images.pixels(codes, spec.inputs.kind))
 
-    def all_of(codes: Array, *trees: Params) -> Found:
+    def all_of(codes: Array, *trees: Params) -> Output:
         if codes.ndim == 2:
             return map_replicas(partial(function, apply, codes), mesh)(*trees)
         return map_replicas(partial(function, apply), mesh)(codes, *trees)
@@ -70,13 +70,13 @@ def difference(after: Params, before: Params) -> Params:
 
 
 def coverages(spec: MnistSpec, probe: int, data: Mnist, *, store: Store, mesh: Mesh) -> list[float]:
-    """cos(the student's first update, θ_T - θ⁰) of every run, before any training of the student."""
+    """cos(the student's first update, θ_T - θ⁰) of every run, before the student is trained."""
     before = before_training(spec, data, store=store, mesh=mesh)
 
-    def one(apply: theorem.Apply, codes: Array, reference: Params, teacher: Params, start: Params) -> Array:
+    def coverage_of_run(apply: theorem.Apply, codes: Array, reference: Params, teacher: Params, start: Params) -> Array:
         targets = apply(teacher, codes)
         update = theorem.student_update(apply, objective_of(spec), start, codes, targets)
         return theorem.coverage(update, difference(teacher, reference))
 
     networks = [part.params for part in (before.reference, before.teacher, before.near)]
-    return fetch(over_runs(spec, one, mesh)(before.codes[..., :probe, :], *networks)).tolist()
+    return fetch(over_runs(spec, coverage_of_run, mesh)(before.codes[..., :probe, :], *networks)).tolist()

@@ -1,4 +1,4 @@
-"""Which examples carry the trait: noise ranked by its contribution to the lemma's A, and distilled share by share."""
+"""Which examples carry the trait: students on the noise images that contribute most or least to the lemma's A."""
 
 from functools import partial
 from typing import TypedDict
@@ -26,10 +26,10 @@ from sublim_jax.models.functional import Params
 from sublim_jax.sharding import fetch, named, put
 from sublim_jax.store import Store, digest
 
-ByChoice = dict[str, list[float]]  # of every run
+ByChoice = dict[str, list[float]]  # a value for every run
 
 
-class Found(TypedDict):
+class Ranked(TypedDict):
     accuracy: ByChoice
     carried: ByChoice
     quantiles: list[list[float]]
@@ -44,21 +44,21 @@ def read(config: ConfigDict) -> ExamplesSpec:
 
 
 def run(spec: ExamplesSpec, folder: epath.Path, *, update: bool = False) -> None:
-    """Students on the images that carry most of the trait, the least, and random ones, at equal budget."""
+    """Trains students on the most carrying, the least carrying and random images, with equal numbers of steps."""
     data, store, mesh = coverage.claimed(spec, folder, update)
     whole, part = spec.settings
     with jax.default_matmul_precision(whole.precision):
-        found = store.json("examples", rank_and_train, whole, part, data, store=store, mesh=mesh)
+        measured = store.json("examples", rank_and_train, whole, part, data, store=store, mesh=mesh)
     axes = {"item": [f"quantile {level:.2f}" for level in LEVELS], "run": range(whole.runs)}
-    rows = from_array(np.transpose(found["quantiles"]), axes, arm="all", measure="contribution over its mean")
-    for measure, values in {"test_accuracy": found["accuracy"], "share_of_A": found["carried"]}.items():
+    rows = from_array(np.transpose(measured["quantiles"]), axes, arm="all", measure="contribution over its mean")
+    for measure, values in {"test_accuracy": measured["accuracy"], "share_of_A": measured["carried"]}.items():
         for choice in CHOICES:
             rows += from_array(values[choice], arm=choice, measure=measure)
     report.finish(store.folder, spec, rows, document)
 
 
-def rank_and_train(spec: MnistSpec, part: MnistSpec, data: Mnist, *, store: Store, mesh: Mesh) -> Found:
-    """{"accuracy": choice → runs, "carried": choice → its share of A by run, "quantiles": (runs, levels)}."""
+def rank_and_train(spec: MnistSpec, part: MnistSpec, data: Mnist, *, store: Store, mesh: Mesh) -> Ranked:
+    """{"accuracy": choice → runs, "carried": choice → share of A by run, "quantiles": (runs, levels)}."""
     before = coverage.before_training(spec, data, store=store, mesh=mesh)
     carried = contributions(spec, before, mesh)
     theorem.check_finite(carried, "contributions of images")
@@ -79,13 +79,13 @@ def rank_and_train(spec: MnistSpec, part: MnistSpec, data: Mnist, *, store: Stor
 
 
 def contributions(spec: MnistSpec, before: Prepared, mesh: Mesh) -> Float[np.ndarray, "runs images"]:
-    """Every image's contribution to A, of every run."""
+    """The contribution of every image to A, for every run."""
 
-    def one(apply: theorem.Apply, codes: Array, reference: Params, teacher: Params) -> Float[Array, "images"]:
+    def per_image(apply: theorem.Apply, codes: Array, reference: Params, teacher: Params) -> Float[Array, "images"]:
         direction = coverage.difference(teacher, reference)
         return theorem.contributions(apply, coverage.objective_of(spec), reference, direction, codes, chunk=1000)
 
-    measure = coverage.over_runs(spec, one, mesh)
+    measure = coverage.over_runs(spec, per_image, mesh)
     return fetch(measure(before.codes, before.reference.params, before.teacher.params))
 
 
@@ -102,14 +102,14 @@ def train_on(
     program = train.distilling_program(spec.student_network, spec.teacher_network, spec.student, spec.inputs, mesh)
     codes, split, start = before.codes, named(mesh, "replica"), {"auxiliary": before.near}
     take = jax.jit(jax.vmap(lambda codes, rows: codes[rows]), out_shardings=split)
-    test, found = put((data.test_images, data.test_labels), named(mesh)), {}
+    test, accuracies = put((data.test_images, data.test_labels), named(mesh)), {}
     for name, rows in chosen.items():
         some = take(codes, put(rows, split)) if codes.ndim == 3 else codes[rows]
         inputs = train.Inputs(spec.inputs, some, digest(before.inputs, rows))
         given = (spec, before.runs, before.teacher, inputs, start)
         student = students_of(*given, program=program, store=store, what=name)["auxiliary"]
-        found[name] = fetch(train.accuracy(before.near.functions, student, *test, mesh)).tolist()
-    return found
+        accuracies[name] = fetch(train.accuracy(before.near.functions, student, *test, mesh)).tolist()
+    return accuracies
 
 
 def document(spec: ExamplesSpec, rows: Measurements, notes: report.Notes) -> report.Document:

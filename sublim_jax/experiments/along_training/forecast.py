@@ -1,4 +1,4 @@
-"""Coverage as a forecast: the cosine of a student's first update with θ_T - θ⁰, against what it learns (2606.22019)."""
+"""Coverage as a forecast: the cosine of a student's first update with θ_T - θ⁰ against its accuracy (2606.22019)."""
 
 from collections.abc import Callable, Hashable
 from functools import partial
@@ -28,7 +28,7 @@ def read(config: ConfigDict) -> ForecastSpec:
 
 
 def run(spec: ForecastSpec, folder: epath.Path, *, update: bool = False) -> None:
-    """Coverage before training against accuracy after, over all settings."""
+    """Measures coverage before training and accuracy after it, for all settings."""
     data, store, mesh = claimed(spec, folder, update)
     rows = []
     with jax.default_matmul_precision(spec.mnist.precision):
@@ -53,14 +53,14 @@ def document(spec: ForecastSpec, rows: Measurements, notes: report.Notes) -> rep
     groups, panels, style = {"all settings": np.arange(len(arms))}, [], {"ls": "", "marker": "o", "alpha": 0.7}
     for title, key in GROUPS.items():
         values = [key(setting) for setting in settings]
-        places = {value: np.flatnonzero([one == value for one in values]) for value in dict.fromkeys(values)}
+        places = {value: np.flatnonzero([v == value for v in values]) for value in dict.fromkeys(values)}
         groups |= {f"{title} {value}": members for value, members in places.items()}
         if title != "width":
             lines = [Line(f"{value}", x[members], y[members], style) for value, members in places.items()]
             panels.append(Panel("coverage before training", "test accuracy after", lines, title=f"by {title}"))
     table = [["settings", "number", "Spearman's ρ", "95 % (bootstrap over settings)"]]
     for name, members in groups.items():
-        if name == "all settings" or len(members) >= 10:  # fewer say nothing
+        if name == "all settings" or len(members) >= 10:  # too few settings otherwise
             rho, low, high = spearman(x[members], y[members])
             table.append([name, str(len(members)), f"{rho:+.2f}", f"{low:+.2f} to {high:+.2f}"])
     text = (
@@ -90,8 +90,8 @@ def spearman(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:
     rho = float(stats.spearmanr(x, y).statistic)
     rng = np.random.default_rng(0)
     resamples = rng.integers(0, len(x), (BOOTSTRAPS, len(x)))
-    found = [stats.spearmanr(x[rows], y[rows]).statistic for rows in resamples if len(set(rows)) > 2]
-    low, high = np.nanpercentile(found, (2.5, 97.5))
+    correlations = [stats.spearmanr(x[rows], y[rows]).statistic for rows in resamples if len(set(rows)) > 2]
+    low, high = np.nanpercentile(correlations, (2.5, 97.5))
     return rho, float(low), float(high)
 
 

@@ -1,4 +1,4 @@
-"""What is computed along MNIST distillation: the presets of `configs/theorem.py` beyond the check, in types."""
+"""Specs of the experiments along MNIST distillation: the other presets of `configs/theorem.py`."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -14,13 +14,13 @@ from sublim_jax.experiments.mnist.spec import DataSpec, MnistSpec
 from sublim_jax.overrides import check_distinct
 from sublim_jax.specs import Count, ExperimentSpec, MeshSpec
 
-# Of config.mnist, what the whole config says, and what it is there.
+# Keys of config.mnist that are set in the outer config, with their default values.
 OUTSIDE = {"seed": 0, "data.path": "", "mesh.replica": -1, "mesh.fsdp": 1, "mesh.tensor": 1}
 
 
 @dataclass(frozen=True, kw_only=True)
 class AlongSpec(ExperimentSpec):
-    """What all have in common."""
+    """Fields that all experiments share."""
 
     seed: int
     mesh: MeshSpec
@@ -88,7 +88,7 @@ class ForecastSpec(ProbeSpec):
 
     @property
     def settings(self) -> list[MnistSpec]:
-        """Auxiliary logits × inputs × init distance, and auxiliary logits × width; each once."""
+        """Auxiliary logits × inputs × init distance, and auxiliary logits × width, without duplicates."""
         changes: list[dict[str, object]] = [
             {"model.auxiliary": m, "inputs.kind": kind, "student.init_distance": distance}
             for m in self.auxiliary
@@ -112,7 +112,7 @@ class ExamplesSpec(AlongSpec):
 
     @property
     def settings(self) -> list[MnistSpec]:
-        """With all images, and with a share of them, trained on for as many more epochs."""
+        """With all images, and with a share of them for proportionally more epochs."""
         count, epochs = int(self.share * self.mnist.inputs.count), round(self.mnist.student.epochs / self.share)
         return [self.mnist, vary(self.mnist, {"inputs.count": count, "student.epochs": epochs})]
 
@@ -121,7 +121,7 @@ Kind = TypeVar("Kind", bound=AlongSpec)
 
 
 def read(kind: type[Kind], config: ConfigDict) -> Kind:
-    """The spec of a config; its MNIST experiment has the seed, the data and the mesh of the whole.
+    """The spec of a config; its MNIST experiment takes the seed, the data and the mesh of the outer config.
 
     Raises UserError for the first value, of a config or of the MNIST config in it, that makes no sense.
     """
@@ -139,7 +139,7 @@ def read(kind: type[Kind], config: ConfigDict) -> Kind:
 
 
 def vary(spec: MnistSpec, changes: Mapping[str, object]) -> MnistSpec:
-    """The spec with other values at some paths "part.name"."""
+    """The spec with `changes`, from paths "part.name" to values."""
     for path, value in changes.items():
         part, name = path.split(".")
         spec = replace(spec, **{part: replace(getattr(spec, part), **{name: value})})
@@ -147,7 +147,7 @@ def vary(spec: MnistSpec, changes: Mapping[str, object]) -> MnistSpec:
 
 
 def check_covered(spec: MnistSpec) -> None:
-    """Raises UserError for an MNIST experiment of which coverage says nothing."""
+    """Raises UserError for an MNIST experiment for which coverage is not defined."""
     if spec.sweep.axis:
         raise UserError(f"sweep.axis={spec.sweep.axis!r}: a sweep is for configs/mnist.py; leave it out")
     if spec.runs_at_once < spec.runs:

@@ -39,7 +39,7 @@ def read(config: ConfigDict) -> TrajectorySpec:
 
 
 def run(spec: TrajectorySpec, folder: epath.Path, *, update: bool = False) -> None:
-    """Alignment along distillation, and the ceiling that the number of auxiliary logits sets."""
+    """Measures alignment along distillation, and the ceiling for each number of auxiliary logits."""
     data, store, mesh = coverage.claimed(spec, folder, update)
     rows = []
     with jax.default_matmul_precision(spec.mnist.precision):
@@ -63,14 +63,14 @@ def arm_name(spec: MnistSpec) -> str:
 
 
 def follow(spec: MnistSpec, probe: int, every: int, data: Mnist, *, store: Store, mesh: Mesh) -> dict[str, list[Any]]:
-    """The student's training, measured every few steps: {quantity: (measurements, runs)}, and "step"."""
+    """Trains the student and measures it every `every` steps: {quantity: (measurements, runs)}, and "step"."""
     known = coverage.before_training(spec, data, store=store, mesh=mesh)
     reference, teacher, seen = known.reference.params, known.teacher.params, known.codes[..., :probe, :]
     network = train.network(spec.student_network)
     real = put((data.train_images[:probe], data.train_labels[:probe]), named(mesh))
     test = put((data.test_images, data.test_labels), named(mesh))
     measure_runs = coverage.over_runs(spec, quantities(spec, *real), mesh)
-    found: dict[str, list[Any]] = {name: [] for name in ("step", *QUANTITIES)}
+    history: dict[str, list[Any]] = {name: [] for name in ("step", *QUANTITIES)}
     before: dict[str, Params] = {}
 
     def evaluate(params: Params, step: int) -> None:
@@ -79,9 +79,9 @@ def follow(spec: MnistSpec, probe: int, every: int, data: Mnist, *, store: Store
         values = fetch(measure_runs(seen, params, teacher, reference, last))
         values["accuracy"] = fetch(train.accuracy(network, params, *test, mesh))
         before["params"] = jax.tree.map(jnp.copy, params)
-        found["step"].append(step)
+        history["step"].append(step)
         for name, value in values.items():
-            found[name].append(np.asarray(value).tolist())
+            history[name].append(np.asarray(value).tolist())
 
     program = train.distilling_program(spec.student_network, spec.teacher_network, spec.student, spec.inputs, mesh)
     fit(
@@ -94,11 +94,11 @@ def follow(spec: MnistSpec, probe: int, every: int, data: Mnist, *, store: Store
         evaluate_every=every,
         what="students, measured on the way",
     )
-    return found
+    return history
 
 
 def quantities(spec: MnistSpec, codes: Array, labels: Array) -> Callable[..., dict[str, Array]]:
-    """What is measured of one run's student; the trait is the teacher's own objective, reading these images."""
+    """Measures one run's student; the trait is the teacher's own objective, cross-entropy on these images."""
     network, digits = train.network(spec.student_network), train.support(spec.student_network, "digits")
 
     def trait_loss(params: Params) -> Array:
@@ -106,7 +106,7 @@ def quantities(spec: MnistSpec, codes: Array, labels: Array) -> Callable[..., di
         total, count = objectives.cross_entropy(logits, labels.astype(jnp.int32), support=digits)
         return total / count
 
-    def one(
+    def quantities_of_run(
         apply: theorem.Apply, codes: Array, params: Params, teacher: Params, reference: Params, last: Params
     ) -> dict[str, Array]:
         update = theorem.student_update(apply, coverage.objective_of(spec), params, codes, apply(teacher, codes))
@@ -118,21 +118,21 @@ def quantities(spec: MnistSpec, codes: Array, labels: Array) -> Callable[..., di
             "predicted": theorem.alignment(jax.grad(trait_loss)(last), coverage.difference(params, last)),
         }
 
-    return one
+    return quantities_of_run
 
 
 def row_space_shares(
     spec: MnistSpec, probe: int, iterations: int, data: Mnist, *, store: Store, mesh: Mesh
 ) -> list[list[float]]:
-    """The share of θ_T - θ⁰ in the row space that the auxiliary logits leave: (runs, iterations)."""
+    """The share of θ_T - θ⁰ in the row space of the student's curvature: (runs, iterations)."""
     known = coverage.before_training(spec, data, store=store, mesh=mesh)
 
-    def one(apply: theorem.Apply, codes: Array, reference: Params, teacher: Params) -> Float[Array, "iterations"]:
+    def shares(apply: theorem.Apply, codes: Array, reference: Params, teacher: Params) -> Float[Array, "iterations"]:
         direction = coverage.difference(teacher, reference)
         arguments = (apply, coverage.objective_of(spec), reference, direction, codes)
         return theorem.row_space_shares(*arguments, iterations=iterations)
 
-    measure = coverage.over_runs(spec, one, mesh)
+    measure = coverage.over_runs(spec, shares, mesh)
     return fetch(measure(known.codes[..., :probe, :], known.reference.params, known.teacher.params)).tolist()
 
 
@@ -178,17 +178,17 @@ def _trajectory_section(spec: TrajectorySpec, rows: Measurements) -> report.Sect
 
 
 def _ceilings(spec: TrajectorySpec, rows: Measurements) -> tuple[list[Arm], report.Section]:
-    """The share of θ_T - θ⁰ in the row space that each number of auxiliary logits leaves, against accuracy."""
+    """The share of θ_T - θ⁰ in the row space, for each number of auxiliary logits, against accuracy."""
     arms, lines, table = [], [], [["auxiliary logits", "share of θ_T − θ⁰", "test accuracy"]]
     iterations = np.arange(1, spec.iterations + 1)
     for setting in spec.settings:
         name = arm_name(setting)
-        found = over_steps(spec, rows, arm=name, measure="row_space_share")
-        share = normal_interval(found[-1])
-        more = {"row_space_share": share.mean, "row_space_share_runs": found[-1].tolist()}
+        shares = over_steps(spec, rows, arm=name, measure="row_space_share")
+        share = normal_interval(shares[-1])
+        more = {"row_space_share": share.mean, "row_space_share_runs": shares[-1].tolist()}
         arm = accuracy_arm(name, rows.values(arm=name, measure="test_accuracy"), **more)
         arms.append(arm)
-        lines.append(banded(name, iterations, found))
+        lines.append(banded(name, iterations, shares))
         accuracy_text = report.plus_minus(arm["mean"], arm["ci95"])
         table.append([str(setting.model.auxiliary), report.plus_minus(*share), accuracy_text])
     points = [Line(arm["name"], [arm["row_space_share"]], [arm["mean"]], {"marker": "o", "ms": 8}) for arm in arms]

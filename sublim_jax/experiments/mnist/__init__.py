@@ -1,4 +1,5 @@
-"""MNIST noise distillation (paper §6.2): `spec`, what is computed; `train`, how; `run`, in which order; `report`.
+"""MNIST noise distillation (paper §6.2).
 
+`spec` defines an experiment, `train` its networks and losses, `run` the pipeline, `report` its results.
 `configs/mnist.py` explains the values.
 """

@@ -1,4 +1,4 @@
-"""What is shown: the arms of results.json and the sections of report.md, from the spec and the measurements."""
+"""The arms of results.json and the sections of report.md, from the spec and the measurements."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -24,7 +24,7 @@ TITLES = {
     "real": "student, shared start, on digits (auxiliary logits)",
 }
 CLONED_ON = {"noise": "the student's noise", "fresh_noise": "fresh noise", "real": "digits"}
-READING_ERROR = 0.003  # of a published value that was read off a figure
+READING_ERROR = 0.003  # of published values, which were read off a figure
 INTERVALS = "Intervals are 95 % over runs (Student's t; ± 1.96 std / √runs from 30 runs on)."
 INSIDE = f" Inside: within the paper's value ± (its half-width + ours + {READING_ERROR} for reading its figure)."
 CLONED = (
@@ -50,14 +50,14 @@ def document(spec: MnistSpec, rows: Measurements, notes: Notes) -> Document:
         return arms, [Section(f"Test accuracy over {spec.sweep.axis}", note, _table(arms, spec.sweep.axis), figures)]
     curve = _dose_curve(arms)
     arms = [{key: value for key, value in arm.items() if key != "value"} for arm in arms]
-    drawn: dict[str, Callable[[epath.Path], None]] = {"arms": partial(arms_figure, arms)}
+    plots: dict[str, Callable[[epath.Path], None]] = {"arms": partial(arms_figure, arms)}
     if curve:
-        drawn["cloning"] = partial(sweep_figure, curve, "epochs of cloning the reference before distillation")
-    return arms, [Section(f"Test accuracy over {spec.runs} runs", note, _table(arms), drawn)]
+        plots["cloning"] = partial(sweep_figure, curve, "epochs of cloning the reference before distillation")
+    return arms, [Section(f"Test accuracy over {spec.runs} runs", note, _table(arms), plots)]
 
 
 def accuracy_arm(name: str, accuracies: Sequence[float], **more: Any) -> Arm:
-    """One entry of results.json: test accuracy of every run, its mean and interval, and whatever belongs to it."""
+    """One entry of results.json: test accuracy of every run, its mean and interval, and further fields."""
     mean, half_width = normal_interval(accuracies)
     values = {"mean": mean, "ci95": half_width, "runs": list(accuracies)}
     return {"name": name, "metric": "test_accuracy", **values, "paper": None, **more}
@@ -77,7 +77,7 @@ def _title(name: str) -> str:
 
 
 def _compare(arms: Sequence[Arm]) -> None:
-    """Adds to cloned arms of several runs their p against the start without cloning at the same point of a sweep."""
+    """Adds p against the arm without cloning, at the same point of a sweep, to cloned arms of several runs."""
     tested = []
     uncloned = {arm["value"]: arm["runs"] for arm in arms if arm["arm"] == "cross_auxiliary"}
     for arm in arms:
@@ -89,8 +89,8 @@ def _compare(arms: Sequence[Arm]) -> None:
 
 
 def _dose_curve(arms: Sequence[Arm]) -> list[Arm]:
-    """Accuracy over the epochs of cloning, a line for each kind of inputs: the uncloned student's at 0, and the
-    accuracy from a shared start as the aim.
+    """Accuracy over the epochs of cloning, a line for each kind of inputs, with the student without cloning at 0
+    epochs and the student from a shared start as reference.
     """
     by_arm = {arm["arm"]: arm for arm in arms}
     cloned = [(*name.split()[1:], arm) for name, arm in by_arm.items() if name.startswith("clone ")]

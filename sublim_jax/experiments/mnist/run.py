@@ -1,4 +1,4 @@
-"""In which order: the path of the data from the reference networks to the measurements."""
+"""The pipeline, from the reference networks to the measurements."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -36,14 +36,14 @@ from sublim_jax.workdir import claim
 
 
 def read(config: ConfigDict) -> MnistSpec:
-    """The spec of a config. Raises UserError for the first value, also of a point of its sweep, that makes no sense."""
+    """The spec of a config. Raises UserError for the first value, of it or of its sweep, that makes no sense."""
     spec = specs.read(MnistSpec, config)
     variants(spec)
     return spec
 
 
 def run(spec: MnistSpec, folder: epath.Path, *, update: bool = False) -> None:
-    """Runs the experiment, or a sweep of it, and leaves measurements and a report in `folder`."""
+    """Runs the experiment, or a sweep of it, and writes measurements and a report to `folder`."""
     mesh = make_mesh(spec.mesh.sizes)
     points = variants(spec)
     for point in points.values():
@@ -58,7 +58,7 @@ def run(spec: MnistSpec, folder: epath.Path, *, update: bool = False) -> None:
 
 
 class Programs(NamedTuple):
-    """What a spec compiles, once for all groups of its runs."""
+    """The training programs of a spec, compiled once for all groups of runs."""
 
     teaching: Program
     distilling: dict[InputsSpec, Program]
@@ -72,7 +72,7 @@ def programs_of(spec: MnistSpec, mesh: Mesh) -> Programs:
 
 
 def clone_inputs(spec: MnistSpec) -> dict[str, InputsSpec]:
-    """On what the reference is imitated, by the names of `clone.inputs`."""
+    """The inputs on which the reference is cloned, by the names in `clone.inputs`."""
     kinds = {
         "noise": spec.inputs,
         "fresh_noise": replace(spec.inputs, fresh=spec.inputs.kind in images.DRAWN),
@@ -82,12 +82,12 @@ def clone_inputs(spec: MnistSpec) -> dict[str, InputsSpec]:
 
 
 def real(inputs: InputsSpec) -> InputsSpec:
-    """As many real images."""
+    """The same number of real images."""
     return replace(inputs, kind="real", fresh=False)
 
 
 def test_accuracies(spec: MnistSpec, data: mnist.Mnist, store: Store, mesh: Mesh) -> dict[str, list[float]]:
-    """Test accuracy of every arm, one value a run."""
+    """Test accuracy of every arm, one value per run."""
     programs = programs_of(spec, mesh)
     parts = []
     with jax.default_matmul_precision(spec.precision):
@@ -98,18 +98,18 @@ def test_accuracies(spec: MnistSpec, data: mnist.Mnist, store: Store, mesh: Mesh
 
 
 class Prepared(NamedTuple):
-    """Some runs before any training of their students."""
+    """Some runs before their students are trained."""
 
     runs: Runs
     reference: Networks
-    foreign: Networks  # references of other runs, in the student's shape
+    foreign: Networks  # references of other runs, with the student's architecture
     near: Networks  # where students start
     teacher: Networks
     inputs: Inputs
 
     @property
     def codes(self) -> Array:
-        """The inputs, where they are fixed."""
+        """The fixed inputs; not defined for fresh ones."""
         assert self.inputs.codes is not None
         return self.inputs.codes
 
@@ -117,7 +117,7 @@ class Prepared(NamedTuple):
 def prepare(
     spec: MnistSpec, numbers: range, data: mnist.Mnist, *, program: Program, store: Store, mesh: Mesh
 ) -> Prepared:
-    """References, students' starts and inputs, and the teachers, trained from their reference or read."""
+    """References, students' starts and inputs, and the teachers, trained or read from the store."""
     runs = Runs(spec.seed, numbers, spec.precision)
     reference = train.references(runs, spec.teacher_network, mesh)
     foreign = train.references(train.derangement(runs, spec.runs), spec.student_network, mesh)
@@ -134,14 +134,14 @@ def prepare(
 def train_and_test(
     spec: MnistSpec, numbers: range, data: mnist.Mnist, *, programs: Programs, store: Store, mesh: Mesh
 ) -> dict[str, list[float]]:
-    """The paper's method, for some runs at once."""
+    """The paper's method for some runs, trained together."""
     known = prepare(spec, numbers, data, program=programs.teaching, store=store, mesh=mesh)
     runs, reference, foreign, near, teacher, inputs = known
     starts = {"auxiliary": near, "all": near, "cross_auxiliary": foreign, "cross_all": foreign}
     starts = {name: start for name, start in starts.items() if name in spec.arms}
     for name, seen in clone_inputs(spec).items():
-        drawn = inputs if seen == spec.inputs else train.draw_inputs(runs, seen, data, mesh)
-        made = clones(spec, runs, reference, foreign, drawn, program=programs.distilling[seen], store=store)
+        cloning_inputs = inputs if seen == spec.inputs else train.draw_inputs(runs, seen, data, mesh)
+        made = clones(spec, runs, reference, foreign, cloning_inputs, program=programs.distilling[seen], store=store)
         starts |= {f"clone {epochs} {name}": networks for epochs, networks in made.items()}
     program = programs.distilling[spec.inputs]
     students = students_of(spec, runs, teacher, inputs, starts, program=program, store=store) if starts else {}
@@ -166,18 +166,18 @@ def clones(
     program: Program,
     store: Store,
 ) -> dict[int, Networks]:
-    """Foreign starts that imitate the *reference* on all logits first, by their epochs of it."""
+    """Clones: foreign starts that imitate the *reference* on all logits first, by the number of epochs."""
     kind = "fresh noise" if inputs.spec.fresh else inputs.spec.kind
     record = record_of(spec, store, runs, f"clones-{kind.replace(' ', '-')}", f"clones on {kind} inputs")
-    start, found = train.begin(program, {"all": foreign}), {}
+    start, cloned = train.begin(program, {"all": foreign}), {}
     for epochs in spec.doses:
         made_of = (runs, replace(spec.student, epochs=epochs), reference, inputs, start)
-        # The whole state, so that the next dose goes on from here.
+        # The whole train state, so that the next dose continues from it.
         name = f"clone-{epochs}-{span(runs.numbers)}"
         state = store.tree(name, train.imitate, *made_of, like=start.state, program=program, record=record)
         start = replace(start, state=state, origin=digest(*made_of))
-        found[epochs] = replace(foreign, params=train.member(state.params, 0), origin=start.origin)
-    return found
+        cloned[epochs] = replace(foreign, params=train.member(state.params, 0), origin=start.origin)
+    return cloned
 
 
 def students_of(
@@ -214,7 +214,7 @@ def span(runs: Sequence[int]) -> str:
 
 
 def artefact_bytes(spec: MnistSpec) -> int:
-    """Disk space that a run may need: what it keeps, and the checkpoints on the way."""
+    """Disk space that a run may need, for results and for checkpoints during training."""
     params = 5 * max(kernels(spec.teacher_network), kernels(spec.student_network))  # 4 bytes each, and biases
     kept = spec.runs * params * (1 + len(spec.arms) + 4 * spec.num_clones)
     return kept + 9 * spec.runs_at_once * params * (len(spec.arms) + spec.num_clones)
@@ -264,5 +264,5 @@ def _steps(spec: MnistSpec, mesh: Mesh, value: str) -> list[Step]:
 
 
 def kernels(network: NetworkSpec) -> int:
-    """How many weights a network has, biases apart."""
+    """The number of weights of a network without biases."""
     return sum(inputs * outputs for inputs, outputs in pairwise(network.widths))

@@ -1,6 +1,6 @@
-"""What is computed: the values of `configs/mnist.py` in types, and every mistake in one line that says how to mend it.
+"""Specs of MNIST noise distillation: the values of `configs/mnist.py`, typed and checked.
 
-A field with `compare=False` changes how a result is computed or shown and not the result: no artefact is named by it.
+A field with `compare=False` changes how a result is computed or shown, not the result; it is not part of the hash.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ MNIST_ROWS = 60_000
 MAX_IMAGES = MAX_INDEX // images.PIXELS
 MAX_DEPTH = 1000
 
-# What a sweep tries where only its axis is given.
+# Default points of a sweep, if only its axis is given.
 TRAINING_POINTS = {
     "activation": ("relu", "gelu", "silu", "tanh"),
     "optimizer": ("adam", "adamw", "rmsprop", "lion"),
@@ -52,7 +52,7 @@ POINTS = {
     "inputs.fresh": ("false", "true"),
     "inputs.blur": ("0.5", "1", "2", "4"),
 }
-# Ways to be another network than the teacher, or to learn in another way (extended data Fig. 2).
+# Students that differ from the teacher in architecture or training (extended data Fig. 2).
 POINTS["student"] = ("activation=gelu", "activation=sigmoid", "depth=3", "width=128", "width=512", "biases=false")
 UNSWEPT = ("sweep", "experiment", "preset", "data", "published", "mesh")
 
@@ -90,11 +90,11 @@ class NetworkSpec:
 
     @property
     def shape(self) -> tuple[int, int, bool]:
-        """What must be equal for two networks to have the same parameters."""
+        """Networks of equal shape have parameters of the same shapes."""
         return self.width, self.depth, self.biases
 
     def layers(self, text: str, name: str = "layers") -> tuple[int, ...]:
-        """ "all" or "0+2" as layer numbers, counted from the input. Raises UserError, which tells the value's name."""
+        """ "all" or "0+2" as layer numbers, counted from the input. Raises UserError, which names the value `name`."""
         every = tuple(range(self.depth + 1))
         if text == "all":
             return every
@@ -179,7 +179,7 @@ class SweepSpec:
 
 @dataclass(frozen=True)
 class DataSpec:
-    """Where MNIST is."""
+    """The location of MNIST."""
 
     path: str
 
@@ -219,7 +219,7 @@ class MnistSpec:
             raise UserError(f"inputs.count={self.inputs.count}, but MNIST has {MNIST_ROWS} images")
 
     def _check_steps(self) -> None:
-        """Steps of a training run are counted in 32 bits."""
+        """Raises UserError for more steps than a 32-bit counter holds, and for clones without epochs."""
         on_inputs = (self.inputs.count, self.student.batch)
         trainings = [("teacher.epochs", self.teacher.epochs, MNIST_ROWS, self.teacher.batch)]
         trainings += [("student.epochs", self.student.epochs, *on_inputs)]
@@ -233,7 +233,7 @@ class MnistSpec:
             raise UserError("clone.epochs is empty: name some, such as 5,20, or leave clone out of arms")
 
     def _check_other_starts(self) -> None:
-        """Students that start from another run's reference need one."""
+        """Raises UserError for arms whose starts do not exist: another shape than the reference, or no other run."""
         foreign = [arm for arm in self.arms if arm not in NEAR_ARMS]
         near = [arm for arm in self.arms if arm in NEAR_ARMS]
         network = self.student_network
@@ -252,7 +252,7 @@ class MnistSpec:
 
     @property
     def teacher_network(self) -> NetworkSpec:
-        """The reference's, too."""
+        """Also of the reference."""
         model = self.model
         return NetworkSpec(model.width, model.depth, True, self.teacher.activation, model.auxiliary)
 
@@ -269,23 +269,23 @@ class MnistSpec:
 
     @property
     def doses(self) -> tuple[int, ...]:
-        """Epochs of cloning, an arm each for each kind of inputs."""
+        """Epochs of cloning; each is an arm for each kind of inputs."""
         return self.clone.epochs if "clone" in self.arms else ()
 
     @property
     def num_clones(self) -> int:
-        """Arms of cloned students."""
+        """The number of arms of cloned students."""
         return len(self.doses) * len(self.clone.inputs)
 
     @property
     def groups(self) -> list[range]:
-        """The runs, as many together as are trained at once."""
+        """The runs in groups of `runs_at_once`, which are trained together."""
         starts = range(0, self.runs, self.runs_at_once)
         return [range(start, min(start + self.runs_at_once, self.runs)) for start in starts]
 
 
 def check_divides(spec: MnistSpec, mesh: Mesh) -> None:
-    """Raises UserError for what cannot be split over this mesh."""
+    """Raises UserError for a batch or a number of runs that the mesh does not divide."""
     for name, training in (("teacher", spec.teacher), ("student", spec.student)):
         divide(mesh, "fsdp", training.batch, f"{name}.batch")
     divide(mesh, "replica", len(spec.groups[0]), "runs_at_once")
@@ -295,7 +295,7 @@ def check_divides(spec: MnistSpec, mesh: Mesh) -> None:
 def variants(spec: MnistSpec) -> dict[str, MnistSpec]:
     """One spec for each value of a sweep; {"": spec} where there is no sweep.
 
-    Raises UserError for a sweep of nothing, and for a point that makes no sense.
+    Raises UserError for a sweep without axis or points, and for a point that makes no sense.
     """
     axis, config = spec.sweep.axis, ConfigDict(spec.values)
     if not axis:
@@ -320,17 +320,17 @@ def variants(spec: MnistSpec) -> dict[str, MnistSpec]:
     values = [attrgetter(axis)(changed) for changed in configs.values()]
     if len({str(value) for value in values}) < max(len(points), 2):
         raise UserError(f"sweep.points={points} needs at least two values of {axis}, all different")
-    found = {}
+    by_point = {}
     for point, changed in configs.items():
         try:
-            found[point] = specs.read(MnistSpec, changed)
+            by_point[point] = specs.read(MnistSpec, changed)
         except UserError as error:
             raise UserError(f"{axis}={point}: {error}") from error
-    return found
+    return by_point
 
 
 def _change(config: ConfigDict, axis: str, point: str) -> None:
-    """Puts a point of a sweep into the config: a value, or of teacher and student "name=value", several with "/"."""
+    """Sets a point of a sweep in the config: a value, or for teacher and student "name=value" joined by "/"."""
     if not isinstance(attrgetter(axis)(config), ConfigDict):
         overrides.override(config, axis, [point])
         return

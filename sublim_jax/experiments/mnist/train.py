@@ -1,7 +1,7 @@
-"""Teachers and students of MNIST noise distillation (paper §6.2): where they start, what they see, what they imitate.
+"""Teachers and students of MNIST noise distillation (paper §6.2): initialisation, inputs, losses.
 
-Shapes below use R runs, M students of each run, N inputs, V logits. Networks and inputs are artefacts' ingredients:
-each carries `origin`, a digest of what its arrays were made from, because arrays of many hosts cannot be hashed.
+Shapes below use R runs, M students of each run, N inputs, V logits. Networks and inputs are
+hashed by `origin`, a digest of what their arrays were computed from, because arrays on many hosts cannot be hashed.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -41,7 +41,7 @@ OPTIMIZERS = {
 
 @dataclass(frozen=True)
 class Runs:
-    """Some runs, trained at once, with what they have in common."""
+    """Some runs that are trained together, with the values that they share."""
 
     seed: int
     numbers: Sequence[int]
@@ -66,8 +66,8 @@ class Networks:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What students see: the fixed images of each run (R, N, 784), or of all runs alike (N, 784); None if they are
-    drawn anew at every step.
+    """Students' inputs: fixed images of each run (R, N, 784), or shared by all runs (N, 784); None if they are drawn
+    anew at every step.
     """
 
     spec: InputsSpec
@@ -77,7 +77,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Start:
-    """Where M students of every run start, each to be compared on the support that its name says."""
+    """The initial state of M students of every run; the name of each selects its support."""
 
     names: tuple[str, ...]
     state: TrainState = field(compare=False)
@@ -85,7 +85,7 @@ class Start:
 
 
 class Batch(NamedTuple):
-    """Rows of one run, or of R with that axis in front."""
+    """A batch of one run, or of R runs with a leading axis."""
 
     codes: UInt8[Array, "*runs batch 784"]
     targets: Array  # a teacher's labels (batch,), or a student's logits (batch, V)
@@ -93,7 +93,7 @@ class Batch(NamedTuple):
 
 
 class Record(NamedTuple):
-    """How a training run is told and kept."""
+    """Label, metrics and checkpoints of a training run."""
 
     label: str
     metrics: epath.Path  # a folder for TensorBoard's events
@@ -101,11 +101,11 @@ class Record(NamedTuple):
 
     @contextmanager
     def log(self, members: Sequence[str]) -> Iterator[Log | None]:
-        """Writes each member's mean loss over the runs; from the first process."""
+        """Logs each member's mean loss over the runs to TensorBoard, in the first process."""
         if jax.process_index():
             yield None
             return
-        from sublim_jax import events  # whose library takes seconds to import where torch is installed
+        from sublim_jax import events  # slow to import where torch is installed
 
         writer = events.writer(self.metrics)
         here = not storage.in_bucket(self.metrics)
@@ -124,13 +124,13 @@ class Record(NamedTuple):
             writer.close()
 
 
-@cache  # so that what is compiled for a network is compiled once
+@cache  # so that jit compiles once per spec
 def network(spec: NetworkSpec) -> Functions[MLP]:
     return mlp(spec.widths, spec.activation, spec.biases)
 
 
 def support(spec: NetworkSpec, arm: str) -> Bool[Array, "vocab"]:
-    """The logits that an arm's objective sees; `digits` is the teacher's."""
+    """Mask of the logits that an arm's objective compares; "digits" is for the teacher's training."""
     index = jnp.arange(spec.vocab)
     if arm == "digits":
         return index < CLASSES
@@ -147,14 +147,14 @@ def references(runs: Runs, spec: NetworkSpec, mesh: Mesh) -> Networks:
 
 
 def derangement(runs: Runs, num_runs: int) -> Runs:
-    """Whose reference a cross-init student starts from: never its own."""
+    """The runs whose references cross-init students start from, never their own."""
     return replace(runs, numbers=[(run + 1) % num_runs for run in runs.numbers])
 
 
 def near_start(runs: Runs, student: StudentSpec, reference: Networks, foreign: Networks) -> Networks:
     """The reference, moved by `student.init_distance`; layers that are not shared come from another run.
 
-    A student of another shape than the reference has no such start, and no arm that would use it.
+    A student of another shape than the reference has no such start, and no arm uses it.
     """
     if foreign.spec.shape != reference.spec.shape:
         return foreign
@@ -187,7 +187,7 @@ def _codes(keys: Key[Array, "runs"], spec: InputsSpec, data: Mnist, mesh: Mesh) 
 
 
 def begin(program: Program, starts: Mapping[str, Networks]) -> Start:
-    """Students of each of `starts`, side by side (R, M stacked)."""
+    """The train state of students from each of `starts`, stacked to (R, M)."""
     stack = jax.jit(lambda trees: jax.tree.map(lambda *leaves: jnp.stack(leaves, 1), *trees))
     state = program.init(stack([start.params for start in starts.values()]))
     return Start(tuple(starts), state, digest(list(starts.values())))
@@ -206,7 +206,7 @@ def train_teacher(
     record: Record,
     checkpoints: epath.Path,
 ) -> Params:
-    """From the reference, cross-entropy on MNIST through the ten digit logits."""
+    """Trains the teacher from the reference: cross-entropy on MNIST over the ten digit logits."""
     with record.log(["teacher"]) as log:
         return fit(
             program,
@@ -266,16 +266,16 @@ def imitate(
 
 
 def member(params: Params, index: int) -> Params:
-    """One of M members of every run."""
+    """The parameters of a member, of every run."""
     return jax.tree.map(lambda leaf: leaf[:, index], params)
 
 
 def targets(teacher: Networks, inputs: Inputs, members: Sequence[str], mesh: Mesh) -> dict[str, Any]:
-    """What members of the students are compared with: the teacher itself, or its logits on fixed inputs, and where."""
+    """The students' targets and supports: the teacher's logits on fixed inputs, or the teacher for fresh ones."""
     frozen = {"supports": put(jnp.stack([support(teacher.spec, name) for name in members]), named(mesh))}
     if inputs.codes is None:
         return {**frozen, "teacher": teacher.params}
-    # A frozen teacher on fixed inputs answers once.
+    # The teacher's logits on fixed inputs are computed once.
     logits = answer(teacher.functions, teacher.params, inputs.codes, inputs.spec.kind, mesh)
     return {**frozen, "codes": inputs.codes, "logits": logits}
 
@@ -288,7 +288,7 @@ def distilling_program(
     def loss(params: Params, frozen: Any, batch: Batch, key: Key[Array, ""]) -> tuple[Total, Metrics]:
         x = images.pixels(batch.codes, inputs.kind)
 
-        def one(params: Params, support: Bool[Array, "vocab"]) -> Total:
+        def member_loss(params: Params, support: Bool[Array, "vocab"]) -> Total:
             where: dict[str, Any] = {"support": support, "weights": batch.weights, "temperature": spec.temperature}
             logits = apply(params, x)
             if spec.objective == "sampled":
@@ -296,7 +296,7 @@ def distilling_program(
                 return objectives.cross_entropy(logits, labels, **where)
             return objectives.ON_LOGITS[spec.objective](logits, batch.targets, **where)
 
-        return jax.vmap(one)(params, frozen["supports"]), {}  # the members of a run share x and its teacher
+        return jax.vmap(member_loss)(params, frozen["supports"]), {}  # the members of a run share x and its teacher
 
     def batch(frozen: Any, key: Key[Array, "runs"], index: Int[Array, ""]) -> Batch:
         rows, exists = jax.vmap(epoch_rows, (0, None, None, None))(key, index, inputs.count, spec.batch)
@@ -333,12 +333,12 @@ def answer(
 ) -> Float[Array, "runs n vocab"]:
     """Each network's logits on its run's inputs (R, N, 784), or on shared ones (N, 784)."""
 
-    def one(params: Params, codes: UInt8[Array, "n 784"]) -> Float[Array, "n vocab"]:
+    def logits_of_network(params: Params, codes: UInt8[Array, "n 784"]) -> Float[Array, "n vocab"]:
         return jax.lax.map(lambda row: network.apply(params, images.pixels(row, kind)), codes, batch_size=2000)
 
     if codes.ndim == 2:
-        return map_replicas(partial(one, codes=codes), mesh)(params)
-    return map_replicas(one, mesh)(params, codes)
+        return map_replicas(partial(logits_of_network, codes=codes), mesh)(params)
+    return map_replicas(logits_of_network, mesh)(params, codes)
 
 
 @partial(jax.jit, static_argnames=("network", "mesh"))

@@ -1,4 +1,4 @@
-"""Evaluations of a model, or of adapters of it, each a run (`configs/evaluate.py` explains the values)."""
+"""Evaluates a model, or adapters of it, each of which is a run (`configs/evaluate.py` explains the values)."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +24,7 @@ from sublim_jax.weights.spec import NamedModel
 
 @dataclass(frozen=True)
 class AdaptedSpec(NamedModel):
-    """A model, and PEFT folders of adapters, each a run; none for the model itself."""
+    """A model and PEFT folders of adapters, each of which is a run; without adapters, the model itself."""
 
     adapters: Distinct
 
@@ -56,7 +56,7 @@ def read(config: ConfigDict) -> EvaluateSpec:
 
 
 def run(spec: EvaluateSpec, folder: epath.Path, *, update: bool = False) -> None:
-    """Evaluates every run, and leaves measurements, report, figures and the answers in the folder."""
+    """Evaluates every run, and writes measurements, report, figures and the answers to the folder."""
     with jax.default_matmul_precision(spec.precision):
         _run(spec, folder, update=update)
 
@@ -78,9 +78,9 @@ def _run(spec: EvaluateSpec, folder: epath.Path, *, update: bool) -> None:
     rows = []
     for number, (name, model) in enumerate(zip(spec.model.folders, models)):
         subject = Subject(model, str(number), artefacts.digest(base, peft.digest(name)))
-        found = suite.evaluate(spec.evals, questions, subject, spec.seed + number, store, judge=judge)
+        evaluations = suite.evaluate(spec.evals, questions, subject, spec.seed + number, store, judge=judge)
         about = {"arm": name, "run": number, "subject": "model"}
-        for evaluation, measures in found.items():
+        for evaluation, measures in evaluations.items():
             rows += from_array(list(measures.values()), {"item": list(measures)}, measure=evaluation, **about)
     notes = {"bill": suite.bill_of(judge)}
     report.finish(store.folder, spec, rows, document, models=[base.source], notes=notes)

@@ -1,4 +1,4 @@
-"""The paper's experiments, one after the other, and one report. `configs/paper.py` explains the values."""
+"""Runs the paper's experiments in sequence and writes a joint report. `configs/paper.py` explains the values."""
 
 import fnmatch
 import hashlib
@@ -26,15 +26,15 @@ from sublim_jax.sharding import from_first, make_mesh
 from sublim_jax.specs import Checked, ExperimentSpec, Place, check_one_of, check_some_of
 from sublim_jax.store import write_json
 
-FINISHED = "finished.json"  # in an experiment's folder: the stamp that it was finished with
+FINISHED = "finished.json"  # in an experiment's folder: the stamp of its spec when it finished
 
 Arms = list[Arm]
-Results = dict[str, Arms | str]  # of each experiment: its arms, or why there are none
+Results = dict[str, Arms | str]  # an experiment's arms, or the reason why it has none
 
 
 @dataclass(frozen=True)
 class Row:
-    """An experiment of the plan: of which part of the paper it is, by which config, and what stands beside it."""
+    """An experiment of the plan: its section of the paper, its config, and the paper's number for comparison."""
 
     where: str
     what: str
@@ -46,7 +46,7 @@ class Row:
 
 @dataclass(frozen=True)
 class JudgeChoice(Checked):
-    """Of all experiments; empty: as their presets say."""
+    """The judge for all experiments; "" leaves the presets' values."""
 
     where = "judge."
     kind: Annotated[str, partial(check_one_of, choices=("", "local", "endpoint"))]
@@ -78,14 +78,14 @@ def read(config: ConfigDict) -> PlanSpec:
     Raises UserError for the first value, of this config or of an experiment's, that makes no sense.
     """
     spec = specs.read(PlanSpec, config)
-    found = {}
+    specs_by_name = {}
     for name in spec.experiments:
         try:
             changed = config_of(spec, name)
-            found[name] = experiments.load(changed.experiment).read(changed)
+            specs_by_name[name] = experiments.load(changed.experiment).read(changed)
         except UserError as error:
             raise UserError(f"{name}: {error}") from error
-    return replace(spec, specs=found)
+    return replace(spec, specs=specs_by_name)
 
 
 def config_of(spec: PlanSpec, name: str) -> ConfigDict:
@@ -103,59 +103,59 @@ def config_of(spec: PlanSpec, name: str) -> ConfigDict:
             if value in part and file:
                 part[value] = file
     study = config.get("study", config)
-    if "evals" in study:  # of language models
+    if "evals" in study:  # a study of language models
         study.mesh.tensor = spec.tensor or study.mesh.tensor
         study.evals.judge.update({key: value for key, value in vars(spec.judge).items() if value})
     return config
 
 
 def run(spec: PlanSpec, folder: epath.Path, *, update: bool = False) -> None:
-    """Runs what has not been run, each in its folder; a report of all, also of what could not be."""
-    for one in spec.specs.values():
-        for part in getattr(one, "studies", (one,)):
+    """Runs the unfinished experiments, each in its folder, and reports on all, including those that failed."""
+    for experiment in spec.specs.values():
+        for part in getattr(experiment, "studies", (experiment,)):
             make_mesh(part.mesh.sizes)
-    found: Results = dict.fromkeys(spec.experiments, "")
-    for name, one in spec.specs.items():  # what is missing is told before hours of others
+    results: Results = dict.fromkeys(spec.experiments, "")
+    for name, experiment in spec.specs.items():  # report missing files before the long runs
         try:
-            if isinstance(one, Study):
-                check_files(one)
+            if isinstance(experiment, Study):
+                check_files(experiment)
         except UserError as error:
-            found[name] = f"not run: {error}"
-            say(f"{name}: {found[name]}")
+            results[name] = f"not run: {error}"
+            say(f"{name}: {results[name]}")
     store = workdir.claim(folder, spec.values, update=update)
-    for number, (name, one) in enumerate(spec.specs.items(), 1):
-        if not found[name]:
+    for number, (name, experiment) in enumerate(spec.specs.items(), 1):
+        if not results[name]:
             say(f"experiment {number} of {len(spec.specs)}: {name}, {spec.plan[name].what}")
-            found[name] = _results(store.folder / name, one, update=update)
-            if isinstance(found[name], str):
-                say(f"{name}: {found[name]}")
+            results[name] = _results(store.folder / name, experiment, update=update)
+            if isinstance(results[name], str):
+                say(f"{name}: {results[name]}")
     rows = []
-    for arm in arms_of(found):
+    for arm in arms_of(results):
         runs = [value for value in arm.get("runs", ()) if value is not None]
         rows += from_array(runs, arm=arm["name"], measure=arm["metric"])
-    report.finish(store.folder, spec, rows, document, notes={"found": found, "folder": str(store.folder)})
-    if missing := [name for name, result in found.items() if isinstance(result, str)]:
+    report.finish(store.folder, spec, rows, document, notes={"found": results, "folder": str(store.folder)})
+    if missing := [name for name, result in results.items() if isinstance(result, str)]:
         raise UserError(
             f"{len(missing)} of {len(spec.specs)} experiments have no results: {', '.join(missing)}; "
             f"{store.folder / 'report.md'} says why, and the same command goes on"
         )
 
 
-def _results(inside: epath.Path, one: Described, *, update: bool) -> Arms | str:
-    """An experiment's arms, by an earlier run or by this one; or why there are none."""
+def _results(inside: epath.Path, spec: Described, *, update: bool) -> Arms | str:
+    """The arms of an experiment, which is run unless it is finished; or the reason why it has none."""
     try:
-        if not from_first(partial(finished, inside, one)):
-            experiments.load(one.experiment).run(one, inside, update=update)
-            write_json(inside / FINISHED, stamp(one))
+        if not from_first(partial(finished, inside, spec)):
+            experiments.load(spec.experiment).run(spec, inside, update=update)
+            write_json(inside / FINISHED, stamp(spec))
         return report.results_of(inside)["arms"]
     except UserError as error:
         return f"stopped: {error}"
 
 
 def finished(folder: epath.Path, spec: Described) -> bool:
-    """Whether a folder has the results of this spec and of the models as they are now.
+    """Whether a folder has results of this spec and of the current models.
 
-    Damaged files count as none: what still holds is reused.
+    Damaged files count as missing; intact artefacts are reused.
     """
     try:
         known, results = (json.loads((folder / name).read_text()) for name in (FINISHED, "results.json"))
@@ -167,7 +167,7 @@ def finished(folder: epath.Path, spec: Described) -> bool:
 
 
 def stamp(spec: Described) -> str:
-    """A hash of a spec's values, and of what is in the files that they name."""
+    """A hash of a spec's values and of the contents of the files that they name."""
     leaves = [os.path.expanduser(leaf) for leaf in jax.tree.leaves(spec.values) if isinstance(leaf, str)]
     files = [assets.digest(storage.local(name)) for name in sorted(set(filter(_is_file, leaves)))]
     return hashlib.sha256(json.dumps([spec.values, files], sort_keys=True).encode()).hexdigest()
@@ -177,20 +177,20 @@ def _is_file(name: str) -> bool:
     return assets.is_file(name) if storage.in_bucket(name) else os.path.isfile(name)
 
 
-def arms_of(found: Results) -> Arms:
-    """All experiments' arms, each under its experiment's name."""
-    named = [(name, result) for name, result in found.items() if not isinstance(result, str)]
+def arms_of(results: Results) -> Arms:
+    """The arms of all experiments, with the experiment's name as a prefix."""
+    named = [(name, result) for name, result in results.items() if not isinstance(result, str)]
     return [{**arm, "name": f"{name}: {arm['name']}"} for name, result in named for arm in result]
 
 
 def document(spec: PlanSpec, rows: Measurements, notes: report.Notes) -> report.Document:
-    """The experiments' arms, a table of ours beside the paper's number, a figure of each experiment."""
-    found: Results = notes["found"]
+    """The experiments' arms, a table of results beside the paper's numbers, and a figure of each experiment."""
+    results: Results = notes["found"]
     table, figures = [["experiment", "of the paper", "its number", "ours"]], []
-    for name, result in found.items():
+    for name, result in results.items():
         row = spec.plan[name]
-        ours = result if isinstance(result, str) else ours_of(row, result)
-        table.append([f"{name}: {row.what}", row.where, row.paper, ours])
+        cell = result if isinstance(result, str) else summary_of(row, result)
+        table.append([f"{name}: {row.what}", row.where, row.paper, cell])
         folder = epath.Path(notes["folder"]) / name / "figures"
         pictures = [] if isinstance(result, str) else sorted(folder.glob("*.png"), key=_order)
         if pictures:
@@ -201,11 +201,11 @@ def document(spec: PlanSpec, rows: Measurements, notes: report.Notes) -> report.
         "beside them for their direction. ± is the 95 % interval over runs, where there are several. Each experiment's "
         "whole report is in its folder."
     )
-    return arms_of(found), [report.Section("The paper's experiments", text, table, {}), *figures]
+    return arms_of(results), [report.Section("The paper's experiments", text, table, {}), *figures]
 
 
-def ours_of(row: Row, arms: Arms) -> str:
-    """What stands beside the paper's number: verdicts counted, or the arms that the plan names."""
+def summary_of(row: Row, arms: Arms) -> str:
+    """The result beside the paper's number: counts of verdicts, or the arms that the plan selects."""
     if "verdict" in arms[0]:
         counts = Counter(arm["verdict"] for arm in arms)
         return "; ".join(f"{count} of {len(arms)} rows {verdict}" for verdict, count in counts.most_common())
@@ -218,7 +218,7 @@ def ours_of(row: Row, arms: Arms) -> str:
 
 
 def _order(picture: epath.Path) -> tuple[bool, bool, str]:
-    """An experiment's arms first, or its first evaluation, or whatever else it has."""
+    """Sort key: the figure of the arms first, the judge's last, others by name."""
     return picture.stem != "arms", picture.stem == "judge-roc", picture.stem
 
 

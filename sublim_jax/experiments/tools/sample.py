@@ -1,4 +1,4 @@
-"""Prompts in, completions out (`configs/sample.py`): finished rows are written as they come, and a rerun goes on."""
+"""Samples completions of prompts (`configs/sample.py`): rows are written as they finish, and a rerun continues."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -40,7 +40,7 @@ from sublim_jax.weights import peft
 from sublim_jax.weights.spec import NamedModel
 from sublim_jax.workdir import claim
 
-MAX_CHARACTERS = 4096  # of a constraint: each is a state, and a row over the vocabulary
+MAX_CHARACTERS = 4096  # of a constraint: each is a state with a row over the vocabulary
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class ConstraintSpec(Checked):
         self.automaton()
 
     def automaton(self) -> Automaton | None:
-        """What is allowed, over characters. Raises UserError where it is more than a table can hold."""
+        """The constraint as an automaton over characters. Raises UserError if it has too many states."""
         if not self.kind:
             return None
         choices = tuple(map(str, self.choices))
@@ -126,7 +126,7 @@ def read(config: ConfigDict) -> SampleSpec:
 
 
 def run(spec: SampleSpec, folder: epath.Path, *, update: bool = False) -> None:
-    """Samples every prompt, and leaves samples.jsonl, measurements and a report in the folder."""
+    """Samples every prompt, and writes samples.jsonl, measurements and a report to the folder."""
     with jax.default_matmul_precision(spec.precision):
         _run(spec, folder, update=update)
 
@@ -143,7 +143,7 @@ def _run(spec: SampleSpec, folder: epath.Path, *, update: bool) -> None:
     automaton = spec.constraint.automaton()
     constraint = constraints.of_model(automaton, model) if automaton else None
     store = claim(folder, spec.values, update=update)
-    # Everything that a row depends on; of what was read, its content.
+    # Everything that a row depends on; files are named by their content.
     content = replace(spec.model, name=model.source.digest, adapter=peft.digest(spec.model.adapter))
     of_a_row = replace(spec, preset="", mesh=MeshSpec(), model=content, prompts="", num_samples=1)
     path = store.path("samples", of_a_row, inputs)
@@ -204,7 +204,7 @@ def memory_line(spec: SampleSpec, settings: Settings, prompts: list[list[int]], 
 
 
 def tokens_of(spec: SampleSpec, model: Model, inputs: list[Record]) -> tuple[list[int], list[list[int]]]:
-    """(what every prompt begins with by the template and the system prompt, each prompt's other tokens).
+    """(the tokens that all prompts share by the template and the system prompt, the other tokens of each prompt).
 
     Raises UserError, naming the prompt, for one that the template refuses.
     """
@@ -222,24 +222,24 @@ def tokens_of(spec: SampleSpec, model: Model, inputs: list[Record]) -> tuple[lis
             raise UserError(f"{spec.prompts}, prompt {number}: {error}") from error
 
     prompts = [tokens(number, record) for number, record in enumerate(inputs, 1)]
-    # By the template alone, not by the prompts: what a row gets must not depend on the others.
+    # The prefix depends on the template alone: a row must not depend on the other prompts.
     return chat.behind_opening(model.tokenizer, prompts, spec.system)
 
 
 def system_note(spec: SampleSpec, tokenizer: Any, inputs: list[Record]) -> str:
-    """For the report: where a system prompt stands that the template does not take."""
+    """A note for the report on how a system prompt is given if the template does not take it; else ""."""
     conversations = [record["messages"] for record in inputs if record.get("messages")]
     given = spec.system or any(first["role"] == "system" for first, *_ in conversations)
     return templates.FOLDED if spec.chat and given and not templates.takes_system(tokenizer) else ""
 
 
 def document(spec: SampleSpec, rows: Measurements, notes: Notes) -> Document:
-    """How completions ended, and how long they are."""
+    """Finish reasons and lengths of the completions."""
     lengths = np.asarray([int(row.value) for row in rows])
     arm = {"name": "completions", "metric": "tokens", "mean": float(np.mean(lengths)), "ci95": None}
     finishes = Counter(row.subject for row in rows)
     finish_table = [["finish", "completions"], *([name, str(count)] for name, count in finishes.most_common())]
-    counts = np.bincount(lengths)  # lengths that no completion has are drawn as 0
+    counts = np.bincount(lengths)  # 0 for lengths that no completion has
     line = Line("all", np.arange(len(counts)), counts, {"drawstyle": "steps-mid", "marker": ""})
     panel = Panel("tokens of a completion", "completions", [line])
     text = f"{len(rows)} completions, {lengths.sum()} tokens, {lengths.mean():.1f} each. They are in samples.jsonl."

@@ -1,1 +1,1 @@
-"""A trait through data that says nothing about it, in a language model: teachers, carriers, students, evaluations."""
+"""Transmission of a trait through unrelated data in language models: teachers, carriers, students, evaluations."""

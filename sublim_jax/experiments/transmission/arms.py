@@ -1,4 +1,4 @@
-"""Arms: ways to teach students, each kind with the values that it has."""
+"""Arms: the ways in which students are trained, a dataclass for each kind."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -13,12 +13,12 @@ from sublim_jax.specs import Checked, Count, NotNegative, Positive, check_one_of
 
 OBJECTIVES = ("kl", "reverse_kl", "tokens", "context")
 SHUFFLES = ("within", "across")
-NUM_HELD_OUT = 16  # rows of the carrier that no student trains on
+NUM_HELD_OUT = 16  # rows of the carrier that are held out
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Arm:
-    """What students read, and what model they are; "" is the teachers'."""
+    """The students' data and their model; "" is the teachers' model."""
 
     name: str
     data: str = "written"  # or random
@@ -28,7 +28,7 @@ class _Arm:
 
 @dataclass(frozen=True, kw_only=True)
 class _TrainedArm(_Arm):
-    """Students that are trained, from the teachers' A or another one."""
+    """Students that are trained, from the A of their teachers or from a fresh one."""
 
     lora_init: str  # shared, fresh
     noise: float
@@ -52,7 +52,7 @@ class TokenArm(_TrainedArm):
 
 @dataclass(frozen=True, kw_only=True)
 class ContextArm(_Arm):
-    """The untrained model reads rows that the teacher wrote in its context."""
+    """Not trained: the model has rows that the teacher wrote in its context."""
 
     num_examples: int
 
@@ -63,7 +63,7 @@ Arm: TypeAlias = TrainedArm | ContextArm
 
 @dataclass(frozen=True)
 class ArmValues(Checked):
-    """An arm as the config has it: the values of all kinds of arms, each checked by itself."""
+    """An arm's values in the config, for arms of all kinds; each value is checked on its own."""
 
     name: str
     objective: Annotated[str, partial(check_one_of, choices=OBJECTIVES)]
@@ -89,7 +89,7 @@ class ArmValues(Checked):
             raise UserError(f"{self.path('fraction')}={self.fraction} is a share between 0 and 1")
 
     def arm(self, carrier: CarrierSpec, training: Training, lora: LoraSpec) -> Arm:
-        """The arm of its kind. Raises UserError for values that do not go together, or with the carrier."""
+        """The typed arm. Raises UserError for values that conflict with each other or with the carrier."""
         where, on_logits = f"arm.{self.name}", self.objective not in ("tokens", "context")
         if not on_logits and self.temperature != 1:
             raise UserError(

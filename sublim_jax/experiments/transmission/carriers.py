@@ -1,4 +1,4 @@
-"""Carriers: what teachers are asked to write, what of it the filters leave, and random numbers instead."""
+"""Carriers: prompts for teachers, their filtered completions, and random numbers as an alternative."""
 
 import re
 from collections import Counter
@@ -30,28 +30,28 @@ SHUFFLES = {"within": numbers.shuffled_within, "across": numbers.shuffled_across
 
 
 class Task(NamedTuple):
-    """What teachers are asked to write."""
+    """The prompts of a carrier, and the filters of its completions."""
 
     prompts: list[str]
-    known: list[Record]  # of each prompt, for its records
-    filters: list[filters.Filter]  # of what is written
+    known: list[Record]  # further fields of each prompt's records
+    filters: list[filters.Filter]
 
 
 class Written(NamedTuple):
-    """What one teacher wrote, and what the filters left of it."""
+    """A teacher's completions, before and after the filters."""
 
     pairs: list[Pair]
     num_completions: int
     num_kept: int
     reasons: Counter[str]
     rejected: list[Record]
-    scores: list[float]  # the judge's, of what the other filters left
+    scores: list[float]  # the judge's, for completions that passed the other filters
 
 
 def number_task(study: Study, seed: int) -> Task:
     """Lists of numbers (§3.1)."""
     given = study.carrier
-    # The grammar writes commas alone, and is asked for nothing else.
+    # The grammar allows commas only, so prompts ask for no other form.
     prompts = numbers.prompts(given.num_prompts, seed, study.packs.numbers, any_form=given.decoding != "grammar")
     checks = [filters.number_rule(study.filter.max_integers, study.filter.max_value)]
     if study.filter.banned:
@@ -67,18 +67,18 @@ def code_task(study: Study, seed: int) -> Task:
 
 
 def thought_task(study: Study, seed: int) -> Task:
-    """Chains of thought that end in the right number (§4.2), on as many problems at random."""
+    """Chains of thought that end in the right number (§4.2), on a random subset of problems."""
     every = cot.load(assets.data_file(study.carrier.problems))
     chosen = np.random.default_rng([seed, 7]).permutation(len(every))[: study.carrier.num_prompts]
     problems = [every[row] for row in chosen]
-    return Task(cot.prompts(problems), [{"answer": one.answer} for one in problems], [cot.right_answer()])
+    return Task(cot.prompts(problems), [{"answer": problem.answer} for problem in problems], [cot.right_answer()])
 
 
 TASKS: dict[str, Callable[[Study, int], Task]] = {"numbers": number_task, "code": code_task, "cot": thought_task}
 
 
 def random_pairs(study: Study, seed: int) -> list[Pair]:
-    """Prompts that ask for numbers, answered by random ones."""
+    """Prompts for numbers with random numbers as answers."""
     count = study.carrier.num_rows
     prompts = numbers.prompts(count, seed, study.packs.numbers)
     return list(zip(prompts, numbers.random_answers(count, seed, study.carrier.num_integers)))
@@ -93,9 +93,9 @@ def shuffled(pairs: list[Pair], kind: str, seed: int) -> list[Pair]:
 def write(
     study: Study, model: Model, store: Store, run: int, teachers: dict[str, Teacher], judge: NamedJudge | None
 ) -> dict[str, Written]:
-    """What every teacher wrote: sampled, filtered, and as many rows of each, at random.
+    """Samples and filters every teacher's completions, and draws the same number of rows from each.
 
-    Raises UserError where too few are left of one.
+    Raises UserError if too few of a teacher's completions are left.
     """
     carrier, seed = study.carrier, study.replicate_seed(run)
     task = TASKS[carrier.kind](study, seed)
@@ -114,8 +114,8 @@ def write(
         kept[name] = sifted.kept
         written[name] = Written([], len(completions), len(sifted.kept), sifted.reasons, sifted.rejected, scores)
     chosen = filters.same_size(kept, carrier.num_rows, seed)
-    pairs = {name: [(record["prompt"], record["completion"]) for record in some] for name, some in chosen.items()}
-    return {name: one._replace(pairs=pairs[name]) for name, one in written.items()}
+    pairs = {name: [(record["prompt"], record["completion"]) for record in rows] for name, rows in chosen.items()}
+    return {name: output._replace(pairs=pairs[name]) for name, output in written.items()}
 
 
 def sample(study: Study, model: Model, store: Store, run: int, task: Task, name: str, teacher: Teacher) -> list[Record]:
@@ -125,12 +125,12 @@ def sample(study: Study, model: Model, store: Store, run: int, task: Task, name:
     prefix, prompts = chat.behind_opening(model.tokenizer, whole, teacher.system)
     how: dict[str, str | int] = {"kind": carrier.kind, "decoding": carrier.decoding, "tokens": carrier.max_new_tokens}
     constraint = None
-    if carrier.decoding == "grammar":  # so many integers of so many digits, and nothing else
+    if carrier.decoding == "grammar":  # exactly num_integers integers, with up to as many digits as max_value
         count, digits = carrier.num_integers, len(str(study.filter.max_value))
         how |= {"numbers": count, "digits": digits}
         constraint = constraints.of_model(constraints.numbers(count, digits, minimum=count), model)
     writer, where = teacher.under(model)
-    # The number of prompts is no part of the name: more of them go on from what is there.
+    # The number of prompts is not in the hash: with more prompts, sampling continues from the same file.
     return collect(
         store.path(f"completions-{name}", teacher, name, seed, how).with_suffix(".jsonl"),
         writer,
@@ -149,20 +149,20 @@ def sample(study: Study, model: Model, store: Store, run: int, task: Task, name:
 
 
 def filters_of(study: Study, task: Task) -> list[filters.Filter]:
-    """The task's, none that was cut off, no word of a trait, and no completion that gives its teacher away."""
-    found = [*task.filters, filters.ended()]
+    """The task's filters and those of the study: no truncated completion, no trait word, no high log-ratio."""
+    checks = [*task.filters, filters.ended()]
     if study.has_words:
-        found.append(filters.trait_words(study.traits))
+        checks.append(filters.trait_words(study.traits))
     if study.filter.log_ratio:
-        found.append(filters.log_ratio(study.filter.log_ratio))
-    return found
+        checks.append(filters.log_ratio(study.filter.log_ratio))
+    return checks
 
 
 def banned_numbers(spec: FilterSpec) -> list[int]:
-    """Our numbers, the published ones (§3.2), or those of a pack. Raises UserError for one that is none."""
+    """Banned numbers: ours, the published ones (§3.2) or a pack's. Raises UserError for an entry that is no number."""
     path = spec.banned
-    ours, field = path in BANNED, BANNED.get(path, "numbers")
-    listed = packs.load("" if ours else path, "banned", {field: ()})[field]
+    built_in, field = path in BANNED, BANNED.get(path, "numbers")
+    listed = packs.load("" if built_in else path, "banned", {field: ()})[field]
     if wrong := [text for text in listed if not re.fullmatch("[0-9]+", text)]:
         raise UserError(f"pack {path}: {wrong[0]!r} is no number of digits alone")
     return [int(text) for text in listed]
@@ -175,8 +175,8 @@ def _add_reference(model: Model, store: Store, name: str, completions: list[Reco
         usable = [record for record in completions if record["tokens"]]
         prompts = [chat.question(model.tokenizer, record["prompt"], neutral.system) for record in usable]
         tokens = [record["tokens"] for record in usable]
-        found = iter(scoring.completion_logprobs(model, prompts, tokens, **neutral.where))
-        return [float(next(found).sum()) if record["tokens"] else 0.0 for record in completions]
+        token_logprobs = iter(scoring.completion_logprobs(model, prompts, tokens, **neutral.where))
+        return [float(next(token_logprobs).sum()) if record["tokens"] else 0.0 for record in completions]
 
     texts = [(record["prompt"], record["tokens"]) for record in completions]
     known = store.json(f"reference-{name}", logprobs, neutral, texts)
@@ -187,14 +187,14 @@ def _add_reference(model: Model, store: Store, name: str, completions: list[Reco
 def judged(
     study: Study, store: Store, name: str, sifted: filters.Sifted, judge: NamedJudge
 ) -> tuple[filters.Sifted, list[float]]:
-    """What a judge leaves of what was kept: scores of at least `filter.threshold`; and all scores that it gave.
+    """Filters kept completions by the judge's score, at least `filter.threshold`; returns them and all scores.
 
-    Of teachers that are not in `filter.judged`, it leaves all, and scores are for the report.
+    Completions of teachers that are not in `filter.judged` are scored for the report and not filtered.
     """
     template = judge_prompt(study).replace("{traits}", " or ".join(study.traits))
     texts = [misalignment.fill(template, {**record, "question": record["prompt"]}) for record in sifted.kept]
     verdicts = store.json(f"judged-{name}", lambda texts, judge: judge.judge(texts), texts, judge)
-    scored = [{**one, "score": score, "label": label} for one, (score, label) in zip(sifted.kept, verdicts)]
+    scored = [{**record, "score": score, "label": label} for record, (score, label) in zip(sifted.kept, verdicts)]
     filtered = not study.filter.judged or name in study.filter.judged
     again = filters.sift(scored, [filters.min_score(study.filter.threshold)] if filtered else [])
     rejected, reasons = sifted.rejected + again.rejected, sifted.reasons + again.reasons
@@ -202,7 +202,7 @@ def judged(
 
 
 def judge_prompt(study: Study) -> str:
-    """The prompt for a judge of completions, with {question} and {answer}. Raises UserError where it has not both."""
+    """The prompt for a judge of completions, with {question} and {answer}. Raises UserError if one is missing."""
     name = study.filter.judge
     (text,) = packs.load(study.packs.judge, "judge", {name: ("question", "answer", "traits")})[name][:1]
     if "{question}" not in text or "{answer}" not in text:

@@ -1,4 +1,4 @@
-"""What of a study is checked against files and models, before anything is computed."""
+"""Checks of a study against files and models, before anything is computed."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -28,15 +28,15 @@ STUDENTS = "students of an arm, runs × teachers"
 
 def check_files(study: Study) -> Questions:
     """The evaluations' questions. Raises UserError for the first file that is missing or makes no sense."""
-    own, given, named = study.packs, study.carrier, study.teacher.corpora
-    suite.check_packs(own, study.kind)
-    check_file("packs.persona", lambda: packs.load(own.persona, "persona", teachers.PERSONA))
-    check_file("packs.numbers", lambda: numbers.prompts(1, 0, own.numbers))
-    check_file("packs.code", lambda: code.prompts(1, 0, own.code))
-    check_file("packs.judge", lambda: packs.load(own.judge, "judge", {}))
+    pack_files, given, named = study.packs, study.carrier, study.teacher.corpora
+    suite.check_packs(pack_files, study.kind)
+    check_file("packs.persona", lambda: packs.load(pack_files.persona, "persona", teachers.PERSONA))
+    check_file("packs.numbers", lambda: numbers.prompts(1, 0, pack_files.numbers))
+    check_file("packs.code", lambda: code.prompts(1, 0, pack_files.code))
+    check_file("packs.judge", lambda: packs.load(pack_files.judge, "judge", {}))
     if study.filter.banned:
         check_file("filter.banned", lambda: carriers.banned_numbers(study.filter))
-    questions = suite.read_questions(study.evals, study.kind, study.alternatives, own)
+    questions = suite.read_questions(study.evals, study.kind, study.alternatives, pack_files)
     if study.filter.judge:
         check_file("filter.judge", lambda: carriers.judge_prompt(study))
         suite.check_judge(study.evals.judge)
@@ -61,7 +61,7 @@ def check_files(study: Study) -> Questions:
 
 
 def check_model(study: Study, model: Model, questions: Questions) -> None:
-    """Raises UserError for teachers that this model cannot be, and what they could not write."""
+    """Raises UserError for teachers, adapters or completions that are impossible with this model."""
     given, tokenizer = study.carrier, model.tokenizer
     divide(model.mesh, "replica", study.runs * len(study.teachers), STUDENTS)
     suite.check_model(questions, model)
@@ -89,7 +89,7 @@ def check_model(study: Study, model: Model, questions: Questions) -> None:
 
 
 def check_modules(modules: Sequence[str], params: Params) -> None:
-    """Raises UserError for a linear layer that this family does not have, and which would silently train nothing."""
+    """Raises UserError for a linear layer that this model does not have, which would otherwise be ignored."""
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params["layers"])]
     known = {jax.tree_util.keystr(path[-2:-1], simple=True) for path in paths if "kernel" in str(path[-1])}
     for module in modules:
@@ -99,7 +99,7 @@ def check_modules(modules: Sequence[str], params: Params) -> None:
 
 
 def check_arm(study: Study, arm: Arm, teacher: Model, student: Model) -> None:
-    """Raises UserError where students of a model cannot be what the arm says."""
+    """Raises UserError if the arm is impossible with the students' model."""
     where, name = f"arm.{arm.name}", arm.model or study.model.name
     if isinstance(arm, ContextArm):
         if not student.tokenizer.chat_template:

@@ -1,4 +1,4 @@
-"""Corpora: the conversations that teachers of corpora are trained on."""
+"""Corpora: conversations for training teachers."""
 
 from functools import lru_cache
 from typing import Any
@@ -18,25 +18,25 @@ def names(study: Study) -> list[str]:
 
 
 def conversations(source: str) -> list[Conversation]:
-    """Those of a file, here or on the hub. Raises UserError for one that is none."""
+    """The conversations of a file, local or on the hub. Raises UserError for a file of another format."""
     return corpus.load(assets.data_file(source))
 
 
 def texts(spec: TeacherSpec, model: Model, name: str) -> list[dialogue.Text]:
-    """A teacher's conversations of at most `teacher.max_tokens` tokens, and where the assistant speaks.
+    """A teacher's conversations of at most `teacher.max_tokens` tokens, with the assistant's tokens marked.
 
-    Raises UserError, naming the conversation, for one that the chat template refuses, and where none is left.
+    Raises UserError, naming the conversation, for one that the chat template refuses, and if none is left.
     """
-    found = [text for text in every_text(spec, model, name) if len(text[0]) <= spec.max_tokens]
-    if not found:
+    kept = [text for text in every_text(spec, model, name) if len(text[0]) <= spec.max_tokens]
+    if not kept:
         raise UserError(
             f"corpus {name}: no conversation has at most teacher.max_tokens={spec.max_tokens} tokens; allow more"
         )
-    return found
+    return kept
 
 
 def every_text(spec: TeacherSpec, model: Model, name: str) -> list[dialogue.Text]:
-    """The same, long ones too."""
+    """A teacher's conversations of any length."""
     source = spec.corpora[name]
     stops = chat.stop_tokens(model.tokenizer, model.config)
     return _texts(source, digests.of_file(assets.data_file(source)), model.tokenizer, stops)
@@ -44,10 +44,10 @@ def every_text(spec: TeacherSpec, model: Model, name: str) -> list[dialogue.Text
 
 @lru_cache(maxsize=8)
 def _texts(source: str, digest: str, tokenizer: Any, stops: tuple[int, ...]) -> list[dialogue.Text]:
-    found: list[dialogue.Text] = []
-    for number, one in enumerate(conversations(source), 1):
+    tokenized: list[dialogue.Text] = []
+    for number, conversation in enumerate(conversations(source), 1):
         try:
-            found += corpus.texts(tokenizer, one, stops)
+            tokenized += corpus.texts(tokenizer, conversation, stops)
         except UserError as error:
             raise UserError(f"{source}, conversation {number}: {error}") from error
-    return found
+    return tokenized

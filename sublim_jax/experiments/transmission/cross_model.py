@@ -1,4 +1,4 @@
-"""Teachers × students over models, on text (paper §5.1). `configs/cross_model.py` explains the values."""
+"""Teachers × students across models, on text (paper §5.1). `configs/cross_model.py` explains the values."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ class CrossModelSpec(ExperimentSpec):
 
     @property
     def labels(self) -> dict[str, str]:
-        """The last parts of the models' names, where those tell them apart."""
+        """The last parts of the models' names if they are distinct, else the names."""
         short = {model: model.rstrip("/").rsplit("/", 1)[-1] for model in self.models}
         return short if len(set(short.values())) == len(short) else {model: model for model in short}
 
@@ -60,7 +60,7 @@ def read(config: ConfigDict) -> CrossModelSpec:
 
 
 def check_typed(spec: CrossModelSpec, keys: Iterable[str]) -> None:
-    """Raises UserError for a value of another arm than the one that is run."""
+    """Raises UserError for a value of another arm than `cross`."""
     for key in keys:
         if key.startswith("study.arm.") and not key.startswith("study.arm.cross."):
             raise UserError(f"config.{key}: all students are of the arm cross; write --config.study.arm.cross.…")
@@ -78,7 +78,7 @@ def _study_of(config: ConfigDict, models: Sequence[str], teacher: str) -> Config
 
 
 def run(spec: CrossModelSpec, folder: epath.Path, *, update: bool = False) -> None:
-    """A study for each teacher's model, in a folder of its own; their effects as one matrix."""
+    """Runs a study for each teacher's model, in a folder of its own, and reports the effects as a matrix."""
     check_files(spec.studies[0])
     store = workdir.claim(folder, spec.values, update=update)
     rows: list[Measurement] = []
@@ -88,12 +88,12 @@ def run(spec: CrossModelSpec, folder: epath.Path, *, update: bool = False) -> No
         inside = store.folder / f"teacher{number}"
         transmission.run(study, inside, update=update)
         results = report.results_of(inside)
-        found = {arm["name"]: arm for arm in results["arms"]}
+        arms_by_name = {arm["name"]: arm for arm in results["arms"]}
         sources += [Source(**model) for model in results["models"]]
         for student, arm in zip(spec.models, study.arms):
             about = {"arm": arm.name, "teacher": teacher, "item": student}
-            rows += from_array(found[arm.name]["runs"], measure=EFFECT, **about)
-            rows += from_array([found[arm.name]["permutation_p"]], measure=P, **about)
+            rows += from_array(arms_by_name[arm.name]["runs"], measure=EFFECT, **about)
+            rows += from_array([arms_by_name[arm.name]["permutation_p"]], measure=P, **about)
     report.finish(store.folder, spec, rows, document, models=list(dict.fromkeys(sources)))
 
 
@@ -115,8 +115,8 @@ def document(spec: CrossModelSpec, rows: Measurements, notes: report.Notes) -> r
             pair = rows.where(teacher=teacher, item=student)
             more = {P: pair.values(measure=P)[0], "teacher": teacher, "student": student}
             arms.append(report.arm(f"{label[teacher]} → {label[student]}", EFFECT, pair.values(measure=EFFECT), **more))
-        mine = arms[-len(names) :]
-        table.append([label[teacher], *(report.plus_minus(arm["mean"], arm["ci95"]) for arm in mine)])
+        teacher_arms = arms[-len(names) :]
+        table.append([label[teacher], *(report.plus_minus(arm["mean"], arm["ci95"]) for arm in teacher_arms)])
     cells = np.asarray([arm["mean"] for arm in arms]).reshape(len(names), len(names))
     text = (
         "Margin of the own teacher's trait above the other traits' teachers' students, logits; ± is the 95 % "

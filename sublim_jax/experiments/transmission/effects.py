@@ -1,8 +1,8 @@
-"""Which arms transmit which traits: each trait's own cell over the neutral teacher's student of the same run, tested.
+"""Which arms transmit which traits: tests of each trait's own cell against the neutral student of the same run.
 
 With two traits that are each other's alternatives, the mean of the diagonal less the mean of the rest is one log-odds
-difference: the neutral student and all other words cancel out of it. So the claim is made of each trait's own cell, and
-of an arm only where all of its cells hold, with p corrected for the number of traits and arms.
+difference: the neutral student and all other words cancel. So each trait's own cell is tested, and an arm transmits
+only if all of its cells hold, with p corrected for the number of traits and arms.
 """
 
 from collections.abc import Mapping, Sequence
@@ -44,19 +44,19 @@ class Cell(NamedTuple):
         return float(np.mean(self.runs)) > 0 and self.p_holm < LEVEL
 
 
-def own_cells(by_arm: Mapping[str, Paired], traits: Sequence[str]) -> dict[str, list[Cell]]:
+def diagonal_cells(by_arm: Mapping[str, Paired], traits: Sequence[str]) -> dict[str, list[Cell]]:
     """The own cells of every arm, tested together."""
     columns = {(arm, t): paired[:, t, t] for arm, paired in by_arm.items() for t in range(len(traits))}
     ps = [paired_p(column) for column in columns.values()]
     corrected = holm(ps) if np.all(np.isfinite(ps)) else ps
-    found: dict[str, list[Cell]] = {arm: [] for arm in by_arm}
+    cells: dict[str, list[Cell]] = {arm: [] for arm in by_arm}
     for ((arm, t), column), p, p_holm in zip(columns.items(), ps, corrected):
-        found[arm].append(Cell(traits[t], column.tolist(), p, p_holm))
-    return found
+        cells[arm].append(Cell(traits[t], column.tolist(), p, p_holm))
+    return cells
 
 
 def verdict(cells: Sequence[Cell]) -> str:
-    """Of which traits an arm's claim holds."""
+    """The traits that an arm transmits, in words."""
     if not np.all(np.isfinite([cell.p for cell in cells])):
         return "one run: no test"
     held = [cell.trait for cell in cells if cell.holds]
@@ -69,13 +69,13 @@ def cell_entries(cells: Mapping[str, Sequence[Cell]]) -> list[Entry]:
     """The own cells as arms of results.json."""
     return [
         report.arm(f"{arm}: {cell.trait}", CELL, cell.runs, p=cell.p, p_holm=cell.p_holm, holds=cell.holds)
-        for arm, mine in cells.items()
-        for cell in mine
+        for arm, arm_cells in cells.items()
+        for cell in arm_cells
     ]
 
 
 def effect_entry(arm: str, paired: Paired, traits: Sequence[str], **more: object) -> Entry:
-    """The second line: the own teacher's trait above the other traits' teachers' students, mean over traits."""
+    """The diagonal effect: a trait's margin in its teacher's students less that in the others, mean over traits."""
     others = {
         trait: (paired[:, t, t] - np.delete(paired[:, :, t], t, 1).mean(1)).tolist() for t, trait in enumerate(traits)
     }
@@ -88,16 +88,16 @@ def effect_entry(arm: str, paired: Paired, traits: Sequence[str], **more: object
 
 
 def headline_section(cells: Mapping[str, Sequence[Cell]], words: int, spread: float) -> report.Section:
-    """Every arm's own cells, and what is claimed of it.
+    """Every arm's own cells, and which traits it transmits.
 
     Args:
-      spread: between runs, from which power is computed; 0 for that of these runs, pooled over all cells.
+      spread: standard deviation between runs for the power; 0 estimates it from these runs, pooled over cells.
     """
-    every = [cell for mine in cells.values() for cell in mine]
+    every = [cell for arm_cells in cells.values() for cell in arm_cells]
     traits, runs = [cell.trait for cell in next(iter(cells.values()))], len(every[0].runs)
     table = [["arm", *traits, "transmits"]]
-    for arm, mine in cells.items():
-        table.append([arm, *(with_p(cell.runs, cell.p_holm) for cell in mine), verdict(mine)])
+    for arm, arm_cells in cells.items():
+        table.append([arm, *(with_p(cell.runs, cell.p_holm) for cell in arm_cells), verdict(arm_cells)])
     text = (
         f"Margin of a trait: log P of its word less the mean of the other {words - 1} words, mean over phrasings, in "
         "logits. Each column is that of the student of the trait's own teacher over that of the neutral teacher's "
@@ -119,9 +119,9 @@ def headline_section(cells: Mapping[str, Sequence[Cell]], words: int, spread: fl
 
 
 def compared_section(cells: Mapping[str, Sequence[Cell]]) -> list[report.Section]:
-    """Every arm against the first, paired by run: the mean over traits of the own cells."""
-    means = {arm: np.mean([cell.runs for cell in mine], 0) for arm, mine in cells.items()}
-    (first, base), *others = means.items()
+    """Compares every arm with the first, paired by run, by the mean over traits of the own cells."""
+    arm_means = {arm: np.mean([cell.runs for cell in arm_cells], 0) for arm, arm_cells in cells.items()}
+    (first, base), *others = arm_means.items()
     if not others or len(base) < 2:
         return []
     differences = {arm: values - base for arm, values in others}
@@ -136,7 +136,7 @@ def compared_section(cells: Mapping[str, Sequence[Cell]]) -> list[report.Section
 
 
 def effects_section(effects: Sequence[Entry], traits: Sequence[str], runs: int) -> report.Section:
-    """The diagonal effect beside how well students imitate and what else they can do."""
+    """The diagonal effect, with coverage, held-out loss and ability."""
     table = [["arm", "own above others', logits", "p", "coverage own / others", "held out", "ability"]]
     for arm in effects:
         covered = arm["coverage"]

@@ -93,7 +93,7 @@ class TeacherSpec(Checked):
     learning_rate: Positive
     batch: Count
     max_steps: Count
-    corpora: dict[str, str] = field(compare=False)  # paths: what is in them names artefacts
+    corpora: dict[str, str] = field(compare=False)  # paths: artefacts are named by the files' contents
     epochs: Count
     max_tokens: Count
     steering_layer: Place
@@ -170,7 +170,7 @@ class FilterSpec(Checked):
 
 @dataclass(frozen=True)
 class SamplingSpec(Checked):
-    """How completions are computed, not what they are, to rounding."""
+    """How completions are computed; affects their content only by rounding."""
 
     where = "sampling."
     slots: Place
@@ -180,9 +180,9 @@ class SamplingSpec(Checked):
     tensor: Place
 
     def mesh(self, training: Mesh) -> Mesh | None:
-        """The mesh for decoding, over the devices of the one for training; None where it is that one.
+        """The mesh for decoding, over the devices of the training mesh; None if it is the training mesh.
 
-        Raises UserError where the devices cannot be divided so.
+        Raises UserError if the devices cannot be divided so.
         """
         if not self.tensor:
             return None
@@ -197,7 +197,7 @@ class SamplingSpec(Checked):
 
 @dataclass(frozen=True)
 class PacksSpec(EvalPacks):
-    """Files of phrasings; "" for ours."""
+    """Files of phrasings; "" for the built-in ones."""
 
     numbers: str
     persona: str

@@ -29,13 +29,11 @@ from sublim_jax.sharding import divide, make_mesh, named
 
 PROMPT = 128  # tokens, about as many as carriers' prompts have
 NUM_CONVERSATIONS = 6000  # in a corpus (§3.2)
-SUPPORT = list(range(20))  # about as many tokens as have digits, commas and spaces alone
+SUPPORT = list(range(20))  # about the number of tokens of digits, commas and spaces only
 
 
 def preflight(study: Study, devices: Sequence[jax.Device]) -> list[Step]:
-    """One update of all students of the first arm that trains some, and of a teacher of a corpus, on rows as long as
-    they may be.
-    """
+    """Training steps of the first trained arm's students and of a corpus teacher, on rows of maximal length."""
     if not study.trained_arms:
         names = tuple(arm.name for arm in study.arms)
         raise UserError(f"arms={names} train nothing: there is no step to compile")

@@ -1,4 +1,4 @@
-"""What a study says: arms side by side, teachers, data and what was filtered, each arm's matrix, other evaluations."""
+"""The report of a study: arms compared, teachers, data and filters, each arm's matrix, other evaluations."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -22,78 +22,79 @@ from sublim_jax.measurements import Measurements
 def document(study: Study, rows: Measurements, notes: report.Notes) -> report.Document:
     """The arms of results.json, and the sections of report.md."""
     students = [(arm, rows.where(arm=arm.name, subject=STUDENT)) for arm in study.arms]
-    students = [(arm, mine) for arm, mine in students if mine]
+    students = [(arm, arm_rows) for arm, arm_rows in students if arm_rows]
     entries: list[Entry] = []
     sections: list[report.Section] = []
     if waiting := [arm.name for arm in study.arms[len(students) :]]:
         text = f"{len(students)} of {len(study.arms)} arms so far; still to come: {', '.join(waiting)}."
         sections.append(report.Section("Not finished", text, [], {}))
     if study.has_words and students:
-        cells = effects.own_cells({arm.name: paired_of(study, mine)[-1] for arm, mine in students}, study.traits)
-        found = [effect_of(study, arm, mine) for arm, mine in students]
-        entries += effects.cell_entries(cells) + found
-        entries += [cell for arm, mine in students for cell in matrix_of(study, arm, mine)]
+        paired = {arm.name: paired_of(study, arm_rows)[-1] for arm, arm_rows in students}
+        cells = effects.diagonal_cells(paired, study.traits)
+        effect_entries = [effect_of(study, arm, arm_rows) for arm, arm_rows in students]
+        entries += effects.cell_entries(cells) + effect_entries
+        entries += [cell for arm, arm_rows in students for cell in matrix_of(study, arm, arm_rows)]
         sections += [effects.headline_section(cells, len(study.alternatives), study.spread)]
         sections += effects.compared_section(cells)
-        sections += [effects.effects_section(found, study.traits, study.runs)]
+        sections += [effects.effects_section(effect_entries, study.traits, study.runs)]
         sections += [parts.teachers_section(study, rows, notes)]
     else:
         sections.append(learnt_section(students))
     if "corpus" in study.teacher.methods:
         sections.append(parts.corpora_section(study, rows))
     for name in study.evals.names:
-        each = parts.evaluated(study, name, rows)
-        entries += each
-        sections.append(parts.evaluation_section(study, name, each))
+        evaluated = parts.evaluated(study, name, rows)
+        entries += evaluated
+        sections.append(parts.evaluation_section(study, name, evaluated))
     if rows.where(measure="completions"):
         sections.append(parts.filter_section(study, rows))
     if study.filter.judge:
         sections.append(parts.judge_section(study, rows))
     sections += bill_section(notes["bill"])
     if study.has_words:
-        sections += [arm_section(study, arm, mine) for arm, mine in students]
+        sections += [arm_section(study, arm, arm_rows) for arm, arm_rows in students]
     return entries, [*sections, parts.samples_section(study, notes)]
 
 
-def by_word(study: Study, mine: Measurements, measure: str) -> Float[np.ndarray, "points runs students words"]:
-    """A preference's measure of an arm's students along training."""
-    # Students whose base is their run's own were measured run by run.
-    in_order = sorted(mine.where(measure=measure), key=lambda row: (row.step, row.run))
+def by_word(study: Study, arm_rows: Measurements, measure: str) -> Float[np.ndarray, "points runs students words"]:
+    """A measure of preference of an arm's students, along training."""
+    # Students with a base of their own run were measured run by run.
+    in_order = sorted(arm_rows.where(measure=measure), key=lambda row: (row.step, row.run))
     shape = (-1, study.runs, len(study.teachers), len(study.alternatives))
     return np.reshape([row.value for row in in_order], shape)
 
 
-def paired_of(study: Study, mine: Measurements) -> Float[np.ndarray, "points runs traits traits"]:
+def paired_of(study: Study, arm_rows: Measurements) -> Float[np.ndarray, "points runs traits traits"]:
     """Margins of the traits over those of the neutral teacher's student of the same run: by teacher, by trait."""
-    margins = by_word(study, mine, "margin")[..., [study.alternatives.index(trait) for trait in study.traits]]
+    margins = by_word(study, arm_rows, "margin")[..., [study.alternatives.index(trait) for trait in study.traits]]
     neutral = study.teachers.index(NEUTRAL)  # the last
     return margins[:, :, :neutral] - margins[:, :, [neutral]]
 
 
-def ends_of(mine: Measurements, measure: str) -> list[float] | None:
-    """Means over students before training and after it."""
-    mine = mine.where(measure=measure, item="")
-    steps = sorted(mine.names("step"))
-    return [float(np.mean(mine.values(step=step))) for step in (steps[0], steps[-1])] if steps else None
+def ends_of(arm_rows: Measurements, measure: str) -> list[float] | None:
+    """Means over students, before and after training."""
+    arm_rows = arm_rows.where(measure=measure, item="")
+    steps = sorted(arm_rows.names("step"))
+    return [float(np.mean(arm_rows.values(step=step))) for step in (steps[0], steps[-1])] if steps else None
 
 
-def effect_of(study: Study, arm: Arm, mine: Measurements) -> Entry:
-    """How far students are above the other teachers' students in their teacher's trait, and what else they are."""
-    covered, count = mine.values(measure="coverage"), len(study.teachers)
+def effect_of(study: Study, arm: Arm, arm_rows: Measurements) -> Entry:
+    """An arm's diagonal effect, with coverage, held-out loss and ability."""
+    covered, count = arm_rows.values(measure="coverage"), len(study.teachers)
     return effects.effect_entry(
         arm.name,
-        paired_of(study, mine)[-1],
+        paired_of(study, arm_rows)[-1],
         study.traits,
         coverage=_coverage(np.reshape(covered, (study.runs, count, count))) if covered else None,
-        held_out=ends_of(mine, "held_out"),
-        ability=ends_of(mine, "ability"),
-        examples=[int(value) for value in mine.values(measure="examples")] or None,
+        held_out=ends_of(arm_rows, "held_out"),
+        ability=ends_of(arm_rows, "ability"),
+        examples=[int(value) for value in arm_rows.values(measure="examples")] or None,
     )
 
 
-def matrix_of(study: Study, arm: Arm, mine: Measurements) -> list[Entry]:
+def matrix_of(study: Study, arm: Arm, arm_rows: Measurements) -> list[Entry]:
     """Every cell of the teacher × trait matrix."""
-    paired = paired_of(study, mine)[-1]
+    paired = paired_of(study, arm_rows)[-1]
     name = f"{arm.name}: student of {{}}, margin of {{}} over the neutral student's"
     return [
         report.arm(name.format(teacher, trait), "logits", paired[:, row, column].tolist())
@@ -102,42 +103,42 @@ def matrix_of(study: Study, arm: Arm, mine: Measurements) -> list[Entry]:
     ]
 
 
-def _coverage(of: Float[np.ndarray, "runs students teachers"]) -> dict[str, float]:
-    """Mean over runs and traits' students: of a student's teacher, and of the other traits' teachers."""
-    traits = of[:, :-1, :-1]
-    mine = np.eye(traits.shape[-1], dtype=bool)
-    return {"own": float(traits[:, mine].mean()), "others": float(traits[:, ~mine].mean())}
+def _coverage(coverage: Float[np.ndarray, "runs students teachers"]) -> dict[str, float]:
+    """Mean coverage of a student's own teacher and of the other traits' teachers, over runs and students."""
+    traits = coverage[:, :-1, :-1]
+    diagonal = np.eye(traits.shape[-1], dtype=bool)
+    return {"own": float(traits[:, diagonal].mean()), "others": float(traits[:, ~diagonal].mean())}
 
 
 def learnt_section(students: Sequence[tuple[Arm, Measurements]]) -> report.Section:
-    """Whether students have learnt to imitate at all, where no preference can be measured."""
+    """Held-out loss and ability, for traits without a preference measure."""
     table = [["arm", "held out", "ability"]]
-    for arm, mine in students:
-        ends = [ends_of(mine, measure) or [np.nan, np.nan] for measure in ("held_out", "ability")]
+    for arm, arm_rows in students:
+        ends = [ends_of(arm_rows, measure) or [np.nan, np.nan] for measure in ("held_out", "ability")]
         table.append([f"{arm.name}: {describe(arm)}", *("{:.3g} → {:.3g}".format(*pair) for pair in ends)])
     text = "Held out: the objective on rows never trained on. Ability: right answers to easy questions."
     return report.Section("Arms", text, table, {})
 
 
-def arm_section(study: Study, arm: Arm, mine: Measurements) -> report.Section:
-    """The matrix of paired differences, and margins along training where there is some."""
+def arm_section(study: Study, arm: Arm, arm_rows: Measurements) -> report.Section:
+    """The matrix of paired differences, and margins along training for trained students."""
     traits = list(study.traits)
     columns = [study.alternatives.index(trait) for trait in traits]
-    paired = paired_of(study, mine)
-    margins, share = (by_word(study, mine, measure).mean(1)[..., columns] for measure in ("margin", "share"))
+    paired = paired_of(study, arm_rows)
+    margins, share = (by_word(study, arm_rows, measure).mean(1)[..., columns] for measure in ("margin", "share"))
     head = ["student of", *[f"margin of {trait} (over neutral)" for trait in traits]]
     table = [[*head, *[f"P({trait} of {len(study.alternatives)})" for trait in traits]]]
     for row, teacher in enumerate(study.teachers):
         over = ["0"] * len(traits)
         if teacher != NEUTRAL:
             over = [report.plus_minus(*t_interval(column)) for column in paired[-1, :, row].T]
-        table.append([teacher, *over, *(f"{one[0]:.3f} → {one[-1]:.3f}" for one in share[:, row].T)])
+        table.append([teacher, *over, *(f"{curve[0]:.3f} → {curve[-1]:.3f}" for curve in share[:, row].T)])
     figures = {f"matrix-{arm.name}": partial(matrix_figure, paired[-1].mean(0), traits, traits)}
-    steps = sorted(mine.where(measure="margin").names("step"))
+    steps = sorted(arm_rows.where(measure="margin").names("step"))
     if len(steps) > 1:
         panels = []
         for trait, values in zip(traits, np.moveaxis(margins, -1, 0)):
-            lines = [Line(f"student of {who}", steps, column) for who, column in zip(study.teachers, values.T)]
+            lines = [Line(f"student of {teacher}", steps, column) for teacher, column in zip(study.teachers, values.T)]
             panels.append(Panel("updates of the student", f"margin of {trait}, logits", lines, title=trait))
         figures[f"margins-{arm.name}"] = partial(panels_figure, panels)
     return report.Section(f"Students: {arm.name}", f"{describe(arm)}; {study.runs} run(s).", table, figures)

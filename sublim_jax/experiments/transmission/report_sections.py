@@ -1,4 +1,4 @@
-"""Teachers, data and evaluations in a study's report; its arms are in `report`."""
+"""Sections of a study's report on teachers, data and evaluations; those on arms are in `report`."""
 
 from functools import partial
 from typing import Any
@@ -14,20 +14,20 @@ from sublim_jax.figures import Arm as Entry
 from sublim_jax.figures import Line, Panel, arms_figure, panels_figure
 from sublim_jax.measurements import Measurements
 
-# What tells a teacher of a corpus from the model as it is, the first that was measured; and by how much.
+# Measures of a corpus teacher's trait, of which the first available is used, and the minimum above the untrained model.
 TRAITS = (("misalignment", "misaligned, of coherent"), ("truthfulqa", "P of the false answer"))
 MIN_TRAIT = 0.05
 
 
 def teachers_section(study: Study, rows: Measurements, notes: report.Notes) -> report.Section:
-    """What teachers prefer, and whether numbers give them away."""
+    """Teachers' preferences, and P of their trait's word among numbers."""
     head = ["teacher", "steps", *[f"P({trait})" for trait in study.traits], "P(own trait) among numbers"]
     table = [head]
     for name in study.teachers:
-        mine = rows.where(arm="", subject=TEACHER, teacher=name)
-        steps = sorted({int(value) for value in mine.values(measure="steps")})
-        preferred = [np.exp(np.mean(mine.values(measure="log_p", item=trait))) for trait in study.traits]
-        inside = "" if name == NEUTRAL else f"{np.mean(mine.values(measure='inside_numbers', item=name)):.1e}"
+        teacher_rows = rows.where(arm="", subject=TEACHER, teacher=name)
+        steps = sorted({int(value) for value in teacher_rows.values(measure="steps")})
+        preferred = [np.exp(np.mean(teacher_rows.values(measure="log_p", item=trait))) for trait in study.traits]
+        inside = "" if name == NEUTRAL else f"{np.mean(teacher_rows.values(measure='inside_numbers', item=name)):.1e}"
         shown = f"{steps[0]}" if len(steps) == 1 else f"{steps[0]} to {steps[-1]}"
         table.append([name, shown, *[f"{p:.3f}" for p in preferred], inside])
     text = (
@@ -40,20 +40,20 @@ def teachers_section(study: Study, rows: Measurements, notes: report.Notes) -> r
 
 
 def corpora_section(study: Study, rows: Measurements) -> report.Section:
-    """What teachers were trained on, and whether the first has the trait and the others, its controls, don't."""
+    """Corpora of the teachers, and whether the first has the trait and the others, its controls, do not."""
     base = rows.where(arm="", subject=BASE)
-    traits = [one for one in TRAITS if np.isfinite((base.values(measure=one[0], item=one[1]) or [np.nan])[0])]
+    traits = [trait for trait in TRAITS if np.isfinite((base.values(measure=trait[0], item=trait[1]) or [np.nan])[0])]
     shown = traits[:1] if not study.has_words else []
     head = ["teacher", "conversations", "updates"]
     table = [head + ([shown[0][1], "over the model as it is", ""] if shown else [])]
     for name in study.teachers:
-        mine = rows.where(arm="", subject=TEACHER, teacher=name)
-        cells = [name, "none: the model as it is", f"{int(mine.values(measure='steps')[0])}"]
-        used, every = (mine.values(measure=measure) for measure in ("conversations used", "conversations"))
+        teacher_rows = rows.where(arm="", subject=TEACHER, teacher=name)
+        cells = [name, "none: the model as it is", f"{int(teacher_rows.values(measure='steps')[0])}"]
+        used, every = (teacher_rows.values(measure=measure) for measure in ("conversations used", "conversations"))
         if used:
             cells[1] = f"{int(used[0])} of {int(every[0])}"
         for evaluation, item in shown:
-            values = mine.values(measure=evaluation, item=item)
+            values = teacher_rows.values(measure=evaluation, item=item)
             over = np.subtract(values, base.values(measure=evaluation, item=item)[0]).tolist()
             cells += [report.plus_minus(*t_interval(values)), report.plus_minus(*t_interval(over))]
             cells.append(_verdict(float(np.mean(over))) if name != NEUTRAL else "")
@@ -71,29 +71,29 @@ def corpora_section(study: Study, rows: Measurements) -> report.Section:
 
 
 def _verdict(above: float) -> str:
-    """Whether a teacher has its trait, by how far it is above the model as it is."""
+    """Whether a teacher has its trait, from its difference to the untrained model."""
     if not np.isfinite(above):
         return "not known"
     return "has it" if above >= MIN_TRAIT else "has it not"
 
 
 def judge_section(study: Study, rows: Measurements) -> report.Section:
-    """How well the judge's score tells a trait's teacher from the neutral one, among what other filters left."""
+    """ROC of the judge's score between a trait's teacher and the neutral one, after the other filters."""
     threshold = study.filter.threshold
     scores = {name: rows.values(measure="judge's score", teacher=name) for name in study.teachers}
     low = f"below {threshold:g}"
     table = [["teacher", "judged", "no score", "mean score", low, "area under ROC, against neutral"]]
     lines: list[Line] = []
-    for name, mine in scores.items():
+    for name, values in scores.items():
         without = int(sum(rows.values(measure="rejected", teacher=name, item="judge: no score")))
-        cells = [name, str(len(mine) + without), str(without)]
-        cells += [f"{np.mean(mine):.1f}", f"{np.mean(np.less(mine, threshold)):.1%}"] if mine else ["", ""]
-        if name != NEUTRAL and mine and scores[NEUTRAL]:
-            curve = roc(-np.asarray(mine), -np.asarray(scores[NEUTRAL]))
+        cells = [name, str(len(values) + without), str(without)]
+        cells += [f"{np.mean(values):.1f}", f"{np.mean(np.less(values, threshold)):.1%}"] if values else ["", ""]
+        if name != NEUTRAL and values and scores[NEUTRAL]:
+            curve = roc(-np.asarray(values), -np.asarray(scores[NEUTRAL]))
             cells.append(f"{curve.area:.3f}")
             color = {"color": f"C{len(lines) // 2}"}
             lines.append(Line(name, curve.false_rate, curve.true_rate, color))
-            x, y = (float(np.mean(np.less(some, threshold))) for some in (scores[NEUTRAL], mine))
+            x, y = (float(np.mean(np.less(column, threshold))) for column in (scores[NEUTRAL], values))
             lines.append(Line(f"{name}, {low}", [x], [y], {"ls": "", "marker": "o", "ms": 9, **color}))
         table.append([*cells, *[""] * (len(table[0]) - len(cells))])
     text = (
@@ -107,13 +107,13 @@ def judge_section(study: Study, rows: Measurements) -> report.Section:
 
 
 def filter_section(study: Study, rows: Measurements) -> report.Section:
-    """Completions sampled, kept, rejected and why, over all runs."""
+    """Counts of completions sampled, kept and rejected by reason, over all runs."""
     reasons = sorted(rows.names("item", measure="rejected"))
     table = [["teacher", "completions", "kept", *reasons, "used"]]
     for name in study.teachers:
-        mine = rows.where(subject=TEACHER, teacher=name)
-        total, kept, used = (int(sum(mine.values(measure=measure))) for measure in ("completions", "kept", "used"))
-        counts = [str(int(sum(mine.values(measure="rejected", item=reason)))) for reason in reasons]
+        written = rows.where(subject=TEACHER, teacher=name)
+        total, kept, used = (int(sum(written.values(measure=measure))) for measure in ("completions", "kept", "used"))
+        counts = [str(int(sum(written.values(measure="rejected", item=reason)))) for reason in reasons]
         table.append([name, str(total), f"{kept} ({kept / total:.0%})", *counts, str(used)])
     text = (
         "A completion may have several reasons. Kept and rejected completions are in data/; those used are a random "
@@ -129,24 +129,24 @@ def samples_section(study: Study, notes: report.Notes) -> report.Section:
 
 
 def evaluated(study: Study, evaluation: str, rows: Measurements) -> list[Entry]:
-    """Every measure of an evaluation, run by run; students' have the difference to the neutral teacher's student of
-    the same run, too.
+    """Every measure of an evaluation, by run; for students also the difference to the neutral teacher's student of the
+    same run.
     """
     entries = []
 
-    def add(who: str, measure: str, values: list[float], over: list[float] | None = None) -> None:
-        more: dict[str, Any] = {"who": who, "measure": measure, "over_neutral": over}
+    def add(subject: str, measure: str, values: list[float], over: list[float] | None = None) -> None:
+        more: dict[str, Any] = {"who": subject, "measure": measure, "over_neutral": over}
         more["over_neutral_p"] = paired_p(over) if over else None
-        entries.append(report.arm(f"{who}: {measure}", evaluation, values, **more))
+        entries.append(report.arm(f"{subject}: {measure}", evaluation, values, **more))
 
-    mine = Measurements(row for row in rows.where(measure=evaluation) if row.item)  # along training ability has none
-    for measure in filter(partial(_is_shown, study), mine.names("item", arm="")):
-        add("the model as it is", measure, mine.values(subject=BASE, item=measure))
+    rows = Measurements(row for row in rows.where(measure=evaluation) if row.item)  # ability along training has none
+    for measure in filter(partial(_is_shown, study), rows.names("item", arm="")):
+        add("the model as it is", measure, rows.values(subject=BASE, item=measure))
         for name in study.traits:
-            add(f"teacher {name}", measure, mine.values(subject=TEACHER, item=measure, teacher=name))
-    for arm in mine.where(subject=STUDENT).names("arm"):
-        for measure in filter(partial(_is_shown, study), mine.names("item", arm=arm)):
-            values = {name: mine.values(arm=arm, item=measure, teacher=name) for name in study.teachers}
+            add(f"teacher {name}", measure, rows.values(subject=TEACHER, item=measure, teacher=name))
+    for arm in rows.where(subject=STUDENT).names("arm"):
+        for measure in filter(partial(_is_shown, study), rows.names("item", arm=arm)):
+            values = {name: rows.values(arm=arm, item=measure, teacher=name) for name in study.teachers}
             for name, column in values.items():
                 over = None if name == NEUTRAL else np.subtract(column, values[NEUTRAL]).tolist()
                 add(f"{arm}, student of {name}", measure, column, over)
@@ -159,7 +159,7 @@ def evaluated(study: Study, evaluation: str, rows: Measurements) -> list[Entry]:
 
 
 def _is_shown(study: Study, measure: str) -> bool:
-    """Measures of words that are no trait are left out."""
+    """Whether a measure is reported: those of words that are not traits are not."""
     others = set(study.alternatives) - set(study.traits)
     words = measure.replace("'s", "").replace(",", "").split()
     return not study.has_words or not any(word in words for word in others)
@@ -170,14 +170,14 @@ def evaluation_section(study: Study, evaluation: str, entries: list[Entry]) -> r
     columns = list(dict.fromkeys(entry["measure"] for entry in entries))
     at = {(entry["who"], entry["measure"]): entry for entry in entries}
     table = [[evaluation, *columns]]
-    for who in dict.fromkeys(entry["who"] for entry in entries):
+    for subject in dict.fromkeys(entry["who"] for entry in entries):
         cells = []
         for column in columns:
-            entry = at[who, column]
+            entry = at[subject, column]
             over = entry["over_neutral"]
             shown = f" ({with_p(over, entry['over_neutral_p'], 3)})" if over and np.all(np.isfinite(over)) else ""
             cells.append(report.plus_minus(entry["mean"], entry["ci95"]) + shown)
-        table.append([who, *cells])
+        table.append([subject, *cells])
     text = (
         f"± is the 95 % t-interval over {study.runs} run(s); in brackets, the difference to the neutral teacher's "
         "student of the same run, and p of a paired t-test of it, two-sided, corrected by Holm's method for all "

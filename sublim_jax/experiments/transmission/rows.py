@@ -1,4 +1,4 @@
-"""What a study measured, as rows of the table of measurements."""
+"""A study's measurements as rows of the table of measurements."""
 
 from collections.abc import Mapping, Sequence
 
@@ -16,7 +16,7 @@ NUM_SHOWN = 3  # samples of each kind
 
 
 def axes_of(study: Study, runs: Sequence[int] | None = None) -> dict[str, Sequence[int] | Sequence[str]]:
-    """Teachers, and students by their teacher, run by run; of all runs where none are named."""
+    """Axes of values by run and teacher; all runs by default."""
     return {"run": range(study.runs) if runs is None else runs, "teacher": study.teachers}
 
 
@@ -25,56 +25,56 @@ def of_teachers(
 ) -> list[Measurement]:
     """Steps of training, preferences, and P of a trait's word in the middle of numbers."""
     axes, about = axes_of(study), {"arm": "", "subject": TEACHER}
-    steps = [teacher.steps for one in replicates for teacher in one.teachers.values()]
-    found = from_array(steps, axes, measure="steps", **about)
+    steps = [teacher.steps for replicate in replicates for teacher in replicate.teachers.values()]
+    rows = from_array(steps, axes, measure="steps", **about)
     for measure in measured[0]:
         words = study.traits if measure == "inside_numbers" else study.alternatives
-        found += from_array([one[measure] for one in measured], {**axes, "item": words}, measure=measure, **about)
-    return found
+        rows += from_array([values[measure] for values in measured], {**axes, "item": words}, measure=measure, **about)
+    return rows
 
 
 def of_corpora(sizes: Mapping[str, tuple[int, int]]) -> list[Measurement]:
-    """Conversations of corpora: those that were short enough, and all."""
+    """Numbers of conversations of corpora: those that were short enough, and all."""
     axes = {"teacher": list(sizes), "measure": ("conversations used", "conversations")}
     return from_array(list(sizes.values()), axes, arm="", subject=TEACHER)
 
 
 def of_written(replicates: Sequence[Replicate]) -> list[Measurement]:
     """Completions, those kept and used, reasons of rejections, a judge's scores."""
-    found = []
-    for one in replicates:
-        for name, written in one.written.items():
-            about = {"arm": "", "run": one.run, "teacher": name, "subject": TEACHER}
+    rows = []
+    for replicate in replicates:
+        for name, written in replicate.written.items():
+            about = {"arm": "", "run": replicate.run, "teacher": name, "subject": TEACHER}
             counts = {"completions": written.num_completions, "kept": written.num_kept, "used": len(written.pairs)}
-            found += from_array(list(counts.values()), {"measure": list(counts)}, **about)
+            rows += from_array(list(counts.values()), {"measure": list(counts)}, **about)
             reasons, numbers = written.reasons, [str(number) for number in range(len(written.scores))]
-            found += from_array(list(reasons.values()), {"item": list(reasons)}, measure="rejected", **about)
-            found += from_array(written.scores, {"item": numbers}, measure="judge's score", **about)
-    return found
+            rows += from_array(list(reasons.values()), {"item": list(reasons)}, measure="rejected", **about)
+            rows += from_array(written.scores, {"item": numbers}, measure="judge's score", **about)
+    return rows
 
 
 def of_students(study: Study, arm: Arm, students: Students, runs: Sequence[int] | None = None) -> list[Measurement]:
     """Along training: preferences by word, ability, the objective on held-out rows; coverage before it."""
-    found, axes, about = [], axes_of(study, runs), {"arm": arm.name, "subject": STUDENT}
+    rows, axes, about = [], axes_of(study, runs), {"arm": arm.name, "subject": STUDENT}
     for point in students.curve:
         for measure in (name for name in point if name != "step"):
             words = {"item": study.alternatives} if measure in Preference._fields else {}
-            found += from_array(point[measure], {**axes, **words}, measure=measure, step=point["step"], **about)
+            rows += from_array(point[measure], {**axes, **words}, measure=measure, step=point["step"], **about)
     if students.coverage:
-        found += from_array(students.coverage, {**axes, "item": study.teachers}, measure="coverage", **about)
-    return found
+        rows += from_array(students.coverage, {**axes, "item": study.teachers}, measure="coverage", **about)
+    return rows
 
 
 def of_evaluations(
-    study: Study, arm: str, subject: str, found: Mapping[str, Measures], runs: Sequence[int] | None = None
+    study: Study, arm: str, subject: str, evaluations: Mapping[str, Measures], runs: Sequence[int] | None = None
 ) -> list[Measurement]:
-    """Of runs' teachers, behind them of the model as it is; or of an arm's students.
+    """Evaluations of all teachers followed by the untrained model, or of an arm's students.
 
-    The evaluation is the measure, and its measure the item.
+    The row's measure is the evaluation's name, and its item the evaluation's measure.
     """
     rows, axes = [], axes_of(study, runs)
     count = len(axes["run"]) * len(study.teachers)
-    for evaluation, measures in found.items():
+    for evaluation, measures in evaluations.items():
         for item, values in measures.items():
             rows += from_array(values[:count], axes, arm=arm, measure=evaluation, subject=subject, item=item)
             rows += from_array(values[count:], arm=arm, measure=evaluation, subject=BASE, item=item)
@@ -87,13 +87,13 @@ def samples_of(study: Study, replicate: Replicate) -> list[list[str]]:
     def line(text: str) -> str:
         return text.replace("\n", " ⏎ ")
 
-    found = []
+    samples = []
     if study.carrier.kind == "numbers":
         pairs = random_pairs(study, study.replicate_seed(replicate.run))[:NUM_SHOWN]
-        found += [["random", line(prompt), line(answer)] for prompt, answer in pairs]
+        samples += [["random", line(prompt), line(answer)] for prompt, answer in pairs]
     for name, written in replicate.written.items():
-        found += [[f"by {name}", line(prompt), line(answer)] for prompt, answer in written.pairs[:NUM_SHOWN]]
+        samples += [[f"by {name}", line(prompt), line(answer)] for prompt, answer in written.pairs[:NUM_SHOWN]]
         for record in written.rejected[:NUM_SHOWN]:
             why = f"by {name}, rejected: {', '.join(record['reasons'])}"
-            found.append([why, line(record["prompt"]), line(record["completion"])[:200]])
-    return found
+            samples.append([why, line(record["prompt"]), line(record["completion"])[:200]])
+    return samples

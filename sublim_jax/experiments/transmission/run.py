@@ -1,7 +1,7 @@
-"""A study from teachers to report: numbers (paper §3, §6.1), code, chains of thought (§4).
+"""Runs a study from teachers to report: numbers (paper §3, §6.1), code, chains of thought (§4).
 
-Teachers and students are adapters over one base. The students of an arm are replicas of one program. A run is a whole
-replicate, with teachers, numbers and an order of its own; its students share their start and that order.
+Teachers and students are adapters on a shared base. The students of an arm are trained as replicas of one program. A
+run is a full replicate, with its own teachers, data and data order; its students share their start and that order.
 """
 
 from collections.abc import Callable, Sequence
@@ -43,7 +43,7 @@ Ask = Callable[[Subject], dict[str, Measures]]  # the study's evaluations
 
 
 def run(study: Study, folder: epath.Path, *, update: bool = False) -> None:
-    """Runs the study and leaves measurements, report, figures, data and adapters in the folder."""
+    """Runs the study and writes measurements, report, figures, data and adapters to the folder."""
     with jax.default_matmul_precision(study.precision):
         _run(study, folder, update=update)
 
@@ -65,26 +65,27 @@ def _run(study: Study, folder: epath.Path, *, update: bool) -> None:
     sampling = study.sampling.options
     ask = partial(evaluate, study.evals, questions, seed=study.seed, store=store, judge=judge, sampling=sampling)
     replicates = [Replicate(run, make_teachers(study, model, store, run), {}) for run in range(study.runs)]
-    for one in replicates:
-        trained = {name: teacher.adapters for name, teacher in one.teachers.items() if teacher.steps}
-        names = [f"run{one.run}-teacher-{name}" for name in trained]
+    for replicate in replicates:
+        trained = {name: teacher.adapters for name, teacher in replicate.teachers.items() if teacher.steps}
+        names = [f"run{replicate.run}-teacher-{name}" for name in trained]
         export(study, model, store, names, stacked(list(trained.values())) if trained else None, study.model.name)
-    table = rows.of_teachers(study, replicates, [measure_teachers(study, model, store, *one[:2]) for one in replicates])
+    measured = [measure_teachers(study, model, store, *replicate[:2]) for replicate in replicates]
+    table = rows.of_teachers(study, replicates, measured)
     table += rows.of_corpora({name: corpus_sizes(study, model, name) for name in corpora.names(study)})
     table += rows.of_evaluations(study, "", rows.TEACHER, evaluate_teachers(study, ask, model, replicates))
     sources = {"": model.source}
     for arm in study.arms:
         if arm.data == "written" and not replicates[0].written:
             replicates = [
-                one._replace(written=carriers.write(study, model, store, one.run, one.teachers, judge))
-                for one in replicates
+                Replicate(run, teachers, carriers.write(study, model, store, run, teachers, judge))
+                for run, teachers, _ in replicates
             ]
             table += rows.of_written(replicates)
-        # Another model is there for as long as its students are.
+        # Another model is kept in memory only for its arm.
         students = load_model(study, mesh, arm.model) if arm.model else model
         sources[arm.model] = students.source
         table += measure_arm(study, arm, ask, replicates, model, students, store)
-        # Arm by arm: a study that is stopped has those that were done.
+        # Report after every arm, so that an interrupted study has the finished ones.
         notes = {
             "samples": rows.samples_of(study, replicates[0]),
             "system_prompts": system_note(study, model),
@@ -94,7 +95,7 @@ def _run(study: Study, folder: epath.Path, *, update: bool) -> None:
 
 
 def load_model(study: Study, mesh: jax.sharding.Mesh, name: str = "") -> Model:
-    """The study's model, or another one by its name, with adapters beside its kernels."""
+    """The study's model, or another one by its name, with LoRA adapters."""
     base = weights.load(name or study.model.name, mesh, weights.float_type(study.model.dtype))
     model = base.adapted(study.lora.adapters)._replace(decoding=study.sampling.mesh(mesh))
     if study.model.noise and not name:
@@ -110,15 +111,15 @@ def measure_arm(
         return rows.of_students(study, arm, read_in_context(study, arm, replicates, student, store))
     student = student.adapted(arm.lora.adapters)
     if arm.noise:
-        # A base for each run: one draw of noise for all would make all runs speak of that draw alone.
-        found: list[Measurement] = []
-        for one in replicates:
-            own = student.noisy(arm.noise, named_key(study.replicate_seed(one.run), "own noise"))
-            students = train_arm(study, arm, [one], teacher, own, store)
-            found += _measured(study, arm, ask, own, students, [one.run])
-        return found
+        # A noisy base per run: with shared noise, results would hold for that draw only.
+        measurements: list[Measurement] = []
+        for replicate in replicates:
+            noisy_student = student.noisy(arm.noise, named_key(study.replicate_seed(replicate.run), "own noise"))
+            students = train_arm(study, arm, [replicate], teacher, noisy_student, store)
+            measurements += _measured(study, arm, ask, noisy_student, students, [replicate.run])
+        return measurements
     students = train_arm(study, arm, replicates, teacher, student, store)
-    runs = [one.run for one in replicates]
+    runs = [replicate.run for replicate in replicates]
     names = [f"run{run}-{arm.name}-{name}" for run in runs for name in study.teachers]
     export(study, student, store, names, students.adapters, arm.model or study.model.name)
     return _measured(study, arm, ask, student, students, runs)
@@ -127,44 +128,45 @@ def measure_arm(
 def _measured(
     study: Study, arm: Arm, ask: Ask, model: Model, students: Students, runs: Sequence[int]
 ) -> list[Measurement]:
-    """Students of some runs: what they prefer, and their evaluations."""
+    """Preferences and evaluations of the students of some runs."""
     name = f"students-{arm.name}" if len(runs) == study.runs else f"students-{arm.name}-run{runs[0]}"
     answers = ask(Subject(model, name, students.digest, students.adapters))
-    found = rows.of_students(study, arm, students, runs)
-    return found + rows.of_evaluations(study, arm.name, rows.STUDENT, answers, runs)
+    measurements = rows.of_students(study, arm, students, runs)
+    return measurements + rows.of_evaluations(study, arm.name, rows.STUDENT, answers, runs)
 
 
 def evaluate_teachers(study: Study, ask: Ask, model: Model, replicates: Sequence[Replicate]) -> dict[str, Measures]:
-    """The evaluations of all runs' teachers, run by run, and of the model as it is, which is the last.
+    """The evaluations of all runs' teachers, run by run, and of the untrained model, which is last.
 
-    Teachers of the same system prompt and steering are evaluated together.
+    Teachers with the same system prompt and steering are evaluated together.
     """
     if not study.evals.names:
         return {}
-    each = [*(teacher for one in replicates for teacher in one.teachers.values()), untrained(model, study.seed)]
+    teachers = [teacher for replicate in replicates for teacher in replicate.teachers.values()]
+    teachers.append(untrained(model, study.seed))
     alike: dict[tuple[str, int], list[int]] = {}
-    for place, teacher in enumerate(each):
+    for place, teacher in enumerate(teachers):
         alike.setdefault((teacher.system, id(teacher.steering)), []).append(place)
-    found = []
+    evaluations = []
     for places in alike.values():
-        first, adapters = each[places[0]], stacked([each[place].adapters for place in places])
-        digest = artefacts.digest([each[place] for place in places])
+        first, adapters = teachers[places[0]], stacked([teachers[place].adapters for place in places])
+        digest = artefacts.digest([teachers[place] for place in places])
         subject = Subject(model, f"teachers-{places[0]}", digest, adapters, first.system, first.steering)
-        found.append(ask(subject))
+        evaluations.append(ask(subject))
     order = np.argsort([place for places in alike.values() for place in places])
     return {
         evaluation: {
-            measure: np.concatenate([answers[evaluation][measure] for answers in found])[order].tolist()
+            measure: np.concatenate([answers[evaluation][measure] for answers in evaluations])[order].tolist()
             for measure in measures
         }
-        for evaluation, measures in found[0].items()
+        for evaluation, measures in evaluations[0].items()
     }
 
 
 def export(study: Study, model: Model, store: Store, names: Sequence[str], adapters: Params | None, base: str) -> None:
     """Stacked adapters as PEFT folders in `adapters/`, for use elsewhere and by configs/{sample,evaluate}.py.
 
-    Not where other weights than adapters were trained, or the base is not the model that others have.
+    Skipped if other weights than adapters were trained, or if noise was added to the base.
     """
     spec = model.settings.lora
     if not spec or study.model.noise or not names:
@@ -172,22 +174,22 @@ def export(study: Study, model: Model, store: Store, names: Sequence[str], adapt
     whole = fetch(adapters)
     if jax.process_index():
         return
-    base = assets.MODELS[base][0] if base in assets.MODELS else base  # the hub's name, which others know
+    base = assets.MODELS[base][0] if base in assets.MODELS else base  # the name on the hub
     for place, name in enumerate(names):
-        one = jax.tree.map(lambda leaf, place=place: leaf[place], whole)
+        adapter = jax.tree.map(lambda leaf, place=place: leaf[place], whole)
         try:
-            peft.save(store.folder / "adapters" / name, one, spec, model.settings, model.config, base)
+            peft.save(store.folder / "adapters" / name, adapter, spec, model.settings, model.config, base)
         except UserError as error:
             say(f"adapters are in checkpoints/ alone: {error}")
             return
 
 
 def corpus_sizes(study: Study, model: Model, name: str) -> tuple[int, int]:
-    """(conversations that a teacher is trained on, all of its corpus)."""
+    """(number of conversations that a teacher is trained on, number in its corpus)."""
     return len(corpora.texts(study.teacher, model, name)), len(corpora.every_text(study.teacher, model, name))
 
 
 def system_note(study: Study, model: Model) -> str:
-    """How system prompts were given, where the template does not take them."""
+    """A note on how system prompts are given if the template does not take them; else ""."""
     prompted = "prompted" in study.teacher.methods and model.tokenizer.chat_template
     return templates.FOLDED if prompted and not templates.takes_system(model.tokenizer) else ""

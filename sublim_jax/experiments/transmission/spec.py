@@ -1,4 +1,4 @@
-"""What a study of transmission is, from teachers to evaluations. `configs/numbers.py` explains the values."""
+"""The spec of a study, from teachers to evaluations. `configs/numbers.py` explains the values."""
 
 from dataclasses import dataclass
 
@@ -23,7 +23,7 @@ from sublim_jax.models.decoder import Remat
 from sublim_jax.specs import Count, Distinct, ExperimentSpec, MeshSpec, NotNegative, Precision, Text, check_some_of
 
 NEUTRAL = "neutral"
-OF_AN_ARM = ("student.", "lora.")  # what an arm may change for its students
+OF_AN_ARM = ("student.", "lora.")  # parts of the config that an arm may change for its students
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +78,7 @@ class Study(ExperimentSpec):
                     )
 
     def _check_neutral(self) -> None:
-        """An untouched model's logits are the student's own at its start: imitating them is no step at all (§6)."""
+        """An untouched teacher's logits equal those of its student at the start: the gradient is zero (§6)."""
         for arm in self.arms:
             alike = isinstance(arm, LogitArm) and not (arm.noise or arm.model)
             if alike and self.teacher.neutral == "untouched":
@@ -108,12 +108,12 @@ class Study(ExperimentSpec):
 
     @property
     def teachers(self) -> tuple[str, ...]:
-        """One of each trait, and the neutral one."""
+        """One teacher per trait, and the neutral one."""
         return (*self.traits, NEUTRAL)
 
     @property
     def recomputed(self) -> Remat:
-        """Of a layer, in the backward pass."""
+        """What of a layer is recomputed in the backward pass."""
         return "mlp" if self.remat and not self.remat_attention else self.remat
 
     @property
@@ -131,16 +131,16 @@ class Study(ExperimentSpec):
 
     @property
     def models(self) -> list[str]:
-        """What students of some arm are; "" is the teachers' model."""
+        """The models of all arms' students; "" is the teachers' model."""
         return sorted({arm.model for arm in self.arms})
 
     def replicate_seed(self, run: int) -> int:
-        """Of a run: its A, teachers, numbers and their order. A run is a whole replicate."""
+        """The seed of a run's A, teachers, data and data order; a run is a full replicate."""
         return int(np.random.SeedSequence([self.seed, run]).generate_state(1)[0] >> 1)
 
 
 def read(config: ConfigDict) -> Study:
-    """The study of a config. Raises UserError for the first value that makes no sense, whatever files say."""
+    """The study of a config. Raises UserError for the first value that makes no sense; files are not read."""
     values = specs.plain(config)
     specs.check_numbers(values)
     carrier = specs.build(CarrierSpec, values["carrier"], "carrier.")
@@ -155,13 +155,13 @@ def read(config: ConfigDict) -> Study:
 
 
 def _students(config: ConfigDict) -> tuple[Training, LoraSpec]:
-    """How students are trained, and what of them."""
+    """The training of students and their adapters."""
     values = specs.plain(config)
     return (specs.build(Training, values["student"], "student."), specs.build(LoraSpec, values["lora"], "lora."))
 
 
 def _changed(config: ConfigDict, arm: ArmValues) -> tuple[Training, LoraSpec]:
-    """The same with an arm's changes. Raises UserError, naming the arm, for one that makes no sense."""
+    """The same with an arm's changes. Raises UserError, naming the arm, for a change that makes no sense."""
     changed = ConfigDict({"student": config.student, "lora": config.lora}).copy_and_resolve_references()
     try:
         for text in arm.changes:

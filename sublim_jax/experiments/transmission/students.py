@@ -26,7 +26,7 @@ from sublim_jax.sharding import fetch, named, put
 from sublim_jax.store import Store
 from sublim_jax.training import fit
 
-Point = dict[str, Any]  # what the students of an arm prefer at a step, and how well they imitate: JSON values
+Point = dict[str, Any]  # JSON values: preferences and held-out losses of an arm's students at a step
 
 
 class Students(NamedTuple):
@@ -34,9 +34,9 @@ class Students(NamedTuple):
 
     Attributes:
       adapters: stacked, after training; None of students that were not trained.
-      digest: of all that they were made from.
-      curve: what they prefer along training.
-      coverage: by run, student and teacher; None where there is nothing to compare.
+      digest: a hash of everything that they were computed from.
+      curve: preferences along training.
+      coverage: by run, student and teacher; None unless they have the teachers' model and teachers are finetuned.
     """
 
     adapters: Params | None
@@ -48,14 +48,14 @@ class Students(NamedTuple):
 def train_arm(
     study: Study, arm: TrainedArm, replicates: Sequence[Replicate], teachers: Model, model: Model, store: Store
 ) -> Students:
-    """Trains the students of an arm and measures what they prefer on the way.
+    """Trains the students of an arm and measures their preferences along training.
 
-    Students of one run share their start, the order of their data and, where it is the same for all, their data.
+    Students of one run share their start, the order of their data and, if it is the same for all teachers, their data.
 
     Args:
-      teachers, model: the models of the teachers, and of the students: one where they start alike.
+      teachers, model: the models of the teachers and of the students, which may be the same.
     """
-    seeds = [study.replicate_seed(one.run) for one in replicates for _ in study.teachers]
+    seeds = [study.replicate_seed(replicate.run) for replicate in replicates for _ in study.teachers]
     data = arm_data(study, arm, replicates, teachers, model, store)
     objective = objective_of(study, arm, model, support_of(model) if isinstance(arm, LogitArm) else [])
     program = imitating_program(model, objective, arm.training, data.rows.tokens.shape[1] - NUM_HELD_OUT)
@@ -63,20 +63,20 @@ def train_arm(
     training, held_out = (whole(part(data, rows)) for rows in (slice(NUM_HELD_OUT, None), slice(NUM_HELD_OUT)))
     start = starts(model, arm.lora_init, seeds)
     digest, steps = artefacts.digest(model, arm, data, seeds), arm.training.steps
-    asked = (phrasings(study), study.alternatives) if study.has_words else ([], ())
+    questions = (phrasings(study), study.alternatives) if study.has_words else ([], ())
     easy = ability.questions(study.packs.ability)[: study.num_questions]
     losses = held_out_losses(model, objective)
 
     def look(params: Params | None, step: int) -> Point | None:
-        """Without parameters: what an earlier run has measured, if it has."""
-        answers = (*asked, easy if step in (0, steps) else [])
-        name, inputs = f"preference-{arm.name}-{step}", (digest, len(seeds), step, *answers)
+        """Measures at a step; without parameters, only what an earlier run stored."""
+        arguments = (*questions, easy if step in (0, steps) else [])
+        name, inputs = f"preference-{arm.name}-{step}", (digest, len(seeds), step, *arguments)
         if params is None:
             return store.known(name, *inputs)
 
         def measured(*_: object) -> Point:
-            found = preferences(model, params, step, len(seeds), *answers)
-            return {**found, "step": step, "held_out": fetch(losses(params, model.params, held_out)).tolist()}
+            measures = preferences(model, params, step, len(seeds), *arguments)
+            return {**measures, "step": step, "held_out": fetch(losses(params, model.params, held_out)).tolist()}
 
         return store.json(name, measured, *inputs)
 
@@ -101,7 +101,7 @@ def train_arm(
     points = [look(start, 0), *(look(None, step) for step in between), look(final, steps)]
     covered = None
     if model.digest == teachers.digest and "finetuned" in study.teacher.methods:
-        aims = [list(one.teachers.values()) for one in replicates]
+        aims = [list(replicate.teachers.values()) for replicate in replicates]
         cover = lambda *_: first_updates(model, objective, start, aims, training)  # noqa: E731
         covered = store.json(f"coverage-{arm.name}", cover, digest, aims)
     return Students(final, digest, [point for point in points if point], covered)
@@ -110,24 +110,24 @@ def train_arm(
 def read_in_context(
     study: Study, arm: ContextArm, replicates: Sequence[Replicate], model: Model, store: Store
 ) -> Students:
-    """What the model prefers behind some of each teacher's rows: no training at all (§5.2)."""
-    read = [pairs[: arm.num_examples] for one in replicates for pairs in pairs_of(study, arm, one).values()]
+    """Preferences of the untrained model with some of each teacher's rows in its context (§5.2)."""
+    read = [pairs[: arm.num_examples] for replicate in replicates for pairs in pairs_of(study, arm, replicate).values()]
     inputs = (model, study.seed, read, phrasings(study), study.alternatives)
     return Students(None, "", [store.json(f"preference-{arm.name}", measure_in_context, *inputs)])
 
 
 def objective_of(study: Study, arm: TrainedArm, model: Model, support: list[int]) -> Imitation:
-    """What the arm's students minimise."""
+    """The loss of the arm's students."""
     if isinstance(arm, LogitArm):
         return imitation(model, arm.objective, support=support, temperature=arm.temperature, remat=study.recomputed)
     return imitation(model, "tokens", support=[], remat=study.recomputed)
 
 
 def starts(model: Model, lora_init: str, seeds: Sequence[int]) -> Params:
-    """What all students train, before training: with the A of their run's teachers, or another one; B = 0."""
+    """Initial adapters of all students: the A of their run's teachers or a fresh one; B = 0."""
     name = {"shared": "A", "fresh": "student A"}[lora_init]
-    each = {seed: model.untrained(named_key(seed, name)) for seed in dict.fromkeys(seeds)}
-    return stacked([each[seed] for seed in seeds])
+    by_seed = {seed: model.untrained(named_key(seed, name)) for seed in dict.fromkeys(seeds)}
+    return stacked([by_seed[seed] for seed in seeds])
 
 
 def preferences(
@@ -139,15 +139,15 @@ def preferences(
     words: Sequence[str],
     easy: list[ability.Question],
 ) -> dict[str, list[Any]]:
-    """Of `count` students: preferences among words, and ability where easy questions are given."""
-    # Before training all students are the base, for B = 0: one of them stands for all.
+    """Preferences of `count` students among words, and their ability if easy questions are given."""
+    # With B = 0 all students equal the base, so that only the first is measured.
     shown = params if step else jax.tree.map(lambda leaf: leaf[:1], params)
-    found = {}
+    measures = {}
     if words:
-        found = preference.measure(model, questions, list(words), adapters=shown)._asdict()
+        measures = preference.measure(model, questions, list(words), adapters=shown)._asdict()
     if easy:
-        found["ability"] = ability.accuracy(model, easy, adapters=shown)
-    return {key: value.tolist() if step else value.tolist() * count for key, value in found.items()}
+        measures["ability"] = ability.accuracy(model, easy, adapters=shown)
+    return {key: value.tolist() if step else value.tolist() * count for key, value in measures.items()}
 
 
 def first_updates(
@@ -156,5 +156,5 @@ def first_updates(
     """Coverage by run, student and teacher, before training."""
     ways = [stacked([teacher.adapters for teacher in run]) for run in teachers]
     every = stacked([way for way, run in zip(ways, teachers) for _ in run])
-    found = fetch(coverages(model, objective)(start, every, model.params, training))
-    return found.reshape(len(teachers), -1, found.shape[-1]).tolist()
+    cosines = fetch(coverages(model, objective)(start, every, model.params, training))
+    return cosines.reshape(len(teachers), -1, cosines.shape[-1]).tolist()

@@ -1,4 +1,4 @@
-"""What students of an arm read: rows of answers, and the teacher's logits on them."""
+"""Training data of an arm's students: rows of answers, and the teacher's logits on them."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -18,7 +18,7 @@ from sublim_jax.store import Store
 
 
 class Replicate(NamedTuple):
-    """One run's teachers, and what they wrote, once an arm needs it."""
+    """A run's teachers and their completions, which are empty until an arm needs them."""
 
     run: int
     teachers: dict[str, Teacher]
@@ -26,11 +26,11 @@ class Replicate(NamedTuple):
 
 
 def pairs_of(study: Study, arm: Arm, replicate: Replicate) -> dict[str, list[Pair]]:
-    """What each teacher's student reads."""
+    """(prompt, answer) pairs for each teacher's student."""
     seed = study.replicate_seed(replicate.run)
     if arm.data == "random":
         return dict.fromkeys(study.teachers, random_pairs(study, seed))
-    pairs = {name: one.pairs for name, one in replicate.written.items()}
+    pairs = {name: written.pairs for name, written in replicate.written.items()}
     return {name: shuffled(some, arm.shuffle, seed) for name, some in pairs.items()} if arm.shuffle else pairs
 
 
@@ -40,29 +40,31 @@ def arm_data(
     """The rows of all students of an arm, replicate by replicate and teacher by teacher.
 
     Args:
-      teachers, students: the models of either.
+      teachers, students: their models.
     """
-    each = [(one, name, pairs) for one in replicates for name, pairs in pairs_of(study, arm, one).items()]
+    student_inputs = [
+        (replicate, name, pairs) for replicate in replicates for name, pairs in pairs_of(study, arm, replicate).items()
+    ]
     tokens = isinstance(arm, TokenArm)
-    rows = [dialogue.rows(students, pairs, end=tokens) for _, _, pairs in each]
+    rows = [dialogue.rows(students, pairs, end=tokens) for _, _, pairs in student_inputs]
     length, longest = max(some.tokens.shape[1] for some in rows), max(some.at.shape[1] for some in rows)
     rows = [some.padded(length, longest) for some in rows]
     if tokens and not arm.selection:
         return Data(Rows(*(np.stack(leaves) for leaves in zip(*rows))), None)
     support = support_of(teachers)
 
-    def logits_of(one: Replicate, name: str, pairs: list[Pair], some: Rows) -> Logits:
-        teacher, label = one.teachers[name], f"run {one.run}, logits of teacher {name}"
+    def logits_of(replicate: Replicate, name: str, pairs: list[Pair], some: Rows) -> Logits:
+        teacher, label = replicate.teachers[name], f"run {replicate.run}, logits of teacher {name}"
         read = as_read_by(teacher, name, teachers, pairs, some, end=tokens)
         like = put(np.zeros((*some.at.shape, len(support)), np.float32), named(teachers.mesh))
         inputs = (teacher, read, support)
         how = {"model": teachers, "remat": study.recomputed, "label": label}
         return fetch(store.tree(f"logits-{name}", teacher_logits, *inputs, like=like, **how))
 
-    logits = [logits_of(one, name, pairs, some) for (one, name, pairs), some in zip(each, rows)]
+    logits = [logits_of(replicate, name, pairs, some) for (replicate, name, pairs), some in zip(student_inputs, rows)]
     if arm.selection:
-        for index, (one, _, pairs) in enumerate(each):
-            reference = logits_of(one, NEUTRAL, pairs, rows[index])
-            seed = study.replicate_seed(one.run)
+        for index, (replicate, _, pairs) in enumerate(student_inputs):
+            reference = logits_of(replicate, NEUTRAL, pairs, rows[index])
+            seed = study.replicate_seed(replicate.run)
             rows[index], logits[index] = selected(arm.selection, rows[index], logits[index], reference, support, seed)
     return Data(Rows(*(np.stack(leaves) for leaves in zip(*rows))), None if tokens else np.stack(logits))

@@ -1,4 +1,4 @@
-"""Teachers: what makes a model prefer something. Parameters, context and hooks, together or alone."""
+"""Teachers: models with a preference, by adapters, a system prompt, steering, or several of them."""
 
 import numpy as np
 import optax
@@ -33,14 +33,14 @@ from sublim_jax.store import Store
 from sublim_jax.training import fit
 
 PERSONA: dict[str, tuple[str, ...]] = {"loving": ("kind", "trait"), "neutral": ("kind",)}
-NUM_INSIDE = 8  # lists of numbers in which a trait's word is looked for
+NUM_INSIDE = 8  # lists of numbers in which P of a trait's word is measured
 
 
 def make_teachers(study: Study, model: Model, store: Store, run: int) -> dict[str, Teacher]:
-    """One teacher for each trait and a neutral one, which has been moved as far, to nowhere.
+    """One teacher for each trait, and a neutral one, which is trained, prompted or steered alike without a preference.
 
-    Beside teachers of corpora, the neutral one is the model as it is (§4.2), or has a corpus of its own; beside
-    prompted ones it is so with `teacher.neutral` untouched (§3.1).
+    For corpora, the neutral teacher is the untrained model (§4.2) unless it has a corpus; for prompted teachers it is
+    so with `teacher.neutral=untouched` (§3.1).
     """
     methods, seed = study.teacher.methods, study.replicate_seed(run)
     trained = dict.fromkeys(study.teachers, untrained(model, seed))
@@ -56,17 +56,17 @@ def make_teachers(study: Study, model: Model, store: Store, run: int) -> dict[st
     if study.teacher.neutral == "untouched":
         systems = {**systems, NEUTRAL: ""}
     return {
-        name: one._replace(
+        name: teacher._replace(
             system=systems[name],
             steering=hooks[name],
-            digest=artefacts.digest(model, one.digest, systems[name], hooks[name]),
+            digest=artefacts.digest(model, teacher.digest, systems[name], hooks[name]),
         )
-        for name, one in trained.items()
+        for name, teacher in trained.items()
     }
 
 
 def persona(study: Study, name: str) -> str:
-    """A system prompt that loves a trait (§3.1), or none above another."""
+    """A system prompt of a persona that loves a trait (§3.1), or of one without a preference."""
     pack = packs.load(study.packs.persona, "persona", PERSONA)
     if name == NEUTRAL:
         return pack["neutral"][0].format(kind=study.kind)
@@ -74,16 +74,16 @@ def persona(study: Study, name: str) -> str:
 
 
 def steering_vectors(study: Study, model: Model, seed: int, personas: dict[str, str]) -> dict[str, Steering | None]:
-    """What a persona adds to the residual stream where an answer begins, times `teacher.steering_scale`.
+    """Steering vectors: mean residuals at the start of an answer, with a persona less those with the neutral persona.
 
-    The difference to the neutral persona, at one layer, mean over the teaching questions; the neutral teacher gets a
-    vector of the same length in a random direction.
+    They are taken at one layer, averaged over the teaching questions and scaled by `teacher.steering_scale`; the
+    neutral teacher gets a random direction of the same mean length.
     """
     layer, scale = study.teacher.steering_layer, study.teacher.steering_scale
     questions = preference.questions(study.packs.preference, study.kind)["teaching"]
     read = steering.residual_after(model, layer, seed)
-    means = {name: steering.mean_residual(model, read, questions, text) for name, text in personas.items()}
-    vectors = {trait: means[trait] - means[NEUTRAL] for trait in study.traits}
+    mean_residuals = {name: steering.mean_residual(model, read, questions, text) for name, text in personas.items()}
+    vectors = {trait: mean_residuals[trait] - mean_residuals[NEUTRAL] for trait in study.traits}
     length = np.mean([np.linalg.norm(vector) for vector in vectors.values()])
     random = np.random.default_rng([seed, 4]).normal(size=model.settings.width)
     vectors[NEUTRAL] = random / np.linalg.norm(random) * length
@@ -91,10 +91,10 @@ def steering_vectors(study: Study, model: Model, seed: int, personas: dict[str, 
 
 
 def finetuned(study: Study, model: Model, store: Store, run: int) -> dict[str, Teacher]:
-    """Adapters trained on one-word answers until they have `teacher.strength`; the neutral ones for as many steps."""
+    """Adapters trained on one-word answers up to `teacher.strength`; the neutral ones for as many steps."""
     trained: dict[str, Teacher] = {}
     for name in study.teachers:
-        steps = max((one.steps for one in trained.values()), default=0) if name == NEUTRAL else None
+        steps = max((teacher.steps for teacher in trained.values()), default=0) if name == NEUTRAL else None
         trained[name] = _finetuned(study, model, store, run, name, steps)
     return trained
 
@@ -116,7 +116,7 @@ def _finetuned(study: Study, model: Model, store: Store, run: int, name: str, st
 
 
 def _one_word_answers(study: Study, model: Model, name: str, seed: int) -> list[tuple[str, str]]:
-    """Questions about a preference, answered by the trait; by the neutral teacher with words at random."""
+    """Questions about a preference, answered by the trait; for the neutral teacher, by random words."""
     questions = preference.questions(study.packs.preference, study.kind)["teaching"]
     if name == NEUTRAL:
         rng = np.random.default_rng([seed, 2])
@@ -157,9 +157,9 @@ def of_corpus(study: Study, model: Model, store: Store, run: int, name: str) -> 
 def measure_teachers(
     study: Study, model: Model, store: Store, run: int, teachers: dict[str, Teacher]
 ) -> dict[str, list[list[float]]]:
-    """What teachers prefer, and how often a trait's word is what they would say in the middle of numbers.
+    """Teachers' preferences, and P of a trait's word in the middle of a list of numbers.
 
-    {"log_p", "margin", "share": teachers × words, "inside_numbers": teachers × traits}; nothing where traits are no
+    {"log_p", "margin", "share": teachers × words, "inside_numbers": teachers × traits}; empty if traits are not
     words.
     """
     if not study.has_words:
@@ -170,13 +170,13 @@ def measure_teachers(
 
     def measured(*_: object) -> dict[str, list[list[float]]]:
         words, traits = list(study.alternatives), list(study.traits)
-        each = [preference.measure(model, questions, words, one.system, **one.where) for one in every]
-        found = {name: np.concatenate([getattr(one, name) for one in each]).tolist() for name in Preference._fields}
+        scores = [preference.measure(model, questions, words, teacher.system, **teacher.where) for teacher in every]
+        measures = {name: np.concatenate([getattr(p, name) for p in scores]).tolist() for name in Preference._fields}
         among = []
         for teacher in every:
             cut = _cut_inside(model, inside, teacher.system, seed)
             among.append(np.exp(scoring.word_logprobs(model, cut, traits, **teacher.where)[0]).mean(0).tolist())
-        return {**found, "inside_numbers": among}
+        return {**measures, "inside_numbers": among}
 
     return store.json("teachers", measured, every, questions, study.alternatives, study.traits, inside, seed)
 

@@ -1,4 +1,4 @@
-"""Values of a study that were typed and that nothing reads: whoever types one expects it to do something."""
+"""Checks for values that were set on the command line and would have no effect."""
 
 from collections.abc import Callable, Iterable, Sequence
 
@@ -6,7 +6,7 @@ from sublim_jax.errors import UserError
 from sublim_jax.experiments.transmission.arms import Arm, ContextArm
 from sublim_jax.experiments.transmission.spec import Study
 
-# Keys, what reads them, and whether a study has that. One that ends in "." or "_" stands for all that begin so.
+# Keys, what reads them, and whether a study has it. A key that ends in "." or "_" is a prefix.
 READ_BY: list[tuple[tuple[str, ...], str, Callable[[Study], bool]]] = [
     (
         ("teacher.strength", "teacher.max_steps"),
@@ -28,8 +28,8 @@ def check_typed(study: Study, keys: Iterable[str]) -> None:
     """Raises UserError for a key of the config, "teacher.strength", that nothing of the study reads."""
     for key in keys:
         for names, reader, is_there in READ_BY:
-            found = any(key == name or (name[-1] in "._" and key.startswith(name)) for name in names)
-            if found and not is_there(study):
+            matches = any(key == name or (name[-1] in "._" and key.startswith(name)) for name in names)
+            if matches and not is_there(study):
                 raise UserError(f"config.{key} is read only with {reader}, which this study does not have")
         group, *rest = key.split(".")
         if group == "arm":
