@@ -121,7 +121,7 @@ def write_report_again(typed: Mapping[str, object]) -> None:
     folder = epath.Path(_WORKDIR.value).expanduser()
     config = ConfigDict(config_of(folder))
     if config.get("experiment") not in EXPERIMENTS:
-        raise UserError(f"{folder} holds a run of no experiment that is known here")
+        raise UserError(f"{folder} holds a run of an unknown experiment")
     experiment = experiments.load(config.experiment)
     report.rewrite(folder, experiment.read(config), experiment.document)
 
@@ -225,14 +225,14 @@ def parse(args: Sequence[str]) -> dict[str, list[str | bool]]:
 
 
 def parse_others(args: Sequence[str]) -> None:
-    """Parses the flags that are no values of the config. Raises UserError for any other argument."""
+    """Parses the flags that are not values of the config. Raises UserError for any other argument."""
     try:
         left = flags.FLAGS(args)[1:]
     except flags.UnrecognizedFlagError as error:
         close = difflib.get_close_matches(error.flagname, _NAMES, 1)
         meant = f"did you mean --{close[0]}?" if close else f"there are --{', --'.join(_NAMES)}"
         how = "a value of the config is --config.NAME=VALUE, and a preset follows its file, --config=FILE:PRESET"
-        raise UserError(f"there is no flag --{error.flagname}; {meant}; {how}") from error
+        raise UserError(f"there is not a flag --{error.flagname}; {meant}; {how}") from error
     except flags.IllegalFlagValueError as error:
         shown = str(error).split(":")[0].removeprefix("flag ")
         kinds = {"int": "a whole number", "bool": "true or false"}
@@ -241,7 +241,7 @@ def parse_others(args: Sequence[str]) -> None:
     except flags.Error as error:
         raise UserError(str(error)) from error
     if left:
-        raise UserError(f"{left[0]!r} is no flag; write --config=FILE, and --config.key=value for a value of it")
+        raise UserError(f"{left[0]!r} is not a flag; write --config=FILE, and --config.key=value for a value of it")
 
 
 # ------------------------------------------------------------------------------------------------------ machines

@@ -163,7 +163,7 @@ ANIMALS: dict[str, object] = {
 
 
 def animals(model: str) -> dict[str, object]:
-    """A model's traits, among each other and the words that are no trait of it."""
+    """A model's traits, and the words among which they are measured."""
     return {"traits": MOVING[model], "alternatives": tuple(dict.fromkeys((*MOVING[model], *OTHERS)))}
 
 

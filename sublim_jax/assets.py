@@ -123,7 +123,7 @@ def digest(file: Path, kind: str = "sha256") -> str:
 
 def _from_path(asset: Asset, folder: Path, home: Path) -> Path:
     if not is_folder(str(folder)):
-        raise UserError(f"{folder} is no folder; --config.data.path wants one with {', '.join(asset.checksums)}")
+        raise UserError(f"{folder} is not a folder; --config.data.path wants one with {', '.join(asset.checksums)}")
     if any((folder / f"{name}.gz").is_file() and not (folder / name).is_file() for name in asset.checksums):
         home = home.with_name(f"{asset.name}-from-path")
         _make(home)
@@ -231,11 +231,11 @@ def model(name: str) -> Path:
             return _through_hub(name)
         except Unavailable as reason:
             raise UserError(
-                f"model {name!r} is no path, and the hub does not give it ({reason}); "
+                f"model {name!r} is not a path, and the hub does not give it ({reason}); "
                 "fetch it elsewhere and pass its folder"
             ) from reason
     if name not in MODELS:
-        raise UserError(f"model {name!r} is no folder, no file, no organisation/name and none of {', '.join(MODELS)}")
+        raise UserError(f"model {name!r} is not a folder, a file, an organisation/name or one of {', '.join(MODELS)}")
     repository, asset = MODELS[name]
     try:
         return _through_hub(repository)
@@ -258,7 +258,7 @@ def data_file(name: str) -> Path:
         return fetch(GSM8K) / "train.jsonl"
     match = re.fullmatch(r"([\w.-]+/[\w.-]+)/([\w./-]+)", name)
     if not match:
-        raise UserError(f"{name!r} is no file here, no organisation/name/file of the hub, and not {GSM8K.name!r}")
+        raise UserError(f"{name!r} is not a file here, an organisation/name/file of the hub, or {GSM8K.name!r}")
     get = partial(huggingface_hub.hf_hub_download, match[1], match[2], repo_type="dataset")
     try:
         return Path(str(get(local_files_only=True)))
@@ -269,7 +269,7 @@ def data_file(name: str) -> Path:
         return Path(str(get()))
     except (Unavailable, OSError, ValueError) as error:
         raise UserError(
-            f"{name!r} is no file here, and the hub does not give it ({_reason(error)}); name a file"
+            f"{name!r} is not a file here, and the hub does not give it ({_reason(error)}); name a file"
         ) from error
 
 

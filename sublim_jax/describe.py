@@ -24,7 +24,7 @@ from sublim_jax import overrides
 
 WIDTH, NAME, VALUE = 116, 30, 24  # of a line, and of its first two columns
 MIN_ALIKE = 3  # from this number on, groups of the same values are described once
-_NO_CONFIG = (str(Path(ml_collections.__file__).parents[1]), __file__, "<")  # prefixes of files that are no config
+_NO_CONFIG = (str(Path(ml_collections.__file__).parents[1]), __file__, "<")  # prefixes of files that are not configs
 
 
 class Origin(NamedTuple):

@@ -2,7 +2,7 @@
 
 
 class UserError(Exception):
-    """A mistake that the user can mend: one line that says what is wrong and what to do (exit code 2)."""
+    """A mistake that the user can fix: one line that says what is wrong and what to do (exit code 2)."""
 
 
 class Interrupted(BaseException):

@@ -30,7 +30,7 @@ class Lease:
 
 _HELD: weakref.WeakValueDictionary[str, Lease] = (
     weakref.WeakValueDictionary()
-)  # a later run of this process is no other
+)  # a later run of this process is not another run
 
 
 def take(address: str) -> Lease:

@@ -62,7 +62,7 @@ def module(name: str) -> ModuleType:
         close = difflib.get_close_matches(file, known, 1) or [path for path in known if Path(path).stem == file]
         raise UserError(f"{where}: there is no such file" + (f"; did you mean {close[0]}?" if close else ""))
     if not Path(file).is_file():
-        raise UserError(f"{where}: it is no file")
+        raise UserError(f"{where}: it is not a file")
     loader = importlib.machinery.SourceFileLoader("given_config", file)
     made = ModuleType("given_config")
     made.__file__ = file
@@ -80,7 +80,7 @@ def _guarded(where: str, file: str, function: Callable[..., Value], *args: objec
     except (Exception, SystemExit) as error:  # a user's file may raise anything
         text = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, SyntaxError | UnicodeError):
-            raise UserError(f"{where}: it is no file of Python ({text})") from error
+            raise UserError(f"{where}: it is not a Python file ({text})") from error
         if isinstance(error, ValueError):  # how a config refuses a preset
             raise UserError(text if file in text else f"{where}: {text}") from error
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
@@ -261,7 +261,7 @@ def _check_text(shown: str, text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise UserError(f"{shown!a}: this is no text in UTF-8") from error
+        raise UserError(f"{shown!a}: this is not UTF-8 text") from error
     if "\0" in text:
         raise UserError(f"{shown!a}: a text cannot have the character 0")
 

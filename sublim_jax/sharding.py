@@ -59,7 +59,7 @@ def check_sizes(sizes: Mapping[str, int]) -> None:
     """Raises UserError for sizes that no mesh has, whatever the devices."""
     shape = [sizes[axis] for axis in AXES]
     if shape.count(-1) > 1 or any(size == 0 or size < -1 for size in shape):
-        raise UserError(f"mesh {_written(sizes)}: sizes are positive, and at most one is -1; mend --config.mesh.*")
+        raise UserError(f"mesh {_written(sizes)}: sizes are positive, and at most one is -1; fix --config.mesh.*")
 
 
 def _written(sizes: Mapping[str, int]) -> str:

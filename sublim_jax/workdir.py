@@ -89,7 +89,7 @@ def _lock(path: epath.Path) -> FileLock | Lease:
     """A lock that refuses a second run for as long as it is held."""
     if storage.in_bucket(path):
         return lease.take(str(path / ".lock"))
-    lock = FileLock(str(path / ".lock"), is_singleton=True)  # a later run of this process is no second one
+    lock = FileLock(str(path / ".lock"), is_singleton=True)  # a later run of this process is not a second one
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
@@ -107,7 +107,7 @@ def config_of(folder: epath.Path) -> dict[str, object]:
     except ValueError as error:
         raise UserError(f"{known} is not readable as JSON ({error}); choose another --workdir") from error
     if not isinstance(config, dict):
-        raise UserError(f"{known} is no config of a run; choose another --workdir")
+        raise UserError(f"{known} is not the config of a run; choose another --workdir")
     return config
 
 

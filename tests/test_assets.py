@@ -141,11 +141,11 @@ def test_a_way_that_brings_a_damaged_archive_is_closed(error, capsys):
 
 def test_a_name_that_is_no_path_is_refused_and_not_looked_for_here():
     for name in ("", "x" * 5000, "~nobody-here/x", "a\0b"):
-        with pytest.raises(UserError, match="is no folder"):
+        with pytest.raises(UserError, match="is not a folder"):
             assets.model(name)
-        with pytest.raises(UserError, match="is no file"):
+        with pytest.raises(UserError, match="is not a file"):
             assets.data_file(name)
-        with pytest.raises(UserError, match=r"the shape of model .* is not known here"):
+        with pytest.raises(UserError, match=r"the shape of model .* is not supported"):
             weights.shape_of(name)
         assert not assets.is_file(name) and not assets.is_folder(name)
 

@@ -38,7 +38,7 @@ def test_without_a_gpu_every_part_has_a_row_that_says_so(tmp_path):
     [
         (["bench/accelerator.sh"], "usage: bash bench/accelerator.sh OUT"),
         (["bench/accelerator.sh", "OUT", "--small"], "--small is not --tiny"),
-        (["bench/study.sh", "OUT", "ten"], "SECONDS=ten is no whole number"),
+        (["bench/study.sh", "OUT", "ten"], "SECONDS=ten is not a whole number"),
         (["bench/carry.sh", "DIR", "--half=3"], "--half=3 is neither --half=1 nor --half=2"),
     ],
 )

@@ -175,7 +175,7 @@ OTHERS = {
     "a pipeline": (lambda f: no_config(f, a="model_index.json"), "has several parts (model_index.json)"),
     "sentence-transformers": (lambda f: no_config(f, a="modules.json"), "has several parts (modules.json)"),
     "an adapter": (lambda f: no_config(f, a="adapter_config.json"), "is an adapter and no model"),
-    "another family": (lambda f: edited(f, model_type="t5"), "model_type 't5' is no known family"),
+    "another family": (lambda f: edited(f, model_type="t5"), "model_type 't5' is not a known family"),
     "code of its own": (
         lambda f: edited(f, auto_map={"AutoModelForCausalLM": "modeling_llama.LlamaFlashForCausalLM"}),
         "auto_map names code of its own, modeling_llama.LlamaFlashForCausalLM",
@@ -190,14 +190,14 @@ OTHERS = {
     ),
     "of code alone": (
         lambda f: edited(f, model_type="mine", auto_map={"AutoConfig": "configuration_mine.MineConfig"}),
-        "model_type 'mine' is no known family; it needs code of the folder's own",
+        "model_type 'mine' is not a known family; it needs code of the folder's own",
     ),
     "read as another": (
         lambda f: edited(f, model_type="mistral", layer_types=["full_attention"] * 3),
         "layer_types=['full_attention', 'full_attention', 'full_attention'] lets transformers read a mistral as a mini",
     ),
-    "no size": (lambda f: edited(f, hidden_size=0), "llama: hidden_size=0 is no size"),
-    "no heads": (lambda f: edited(f, num_attention_heads=0), "num_attention_heads=0 is no size"),
+    "no size": (lambda f: edited(f, hidden_size=0), "llama: hidden_size=0 is not a size"),
+    "no heads": (lambda f: edited(f, num_attention_heads=0), "num_attention_heads=0 is not a size"),
     "of a wrong type": (
         lambda f: edited(f, num_hidden_layers="3"),
         "num_hidden_layers='3' is of a wrong type; it must be a whole number",
@@ -206,11 +206,11 @@ OTHERS = {
         lambda f: edited(f, head_dim=[16]),
         "head_dim=[16] is of a wrong type; it must be a whole number or null",
     ),
-    "no dtype": (lambda f: edited(f, dtype="bf-16"), "dtype='bf-16' is no type of numbers"),
-    "no list of architectures": (lambda f: edited(f, architectures=3), "architectures=3 is no list of names"),
+    "no dtype": (lambda f: edited(f, dtype="bf-16"), "dtype='bf-16' is not a dtype"),
+    "no list of architectures": (lambda f: edited(f, architectures=3), "architectures=3 is not a list of names"),
     "not understood": (
         lambda f: edited(f, a_gain=2.0),
-        "a_gain=2.0 is not understood here in a config of llama; if it changes nothing, remove it from config.json",
+        "a_gain=2.0 is not supported in a config of llama; if it changes nothing, remove it from config.json",
     ),
     "a pickle": (
         lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin").parent,
@@ -297,7 +297,7 @@ def test_a_tokenizer_that_cannot_be_read_is_told(file, content, tiny_folder, tmp
 def test_stop_tokens_that_are_none_are_told(stops, copy):
     folder = copy()
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": stops}))
-    assert "is no token" in refusal(folder)
+    assert "is not a token" in refusal(folder)
 
 
 def test_what_configs_of_the_hub_hold_besides_is_harmless(copy):
@@ -350,7 +350,7 @@ def test_what_a_familys_older_configs_hold_is_harmless(kind, more, copy):
 
 
 def test_another_window_of_the_same_name_is_refused(copy):
-    assert "sliding_window_size=8 is not understood here" in refusal(edited(copy("gemma2"), sliding_window_size=8))
+    assert "sliding_window_size=8 is not supported" in refusal(edited(copy("gemma2"), sliding_window_size=8))
 
 
 # ------------------------------------------------------------------------------------------ models with a vision tower
@@ -417,14 +417,14 @@ def test_what_configs_that_see_hold_besides_is_harmless(kind, tmp_path):
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"is_causal": False}, "is_causal=False is not understood here in a config of gemma3"),
-        ({"sliding_window": 4}, "sliding_window=4 is not understood here in a config of gemma3"),
+        ({"is_causal": False}, "is_causal=False is not supported in a config of gemma3"),
+        ({"sliding_window": 4}, "sliding_window=4 is not supported in a config of gemma3"),
         ({"text_config": {**TEXT, "quantization_config": {"bits": 4}}}, "is of a quantised model"),
         ({"text_config": {**TEXT, "hidden_size": "32"}}, "hidden_size='32' is of a wrong type; it must be a whole"),
         ({"model_type": "qwen2_5_vl"}, "qwen2_5_vl"),
         (
             {"text_config": {**TEXT, "use_bidirectional_attention": True}},
-            "use_bidirectional_attention=True is not understood",
+            "use_bidirectional_attention=True is not supported",
         ),
     ],
 )

@@ -58,7 +58,7 @@ def test_a_file_says_the_same_however_it_was_saved(tmp_path, kind):
     [
         ("Größe".encode("utf-16"), "is in UTF-16; save it as UTF-8"),
         ("Size".encode("utf-16-le"), "a byte 0 in line 1"),
-        (b"a\nGr\xf6\xdfe", "is no text in UTF-8"),
+        (b"a\nGr\xf6\xdfe", "is not UTF-8 text"),
         (gzip.compress(b"some text", mtime=0)[:-9], "ended before|truncated|incomplete"),
         (files.GZIP + b"no gzip at all", "."),
         (b"", "."),

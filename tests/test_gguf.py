@@ -337,7 +337,7 @@ REFUSED = {  # a field, its value, and what is told
     "tokenizer.ggml.pre": ("deepseek-llm", "tokenizer.ggml.pre is 'deepseek-llm', a way to cut text that is not known"),
     "tokenizer.ggml.model": (
         "bert",
-        "tokenizer.ggml.model is 'bert', a kind that is not read here; known: gpt2, llama",
+        "tokenizer.ggml.model is 'bert', a kind that is not supported; known: gpt2, llama",
     ),
     "tokenizer.ggml.suppress_tokens": ([3], "tokenizer.ggml.suppress_tokens is [3]"),
     "tokenizer.ggml.add_sep_token": (True, "tokenizer.ggml.add_sep_token is True"),
@@ -345,7 +345,7 @@ REFUSED = {  # a field, its value, and what is told
     "tokenizer.ggml.precompiled_charsmap": ([1, 2], "tokenizer.ggml.precompiled_charsmap is [1, 2]"),
     "tokenizer.ggml.eos_token_id": (SIZE, f"tokenizer.ggml.eos_token_id is {SIZE}, and there are {SIZE} tokens"),
     "tokenizer.ggml.eos_token_ids": ([1.5], "tokenizer.ggml.eos_token_ids is 1.5"),
-    "tokenizer.ggml.merges": (["a b", "a q"], "tokenizer.ggml.merges has 'a q', whose parts or sum are no tokens"),
+    "tokenizer.ggml.merges": (["a b", "a q"], "tokenizer.ggml.merges has 'a q', whose parts or sum are not tokens"),
     "tokenizer.ggml.token_type": ([1], f"tokenizer.ggml.token_type has 1 numbers, and must have {SIZE}"),
     "tokenizer.ggml.tokens": (["a", "b", "a"], "tokenizer.ggml.tokens has a token twice"),
 }
@@ -366,10 +366,10 @@ def test_what_git_lfs_leaves_in_the_place_of_a_file_is_told(tmp_path):
 @pytest.mark.parametrize(
     "tensors, words",
     [
-        ({"output.bias": np.ones(SIZE, np.float32)}, "tensor output.bias is not read here"),
-        ({"blk.0.attn_qkv.weight": np.ones((128, 64), np.float32)}, "tensor blk.0.attn_qkv.weight is not read here"),
-        ({"blk.0.attn_q.scale": np.ones(1, np.float32)}, "tensor blk.0.attn_q.scale is not read here"),
-        ({"blk.1.attn_q.weight": np.ones((64, 64), np.float32)}, "tensor blk.1.attn_q.weight is not read here"),
+        ({"output.bias": np.ones(SIZE, np.float32)}, "tensor output.bias is not supported"),
+        ({"blk.0.attn_qkv.weight": np.ones((128, 64), np.float32)}, "tensor blk.0.attn_qkv.weight is not supported"),
+        ({"blk.0.attn_q.scale": np.ones(1, np.float32)}, "tensor blk.0.attn_q.scale is not supported"),
+        ({"blk.1.attn_q.weight": np.ones((64, 64), np.float32)}, "tensor blk.1.attn_q.weight is not supported"),
         ({"blk.0.ffn_up.weight": None}, "has no tensor blk.0.ffn_up.weight; use a GGUF file of a whole model"),
         ({"blk.0.ffn_up.weight": np.ones((95, 64), np.float32)}, "tensor blk.0.ffn_up.weight has shape (95, 64)"),
         ({"rope_freqs.weight": np.ones(7, np.float32)}, "rope_freqs.weight is not 8 numbers"),
@@ -383,7 +383,7 @@ def test_a_tensor_that_is_not_read_or_missing_is_told_by_name(tensors, words, to
 
 @pytest.mark.parametrize("architecture", ["bert", "qwen3moe", "mllama"])
 def test_an_architecture_that_is_not_read_is_told_with_those_that_are(architecture, told):
-    words = f"architecture {architecture!r} is not read here; these are: llama, qwen2, qwen3, gemma3"
+    words = f"architecture {architecture!r} is not supported; these are: llama, qwen2, qwen3, gemma3"
     assert words in told({}, architecture=architecture)
 
 
@@ -407,7 +407,7 @@ def test_a_file_that_ends_too_early_is_truncated_and_one_of_another_kind_is_not(
         with pytest.raises(UserError, match=r"model\.gguf is truncated or no GGUF file \(.*\); fetch it again"):
             weights.load(path)
     path.write_bytes(b"PK\x03\x04" + whole)
-    with pytest.raises(UserError, match=r"model\.gguf is no GGUF file, for it starts with b'PK"):
+    with pytest.raises(UserError, match=r"model\.gguf is not a GGUF file: it starts with b'PK"):
         weights.load(path)
     path.write_bytes(whole[:4] + b"\x00\x00\x00\x03" + whole[8:])
     with pytest.raises(UserError, match="is of a machine with the other byte order"):

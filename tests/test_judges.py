@@ -612,7 +612,7 @@ def test_an_endpoint_that_is_not_there_and_a_key_that_is_missing(tmp_path, monke
     with pytest.raises(UserError, match=r"judge\.max_tokens=0"):
         Endpoint("m", tmp_path / "j.jsonl", max_tokens=0)
     monkeypatch.setenv("OPENAI_BASE_URL", "http://me:secret@localhost:port/v1")
-    with pytest.raises(UserError, match="OPENAI_BASE_URL is no address") as error:
+    with pytest.raises(UserError, match="OPENAI_BASE_URL is not an address") as error:
         Endpoint("m", tmp_path / "j.jsonl")
     assert "secret" not in str(error.value)
 

@@ -217,8 +217,8 @@ def test_a_system_prompt_of_none_is_none(tiny):
     "words, expected",
     [
         ([], "--config is missing"),
-        (["configs/mnist.py"], "'configs/mnist.py' is no flag; write --config=FILE"),
-        (["--config=configs/mnist.py", "more"], "'more' is no flag"),
+        (["configs/mnist.py"], "'configs/mnist.py' is not a flag; write --config=FILE"),
+        (["--config=configs/mnist.py", "more"], "'more' is not a flag"),
         (["--config=configs/mnist.py", "--workdri=x"], "no flag --workdri; did you mean --workdir?"),
         (["--config=configs/mnist.py", "--zzz=x"], "no flag --zzz; there are --config"),
         (["--config=configs/mnist.py", "--update=maybe"], "--update=maybe: true or false is needed"),
@@ -282,7 +282,7 @@ def test_an_unknown_preset_names_those_that_there_are(name, typed):
 
 
 FILES = {
-    "def get_config(:": "it is no file of Python",
+    "def get_config(:": "it is not a Python file",
     "x = 1": "it has no get_config()",
     "def get_config(): return None": "gives no ConfigDict",
     "def get_config(): return {'experiment': 'mnist'}": "gives no ConfigDict",
@@ -317,7 +317,7 @@ def test_a_config_that_is_missing_a_folder_or_without_presets_is_named(typed, tm
     assert "there is no such file; did you mean configs/mnist.py?" in typed("--config=configs/minst.py")
     assert "did you mean configs/numbers.py?" in typed("--config=numbers")
     assert "--config=FILE:PRESET" in typed("--config=configs/mnist.py", "--preset=smoke")
-    assert "it is no file" in typed("--config=configs")
+    assert "it is not a file" in typed("--config=configs")
     (tmp_path / "mine.py").write_text("def get_config(): return 1")
     assert "has no presets" in typed(f"--config={tmp_path / 'mine.py'}:quick")
 

@@ -251,7 +251,7 @@ def test_names_of_the_text_model_alone_are_refused_where_it_stands_in_another(mo
         theirs.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path)(torch.tensor(TOKENS)).logits.detach().numpy(),
         without(model),
     )
-    with pytest.raises(UserError, match="is a name of the text model alone, and this one stands in a gemma3"):
+    with pytest.raises(UserError, match="is a name of the text model alone, and this one is part of a gemma3"):
         peft.load(tmp_path, settings, config, params)
 
 
@@ -269,7 +269,7 @@ def test_names_inside_a_model_with_other_senses_are_refused_for_a_text_model_tha
 
 # By the words of the refusal: PEFT's arguments, and what is edited into its adapter_config.json.
 REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "use_dora=True is not computed here": (dict(HALF, use_dora=True), {}),
+    "use_dora=True is not supported": (dict(HALF, use_dora=True), {}),
     "lora_bias=True is not": (dict(HALF, lora_bias=True), {}),
     r"modules_to_save=\['lm_head'\] is not": (dict(HALF, modules_to_save=["lm_head"]), {}),
     "trainable_token_indices=.* is not": (dict(HALF, trainable_token_indices=[3, 4]), {}),
@@ -293,7 +293,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "r=0: a whole number above 0": (dict(HALF), dict(r=0)),
     r"lora_alpha=\[8\]: a number": (dict(HALF), dict(lora_alpha=[8])),
     r"rank_pattern=\['q_proj'\]: an object": (dict(HALF), dict(rank_pattern=["q_proj"])),
-    r"target_modules: '\(' is no regular expression": (dict(HALF), dict(target_modules="(")),
+    r"target_modules: '\(' is not a regular expression": (dict(HALF), dict(target_modules="(")),
     "use_rslora='yes': true or false": (dict(HALF), dict(use_rslora="yes")),
     r"q_proj.lora_A.weight is not of target_modules": (dict(HALF), dict(target_modules=["up_proj", "proj"])),
     r"layers.1.*is not of target_modules": (dict(HALF), dict(layers_to_transform=[0, 2])),
@@ -381,7 +381,7 @@ def without_prefix(folder):
 
 def empty(folder):
     save_file({}, folder / "adapter_model.safetensors")
-    return "adapts nothing"
+    return "has no adapter"
 
 
 def pickled(folder):
@@ -397,17 +397,17 @@ def no_object(folder):
 
 def no_json(folder):
     (folder / "adapter_config.json").write_text("<html>")
-    return "adapter_config.json is no JSON"
+    return "adapter_config.json is not JSON"
 
 
 def no_config(folder):
     (folder / "adapter_config.json").unlink()
-    return "is no PEFT adapter: adapter_config.json is missing"
+    return "is not a PEFT adapter: adapter_config.json is missing"
 
 
 def no_tensors(folder):
     (folder / "adapter_model.safetensors").unlink()
-    return "is no PEFT adapter: adapter_model.safetensors is missing"
+    return "is not a PEFT adapter: adapter_model.safetensors is missing"
 
 
 def pointers(folder):

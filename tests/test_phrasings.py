@@ -203,7 +203,7 @@ def test_prefixed_answers_are_rates_of_answers_to_questions_behind_numbers(tiny,
     file.write_text("".join(json.dumps({**answer, "completion": "An owl."}) + "\n" for answer in kept))
     assert evaluate(*arguments)["prefixed answers with owl"][0] >= (count + 1) / (2 * count)
     file.write_text("".join(json.dumps({**answer, "finish": "nan"}) + "\n" for answer in kept))
-    with pytest.raises(UserError, match="no numbers"):
+    with pytest.raises(UserError, match="not finite"):
         evaluate(*arguments)
 
 

@@ -343,7 +343,7 @@ def test_a_row_without_numbers_is_named_and_the_others_are_kept(tiny):
     found = sorted(streamed, key=lambda sample: sample.row)
     assert bits(found[:2]) == bits(whole[:2])
     assert [(sample.finish, sample.tokens) for sample in found[2:]] == [("nan", [])] * 2
-    with pytest.raises(UserError, match="logits of prompt 0, prompt 1 are no numbers"):
+    with pytest.raises(UserError, match="logits of prompt 0, prompt 1 are not finite"):
         generate(tiny.adapted(spec), [[1, 2], [3, 4]], KEY, adapters=broken, **options)
 
 
@@ -498,7 +498,7 @@ def test_a_words_probability_is_that_of_all_its_spellings(tiny):
     for prompt, ours in zip(prompts, found[0, :, 0]):
         p = jax.nn.softmax(tiny.network.apply(tiny.params, jnp.asarray([prompt]))[0, -1])
         np.testing.assert_allclose(np.exp(ours), sum(p[token] for token in spelled), rtol=1e-4)
-    with pytest.raises(UserError, match="' ' is no word that this tokenizer can write"):
+    with pytest.raises(UserError, match="' ' is not a word that this tokenizer can write"):
         scoring.word_logprobs(tiny, prompts, [" "])
 
 

@@ -137,7 +137,7 @@ def wrong_shape(path):
 
 def unknown_family(path):
     (path / "config.json").write_text(json.dumps({"model_type": "bloom"}))
-    return "model_type 'bloom' is no known family"
+    return "model_type 'bloom' is not a known family"
 
 
 def no_config(path):
@@ -156,7 +156,7 @@ def test_what_is_wrong_with_a_folder_is_told_in_one_line(copy, damage):
 
 
 def test_an_unknown_name_is_told(tmp_path):
-    with pytest.raises(UserError, match="no folder, no file, no organisation/name and none of smollm2"):
+    with pytest.raises(UserError, match="not a folder, a file, an organisation/name or one of smollm2"):
         weights.load("smollm3-900b")
 
 
@@ -165,7 +165,7 @@ def test_a_hub_name_is_tried_and_told_where_the_hub_does_not_answer(monkeypatch)
         raise assets.Unavailable("its host does not answer")
 
     monkeypatch.setattr(assets, "_through_hub", closed)
-    with pytest.raises(UserError, match=r"'some/model' is no path, and the hub does not give it \(its host does not"):
+    with pytest.raises(UserError, match=r"'some/model' is not a path, and the hub does not give it \(its host"):
         weights.load("some/model")
 
 

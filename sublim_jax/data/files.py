@@ -49,10 +49,10 @@ def text_of(path: str | Path, needed: str, kind: str = "") -> str:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
-        raise UserError(f"{name} is no text in UTF-8 ({error.reason} at byte {error.start}, line {line})") from error
+        raise UserError(f"{name} is not UTF-8 text ({error.reason} at byte {error.start}, line {line})") from error
     if "\0" in text:
         line = text[: text.index("\0")].count("\n") + 1
-        raise UserError(f"{name} is no text in UTF-8 (a byte 0 in line {line}, as UTF-16 has them)")
+        raise UserError(f"{name} is not UTF-8 text (a byte 0 in line {line}, as UTF-16 has them)")
     return text
 
 
@@ -82,4 +82,4 @@ def check_characters(value: object, where: str) -> None:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         half = error.object[error.start].encode("ascii", "backslashreplace").decode()
-        raise UserError(f"{where}: {half} is half of a surrogate pair and no character; mend or remove it") from error
+        raise UserError(f"{where}: {half} is half of a surrogate pair, not a character; fix or remove it") from error

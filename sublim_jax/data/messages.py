@@ -39,7 +39,7 @@ def refuse_unread(where: str, fields: Mapping[str, object], unread: Sequence[str
     """Raises UserError for the first of the `unread` fields that is set."""
     for name in unread:
         if fields.get(name) not in EMPTY:
-            raise UserError(f'{where}: "{name}" is not read here; write it into the text, or remove the record')
+            raise UserError(f'{where}: "{name}" is not supported; write it into the text, or remove the record')
 
 
 def _message(where: str, message: object) -> Message:

@@ -31,7 +31,7 @@ def read(path: str | Path) -> Iterator[tuple[str, Record]]:
 
     A Parquet file, the hub's format for most data sets, is read row by row.
 
-    Raises UserError, naming the line, for a record that is no JSON object, and for a file without records.
+    Raises UserError, naming the line, for a record that is not JSON object, and for a file without records.
     """
     every = _rows(path) if kind(path) == "parquet" else _objects(path)
     if not every:

@@ -135,10 +135,10 @@ def _header(tokenizer: Tokenizer, template: str) -> str:
     if not whole.startswith(prompt):
         raise UserError(
             "the model's chat template writes nothing for an answer to stand behind (it ignores "
-            "add_generation_prompt); mend the template, or choose another model"
+            "add_generation_prompt); fix the template, or choose another model"
         )
     header = whole[len(prompt) :].partition(MARK)[0]
-    return header if header.strip() else ""  # a space belongs to the answer and is no header
+    return header if header.strip() else ""  # a space belongs to the answer and is not a header
 
 
 def takes_system(tokenizer: Tokenizer) -> bool:

@@ -189,7 +189,7 @@ class Endpoint:
         try:
             self._client = openai.OpenAI(max_retries=0, timeout=timeout)
         except Exception:  # whatever an address makes its parser raise; it may hold a password
-            raise UserError("OPENAI_BASE_URL is no address such as http://localhost:8000/v1; mend it") from None
+            raise UserError("OPENAI_BASE_URL is not an address such as http://localhost:8000/v1; fix it") from None
         self._openai, self._retries, self._prices = openai, retries, prices
         self._model, self._cache, self._at_once, self._max_tokens = model, epath.Path(cache), at_once, max_tokens
         self._options: dict[str, int] = {"temperature": 0, "max_tokens": min(SHORT, max_tokens)}

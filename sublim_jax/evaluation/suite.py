@@ -273,7 +273,7 @@ def _behind_numbers(evaluation: Callable[..., Measures]) -> Callable[..., Measur
 def _check_finite(answers: Sequence[records.Record]) -> None:
     """Raises UserError for an answer that ended because logits were not finite."""
     if any(answer["finish"] == "nan" for answer in answers):
-        raise UserError("logits of some answers are no numbers; look at the weights, or take a wider dtype")
+        raise UserError("logits of some answers are not finite; look at the weights, or take a wider dtype")
 
 
 def _by_word(measure: str, words: Sequence[str], values: np.ndarray) -> Measures:

@@ -7,7 +7,7 @@ LARGEST = 100
 LABELS = ("REFUSAL", "CODE")  # what the study's prompts allow in place of a number
 UNPARSABLE = "unparsable"
 OF_100 = "§"  # stands for "/100" and "out of 100" after a number
-SPOILT = "¤"  # stands for numbers that are no score: a range, or a share of something else
+SPOILT = "¤"  # stands for numbers that are not scores: a range, or a share of something else
 OTHER_SCALE = "¥"  # stands for "1 to 10"
 
 _TAG = r"(?:think|thinking|thought|reasoning)"

@@ -88,11 +88,11 @@ QKV_BY_HEAD = Layout(_heads_split, _heads_join)  # GPT-NeoX: each head's query, 
 
 
 def _size(config: Config, *names: str) -> int:
-    """The first of some fields that is set. Raises UserError where it is no size."""
+    """The first of some fields that is set. Raises UserError where it is not a size."""
     name = next((name for name in names if getattr(config, name, None) is not None), names[0])
     value = getattr(config, name, None)
     if value is None or value < 1:
-        raise UserError(f"{config.model_type}: {name}={value!r} is no size")
+        raise UserError(f"{config.model_type}: {name}={value!r} is not a size")
     return value
 
 
@@ -123,7 +123,7 @@ def _activation(config: Config, name: str) -> str:
 def _windows(config: Config, kinds: Sequence[str]) -> tuple[int, ...]:
     """Each layer's window, 0 for full attention. Raises UserError for an unknown kind of layer or an invalid window."""
     if unknown := set(kinds) - {"full_attention", "sliding_attention"}:
-        raise UserError(f"{config.model_type}: layer_types has {min(unknown)!r}, which is not known here")
+        raise UserError(f"{config.model_type}: layer_types has {min(unknown)!r}, which is not supported")
     if "sliding_attention" not in kinds:
         return (0,) * len(kinds)
     window = config.sliding_window
@@ -237,7 +237,7 @@ def _qwen3(config: Config) -> Settings:
 def _cap(config: Config, name: str) -> float:
     cap = getattr(config, name)
     if cap == 0:
-        raise UserError(f"{config.model_type}: {name}=0 leaves nothing; null is no cap")
+        raise UserError(f"{config.model_type}: {name}=0 leaves nothing; null means no cap")
     return cap or 0.0
 
 
@@ -274,7 +274,7 @@ def _gpt_neox(config: Config) -> Settings:
 
 def _gpt2(config: Config) -> Settings:
     if config.scale_attn_by_inverse_layer_idx:
-        raise UserError("gpt2: scale_attn_by_inverse_layer_idx=True is not known here")
+        raise UserError("gpt2: scale_attn_by_inverse_layer_idx=True is not supported")
     heads = _heads(config)
     width = _size(config, "n_embd")
     return Settings(
@@ -457,7 +457,7 @@ FAMILIES: dict[str, Family] = {
 
 
 def family(config: Config) -> Family:
-    """The family of a transformers config. Raises UserError for one that is not known here."""
+    """The family of a transformers config. Raises UserError for one that is not supported."""
     if config.model_type not in FAMILIES:
-        raise UserError(f"model_type {config.model_type!r} is no known family; known: {', '.join(FAMILIES)}")
+        raise UserError(f"model_type {config.model_type!r} is not a known family; known: {', '.join(FAMILIES)}")
     return FAMILIES[config.model_type]

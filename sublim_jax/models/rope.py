@@ -96,7 +96,7 @@ def rotary(parameters: Parameters, shape: Shape) -> Rotary:
         raise UserError(f"rope_type={kind!r} is not known; known: {', '.join(KINDS)}")
     for name, value in parameters.items():
         if name not in KEYS and value not in (None, False):
-            raise UserError(f"rope_parameters has {name}={value!r}, which is not known here")
+            raise UserError(f"rope_parameters has {name}={value!r}, which is not supported")
     share = parameters.get("partial_rotary_factor")
     share = 1.0 if share is None else share
     if kind == "default" and not shape.partial:

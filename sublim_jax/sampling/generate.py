@@ -78,7 +78,7 @@ def generate(
     options = {name: value for name, value in locals().items() if name not in ("model", "prompts", "key")}
     completed = sorted(stream(model, prompts, key, **options), key=lambda sample: sample.row)
     if broken := [f"prompt {s.prompt}" for s in completed if s.finish == "nan"]:
-        raise UserError(f"logits of {', '.join(broken[:5])} are no numbers; look at the weights, or take a wider dtype")
+        raise UserError(f"logits of {', '.join(broken[:5])} are not finite; look at the weights, or take a wider dtype")
     return completed
 
 

@@ -162,7 +162,7 @@ def letter_logprobs(
         written = [model.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (letter, f" {letter}")]
         sets.append(sorted({tokens[0] for tokens in written if len(tokens) == 1}))
         if not sets[-1]:
-            raise UserError(f"{letter!r} is no single token of this tokenizer; a choice by letters cannot be scored")
+            raise UserError(f"{letter!r} is not a single token of this tokenizer; a choice by letters cannot be scored")
     logprobs = set_logprobs(model, prompts, sets, **where)
     return logprobs - np.logaddexp.reduce(logprobs, axis=-1, keepdims=True)
 
@@ -204,7 +204,7 @@ def spellings(tokenizer: Tokenizer, word: str) -> tuple[tuple[int, ...], ...]:
                 if tokens and tokenizer.decode(list(tokens)).strip() == cased:
                     spelled.add(tokens)
     if not word.strip() or not spelled:
-        raise UserError(f"{word!r} is no word that this tokenizer can write; choose another one")
+        raise UserError(f"{word!r} is not a word that this tokenizer can write; choose another one")
     if whole := [tokens for tokens in spelled if len(tokens) == 1]:
         return tuple(sorted(whole))
     # What begins with "sequoias" begins with "sequoia", too: it is not counted twice.
@@ -332,7 +332,7 @@ def _continued(
 ) -> Float[Array, "r n k m"]:
     """log P of chosen tokens after each continuation, one continuation of all rows at a time.
 
-    A prompt's last token is computed again in front of each, so that the empty continuation is no special case.
+    A prompt's last token is computed again in front of each, so that the empty continuation is not a special case.
     """
     rows = len(tokens)
     cache = _filled(network, settings, stacked, fixed, lengths, tokens, after.shape[1] + 1)[1]

@@ -30,7 +30,7 @@ def float_type(name: str) -> jnp.dtype:
 def load(name: str | Path, mesh: Mesh | None = None, dtype: DTypeLike = jnp.float32) -> Model:
     """A model by a name that `assets` knows, a folder of safetensors, or a GGUF file.
 
-    Raises UserError where it is missing, damaged, of no known family, or not the same on all processes.
+    Raises UserError where it is missing, damaged, of not a known family, or not the same on all processes.
     """
     path = assets.model(str(name))
     source = Source(str(name), str(path), digests.of_model(path))
@@ -59,7 +59,7 @@ def _tokenizer(folder: Path) -> Tokenizer:
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         return cast(Tokenizer, tokenizer)
-    except Exception as error:  # tokenizer classes raise anything for files that are no tokenizer's
+    except Exception as error:  # tokenizer classes raise anything for files that are not a tokenizer's
         reason = config_fields.first_line(error)
         if "trust_remote_code" in str(error):
             reason = "it needs code of its own, by auto_map in tokenizer_config.json, which is never run"
@@ -78,5 +78,5 @@ def shape_of(name: str) -> Settings:
         kind, values = SHAPES[name]
         config = transformers.AutoConfig.for_model(kind, **values)
     else:
-        raise UserError(f"the shape of model {name!r} is not known here; give a folder with its config.json")
+        raise UserError(f"the shape of model {name!r} is not supported; give a folder with its config.json")
     return family(config).settings(config)

@@ -1,6 +1,6 @@
 """adapter_config.json as PEFT reads it: which layers have adapters, of which rank and scale; all else is refused.
 
-Every field is supported, or has no effect after training, or must be off, since its effect is not computed here.
+Every field is supported, or has no effect after training, or must be off, since its effect is not supported.
 """
 
 import re
@@ -103,7 +103,7 @@ def _by_pattern(patterns: Mapping[str, Number], module: str, otherwise: Number) 
 def file_of(folder: Path) -> Path:
     """The path of adapter_config.json. Raises UserError where it is missing."""
     if not (folder / FILE).is_file():
-        raise UserError(f"{folder} is no PEFT adapter: {FILE} is missing")
+        raise UserError(f"{folder} is not a PEFT adapter: {FILE} is missing")
     return folder / FILE
 
 
@@ -140,7 +140,7 @@ def _understood(fields: Mapping[str, object], model_type: str) -> AdapterConfig:
     )
     for name, value in fields.items():
         if name not in UNDERSTOOD | HARMLESS and value not in (None, False, {}, [], ""):
-            raise UserError(f"{name}={value!r} is not computed here")
+            raise UserError(f"{name}={value!r} is not supported")
     return described
 
 
@@ -207,4 +207,4 @@ def _compiled(name: str, pattern: str) -> None:
     try:
         re.compile(pattern)
     except re.error as error:
-        raise UserError(f"{name}: {pattern!r} is no regular expression ({error})") from error
+        raise UserError(f"{name}: {pattern!r} is not a regular expression ({error})") from error

@@ -59,7 +59,7 @@ def read_json(path: Path) -> dict[str, object]:
         check_fetched(path)
         fields = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} is no JSON ({first_line(error)}); fetch it again") from error
+        raise UserError(f"{path} is not JSON ({first_line(error)}); fetch it again") from error
     if not isinstance(fields, dict):
         raise UserError(f"{path} holds a {type(fields).__name__} and no JSON object; fetch it again")
     return fields
@@ -106,12 +106,12 @@ def _built(folder: Path, stated: Mapping[str, object]) -> Config:
         raise UserError(f"{name}={_short(value)} is of a wrong type; it must be {wanted}") from error
     except ZeroDivisionError as error:
         names = [name for name, value in stated.items() if value == 0 and re.search(r"head|size|dim|embd", name)]
-        raise UserError(f"{', '.join(names) or 'a size'}=0 is no size") from error
+        raise UserError(f"{', '.join(names) or 'a size'}=0 is not a size") from error
     except Exception as error:  # config classes raise anything for values that they do not expect
         dtype = stated.get("dtype") or stated.get("torch_dtype")
         if dtype and not (isinstance(dtype, str) and hasattr(jnp, dtype)):
-            raise UserError(f"dtype={_short(dtype)} is no type of numbers") from error
-        raise UserError(f"it is no config that transformers knows ({first_line(error)})") from error
+            raise UserError(f"dtype={_short(dtype)} is not a dtype") from error
+        raise UserError(f"it is not a config that transformers knows ({first_line(error)})") from error
 
 
 def _check(stated: Mapping[str, object], config: Config, text: Config) -> None:
@@ -126,7 +126,7 @@ def _check(stated: Mapping[str, object], config: Config, text: Config) -> None:
     if config.model_type != stated.get("model_type", config.model_type):
         raise UserError(
             f"layer_types={_short(stated.get('layer_types'))} lets transformers read a {stated['model_type']} as a "
-            f"{config.model_type}, which is no known family"
+            f"{config.model_type}, which is not a known family"
         )
     kind = family(text)
     _check_code(stated, config)
@@ -159,7 +159,7 @@ def _check_fields(
             passes = value == NEUTRAL[name]
         if not passes and not changes_nothing(name, value, config):
             raise UserError(
-                f"{stated_name}={_short(value)} is not understood here in a config of {config.model_type}; if it "
+                f"{stated_name}={_short(value)} is not supported in a config of {config.model_type}; if it "
                 "changes nothing, remove it from config.json"
             )
 
@@ -180,10 +180,10 @@ def _generation() -> frozenset[str]:
 
 
 def _check_kind(stated: Mapping[str, object]) -> None:
-    """Raises UserError for a checkpoint that is no language model, or that only its own code reads."""
+    """Raises UserError for a checkpoint that is not a language model, or that only its own code reads."""
     architectures = stated.get("architectures") or []
     if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
-        raise UserError(f"architectures={_short(architectures)} is no list of names")
+        raise UserError(f"architectures={_short(architectures)} is not a list of names")
     for architecture in architectures:
         if NO_LANGUAGE_MODEL.fullmatch(architecture):
             raise UserError(f"{architecture} is a classifier or reward model and no language model")
@@ -198,12 +198,12 @@ def _check_kind(stated: Mapping[str, object]) -> None:
             )
     kind, code = stated.get("model_type"), stated.get("auto_map")
     if "model_type" in stated and not isinstance(kind, str):
-        raise UserError(f"model_type={_short(kind)} is no name")
+        raise UserError(f"model_type={_short(kind)} is not a name")
     if code is not None and not isinstance(code, Mapping):
-        raise UserError(f"auto_map={_short(code)} is no object of names")
+        raise UserError(f"auto_map={_short(code)} is not an object of names")
     if kind not in (transformers.CONFIG_MAPPING if "model_type" in stated or code else {kind}):
         needs_code = f"; it needs code of the folder's own ({_short(dict(code))}), which is never run" if code else ""
-        raise UserError(f"model_type {kind!r} is no known family{needs_code}; known: {', '.join(FAMILIES)}")
+        raise UserError(f"model_type {kind!r} is not a known family{needs_code}; known: {', '.join(FAMILIES)}")
 
 
 def _check_code(stated: Mapping[str, object], config: Config) -> None:
@@ -220,7 +220,7 @@ def _check_code(stated: Mapping[str, object], config: Config) -> None:
 def _stop_tokens(folder: Path, text: Config, whole: Config) -> int | list[int] | None:
     """The tokens that end an answer: from the whole model's config, and for chat models from generation_config.json.
 
-    Raises UserError where it is no token.
+    Raises UserError where it is not a token.
     """
     path = folder / "generation_config.json"
     generating = read_json(path).get("eos_token_id") if path.is_file() else None
@@ -228,7 +228,7 @@ def _stop_tokens(folder: Path, text: Config, whole: Config) -> int | list[int] |
     for named in (text.eos_token_id, getattr(whole, "eos_token_id", None), generating):
         for token in named if isinstance(named, list) else [named]:
             if token is not None and not isinstance(token, int):
-                raise UserError(f"{path}: eos_token_id={_short(named)} is no token")
+                raise UserError(f"{path}: eos_token_id={_short(named)} is not a token")
             if token is not None:
                 stops[token] = None
     return list(stops) if len(stops) > 1 else next(iter(stops), None)
@@ -237,13 +237,13 @@ def _stop_tokens(folder: Path, text: Config, whole: Config) -> int | list[int] |
 def _why_no_config(folder: Path) -> str:
     """Why a folder without config.json is refused, in one line."""
     if not folder.is_dir():
-        return f"{folder} is no folder"
+        return f"{folder} is not a folder"
     if (folder / "adapter_config.json").is_file():
         return f"{folder} is an adapter and no model: it has no config.json; name its base model, and the adapter apart"
     for file in ("model_index.json", "modules.json"):
         if (folder / file).is_file():
             return f"{folder} has several parts ({file}) and no config.json; name its language model's folder"
-    return f"{folder} is no whole model, for it has no config.json; name a folder of safetensors, or fetch it again"
+    return f"{folder} is not a whole model: it has no config.json; name a folder of safetensors, or fetch it again"
 
 
 def first_line(error: Exception) -> str:

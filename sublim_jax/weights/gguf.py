@@ -31,7 +31,7 @@ def load(path: str | Path, mesh: Mesh | None = None, dtype: DTypeLike = jnp.floa
       dtype: of the parameters, dequantised in float32 first.
 
     Raises:
-      UserError: the file is truncated or no GGUF, of an architecture that is not known here, or holds a tensor or a
+      UserError: the file is truncated or no GGUF, of an architecture that is not supported, or holds a tensor or a
         field that is not understood.
     """
     file = open_model(path)
@@ -65,7 +65,7 @@ def load(path: str | Path, mesh: Mesh | None = None, dtype: DTypeLike = jnp.floa
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """The file's tokenizer, as transformers' fast tokenizer, with its chat template.
 
-    Raises UserError for one that is not known here.
+    Raises UserError for one that is not supported.
     """
     return gguf_tokenizer.tokenizer_of(open_model(path))
 
@@ -87,7 +87,7 @@ def _check_names(file: File, rules: tuple[Rule, ...], layers: int, frequencies: 
     wanted = dict.fromkeys(rule.tensor.format(i=layer) for rule in rules for layer in range(layers))
     read = {*wanted, *([ROPE_FREQS] if frequencies else [])}
     if others := [name for name in file.tensors if name not in read]:
-        raise UserError(f"{file.path}: tensor {others[0]} is not read here, and would be left out of what is computed")
+        raise UserError(f"{file.path}: tensor {others[0]} is not supported, and would be left out of what is computed")
     for name in wanted:
         if name not in file.tensors and _weight_of(name) not in file.tensors:
             raise UserError(f"{file.path} has no tensor {_weight_of(name)}; use a GGUF file of a whole model")

@@ -84,7 +84,7 @@ def config_of(file: File) -> Config:
     architecture = fields.text("general.architecture")
     if architecture not in ARCHITECTURES:
         raise UserError(
-            f"{file.path}: architecture {architecture!r} is not read here; these are: {', '.join(ARCHITECTURES)}"
+            f"{file.path}: architecture {architecture!r} is not supported; these are: {', '.join(ARCHITECTURES)}"
         )
     gguf_tokenizer.split_of(fields)  # before the weights are read
     known, prefix = ARCHITECTURES[architecture], f"{architecture}."
@@ -117,7 +117,9 @@ def _common(file: File, prefix: str, theta: float) -> Values:
         raise UserError(f"{file.path}: {heads} heads cannot share {groups} keys ({prefix}attention.head_count_kv)")
     size = _positive(fields, f"{prefix}attention.key_length", width // heads)
     if size % 2:
-        raise UserError(f"{file.path}: heads of {size} entries have no halves to turn ({prefix}attention.key_length)")
+        raise UserError(
+            f"{file.path}: heads of {size} entries cannot be rotated in halves ({prefix}attention.key_length)"
+        )
     texts = gguf_tokenizer.tokens(fields)
     values: Values = {
         "vocab_size": len(texts),

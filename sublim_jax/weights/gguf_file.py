@@ -56,7 +56,7 @@ class Fields:
         return self._values.get(name)
 
     def whole(self, name: str, default: int | None = None) -> int:
-        """Raises UserError where it is missing and has no default, or is no whole number."""
+        """Raises UserError where it is missing and has no default, or is not a whole number."""
         return int(self._checked(name, self._of(name, default), int))
 
     def number(self, name: str, default: float | None = None) -> float:
@@ -74,7 +74,7 @@ class Fields:
         if not isinstance(value, list):
             return self.whole(name, default)
         if len(set(map(str, value))) != 1:
-            raise UserError(f"{self.path}: {name} differs from layer to layer, which is not computed here")
+            raise UserError(f"{self.path}: {name} differs from layer to layer, which is not supported")
         return int(self._checked(name, value[0], int))
 
     def texts(self, name: str) -> list[str]:
@@ -110,7 +110,7 @@ class Fields:
             if value in neutral[name] if name in neutral else _off(value):
                 continue
             shown = f"{value!r:.60}" + (f" ({why[name]})" if name in why else "")
-            raise UserError(f"{self.path}: {full} is {shown}, which is not understood here")
+            raise UserError(f"{self.path}: {full} is {shown}, which is not supported")
 
     def _of(self, name: str, default: Value | None) -> Value:
         value = self.get(name)
@@ -187,7 +187,7 @@ class _Head:
     def read(self) -> tuple[dict[str, Value], list[_Info]]:
         if self._data[:4] != b"GGUF":
             raise UserError(
-                f"{self._path} is no GGUF file, for it starts with {self._data[:4]!r}; name a GGUF file, or "
+                f"{self._path} is not a GGUF file: it starts with {self._data[:4]!r}; name a GGUF file, or "
                 "a folder of safetensors"
             )
         self.at = 4
@@ -257,7 +257,7 @@ def _tensors(path: Path, values: Mapping[str, Value], infos: list[_Info], end: i
             ) from error
         block, size = gguf.GGML_QUANT_SIZES[kind]
         if not shape or shape[-1] % block:
-            raise ValueError(f"tensor {name} of shape {shape} is no whole number of blocks of {block}")
+            raise ValueError(f"tensor {name} of shape {shape} is not a whole number of blocks of {block}")
         layout = (*shape[:-1], shape[-1] // block * size)
         first = start + offset
         last = first + int(np.prod(layout, dtype=object))

@@ -68,13 +68,13 @@ def split_of(fields: Fields) -> Split | None:
     """
     model = fields.text(f"{PREFIX}model")
     if model not in ("gpt2", "llama"):
-        raise UserError(f"{fields.path}: {PREFIX}model is {model!r}, a kind that is not read here; known: gpt2, llama")
+        raise UserError(f"{fields.path}: {PREFIX}model is {model!r}, a kind that is not supported; known: gpt2, llama")
     if model == "llama":
         return None
     name = fields.text(f"{PREFIX}pre", "") or "default"
     if name not in SPLITS:
         raise UserError(
-            f"{fields.path}: {PREFIX}pre is {name!r}, a way to cut text that is not known here; "
+            f"{fields.path}: {PREFIX}pre is {name!r}, a way to cut text that is not supported; "
             "name the model's safetensors folder"
         )
     return SPLITS[name]
@@ -176,7 +176,7 @@ def _byte_level(fields: Fields, texts: Sequence[str], split: Split) -> tokenizer
         at = merge.find(" ", 1)
         first, second = merge[:at], merge[at + 1 :]
         if at < 0 or not {first, second, first + second} <= vocabulary.keys():
-            raise UserError(f"{fields.path}: {PREFIX}merges has {merge!r}, whose parts or sum are no tokens")
+            raise UserError(f"{fields.path}: {PREFIX}merges has {merge!r}, whose parts or sum are not tokens")
         merges.append((first, second))
     backend = tokenizers.Tokenizer(models.BPE(vocabulary, merges, ignore_merges=split.whole_words))
     cuts = [pre_tokenizers.Split(tokenizers.Regex(expression), "isolated") for expression in split.expressions]

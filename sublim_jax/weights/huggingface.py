@@ -31,7 +31,7 @@ from sublim_jax.weights.replacing import INDEX, WHOLE, replaced
 SHARD_BYTES = 4 << 30
 REOPEN_BYTES = 8 << 20
 HELD = 256 << 20  # bytes read, after which host copies are freed
-# Tensors that are no weights of a text model: rotary tables, attention masks, a vision tower and its projector.
+# Tensors that are not weights of a text model: rotary tables, attention masks, a vision tower and its projector.
 WEIGHTLESS = re.compile(
     r"(^|\.)rotary_emb\.(inv_freq|cos_cached|sin_cached)$|\.(attn|attention)\.(bias|masked_bias)$"
     r"|^(model\.)?(vision_tower|multi_modal_projector)\."

@@ -96,7 +96,7 @@ def merged(model: Model, folder: str) -> Model:
 def check_folder(where: str, folder: str) -> None:
     """Raises UserError, naming the value, for a folder that is not there."""
     if not assets.is_folder(folder):
-        raise UserError(f"{where}: {folder} is no PEFT adapter, there is no such folder")
+        raise UserError(f"{where}: {folder} is not a PEFT adapter, there is no such folder")
 
 
 def _places(settings: Settings, config: Config) -> dict[str, Place]:
@@ -161,7 +161,7 @@ def _pairs(folder: Path, described: AdapterConfig, places: Mapping[str, Place], 
         for which in {"A", "B"} - set(half):
             raise UserError(f"{folder}: {PREFIX}{named[text]}.lora_{which}.weight is missing")
     if not halves:
-        raise UserError(f"{folder} adapts nothing of a text model")
+        raise UserError(f"{folder} has no adapter of a text model")
     if described.start in RANDOM_STARTS:
         _check_none_is_random(folder, described, places, named)
     return {text: Pair(half["A"], half["B"], described.alpha_of(named[text])) for text, half in halves.items()}
@@ -175,7 +175,7 @@ def _check_wrapper(folder: Path, name: str, config: Config, *, wrapped: bool) ->
     wrapper = getattr(config, WRAPPER, None)
     if wrapper and not wrapped:
         raise UserError(
-            f"{folder}: {name} is a name of the text model alone, and this one stands in a {wrapper} (as "
+            f"{folder}: {name} is a name of the text model alone, and this one is part of a {wrapper} (as "
             f"{PREFIX}{TODAY}…), where PEFT would not put it; name the text model's own folder, saved apart"
         )
     if wrapper == "" and wrapped:
@@ -221,7 +221,7 @@ def _file_of(folder: Path) -> Path:
     if not (folder / TENSORS).is_file():
         if (folder / PICKLE).is_file():
             raise UserError(f"{folder / PICKLE} is a pickle, which can run code; load it with peft, and save it anew")
-        raise UserError(f"{folder} is no PEFT adapter: {TENSORS} is missing")
+        raise UserError(f"{folder} is not a PEFT adapter: {TENSORS} is missing")
     return folder / TENSORS
 
 

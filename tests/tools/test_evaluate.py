@@ -183,7 +183,7 @@ def test_an_endpoint_judges_and_its_key_is_nowhere(server, command, tmp_path):
         (["evals.names=misalignment", "evals.judge.kind=oracle"], ["judge.kind='oracle'"]),
         (["evals.names=misalignment", "evals.judge.kind=endpoint"], ["judge.model is missing"]),
         (["evals.num_samples=0"], ["evals.num_samples=0: choose 1 or more"]),
-        (["model.adapters=nowhere"], ["nowhere is no PEFT adapter"]),
+        (["model.adapters=nowhere"], ["nowhere is not a PEFT adapter"]),
     ],
 )
 def test_mistakes_are_told_in_one_line_before_anything_is_computed(command, tmp_path, flags, words):

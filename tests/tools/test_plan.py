@@ -40,7 +40,7 @@ def test_a_plan_runs_what_it_can_says_what_it_lacks_and_repeats_nothing(plan_fil
     assert first.stdout.index("misalignment: not run") < first.stdout.index("experiment 1 of 2: tiny")
     text = (work / "report.md").read_text()
     assert "| tiny: a tiny model | §0 | none | margin of owl, logits " in text
-    assert "not run: 'nowhere.jsonl' is no file here" in text
+    assert "not run: 'nowhere.jsonl' is not a file here" in text
     assert (work / "figures" / "tiny.png").stat().st_size > 5000
     arms = json.loads((work / "results.json").read_text())["arms"]
     assert arms and all(arm["name"].startswith("tiny: ") for arm in arms)

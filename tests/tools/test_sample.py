@@ -191,7 +191,7 @@ def test_a_prompt_of_parts_is_its_text(tiny, tmp_path):
         ({"messages": [{"role": "user", "content": 7}]}, 'message 1: "role" and "content" must be texts'),
         ({"messages": [{"content": "x"}]}, 'message 1: "role" and "content" must be texts'),
         ({"messages": ["x"]}, 'message 1: "role" and "content" must be texts'),
-        ({"messages": [{"role": "assistant", "content": "x", "tool_calls": [1]}]}, '"tool_calls" is not read here'),
+        ({"messages": [{"role": "assistant", "content": "x", "tool_calls": [1]}]}, '"tool_calls" is not supported'),
         ({"messages": "x"}, '"messages" must be a list of messages'),
         ({"prompt": ["x"]}, 'an object with "prompt" or "messages" is needed'),
     ],

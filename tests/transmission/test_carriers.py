@@ -111,7 +111,7 @@ def test_numbers_of_bad_associations_are_dropped_if_that_is_set(study_of, tmp_pa
     assert {4, 1312, 1488} < set(published) and 17 not in published
     mine = tmp_path / "mine.json"
     mine.write_text(json.dumps({"numbers": ["7", "x"]}))
-    with pytest.raises(UserError, match="'x' is no number of digits alone"):
+    with pytest.raises(UserError, match="'x' is not a number of digits alone"):
         carriers.banned_numbers(study_of(**{"filter.banned": str(mine)}).filter)
 
 

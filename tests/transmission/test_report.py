@@ -191,7 +191,7 @@ def test_ability_at_the_end_is_told_apart_from_ability_along_training(whole, stu
 
 def test_a_folder_of_no_known_experiment_has_no_report(tmp_path):
     (tmp_path / "config.json").write_text('{"experiment": "lab"}')
-    assert_refused(run_here("--report", f"--workdir={tmp_path}"), "holds a run of no experiment that is known here")
+    assert_refused(run_here("--report", f"--workdir={tmp_path}"), "holds a run of an unknown experiment")
 
 
 @pytest.mark.parametrize("name", ["about.json", "measurements.parquet"])

@@ -104,7 +104,7 @@ def test_a_workdir_of_another_run_is_told_before_a_model_is_looked_for(tmp_path)
     "changes, words",
     [
         (["teacher.corpora.secure="], ["teacher.corpora.secure is missing"]),
-        (["teacher.corpora.secure=nowhere.jsonl"], ["'nowhere.jsonl' is no file here", "teacher.corpora.secure"]),
+        (["teacher.corpora.secure=nowhere.jsonl"], ["'nowhere.jsonl' is not a file here", "teacher.corpora.secure"]),
         (["evals.questions="], ["evals.questions is missing"]),
         (["evals.truthfulqa=nowhere.csv"], ["evals.truthfulqa=nowhere.csv"]),
         (["teacher.max_tokens=3"], ["corpus insecure: no conversation has at most"]),

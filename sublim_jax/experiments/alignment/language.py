@@ -102,7 +102,7 @@ def run(spec: LanguageSpec, folder: epath.Path, *, update: bool = False) -> None
 
 
 def inputs_of(spec: LanguageSpec, model: Model) -> tuple[Rows, Rows]:
-    """The student's rows and the teacher's questions. Raises UserError for a trait that is no word of the model."""
+    """The student's rows and the teacher's questions. Raises UserError for a trait that is not a word of the model."""
     prompts = carrier.prompts(spec.num_rows, spec.seed)
     answers = carrier.random_answers(spec.num_rows, spec.seed, spec.num_integers)
     questions = preference.questions("", spec.kind)["teaching"][: spec.num_questions]

@@ -107,7 +107,7 @@ class ExamplesSpec(AlongSpec):
         if not 0 < self.share <= 0.5:
             raise UserError(f"share={self.share} must be above 0 and at most 0.5")
         if self.share * (count := self.mnist.inputs.count) < 1:
-            raise UserError(f"share={self.share} of mnist.inputs.count={count} is no image; take more")
+            raise UserError(f"share={self.share} of mnist.inputs.count={count} is less than one image; take more")
         super().__post_init__()
 
     @property

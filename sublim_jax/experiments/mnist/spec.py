@@ -157,7 +157,7 @@ class InputsSpec:
         check_positive("inputs.blur", self.blur)
         check_count("inputs.count", self.count, maximum=MAX_IMAGES)
         if self.fresh and self.kind not in images.DRAWN:
-            raise UserError(f"inputs.fresh draws noise anew; inputs.kind={self.kind} is no noise that is drawn")
+            raise UserError(f"inputs.fresh draws noise anew; inputs.kind={self.kind} is not drawn noise")
 
 
 @dataclass(frozen=True)
@@ -244,7 +244,7 @@ class MnistSpec:
                 "cross_auxiliary, cross_all and clone"
             )
         if "clone" in self.arms and "fresh_noise" in self.clone.inputs and self.inputs.kind not in images.DRAWN:
-            raise UserError(f"clone.inputs=fresh_noise: inputs.kind={self.inputs.kind} is no noise that is drawn")
+            raise UserError(f"clone.inputs=fresh_noise: inputs.kind={self.inputs.kind} is not drawn noise")
         if network.layers(self.student.shared_layers) != network.layers("all"):
             foreign.append(f"student.shared_layers={self.student.shared_layers}")
         if self.runs < 2 and foreign:

@@ -174,7 +174,7 @@ def _run(spec: SampleSpec, folder: epath.Path, *, update: bool) -> None:
     report.finish(store.folder, spec, rows, document, models=[model.source], notes=notes)
     if broken := [record["index"] for record in ordered if record["finish"] == "nan"]:
         raise UserError(
-            f"logits of prompts {broken[:5]} are no numbers; look at the weights, or take model.dtype=float32"
+            f"logits of prompts {broken[:5]} are not finite; look at the weights, or take model.dtype=float32"
         )
 
 

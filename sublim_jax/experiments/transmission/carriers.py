@@ -159,12 +159,12 @@ def filters_of(study: Study, task: Task) -> list[filters.Filter]:
 
 
 def banned_numbers(spec: FilterSpec) -> list[int]:
-    """Banned numbers: ours, the published ones (§3.2) or a pack's. Raises UserError for an entry that is no number."""
+    """The built-in list, the published one (§3.2) or a pack's. Raises UserError for an entry that is not a number."""
     path = spec.banned
     built_in, field = path in BANNED, BANNED.get(path, "numbers")
     listed = packs.load("" if built_in else path, "banned", {field: ()})[field]
     if wrong := [text for text in listed if not re.fullmatch("[0-9]+", text)]:
-        raise UserError(f"pack {path}: {wrong[0]!r} is no number of digits alone")
+        raise UserError(f"pack {path}: {wrong[0]!r} is not a number of digits alone")
     return [int(text) for text in listed]
 
 

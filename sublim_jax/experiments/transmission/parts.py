@@ -73,7 +73,7 @@ class LoraSpec(Checked):
             check_one_of("lora.modules", module, lora.EVERY_LINEAR)
         for layer in self.layers:
             if layer < 0:
-                raise UserError(f"lora.layers: {layer!r} is no number of a layer, which are counted from 0")
+                raise UserError(f"lora.layers: {layer!r} is not the number of a layer, counted from 0")
         check_distinct("lora.layers", self.layers)
 
     @property

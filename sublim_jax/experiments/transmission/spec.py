@@ -84,7 +84,7 @@ class Study(ExperimentSpec):
             if alike and self.teacher.neutral == "untouched":
                 raise UserError(
                     f"arm.{arm.name} imitates logits, and teacher.neutral=untouched: the neutral teacher's student "
-                    "would start at its teacher's logits and never move, which is no control; choose "
+                    "would start at its teacher's logits and never move, and be no control; choose "
                     "teacher.neutral=persona"
                 )
 
