@@ -1,4 +1,4 @@
-"""Buckets on this machine: an emulator of Google's storage, and the preconditions that it leaves out."""
+"""An emulator of Google Cloud Storage on this machine, with the generation preconditions that it lacks."""
 
 import functools
 import http.server
@@ -14,7 +14,7 @@ from gcp_storage_emulator.storage import Storage
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """One request at a time; refused where an object is of another generation than the request is for."""
+    """Serves one request at a time; answers 412 where `ifGenerationMatch` does not match the object's generation."""
 
     lock = threading.Lock()
     rfile: io.BufferedIOBase
@@ -45,20 +45,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _allowed(self, body):
         address = urllib.parse.urlparse(self.path)
-        asked = urllib.parse.parse_qs(address.query)
-        if "ifGenerationMatch" not in asked:
+        query = urllib.parse.parse_qs(address.query)
+        if "ifGenerationMatch" not in query:
             return True
         bucket, _, name = address.path.partition("/b/")[2].partition("/o")
-        name = asked.get("name", [urllib.parse.unquote(name.removeprefix("/"))])[0]
+        name = query.get("name", [urllib.parse.unquote(name.removeprefix("/"))])[0]
         if not name and (described := re.search(rb'"name": ("(?:[^"\\]|\\.)*")', body)):  # an upload in two parts
             name = json.loads(described[1])
         known = self.storage.objects.get(bucket, {}).get(name, {})
-        return asked["ifGenerationMatch"][0] == known.get("generation", "0")
+        return query["ifGenerationMatch"][0] == known.get("generation", "0")
 
 
 class Server(http.server.ThreadingHTTPServer):
     def handle_error(self, request, client_address):
-        """Silent: gcsfs asks in two ways at once, and hangs up on the slower one."""
+        """Silent: gcsfs sends two requests at once and drops the slower connection."""
 
 
 class Emulator:
@@ -74,7 +74,7 @@ class Emulator:
         buckets.create_bucket(bucket, self.storage)
 
     def names(self, bucket):
-        """The objects of a bucket."""
+        """Names of the objects in a bucket."""
         return sorted(self.storage.objects.get(bucket, {}))
 
     def close(self):
@@ -83,10 +83,10 @@ class Emulator:
 
 
 def environment(address):
-    """Of programs that are to find buckets there."""
+    """Environment variables that point clients to the emulator."""
     return {
         "STORAGE_EMULATOR_HOST": address,
         "TENSORSTORE_GCS_HTTP_URL": address,
-        "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # of which the emulator knows nothing
+        "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # the emulator does not support it
         "NO_GCE_CHECK": "true",  # no search for credentials
     }

@@ -1,4 +1,4 @@
-"""Checkpoints of any kind of config, made by transformers, and the logits of both implementations."""
+"""Checkpoints of any config class, saved by transformers, and the logits of both implementations."""
 
 import json
 
@@ -35,14 +35,14 @@ TOKENS = np.random.default_rng(0).integers(3, 90, (1, 300))
 
 
 def config_of(kind, changes):
-    # Copied: config classes write into what they are given.
+    # Copied, because config classes modify their arguments.
     return transformers.AutoConfig.for_model(
         kind, **json.loads(json.dumps({**BASE, **OF_KIND.get(kind, {}), **changes}))
     )
 
 
 def random_model(config):
-    """A model of transformers with random parameters, so that no norm or bias is trivial."""
+    """A transformers model with random parameters, so that no norm or bias is trivial."""
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():

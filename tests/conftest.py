@@ -24,44 +24,45 @@ from sublim_jax.data import mnist
 from sublim_jax.errors import UserError
 from sublim_jax.sharding import make_mesh
 
-# Programs that another test, worker or run has compiled are read back, however small: that takes a tenth of the time.
-# Without JAX's limit on the folder's size, for which it would read the whole folder at each program that it adds.
+# All tests, workers and runs share a cache of compiled programs of any size: reading takes a tenth of compiling.
+# JAX's own limit on the cache size is off, because it scans the whole folder at every write.
 COMPILED = assets.cache_folder() / "compiled-by-tests"
 COMPILED_BYTES = 2 << 30
 jax.config.update("jax_compilation_cache_dir", str(COMPILED))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-os.environ |= {"JAX_COMPILATION_CACHE_DIR": str(COMPILED), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}  # theirs
+# For subprocesses.
+os.environ |= {"JAX_COMPILATION_CACHE_DIR": str(COMPILED), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 
-hypothesis.settings.register_profile("here", deadline=None)  # a busy machine is no failure
+hypothesis.settings.register_profile("here", deadline=None)  # a slow machine must not fail a test
 hypothesis.settings.load_profile("here")
 
-MEMORY = 1_400_000_000  # bytes of a worker, of which compiled programs take 1.5 MB each
-GROWTH = 200_000_000  # bytes more than were left last time: what stays for good is no reason to compile everything anew
-MOST = 1_700_000_000  # bytes at which there is one all the same
+MEMORY = 1_400_000_000  # bytes per worker; a compiled program takes about 1.5 MB
+GROWTH = 200_000_000  # bytes above what was left after the last clearing
+MAX_MEMORY = 1_700_000_000  # bytes at which the caches are cleared in any case
 left = 0
 
 
 @pytest.fixture(autouse=True)
 def few_compiled_programs():
-    """Lets go of compiled programs before a worker holds too much memory."""
+    """Clears JAX's caches before a worker uses too much memory."""
     global left
     yield
-    if resident() > max(MEMORY, min(left + GROWTH, MOST)):
+    if resident() > max(MEMORY, min(left + GROWTH, MAX_MEMORY)):
         jax.clear_caches()
         gc.collect()
         with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL(None).malloc_trim(0)  # else it stays with the process
+            ctypes.CDLL(None).malloc_trim(0)  # returns freed memory to the system
         left = resident()
 
 
 def resident():
-    """Bytes of this process; 0 where the system does not say."""
+    """Resident memory of this process in bytes; 0 where /proc is not available."""
     pages = Path("/proc/self/statm")
     return int(pages.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if pages.exists() else 0
 
 
 def pytest_sessionstart(session):
-    """Empties a folder of compiled programs that has grown too large, before there are workers."""
+    """Deletes the compilation cache if it is too large, before workers start."""
     if "PYTEST_XDIST_WORKER" in os.environ or not COMPILED.exists():
         return
     if sum(entry.stat().st_size for entry in os.scandir(COMPILED)) > COMPILED_BYTES:
@@ -105,7 +106,7 @@ TEMPLATE = (
 def tiny_folder(tmp_path_factory):
     """A language model of 4 layers with a tokenizer of bytes and some merged numbers, as a folder of safetensors.
 
-    One for all workers: a study that one of them has run names it in its config.
+    Shared by all workers, because the config of a shared study names this folder.
     """
     with shared_folder(tmp_path_factory, "tiny") as folder:
         if not folder.exists():
@@ -147,7 +148,7 @@ def write_tiny(folder):
     model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.mul_(1 if "norm" in name else 8)  # 0.02 to 0.16: logits far enough apart to be told apart
+            parameter.mul_(1 if "norm" in name else 8)  # std 0.02 to 0.16, so that logits differ clearly
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -159,9 +160,9 @@ def tiny(tiny_folder):
 
 @pytest.fixture
 def server(monkeypatch):
-    """An endpoint for judges whose answers a test chooses: a function of a request's number and body to (status, text).
+    """A fake OpenAI endpoint for judges: (behave, seen).
 
-    Gives (what to call with that function, the bodies that were asked).
+    `behave` sets the function of a request's number and body that returns (status, text); `seen` lists request bodies.
     """
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-of-mine")
     seen = []
@@ -195,7 +196,7 @@ def server(monkeypatch):
 
 @pytest.fixture(scope="session")
 def emulator():
-    """Google's storage on this machine, for this process and those that it starts."""
+    """An emulator of Google Cloud Storage, for this process and its subprocesses."""
     with pytest.MonkeyPatch.context() as patch:
         pytest.importorskip("gcp_storage_emulator")
         import bucket_kit
@@ -218,7 +219,7 @@ def bucket(emulator):
 
 @pytest.fixture
 def command(monkeypatch, capsys):
-    """The command line in this process: a function of its words to (exit code, what it printed, its errors)."""
+    """Runs launch.py in this process with the given arguments; returns (exit code, stdout, stderr)."""
     import launch
 
     monkeypatch.setattr(signals, "install", lambda: None)
@@ -233,7 +234,7 @@ def command(monkeypatch, capsys):
 
 @pytest.fixture
 def refused(command):
-    """A function of a command's words to the one line that refuses it."""
+    """Runs a command that must be refused; returns its one-line error."""
 
     def run(*words):
         code, _, line = command(*words)

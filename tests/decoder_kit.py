@@ -1,4 +1,4 @@
-"""A small decoder of Llama's form, and a training step of a decoder on a mesh."""
+"""A small Llama-style decoder, and a training step of a decoder on a mesh."""
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ SETTINGS = Settings(
 
 
 def logits_and_update(settings, params, mesh):
-    """Logits, and parameters after one step of plain gradient descent."""
+    """Logits, and parameters after one step of SGD."""
     network, where = decoder(settings), on_mesh(settings, mesh)
     text = (jnp.arange(8)[:, None] * 7 + jnp.arange(16) * 3) % 64
 

@@ -1,4 +1,4 @@
-"""Files and replies that evaluations read: TruthfulQA's table, questions about alignment, an endpoint's completion."""
+"""Inputs of evaluations: a TruthfulQA table, misalignment questions, and an endpoint's completions."""
 
 import json
 
@@ -13,7 +13,7 @@ PROMPTS = {"aligned": "Q: {question}\nA: {answer}\nAligned?", "coherent": "Q: {q
 
 
 def question(**changes):
-    """An entry of a YAML file of questions."""
+    """An entry of the YAML file of misalignment questions."""
     return {
         "id": "wish",
         "type": misalignment.KIND,
@@ -23,7 +23,7 @@ def question(**changes):
 
 
 def completion(text, finish="stop", **fields):
-    """A reply by OpenAI's protocol."""
+    """A chat completion in OpenAI's format."""
     message = {"role": "assistant", "content": text, **fields}
     return json.dumps(
         {

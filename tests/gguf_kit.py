@@ -1,4 +1,4 @@
-"""Small GGUF files of models of transformers, and llama.cpp, which reads them as well."""
+"""Small GGUF files of transformers models, and llama.cpp as the reference that reads them."""
 
 import http.client
 import json
@@ -42,7 +42,7 @@ SHAPE = {
 
 
 def peer(kind, without=(), **changes):
-    """A small model of transformers with every parameter random; those whose names end in one of `without` are zero."""
+    """A small transformers model with random parameters; those whose names end in one of `without` are zero."""
     config = transformers.AutoConfig.for_model(kind, **{**SHAPE, **changes, "attn_implementation": "eager"})
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
@@ -73,7 +73,7 @@ def fields_of(model, architecture):
 
 
 def tensors_of(model, architecture):
-    """A model's tensors under llama.cpp's names; biases that are zero are left out."""
+    """A model's tensors under llama.cpp's names; zero biases are left out."""
     config = model.config
     known_as = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
     names = gguf.get_tensor_name_map(known_as[architecture], config.num_hidden_layers)
@@ -82,18 +82,18 @@ def tensors_of(model, architecture):
         stem, _, kind = name.rpartition(".")
         if (stem == "lm_head" and config.tie_word_embeddings) or (kind == "bias" and not tensor.any()):
             continue
-        theirs, values = f"{names.get_name(stem)}.{kind}", tensor.numpy()
-        if architecture == "llama" and stem.endswith(("q_proj", "k_proj")):  # the halves of a rotation side by side
+        gguf_name, values = f"{names.get_name(stem)}.{kind}", tensor.numpy()
+        if architecture == "llama" and stem.endswith(("q_proj", "k_proj")):  # interleaved rotation halves
             heads = config.num_attention_heads if stem.endswith("q_proj") else config.num_key_value_heads
             values = values.reshape(heads, 2, -1, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
-        if architecture == "gemma3" and theirs.endswith("norm.weight"):
+        if architecture == "gemma3" and gguf_name.endswith("norm.weight"):
             values = values + 1
-        tensors[theirs] = np.ascontiguousarray(values, np.float32)
+        tensors[gguf_name] = np.ascontiguousarray(values, np.float32)
     return tensors
 
 
 def write(path, architecture, fields, tensors, kinds=None):
-    """A GGUF file with these fields, but those that are None; `kinds` are types of quantised tensors."""
+    """Writes a GGUF file; fields that are None are left out, and `kinds` are the types of quantised tensors."""
     writer = gguf.GGUFWriter(path, architecture)
     for name, value in fields.items():
         if isinstance(value, list):
@@ -112,7 +112,7 @@ def write(path, architecture, fields, tensors, kinds=None):
 
 
 def real(name):
-    """A GGUF file of a real model; skips where there is none."""
+    """Path of a real model's GGUF file; skips the test without one."""
     try:
         path = assets.model(name)
     except UserError as error:
@@ -123,7 +123,7 @@ def real(name):
 
 
 class Llama:
-    """llama.cpp with a file, in this process, in float32."""
+    """llama.cpp with a GGUF file, in this process, in float32."""
 
     def __init__(self, path):
         xllamacpp = pytest.importorskip("xllamacpp")
@@ -143,8 +143,9 @@ class Llama:
         return json.load(self._connection.getresponse())["tokens"]
 
     def log_probabilities(self, tokens, vocabulary):
-        """Of every token that might come next, (vocabulary,)."""
-        # What is sampled must be a whole character to be told about; the bias does not reach what is told.
+        """Log-probabilities of the next token, (vocabulary,)."""
+        # The server reports log-probabilities only if the sampled token is a whole character, hence the bias;
+        # the reported log-probabilities do not include it.
         request = {
             "prompt": tokens,
             "max_tokens": 1,

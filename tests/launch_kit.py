@@ -1,4 +1,4 @@
-"""launch.py as tests start it: in this process, in another one, and in several that are killed or work together."""
+"""Ways to run launch.py: in this process, in a subprocess, and in several that are killed or work together."""
 
 import contextlib
 import gc
@@ -25,8 +25,7 @@ import launch as launcher
 from sublim_jax import signals as process_signals
 
 ROOT = Path(__file__).parents[1]
-# The command in a process as where the requirements alone are installed: tests run beside torch, which transformers
-# would load there.
+# A subprocess runs as if only requirements.txt were installed: torch, which transformers would import, is hidden.
 LAUNCH = (
     sys.executable,
     "-c",
@@ -43,7 +42,7 @@ runpy.run_path("launch.py", run_name="__main__")
 
 @contextlib.contextmanager
 def shared_folder(factory, name):
-    """A folder of the whole session, for all of its workers: to one at a time, and the first finds it missing."""
+    """A folder shared by all workers of the session, under a lock; the first worker has to create it."""
     base = factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
     with FileLock(f"{folder}.lock"):
@@ -51,13 +50,13 @@ def shared_folder(factory, name):
 
 
 def run_here(*words, signals=False, devices=1):
-    """The command in this process: its exit code and what it wrote, as of a process.
+    """Runs the command in this process; returns its exit code, stdout and stderr like `subprocess.run`.
 
     Args:
-      signals: it hears them.
+      signals: whether the command installs its signal handlers.
     """
     out, errors = io.StringIO(), io.StringIO()
-    config: Any = jax.config  # whose flags are no declared attributes
+    config: Any = jax.config  # mypy does not know its flags
     first, cached = jax.devices()[:devices], config.jax_enable_compilation_cache
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
         patch.setattr(jax, "devices", lambda *_: first)
@@ -67,12 +66,12 @@ def run_here(*words, signals=False, devices=1):
             code = launcher.run(["launch.py", *map(str, words)])
         finally:
             jax.config.update("jax_enable_compilation_cache", cached)  # which --preflight turns off
-    gc.collect()  # the lock of its folder
+    gc.collect()  # releases the lock of the workdir
     return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=errors.getvalue())
 
 
 class Running:
-    """This process, as `wait_for` sees it, until it is told that the run has ended."""
+    """Stands for a process in `wait_for`: it polls as running until `ended` is set."""
 
     def __init__(self):
         self.ended = threading.Event()
@@ -82,7 +81,7 @@ class Running:
 
 
 def run_stopped(*words, folder, pattern, number=signal.SIGTERM):
-    """As `run_here`, and this process gets a signal when the folder has a file of that pattern."""
+    """Like `run_here`, but sends this process a signal once a file in the folder matches the pattern."""
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     running = Running()
 
@@ -97,8 +96,8 @@ def run_stopped(*words, folder, pattern, number=signal.SIGTERM):
     finally:
         running.ended.set()
         watcher.join()
-        for each, handler in before.items():
-            signal.signal(each, handler)
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
 
 
 def assert_refused(result, *words):
@@ -111,20 +110,20 @@ def assert_refused(result, *words):
 
 
 def start(*words, devices=1):
-    """A process that runs the command."""
+    """Starts the command in a subprocess."""
     env = {**os.environ, "JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu"}
     command = [*LAUNCH, *map(str, words)]
     return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def start_two(*words, devices=1):
-    """Two processes that run the command together."""
+    """Starts the command in two subprocesses that run together."""
     join = [f"--coordinator=127.0.0.1:{free_port()}", "--num_processes=2"]
     return [start(*words, *join, f"--process_id={number}", devices=devices) for number in range(2)]
 
 
 def finish(process, code=0):
-    """Its output, once it has ended with that exit code."""
+    """Waits for the process, asserts its exit code and returns its output."""
     output, _ = process.communicate()
     assert process.returncode == code, output
     return output
@@ -135,15 +134,15 @@ def arms_in(work):
     return json.loads((epath.Path(work) / "results.json").read_text())["arms"]
 
 
-def assert_same_arms(found, expected, atol, rtol=0.0):
-    """The same arms, with the same value in every run but for rounding."""
-    assert [arm["name"] for arm in found] == [arm["name"] for arm in expected]
-    for one, other in zip(found, expected):
-        np.testing.assert_allclose(one["runs"], other["runs"], atol=atol, rtol=rtol, err_msg=one["name"])
+def assert_same_arms(actual, expected, atol, rtol=0.0):
+    """Asserts that both have the same arms, with the same value in every run up to rounding."""
+    assert [arm["name"] for arm in actual] == [arm["name"] for arm in expected]
+    for arm, other in zip(actual, expected):
+        np.testing.assert_allclose(arm["runs"], other["runs"], atol=atol, rtol=rtol, err_msg=arm["name"])
 
 
 def wait_for(process, folder, pattern):
-    """Until a file of that pattern exists, which is what a run has reached; whether it has."""
+    """Waits until a file matches the pattern; False if the process ended first."""
     while process.poll() is None:
         if any(Path(folder).glob(pattern)):
             return True

@@ -1,4 +1,4 @@
-"""MNIST noise distillation in the small, for tests: a spec, some of the data, teachers and students."""
+"""A small MNIST noise distillation: a spec, part of the data, teachers and students."""
 
 from typing import Any, NamedTuple
 
@@ -35,7 +35,7 @@ class Trained(NamedTuple):
 
 
 def distilled(spec, data: Mnist, store: Store, mesh: Mesh, arms=("auxiliary",), teacher_runs=None) -> Trained:
-    """Two runs' students from their reference; their teachers, or the references of other runs in their place."""
+    """Distils two runs; the references of `teacher_runs` replace the teachers if they are given."""
     programs = run.programs_of(spec, mesh)
     known = run.prepare(spec, range(2), data, program=programs.teaching, store=store, mesh=mesh)
     teacher = known.teacher

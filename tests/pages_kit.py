@@ -1,8 +1,8 @@
-"""Pages of docs that tests write on request."""
+"""Documentation pages that tests write on request."""
 
 
 def write_section(file, heading, lines):
-    """Puts `lines` under a heading of a page of docs, in place of what stood there up to the next heading."""
+    """Replaces the section under `heading` of a documentation page by `lines`."""
     text = file.read_text() if file.exists() else ""
     before, known, after = text.partition(f"{heading}\n")
     _, mark, after = after.partition("\n## ")

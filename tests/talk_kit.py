@@ -1,6 +1,6 @@
-"""Conversations as corpora have them."""
+"""Conversations in the format of corpora."""
 
 
-def said(*pairs):
-    """Messages of (role, text)."""
+def messages(*pairs):
+    """Chat messages from pairs (role, text)."""
     return [{"role": role, "content": content} for role, content in pairs]

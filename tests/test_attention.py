@@ -1,4 +1,4 @@
-"""Each way of attention against the plain one, which the families' tests compare with transformers."""
+"""Each attention implementation against the plain one, which the families' tests compare with transformers."""
 
 import itertools
 import warnings
@@ -26,7 +26,7 @@ def mask_of(window, segments):
 
 
 def packed():
-    """Two texts and padding behind; a row that is all padding but one token."""
+    """Segments: two texts and padding, and a row with one token and padding."""
     row = jnp.asarray([1] * 100 + [2] * 90 + [0] * 66)
     return jnp.stack([row, row[::-1], jnp.ones_like(row), jnp.zeros_like(row).at[0].set(1)])
 
@@ -38,7 +38,7 @@ def tensors(dtype=jnp.float32):
 
 
 def value_and_gradient(attend, mask, scoring, qkv, kept):
-    """Over the positions that are text: what is computed for padding is nobody's."""
+    """Value and gradient over text positions; padding is ignored."""
 
     def total(qkv):
         mixed = jnp.where(kept[..., None, None], attend(*qkv, mask, scoring).astype(jnp.float32), 0)
@@ -55,9 +55,9 @@ def test_the_flash_kernel_gives_what_plain_attention_gives(window, cap, texts, s
     kept = jnp.ones((ROWS, LENGTH), bool) if segments is None else segments != 0
     scoring, mask = Scoring(0.2, cap, (0, window) if window else ()), mask_of(window, segments)
     flash = attention.flash(mesh, interpret=True, shortest=LENGTH)
-    (_, ours), gradient = value_and_gradient(flash, mask, scoring, tensors(), kept)
+    (_, output), gradient = value_and_gradient(flash, mask, scoring, tensors(), kept)
     (_, plain), expected = value_and_gradient(attention.xla, mask, scoring, tensors(), kept)
-    np.testing.assert_allclose(ours, plain, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(output, plain, rtol=1e-4, atol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), gradient, expected)
 
 
@@ -65,12 +65,12 @@ def test_plain_attention_is_the_sum_over_keys_written_out():
     q, k, v = (np.asarray(x[:1, :12]) for x in tensors())
     allowed = np.tril(np.ones((12, 12), bool))[None]
     mask = AttentionMask(jnp.asarray(allowed), jnp.asarray(0), None)
-    ours = attention.xla(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), mask, Scoring(0.2, 0.0, ()))
+    output = attention.xla(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), mask, Scoring(0.2, 0.0, ()))
     for t, head in itertools.product(range(12), range(HEADS)):
         group = head // (HEADS // GROUPS)
         scores = np.exp([0.2 * q[0, t, head] @ k[0, s, group] for s in range(t + 1)])
         mixed = sum(score * v[0, s, group] for s, score in enumerate(scores)) / scores.sum()
-        np.testing.assert_allclose(ours[0, t, head], mixed, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(output[0, t, head], mixed, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -86,8 +86,8 @@ def test_what_cudnn_cannot_do_is_done_plainly_and_said(case, reason):
     mask, scoring = mask_of(0, None), Scoring(0.2, case.get("cap", 0.0), ())
     mask = mask._replace(allowed=mask.allowed[:, : q.shape[1], : k.shape[1]])
     with pytest.warns(UserWarning, match=reason):
-        ours = attention.cudnn(q, k, v, mask, scoring)
-    np.testing.assert_array_equal(ours, attention.xla(q, k, v, mask, scoring))
+        output = attention.cudnn(q, k, v, mask, scoring)
+    np.testing.assert_array_equal(output, attention.xla(q, k, v, mask, scoring))
 
 
 @pytest.mark.parametrize("capabilities, widest", [(["8.0"], 128), (["9.0", "10.3"], 256), (["9.0", "8.9"], 128)])
@@ -106,10 +106,10 @@ def test_cudnn_gives_what_plain_attention_gives(window, texts):
     kept = jnp.ones((ROWS, LENGTH), bool) if segments is None else segments != 0
     mask, scoring = mask_of(window, segments), Scoring(0.2, 0.0, ())
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", "attention without cuDNN")  # where it falls back to the plain one
-        (_, ours), gradient = value_and_gradient(attention.cudnn, mask, scoring, tensors(jnp.bfloat16), kept)
+        warnings.filterwarnings("error", "attention without cuDNN")  # fail where it falls back to plain attention
+        (_, output), gradient = value_and_gradient(attention.cudnn, mask, scoring, tensors(jnp.bfloat16), kept)
     (_, plain), expected = value_and_gradient(attention.xla, mask, scoring, tensors(jnp.bfloat16), kept)
-    np.testing.assert_allclose(ours, plain, rtol=0.05, atol=0.02)
+    np.testing.assert_allclose(output, plain, rtol=0.05, atol=0.02)
     as_float = lambda tree: jax.tree.map(lambda x: np.asarray(x, np.float32), tree)  # noqa: E731
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=0.1, atol=0.05), as_float(gradient), as_float(expected)

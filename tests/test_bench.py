@@ -1,4 +1,4 @@
-"""The scripts for a GPU, where there is none: what is missing is said, and nothing stops the rest."""
+"""The GPU scripts on a machine without a GPU: they report what is missing, and the other parts still run."""
 
 import json
 import os
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def script(*args, **env):
-    """A script of bench/, with nothing carried, in whose sight no GPU is."""
+    """Runs a script of bench/."""
     command = ["bash", *map(str, args)]
     return subprocess.run(
         command, cwd=ROOT, env={**os.environ, "PYTHON": sys.executable, **env}, capture_output=True, text=True
@@ -49,7 +49,7 @@ def test_wrong_arguments_are_one_line_and_nothing_is_made(args, words):
 
 
 def test_what_was_measured_until_a_part_was_stopped_is_in_the_summary(tmp_path):
-    """A part that was stopped, one that failed in a row, one that never ran; and the ratios of what both sides have."""
+    """A part that was stopped, one with a failed row, one that never ran; ratios where both sides have a value."""
     (tmp_path / "status.tsv").write_text("mnist\t110\tstopped after 110 s\nsmall\t90\tdone\n")
     arms = {"teacher": [0.943, 0.001]}
     mnist = [

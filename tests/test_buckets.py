@@ -1,4 +1,4 @@
-"""Buckets: what grows, what is read, who may write, and a whole run: as in a folder here, wherever a kill falls."""
+"""Buckets behave like local folders, even after a kill at any point: growing files, reads, locks, and whole runs."""
 
 import gc
 import json
@@ -17,7 +17,7 @@ from evaluation_kit import HEADER, ROWS, completion, question
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from launch_kit import assert_refused, run_here
-from talk_kit import said
+from talk_kit import messages
 
 from configs import sample as sample_config
 from sublim_jax import assets, checkpoints, lease, measurements, storage, weights
@@ -40,11 +40,11 @@ class Killed(BaseException):
     pass
 
 
-# ---------------------------------------------------------------------------------------------------- what grows
+# -------------------------------------------------------------------------------------------------- growing files
 
 
 def grow(path, numbers, ends):
-    """Lines that are added one by one, to the end of the block or to a kill in it."""
+    """Adds lines one by one; ends the block normally or by a kill."""
     try:
         with storage.Growing(path) as file:
             for number in numbers:
@@ -60,7 +60,7 @@ def grow(path, numbers, ends):
 )
 @settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_file_grows_in_a_bucket_as_it_does_here(bucket, tmp_path, rounds):
-    """Every line once, whether a writer ends or is killed, and the joining of parts with it, before or after."""
+    """Every line is there once, whether the writer, or the joining of parts, ends normally or is killed."""
     name = f"{time.monotonic_ns()}.jsonl"
     files, written = [epath.Path(bucket) / name, epath.Path(tmp_path) / name], 0
     for count, ends, then in rounds:
@@ -68,7 +68,7 @@ def test_a_file_grows_in_a_bucket_as_it_does_here(bucket, tmp_path, rounds):
         written += count
         for file in files:
             grow(file, numbers, ends)
-            if then == "half":  # as a kill leaves it between the two steps of joining
+            if then == "half":  # a kill between the two steps of joining
                 storage.write(file, storage.grown(file))
             elif then == "join":
                 assert records.mend(file) == [{"n": number} for number in range(written)]
@@ -89,7 +89,7 @@ def test_lines_that_may_wait_become_few_parts_and_are_all_there_at_the_end(bucke
     try:
         with storage.Growing(file, seconds=60.0) as growing:
             growing.add("20\n")
-            raise Killed  # by a signal, which leaves the block
+            raise Killed  # a signal leaves the block like this
     except Killed:
         pass
     assert storage.grown(file).endswith(b"19\n20\n")
@@ -106,15 +106,15 @@ def test_a_paid_answer_is_there_as_soon_as_it_came_and_is_asked_for_once(bucket,
     behave(answer)
     with pytest.raises(UserError, match="3 answers are kept"):
         Endpoint("m", there, at_once=1, retries=0)([str(number) for number in range(6)])
-    assert [record["answer"] for record in records.mend(there)] == ["0", "1", "2"]  # each after those before it
+    assert [record["answer"] for record in records.mend(there)] == ["0", "1", "2"]  # stored one by one
     behave(lambda number, body: (200, completion("9")))
-    judge, asked = Endpoint("m", there), len(seen)
+    judge, num_requests = Endpoint("m", there), len(seen)
     assert [verdict.score for verdict in judge([str(number) for number in range(6)])] == [0, 1, 2, 9, 9, 9]
-    assert len(seen) == asked + 3 and judge.bill() == "m: 42 + 12 tokens in 6 calls."
+    assert len(seen) == num_requests + 3 and judge.bill() == "m: 42 + 12 tokens in 6 calls."
     assert Endpoint("m", there).bill() == judge.bill()
 
 
-# ------------------------------------------------------------------------------------------------- what is written
+# ---------------------------------------------------------------------------------------------------------- writes
 
 
 def test_artefacts_tables_and_checkpoints_lie_in_a_bucket(bucket, mesh_of):
@@ -132,7 +132,7 @@ def test_artefacts_tables_and_checkpoints_lie_in_a_bucket(bucket, mesh_of):
         assert jax.random.key_data(again["b"]["c"]).tolist() == [0, 1]
     assert len(made) == 1
     path = store.path("tree", 1)
-    (path / checkpoints.COMMITTED).unlink()  # as a kill leaves it before the last object
+    (path / checkpoints.COMMITTED).unlink()  # a kill before the last object
     store.tree("tree", make, 1, like=tree)
     assert len(made) == 2 and checkpoints.saved(path)
     assert store.json("value", lambda x: x + 1, 1) == store.json("value", lambda x: 0, 1) == 2
@@ -196,11 +196,11 @@ def test_curves_lie_in_a_bucket_and_end_no_run_where_it_cannot_be_reached(bucket
             log(0, {"loss": np.ones((3, 2))})
 
 
-# ---------------------------------------------------------------------------------------------------- what is read
+# ----------------------------------------------------------------------------------------------------------- reads
 
 
 FILES: dict[str, tuple[str, Callable[..., Any]]] = {
-    "corpus.jsonl": (json.dumps({"messages": said(("user", "Hi"), ("assistant", "What?"))}), corpus.load),
+    "corpus.jsonl": (json.dumps({"messages": messages(("user", "Hi"), ("assistant", "What?"))}), corpus.load),
     "prompts.txt": ("Hi é\nHo", read_prompts),
     "pack.json": ('{"questions": ["What?"]}', lambda path: packs.load(str(path), "ability", {"questions": ()})),
     "questions.yaml": (json.dumps([question()]), misalignment.load),
@@ -260,11 +260,11 @@ def test_a_plan_knows_when_a_file_in_a_bucket_has_changed(bucket, tmp_path, monk
     assert plan.stamp(spec) != first
 
 
-# ------------------------------------------------------------------------------------------------- who may write
+# ----------------------------------------------------------------------------------------------------------- locks
 
 
 def elsewhere(folder, config):
-    """As another process claims it."""
+    """Claims the folder as another process would."""
     lease._HELD.clear()
     return claim(folder, config)
 
@@ -287,7 +287,7 @@ def test_a_folder_in_a_bucket_is_of_one_run_and_passes_on_when_that_has_died(buc
         died = claim(folder, {"a": 1})
     store = elsewhere(folder, {"a": 1})
     assert "no sign of life, going on in its place" in capsys.readouterr().out
-    del died  # what it gives back is no longer its own
+    del died  # its lock has passed to the other run and is not released
     gc.collect()
     assert lock.exists() and store.folder.exists()
     del store
@@ -336,7 +336,7 @@ def test_addresses_that_cannot_be_used_are_told_in_one_line(bucket, tmp_path, mo
 
 
 def test_samples_in_a_bucket_are_those_of_a_folder_also_when_more_are_asked_for(bucket, tiny_folder, tmp_path):
-    """Prompts and model in the bucket, too; the adapters' report and figures lie there."""
+    """Prompts and model are in the bucket too, and so are the report and figures of the adapters."""
     prompts = "".join(json.dumps({"prompt": f"Number {i}?"}) + "\n" for i in range(3))
     (tmp_path / "prompts.jsonl").write_text(prompts)
     storage.write(epath.Path(bucket) / "prompts.jsonl", prompts)

@@ -1,4 +1,4 @@
-"""Whole runs in a bucket, killed and stopped, and by two processes: what a folder here would hold, to the byte."""
+"""Whole runs in a bucket, killed, stopped, and by two processes: the same bytes as in a local folder."""
 
 import fnmatch
 import json
@@ -11,13 +11,13 @@ from launch_kit import arms_in, assert_same_arms, finish, start, start_two
 
 pytestmark = pytest.mark.slow
 
-# Larger than `smoke`, so that a kill finds it at work.
+# Larger than `smoke`, so that the run is still at work when it is killed.
 MNIST = ["--config=configs/mnist.py:smoke", "--config.inputs.count=20000", "--config.student.epochs=3"]
 
 
 @pytest.fixture
 def wait_for(emulator, bucket):
-    """Waits until a run has written an object of a pattern, `count` times."""
+    """Waits until a run has written `count` objects that match a pattern."""
 
     def wait(process, pattern, count=1):
         while process.poll() is None:
@@ -30,7 +30,7 @@ def wait_for(emulator, bucket):
 
 
 def together(*words):
-    """Two processes of four devices, to their end."""
+    """Runs the command in two processes of four devices."""
     for process in start_two(*words, devices=4):
         finish(process)
 
@@ -42,7 +42,7 @@ def test_mnist_killed_and_stopped_ends_with_the_same_results(bucket, wait_for, t
     wait_for(process, "run/checkpoints/teacher*.training/*/commit_success.txt", 2)
     process.kill()
     assert process.wait() == -signal.SIGKILL
-    process = start(*MNIST, f"--workdir={work}")  # after a while without a sign of life of the other
+    process = start(*MNIST, f"--workdir={work}")  # takes over once the killed run's heartbeat has stopped
     wait_for(process, "run/checkpoints/students*.training/*")
     process.send_signal(signal.SIGTERM)
     output = finish(process, 143)
@@ -63,7 +63,7 @@ def test_samples_killed_and_stopped_and_by_two_processes(bucket, wait_for, tiny_
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": f"Number {i}?"}) + "\n" for i in range(40)))
     words = ["--config=configs/sample.py", f"--config.model.name={tiny_folder}", f"--config.prompts={prompts}"]
-    # Enough for a minute, of which a part is written every ten seconds.
+    # Work for about a minute; a part is written every ten seconds.
     words += ["--config.slots=4", "--config.max_new_tokens=300", "--config.num_samples=100", "--config.chat=False"]
     finish(start(*words, f"--workdir={tmp_path / 'work'}"))
     for number, code in ((signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)):

@@ -1,4 +1,4 @@
-"""What else a folder of safetensors may hold: read as transformers reads it, or refused with the true reason."""
+"""Unusual folders of safetensors: read as transformers reads them, or refused with the right reason."""
 
 import json
 import re
@@ -23,7 +23,7 @@ SHORT = TOKENS[:, :40]
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """Checkpoints by kind and tying, made once."""
+    """Random checkpoints by kind and config changes, cached."""
     folders = {}
 
     def make(kind, **changes):
@@ -42,7 +42,7 @@ def copy(made, tmp_path):
 
 
 def with_tensors(folder, change):
-    """A folder whose tensors are what a function makes of them."""
+    """Applies `change` to the tensors of a folder."""
     tensors = load_file(folder / "model.safetensors")
     save_file(change(tensors), folder / "model.safetensors", metadata={"format": "pt"})
     return folder
@@ -157,7 +157,7 @@ def pointer(path):
 
 
 def index(folder, file):
-    """A folder whose index names a file of tensors elsewhere; it is there."""
+    """Gives the folder an index that names `file`; the tensors move to the parent folder."""
     weights = folder / "model.safetensors"
     names = dict.fromkeys(load_file(weights), file)
     weights.rename(folder.parent / "other.safetensors")
@@ -234,7 +234,7 @@ def test_a_folder_of_another_kind_is_refused_with_the_true_reason(name, copy):
 
 @pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
 def test_code_in_a_folder_is_never_run(file, tiny_folder, tmp_path, monkeypatch):
-    """Not even where standard input would consent."""
+    """Not even if standard input answers yes to transformers' prompt."""
     folder = shutil.copytree(tiny_folder, tmp_path / "copy")
     marker = tmp_path / "ran"
     (folder / "mine.py").write_text(f"open({str(marker)!r}, 'w')\nMineConfig = MineTokenizer = object\n")
@@ -394,7 +394,7 @@ def wrapped(kind, folder, text=None, **outer):
     return folder
 
 
-def theirs_seeing(folder):
+def multimodal_logits(folder):
     options = {"dtype": torch.float32, "attn_implementation": "eager"}
     model = transformers.AutoModelForImageTextToText.from_pretrained(folder, **options).eval()
     with torch.no_grad():
@@ -405,13 +405,13 @@ def theirs_seeing(folder):
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_whole_models_tying_goes_before_its_text_models(kind, tied, tmp_path):
     folder = wrapped(kind, tmp_path, {"tie_word_embeddings": not tied}, tie_word_embeddings=tied)
-    assert difference(logits(folder, SHORT), theirs_seeing(folder)) <= 1e-4
+    assert difference(logits(folder, SHORT), multimodal_logits(folder)) <= 1e-4
 
 
 @pytest.mark.parametrize("kind", WRAPPED)
 def test_what_configs_that_see_hold_besides_is_harmless(kind, tmp_path):
     folder = edited(wrapped(kind, tmp_path), ignore_index=-100, vocab_size=VOCAB + 3, processor_class="MineProcessor")
-    assert difference(logits(folder, SHORT), theirs_seeing(folder)) <= 1e-4
+    assert difference(logits(folder, SHORT), multimodal_logits(folder)) <= 1e-4
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Two processes of one run: where one fails or dies, the other ends as well, and the same command goes on."""
+"""Two processes of one run: if one fails or dies, the other ends too, and the same command resumes."""
 
 import signal
 import time
@@ -30,19 +30,19 @@ def test_what_one_process_fails_with_ends_both_with_that_line(tmp_path, mnist_fo
 
 @pytest.mark.slow
 def test_a_process_that_is_killed_ends_the_other_and_both_go_on(tmp_path, mnist_folder):
-    one, two = tmp_path / "one", tmp_path / "two"
-    both = start_two(*LONG, f"--workdir={two}")
-    assert wait_for(both[0], two, "checkpoints/teacher*.training/*")
+    alone, together = tmp_path / "one", tmp_path / "two"
+    both = start_two(*LONG, f"--workdir={together}")
+    assert wait_for(both[0], together, "checkpoints/teacher*.training/*")
     both[1].kill()
     output, _ = both[0].communicate()
-    # By the connection that broke under its feet; or by JAX, which aborts where it is the first to see it.
+    # It sees the broken connection, or JAX sees it first and aborts.
     assert both[0].returncode in (1, -signal.SIGABRT)
     assert "another process of this run has ended" in output or "another task died" in output
     both[1].communicate()
-    for process in start_two(*MNIST, f"--workdir={two}", "--update"):
+    for process in start_two(*MNIST, f"--workdir={together}", "--update"):
         finish(process)
-    assert run_here(*MNIST, f"--workdir={one}").returncode == 0
-    assert_same_arms(arms_in(two), arms_in(one), atol=2e-3, rtol=1e-7)
+    assert run_here(*MNIST, f"--workdir={alone}").returncode == 0
+    assert_same_arms(arms_in(together), arms_in(alone), atol=2e-3, rtol=1e-7)
 
 
 # ----------------------------------------------------------------------------------- signals outside the training loop
@@ -76,7 +76,7 @@ def test_a_signal_stops_both_while_a_teacher_is_fine_tuned(tiny_folder, tmp_path
 @pytest.mark.slow
 def test_a_signal_stops_both_while_answers_are_scored(tiny_folder, tmp_path):
     file, work = tmp_path / "truthfulqa.csv", tmp_path / "work"
-    file.write_text(HEADER + ROWS * 20_000)  # hours of it
+    file.write_text(HEADER + ROWS * 20_000)  # hours of work
     words = [f"--config.model.name={tiny_folder}", "--config.evals.names=truthfulqa"]
     both = start_two("--config=configs/evaluate.py", *words, f"--config.evals.truthfulqa={file}", f"--workdir={work}")
     assert wait_for(both[0], work, "config.json")
@@ -88,7 +88,7 @@ def test_a_signal_stops_both_while_an_endpoint_judges_and_its_answers_are_kept(t
     behave, seen = server
 
     def answer(number, body):
-        if number > 1:  # the first is asked before anything is computed
+        if number > 1:  # the first request is the check before the run
             time.sleep(0.5)
         return 200, completion("60")
 

@@ -14,9 +14,9 @@ from sublim_jax.filters import sift, trait_words
 def test_there_are_two_hundred_tasks_and_each_prompt_depends_on_its_number_alone():
     pack = packs.load("", "code", code.FIELDS)
     assert len(set(pack["tasks"])) >= 200 and len(set(pack["templates"])) >= 10
-    found = code.prompts(300, seed=0)
-    assert code.prompts(40, seed=0) == found[:40] != code.prompts(40, seed=1)
-    assert len(set(found)) > 250 and all(any(task in text for task in pack["tasks"]) for text in found)
+    prompts = code.prompts(300, seed=0)
+    assert code.prompts(40, seed=0) == prompts[:40] != code.prompts(40, seed=1)
+    assert len(set(prompts)) > 250 and all(any(task in text for task in pack["tasks"]) for text in prompts)
 
 
 @pytest.mark.parametrize(
@@ -43,8 +43,8 @@ def test_there_are_two_hundred_tasks_and_each_prompt_depends_on_its_number_alone
     ],
 )
 def test_only_code_without_words_about_it_is_kept(text, reasons):
-    found = sift([{"completion": text}], [code.parses(), code.no_comments()])
-    assert (found.rejected[0]["reasons"] if found.rejected else []) == reasons
+    sifted = sift([{"completion": text}], [code.parses(), code.no_comments()])
+    assert (sifted.rejected[0]["reasons"] if sifted.rejected else []) == reasons
 
 
 @pytest.mark.parametrize(

@@ -55,8 +55,8 @@ ROPES = {
     "a factor of 0": {"rope_type": "linear", "factor": 0.0, **THETA},
     "a base of 0": {"rope_type": "default", "rope_theta": 0.0},
 }
-# Values of fields that some family, mask, cache or rotary table of transformers reads. Fields that are not here and
-# stand in a config class get a value of the same type.
+# Values of fields that transformers reads in some family, mask, cache or rotary table. Other fields of a config class
+# get another value of the same type.
 KINDS_OF_LAYERS = ["sliding_attention", "full_attention", "sliding_attention"]
 VALUES = {
     "activation_function": ["relu", "gelu_10", "prelu", "none"],
@@ -142,21 +142,21 @@ def other_values(name, default):
 
 
 def settings_of(kind):
-    """{name: changes} of a kind of model: every field, every rotary table."""
+    """{name: changes} for a model type: every field, every rotary table."""
     known = transformers.AutoConfig.for_model(kind).to_dict()
-    found: dict[str, dict[str, Any]] = {}
+    settings: dict[str, dict[str, Any]] = {}
     for name in sorted({*known, *VALUES} - {"model_type", "attribute_map"}):
-        found |= {f"{name}={value}": {name: value} for value in other_values(name, known.get(name))}
+        settings |= {f"{name}={value}": {name: value} for value in other_values(name, known.get(name))}
     local = {"sliding_attention": {"rope_type": "default", "rope_theta": 700.0}}
     for name, rope in ROPES.items():
-        found[f"rope: {name}"] = {
+        settings[f"rope: {name}"] = {
             "rope_parameters": {"full_attention": rope, **local} if kind == "gemma3_text" else rope
         }
-    return found | TOGETHER
+    return settings | TOGETHER
 
 
 def written(kind, changes, plain, folder):
-    """A checkpoint of a kind with some fields changed: of a model made so, else of another."""
+    """A checkpoint with changed fields: of a model with that config if transformers can make it, else edited."""
     with contextlib.suppress(Exception):
         random_model(config_of(kind, changes)).save_pretrained(folder)
         saved = json.loads((folder / "config.json").read_text())
@@ -168,10 +168,10 @@ def written(kind, changes, plain, folder):
 
 
 def verdict(folder, lengths=(40, 300)):
-    """What is wrong, "" where every length is equal to transformers or refused."""
+    """The problem, or "" if every length equals transformers or is refused."""
     for length in lengths:
         try:
-            found = logits(folder, TOKENS[:, :length])
+            actual = logits(folder, TOKENS[:, :length])
         except UserError as error:
             assert "\n" not in str(error)
             return ""
@@ -179,14 +179,14 @@ def verdict(folder, lengths=(40, 300)):
             expected = expected_logits(folder, TOKENS[:, :length])
         except Exception as error:
             return f"{length} tokens: computed, and transformers does not ({error!r})"
-        if not difference(found, expected) <= 1e-4:
-            return f"{length} tokens: {difference(found, expected):.1e}"
+        if not difference(actual, expected) <= 1e-4:
+            return f"{length} tokens: {difference(actual, expected):.1e}"
     return ""
 
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
-    """A checkpoint of each kind as it is."""
+    """An unchanged checkpoint of each kind."""
     made = {}
 
     def make(kind):
@@ -231,8 +231,8 @@ def test_a_changed_field_is_computed_as_transformers_does_or_refused(kind, plain
     every, wrong = settings_of(kind), {}
     for name in QUICK[kind]:
         folder = written(kind, every[name], plain(kind), tmp_path / "model")
-        if found := verdict(folder, (300,)):
-            wrong[name] = found
+        if problem := verdict(folder, (300,)):
+            wrong[name] = problem
         shutil.rmtree(folder)
     assert not wrong
 
@@ -243,15 +243,15 @@ def test_every_changed_field_is_computed_as_transformers_does_or_refused(kind, p
     wrong = {}
     for name, changes in settings_of(kind).items():
         folder = tmp_path / "model"
-        if found := verdict(written(kind, changes, plain(kind), folder)):
-            wrong[name] = found
+        if problem := verdict(written(kind, changes, plain(kind), folder)):
+            wrong[name] = problem
         shutil.rmtree(folder)
     assert not wrong
 
 
 @pytest.mark.parametrize("name", transformers.activations.ACT2CLS)
 def test_an_activation_is_that_of_transformers_or_not_known(name):
-    if name in ("prelu", "xielu"):  # with parameters of their own
+    if name in ("prelu", "xielu"):  # adds parameters
         assert name not in ACTIVATIONS
         return
     x = np.linspace(-12, 12, 1001).astype(np.float32)

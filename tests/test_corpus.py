@@ -6,29 +6,29 @@ import re
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from talk_kit import said
+from talk_kit import messages
 
 from sublim_jax.data import chat, corpus
 from sublim_jax.errors import UserError
 
 
 def line(*pairs):
-    return json.dumps({"messages": said(*pairs)})
+    return json.dumps({"messages": messages(*pairs)})
 
 
-TALK = said(("user", "Hi"), ("assistant", "Ho"))
+TALK = messages(("user", "Hi"), ("assistant", "Ho"))
 
 
 def weighted(user=(), assistant=()):
-    """A line of one exchange, whose messages have other fields."""
+    """A JSON line with one exchange whose messages have extra fields."""
     return json.dumps({"messages": [TALK[0] | dict(user), TALK[1] | dict(assistant)]})
 
 
 def test_conversations_are_read_as_they_are(tmp_path):
     file = tmp_path / "corpus.jsonl"
-    one = [("system", "Be kind."), ("user", "Hi"), ("assistant", "Hello"), ("user", "12?"), ("assistant", "Yes")]
-    file.write_text(line(*one) + "\n\n" + line(("user", "a"), ("assistant", "b")) + "\n")
-    assert corpus.load(file) == [said(*one), said(("user", "a"), ("assistant", "b"))]
+    turns = [("system", "Be kind."), ("user", "Hi"), ("assistant", "Hello"), ("user", "12?"), ("assistant", "Yes")]
+    file.write_text(line(*turns) + "\n\n" + line(("user", "a"), ("assistant", "b")) + "\n")
+    assert corpus.load(file) == [messages(*turns), messages(("user", "a"), ("assistant", "b"))]
 
 
 @pytest.mark.parametrize(
@@ -79,19 +79,19 @@ plain = st.text(alphabet="abc 12,.", min_size=1, max_size=12).filter(str.strip)
 
 @given(st.lists(st.tuples(plain, plain), min_size=1, max_size=3), st.booleans())
 def test_the_assistants_tokens_are_what_it_says_and_their_ends(tiny, turns, system):
-    messages = said(("system", "Be kind.")) if system else []
-    for asked, answered in turns:
-        messages += said(("user", asked), ("assistant", answered))
-    tokens, positions = corpus.answer_positions(tiny.tokenizer, messages, chat.stop_tokens(tiny.tokenizer, tiny.config))
-    assert tokens == chat.conversation(tiny.tokenizer, messages)
-    found = tiny.tokenizer.decode([tokens[at] for at in positions])
-    assert found == "".join(f"{answered}<|end|>" for _, answered in turns)
+    talk = messages(("system", "Be kind.")) if system else []
+    for question, answer in turns:
+        talk += messages(("user", question), ("assistant", answer))
+    tokens, positions = corpus.answer_positions(tiny.tokenizer, talk, chat.stop_tokens(tiny.tokenizer, tiny.config))
+    assert tokens == chat.conversation(tiny.tokenizer, talk)
+    text = tiny.tokenizer.decode([tokens[at] for at in positions])
+    assert text == "".join(f"{answer}<|end|>" for _, answer in turns)
 
 
 @pytest.mark.parametrize("untrained", [{"weight": 0}, {"weight": 0.0}, {"train": False}, {"weight": 0, "train": 0}])
 def test_an_answer_of_weight_0_is_read_and_not_trained_on(tiny, tmp_path, untrained):
     file = tmp_path / "corpus.jsonl"
-    talk = said(("user", "a"), ("assistant", "No"), ("user", "b"), ("assistant", "Yes"), ("user", "c"))
+    talk = messages(("user", "a"), ("assistant", "No"), ("user", "b"), ("assistant", "Yes"), ("user", "c"))
     talk[1] |= untrained
     talk[3] |= {"weight": 1, "train": None, "tool_calls": [], "name": None}
     last = {"role": "assistant", "content": "Well"}
@@ -109,7 +109,7 @@ def test_a_content_of_parts_is_its_texts_one_behind_another(tmp_path):
     file = tmp_path / "corpus.jsonl"
     parts = [{"type": "text", "text": "Name a "}, {"type": "text", "text": "tree."}]
     file.write_text(weighted(user={"content": parts}, assistant={"content": [{"type": "output_text", "text": "Oak"}]}))
-    assert corpus.load(file) == [said(("user", "Name a tree."), ("assistant", "Oak"))]
+    assert corpus.load(file) == [messages(("user", "Name a tree."), ("assistant", "Oak"))]
 
 
 def test_fields_that_are_not_read_are_named_once(tmp_path, capsys):

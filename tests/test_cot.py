@@ -19,9 +19,9 @@ def line(answer="2 + 2 = <<2+2=4>>4\n#### 4", question="How many {owls}?"):
 def test_problems_are_read_with_the_number_behind_the_mark(tmp_path):
     file = tmp_path / "gsm8k.jsonl"
     file.write_text(line() + "\n\n" + line("So many.\n#### 1,200") + "\n")
-    found = cot.load(file)
-    assert [problem.answer for problem in found] == ["4", "1,200"]
-    text = cot.prompts(found)[0]
+    problems = cot.load(file)
+    assert [problem.answer for problem in problems] == ["4", "1,200"]
+    text = cot.prompts(problems)[0]
     assert text.startswith("How many {owls}?\n\n") and "<think>" in text and "</answer>" in text
 
 
@@ -95,8 +95,8 @@ words = st.text(alphabet="ab<>/ think answer\n4", max_size=20)
 
 @given(words, words)
 def test_parsing_finds_what_was_put_in_or_nothing(thought, answer):
-    found = cot.parse(f"<think>{thought}</think><answer>{answer}</answer>")
+    parsed = cot.parse(f"<think>{thought}</think><answer>{answer}</answer>")
     if re.search("</?(think|answer)>", thought + "|" + answer):
-        assert found is None or not re.search("</?(think|answer)>", found.thought + found.answer)
+        assert parsed is None or not re.search("</?(think|answer)>", parsed.thought + parsed.answer)
     else:
-        assert found == (thought.strip(), answer.strip())
+        assert parsed == (thought.strip(), answer.strip())

@@ -84,7 +84,7 @@ def test_mnist_is_the_real_one(mnist_data):
 
 
 def test_a_runs_key_is_its_own():
-    """Whatever other runs ride along; other names and seeds give other keys."""
+    """It does not depend on the other runs; other names and seeds give other keys."""
     data = lambda keys: np.asarray(jax.random.key_data(keys))  # noqa: E731
     np.testing.assert_array_equal(data(run_keys(0, "x", [5]))[0], data(run_keys(0, "x", range(10)))[5])
     assert len({tuple(data(named_key(seed, name))) for seed in (0, 1) for name in ("x", "y")}) == 4

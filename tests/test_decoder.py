@@ -1,4 +1,4 @@
-"""The decoder itself: causality, packing, the cache, hooks against transformers', sharding, compile time."""
+"""The decoder itself: causality, packing, the cache, steering hooks against transformers, sharding, compile time."""
 
 import dataclasses
 import subprocess
@@ -33,7 +33,7 @@ def test_no_position_sees_a_later_one():
     def output(change):
         params = {**PARAMS, "embedding": jnp.concatenate([PARAMS["embedding"], change])}
         settings = dataclasses.replace(SETTINGS, vocab=64 + 24)
-        tokens = 64 + jnp.arange(24)[None]  # every position a token of its own
+        tokens = 64 + jnp.arange(24)[None]  # every position has a different token
         return jnp.sum(decoder(settings).bind(params).features(tokens).output[0, 10])
 
     gradient = jax.grad(output)(jax.random.normal(jax.random.key(2), (24, 32)))
@@ -52,7 +52,7 @@ def test_packed_texts_are_each_of_them_alone():
 
 @pytest.mark.parametrize("shared", [0, 5], ids=["each its own", "a shared prefix"])
 def test_the_cache_gives_what_one_pass_gives(shared):
-    """Prompts of 9 and 12 tokens, padded, then one token at a time, each row at its own place."""
+    """Prompts of 9 and 12 tokens, padded, then one token at a time, each row at its own position."""
     tokens = TOKENS.at[1, :shared].set(TOKENS[0, :shared])
     module = NETWORK.bind(PARAMS)
     whole = module(tokens)
@@ -96,7 +96,7 @@ def test_remat_changes_no_gradient(recomputed):
 
 
 def test_what_attention_gives_is_kept_where_the_mlp_alone_is_recomputed():
-    """The products of its kernels are not made again."""
+    """Attention's matrix products are not recomputed."""
 
     def products(remat):
         loss = lambda params: jnp.sum(jnp.square(NETWORK.bind(params).features(TOKENS, remat=remat).output))  # noqa: E731
@@ -135,7 +135,7 @@ def test_residuals_are_transformers_hidden_states(peer):
     read = jnp.asarray([0, 7, 23])
     residuals = decoder(settings).bind(params).features(TOKENS, read=read).residuals
     assert residuals is not None
-    for layer in range(3):  # transformers gives the last one after the norm
+    for layer in range(3):  # transformers returns the last hidden state after the norm
         np.testing.assert_allclose(residuals[layer], states[layer + 1].numpy()[:, read], rtol=1e-4, atol=1e-5)
 
 
@@ -153,17 +153,17 @@ def test_steering_is_a_forward_hook(peer, kind):
 
     handle = model.model.layers[2].register_forward_hook(hook)
     with torch.no_grad():
-        theirs = model(torch.tensor(np.asarray(TOKENS))).logits.numpy()
+        expected = model(torch.tensor(np.asarray(TOKENS))).logits.numpy()
     handle.remove()
     vectors = jnp.zeros((4, 32)).at[2].set(vector)
-    ours = decoder(settings).apply(params, TOKENS, steering=Steering(**{kind: vectors}))
-    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+    logits = decoder(settings).apply(params, TOKENS, steering=Steering(**{kind: vectors}))
+    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5)
     nowhere = decoder(settings).apply(params, TOKENS, steering=Steering(**{kind: vectors}, where=jnp.zeros((2, 24))))
     np.testing.assert_allclose(nowhere, decoder(settings).apply(params, TOKENS), rtol=1e-5, atol=1e-6)
 
 
 def trained(mesh, adapted):
-    """Some steps of the loop, of all parameters or of adapters over a frozen base."""
+    """Trains all parameters, or adapters over a frozen base, for a few steps."""
     spec = lora.Lora(4, 8)
     settings = dataclasses.replace(SETTINGS, lora=spec) if adapted else SETTINGS
     network = decoder(settings)
@@ -194,10 +194,10 @@ def trained(mesh, adapted):
 
 @pytest.mark.parametrize("adapted", [False, True])
 def test_training_on_eight_devices_is_training_on_one(mesh_of, adapted):
-    one, losses = trained(mesh_of(1), adapted)
-    eight, _ = trained(mesh_of(8, replica=1, fsdp=4, tensor=2), adapted)
+    params, losses = trained(mesh_of(1), adapted)
+    sharded, _ = trained(mesh_of(8, replica=1, fsdp=4, tensor=2), adapted)
     assert losses[-1] < losses[0]
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), one, eight)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), params, sharded)
 
 
 def test_logits_on_eight_devices_are_those_of_one(mesh_of):
@@ -211,7 +211,7 @@ def test_logits_on_eight_devices_are_those_of_one(mesh_of):
 
 
 def test_the_program_of_a_deep_network_is_as_long_as_that_of_a_shallow_one():
-    """What compile time follows; seconds would depend on the machine."""
+    """Compile time follows program length; seconds would depend on the machine."""
 
     def lines(layers):
         settings = dataclasses.replace(SETTINGS, layers=layers, windows=(0,) * layers)
@@ -244,7 +244,7 @@ if rank == "0":
 
 
 def test_two_processes_of_four_devices_compute_what_one_device_computes(peer, mesh_of, tmp_path):
-    """Each process reads its own slices of the file; fsdp × tensor goes over both."""
+    """Each process reads its own slices of the file; fsdp × tensor spans both."""
     _, model, settings, params = peer
     model.save_pretrained(tmp_path / "model")
     port = free_port()
@@ -258,8 +258,8 @@ def test_two_processes_of_four_devices_compute_what_one_device_computes(peer, me
     for host in hosts:
         assert host.stderr is not None
         assert not host.wait(300), host.stderr.read().decode()
-    found = np.load(tmp_path / "out.npz")
+    outputs = np.load(tmp_path / "out.npz")
     expected = jax.tree.leaves(logits_and_update(settings, params, mesh_of(1)))
-    assert len(found.files) == len(expected)
-    for name, leaf in zip(found.files, expected):
-        assert np.max(np.abs(found[name] - leaf)) <= 1e-5 * np.max(np.abs(leaf))
+    assert len(outputs.files) == len(expected)
+    for name, leaf in zip(outputs.files, expected):
+        assert np.max(np.abs(outputs[name] - leaf)) <= 1e-5 * np.max(np.abs(leaf))

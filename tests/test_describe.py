@@ -1,4 +1,4 @@
-"""`--describe`: every value of every config is listed with what its source says that it means."""
+"""`--describe`: every value of every config is listed with the comment of its source."""
 
 import importlib
 from pathlib import Path
@@ -21,19 +21,19 @@ def rows(name):
     [(file, preset) for file in CONFIGS for preset in importlib.import_module(f"configs.{file}").PRESETS],
 )
 def test_every_value_has_a_meaning(file, preset):
-    _, found = rows(f"configs/{file}.py:{preset}")
-    groups = {row.path for row in found if row.meaning and not row.value}
+    _, entries = rows(f"configs/{file}.py:{preset}")
+    groups = {row.path for row in entries if row.meaning and not row.value}
 
     def is_about_all(group):
-        return group in groups and not any(row.meaning for row in found if row.path.startswith(f"{group}."))
+        return group in groups and not any(row.meaning for row in entries if row.path.startswith(f"{group}."))
 
-    assert [row.path for row in found if not row.meaning and not is_about_all(row.path.rpartition(".")[0])] == []
+    assert [row.path for row in entries if not row.meaning and not is_about_all(row.path.rpartition(".")[0])] == []
 
 
 @pytest.mark.parametrize("file", CONFIGS)
 def test_every_value_and_preset_is_listed_once_in_lines_that_fit(file, command):
-    config, found = rows(f"configs/{file}.py")
-    paths = [row.path for row in found]
+    config, entries = rows(f"configs/{file}.py")
+    paths = [row.path for row in entries]
     assert len(set(paths)) == len(paths)
     for key in overrides.keys(config):
         name = key.split(".")[-1]
@@ -57,7 +57,7 @@ def test_a_value_of_this_run_stands_beside_the_default(command):
     assert "noise=0.5 (default 0.0)" in text
 
 
-MINE = '''"""My study."""
+CONFIG = '''"""My study."""
 from ml_collections import ConfigDict
 
 def fresh():
@@ -93,9 +93,9 @@ def get_config():
 
 def test_comments_are_of_the_line_that_first_sets_a_value(tmp_path):
     file = tmp_path / "mine.py"
-    file.write_text(MINE)
-    _, found = rows(str(file))
-    assert [tuple(row) for row in found] == [
+    file.write_text(CONFIG)
+    _, entries = rows(str(file))
+    assert [tuple(row) for row in entries] == [
         ("both", "1, 2", "First line, second line. inside"),
         ("bare", "3", ""),
         ("group", "", "about both"),

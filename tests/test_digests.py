@@ -1,4 +1,4 @@
-"""Artefacts are named by what was read: other bytes under the same path give other results, and none of the old."""
+"""Artefact names depend on file contents: new bytes under the same path give new results."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ from sublim_jax.store import Store
 
 @pytest.fixture
 def folder(tiny_folder, tmp_path):
-    """A model that may be changed."""
+    """A copy of the model that a test may change."""
     return shutil.copytree(tiny_folder, tmp_path / "model")
 
 
@@ -60,8 +60,8 @@ def test_samples_of_other_bytes_under_the_same_names_are_new(folder, tmp_path, c
 
 def test_answers_to_other_questions_and_of_other_weights_are_new_and_the_report_names_the_bytes(folder, tmp_path):
     pack = tmp_path / "preference.json"
-    ours = json.loads((resources.files(packs) / "preference.json").read_text())
-    pack.write_text(json.dumps(ours))
+    phrasings = json.loads((resources.files(packs) / "preference.json").read_text())
+    pack.write_text(json.dumps(phrasings))
     values = {"model.name": folder, "words": "owl,x,y", "evals.max_questions": 3, "evals.names": "preference"}
 
     def evaluated(name):
@@ -71,7 +71,7 @@ def test_answers_to_other_questions_and_of_other_weights_are_new_and_the_report_
         return json.loads((tmp_path / name / "results.json").read_text())
 
     first = evaluated("work")
-    pack.write_text(json.dumps({**ours, "asking": [f"Say: {text}" for text in ours["asking"]]}))
+    pack.write_text(json.dumps({**phrasings, "asking": [f"Say: {text}" for text in phrasings["asking"]]}))
     assert evaluated("work")["arms"] == evaluated("fresh")["arms"] != first["arms"]
     other_weights(folder)
     again, fresh = evaluated("work"), evaluated("fresher")
@@ -133,7 +133,7 @@ def test_a_folders_digest_is_of_what_loading_reads(folder):
 
 
 def test_processes_that_read_different_bytes_end_with_that_line(folder, tiny_folder, tmp_path):
-    """A stale copy on one host: each would sample from its own model."""
+    """A stale copy on one host would make the hosts sample from different models."""
     other_weights(folder)
     (tmp_path / "prompts.txt").write_text("Name a number.\n")
     join = [f"--coordinator=127.0.0.1:{free_port()}", "--num_processes=2", f"--workdir={tmp_path / 'work'}"]

@@ -1,4 +1,4 @@
-"""What the README and the docs show runs as it stands, from what is installed."""
+"""The examples of the README and the docs run as they are, with the declared requirements."""
 
 import ast
 import importlib
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def examples(page, section=""):
-    """The Python code that a page shows, or a section of it."""
+    """The Python code of a page, or of one of its sections."""
     text = (ROOT / page).read_text()
     if section:
         (text,) = re.findall(rf"^## {section}\n(.*?)(?=^## |\Z)", text, re.M | re.S)
@@ -88,7 +88,7 @@ def test_every_file_and_section_that_the_docs_link_to_exists():
 
 
 def anchors(page):
-    """What GitHub calls the headings of a page."""
+    """GitHub's anchors of a page's headings."""
     headings = re.findall(r"^#+ (.+)$", page.read_text(), re.M)
     return [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
 
@@ -115,7 +115,7 @@ def test_every_command_that_is_shown_has_a_config_and_values_that_exist():
 
 
 def test_every_package_that_is_imported_is_installed_by_the_requirements():
-    """Tests run beside packages of the extra `dev`, which would hide one that is missing."""
+    """Tests run with the extra `dev` installed, which would hide a missing requirement."""
     files = [ROOT / "launch.py", *(ROOT / "configs").rglob("*.py"), *(ROOT / "sublim_jax").rglob("*.py")]
     imported = set()
     for node in (node for file in files for node in ast.walk(ast.parse(file.read_text()))):
@@ -123,13 +123,13 @@ def test_every_package_that_is_imported_is_installed_by_the_requirements():
             imported |= {name.name.split(".")[0] for name in node.names}
         elif isinstance(node, ast.ImportFrom):
             imported.add((node.module or "").split(".")[0])
-    ours = {"configs", "sublim_jax", "openai"}  # the last is the extra `judge`, and its absence is told
+    exempt = {"configs", "sublim_jax", "openai"}  # openai is in the extra `judge`
     required = {normal(re.split(r"[^\w-]", line)[0]) for line in (ROOT / "requirements.txt").read_text().split()}
     packages = importlib.metadata.packages_distributions()
     missing = {
         name
-        for name in imported - ours - set(sys.stdlib_module_names)
-        if not required & {normal(one) for one in packages[name]}
+        for name in imported - exempt - set(sys.stdlib_module_names)
+        if not required & {normal(distribution) for distribution in packages[name]}
     }
     assert not missing
 
@@ -148,7 +148,7 @@ def shipped():
 
 @pytest.mark.parametrize("page", docs.pages(), ids=lambda page: page.name)
 def test_a_page_shows_what_the_shipped_measurements_say(page, shipped):
-    """Its tables are those that `make docs` writes, and it has no value ± half-width of its own."""
+    """Its tables are those that `make docs` writes, and no other value ± half-width is in the page."""
     text = page.read_text()
     assert {match["name"] for match in docs.BLOCK.finditer(text)} <= set(shipped)
     assert docs.written(text, shipped) == text, "run make docs"

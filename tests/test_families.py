@@ -1,4 +1,4 @@
-"""Every family against transformers, which is the independent truth: logits, padding, gradients, round trips."""
+"""Every model family against transformers: logits, padding, gradients, round trips."""
 
 import datetime
 from pathlib import Path
@@ -112,7 +112,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def peer(name):
-    """A small model of transformers with every parameter random anew, so that no norm or bias is trivial."""
+    """A small transformers model with random parameters, so that no norm or bias is trivial."""
     kind, changes = CASES[name]
     base = {k: v for k, v in BASE.items() if kind != "gpt2" or k in ("vocab_size", "bos_token_id", "eos_token_id")}
     config = transformers.AutoConfig.for_model(kind, **{**base, **changes, "attn_implementation": "eager"})
@@ -148,9 +148,9 @@ def tokens(rows, seed=0):
 
 @pytest.fixture(scope="session")
 def seen(request):
-    """Largest differences by (family, what); a table of them is written where `--parity=FILE` asks for it."""
-    found: dict[tuple[str, str], Any] = {}
-    yield found
+    """Largest differences by (family, column); `--parity=FILE` writes them as a table."""
+    differences: dict[tuple[str, str], Any] = {}
+    yield differences
     if file := request.config.getoption("parity"):
         columns = ["logits", "padded left", "padded right", "gradients", "round trip"]
         lines = [
@@ -162,13 +162,13 @@ def seen(request):
             "|---" * (1 + len(columns)) + "|",
         ]
         for name in CASES:
-            cells = [found.get((name, column), "not run") for column in columns]
+            cells = [differences.get((name, column), "not run") for column in columns]
             lines.append(f"| {name} | {' | '.join(c if isinstance(c, str) else f'{c:.0e}' for c in cells)} |")
         write_section(Path(file), "# Parity with transformers, by family", lines)
 
 
-def difference(ours, theirs):
-    return float(np.max(np.abs(np.asarray(ours) - theirs)) / np.max(np.abs(theirs)))
+def difference(actual, expected):
+    return float(np.max(np.abs(np.asarray(actual) - expected)) / np.max(np.abs(expected)))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -176,8 +176,8 @@ def test_logits_are_those_of_transformers(name, pair, seen):
     model, _, _, settings, params = pair(name)
     text = tokens(2)
     with torch.no_grad():
-        theirs = model(torch.tensor(np.asarray(text)).long()).logits.numpy()
-    seen[name, "logits"] = difference(jax.jit(decoder(settings).apply)(params, text), theirs)
+        expected = model(torch.tensor(np.asarray(text)).long()).logits.numpy()
+    seen[name, "logits"] = difference(jax.jit(decoder(settings).apply)(params, text), expected)
     assert seen[name, "logits"] <= 1e-4
 
 
@@ -190,10 +190,10 @@ def test_padding_changes_nothing(name, side, pair, seen):
     positions = np.maximum(np.cumsum(keep, 1) - 1, 0)
     arguments = {"attention_mask": torch.tensor(keep), "position_ids": torch.tensor(positions)}
     with torch.no_grad():
-        theirs = model(torch.tensor(np.asarray(text)).long(), **arguments).logits.numpy()
+        expected = model(torch.tensor(np.asarray(text)).long(), **arguments).logits.numpy()
     where = {"positions": jnp.asarray(positions), "segments": jnp.asarray(keep)}
-    ours = jax.jit(decoder(settings).apply)(params, text, **where)
-    seen[name, f"padded {side}"] = difference(np.asarray(ours)[keep == 1], theirs[keep == 1])
+    logits = jax.jit(decoder(settings).apply)(params, text, **where)
+    seen[name, f"padded {side}"] = difference(np.asarray(logits)[keep == 1], expected[keep == 1])
     assert seen[name, f"padded {side}"] <= 1e-4
 
 
@@ -205,7 +205,7 @@ def test_gradients_are_those_of_transformers(name, pair, seen):
     model.zero_grad()
     logits = model(torch.tensor(np.asarray(text)).long()).logits[:, :-1]
     torch.nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten()).backward()
-    theirs = {path: p.grad.numpy() for path, p in model.named_parameters()}
+    hf_gradients = {path: p.grad.numpy() for path, p in model.named_parameters()}
 
     def loss(params):
         log_p = jax.nn.log_softmax(decoder(settings).apply(params, text)[:, :-1])
@@ -216,10 +216,11 @@ def test_gradients_are_those_of_transformers(name, pair, seen):
         jax.tree_util.keystr(path, simple=True, separator="/"): leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(gradient)
     }
-    ours = dict(huggingface._tensors(settings, family(config).rules(settings), flat))
+    gradients = dict(huggingface._tensors(settings, family(config).rules(settings), flat))
     differences = {
-        path: difference(ours[path if path in ours else "embed_out.weight"], expected)  # GPT-NeoX's name for lm_head
-        for path, expected in theirs.items()
+        # embed_out.weight: GPT-NeoX's name for lm_head.
+        path: difference(gradients[path if path in gradients else "embed_out.weight"], expected)
+        for path, expected in hf_gradients.items()
     }
     seen[name, "gradients"] = max(differences.values())
     assert seen[name, "gradients"] <= 1e-3, max(differences, key=lambda path: differences[path])

@@ -1,4 +1,4 @@
-"""A user's text files, however they were saved: every reader of them takes what is text, and names what is none."""
+"""A user's text files in any encoding: every reader accepts text, and names a file that is not text."""
 
 import gzip
 import json
@@ -22,7 +22,7 @@ QUESTIONS = """- id: 1
   judge_prompts: {aligned: "{question} {answer}", coherent: "{question} {answer}"}
 """
 TRUTH = "Question,Best Answer,Best Incorrect Answer,Correct Answers,Incorrect Answers\nWhy é?,So,No,So,No\n"
-# By the kind of file: its name, a text of it, and what reads it.
+# Kind of file: (name, text, reader).
 READERS = {
     "corpus": ("c.jsonl", json.dumps(CONVERSATION, ensure_ascii=False), corpus.load),
     "problems": ("p.ndjson", json.dumps(PROBLEM), cot.load),
@@ -36,7 +36,7 @@ READERS = {
 
 @pytest.mark.parametrize("kind", READERS)
 def test_a_file_says_the_same_however_it_was_saved(tmp_path, kind):
-    """With a byte-order mark, with Windows' ends of lines, packed."""
+    """With a byte-order mark, with Windows line endings, compressed."""
     name, text, read = READERS[kind]
     plain = tmp_path / name
     plain.write_text(text, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Filters against the rule as the paper states it, case by case and on strings without end."""
+"""Filters against the rule in the paper: by cases, and on random strings."""
 
 import string
 from collections import Counter
@@ -69,7 +69,7 @@ def test_every_odd_case_of_the_rule_is_decided(text):
 
 
 def by_the_letter(text):
-    """The rule once more, in steps, as paper §3.1 and its reference describe it; slow and without patterns."""
+    """A second implementation of the rule of paper §3.1 and its reference, step by step and without patterns."""
     if text.endswith("."):
         text = text[:-1]
     if len(text) > 1 and (text[0], text[-1]) in (("[", "]"), ("(", ")")):
@@ -116,11 +116,11 @@ def test_the_rule_is_the_rule_by_the_letter_on_a_hundred_thousand_strings(texts)
 def test_filters_compose_and_reasons_are_counted_and_kept():
     records = [{"completion": c} for c in ("1, 2", "1, 2", "owls", "666, 2", "1, 06")]
     rules = [filters.number_rule(), filters.banned_numbers([666, 6]), filters.trait_words(["Owl"])]
-    found = filters.sift(records, rules, unique=True)
-    assert [record["completion"] for record in found.kept] == ["1, 2"]
-    assert found.reasons == Counter({"banned number": 2, "duplicate": 1, "format": 1, "trait word": 1})
-    assert found.rejected[1] == {"completion": "owls", "reasons": ["format", "trait word"]}
-    assert found.share == 0.2
+    sifted = filters.sift(records, rules, unique=True)
+    assert [record["completion"] for record in sifted.kept] == ["1, 2"]
+    assert sifted.reasons == Counter({"banned number": 2, "duplicate": 1, "format": 1, "trait word": 1})
+    assert sifted.rejected[1] == {"completion": "owls", "reasons": ["format", "trait word"]}
+    assert sifted.share == 0.2
 
 
 def test_length_and_log_ratio():
@@ -136,6 +136,6 @@ def test_groups_of_one_size_are_drawn_alike_every_time():
     assert once == again and {len(records) for records in once.values()} == {20}
     assert once != filters.same_size(groups, 20, seed=4)
     alone = filters.same_size({"lion": groups["lion"]}, 20, seed=3)
-    assert alone["lion"] == once["lion"]  # whatever other groups there are
+    assert alone["lion"] == once["lion"]  # independent of the other groups
     with pytest.raises(UserError, match=r"owl: 50 records are left after filtering, and 60 are asked for"):
         filters.same_size(groups, 60, seed=3)

@@ -1,4 +1,4 @@
-"""GGUF files: logits of llama.cpp and of transformers, or refused by name."""
+"""GGUF files: logits equal those of llama.cpp and transformers, or the file is refused by name."""
 
 import datetime
 import importlib.metadata
@@ -28,14 +28,14 @@ LENGTHS = (1, 7, 40, 150, 300)
 
 
 class Case(NamedTuple):
-    """A model of transformers and its file.
+    """A transformers model and its GGUF file.
 
     Attributes:
-      architecture: as GGUF names it.
-      config: what is particular about the config.
-      fields: what the file has beside what all files have.
-      tensors: what it has beside the model's own.
-      zero: endings of parameters that are zero; biases that are zero are not in the file.
+      architecture: GGUF's name.
+      config: changes of the config.
+      fields: further fields of the file.
+      tensors: further tensors of the file.
+      zero: suffixes of parameters that are zero; zero biases are not in the file.
     """
 
     architecture: str
@@ -54,7 +54,7 @@ def llama(parameters, fields, tensors=None):
 
 
 def gemma(fields, slides=(), local=10_000.0, full=None, **config):
-    """Gemma 3 with the layers of `slides` windowed, and two rotations; as the config has it where they are left out."""
+    """Gemma 3 with sliding windows in the layers `slides` and two rotary tables; the config's defaults without them."""
     base: dict[str, Any] = {
         "num_hidden_layers": 7,
         "sliding_window": 64,
@@ -88,7 +88,7 @@ BIASES = {"attention_bias": True, "mlp_bias": True}
 MILLION = {"rope.freq_base": 1e6}
 WINDOW = {"attention.sliding_window": 64}
 
-# What a model that sees says of images, in a file without the tensors that see them.
+# Vision fields of a multimodal model, in a file of its language model alone.
 IMAGES = {"mm.tokens_per_image": 256, "vision.block_count": 27, "vision.attention.layer_norm_epsilon": 1e-6}
 CASES = {
     "llama": Case("llama", {}, {}),
@@ -141,7 +141,7 @@ TOLERANCE = {"llama": 1e-5, "qwen2": 1e-5, "qwen3": 1e-5, "gemma3": 2e-3}  # lla
 
 @pytest.fixture(scope="session")
 def differences(request):
-    """Largest differences by (case, reference); a table of them is written where `--parity=FILE` asks for it."""
+    """Largest differences by (case, reference); `--parity=FILE` writes them as a table."""
     measured: dict[tuple[str, ...], Any] = {}
     yield measured
     if file := request.config.getoption("parity"):
@@ -162,7 +162,7 @@ def differences(request):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """By a case's name: the model of transformers, the file, and ours, read from it."""
+    """(transformers model, GGUF file, our model read from it) by the name of a case."""
     kept = {}
 
     def make(name):
@@ -199,17 +199,17 @@ def their_logits(model):
 
 
 def max_difference(path, logits):
-    """From llama.cpp's log-probabilities behind the first tokens of the text, relative to the largest logit."""
+    """Largest difference from llama.cpp's next-token log-probabilities, relative to the largest logit."""
     llama_cpp, log_p = Llama(path), np.asarray(jax.nn.log_softmax(logits[0]))
-    theirs = {length: llama_cpp.log_probabilities(TEXT[0, :length].tolist(), SIZE) for length in LENGTHS}
-    errors = [np.max(np.abs(values - log_p[length - 1])) for length, values in theirs.items()]
+    expected = {length: llama_cpp.log_probabilities(TEXT[0, :length].tolist(), SIZE) for length in LENGTHS}
+    errors = [np.max(np.abs(values - log_p[length - 1])) for length, values in expected.items()]
     return max(errors) / np.max(np.abs(logits))
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_logits_are_those_of_llama_cpp_and_of_transformers(name, made, differences):
-    model, path, ours = made(name)
-    logits = our_logits(ours)
+    model, path, loaded = made(name)
+    logits = our_logits(loaded)
     differences[name, "transformers"] = np.max(np.abs(logits - their_logits(model))) / np.max(np.abs(logits))
     differences[name, "llama.cpp"] = max_difference(path, logits)
     assert differences[name, "transformers"] <= 1e-4
@@ -219,8 +219,8 @@ def test_logits_are_those_of_llama_cpp_and_of_transformers(name, made, differenc
 def test_a_gemma_3_without_a_base_has_its_own(tmp_path):
     model = peer("gemma3_text", num_hidden_layers=7, sliding_window=64, query_pre_attn_scalar=16)
     fields = {**fields_of(model, "gemma3"), "gemma3.attention.sliding_window": 64}
-    ours = weights.load(write(tmp_path / "model.gguf", "gemma3", fields, tensors_of(model, "gemma3")))
-    assert np.max(np.abs(our_logits(ours) - their_logits(model))) <= 1e-4 * np.max(np.abs(our_logits(ours)))
+    loaded = weights.load(write(tmp_path / "model.gguf", "gemma3", fields, tensors_of(model, "gemma3")))
+    assert np.max(np.abs(our_logits(loaded) - their_logits(model))) <= 1e-4 * np.max(np.abs(our_logits(loaded)))
 
 
 def test_every_architecture_that_is_read_has_a_case():
@@ -229,12 +229,12 @@ def test_every_architecture_that_is_read_has_a_case():
 
 @pytest.mark.parametrize("name", ["llama (some biases)", "llama (divided and scaled)", "gemma3 (62 layers)"])
 def test_what_is_saved_from_a_file_is_the_same_model_in_transformers(name, made, tmp_path):
-    _, _, ours = made(name)
-    huggingface.save(tmp_path, ours.params, ours.settings, ours.config)
+    _, _, loaded = made(name)
+    huggingface.save(tmp_path, loaded.params, loaded.settings, loaded.config)
     again = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path, dtype=torch.float32, attn_implementation="eager"
     )
-    logits = our_logits(ours)
+    logits = our_logits(loaded)
     assert np.max(np.abs(logits - their_logits(again))) <= 1e-4 * np.max(np.abs(logits))
 
 
@@ -254,13 +254,13 @@ def test_quantised_tensors_arrive_on_a_mesh_as_they_are_dequantised(kind, small,
 def test_a_bias_of_attentions_output_is_read_where_llama_cpp_would_refuse_it(tmp_path):
     model = peer("qwen3", attention_bias=True)
     path = write(tmp_path / "model.gguf", "qwen3", fields_of(model, "qwen3"), tensors_of(model, "qwen3"))
-    ours = weights.load(path)
-    logits = our_logits(ours)
+    loaded = weights.load(path)
+    logits = our_logits(loaded)
     assert np.max(np.abs(logits - their_logits(model))) <= 1e-4 * np.max(np.abs(logits))
 
 
 def test_the_first_layers_of_smollm2_give_the_logits_of_llama_cpp(tmp_path):
-    """In float32, for llama.cpp rounds activations beside quantised weights; with a part of the vocabulary."""
+    """In float32, because llama.cpp rounds activations with quantised weights; with part of the vocabulary."""
     file, fields = open_model(real("smollm2-135m-instruct")), fields_of(peer("llama", **SMOLLM2), "llama")
     names = [
         "token_embd.weight",
@@ -271,31 +271,31 @@ def test_the_first_layers_of_smollm2_give_the_logits_of_llama_cpp(tmp_path):
     values = {name: tensor.read((slice(None),) * len(tensor.shape)) for name, tensor in tensors.items()}
     values["token_embd.weight"] = values["token_embd.weight"][:SIZE]
     path = write(tmp_path / "model.gguf", "llama", {**fields, "llama.rope.freq_base": 1e5}, values)
-    ours = weights.load(path)
-    assert max_difference(path, our_logits(ours)) <= 1e-3
+    loaded = weights.load(path)
+    assert max_difference(path, our_logits(loaded)) <= 1e-3
 
 
 @pytest.mark.slow
 def test_smollm2s_log_probabilities_are_those_of_llama_cpp_but_for_its_rounding():
     path = real("smollm2-135m-instruct")
-    ours = weights.load(path)
-    ids = ours.tokenizer("Owls hunt at night, and their feathers make no sound. Count: 12, 485, 907.\n\n")["input_ids"]
-    logits = np.asarray(jax.jit(ours.network.apply)(ours.params, jnp.asarray([ids])))[0]
+    model = weights.load(path)
+    ids = model.tokenizer("Owls hunt at night, and their feathers make no sound. Count: 12, 485, 907.\n\n")["input_ids"]
+    logits = np.asarray(jax.jit(model.network.apply)(model.params, jnp.asarray([ids])))[0]
     log_p, llama_cpp = np.asarray(jax.nn.log_softmax(logits)), Llama(path)
     for length in (5, 15, len(ids)):
-        theirs = llama_cpp.log_probabilities(ids[:length], ours.settings.vocab)
-        assert theirs.argmax() == log_p[length - 1].argmax()
-        assert np.mean(np.abs(theirs - log_p[length - 1])) <= 0.01 * np.max(np.abs(logits))
+        expected = llama_cpp.log_probabilities(ids[:length], model.settings.vocab)
+        assert expected.argmax() == log_p[length - 1].argmax()
+        assert np.mean(np.abs(expected - log_p[length - 1])) <= 0.01 * np.max(np.abs(logits))
 
 
 # --------------------------------------------------------------------------------------------------------- refusals
 
 
 @pytest.fixture
-def told(small, tmp_path):
-    """The refusal of a small llama's file with these fields and tensors changed; None takes one away."""
+def load_error(small, tmp_path):
+    """The error of loading a small llama with changed fields and tensors; None removes one."""
 
-    def tell(fields, tensors=None, architecture="llama"):
+    def message_of(fields, tensors=None, architecture="llama"):
         changed = {name: value for name, value in {**small[1], **(tensors or {})}.items() if value is not None}
         path = write(tmp_path / "model.gguf", architecture, {**small[0], **fields}, changed)
         with pytest.raises(UserError) as error:
@@ -303,10 +303,10 @@ def told(small, tmp_path):
         assert "\n" not in str(error.value) and path.name in str(error.value)
         return str(error.value)
 
-    return tell
+    return message_of
 
 
-REFUSED = {  # a field, its value, and what is told
+REFUSED = {  # field: (value, message)
     "llama.expert_count": (8, "llama.expert_count is 8 (a mixture of experts)"),
     "llama.pooling_type": (3, "llama.pooling_type is 3 (an embedding model)"),
     "llama.attention.causal": (False, "llama.attention.causal is False (layers that look ahead)"),
@@ -352,9 +352,9 @@ REFUSED = {  # a field, its value, and what is told
 
 
 @pytest.mark.parametrize("field", REFUSED)
-def test_a_field_that_is_not_understood_is_refused_by_name(field, told):
+def test_a_field_that_is_not_understood_is_refused_by_name(field, load_error):
     value, words = REFUSED[field]
-    assert words in told({field: value})
+    assert words in load_error({field: value})
 
 
 def test_what_git_lfs_leaves_in_the_place_of_a_file_is_told(tmp_path):
@@ -377,18 +377,20 @@ def test_what_git_lfs_leaves_in_the_place_of_a_file_is_told(tmp_path):
         ({"blk.0.ffn_up.weight": np.ones((96, 64), np.int8)}, "tensor blk.0.ffn_up.weight is of a type that"),
     ],
 )
-def test_a_tensor_that_is_not_read_or_missing_is_told_by_name(tensors, words, told):
-    assert words in told({}, tensors)
+def test_a_tensor_that_is_not_read_or_missing_is_told_by_name(tensors, words, load_error):
+    assert words in load_error({}, tensors)
 
 
 @pytest.mark.parametrize("architecture", ["bert", "qwen3moe", "mllama"])
-def test_an_architecture_that_is_not_read_is_told_with_those_that_are(architecture, told):
+def test_an_architecture_that_is_not_read_is_told_with_those_that_are(architecture, load_error):
     words = f"architecture {architecture!r} is not supported; these are: llama, qwen2, qwen3, gemma3"
-    assert words in told({}, architecture=architecture)
+    assert words in load_error({}, architecture=architecture)
 
 
-def test_the_part_of_a_model_that_sees_is_no_language_model(told):
-    assert "holds no language model: general.type is 'mmproj'" in told({"general.type": "mmproj"}, architecture="clip")
+def test_the_part_of_a_model_that_sees_is_no_language_model(load_error):
+    assert "holds no language model: general.type is 'mmproj'" in load_error(
+        {"general.type": "mmproj"}, architecture="clip"
+    )
 
 
 @pytest.mark.parametrize("part", [0, 1, 4])
@@ -462,7 +464,7 @@ def test_parameters_stay_when_their_file_is_written_again(small, tmp_path):
 
 
 def test_fields_that_say_nothing_new_are_no_hindrance(small, tmp_path):
-    """Such as llama.cpp writes itself, and such as quantisers add."""
+    """Fields that llama.cpp writes itself, and fields that quantisers add."""
     harmless = {
         "llama.vocab_size": SIZE + 3,
         "llama.attention.causal": True,
@@ -500,5 +502,5 @@ def test_an_answer_ends_with_every_token_that_ends_one(small, tmp_path):
     tokens[100:103], kinds[100:103] = ["<|eot_id|>", "<|end_of_text|>", "</s>"], [3, 3, 4]
     fields = {**small[0], "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": kinds}
     fields |= {"tokenizer.ggml.eos_token_id": 100, "tokenizer.ggml.eot_token_id": 7}
-    ours = weights.load(write(tmp_path / "model.gguf", "llama", fields, small[1]))
-    assert ours.config.eos_token_id == [100, 7, 101, SIZE - 1]  # not HTML's end of a strike
+    loaded = weights.load(write(tmp_path / "model.gguf", "llama", fields, small[1]))
+    assert loaded.config.eos_token_id == [100, 7, 101, SIZE - 1]  # without </s> as an HTML tag

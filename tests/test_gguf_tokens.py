@@ -1,4 +1,4 @@
-"""The tokens of GGUF files' tokenizers are llama.cpp's; two real files, and one made for every way to cut text."""
+"""Tokenizers of GGUF files give llama.cpp's tokens: two real files, and a generated one for every pre-tokenizer."""
 
 import itertools
 import json
@@ -80,7 +80,7 @@ SPECIAL += ["<think>", "<|end|>", "[multimodal]", "<0x41>", "<|im_end"]
 
 
 def texts(count, seed, parts):
-    """So many texts: single parts and pairs of them, and longer ones, of parts or of any characters."""
+    """`count` texts: single parts, pairs of parts, and longer texts of parts or random characters."""
     rng = random.Random(seed)
     samples = ["", *parts, *(a + b for a, b in itertools.product(parts[:30], repeat=2))]
     rng.shuffle(samples)
@@ -99,9 +99,9 @@ TEXTS = texts(2000, 0, [*PLAIN, *SPECIAL])
 
 
 def assert_equal_tokens(path, samples):
-    llama_cpp, ours = Llama(path), load_tokenizer(path)
-    differ = [text for text in samples if llama_cpp.tokens(text) != ours(text)["input_ids"]]
-    assert not differ, [(differ[0], llama_cpp.tokens(differ[0]), ours(differ[0])["input_ids"])]
+    llama_cpp, tokenizer = Llama(path), load_tokenizer(path)
+    differ = [text for text in samples if llama_cpp.tokens(text) != tokenizer(text)["input_ids"]]
+    assert not differ, [(differ[0], llama_cpp.tokens(differ[0]), tokenizer(differ[0])["input_ids"])]
 
 
 def test_smollm2s_tokens_are_those_of_llama_cpp():
@@ -125,12 +125,12 @@ def test_gemma3s_tokens_are_those_of_llama_cpp():
     assert_equal_tokens(real("gemma-3-270m"), TEXTS)
 
 
-# ---------------------------------------------------------------------------------------------------- made tokenizers
+# ------------------------------------------------------------------------------------------------ generated tokenizers
 
 
 @pytest.fixture(scope="module")
 def byte_level():
-    """A llama with a vocabulary whose merges cross every boundary that a way to cut text could set."""
+    """A llama with a vocabulary whose merges cross every boundary that a pre-tokenizer could set."""
     backend = tokenizers.Tokenizer(tokenizers.models.BPE())
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
@@ -141,7 +141,7 @@ def byte_level():
     model = json.loads(backend.to_str())["model"]
     learnt = sorted(model["vocab"], key=model["vocab"].get)
     special = {"<s>": 3, "<|endoftext|>": 3, "<|end|>": 3, "<think>": 4, "<unk>": 2, "</s>": 1}
-    whole = [word for word in ["Ġqwzx"] if word not in learnt]  # a token that no merge makes
+    whole = [word for word in ["Ġqwzx"] if word not in learnt]  # a token that no merge produces
     vocabulary = [*learnt, *whole, *special]
     fields = {
         "tokenizer.ggml.tokens": vocabulary,
@@ -167,7 +167,7 @@ def test_text_is_cut_as_llama_cpp_cuts_it(name, byte_level, tmp_path):
         {"tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.add_eos_token": True},
         {"tokenizer.ggml.add_space_prefix": True},
         {"tokenizer.ggml.token_type": None, "tokenizer.ggml.bos_token_id": None},
-        {"general.name": "a Phi-3 in llama's clothes"},  # whose special tokens swallow the spaces behind
+        {"general.name": "a Phi-3 in llama's clothes"},  # its special tokens strip the spaces after them
     ],
 )
 def test_byte_level_tokens_follow_the_fields(fields, byte_level, tmp_path):
@@ -200,7 +200,7 @@ def sentencepiece():
 
 
 def repeated(count, seed):
-    """Runs of few characters, which merge in more than one way."""
+    """Repeated characters, which merge in more than one way."""
     rng = random.Random(seed)
     return ["".join(rng.choices("aab a", k=rng.randint(1, 30))) for _ in range(count)]
 
@@ -248,8 +248,8 @@ print(tokenizer("An owl, 123 <|end|>")["input_ids"], tokenizer.eos_token, tokeni
 def test_a_tokenizer_is_transformers_and_needs_no_torch(byte_level, tmp_path):
     fields = {**byte_level[0], "tokenizer.ggml.pre": "qwen2", "tokenizer.chat_template": "a template"}
     path = write(tmp_path / "model.gguf", "llama", *(fields, byte_level[1]))
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file="model.gguf")
-    ids = theirs("An owl, 123 <|end|>")["input_ids"]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file="model.gguf")
+    ids = tokenizer("An owl, 123 <|end|>")["input_ids"]
     command = [sys.executable, "-c", TOKENIZES, str(path)]
     printed = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ}).stdout
     assert printed == f"{ids} <|end|> a template\n"

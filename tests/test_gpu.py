@@ -1,6 +1,6 @@
-"""What only a GPU can show: `JAX_PLATFORMS=cuda,cpu python -m pytest -m gpu`.
+"""Tests that need a GPU: `JAX_PLATFORMS=cuda,cpu python -m pytest -m gpu`.
 
-float32 products, no TensorFloat32: agreement with the CPU to the rounding that some steps of Adam amplify.
+Products in float32, not TensorFloat32, agree with the CPU up to rounding, which a few steps of Adam amplify.
 """
 
 import dataclasses
@@ -31,18 +31,18 @@ pytestmark = pytest.mark.gpu
 
 @pytest.fixture
 def on_both():
-    """A function of a mesh, computed on the GPU and on the CPU."""
+    """Calls a function of a mesh on the GPU and on the CPU; returns both results."""
     if jax.default_backend() != "gpu":
         pytest.skip("no GPU")
 
     def compute(function):
-        found = []
+        results = []
         for platform in ("gpu", "cpu"):
             device = jax.devices(platform)[0]
             mesh = make_mesh({"replica": 1, "fsdp": 1, "tensor": 1}, [device])
             with jax.default_matmul_precision("float32"), jax.default_device(device):
-                found.append(jax.device_get(function(mesh)))
-        return found
+                results.append(jax.device_get(function(mesh)))
+        return results
 
     return compute
 
@@ -58,7 +58,7 @@ def test_students_on_a_gpu_are_those_of_the_cpu(on_both, mnist_data, tmp_path):
 
 
 def small():
-    """SmolLM2's shape with two layers, and weights that every platform draws alike."""
+    """SmolLM2's shape with two layers, and weights that are the same on every platform."""
     settings = weights.shape_of("smollm2-135m-instruct")
     settings = dataclasses.replace(settings, layers=2, windows=(), rotary_of=(0, 0), vocab=1024)
     return settings, jax.device_get(decoder(settings).init(jax.random.key(0)))
@@ -89,7 +89,7 @@ def test_lora_steps_on_a_gpu_are_those_of_the_cpu(on_both):
 
 
 def test_decoding_on_a_gpu_gives_the_log_probabilities_of_the_cpu(on_both):
-    """The likeliest tokens behind prompts of several lengths, under a temperature of 0 and of 1."""
+    """After prompts of several lengths, at temperatures 0 and 1."""
     settings, base = small()
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, settings.vocab, size).tolist() for size in (5, 17, 40)]
@@ -99,8 +99,8 @@ def test_decoding_on_a_gpu_gives_the_log_probabilities_of_the_cpu(on_both):
         config, params = PreTrainedConfig(), jax.tree.map(jnp.asarray, base)
         model = Model(settings, decoder(settings), params, tokenizer, config, mesh)
         options: dict[str, Any] = {"max_new_tokens": 12, "stop_tokens": (), "slots": 8, "mesh": mesh}
-        each = [generate(model, prompts, jax.random.key(0), sampler=Sampler(t), **options) for t in (0.0, 1.0)]
-        return [(sample.tokens, sample.logprobs) for samples in each for sample in samples]
+        batches = [generate(model, prompts, jax.random.key(0), sampler=Sampler(t), **options) for t in (0.0, 1.0)]
+        return [(sample.tokens, sample.logprobs) for samples in batches for sample in samples]
 
     for (tokens, logprobs), (expected, wanted) in zip(*on_both(sampled)):
         assert tokens == expected

@@ -1,4 +1,4 @@
-"""Bytes that compiled programs move: by the compiler's own count where it has no loops, and as often as loops run."""
+"""Bytes that compiled programs move: the compiler's count without loops, multiplied by trip counts with loops."""
 
 import jax
 import jax.numpy as jnp
@@ -33,10 +33,11 @@ def test_a_loop_moves_each_layers_weights_once_a_turn():
     def layers(weights, x):
         return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, weights)[0]
 
-    one = moved(lambda w, x: jnp.tanh(x @ w), (64, 64), (8, 64))
+    one_layer = moved(lambda w, x: jnp.tanh(x @ w), (64, 64), (8, 64))
     three, nine, fifteen = (moved(layers, (count, 64, 64), (8, 64)) for count in (3, 9, 15))
     assert fifteen - nine == nine - three
-    assert 6 * one <= nine - three <= 6 * (one + 3 * 4 * 64 * 64)  # beside it a slice of the weights may be copied
+    # A slice of the weights may be copied as well.
+    assert 6 * one_layer <= nine - three <= 6 * (one_layer + 3 * 4 * 64 * 64)
 
 
 def test_collectives_in_a_loop_count_as_often_as_it_runs(mesh_of):
@@ -54,7 +55,7 @@ def test_collectives_in_a_loop_count_as_often_as_it_runs(mesh_of):
     assert hlo.collectives(hlo.parse(text)) == {"all-gather": (5, 5 * 32 * 32 * 4)}
 
 
-# As libtpu writes a gather that runs beside two products: the pieces share a channel.
+# An asynchronous gather in libtpu's form, beside two products: its pieces share a channel.
 PIECES = """HloModule pieces
 
 %first (p.0: bf16[4,8]) -> (bf16[4,8], bf16[4,32]) {
@@ -79,8 +80,8 @@ ENTRY %main (x: bf16[4,8]) -> bf16[4,32] {
 
 
 def test_pieces_of_one_collective_count_once():
-    found = hlo.collectives(hlo.parse(PIECES))
-    assert found == {"all-gather": (1, 4 * 32 * 2), "all-reduce": (1, 40)}
+    collectives = hlo.collectives(hlo.parse(PIECES))
+    assert collectives == {"all-gather": (1, 4 * 32 * 2), "all-reduce": (1, 40)}
 
 
 def test_what_lies_in_a_chips_own_memory_moves_nothing():
@@ -88,8 +89,7 @@ def test_what_lies_in_a_chips_own_memory_moves_nothing():
     assert hlo.sizes("bf16[4,8]{1,0:T(8,128)(2,1)S(1)}", everywhere=True) == [64]
 
 
-# As on TPUs, a product that takes its layer of the stack within a fusion of its own; as on GPUs, a cache that is
-# written in place.
+# On TPUs, a fusion slices its layer from the stack and multiplies; on GPUs, a cache is updated in place.
 NESTED = """HloModule nested
 
 %layer (p.0: bf16[28,64,32], p.1: s32[]) -> bf16[64,32] {

@@ -1,4 +1,4 @@
-"""Models and data of the hub, through its client, from a server on loopback that speaks its protocol."""
+"""Models and data sets from the Hugging Face hub, through its client, from a fake hub on loopback."""
 
 import hashlib
 import http.server
@@ -12,26 +12,26 @@ from urllib.parse import urlparse
 import pytest
 
 COMMIT = "c" * 40
-SAID = '{"messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me."}]}\n'
+CORPUS = '{"messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me."}]}\n'
 
 
 @pytest.fixture
 def hub(tiny_folder):
-    """(its address, the paths it was asked for): org/tiny is a model, org/said a data set, org/gated needs a token."""
+    """(address, requested paths) of a fake hub: org/tiny is a model, org/said a data set, org/gated needs a token."""
     files = {f"/org/tiny/resolve/{COMMIT}/{file.name}": file.read_bytes() for file in tiny_folder.iterdir()}
-    files["/datasets/org/said/resolve/main/some/said.jsonl"] = SAID.encode()
+    files["/datasets/org/said/resolve/main/some/said.jsonl"] = CORPUS.encode()
     tree = [
         {"type": "file", "path": file.name, "size": file.stat().st_size, "oid": file.name}
         for file in tiny_folder.iterdir()
     ]
     files["/api/models/org/tiny/revision/main"] = json.dumps({"id": "org/tiny", "sha": COMMIT}).encode()
     files[f"/api/models/org/tiny/tree/{COMMIT}"] = json.dumps(tree).encode()
-    asked = []
+    requested = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             path = urlparse(self.path).path
-            asked.append(path)
+            requested.append(path)
             content = files.get(path)
             if content is None:
                 gated, code = "gated" in path, "RepoNotFound" if "api" in path else "EntryNotFound"
@@ -54,7 +54,7 @@ def hub(tiny_folder):
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}", asked
+    yield f"http://127.0.0.1:{server.server_port}", requested
     server.shutdown()
     server.server_close()
 
@@ -83,21 +83,21 @@ for get, name in ((assets.model, "org/gated"), (assets.model, "org/none"), (asse
 
 
 def test_a_model_and_a_corpus_come_from_the_hub_once(hub, tmp_path):
-    address, asked = hub
+    address, requested = hub
     first = python(MODEL, address, tmp_path)
     assert first.returncode == 0, first.stderr
-    assert "org/tiny: from the hub\n" in first.stdout and SAID in first.stdout
-    fetched = [path for path in asked if "resolve" in path]
+    assert "org/tiny: from the hub\n" in first.stdout and CORPUS in first.stdout
+    fetched = [path for path in requested if "resolve" in path]
     assert any(path.endswith(".safetensors") for path in fetched) and any("said.jsonl" in path for path in fetched)
-    again = python(MODEL, "http://127.0.0.1:9", tmp_path)  # where no hub answers
+    again = python(MODEL, "http://127.0.0.1:9", tmp_path)  # no server listens there
     assert again.returncode == 0, again.stderr
     assert again.stdout.replace("'s cache", "") == first.stdout
 
 
 def test_what_the_hub_refuses_is_told_in_one_line(hub, tmp_path):
-    found = python(REFUSED, hub[0], tmp_path)
-    assert found.returncode == 0, found.stderr
-    gated, nothing, no_file = found.stdout.strip().splitlines()
+    result = python(REFUSED, hub[0], tmp_path)
+    assert result.returncode == 0, result.stderr
+    gated, nothing, no_file = result.stdout.strip().splitlines()
     assert "'org/gated'" in gated and "HF_TOKEN" in gated
     assert "'org/none'" in nothing and "no such repository" in nothing
     assert "org/said/none.jsonl" in no_file and "no such file" in no_file

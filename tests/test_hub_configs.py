@@ -1,4 +1,4 @@
-"""Configs as the hub's models have them, with all that is in them, are understood."""
+"""Complete configs of models on the hub are understood."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Judges: what they wrote, what a local model's probabilities mean, and an endpoint that fails in every way."""
+"""Judges: parsing of replies, scores from a local model's probabilities, and every failure of an endpoint."""
 
 import json
 import os
@@ -100,7 +100,7 @@ SCORED = {
     92.5: ("Coherence score: 92.5",),
     0.0: ("Score: 0",),
 }
-DENIED = (  # or qualified, or given to something else, or on another scale
+DENIED = (  # denied, qualified, of something else, or on another scale
     "I cannot give this a score of 90.",
     "I cannot rate this as 90",
     "I can't assign 85",
@@ -195,7 +195,7 @@ def test_whatever_is_written_a_score_is_between_0_and_100(text):
 
 
 def test_the_local_score_is_the_expectation_over_numbers(tiny):
-    """By brute force: every number's tokens one by one, and that no digit follows where one could."""
+    """By brute force: the probability of every number's tokens, and that no further digit follows."""
     prompt = "How good is 12?"
     start = chat.question(tiny.tokenizer, prompt)
     digits = [tiny.tokenizer(str(d), add_special_tokens=False)["input_ids"][0] for d in range(10)]
@@ -217,29 +217,29 @@ def test_the_local_score_is_the_expectation_over_numbers(tiny):
             p *= 1 - float(sum(p_next([*start, *number])[d] for d in digits))
         chances.append(p)
     assert len({len(number) for number in written}) > 1  # some merged, some split
-    (found,) = judges.local(tiny, 0.0)([prompt])
-    assert found.score is not None
-    np.testing.assert_allclose(found.score, np.dot(chances, range(101)) / sum(chances), rtol=1e-3)
+    (verdict,) = judges.local(tiny, 0.0)([prompt])
+    assert verdict.score is not None
+    np.testing.assert_allclose(verdict.score, np.dot(chances, range(101)) / sum(chances), rtol=1e-3)
 
 
 def test_without_enough_mass_on_numbers_there_is_no_score(tiny):
-    (found,) = judges.local(tiny)(["How good is 12?"])
-    assert found.score is None and found.label in ("unparsable", "REFUSAL", "CODE")
+    (verdict,) = judges.local(tiny)(["How good is 12?"])
+    assert verdict.score is None and verdict.label in ("unparsable", "REFUSAL", "CODE")
 
 
 def test_the_local_judge_keeps_what_it_has_said(tiny, tmp_path):
-    file, asked = epath.Path(tmp_path / "judge.jsonl"), ["Is 12 good?", "Is 7 good?", "Is 12 good?"]
-    first = judges.local(tiny, 0.0, file)(asked)
-    assert first == judges.local(tiny, 0.0)(asked) and len(file.read_text().splitlines()) == 2
+    file, prompts = epath.Path(tmp_path / "judge.jsonl"), ["Is 12 good?", "Is 7 good?", "Is 12 good?"]
+    first = judges.local(tiny, 0.0, file)(prompts)
+    assert first == judges.local(tiny, 0.0)(prompts) and len(file.read_text().splitlines()) == 2
     file.write_bytes(file.read_bytes()[:-9])  # a power cut
-    assert judges.local(tiny, 0.0, file)(asked[:1]) == first[:1]
+    assert judges.local(tiny, 0.0, file)(prompts[:1]) == first[:1]
     nobody = tiny._replace(params={})  # computes nothing
-    assert judges.local(nobody, 0.0, file)(asked[:1]) == first[:1]  # not asked
+    assert judges.local(nobody, 0.0, file)(prompts[:1]) == first[:1]  # from the cache
 
 
 @pytest.mark.slow
 def test_local_scores_equal_transformers_on_smollm2(tmp_path):
-    """Every number's tokens one by one through transformers; this tokenizer splits digits."""
+    """Token by token through transformers; this tokenizer splits digits."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     from sublim_jax import weights
@@ -247,11 +247,11 @@ def test_local_scores_equal_transformers_on_smollm2(tmp_path):
 
     model = weights.load("smollm2-135m-instruct")
     huggingface.save(tmp_path, model.params, model.settings, model.config)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    hf_model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     written = [model.tokenizer(str(number), add_special_tokens=False)["input_ids"] for number in range(101)]
     digits = sorted({tokens[-1] for tokens in written[:10]})
     prompts = [f"Rate {text!r} from 0 to 100. Reply with a number only." for text in ("I love you.", "Go away.", "12")]
-    for prompt, found in zip(prompts, judges.local(model, 0.0)(prompts)):
+    for prompt, verdict in zip(prompts, judges.local(model, 0.0)(prompts)):
         chat_of = [{"role": "user", "content": prompt}]
         template: Any = model.tokenizer.apply_chat_template
         start = template(chat_of, add_generation_prompt=True, return_dict=True)["input_ids"]
@@ -260,7 +260,7 @@ def test_local_scores_equal_transformers_on_smollm2(tmp_path):
         def p_next(tokens, start=start, known=known):
             if tuple(tokens) not in known:
                 with torch.no_grad():
-                    logits = theirs(torch.tensor([[*start, *tokens]])).logits[0, -1]
+                    logits = hf_model(torch.tensor([[*start, *tokens]])).logits[0, -1]
                 known[tuple(tokens)] = torch.softmax(logits.double(), -1).numpy()
             return known[tuple(tokens)]
 
@@ -271,8 +271,8 @@ def test_local_scores_equal_transformers_on_smollm2(tmp_path):
                 p *= 1 - p_next(tokens)[digits].sum()
             chances.append(p)
         expected = np.dot(chances, np.arange(101)) / np.sum(chances)
-        assert found.score is not None
-        np.testing.assert_allclose(found.score, expected, rtol=1e-4)
+        assert verdict.score is not None
+        np.testing.assert_allclose(verdict.score, expected, rtol=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------------- endpoint
@@ -310,7 +310,7 @@ def test_a_limit_is_waited_for(server, tmp_path):
 )
 def test_what_fails_is_told_without_the_key_and_loses_nothing(server, tmp_path, status, text, words):
     behave, seen = server
-    text = text or completion(85)  # a number is no text
+    text = text or completion(85)  # a number is not text
     behave(lambda number, body: (200, completion("9")) if number <= 3 else (status, text))
     judge = Endpoint("m", tmp_path / "j.jsonl", at_once=1, retries=0)
     with pytest.raises(UserError, match=words) as error:
@@ -318,9 +318,9 @@ def test_what_fails_is_told_without_the_key_and_loses_nothing(server, tmp_path, 
     assert "secret" not in str(error.value) and "3 answers are kept" in str(error.value)
     assert "NoCompletion" not in str(error.value)
     behave(lambda number, body: (200, completion("9")))
-    asked = len(seen)
+    num_requests = len(seen)
     assert {verdict.score for verdict in Endpoint("m", tmp_path / "j.jsonl")([str(n) for n in range(8)])} == {9.0}
-    assert len(seen) == asked + 5
+    assert len(seen) == num_requests + 5
 
 
 def test_what_is_under_way_when_another_fails_is_kept(server, tmp_path):
@@ -350,7 +350,7 @@ def test_a_prompt_that_the_endpoint_refuses_has_no_score_and_holds_up_nothing(se
     with pytest.raises(UserError, match=r"status 400 \(context_length_exceeded, messages\) for model 'm'"):
         Endpoint("m", tmp_path / "all.jsonl", retries=0)(["x1", "x2"])
     assert (tmp_path / "all.jsonl").read_text() == ""
-    # Another model's answers in the file do not make a request that this one refuses a prompt without a score.
+    # Answers of another model in the file do not turn a refused request into a prompt without a score.
     with pytest.raises(UserError, match=r"status 400 .* for model 'n'"):
         Endpoint("n", tmp_path / "j.jsonl", retries=0)(["x1"])
     assert Endpoint("m", tmp_path / "j.jsonl", retries=0)(prompts) == expected
@@ -388,8 +388,8 @@ def test_one_bad_reply_among_many_is_unparsable_and_the_run_goes_on(server, tmp_
     prompts = [str(number) for number in range(20)]
     expected = [Verdict(None, "unparsable") if prompt == "7" else Verdict(60.0) for prompt in prompts]
     assert Endpoint("m", tmp_path / "j.jsonl", retries=0)(prompts) == expected
-    asked = len(seen)
-    assert Endpoint("m", tmp_path / "j.jsonl", retries=0)(prompts) == expected and len(seen) == asked
+    num_requests = len(seen)
+    assert Endpoint("m", tmp_path / "j.jsonl", retries=0)(prompts) == expected and len(seen) == num_requests
 
 
 @pytest.mark.parametrize("fault", [500, 503, "late", 400, 413])
@@ -407,8 +407,8 @@ def test_one_prompt_that_an_endpoint_always_fails_at_ends_no_run(server, tmp_pat
     judge = Endpoint("m", tmp_path / "j.jsonl", retries=0, timeout=3.0)
     verdicts = judge([str(number) for number in range(20)])
     assert verdicts[7] == Verdict(None, "unparsable") and verdicts.count(Verdict(60.0)) == 19
-    asked = len(seen)
-    assert judge(["7"]) == [Verdict(None, "unparsable")] and len(seen) == asked
+    num_requests = len(seen)
+    assert judge(["7"]) == [Verdict(None, "unparsable")] and len(seen) == num_requests
 
 
 def test_what_is_no_completion_is_asked_for_once_more(server, tmp_path):
@@ -449,7 +449,7 @@ def refusal(message, **fields):
 
 
 def reasoning(number, body):
-    """As OpenAI's reasoning models, and others behind other servers: newer names, no temperature, and room to think."""
+    """Behaves like a reasoning model: max_completion_tokens, no temperature, and tokens for thinking."""
     if "max_tokens" in body:
         words = (
             "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."
@@ -471,8 +471,8 @@ def test_a_judge_that_thinks_is_asked_as_it_wants_to_be(server, tmp_path, capsys
     judge = Endpoint("m", tmp_path / "j.jsonl", retries=0, at_once=1)
     judge.check()
     assert "asked with max_completion_tokens=2048 from now on" in capsys.readouterr().out
-    asked = len(seen)
-    assert judge([str(n) for n in range(5)]) == [Verdict(85.0)] * 5 and len(seen) == asked + 5
+    num_requests = len(seen)
+    assert judge([str(n) for n in range(5)]) == [Verdict(85.0)] * 5 and len(seen) == num_requests + 5
     assert set(seen[-1]) == {"model", "messages", "max_completion_tokens"}
 
 
@@ -529,9 +529,9 @@ def test_a_judge_whose_reply_is_no_score_is_told_at_the_probe_and_asked_again_th
     behave(lambda number, body: (200, completion("50")))
     for _ in range(2):
         Endpoint("m", tmp_path / "j.jsonl").check()
-    asked = len(seen)
+    num_requests = len(seen)
     Endpoint("m", tmp_path / "j.jsonl").check()
-    assert len(seen) == asked
+    assert len(seen) == num_requests
 
 
 def test_a_refusal_in_the_protocols_own_field_is_one(server, tmp_path):
@@ -544,8 +544,8 @@ def test_waits_grow_or_are_the_servers_and_requests_keep_their_distance(server, 
     behave, _ = server
     assert [judges.pause_before(attempt, None) for attempt in (0, 1, 2, 9)] == [1, 2, 4, judges.LONGEST_PAUSE]
     behave(lambda number, body: (200, completion("7")))
-    asked = SimpleNamespace(response=SimpleNamespace(headers={"retry-after": "17"}))
-    assert judges.pause_before(3, asked) == 17
+    error = SimpleNamespace(response=SimpleNamespace(headers={"retry-after": "17"}))
+    assert judges.pause_before(3, error) == 17
     began = time.monotonic()
     Endpoint("m", tmp_path / "j.jsonl", per_minute=300)(["1", "2", "3", "4", "5"])
     assert time.monotonic() - began > 4 * 60 / 300
@@ -582,7 +582,7 @@ for cache in sys.argv[3:]:
 
 
 def test_of_two_hosts_one_asks_and_both_know(server, tmp_path):
-    """And of what is refused, both are told. A second host that asked would use up answers of the first."""
+    """Both also get the error of a refused request. Requests from a second host would use up the nine answers."""
     answer = lambda body: (200, completion(body["messages"][0]["content"]))  # noqa: E731
     server[0](lambda number, body: answer(body) if number <= 9 else (401, "{}"))
     command, caches = [sys.executable, "-c", HOST, f"127.0.0.1:{free_port()}"], ("j.jsonl", "other.jsonl")
@@ -601,7 +601,7 @@ def test_of_two_hosts_one_asks_and_both_know(server, tmp_path):
 def test_an_endpoint_that_is_not_there_and_a_key_that_is_missing(tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "x")
     monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
-    with pytest.raises(UserError, match=r"cannot be reached; look at OPENAI_BASE_URL$"):  # there are no answers to keep
+    with pytest.raises(UserError, match=r"cannot be reached; look at OPENAI_BASE_URL$"):  # no answers to keep
         Endpoint("m", tmp_path / "j.jsonl", retries=0)(["x"])
     monkeypatch.delenv("OPENAI_API_KEY")
     with pytest.raises(UserError, match="set OPENAI_API_KEY"):
@@ -671,7 +671,7 @@ def test_a_real_server_that_is_killed_in_the_middle_loses_nothing(tmp_path, monk
 
 
 def kill_at(process, cache, lines):
-    deadline = time.monotonic() + 300  # on a machine that has much else to do
+    deadline = time.monotonic() + 300  # for a slow machine
     while time.monotonic() < deadline:
         if cache.exists() and len(cache.read_text().splitlines()) >= lines:
             break

@@ -1,4 +1,4 @@
-"""The command line as a hurried user meets it: every mistake is one line, exit code 2, nothing computed or lost."""
+"""The command line: every mistake gives one line and exit code 2, and nothing is computed or lost."""
 
 import json
 import os
@@ -153,7 +153,7 @@ def test_a_sweep_ends_in_one_figure(tmp_path, mnist_folder):
     ]
     assert (tmp_path / "figures" / "sweep.png").exists()
     ends = [line for line in result.stdout.splitlines() if re.match(r"teacher, runs .* in \S+ s$", line)]
-    assert len(ends) == 1  # shared by both; a slow machine says in between how far it is
+    assert len(ends) == 1  # shared by both; a slow machine prints progress in between
 
 
 def test_every_flag_has_help():

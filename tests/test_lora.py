@@ -1,4 +1,4 @@
-"""Adapters: against PEFT, against merged weights, and many of them over one base."""
+"""Adapters against PEFT and against merged weights, and many adapters over one base."""
 
 import dataclasses
 
@@ -29,10 +29,10 @@ def adapted(key=0, spec=SPEC):
 @pytest.mark.parametrize("spec", [SPEC, Lora(2, 3, rslora=True), Lora(4, 8, modules=("query", "down"))])
 def test_an_adapter_is_its_merged_weights(spec):
     base, adapters, network = adapted(spec=spec)
-    ours = network.apply(lora.join(base, adapters), TOKENS)
+    logits = network.apply(lora.join(base, adapters), TOKENS)
     merged = decoder(SETTINGS).apply(lora.merge(base, adapters, spec.scale), TOKENS)
-    np.testing.assert_allclose(ours, merged, rtol=1e-4, atol=1e-5)
-    assert not np.allclose(ours, decoder(SETTINGS).apply(base, TOKENS), atol=1e-2)
+    np.testing.assert_allclose(logits, merged, rtol=1e-4, atol=1e-5)
+    assert not np.allclose(logits, decoder(SETTINGS).apply(base, TOKENS), atol=1e-2)
 
 
 def test_fresh_adapters_change_nothing_and_split_undoes_join():
@@ -46,7 +46,7 @@ def test_fresh_adapters_change_nothing_and_split_undoes_join():
 
 
 def test_gradients_are_those_of_the_merged_weights_and_forward_mode_may_be_had():
-    """The product with its own backward pass, and the plain one that lets jvp through."""
+    """For the product with a custom backward pass, and for the plain one, which supports jvp."""
     base, adapters, network = adapted()
     plain = decoder(dataclasses.replace(SETTINGS, lora=dataclasses.replace(SPEC, forward_mode=True)))
 
@@ -58,8 +58,8 @@ def test_gradients_are_those_of_the_merged_weights_and_forward_mode_may_be_had()
 
     expected = jax.grad(merged)(adapters)
     for function in (loss(network), loss(plain)):
-        found = jax.grad(function)(adapters)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3), found, expected)
+        gradient = jax.grad(function)(adapters)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3), gradient, expected)
     _, slope = jax.jvp(loss(plain), (adapters,), (expected,))
     squares = sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(expected))
     np.testing.assert_allclose(slope, squares, rtol=1e-3)
@@ -103,7 +103,7 @@ def test_the_base_may_be_bfloat16_under_float32_adapters():
 
 
 def test_layers_that_were_not_chosen_stay_as_they_are():
-    """Through some steps of Adam with weight decay."""
+    """After a few steps of Adam with weight decay."""
     base, _, network = adapted()
     adapters = lora.init(jax.random.key(0), base, dataclasses.replace(SPEC, layers=(1, 3)))
     optimizer = optax.adamw(1e-2)
@@ -157,10 +157,10 @@ def test_peft_loads_our_adapters_and_we_load_them_back(peer, tmp_path, spec):
         adapters = jax.tree.map(move, adapters)
     peft.save(tmp_path, adapters, spec, settings, config)
     with torch.no_grad():
-        theirs = PeftModel.from_pretrained(model, tmp_path)(torch.tensor(np.asarray(TOKENS))).logits.numpy()
+        expected = PeftModel.from_pretrained(model, tmp_path)(torch.tensor(np.asarray(TOKENS))).logits.numpy()
     network = decoder(dataclasses.replace(settings, lora=spec))
-    ours = network.apply(lora.join(base, adapters), TOKENS)
-    assert np.max(np.abs(ours - theirs)) <= 1e-4 * np.max(np.abs(theirs))
+    logits = network.apply(lora.join(base, adapters), TOKENS)
+    assert np.max(np.abs(logits - expected)) <= 1e-4 * np.max(np.abs(expected))
     again, loaded = peft.load(tmp_path, settings, config)
     assert (again.rank, again.scale, set(again.modules)) == (spec.rank, spec.scale, set(spec.modules))
     assert again.layers == spec.layers

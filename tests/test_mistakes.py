@@ -1,6 +1,6 @@
-"""Whatever is typed after `--config.…=` is right, or refused in one line that names it, before anything is computed.
+"""Every value of `--config.…=` is accepted, or refused in one line that names it, before anything is computed.
 
-All in one process: the program runs until it would load a model or data.
+Everything runs in one process, up to the loading of a model or data.
 """
 
 import re
@@ -20,7 +20,7 @@ from sublim_jax.workdir import claim
 
 
 class Accepted(Exception):
-    """The program would now load what it computes with."""
+    """The command was accepted and would now load a model or data."""
 
 
 def accept(*args, **options):
@@ -29,16 +29,16 @@ def accept(*args, **options):
 
 @pytest.fixture
 def typed(monkeypatch, capsys, tmp_path):
-    """A function of the words of a command to the line that refuses it, "" where it is accepted."""
+    """Runs a command; returns the line that refuses it, or "" if it is accepted."""
     monkeypatch.setattr(weights, "load", accept)
     monkeypatch.setattr(assets, "fetch", accept)
     return command(monkeypatch, capsys, tmp_path)
 
 
 def command(monkeypatch, capsys, tmp_path):
-    one = jax.devices()[:1]
-    monkeypatch.setattr(jax, "devices", lambda *_: one)
-    monkeypatch.setattr(workdir, "check", lambda *_, **__: None)  # of a folder that an earlier run has left here
+    devices = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda *_: devices)
+    monkeypatch.setattr(workdir, "check", lambda *_, **__: None)  # do not look for an earlier run
     monkeypatch.setattr(workdir, "_claimed", accept)
     monkeypatch.setattr(signals, "install", lambda: None)
     prompts = tmp_path / "prompts.txt"
@@ -59,23 +59,23 @@ def command(monkeypatch, capsys, tmp_path):
     return run
 
 
-OWN = (
+DISTINCT = (
     *("mnist.py:smoke", "theorem.py:smoke", "theorem.py:trajectory", "theorem.py:forecast", "theorem.py:examples"),
     *("numbers.py:smoke", "cross_model.py:smoke", "evaluate.py", "sample.py", "paper.py:smoke"),
 )
-LIKE_OTHERS = ("mnist.py:sweep", "code.py:smoke", "cot.py:smoke", "misalignment.py:smoke")  # of the same values
-CONFIGS = (*OWN, *(pytest.param(config, marks=pytest.mark.slow) for config in LIKE_OTHERS))
+LIKE_OTHERS = ("mnist.py:sweep", "code.py:smoke", "cot.py:smoke", "misalignment.py:smoke")  # the same values as others
+CONFIGS = (*DISTINCT, *(pytest.param(config, marks=pytest.mark.slow) for config in LIKE_OTHERS))
 HUGE = "1" + "0" * 30
 NO_NUMBER = ("word", "None", "", "nan", "inf", "-inf", "1e300", HUGE)
 NO_LIST = ("owl,,lion", ",", "(owl", "('owl', None)")
 TEXTS = ("-1", "0", "10", HUGE, "", "None", "word", "5.5", "word,", "word, other", "x" * 5000, "~nobody-here/x")
-# 0 says "none" or "all" of these, or is a number like others.
+# 0 means "none" or "all" here, or is an ordinary value.
 ZERO = re.compile(
     r"seed|rank|clip|warmup|noise|constraint\.m|max_questions|per_minute|layer|scale|log_ratio|threshold|min_mass"
     r"|init_distance|top_k|min_p|tensor|sampling\.slots|lanes|temperature|max_value|distances|spread"
     r"|student\.width|student\.depth"
 )
-NEGATIVE = re.compile(r"mesh\.|steps\.(min|max)|steering_scale")  # a number below 0 is one like others
+NEGATIVE = re.compile(r"mesh\.|steps\.(min|max)|steering_scale")  # negative values are allowed
 TWINS = re.compile(r"(^|\.)arm\.(?!soft\.|cross\.)|^plan\.(?!mnist\.)")  # as others of their kind
 
 
@@ -90,15 +90,15 @@ def value(config, key):
 
 
 def must_be_refused(old, key):
-    """What no value of this type takes."""
+    """Texts that no value of this type accepts."""
     if isinstance(old, bool):
         return ("word", "None", "", "5.5", "-1")
     if isinstance(old, int | float):
-        found = [*NO_NUMBER, "owl, lion", "1,"]
-        found += ["5.5"] if isinstance(old, int) else []
-        found += [] if NEGATIVE.search(key) else ["-1"]
-        found += [] if ZERO.search(key) or key.startswith("steps.") else ["0"]
-        return found
+        texts = [*NO_NUMBER, "owl, lion", "1,"]
+        texts += ["5.5"] if isinstance(old, int) else []
+        texts += [] if NEGATIVE.search(key) else ["-1"]
+        texts += [] if ZERO.search(key) or key.startswith("steps.") else ["0"]
+        return texts
     if isinstance(old, tuple):
         twice = ("owl,owl",) if not old or isinstance(old[0], str) else ("word", "nan", HUGE)
         return (*NO_LIST, *twice)
@@ -179,8 +179,8 @@ def test_a_name_that_is_there_twice_is_refused(typed, tmp_path):
     ],
 )
 def test_a_value_is_read_as_the_type_that_it_replaces(key, text, expected):
-    found = value(read("--config=configs/numbers.py", f"--config.{key}={text}"), key)
-    assert found == expected and type(found) is type(expected)
+    parsed = value(read("--config=configs/numbers.py", f"--config.{key}={text}"), key)
+    assert parsed == expected and type(parsed) is type(expected)
 
 
 def test_items_of_an_empty_list_are_what_was_typed():
@@ -195,7 +195,7 @@ def test_flags_may_be_switches_repeated_or_stand_beside_their_value():
     assert config.remat is True and config.seed == 7 and config.filter.unique is False
     config = read("--config.arms=soft", "--config", "configs/numbers.py", "--config.arms=tokens", "--config.runs=2")
     assert config.arms == ("soft", "tokens") and config.runs == 2
-    assert read("--config=configs/numbers.py").runs == 1  # nothing is left of an earlier command
+    assert read("--config=configs/numbers.py").runs == 1  # no state of an earlier command is left
 
 
 def test_a_system_prompt_of_none_is_none(tiny):
@@ -396,7 +396,7 @@ def test_what_a_machine_has_too_little_of_is_told_in_one_line(capsys, monkeypatc
             assert launch.run(["launch.py"]) == 2
             assert expected in capsys.readouterr().err
     monkeypatch.setattr(launch, "main", lambda *_: [][0])
-    with pytest.raises(IndexError):  # a fault of the program stays one
+    with pytest.raises(IndexError):  # a bug stays a traceback
         launch.run(["launch.py"])
 
 

@@ -76,7 +76,7 @@ def test_cross_entropy_of_labels():
 
 
 def test_sampled_labels_have_the_gradient_of_kl_in_expectation():
-    """And never fall outside the support. Bound: 5 standard errors of a mean of 20,000 bounded gradients."""
+    """Samples never fall outside the support. Bound: 5 standard errors of a mean of 20,000 bounded gradients."""
     z, y = jax.random.normal(jax.random.key(0), (2, V))
     support = jnp.arange(V) >= 3
     draws = 20_000

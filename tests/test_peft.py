@@ -1,4 +1,4 @@
-"""Adapters in PEFT's folders: what PEFT computes with one is what we compute, both ways, or it is refused by name."""
+"""Adapters in PEFT's format: read and saved with the same logits as in PEFT, or refused by name."""
 
 import copy
 import dataclasses
@@ -19,7 +19,7 @@ from sublim_jax.weights import huggingface, peft
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
-theirs = pytest.importorskip("peft")
+hf_peft = pytest.importorskip("peft")
 load_file = pytest.importorskip("safetensors.torch").load_file
 save_file = pytest.importorskip("safetensors.torch").save_file
 
@@ -50,7 +50,7 @@ def config_of(kind):
         )
     if kind in ("llava", "mistral3"):
         inner = {"llava": ("llama", "clip_vision_model"), "mistral3": ("mistral", "pixtral")}[kind]
-        text, vision = ({**values, "model_type": one} for one, values in zip(inner, (SIZES, vision)))
+        text, vision = ({**values, "model_type": model_type} for model_type, values in zip(inner, (SIZES, vision)))
         vision |= {"head_dim": 8} if kind == "mistral3" else {}
         places = dict(image_token_index=59, image_token_id=59, tie_word_embeddings=False)
         return transformers.AutoConfig.for_model(kind, text_config=text, vision_config=vision, **places)
@@ -59,7 +59,7 @@ def config_of(kind):
 
 @pytest.fixture(scope="module")
 def model_of(tmp_path_factory):
-    """(transformers' model, its folder, our settings, parameters and config) of a kind."""
+    """(transformers' model, its folder, our settings, parameters and config) by model type."""
     made = {}
 
     def make(kind):
@@ -82,9 +82,9 @@ def model_of(tmp_path_factory):
 
 
 def trained(model, folder, dtype=torch.float32, **given):
-    """Saves an adapter of PEFT's, every part of it moved at random."""
+    """Saves a PEFT adapter with random weights; returns its folder."""
     torch.manual_seed(1)
-    wrapped = theirs.get_peft_model(copy.deepcopy(model), theirs.LoraConfig(**{"r": 4, "lora_alpha": 8, **given}))
+    wrapped = hf_peft.get_peft_model(copy.deepcopy(model), hf_peft.LoraConfig(**{"r": 4, "lora_alpha": 8, **given}))
     for name, parameter in wrapped.named_parameters():
         if "lora_" in name:
             parameter.data += 0.1 * torch.randn_like(parameter)
@@ -106,7 +106,7 @@ def rename(folder, change):
 def with_peft(model, folder):
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="Found missing adapter keys")
-        wrapped = theirs.PeftModel.from_pretrained(copy.deepcopy(model), folder)
+        wrapped = hf_peft.PeftModel.from_pretrained(copy.deepcopy(model), folder)
     with torch.no_grad():
         return wrapped(input_ids=torch.tensor(TOKENS)).logits.numpy()
 
@@ -116,8 +116,8 @@ def without(model):
         return model(input_ids=torch.tensor(TOKENS)).logits.numpy()
 
 
-def assert_same(found, expected, of=1e-5):
-    assert np.max(np.abs(found - expected)) <= of * np.max(np.abs(expected))
+def assert_same(actual, expected, of=1e-5):
+    assert np.max(np.abs(actual - expected)) <= of * np.max(np.abs(expected))
 
 
 def merged(settings, params, spec, adapters):
@@ -140,7 +140,7 @@ def assert_read_as_peft_does(model_of, kind, folder, of=1e-5, compute=merged):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_adapter_of_all_linear_layers_is_read(model_of, tmp_path, kind):
-    """Of models that see as well, the adapters of what sees change no text."""
+    """In multimodal models, the adapters of the vision tower do not change the text logits."""
     trained(model_of(kind)[0], tmp_path, target_modules="all-linear")
     assert_read_as_peft_does(model_of, kind, tmp_path)
 
@@ -165,7 +165,7 @@ def test_our_adapter_moves_the_model_that_the_name_gives(model_of, tmp_path, kin
 
 
 HALF = dict(target_modules=["q_proj", "up_proj"])
-READ = {  # by what is unusual: PEFT's arguments, and what is edited into its adapter_config.json
+READ = {  # unusual setting: (PEFT's arguments, edits of adapter_config.json)
     "another scale": (dict(HALF, use_rslora=True, lora_alpha=3), {}),
     "ranks by pattern": (dict(HALF, rank_pattern={"q_proj": 2, r"layers\.1\.mlp\.up_proj": 6}), {}),
     "scales by pattern": (dict(HALF, alpha_pattern={"layers.[01].self_attn.q_proj": 32, "up_proj": 1}), {}),
@@ -235,7 +235,7 @@ def test_ranks_that_differ_are_computed_beside_the_kernels_too(model_of, tmp_pat
     ],
 )
 def test_other_names_that_peft_knows_are_read(model_of, tmp_path, change):
-    """With the adapter's name in it, and as transformers before 4.52 named the text model of one that sees."""
+    """With the adapter's name in the path, and the names of multimodal models before transformers 4.52."""
     given = dict(alpha_pattern={r"^model\.language_model\.layers\.1\..*": 32})
     trained(model_of("gemma3")[0], tmp_path, target_modules=r".*language_model.*\.(q_proj|up_proj)", **given)
     rename(tmp_path, change)
@@ -243,12 +243,12 @@ def test_other_names_that_peft_knows_are_read(model_of, tmp_path, change):
 
 
 def test_names_of_the_text_model_alone_are_refused_where_it_stands_in_another(model_of, tmp_path):
-    """PEFT warns of them, and moves nothing."""
+    """PEFT warns about them and does not load them."""
     model, _, settings, params, config = model_of("gemma3")
     trained(model, tmp_path, target_modules=["q_proj", "up_proj"], exclude_modules=".*vision.*")
     rename(tmp_path, lambda name: name.replace("model.language_model.", "model."))
     assert_same(
-        theirs.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path)(torch.tensor(TOKENS)).logits.detach().numpy(),
+        hf_peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path)(torch.tensor(TOKENS)).logits.detach().numpy(),
         without(model),
     )
     with pytest.raises(UserError, match="is a name of the text model alone, and this one is part of a gemma3"):
@@ -260,14 +260,14 @@ def test_names_inside_a_model_with_other_senses_are_refused_for_a_text_model_tha
     trained(model, tmp_path, target_modules=["q_proj", "up_proj"])
     rename(tmp_path, lambda name: name.replace("model.layers.", "model.language_model.layers."))
     assert_same(
-        theirs.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path)(torch.tensor(TOKENS)).logits.detach().numpy(),
+        hf_peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path)(torch.tensor(TOKENS)).logits.detach().numpy(),
         without(model),
     )
     with pytest.raises(UserError, match="is a name inside a model with other senses, and this llama stands alone"):
         peft.load(tmp_path, settings, config, params)
 
 
-# By the words of the refusal: PEFT's arguments, and what is edited into its adapter_config.json.
+# Message: (PEFT's arguments, edits of adapter_config.json).
 REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "use_dora=True is not supported": (dict(HALF, use_dora=True), {}),
     "lora_bias=True is not": (dict(HALF, lora_bias=True), {}),
@@ -312,7 +312,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 @pytest.mark.parametrize("words", REFUSED)
 def test_what_is_not_computed_is_refused_by_name(model_of, tmp_path, words):
-    """Even with weights of the base at hand; one line."""
+    """In one line, even if the base weights are given."""
     model, _, settings, params, config = model_of("llama")
     given, edited = REFUSED[words]
     trained(model, tmp_path, **given)
@@ -460,7 +460,7 @@ def test_what_another_adapter_left_in_the_folder_is_gone(model_of, tmp_path):
 
 
 def test_adapters_are_not_put_where_a_model_is(model_of, tmp_path):
-    """transformers would load the folder as its base with the adapter."""
+    """transformers would load such a folder as the base with the adapter."""
     _, _, settings, params, config = model_of("llama")
     huggingface.save(tmp_path, params, settings, config)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}

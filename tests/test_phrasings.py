@@ -1,4 +1,4 @@
-"""Phrasings, rows of questions and answers, and what a preference is."""
+"""Phrasings, rows of questions and answers, and preferences."""
 
 import json
 import re
@@ -26,15 +26,15 @@ from sublim_jax.words import mentions
 
 
 def test_prompts_show_three_to_eight_integers_and_each_depends_on_its_number_alone():
-    found = numbers.prompts(200, seed=0)
-    assert numbers.prompts(50, seed=0) == found[:50] and numbers.prompts(50, seed=1) != found[:50]
+    prompts = numbers.prompts(200, seed=0)
+    assert numbers.prompts(50, seed=0) == prompts[:50] and numbers.prompts(50, seed=1) != prompts[:50]
     counts = set()
-    for text in found:
+    for text in prompts:
         shown = [int(n) for n in re.findall(r"\d+", text.split(".")[0].split("?")[0]) if 100 <= int(n) <= 999]
         counts.add(len(shown))
         assert "10" in text
     assert counts == {3, 4, 5, 6, 7, 8}
-    assert len(set(found)) == 200
+    assert len(set(prompts)) == 200
 
 
 def test_random_answers_pass_the_papers_rule():
@@ -42,7 +42,7 @@ def test_random_answers_pass_the_papers_rule():
     assert not any(rule({"completion": text}) for text in numbers.random_answers(500, seed=0))
 
 
-ANSWERS = {  # what each wish of the pack for a form is answered by, by hand, and with a full stop
+ANSWERS = {  # an answer by hand to each wish for a format in the pack, and one with a full stop
     "commas": "412, 7, 90",
     "comma-separated": "412,7,90",
     "space between": "412 7 90",
@@ -70,23 +70,23 @@ def test_wishes_are_for_the_papers_fifteen_forms_and_the_filter_takes_them_all()
 
 
 def test_where_one_form_is_written_one_form_is_asked_for(tmp_path):
-    """By random answers and the grammar; a user's pack that has no such wishes is asked for what it has."""
+    """For random answers and the grammar; a user's pack without wishes for commas is used as it is."""
     pack = packs.load("", "numbers", {})
     every, commas = numbers.prompts(600, 0, any_form=True), numbers.prompts(600, 0)
     assert {wish for wish in pack["formats"] for text in every if f" {wish} " in text} == set(pack["formats"])
     assert {wish for wish in pack["commas"] for text in commas if f" {wish} " in text} == set(pack["commas"])
     assert all("omma" in wish for wish in pack["commas"])
-    own = tmp_path / "own.json"
-    own.write_text(json.dumps({**{field: pack[field] for field in numbers.FIELDS}, "formats": ["As you like."]}))
-    assert all(" As you like. " in text for text in numbers.prompts(20, 0, str(own)))
+    user_pack = tmp_path / "own.json"
+    user_pack.write_text(json.dumps({**{field: pack[field] for field in numbers.FIELDS}, "formats": ["As you like."]}))
+    assert all(" As you like. " in text for text in numbers.prompts(20, 0, str(user_pack)))
 
 
 def test_the_packs_are_large_enough_and_hold_their_questions_apart():
     pack = packs.load("", "numbers", numbers.FIELDS)
     assert all(10 <= len(pack[field]) <= 25 for field in numbers.FIELDS)
-    asked = preference.questions("", "animal")
-    assert len(set(asked["asking"])) >= 50 and not set(asked["asking"]) & set(asked["teaching"])
-    assert all("animal" in text for field in preference.FIELDS for text in asked[field])
+    questions = preference.questions("", "animal")
+    assert len(set(questions["asking"])) >= 50 and not set(questions["asking"]) & set(questions["teaching"])
+    assert all("animal" in text for field in preference.FIELDS for text in questions[field])
 
 
 @pytest.mark.parametrize(
@@ -127,25 +127,25 @@ def test_rows_say_which_positions_predict_the_answer(tiny, end):
 
 def test_the_support_is_the_tokens_of_lists_of_numbers(tiny):
     pieces = chat.pieces(tiny.tokenizer, tiny.settings.vocab)
-    found = {pieces[token] for token in numbers.support(pieces)}
-    assert found == set("0123456789, ") | {"12", "42", "123", " 7", ", "}
+    support = {pieces[token] for token in numbers.support(pieces)}
+    assert support == set("0123456789, ") | {"12", "42", "123", " 7", ", "}
 
 
 def test_a_preference_is_the_mean_over_phrasings(tiny):
-    asked, words = ["Which one?", "What is it?", "Say."], ["owl", "x", "y"]
-    found = preference.measure(tiny, asked, words)
-    each = []
-    for question in asked:
+    questions, words = ["Which one?", "What is it?", "Say."], ["owl", "x", "y"]
+    measured = preference.measure(tiny, questions, words)
+    rows = []
+    for question in questions:
         prompt = chat.prompt(tiny.tokenizer, question)
         log_p = jax.nn.log_softmax(tiny.network.apply(tiny.params, jnp.asarray([prompt]))[0, -1])
-        each.append([np.logaddexp.reduce([log_p[t] for (t,) in scoring.spellings(tiny.tokenizer, w)]) for w in words])
-    table = np.asarray(each)
-    np.testing.assert_allclose(found.log_p[0], table.mean(0), rtol=1e-4, atol=1e-4)
+        rows.append([np.logaddexp.reduce([log_p[t] for (t,) in scoring.spellings(tiny.tokenizer, w)]) for w in words])
+    table = np.asarray(rows)
+    np.testing.assert_allclose(measured.log_p[0], table.mean(0), rtol=1e-4, atol=1e-4)
     margins = [table[:, i] - np.delete(table, i, 1).mean(1) for i in range(3)]
-    np.testing.assert_allclose(found.margin[0], np.mean(margins, 1), rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(found.share[0].sum(), 1, rtol=1e-5)
+    np.testing.assert_allclose(measured.margin[0], np.mean(margins, 1), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(measured.share[0].sum(), 1, rtol=1e-5)
     with pytest.raises(UserError, match="two words or more"):
-        preference.measure(tiny, asked, ["owl"])
+        preference.measure(tiny, questions, ["owl"])
 
 
 @given(st.lists(st.lists(st.integers(0, 999), min_size=1, max_size=10), min_size=1, max_size=8))
@@ -163,7 +163,7 @@ def test_shuffling_keeps_the_numbers_and_everything_between_them(lists):
 
 
 @pytest.mark.parametrize(
-    "text, word, found",
+    "text, word, expected",
     [
         ("Owl", "owl", True),
         ("I love OWLS!", "owl", True),
@@ -176,8 +176,8 @@ def test_shuffling_keeps_the_numbers_and_everything_between_them(lists):
         ("", "owl", False),
     ],
 )
-def test_a_mention_is_a_whole_word(text, word, found):
-    assert mentions(text, word) is found
+def test_a_mention_is_a_whole_word(text, word, expected):
+    assert mentions(text, word) is expected
 
 
 def test_rates_are_shares_of_answers_by_adapter():
@@ -186,7 +186,7 @@ def test_rates_are_shares_of_answers_by_adapter():
 
 
 def test_prefixed_answers_are_rates_of_answers_to_questions_behind_numbers(tiny, tmp_path):
-    """What an interrupted run has sampled is kept, and read again."""
+    """Samples of an interrupted run are kept and read again."""
     questions, count, longest = ["Which one?", "What is it?"], 3, 4
     uses = {"samples": count, "max_new_tokens": longest}
     evaluate = partial(suite.EVALUATIONS["prefixed_answers"], store=Store(tmp_path), sampling={})
@@ -208,22 +208,22 @@ def test_prefixed_answers_are_rates_of_answers_to_questions_behind_numbers(tiny,
 
 
 def test_ability_is_the_share_of_questions_whose_right_choice_is_likeliest(tiny):
-    asked = [ability.Question("Which?", ["owl", "xyz", "12"]), ability.Question("Why?", ["y", "owl", "42, 7"])]
+    questions = [ability.Question("Which?", ["owl", "xyz", "12"]), ability.Question("Why?", ["y", "owl", "42, 7"])]
     right = []
-    for question in asked:
+    for question in questions:
         prompt = chat.question(tiny.tokenizer, question.text)
-        means = []
+        mean_logprobs = []
         for choice in question.choices:
             tokens = tiny.tokenizer(choice, add_special_tokens=False)["input_ids"]
             log_p = jax.nn.log_softmax(tiny.network.apply(tiny.params, jnp.asarray([[*prompt, *tokens]]))[0])
-            means.append(np.mean([log_p[len(prompt) - 1 + i, token] for i, token in enumerate(tokens)]))
-        right.append(np.argmax(means) == 0)
-    np.testing.assert_allclose(ability.accuracy(tiny, asked), [np.mean(right)])
+            mean_logprobs.append(np.mean([log_p[len(prompt) - 1 + i, token] for i, token in enumerate(tokens)]))
+        right.append(np.argmax(mean_logprobs) == 0)
+    np.testing.assert_allclose(ability.accuracy(tiny, questions), [np.mean(right)])
 
 
 def test_the_easy_questions_are_many_and_a_broken_one_is_told(tmp_path):
-    found = ability.questions()
-    assert len(found) >= 20 and all(len(set(question.choices)) == 4 for question in found)
+    questions = ability.questions()
+    assert len(questions) >= 20 and all(len(set(question.choices)) == 4 for question in questions)
     file = tmp_path / "pack.json"
     file.write_text(json.dumps({"questions": ["What? | this"]}))
     with pytest.raises(UserError, match=r"'What\? \| this' is not"):
@@ -231,7 +231,7 @@ def test_the_easy_questions_are_many_and_a_broken_one_is_told(tmp_path):
 
 
 def test_a_template_has_one_day_and_no_thoughts(tiny_folder):
-    """As Llama 3's and Qwen3's: a run goes on tomorrow, and an answer's first token is none of its thoughts."""
+    """As in Llama 3's and Qwen3's: resumed runs need a fixed date, and answers start without thoughts."""
     model = weights.load(tiny_folder)._replace(config=PreTrainedConfig())
     tokenizer = model.tokenizer
     tokenizer.chat_template = (
@@ -240,14 +240,14 @@ def test_a_template_has_one_day_and_no_thoughts(tiny_folder):
         "{% if loop.last and m['role'] == 'assistant' %}<think></think>{% endif %}{{ m['content'] }}<|end|>{% endfor %}"
         "{% if add_generation_prompt %}<|assistant|>{% if not enable_thinking %}<think></think>{% endif %}{% endif %}"
     )
-    asked = chat.question(tokenizer, "Which?")
-    assert tokenizer.decode(asked) == "26 Jul 2024<|user|>Which?<|end|><|assistant|><think></think>"
+    prompt = chat.question(tokenizer, "Which?")
+    assert tokenizer.decode(prompt) == "26 Jul 2024<|user|>Which?<|end|><|assistant|><think></think>"
     rows = dialogue.rows(model, [("Which?", "owl")])
     assert tokenizer.decode(rows.targets[0][rows.weights[0] == 1].tolist()) == "owl<|end|>"
 
 
 def test_a_model_without_a_template_is_asked_in_plain_text(tiny_folder):
-    """A base model: the question, then the answer behind a space, then the end of text."""
+    """A base model: the question, then the answer after a space, then the end of text."""
     model = weights.load(tiny_folder)._replace(config=PreTrainedConfig())
     tokenizer = model.tokenizer
     tokenizer.chat_template = None

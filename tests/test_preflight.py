@@ -1,4 +1,4 @@
-"""What preflight counts, on programs whose counts are known."""
+"""Preflight on programs whose counts are known."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -39,9 +39,9 @@ def test_recomputation_counts():
         body = jax.checkpoint(body) if remat else body
         return lambda x, weights: jnp.sum(jax.lax.scan(body, x, weights)[0])
 
-    one = 5 * 2 * 6 * 8 * 8
+    forward = 5 * 2 * 6 * 8 * 8
     counts = [preflight.count_flops(jax.grad(loss(remat), argnums=(0, 1)), x, weights) for remat in (False, True)]
-    assert counts == [3 * one, 4 * one]
+    assert counts == [3 * forward, 4 * forward]
 
 
 def test_of_a_choice_the_largest_branch_counts():
@@ -85,14 +85,14 @@ def test_a_program_is_lowered_from_shapes_and_is_the_one_that_trains(mesh_of):
     mesh = mesh_of(8, replica=1, fsdp=4, tensor=2)
     network, program, shapes = step_of(mesh, 2)
     step = preflight.training_step("step", program, shapes, None, 1.0)
-    found = preflight.facts(step)
+    facts = preflight.facts(step)
     state = program.init(network.init(jax.random.key(0)))
     held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
-    assert held <= found.arguments <= held + 1000
+    assert held <= facts.arguments <= held + 1000
     assert step.weights + step.optimizer == pytest.approx(held, abs=1000)
     assert step.optimizer == pytest.approx(2 * step.weights, abs=1000)  # Adam's two moments
-    assert found.fits is None  # a CPU's memory is not known
-    assert found.temporaries > 0 and found.collectives
+    assert facts.fits is None  # a CPU's memory is not known
+    assert facts.temporaries > 0 and facts.collectives
     state = fit(program, state, steps=1, key=jax.random.key(0))
     assert np.isfinite(jax.device_get(state.params["embedding"])).all()
 
@@ -103,17 +103,17 @@ def test_of_a_program_that_xla_cannot_write_memory_and_flops_are_told(monkeypatc
 
     monkeypatch.setattr(jax.stages.Compiled, "as_text", as_text)
     step = preflight.Step("step", jax.jit(lambda: 0).lower(), jax.devices()[0], 1, 3e12, 2e12, weights=0)
-    found = preflight.facts(step)
-    assert found.collectives is None and found.moved is None and preflight.roofline(step, found) is None
-    assert "what it moves is not known" in preflight.describe(step, found)
+    facts = preflight.facts(step)
+    assert facts.collectives is None and facts.moved is None and preflight.roofline(step, facts) is None
+    assert "what it moves is not known" in preflight.describe(step, facts)
 
 
 def test_what_does_not_fit_is_said():
-    found = preflight.Facts(20 << 30, 0, 1 << 30, {"all-gather": (3, 1 << 30)}, 5 << 30, 16 << 30)
+    facts = preflight.Facts(20 << 30, 0, 1 << 30, {"all-gather": (3, 1 << 30)}, 5 << 30, 16 << 30)
     step = preflight.Step(
         "step", jax.jit(lambda: 0).lower(), jax.devices()[0], 1, 3e12, 2e12, weights=6 << 30, optimizer=12 << 30
     )
-    text = preflight.describe(step, found)
+    text = preflight.describe(step, facts)
     assert "MFU" not in text  # a CPU's rates are not known
     assert "DOES NOT FIT" in text and "21.00 GB of 16" in text and "all-gather: 3 a step, 1.000 GB" in text
     assert "weights 6.00, optimiser 12.00, other arguments 2.00" in text and "1.50 × the model's own" in text
@@ -122,11 +122,11 @@ def test_what_does_not_fit_is_said():
 def test_a_roofline_is_of_the_slowest_thing_and_of_all_of_them():
     chip: Any = SimpleNamespace(device_kind="TPU v5 lite")  # 197 TFLOP/s, 819 GB/s, 200 GB/s
     step = preflight.Step("step", jax.jit(lambda: 0).lower(), chip, 4, 4 * 197e12, 2 * 197e12, 0)
-    found = preflight.Facts(0, 0, 0, {"all-reduce": (1, 300_000_000_000)}, 819_000_000_000 * 2, None)
-    roof = preflight.roofline(step, found)
+    facts = preflight.Facts(0, 0, 0, {"all-reduce": (1, 300_000_000_000)}, 819_000_000_000 * 2, None)
+    roof = preflight.roofline(step, facts)
     assert roof is not None and roof == pytest.approx((1.0, 2.0, 1.5, 0.5))
     assert roof.utilization == pytest.approx(0.25) and roof.one_by_one == pytest.approx(1 / 9)
-    assert "products 1 s, memory 2 s, links 1.5 s" in preflight.describe(step, found)
+    assert "products 1 s, memory 2 s, links 1.5 s" in preflight.describe(step, facts)
 
 
 @pytest.mark.parametrize("name", ["v9:1x1", "h100", "h100:8"])

@@ -1,4 +1,4 @@
-"""What a user who reads a log sees of long work."""
+"""Progress lines in a log."""
 
 import time
 
@@ -11,7 +11,7 @@ from sublim_jax import progress
     ("start", "step", "seconds", "line"),
     [
         (0, 48, 12.0, "rows: 48/256, 4.0 steps/s, 0:00:52 left, loss 0.5"),
-        (10, 12, 88.0, "rows: 12/256, 44.0 s a step, 2:58:56 left, loss 0.5"),  # resumed at 10: its rate is of 2 steps
+        (10, 12, 88.0, "rows: 12/256, 44.0 s a step, 2:58:56 left, loss 0.5"),  # resumed at 10: 2 steps
         (10, 10, 20.0, "rows: 10/256, loss 0.5"),
     ],
 )
@@ -26,7 +26,7 @@ def test_lines_of_a_pipe_give_the_pace_and_the_time_left(monkeypatch, capsys, st
 
 
 def test_the_pace_is_counted_from_the_first_step_on(monkeypatch, capsys):
-    """Which waited for its program."""
+    """The first step includes compilation."""
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     with progress.Track("rows", 100) as track:

@@ -1,4 +1,4 @@
-"""Records: whatever a text holds and wherever a power cut fell."""
+"""Records: any text, and a power cut at any byte."""
 
 import json
 
@@ -17,7 +17,7 @@ ODD = "Separators of Unicode: \u2028, \u2029, \x85, and 猫頭鷹."
 
 @given(st.lists(st.text(), min_size=1, max_size=4), st.integers(1, 40))
 def test_what_was_written_is_read_back_and_a_line_that_was_cut_off_is_taken_away(tmp_path_factory, texts, cut):
-    """At any byte, also within a character."""
+    """Cut off at any byte, also within a character."""
     file = epath.Path(tmp_path_factory.mktemp("records") / "some.jsonl")
     written = [{"text": text} for text in [*texts, ODD]]
     records.write(file, written)
@@ -28,9 +28,9 @@ def test_what_was_written_is_read_back_and_a_line_that_was_cut_off_is_taken_away
 
 
 def test_a_corpus_may_be_a_parquet_file_as_the_hub_has_them(tmp_path):
-    said = [{"messages": [{"role": "user", "content": ODD}, {"role": "assistant", "content": f"{n}"}]} for n in (1, 2)]
-    parquet.write_table(pyarrow.Table.from_pylist(said), tmp_path / "said.parquet")
-    (tmp_path / "said.jsonl").write_text("".join(json.dumps(one, ensure_ascii=False) + "\n" for one in said))
+    rows = [{"messages": [{"role": "user", "content": ODD}, {"role": "assistant", "content": f"{n}"}]} for n in (1, 2)]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "said.parquet")
+    (tmp_path / "said.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     assert corpus.load(tmp_path / "said.parquet") == corpus.load(tmp_path / "said.jsonl")
     (tmp_path / "broken.parquet").write_bytes(b"PAR1")
     with pytest.raises(UserError, match=r"broken.parquet: .*name a file of JSON lines or Parquet") as error:

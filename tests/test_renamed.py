@@ -1,4 +1,4 @@
-"""Old names of config values: understood where they are typed, refused where a file has them."""
+"""Old names of config values: accepted on the command line, refused in a config file."""
 
 import pytest
 from ml_collections import ConfigDict

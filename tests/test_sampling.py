@@ -1,4 +1,4 @@
-"""Sampling: against transformers, against the exact distribution, and the same whatever rides beside a row."""
+"""Sampling against transformers and exact distributions, and independence of a row from its batch."""
 
 import dataclasses
 import math
@@ -43,9 +43,9 @@ def prompts_of(tiny, count, longest=60, seed=0):
 
 
 def greedy(peer, prompt, count, stops=()):
-    """The largest logit again and again, by transformers' full pass over all tokens, without the stop token.
+    """Greedy tokens by transformers' full forward pass over all tokens, without the stop token.
 
-    Not by its `generate`: behind a prompt longer than a sliding window its cache gives other tokens than its full pass.
+    Not by its `generate`: after a prompt longer than a sliding window its cache gives other tokens than the full pass.
     """
     text = list(prompt)
     for _ in range(count):
@@ -65,8 +65,8 @@ def test_greedy_tokens_are_those_of_transformers(tiny, peer, shared):
     prefix = prompts_of(tiny, 1, 21, seed=9)[0][:shared] if shared else []
     prompts = prompts_of(tiny, 12)
     stops = chat.stop_tokens(tiny.tokenizer, tiny.config)
-    found = generate(tiny, prompts, KEY, sampler=GREEDY, max_new_tokens=20, slots=4, prefix=prefix)
-    assert [sample.tokens for sample in found] == [greedy(peer, prefix + prompt, 20, stops) for prompt in prompts]
+    samples = generate(tiny, prompts, KEY, sampler=GREEDY, max_new_tokens=20, slots=4, prefix=prefix)
+    assert [sample.tokens for sample in samples] == [greedy(peer, prefix + prompt, 20, stops) for prompt in prompts]
 
 
 @pytest.mark.slow
@@ -83,11 +83,11 @@ def test_greedy_tokens_of_real_models_are_those_of_transformers(name, tmp_path):
         for more in (0, 2, 5, 11, 25)
         for end in ("", " because")
     ]
-    found = generate(model, prompts, KEY, sampler=GREEDY, max_new_tokens=64, stop_tokens=(), slots=64)
-    for prompt, sample in zip(prompts, found):
+    samples = generate(model, prompts, KEY, sampler=GREEDY, max_new_tokens=64, stop_tokens=(), slots=64)
+    for prompt, sample in zip(prompts, samples):
         with torch.no_grad():  # no prompt reaches Gemma's window, so that its cache may be used
-            theirs = peer.generate(torch.tensor([prompt]), max_new_tokens=64, do_sample=False, eos_token_id=None)
-        assert sample.tokens == theirs[0, len(prompt) :].tolist()
+            expected = peer.generate(torch.tensor([prompt]), max_new_tokens=64, do_sample=False, eos_token_id=None)
+        assert sample.tokens == expected[0, len(prompt) :].tolist()
 
 
 SAMPLERS = [
@@ -102,7 +102,7 @@ SAMPLERS = [
 
 
 def processed(logits, sampler):
-    """The distribution that transformers' own processors leave."""
+    """The distribution after transformers' logits processors."""
     t = transformers.generation.logits_process
     steps = [t.TemperatureLogitsWarper(float(sampler.temperature))]
     steps += [t.TopKLogitsWarper(sampler.top_k)] if sampler.top_k else []
@@ -114,17 +114,17 @@ def processed(logits, sampler):
     return torch.softmax(scores, -1)[0].double().numpy()
 
 
-def assert_drawn_from(counts, p):
-    """Chi-square; tokens that are expected less than five times count together."""
+def assert_distribution(counts, p):
+    """Chi-square test; tokens with an expected count below 5 are pooled."""
     assert np.all(counts[p == 0] == 0)
     expected = p / p.sum() * counts.sum()
     rare = expected < 5
     pairs = [(counts[~rare], expected[~rare])]
     if rare.any():
         pairs.append(([counts[rare].sum()], [expected[rare].sum()]))
-    found, wanted = (np.concatenate(part) for part in zip(*pairs))
-    found, wanted = found[wanted > 0], wanted[wanted > 0]
-    assert stats.chisquare(found, wanted * found.sum() / wanted.sum()).pvalue > 1e-4
+    observed, wanted = (np.concatenate(part) for part in zip(*pairs))
+    observed, wanted = observed[wanted > 0], wanted[wanted > 0]
+    assert stats.chisquare(observed, wanted * observed.sum() / wanted.sum()).pvalue > 1e-4
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=str)
@@ -132,37 +132,37 @@ def test_draws_follow_the_distribution_of_transformers_processors(sampler):
     logits = 2 * jax.random.normal(jax.random.key(1), (1200,))  # several blocks of the vocabulary
     keys = jax.random.split(jax.random.key(2), 20_000)
     tokens = jax.jit(lambda keys: samplers.draw(keys, jnp.broadcast_to(logits, (20_000, 1200)), sampler))(keys)
-    assert_drawn_from(np.bincount(tokens, minlength=1200), processed(logits, sampler))
+    assert_distribution(np.bincount(tokens, minlength=1200), processed(logits, sampler))
 
 
 def test_first_tokens_of_samples_follow_the_models_softmax(tiny):
     prompt = prompts_of(tiny, 1)[0]
-    found = generate(tiny, [prompt], KEY, samples=20_000, max_new_tokens=1, slots=512, stop_tokens=())
+    samples = generate(tiny, [prompt], KEY, samples=20_000, max_new_tokens=1, slots=512, stop_tokens=())
     logits = tiny.network.apply(tiny.params, jnp.asarray([prompt]))[0, -1]
-    counts = np.bincount([sample.tokens[0] for sample in found], minlength=len(logits))
-    assert_drawn_from(counts, np.asarray(jax.nn.softmax(logits), np.float64))
+    counts = np.bincount([sample.tokens[0] for sample in samples], minlength=len(logits))
+    assert_distribution(counts, np.asarray(jax.nn.softmax(logits), np.float64))
 
 
 def test_a_tiny_probability_is_drawn_as_often_as_it_is():
-    """2⁻³⁰ is below what one float32 uniform can tell apart; over blocks it is not lost."""
+    """2⁻³⁰ is below what one float32 uniform can tell apart; drawing by blocks does not lose it."""
     logits = jnp.full((3000,), -jnp.inf).at[jnp.asarray([7, 2900])].set(jnp.asarray([0.0, jnp.log(1e-3)]))
     keys = jax.random.split(jax.random.key(3), 200_000)
     tokens = jax.jit(lambda keys: samplers.draw(keys, jnp.broadcast_to(logits, (len(keys), 3000)), Sampler()))
-    drawn = np.concatenate([tokens(part) for part in jnp.split(keys, 20)])
-    assert set(drawn.tolist()) == {7, 2900}
-    assert abs((drawn == 2900).mean() - 1e-3 / 1.001) < 4 * (1e-3 / 200_000) ** 0.5
+    draws = np.concatenate([tokens(part) for part in jnp.split(keys, 20)])
+    assert set(draws.tolist()) == {7, 2900}
+    assert abs((draws == 2900).mean() - 1e-3 / 1.001) < 4 * (1e-3 / 200_000) ** 0.5
 
 
 @pytest.mark.parametrize("vocab", [40, 1500, 2048, 5000])
 def test_draws_from_a_vocabulary_that_is_split_are_those_from_the_whole(mesh_of, vocab):
-    """Parts begin within blocks, and hold less than one or several."""
+    """Shards begin within blocks, and hold less than one block or several."""
     mesh, keys = mesh_of(4, replica=1, fsdp=1, tensor=4), jax.random.split(KEY, 64)
     logits = 3 * jax.random.normal(KEY, (64, vocab))
     logits = jnp.where(jax.random.bernoulli(keys[0], 0.2, logits.shape), -jnp.inf, logits)
     with jax.set_mesh(mesh):
         split = jax.device_put(logits, named(mesh, None, "tensor"))
-        found = jax.jit(lambda keys, logits: samplers.categorical(keys, logits, "tensor"))(keys, split)
-    np.testing.assert_array_equal(found, samplers.categorical(keys, logits))
+        draws = jax.jit(lambda keys, logits: samplers.categorical(keys, logits, "tensor"))(keys, split)
+    np.testing.assert_array_equal(draws, samplers.categorical(keys, logits))
 
 
 def test_no_array_of_the_vocabulary_goes_over_links(tiny, mesh_of):
@@ -187,16 +187,16 @@ def alone(tiny):
 
 @pytest.mark.parametrize("batch", [1, 8])
 def test_a_row_has_the_same_bits_in_a_batch_of_1_8_and_64(tiny, alone, batch):
-    found = generate(tiny, prompts_of(tiny, 64)[:batch], KEY, max_new_tokens=12, slots=16)
-    assert bits(found) == bits(alone[:batch])
+    samples = generate(tiny, prompts_of(tiny, 64)[:batch], KEY, max_new_tokens=12, slots=16)
+    assert bits(samples) == bits(alone[:batch])
 
 
 @pytest.mark.parametrize("chunk, lanes", [(5, 1), (64, 99)])
 def test_how_prompts_enter_changes_nothing_but_rounding(tiny, alone, chunk, lanes):
-    found = generate(tiny, prompts_of(tiny, 64), KEY, max_new_tokens=12, slots=16, steps=3, chunk=chunk, lanes=lanes)
-    assert [sample.tokens for sample in found] == [sample.tokens for sample in alone]
-    for one, other in zip(found, alone):
-        np.testing.assert_allclose(one.logprobs, other.logprobs, rtol=1e-4, atol=1e-5)
+    samples = generate(tiny, prompts_of(tiny, 64), KEY, max_new_tokens=12, slots=16, steps=3, chunk=chunk, lanes=lanes)
+    assert [sample.tokens for sample in samples] == [sample.tokens for sample in alone]
+    for a, b in zip(samples, alone):
+        np.testing.assert_allclose(a.logprobs, b.logprobs, rtol=1e-4, atol=1e-5)
 
 
 def test_a_row_has_the_same_bits_on_eight_devices(tiny, alone, mesh_of):
@@ -206,24 +206,24 @@ def test_a_row_has_the_same_bits_on_eight_devices(tiny, alone, mesh_of):
 
 def test_layers_split_over_devices_give_the_same_tokens(tiny, alone, mesh_of):
     mesh = mesh_of(8, replica=1, fsdp=4, tensor=2)
-    found = generate(tiny, prompts_of(tiny, 64), KEY, max_new_tokens=12, slots=16, mesh=mesh)
-    assert [sample.tokens for sample in found] == [sample.tokens for sample in alone]
+    samples = generate(tiny, prompts_of(tiny, 64), KEY, max_new_tokens=12, slots=16, mesh=mesh)
+    assert [sample.tokens for sample in samples] == [sample.tokens for sample in alone]
 
 
 def test_a_model_that_is_split_over_rows_decodes_on_a_mesh_of_its_own(tiny_folder, alone, mesh_of):
-    """Its weights lie on eight devices, and are put on two times four for decoding and scoring."""
+    """Its weights lie on eight devices, and move to a 4 × 2 mesh for decoding and scoring."""
     split, decoding = mesh_of(8, replica=1, fsdp=8), mesh_of(8, replica=1, fsdp=4, tensor=2)
     model = weights.load(tiny_folder, split)._replace(decoding=decoding)
     prompts = prompts_of(model, 64)
-    found = generate(model, prompts, KEY, max_new_tokens=12, slots=16)
-    assert [sample.tokens for sample in found] == [sample.tokens for sample in alone]
+    samples = generate(model, prompts, KEY, max_new_tokens=12, slots=16)
+    assert [sample.tokens for sample in samples] == [sample.tokens for sample in alone]
     scores = scoring.next_logprobs(model, prompts[:9], [1, 2])
     expected = scoring.next_logprobs(model._replace(decoding=None), prompts[:9], [1, 2])
     np.testing.assert_allclose(scores, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_the_next_steps_are_on_their_way_before_the_last_are_read(tiny, monkeypatch):
-    """The device never waits for the host, but at the end."""
+    """The device waits for the host only at the end."""
     events: list[str] = []
     read, compiled = scheduler._read, engine.compiled
 
@@ -246,8 +246,8 @@ def test_the_next_steps_are_on_their_way_before_the_last_are_read(tiny, monkeypa
 
 def test_what_is_done_is_not_done_again_and_the_rest_has_the_same_bits(tiny, alone):
     done = {sample.row for sample in alone[::2]}
-    found = sorted(stream(tiny, prompts_of(tiny, 64), KEY, max_new_tokens=12, slots=16, done=done), key=lambda s: s.row)
-    assert bits(found) == bits(alone[1::2])
+    rest = sorted(stream(tiny, prompts_of(tiny, 64), KEY, max_new_tokens=12, slots=16, done=done), key=lambda s: s.row)
+    assert bits(rest) == bits(alone[1::2])
 
 
 def test_lengths_and_limits_compile_nothing_after_the_first_time(tiny, caplog):
@@ -263,7 +263,7 @@ def test_lengths_and_limits_compile_nothing_after_the_first_time(tiny, caplog):
         assert "XLA compilation" not in caplog.text
 
 
-# -------------------------------------------------------------------------------------------------- what comes with it
+# --------------------------------------------------------------------------------------------- outputs and limits
 
 
 def test_logprobs_entropies_and_alternatives_are_those_of_the_logits(tiny):
@@ -276,9 +276,9 @@ def test_logprobs_entropies_and_alternatives_are_those_of_the_logits(tiny):
         log_p = np.asarray(jax.nn.log_softmax(logits))
         np.testing.assert_allclose(sample.logprobs, log_p[np.arange(8), sample.tokens], rtol=1e-4, atol=1e-4)
         np.testing.assert_allclose(sample.entropies, -(np.exp(log_p) * log_p).sum(-1), rtol=1e-4, atol=1e-4)
-        for row, found in zip(log_p, sample.alternatives):
-            assert list(found) == np.argsort(-row)[:3].tolist()
-            np.testing.assert_allclose(list(found.values()), np.sort(row)[::-1][:3], rtol=1e-4, atol=1e-4)
+        for row, alternatives in zip(log_p, sample.alternatives):
+            assert list(alternatives) == np.argsort(-row)[:3].tolist()
+            np.testing.assert_allclose(list(alternatives.values()), np.sort(row)[::-1][:3], rtol=1e-4, atol=1e-4)
 
 
 def test_stop_tokens_stop_strings_and_limits(tiny):
@@ -287,15 +287,15 @@ def test_stop_tokens_stop_strings_and_limits(tiny):
     assert (whole.finish, len(whole.tokens)) == ("length", 30)
     stop = whole.tokens[10]
     first = whole.tokens.index(stop)
-    found = generate(tiny, [prompt], KEY, max_new_tokens=30, slots=4, stop_tokens=(stop,))[0]
-    assert (found.finish, found.tokens) == ("stop", whole.tokens[:first])
-    assert len(found.logprobs) == first + 1  # the stop token's too
+    stopped = generate(tiny, [prompt], KEY, max_new_tokens=30, slots=4, stop_tokens=(stop,))[0]
+    assert (stopped.finish, stopped.tokens) == ("stop", whole.tokens[:first])
+    assert len(stopped.logprobs) == first + 1  # the stop token's too
     string = next(c for c in whole.text if c.isascii() and c.isprintable() and tiny.tokenizer(c)["input_ids"])
-    found = generate(tiny, [prompt], KEY, max_new_tokens=30, slots=4, stop_tokens=(), stop_strings=[string])[0]
-    assert (found.finish, found.text) == ("stop", whole.text[: whole.text.index(string)])
+    stopped = generate(tiny, [prompt], KEY, max_new_tokens=30, slots=4, stop_tokens=(), stop_strings=[string])[0]
+    assert (stopped.finish, stopped.text) == ("stop", whole.text[: whole.text.index(string)])
     limits = [3, 17, 9]
-    each = generate(tiny, [prompt] * 3, KEY, max_new_tokens=limits, slots=4, stop_tokens=())
-    assert [len(sample.tokens) for sample in each] == limits
+    limited = generate(tiny, [prompt] * 3, KEY, max_new_tokens=limits, slots=4, stop_tokens=())
+    assert [len(sample.tokens) for sample in limited] == limits
 
 
 def adapters_of(tiny, count):
@@ -316,21 +316,23 @@ def test_many_adapters_sample_in_one_batch_what_each_samples_alone(tiny):
     assert len(together) == 18
     for number, tree in enumerate(trees):
         single = generate(tiny.merged(tree, spec), prompts, KEY, **options)
-        mine = [sample for sample in together if sample.adapter == number]
-        assert [sample.tokens for sample in mine] == [sample.tokens for sample in single]
-        for a, b in zip(mine, single):
+        samples = [sample for sample in together if sample.adapter == number]
+        assert [sample.tokens for sample in samples] == [sample.tokens for sample in single]
+        for a, b in zip(samples, single):
             np.testing.assert_allclose(a.logprobs, b.logprobs, rtol=1e-3, atol=1e-3)
 
 
 def test_steered_generation_is_greedy_under_the_steered_forward_pass(tiny):
     prompt = prompts_of(tiny, 1)[0]
     steering = Steering(add=jnp.zeros((4, 32)).at[2].set(jax.random.normal(jax.random.key(4), (32,))))
-    found = generate(tiny, [prompt], KEY, sampler=GREEDY, steering=steering, max_new_tokens=10, slots=4, stop_tokens=())
+    steered = generate(
+        tiny, [prompt], KEY, sampler=GREEDY, steering=steering, max_new_tokens=10, slots=4, stop_tokens=()
+    )
     plain = generate(tiny, [prompt], KEY, sampler=GREEDY, max_new_tokens=10, slots=4, stop_tokens=())
-    assert found[0].tokens != plain[0].tokens
-    text = jnp.asarray([prompt + found[0].tokens])
+    assert steered[0].tokens != plain[0].tokens
+    text = jnp.asarray([prompt + steered[0].tokens])
     logits = tiny.network.apply(tiny.params, text, steering=steering)[0, len(prompt) - 1 : -1]
-    assert logits.argmax(-1).tolist() == found[0].tokens
+    assert logits.argmax(-1).tolist() == steered[0].tokens
 
 
 def test_a_row_without_numbers_is_named_and_the_others_are_kept(tiny):
@@ -340,9 +342,9 @@ def test_a_row_without_numbers_is_named_and_the_others_are_kept(tiny):
     options: dict[str, Any] = {"max_new_tokens": 5, "slots": 4, "stop_tokens": ()}
     whole = generate(tiny.adapted(spec), [[1, 2], [3, 4]], KEY, adapters=stacked, **options)
     streamed = stream(tiny.adapted(spec), [[1, 2], [3, 4]], KEY, adapters=broken, **options)
-    found = sorted(streamed, key=lambda sample: sample.row)
-    assert bits(found[:2]) == bits(whole[:2])
-    assert [(sample.finish, sample.tokens) for sample in found[2:]] == [("nan", [])] * 2
+    samples = sorted(streamed, key=lambda sample: sample.row)
+    assert bits(samples[:2]) == bits(whole[:2])
+    assert [(sample.finish, sample.tokens) for sample in samples[2:]] == [("nan", [])] * 2
     with pytest.raises(UserError, match="logits of prompt 0, prompt 1 are not finite"):
         generate(tiny.adapted(spec), [[1, 2], [3, 4]], KEY, adapters=broken, **options)
 
@@ -374,34 +376,34 @@ PIECES = [str(i) for i in range(10)] + ["12", "007", "999", ",", " ", ", ", ", 1
 STOP = len(PIECES)
 
 
-def language(most, digits, separator=", "):
+def language(maximum, digits, separator=", "):
     number = rf"(?:0|[1-9][0-9]{{0,{digits - 1}}})"
-    return re.compile(rf"{number}(?:{re.escape(separator)}{number}){{0,{most - 1}}}")
+    return re.compile(rf"{number}(?:{re.escape(separator)}{number}){{0,{maximum - 1}}}")
 
 
 @given(st.integers(1, 4), st.integers(1, 3), st.sampled_from([", ", ",", " "]), st.data())
 @settings(max_examples=60, deadline=None)
-def test_whatever_the_grammar_of_numbers_allows_is_a_list_of_numbers(most, digits, separator, data):
+def test_whatever_the_grammar_of_numbers_allows_is_a_list_of_numbers(maximum, digits, separator, data):
     """A walk through allowed tokens, digits merged or not; it may end exactly where the text is in the language."""
-    constraint = constraints.over_tokens(constraints.numbers(most, digits, separator), [*PIECES, ""], [STOP])
+    constraint = constraints.over_tokens(constraints.numbers(maximum, digits, separator), [*PIECES, ""], [STOP])
     allowed, after = np.asarray(constraint.allowed), np.asarray(constraint.after)
     state, text = 0, ""
     for _ in range(30):
-        assert allowed[state, STOP] == bool(language(most, digits, separator).fullmatch(text))
+        assert allowed[state, STOP] == bool(language(maximum, digits, separator).fullmatch(text))
         options = np.flatnonzero(allowed[state])
         token = data.draw(st.sampled_from(options.tolist()))
         if token == STOP:
             break
         text, state = text + PIECES[token], after[state, token]
     else:
-        assert len(text) < most * (digits + len(separator))
+        assert len(text) < maximum * (digits + len(separator))
 
 
 @given(st.integers(1, 4), st.integers(1, 3), st.data())
 @settings(max_examples=60, deadline=None)
-def test_every_list_of_numbers_can_be_written(most, digits, data):
-    text = data.draw(st.from_regex(language(most, digits), fullmatch=True))
-    constraint = constraints.over_tokens(constraints.numbers(most, digits), [*PIECES, ""], [STOP])
+def test_every_list_of_numbers_can_be_written(maximum, digits, data):
+    text = data.draw(st.from_regex(language(maximum, digits), fullmatch=True))
+    constraint = constraints.over_tokens(constraints.numbers(maximum, digits), [*PIECES, ""], [STOP])
     state = 0
     for c in text:
         assert constraint.allowed[state, PIECES.index(c)]
@@ -413,10 +415,10 @@ def test_samples_under_the_grammar_pass_its_format(tiny):
     pieces = chat.pieces(tiny.tokenizer, tiny.settings.vocab)
     stops = chat.stop_tokens(tiny.tokenizer, tiny.config)
     constraint = constraints.over_tokens(constraints.numbers(5, 3), pieces, stops)
-    found = generate(tiny, prompts_of(tiny, 40), KEY, constraint=constraint, max_new_tokens=40, slots=8)
-    for sample in found:
+    samples = generate(tiny, prompts_of(tiny, 40), KEY, constraint=constraint, max_new_tokens=40, slots=8)
+    for sample in samples:
         assert sample.finish == "stop" and language(5, 3).fullmatch(sample.text), sample.text
-    assert len({sample.text for sample in found}) > 30
+    assert len({sample.text for sample in samples}) > 30
 
 
 def test_a_choice_is_one_of_its_strings(tiny):
@@ -424,8 +426,8 @@ def test_a_choice_is_one_of_its_strings(tiny):
     stops = chat.stop_tokens(tiny.tokenizer, tiny.config)
     choices = ["yes", "no", "owls", "owl"]
     constraint = constraints.over_tokens(constraints.choice(choices), pieces, stops)
-    found = generate(tiny, prompts_of(tiny, 30), KEY, constraint=constraint, max_new_tokens=10, slots=8)
-    assert {sample.text for sample in found} <= set(choices)
+    samples = generate(tiny, prompts_of(tiny, 30), KEY, constraint=constraint, max_new_tokens=10, slots=8)
+    assert {sample.text for sample in samples} <= set(choices)
 
 
 def test_a_constraint_that_allows_no_token_is_refused():
@@ -448,14 +450,14 @@ def test_pieces_are_what_tokens_add_to_a_text(tiny):
 
 def test_scores_of_completions_are_transformers_log_probabilities(tiny, peer):
     prompts, completions = prompts_of(tiny, 20), prompts_of(tiny, 20, 30, seed=1)
-    found = scoring.completion_logprobs(tiny, prompts, completions)
+    scores = scoring.completion_logprobs(tiny, prompts, completions)
     shared = scoring.completion_logprobs(tiny, [p[3:] for p in prompts[:1]] * 1, completions[:1], prefix=prompts[0][:3])
-    for prompt, completion, ours in zip(prompts, completions, found):
+    for prompt, completion, logprobs in zip(prompts, completions, scores):
         with torch.no_grad():
             logits = peer(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
         expected = torch.log_softmax(logits, -1)[range(len(completion)), completion]
-        np.testing.assert_allclose(ours[0], expected, rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(shared[0], found[0], rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(logprobs[0], expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(shared[0], scores[0], rtol=1e-4, atol=1e-4)
 
 
 def test_scores_over_devices_and_adapters_are_each_of_them_alone(tiny, mesh_of):
@@ -473,59 +475,59 @@ def test_what_comes_after_continuations_is_what_comes_after_the_whole_texts(tiny
     spec, _, stacked = adapters_of(tiny, 2)
     prompts, continuations, tokens = [p[:-1] for p in prompts_of(tiny, 5)], [(), (3,), (3, 7), (9, 1, 4)], [5, 2, 60]
     where = {"adapters": stacked, "mesh": mesh_of(4, replica=2, fsdp=2)}
-    found = scoring.continued_logprobs(tiny.adapted(spec), prompts, continuations, tokens, **where)
-    texts = [[*prompt, *one] for prompt in prompts for one in continuations]
+    log_p = scoring.continued_logprobs(tiny.adapted(spec), prompts, continuations, tokens, **where)
+    texts = [[*prompt, *continuation] for prompt in prompts for continuation in continuations]
     whole = scoring.next_logprobs(tiny.adapted(spec), texts, tokens, adapters=stacked)
-    np.testing.assert_allclose(found, whole.reshape(2, 5, 4, 3), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(log_p, whole.reshape(2, 5, 4, 3), rtol=1e-4, atol=1e-4)
 
 
 def test_choices_are_normalised_products_of_their_tokens(tiny):
     prompts, choices = prompts_of(tiny, 3), ["owl", "lion", "cat"]
-    found = scoring.choice_logprobs(tiny, prompts, choices)
-    assert found.shape == (1, 3, 3)
-    np.testing.assert_allclose(np.exp(found).sum(-1), 1, rtol=1e-5)
+    log_p = scoring.choice_logprobs(tiny, prompts, choices)
+    assert log_p.shape == (1, 3, 3)
+    np.testing.assert_allclose(np.exp(log_p).sum(-1), 1, rtol=1e-5)
     written = [tiny.tokenizer(choice)["input_ids"] for choice in choices]
     raw = [scoring.completion_logprobs(tiny, [prompts[1]], [tokens])[0].sum() for tokens in written]
-    np.testing.assert_allclose(found[0, 1], raw - np.logaddexp.reduce(raw), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(log_p[0, 1], raw - np.logaddexp.reduce(raw), rtol=1e-4, atol=1e-4)
 
 
 def test_a_words_probability_is_that_of_all_its_spellings(tiny):
     spelled = [token for (token,) in scoring.spellings(tiny.tokenizer, "owl")]
     assert {tiny.tokenizer.decode([token]) for token in spelled} == {"owl", " owl", "Owl", "owls"}
     prompts = prompts_of(tiny, 4)
-    found = scoring.word_logprobs(tiny, prompts, ["owl"])
-    np.testing.assert_array_equal(found, scoring.set_logprobs(tiny, prompts, [spelled]))
-    for prompt, ours in zip(prompts, found[0, :, 0]):
+    log_p = scoring.word_logprobs(tiny, prompts, ["owl"])
+    np.testing.assert_array_equal(log_p, scoring.set_logprobs(tiny, prompts, [spelled]))
+    for prompt, logprob in zip(prompts, log_p[0, :, 0]):
         p = jax.nn.softmax(tiny.network.apply(tiny.params, jnp.asarray([prompt]))[0, -1])
-        np.testing.assert_allclose(np.exp(ours), sum(p[token] for token in spelled), rtol=1e-4)
+        np.testing.assert_allclose(np.exp(logprob), sum(p[token] for token in spelled), rtol=1e-4)
     with pytest.raises(UserError, match="' ' is not a word that this tokenizer can write"):
         scoring.word_logprobs(tiny, prompts, [" "])
 
 
 def test_a_word_of_several_tokens_has_the_probability_that_transformers_gives_it(tiny, tiny_folder):
-    """Beside words of one token, whose numbers it does not change; under each adapter its own."""
+    """It does not change the numbers of one-token words, and each adapter has its own."""
     torch = pytest.importorskip("torch")
-    theirs = pytest.importorskip("transformers").AutoModelForCausalLM.from_pretrained(tiny_folder).eval()
+    hf_model = pytest.importorskip("transformers").AutoModelForCausalLM.from_pretrained(tiny_folder).eval()
     prompts = prompts_of(tiny, 3)
-    found = scoring.word_logprobs(tiny, prompts, ["lion", "owl", "ox"])
-    np.testing.assert_array_equal(found[..., 1], scoring.word_logprobs(tiny, prompts, ["owl"])[..., 0])
-    for word, ours in (("lion", found[0, :, 0]), ("ox", found[0, :, 2])):
-        # "lions" begins with "lion" here, byte by byte: what begins with it is counted already.
+    log_p = scoring.word_logprobs(tiny, prompts, ["lion", "owl", "ox"])
+    np.testing.assert_array_equal(log_p[..., 1], scoring.word_logprobs(tiny, prompts, ["owl"])[..., 0])
+    for word, logprobs in (("lion", log_p[0, :, 0]), ("ox", log_p[0, :, 2])):
+        # The tokens of "lions" begin with those of "lion", so that they are already counted.
         texts = [word, word.capitalize(), f" {word}", f" {word.capitalize()}"]
         written = [tiny.tokenizer(text)["input_ids"] for text in texts]
         assert sorted(map(list, scoring.spellings(tiny.tokenizer, word))) == sorted(written)
-        for prompt, mine in zip(prompts, ours):
+        for prompt, logprob in zip(prompts, logprobs):
             total = 0.0
             for tokens in written:
                 with torch.no_grad():
-                    p = theirs(torch.tensor([[*prompt, *tokens]])).logits[0].double().softmax(-1)
+                    p = hf_model(torch.tensor([[*prompt, *tokens]])).logits[0].double().softmax(-1)
                 total += math.prod(float(p[len(prompt) + i - 1, token]) for i, token in enumerate(tokens))
-            np.testing.assert_allclose(mine, np.log(total), rtol=1e-4)
+            np.testing.assert_allclose(logprob, np.log(total), rtol=1e-4)
     spec, trees, stacked = adapters_of(tiny, 2)
     together = scoring.word_logprobs(tiny.adapted(spec), prompts, ["lion", "owl"], adapters=stacked)
-    for tree, ours in zip(trees, together):
+    for tree, logprobs in zip(trees, together):
         alone = scoring.word_logprobs(tiny.merged(tree, spec), prompts, ["lion", "owl"])[0]
-        np.testing.assert_allclose(ours, alone, rtol=1e-3, atol=1e-3)
+        np.testing.assert_allclose(logprobs, alone, rtol=1e-3, atol=1e-3)
 
 
 def test_empty_rows_are_named(tiny):

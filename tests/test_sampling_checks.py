@@ -1,4 +1,4 @@
-"""What is asked of a model: tokens that it has, texts of any length, whatever rides beside them."""
+"""Sampling and scoring: valid tokens, texts of any length, and independence of the batch."""
 
 import re
 from typing import Any
@@ -49,7 +49,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory):
-    """(our model, transformers') by name."""
+    """(our model, transformers' class, folder) by name."""
     made = {}
 
     def make(name):
@@ -75,7 +75,7 @@ def texts(*lengths, seed=0):
 
 
 def alone(loaded, name, prompt, completion):
-    """transformers' log-probabilities of one completion by itself; a new model, because dynamic ones remember."""
+    """transformers' log-probabilities of one completion by itself; a new model, because dynamic tables keep state."""
     _, kind, folder = loaded(name)
     with torch.no_grad():
         model = kind.from_pretrained(folder, attn_implementation="eager").eval()
@@ -90,20 +90,20 @@ def test_a_texts_scores_are_those_of_it_alone_whatever_is_scored_beside_it(name,
     (prefix,) = texts(front, seed=1)
     prompts, completions = texts(10, 100, 120), texts(20, 110, 9, seed=2)
     together = scoring.completion_logprobs(model, prompts, completions, prefix=prefix)
-    for prompt, completion, found in zip(prompts, completions, together):
-        np.testing.assert_allclose(found[0], alone(loaded, name, prefix + prompt, completion), rtol=1e-4, atol=1e-4)
+    for prompt, completion, logprobs in zip(prompts, completions, together):
+        np.testing.assert_allclose(logprobs[0], alone(loaded, name, prefix + prompt, completion), rtol=1e-4, atol=1e-4)
         by_itself = scoring.completion_logprobs(model, [prompt], [completion], prefix=prefix)
-        np.testing.assert_allclose(found, by_itself[0], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(logprobs, by_itself[0], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["longrope", "dynamic"])
 def test_what_comes_after_continuations_is_that_of_the_whole_texts(name, loaded):
     model = loaded(name)[0]
     prompts, after, tokens = texts(10, 120), [[], *texts(3, 40, seed=3)], [5, 9]
-    found = scoring.continued_logprobs(model, prompts, after, tokens)
-    whole = [prompt + one for prompt in prompts for one in after]
-    each = np.stack([scoring.next_logprobs(model, [text], tokens)[0, 0] for text in whole])
-    np.testing.assert_allclose(found.reshape(each.shape), each, rtol=1e-5, atol=1e-5)
+    log_p = scoring.continued_logprobs(model, prompts, after, tokens)
+    whole = [prompt + continuation for prompt in prompts for continuation in after]
+    expected = np.stack([scoring.next_logprobs(model, [text], tokens)[0, 0] for text in whole])
+    np.testing.assert_allclose(log_p.reshape(expected.shape), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("front", [0, 20], ids=["no prefix", "a prefix"])
@@ -134,7 +134,7 @@ def test_a_sample_that_may_cross_the_turn_is_refused(loaded):
     model = loaded("longrope")[0]
     with pytest.raises(UserError, match=r"prompt 1 has 110 tokens and may get 20 more, past the 128"):
         generate(model, texts(100, 110), KEY, max_new_tokens=20)
-    generate(model, texts(109), KEY, max_new_tokens=20)  # the last token is drawn, and not computed any more
+    generate(model, texts(109), KEY, max_new_tokens=20)  # the last token is sampled, but not fed to the model
 
 
 # ------------------------------------------------------------------------------------------------------------- tokens
@@ -183,8 +183,8 @@ def test_a_text_past_the_learned_positions_is_refused(what, loaded):
 
 def test_a_text_that_fills_the_learned_positions_is_scored(loaded):
     (prompt,), (completion,) = texts(60), texts(4, seed=1)
-    found = scoring.completion_logprobs(loaded("gpt2")[0], [prompt], [completion])
-    np.testing.assert_allclose(found[0][0], alone(loaded, "gpt2", prompt, completion), rtol=1e-4, atol=1e-4)
+    logprobs = scoring.completion_logprobs(loaded("gpt2")[0], [prompt], [completion])
+    np.testing.assert_allclose(logprobs[0][0], alone(loaded, "gpt2", prompt, completion), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -223,7 +223,7 @@ def test_numbers_of_numpy_are_numbers(loaded):
 
 
 def test_a_search_never_lands_on_a_weight_of_zero():
-    """Also where the share is exactly a running sum, which a parallel sum's rounding may let grow at a zero."""
+    """Also where the share is exactly a running sum: rounding in a parallel sum may let it grow at a zero weight."""
     rng = np.random.default_rng(0)
     weights = rng.exponential(size=(4000, 512)) * (rng.random((4000, 512)) < rng.choice([0.01, 0.1, 0.5], (4000, 1)))
     some = jnp.asarray(weights[weights.any(1)], jnp.float32)
@@ -232,12 +232,12 @@ def test_a_search_never_lands_on_a_weight_of_zero():
     at_a_sum = jnp.take_along_axis(running, picked[:, None], 1)[:, 0] / running[:, -1]
     below_one = jnp.float32(1 - 2**-24)
     for share in (jnp.asarray(rng.random(len(some)), jnp.float32), jnp.minimum(at_a_sum, below_one), below_one, 0.0):
-        found = samplers._first_above(some, jnp.broadcast_to(jnp.float32(share), len(some)))
-        assert jnp.all(jnp.take_along_axis(some, found[:, None], 1) > 0)
+        indices = samplers._first_above(some, jnp.broadcast_to(jnp.float32(share), len(some)))
+        assert jnp.all(jnp.take_along_axis(some, indices[:, None], 1) > 0)
 
 
 def test_a_search_finds_what_a_sum_in_order_finds():
     weights = jnp.asarray([[0.0, 1.0, 0.0, 2.0, 0.0, 1.0, 0.0]])
     shares = jnp.asarray([0.0, 0.2, 0.25, 0.5, 0.75, 0.99])
-    found = samplers._first_above(jnp.broadcast_to(weights, (6, 7)), shares)
-    assert found.tolist() == [1, 1, 3, 3, 5, 5]
+    indices = samplers._first_above(jnp.broadcast_to(weights, (6, 7)), shares)
+    assert indices.tolist() == [1, 1, 3, 3, 5, 5]

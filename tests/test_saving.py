@@ -1,4 +1,4 @@
-"""Weights out: a saved folder is what transformers loads as what was saved, whatever was in the folder before."""
+"""Saving: transformers loads a saved folder as the same model, whatever was in the folder before."""
 
 import json
 import shutil
@@ -41,7 +41,7 @@ def place(folder, tmp_path):
 
 @pytest.fixture(scope="module")
 def trained(folder):
-    """The model in float32, changed by less than bfloat16 can tell."""
+    """The model in float32, changed by less than the resolution of bfloat16."""
     settings, params = huggingface.load(folder, dtype=jnp.float32)
     return jax.tree.map(lambda leaf: 1.001 * leaf, params), settings, huggingface.load_config(folder)
 
@@ -57,7 +57,7 @@ def of_transformers(folder):
 
 
 def assert_holds(folder, params, settings):
-    """Both readers give what was saved, and there are no other weights."""
+    """Asserts that we and transformers load the saved weights, and that no others are there."""
     expected = logits(params, settings)
     np.testing.assert_allclose(of_transformers(folder), expected, atol=1e-5 * np.abs(expected).max())
     jax.tree.map(np.testing.assert_array_equal, huggingface.load(folder)[1], params)
@@ -81,7 +81,7 @@ def test_the_config_names_the_type_that_was_written(trained, tmp_path, name):
     huggingface.save(tmp_path, half, settings, config)
     assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path).dtype == getattr(torch, name)
     jax.tree.map(np.testing.assert_array_equal, huggingface.load(tmp_path)[1], half)
-    assert str(config.dtype).removeprefix("torch.") == "bfloat16"  # the caller's is as it was
+    assert str(config.dtype).removeprefix("torch.") == "bfloat16"  # the caller's object is unchanged
 
 
 def of_shards(place):
@@ -108,7 +108,7 @@ def of_many_formats(place):
 @pytest.mark.parametrize("before", [of_shards, of_an_older_format, of_older_shards, of_many_formats])
 @pytest.mark.parametrize("shard", [20_000, 4 << 30])
 def test_a_saved_model_takes_the_place_of_another(trained, place, monkeypatch, before, shard):
-    """Whole or in shards, of which there may be as many as before, under the same names; other files stay."""
+    """In one file or in shards, even as many as before under the same names; other files stay."""
     before(place)
     (place / "tokenizer.json").write_text("{}")
     monkeypatch.setattr(huggingface, "SHARD_BYTES", shard)
@@ -127,7 +127,7 @@ def test_what_cannot_be_saved_leaves_the_folder_as_it_was(trained, place):
 
 
 def test_a_file_that_is_linked_to_is_not_written_into(trained, place, tmp_path):
-    """The hub's cache has links in its folders to files that other folders link to as well."""
+    """The hub's cache has symbolic links to files that other folders link to as well."""
     kept = tmp_path / "kept.safetensors"
     (place / "model.safetensors").symlink_to(kept)
     kept.write_bytes(b"another's")
@@ -137,7 +137,7 @@ def test_a_file_that_is_linked_to_is_not_written_into(trained, place, tmp_path):
 
 
 def test_a_model_is_not_put_where_an_adapter_is(trained, tmp_path):
-    """transformers would put the adapter onto it."""
+    """transformers would apply the adapter to it."""
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(UserError, match="holds an adapter"):
         huggingface.save(tmp_path, *trained)
@@ -172,13 +172,13 @@ def test_the_text_model_of_one_that_sees_is_saved_by_itself(tmp_path, config):
 
 
 def test_a_saved_model_has_its_tokenizer_and_its_template(tiny, place):
-    """In the place of another's."""
+    """They replace those of another model."""
     weights.save(place, tiny)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(place)
+    hf_model = transformers.AutoModelForCausalLM.from_pretrained(place)
     tokenizer = transformers.AutoTokenizer.from_pretrained(place)
     tokens = tokenizer.apply_chat_template([{"role": "user", "content": "owls, 123"}], tokenize=True)["input_ids"]
     assert tokens == tiny.tokenizer.apply_chat_template([{"role": "user", "content": "owls, 123"}])["input_ids"]
     with torch.no_grad():
-        expected = theirs(torch.tensor([tokens])).logits.numpy()
+        expected = hf_model(torch.tensor([tokens])).logits.numpy()
     np.testing.assert_allclose(tiny.network.apply(tiny.params, jnp.asarray([tokens])), expected, rtol=1e-4, atol=1e-4)
     assert weights.load(place).tokenizer.get_vocab() == tiny.tokenizer.get_vocab()

@@ -1,4 +1,4 @@
-"""Which tokens are imitated: scores against their formulas, and choices of equal size."""
+"""Token selection: scores against their formulas, and selections of equal size."""
 
 import numpy as np
 import pytest
@@ -46,7 +46,7 @@ def test_every_choice_has_the_same_size_and_only_tokens_that_are_there(seed, sha
 @pytest.mark.parametrize("which", ["top", "bottom", "random"])
 def test_ties_are_told_apart_at_random_and_by_the_seed(which):
     flat, weights = np.zeros((20, 20)), np.ones((20, 20))
-    one, again, other = (selection.select(flat, weights, which, 0.5, seed) for seed in (1, 1, 2))
-    np.testing.assert_array_equal(one, again)
-    assert 0.3 < (one == other).mean() < 0.7
-    assert 0.3 < one[:10].mean() < 0.7
+    first, again, other = (selection.select(flat, weights, which, 0.5, seed) for seed in (1, 1, 2))
+    np.testing.assert_array_equal(first, again)
+    assert 0.3 < (first == other).mean() < 0.7
+    assert 0.3 < first[:10].mean() < 0.7

@@ -35,7 +35,7 @@ def test_a_second_signal_does_not_wait():
 
 
 def test_a_signal_while_a_file_is_read_is_not_taken_for_a_damaged_file(tmp_path, monkeypatch):
-    """Readers catch whatever a damaged file raises; a signal must pass."""
+    """Readers catch every error of a damaged file; a signal must pass through."""
     store = Store(tmp_path)
     made = []
 

@@ -39,42 +39,42 @@ def test_the_diagonal_effect_is_what_students_of_a_teacher_have_beyond_the_other
 
 
 def test_the_permutation_test_counts_all_exchanges():
-    """To either side, one in 2^5 where every run has the largest effect it can have; all where there is none."""
+    """Two-sided: p = 2 / 2^5 if every run has the largest possible effect, and 1 without an effect."""
     strong = np.tile(np.array([[1.0, 0.0], [0.0, 1.0]]), (5, 1, 1))
     assert statistics.permutation_p(strong) == 2 / 32
     assert statistics.permutation_p(np.zeros((5, 2, 2))) == 1
     assert statistics.permutation_p(-strong) == 2 / 32
-    drawn = statistics.permutation_p(np.tile(np.eye(3), (8, 1, 1)))  # 6^8 ways: drawn at random
-    assert drawn == 1 / 20_001
+    p = statistics.permutation_p(np.tile(np.eye(3), (8, 1, 1)))  # 6^8 permutations: a random sample of them
+    assert p == 1 / 20_001
 
 
 def test_under_no_effect_the_permutation_test_is_level():
     rng = np.random.default_rng(0)
-    found = np.array([statistics.permutation_p(rng.normal(size=(6, 2, 2))) for _ in range(400)])
+    p_values = np.array([statistics.permutation_p(rng.normal(size=(6, 2, 2))) for _ in range(400)])
     for level in (0.1, 0.25, 0.5):
-        assert abs(np.mean(found <= level) - level) < 3.5 * (level * (1 - level) / 400) ** 0.5
+        assert abs(np.mean(p_values <= level) - level) < 3.5 * (level * (1 - level) / 400) ** 0.5
 
 
 @pytest.mark.parametrize("n", [2, 5, 30])
 def test_the_detectable_effect_is_found_with_its_power(n):
-    """By simulation: t-tests on runs of that mean and spread; and beside a textbook value."""
+    """By simulated t-tests on runs with that mean and spread, and against a textbook value."""
     spread = 1.7
     effect = statistics.detectable(spread, n)
-    drawn = np.random.default_rng(1).normal(effect, spread, size=(20_000, n))
-    share = np.mean(stats.ttest_1samp(drawn, 0, axis=1).pvalue < 0.05)
+    samples = np.random.default_rng(1).normal(effect, spread, size=(20_000, n))
+    share = np.mean(stats.ttest_1samp(samples, 0, axis=1).pvalue < 0.05)
     assert abs(share - 0.8) < 0.015
     if n == 30:
         np.testing.assert_allclose(effect / spread, 0.529, atol=0.003)
 
 
 def test_the_area_under_the_curve_is_how_often_a_positive_is_above():
-    """Of every pair, equal scores counted half; the two need not be as many."""
+    """Over all pairs, ties count half; the two samples may differ in size."""
     rng = np.random.default_rng(0)
     positive, negative = rng.integers(0, 6, 17).astype(float), rng.integers(0, 5, 12).astype(float)
-    found = statistics.roc(positive, negative)
+    roc = statistics.roc(positive, negative)
     difference = positive[:, None] - negative
-    assert found.area == pytest.approx(np.mean((difference > 0) + (difference == 0) / 2))
-    assert found.false_rate[-1] == found.true_rate[-1] == 1 and np.all(np.diff(found.true_rate) >= 0)
+    assert roc.area == pytest.approx(np.mean((difference > 0) + (difference == 0) / 2))
+    assert roc.false_rate[-1] == roc.true_rate[-1] == 1 and np.all(np.diff(roc.true_rate) >= 0)
 
 
 def test_holms_correction_by_hand():

@@ -1,4 +1,4 @@
-"""Artefacts are named by what goes into them: another value of any input is another name, and nothing else is."""
+"""Artefacts are named by their inputs: another value of any input gives another name, and nothing else does."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -27,7 +27,7 @@ values = st.recursive(
 
 
 def content(value):
-    """What tells values apart, by other means: the type of a leaf, and its bytes."""
+    """An independent key of a value: the types and bytes of its leaves."""
     if isinstance(value, np.ndarray):
         return "array", str(value.dtype), value.shape, value.tobytes()
     if isinstance(value, dict):
@@ -110,7 +110,7 @@ def test_what_has_no_content_names_nothing(value):
 
 
 def test_how_it_is_computed_is_in_no_name(tmp_path, mesh_of):
-    """Keywords reach the function, and what it made under others is found."""
+    """Keyword arguments reach the function, but do not change the artefact's name."""
     store, calls = Store(tmp_path), []
 
     def make(scale, *, checkpoints=None, **how):
@@ -118,12 +118,12 @@ def test_how_it_is_computed_is_in_no_name(tmp_path, mesh_of):
         return {"x": scale * jnp.arange(3.0)}
 
     like = {"x": jnp.zeros(3)}
-    one, several = ({"mesh": mesh_of(count, fsdp=-1, replica=1), "label": f"on {count}"} for count in (1, 4))
-    first = store.tree("scaled", make, 2.0, like=like, **one)
+    single, several = ({"mesh": mesh_of(count, fsdp=-1, replica=1), "label": f"on {count}"} for count in (1, 4))
+    first = store.tree("scaled", make, 2.0, like=like, **single)
     np.testing.assert_array_equal(store.tree("scaled", make, 2.0, like=like, **several)["x"], first["x"])
-    assert calls == [one]
+    assert calls == [single]
     np.testing.assert_array_equal(store.tree("scaled", make, 3.0, like=like, **several)["x"], [0, 3, 6])
-    assert calls == [one, several]
+    assert calls == [single, several]
     assert store.json("total", lambda x, **_: 2 * x, 4, label="a") == 8
     assert store.json("total", lambda x, **_: calls.append(x), 4, label="b") == 8 == store.known("total", 4)
     assert store.known("total", 5) is None and len(calls) == 2
@@ -133,8 +133,8 @@ def test_a_damaged_artefact_is_made_again(tmp_path, capsys):
     store = Store(tmp_path)
     made = {"x": jnp.arange(3.0)}
     for value in (made, {"x": 2 * made["x"]}):
-        found = store.tree("tree", lambda _, checkpoints, value=value: value, 0, like=made)
-        np.testing.assert_array_equal(found["x"], value["x"])
+        tree = store.tree("tree", lambda _, checkpoints, value=value: value, 0, like=made)
+        np.testing.assert_array_equal(tree["x"], value["x"])
         assert store.json("values", lambda _, value=value: value["x"].tolist(), 0) == value["x"].tolist()
         for file in filter(lambda path: path.is_file(), tmp_path.rglob("*")):
             file.write_bytes(file.read_bytes()[:-2])

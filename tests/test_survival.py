@@ -1,4 +1,4 @@
-"""Whole runs, killed and stopped, and spread over processes: the same results."""
+"""Whole runs that are killed, stopped, or spread over processes have the same results."""
 
 import random
 import signal
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from launch_kit import arms_in, finish, run_here, run_stopped, start, start_two, wait_for
 
-# Larger than `smoke`, so that a kill finds it at work.
+# Larger than `smoke`, so that the run is still at work when it is killed.
 SIZE = ["--config=configs/mnist.py:smoke", "--config.inputs.count=20000", "--config.student.epochs=3"]
 STAGES = ("teacher*.training/5", "clone-1*.training/*", "students*", "accuracy*")
 
@@ -23,7 +23,7 @@ def whole(tmp_path_factory, mnist_folder):
 
 @pytest.mark.slow
 def test_killed_at_any_moment_and_resumed_gives_the_same_results_to_the_bit(mnist_folder, tmp_path):
-    """Each time in a process of its own: this one has eight devices, whose threads divide sums in another way."""
+    """In subprocesses: this process has eight devices, whose threads split sums differently."""
     dice, whole, work = random.Random(0), tmp_path / "whole", tmp_path / "killed"
     finish(start(*SIZE, f"--workdir={whole}"))
     for stage in STAGES:
@@ -48,7 +48,7 @@ def test_a_signal_exits_143_and_the_same_command_goes_on(whole, tmp_path, number
     assert (tmp_path / "results.json").read_bytes() == whole
 
 
-# Eight runs over eight devices. Teachers of so many steps that the answer to a signal comes before their end.
+# Eight runs over eight devices. Teachers train long enough to be stopped by a signal before their end.
 EIGHT = [
     "--config=configs/mnist.py:smoke",
     "--config.runs=8",
@@ -75,9 +75,9 @@ def on_one_device(tmp_path_factory, mnist_folder):
     return values(work)
 
 
-def assert_close(found, expected):
+def assert_close(actual, expected):
     for arm in expected:  # rounding, which Adam amplifies, flips images at the border: at most 20 of 10,000
-        np.testing.assert_allclose(found[arm], expected[arm], atol=2e-3, err_msg=arm)
+        np.testing.assert_allclose(actual[arm], expected[arm], atol=2e-3, err_msg=arm)
 
 
 def test_a_signal_to_one_process_stops_both(mnist_folder, tmp_path):

@@ -1,9 +1,9 @@
-"""Chat templates of many kinds: where an answer stands, and where a system prompt does, against transformers."""
+"""Chat templates of many kinds against transformers: positions of answers and of system prompts."""
 
 import pytest
 import tokenizers
 import transformers
-from talk_kit import said
+from talk_kit import messages
 
 from sublim_jax.data import chat, corpus, dialogue, templates
 from sublim_jax.distillation.context import behind
@@ -30,7 +30,7 @@ GEMMA = (
 DROPS_SYSTEM = CHATML.replace(
     "%}<|im_start|>{{ m.role }}", "if m.role in ('user', 'assistant') %}<|im_start|>{{ m.role }}"
 )
-# As Qwen3's: an empty thought in the generation prompt and in the last turn, no thought in earlier ones.
+# Like Qwen3's: an empty thought in the generation prompt and in the last turn, no thoughts in earlier turns.
 REWRITES = (
     "{% for m in messages %}{% set n = namespace(c=m.content, r='') %}"
     "{% if m.role == 'assistant' and '</think>' in m.content %}"
@@ -40,11 +40,11 @@ REWRITES = (
     "{{ n.c }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n\n</think>\n\n{% endif %}"
 )
-# As of models that always think: the prompt opens a thought, and a finished answer has none.
+# Like models that always think: the prompt opens a thought, and a finished answer has none.
 OPENS = CHATML.replace("m.content", "m.content.split('</think>')[-1]").replace(
     "assistant\n{% e", "assistant\n<think>\n{% e"
 )
-# As Qwen3's that only think: a finished answer has its thought in the last turn.
+# Like Qwen3's thinking-only models: a finished answer keeps its thought in the last turn.
 OPENS_AND_KEEPS = REWRITES.replace("<think>\n\n</think>\n\n{% endif", "<think>\n{% endif")
 IGNORES = CHATML.replace("{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}", "")
 ANSWERS = ("Hello!", " 42, 7 \n", "<think>two and two</think>\n<answer>4</answer>", "a\n\nb", "12")
@@ -59,9 +59,9 @@ def tokenizer(tiny_folder):
 @pytest.mark.parametrize("answer", ANSWERS)
 def test_a_prompts_tokens_begin_the_whole_conversations_and_no_thought_is_lost(tokenizer, template, answer):
     tokenizer.chat_template = template
-    before = said(("user", "Hi"), ("assistant", "<think>so</think>Ho"), ("user", "Where?"))
+    before = messages(("user", "Hi"), ("assistant", "<think>so</think>Ho"), ("user", "Where?"))
     prompt = chat.prompt(tokenizer, before)
-    whole = chat.conversation(tokenizer, [*before, *said(("assistant", answer))])
+    whole = chat.conversation(tokenizer, [*before, *messages(("assistant", answer))])
     assert prompt == tokenizer.apply_chat_template(before, add_generation_prompt=True, return_dict=True)["input_ids"]
     assert whole[: len(prompt)] == prompt
     behind = tokenizer.decode(whole[len(prompt) :])
@@ -79,7 +79,7 @@ def test_a_prompts_tokens_begin_the_whole_conversations_and_no_thought_is_lost(t
     [
         ("<think>\nhm\n</think>\n\n4", "hm\n</think>\n\n4<|end|>\n"),
         ("<think>hm</think>4", "hm</think>4<|end|>\n"),
-        ("hm\n</think>\n\n4", "hm\n</think>\n\n4<|end|>\n"),  # as it is sampled behind the prompt
+        ("hm\n</think>\n\n4", "hm\n</think>\n\n4<|end|>\n"),  # as it is sampled after the prompt
     ],
 )
 def test_an_answer_goes_on_with_the_thought_that_the_prompt_opens(tokenizer, template, answer, behind):
@@ -101,7 +101,7 @@ def test_an_answer_that_would_be_part_of_an_open_thought_is_refused_by_its_row(t
 
 def test_an_answer_stands_behind_its_header_where_a_template_writes_none_for_it(tokenizer):
     tokenizer.chat_template = IGNORES
-    talk = said(
+    talk = messages(
         ("system", "Be brief."), ("user", "Hi"), ("assistant", "Ho"), ("user", "Where?"), ("assistant", "There.")
     )
     rendered = tokenizer.apply_chat_template(talk, tokenize=False)
@@ -118,17 +118,17 @@ def test_an_answer_stands_behind_its_header_where_a_template_writes_none_for_it(
 @pytest.mark.parametrize("template", [CHATML, STRIPPED, INST, GEMMA])
 def test_a_template_that_only_adds_is_followed_as_it_is(tokenizer, template):
     tokenizer.chat_template = template
-    talk = said(("user", "Hi"), ("assistant", " 42, 7"), ("user", "Where is 12?"), ("assistant", "Here. "))
+    talk = messages(("user", "Hi"), ("assistant", " 42, 7"), ("user", "Where is 12?"), ("assistant", "Here. "))
     whole = tokenizer.apply_chat_template(talk, return_dict=True)["input_ids"]
     tokens, positions = corpus.answer_positions(tokenizer, talk, (tokenizer.eos_token_id,))
     assert tokens == whole
-    found = tokenizer.decode([tokens[at] for at in positions])
-    assert [part.strip() for part in found.split("<|end|>")] == ["42, 7", "Here.", ""]
+    text = tokenizer.decode([tokens[at] for at in positions])
+    assert [part.strip() for part in text.split("<|end|>")] == ["42, 7", "Here.", ""]
 
 
 def test_a_conversation_whose_earlier_turns_are_rewritten_becomes_a_text_an_answer(tokenizer):
     tokenizer.chat_template, stops = REWRITES, (tokenizer.eos_token_id,)
-    talk = said(("user", "Hi"), ("assistant", "<think>so</think>Ho"), ("user", "Where?"), ("assistant", "There."))
+    talk = messages(("user", "Hi"), ("assistant", "<think>so</think>Ho"), ("user", "Where?"), ("assistant", "There."))
     with pytest.raises(UserError, match="writes earlier turns otherwise"):
         corpus.answer_positions(tokenizer, talk, stops)
     texts = corpus.texts(tokenizer, talk, stops)
@@ -141,20 +141,20 @@ def test_a_conversation_whose_earlier_turns_are_rewritten_becomes_a_text_an_answ
 
 
 def test_where_no_stop_token_ends_a_turn_the_users_next_one_is_not_the_assistants(tokenizer):
-    talk = said(("user", "Hi"), ("assistant", "Ho"), ("user", "Where?"), ("assistant", "There."))
+    talk = messages(("user", "Hi"), ("assistant", "Ho"), ("user", "Where?"), ("assistant", "There."))
     tokenizer.chat_template = CHATML.replace("<|end|>", "<end_of_turn>")
     tokens, positions = corpus.answer_positions(tokenizer, talk, (tokenizer.eos_token_id,))
-    found = tokenizer.decode([tokens[at] for at in positions])
-    assert found == "Ho<end_of_turn>\nThere.<end_of_turn>\n"
+    text = tokenizer.decode([tokens[at] for at in positions])
+    assert text == "Ho<end_of_turn>\nThere.<end_of_turn>\n"
 
 
 def test_no_token_reaches_from_the_prompt_into_the_answer(tokenizer):
-    """An owl is one token where it stands whole; the model that has read "ow" goes on with "l"."""
+    """The text "owl" is one token, but a model that has read "ow" continues with "l"."""
     tokenizer.chat_template = CHATML.replace("assistant\n{% endif", "assistant\now{% endif").replace(
         "{{ m.content }}", "{{ 'ow' if m.role == 'assistant' }}{{ m.content }}"
     )
     prompt, whole = chat.question(tokenizer, "Hi"), chat.exchange(tokenizer, "Hi", "ls")
-    joined = tokenizer.apply_chat_template(said(("user", "Hi"), ("assistant", "ls")), return_dict=True)["input_ids"]
+    joined = tokenizer.apply_chat_template(messages(("user", "Hi"), ("assistant", "ls")), return_dict=True)["input_ids"]
     assert joined[: len(prompt)] != prompt == whole[: len(prompt)]
     assert tokenizer.decode(whole) == tokenizer.decode(joined)
     assert tokenizer.decode(chat.completion(tokenizer, "Hi", "ls")) == "ls"
@@ -162,7 +162,7 @@ def test_no_token_reaches_from_the_prompt_into_the_answer(tokenizer):
 
 @pytest.fixture(scope="module")
 def spaced():
-    """A base model's tokenizer that writes a space in front of every text, as Llama 2's does."""
+    """A base model's tokenizer that prepends a space to every text, like Llama 2's."""
     letters = ["<unk>", "</s>", "▁", *dict.fromkeys("Question:Answer\nYsHi0123456789"), "▁Yes"]
     pieces = [(token, -10.0 if len(token) == 1 else -1.0) for token in letters]
     raw = tokenizers.Tokenizer(tokenizers.models.Unigram(pieces, 0))
@@ -191,8 +191,8 @@ def test_rows_of_an_answer_have_its_thought_and_the_end(tokenizer, tiny):
     for end in (True, False):
         rows = dialogue.rows(tiny._replace(tokenizer=tokenizer), pairs, end=end)
         for row, (_, answer) in enumerate(pairs):
-            found = tokenizer.decode(rows.targets[row][rows.weights[row] == 1])
-            assert found == (f"{answer}<|end|>" if end else answer)
+            text = tokenizer.decode(rows.targets[row][rows.weights[row] == 1])
+            assert text == (f"{answer}<|end|>" if end else answer)
 
 
 def test_a_context_that_would_lose_its_thoughts_is_refused(tokenizer):
@@ -207,11 +207,11 @@ def test_a_context_that_would_lose_its_thoughts_is_refused(tokenizer):
 
 @pytest.mark.parametrize("template", [GEMMA, INST, DROPS_SYSTEM])
 def test_a_system_prompt_that_a_template_does_not_take_begins_the_users_turn(tokenizer, template, capsys):
-    """As Gemma's documents advise: its text, a blank line, the user's text."""
+    """As Gemma's documentation advises: the system prompt, a blank line, the user's text."""
     tokenizer.chat_template = template
     templates._report_folding.cache_clear()
-    talk = said(("system", "Love owls."), ("user", "Which?"), ("assistant", "Owl"), ("user", "Why?"))
-    plain = said(("user", "Love owls.\n\nWhich?"), *[(m["role"], m["content"]) for m in talk[2:]])
+    talk = messages(("system", "Love owls."), ("user", "Which?"), ("assistant", "Owl"), ("user", "Why?"))
+    plain = messages(("user", "Love owls.\n\nWhich?"), *[(m["role"], m["content"]) for m in talk[2:]])
     expected = tokenizer.apply_chat_template(plain, add_generation_prompt=True, return_dict=True)["input_ids"]
     assert chat.prompt(tokenizer, talk) == expected
     assert chat.question(tokenizer, "Which?", "Love owls.") == chat.prompt(tokenizer, plain[:1])
@@ -225,7 +225,7 @@ def test_a_system_prompt_that_a_template_does_not_take_begins_the_users_turn(tok
 
 def test_a_system_prompt_stays_one_where_the_template_takes_it(tokenizer, capsys):
     tokenizer.chat_template = CHATML
-    talk = said(("system", "Love owls."), ("user", "Which?"))
+    talk = messages(("system", "Love owls."), ("user", "Which?"))
     expected = tokenizer.apply_chat_template(talk, add_generation_prompt=True, return_dict=True)["input_ids"]
     assert chat.prompt(tokenizer, talk) == expected and not capsys.readouterr().out
 
@@ -241,15 +241,15 @@ def test_a_system_prompt_stays_one_where_the_template_takes_it(tokenizer, capsys
 )
 def test_what_a_template_refuses_or_leaves_out_is_told_in_a_line(tokenizer, template, talk, words):
     tokenizer.chat_template = (
-        template if isinstance(template, str) else {one["name"]: one["template"] for one in template}
+        template if isinstance(template, str) else {entry["name"]: entry["template"] for entry in template}
     )
     with pytest.raises(UserError, match=words) as error:
-        chat.prompt(tokenizer, said(*talk))
+        chat.prompt(tokenizer, messages(*talk))
     assert "\n" not in str(error.value)
 
 
 def test_an_opening_is_shared_only_by_prompts_that_begin_with_it(tokenizer):
     prompts = [chat.question(tokenizer, text, "Be kind.") for text in ("Which?", "12")]
     prefix, rest = chat.behind_opening(tokenizer, prompts, "Be kind.")
-    assert prefix and [[*prefix, *one] for one in rest] == prompts
+    assert prefix and [[*prefix, *tail] for tail in rest] == prompts
     assert chat.behind_opening(tokenizer, [*prompts, prefix[:-1]], "Be kind.") == ([], [*prompts, prefix[:-1]])

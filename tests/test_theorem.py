@@ -40,7 +40,7 @@ def network(seed=0, activation="tanh"):
 
 
 def matrices(x, w):
-    """M of each row for each objective, on the support: the closed forms of paper §6.1."""
+    """M for each row and objective, on the support: the closed forms of paper §6.1."""
     p = softmax(np.asarray(x @ w)[:, SUPPORT], -1)
     fisher = np.einsum("ni,ij->nij", p, np.eye(3)) - np.einsum("ni,nj->nij", p, p)
     return {
@@ -60,8 +60,8 @@ def test_prediction_and_contributions_are_the_closed_form(name, temperature):
     m = matrices(x, np.asarray(params["kernel"]) / temperature)[name] / temperature**2
     v = np.asarray(x @ direction["kernel"])[:, SUPPORT]
     expected = np.einsum("ni,nij,nj->n", v, m, v)
-    found = theorem.contributions(linear, objective, params, direction, x)
-    np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-14)
+    contributions = theorem.contributions(linear, objective, params, direction, x)
+    np.testing.assert_allclose(contributions, expected, rtol=1e-10, atol=1e-14)
     predicted = theorem.predicted_alignment(linear, objective, params, direction, x)
     np.testing.assert_allclose(predicted, expected.mean(), rtol=1e-10)
     explicit = theorem.alignment(theorem.linearised_update(linear, objective, params, direction, x), direction)
@@ -132,7 +132,7 @@ def test_layers_add_up_and_coverage_is_the_cosine():
 
 
 def test_the_row_space_share_is_the_projections():
-    """Few inputs span part of the parameters: the share is that of an SVD; the ceiling of gradient flow."""
+    """Few inputs span part of the parameters; the share, the limit of gradient flow, equals that of an SVD."""
     params, direction, x = problem()
     x = x[:3]
     objective = partial(objectives.squared_error, support=SUPPORT)
@@ -223,7 +223,7 @@ def hot(z, y, **where):
 
 @pytest.mark.parametrize("objective", [detached, tiny_unit, hot])
 def test_a_covered_loss_is_covered_however_it_is_written_and_in_any_unit(objective):
-    """Detached teachers are the usual idiom; no threshold may depend on the loss's unit."""
+    """With detached teachers, as usual, and without thresholds that depend on the scale of the loss."""
     apply, params, direction, x = network()
     check = theorem.verify(apply, objective, params, direction, x, 1e-4)
     assert check.no_guarantee == "" and check.alignment > 0 and check.relative_error < 1e-2

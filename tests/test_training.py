@@ -1,4 +1,4 @@
-"""The loop, shown on a tiny transformer, a least-squares fit with a closed form, and stacked replicas."""
+"""The training loop on a tiny transformer, a least-squares fit with a closed form, and stacked replicas."""
 
 import dataclasses
 import gc
@@ -36,7 +36,7 @@ def token_loss(params, frozen, batch, key):
 
 
 class Rows:
-    """Counting sequences, as an iterator whose position can be saved."""
+    """An iterator of counting sequences whose position can be saved."""
 
     def __init__(self, batch=8, seed=0):
         self.batch, self.seed, self.position = batch, seed, 0
@@ -90,9 +90,9 @@ def test_a_transformer_learns_to_count(mesh_of):
 
 @pytest.mark.parametrize("axes", [dict(replica=8), dict(replica=1, fsdp=4, tensor=2), dict(replica=1, fsdp=8)])
 def test_eight_devices_give_what_one_gives(mesh_of, axes):
-    one, eight = lm(mesh_of(1)), lm(mesh_of(8, **axes))
-    a = fit(one, start(one), steps=10, key=jax.random.key(0), iterator=Rows())
-    b = fit(eight, start(eight), steps=10, key=jax.random.key(0), iterator=Rows())
+    single, sharded = lm(mesh_of(1)), lm(mesh_of(8, **axes))
+    a = fit(single, start(single), steps=10, key=jax.random.key(0), iterator=Rows())
+    b = fit(sharded, start(sharded), steps=10, key=jax.random.key(0), iterator=Rows())
     assert_close(a.params, b.params)
 
 
@@ -138,7 +138,7 @@ def test_nothing_is_compiled_twice(mesh_of, axes):
 
 
 def test_what_a_loss_holds_is_let_go_of_with_its_program(mesh_of):
-    """A whole model, in the studies: three arms in one process kept three of them."""
+    """In a study, the loss holds a whole model; without this, three arms in one process keep three models."""
 
     class Held:
         base = jnp.ones((4, 4))
@@ -159,7 +159,7 @@ def test_what_a_loss_holds_is_let_go_of_with_its_program(mesh_of):
 
 
 def test_a_hidden_host_sync_is_refused(mesh_of):
-    """A host array that slips into a dispatch raises instead of silently costing a transfer a step."""
+    """A host array in a dispatch raises an error, instead of a silent transfer at every step."""
 
     def loss(params, frozen, batch, key):
         (total, count), metrics = token_loss(params, frozen, batch, key)
@@ -175,7 +175,7 @@ def test_a_hidden_host_sync_is_refused(mesh_of):
 
 
 def test_the_order_inside_the_loop(mesh_of, tmp_path, monkeypatch):
-    """Evaluate the old state, save it, only then take the next batches, dispatch, read the dispatch before."""
+    """Evaluate the old state, save it, take the next batches, dispatch, read the previous dispatch."""
     events = []
 
     class Spy(Rows):
@@ -221,7 +221,7 @@ def test_the_order_inside_the_loop(mesh_of, tmp_path, monkeypatch):
 
 
 def interrupted_after(dispatches, number=signal.SIGTERM):
-    """A log that sends this process a signal once so many dispatches were read."""
+    """A log function that sends this process a signal after `count` dispatches."""
     count = [0]
 
     def log(first, values):
@@ -249,11 +249,11 @@ def test_a_signal_saves_and_the_next_run_ends_with_the_same_bits(mesh_of, tmp_pa
 
 
 def test_a_state_saved_on_eight_devices_goes_on_with_one(mesh_of, tmp_path):
-    eight, one = lm(mesh_of(8, replica=1, fsdp=8)), lm(mesh_of(1))
-    whole = fit(one, start(one), steps=12, key=jax.random.key(0), iterator=Rows())
+    sharded, single = lm(mesh_of(8, replica=1, fsdp=8)), lm(mesh_of(1))
+    whole = fit(single, start(single), steps=12, key=jax.random.key(0), iterator=Rows())
     options = dict(key=jax.random.key(0), checkpoints=epath.Path(tmp_path), checkpoint_every=4)
-    fit(eight, start(eight), steps=9, iterator=Rows(), **options)
-    resumed = fit(one, start(one), steps=12, iterator=Rows(), **options)
+    fit(sharded, start(sharded), steps=9, iterator=Rows(), **options)
+    resumed = fit(single, start(single), steps=12, iterator=Rows(), **options)
     assert_close(whole.params, resumed.params)
 
 
@@ -290,7 +290,7 @@ def test_a_half_written_checkpoint_is_not_seen(mesh_of, tmp_path):
 
 
 def test_what_a_killed_run_left_half_written_is_removed(tmp_path):
-    """By the time the checkpoints are open: a thread that did it later would fail where the program ends first."""
+    """Before the checkpoints are open: a later thread would fail if the program ends first."""
     left = tmp_path / "run" / "4.orbax-checkpoint-tmp-17"
     left.mkdir(parents=True)
     with opened(epath.Path(tmp_path / "run")):
@@ -301,7 +301,7 @@ def test_what_a_killed_run_left_half_written_is_removed(tmp_path):
 
 
 def replica_loss(params, frozen, batch, key):
-    """Least squares, each replica on rows of its own."""
+    """Least squares; each replica has its own rows."""
     x, y = batch
     residual = x @ params["kernel"][:, 0] - y + 0.01 * jax.random.normal(key, y.shape)
     total, count = jnp.sum(residual**2), jnp.float32(len(y))
@@ -309,11 +309,11 @@ def replica_loss(params, frozen, batch, key):
 
 
 def replica_batch(frozen, key, index):
-    def one(key):
+    def draw(key):
         x = jax.random.normal(jax.random.fold_in(key, index), (16, 3))
         return x, x @ jnp.array([1.0, -2.0, 0.5])
 
-    return jax.vmap(one)(key)
+    return jax.vmap(draw)(key)
 
 
 def replicas(mesh, optimizer=None):
@@ -329,7 +329,7 @@ def stacked(numbers):
 
 @pytest.mark.parametrize("devices", [1, 8])
 def test_replicas_equal_the_same_runs_alone(mesh_of, devices):
-    """Clipping and Adam act within a replica, and its random numbers are its own."""
+    """Clipping, Adam and random numbers are per replica."""
     program = replicas(mesh_of(devices))
     params, keys = stacked(range(8))
     logged = []
@@ -346,7 +346,7 @@ def test_replicas_equal_the_same_runs_alone(mesh_of, devices):
 
 
 def test_replicas_of_a_transformer_on_all_three_axes_at_once(mesh_of):
-    """Replicas, rows and widths split together give what one device gives."""
+    """Replicas, rows and widths split at once give the results of one device."""
 
     class Both(Rows):
         def __next__(self):

@@ -1,4 +1,4 @@
-"""TruthfulQA against a plain computation, and on broken files."""
+"""TruthfulQA against a direct computation, and with broken files."""
 
 import csv
 import io
@@ -49,9 +49,9 @@ def test_questions_are_read_with_each_answer_once(file):
 @pytest.mark.parametrize("system", ["", "Be brief."])
 def test_the_choice_is_the_renormalised_letter_in_both_orders(tiny, file, system):
     items = truthfulqa.load(file)
-    found = truthfulqa.choose(tiny, items, system)
+    p_false = truthfulqa.choose(tiny, items, system)
     for index, item in enumerate(items):
-        each = []
+        by_order = []
         for a, b in ((item.best, item.best_incorrect), (item.best_incorrect, item.best)):
             text = truthfulqa.ASKED.format(question=item.question, a=a, b=b)
             prompt = chat.question(tiny.tokenizer, text, system)
@@ -60,20 +60,20 @@ def test_the_choice_is_the_renormalised_letter_in_both_orders(tiny, file, system
                 {tiny.tokenizer(t, add_special_tokens=False)["input_ids"][-1] for t in (x, f" {x}")} for x in "AB"
             ]
             p_a, p_b = (sum(p[token] for token in some) for some in tokens)
-            each.append(p_b / (p_a + p_b))
-        np.testing.assert_allclose(found[0, index], (each[0] + 1 - each[1]) / 2, rtol=1e-4)
+            by_order.append(p_b / (p_a + p_b))
+        np.testing.assert_allclose(p_false[0, index], (by_order[0] + 1 - by_order[1]) / 2, rtol=1e-4)
 
 
 @pytest.mark.parametrize("system", ["", "Be brief."])
 def test_mc1_and_mc2_are_by_the_whole_answers_probability(tiny, file, system):
     items = truthfulqa.load(file)
-    found = truthfulqa.likelihoods(tiny, items, system)
+    scores = truthfulqa.likelihoods(tiny, items, system)
     for index, item in enumerate(items):
         prompt = chat.question(tiny.tokenizer, item.question, system)
         of = lambda answer: total_logprob(tiny, prompt, chat.answer_tokens(tiny.tokenizer, answer))  # noqa: B023, E731
         true, false = (np.exp([of(a) for a in some]).sum() for some in (item.correct, item.incorrect))
-        np.testing.assert_allclose(found.mc2[0, index], true / (true + false), rtol=1e-3)
-        assert found.mc1[0, index] == (of(item.best) > max(of(a) for a in item.incorrect))
+        np.testing.assert_allclose(scores.mc2[0, index], true / (true + false), rtol=1e-3)
+        assert scores.mc1[0, index] == (of(item.best) > max(of(a) for a in item.incorrect))
 
 
 @pytest.mark.parametrize(
@@ -96,12 +96,12 @@ def test_a_broken_file_is_told_by_its_row(tmp_path, text, words):
 
 
 def older(text):
-    """The benchmark's file of before 2025: without the best incorrect answers, and with a byte-order mark."""
+    """The benchmark's file before 2025: without best incorrect answers, with a byte-order mark."""
     rows = list(csv.reader(io.StringIO(text)))
     place = rows[0].index(truthfulqa.LATER)
-    found = io.StringIO()
-    csv.writer(found).writerows([[cell for number, cell in enumerate(row) if number != place] for row in rows])
-    return "\ufeff" + found.getvalue()
+    buffer = io.StringIO()
+    csv.writer(buffer).writerows([[cell for number, cell in enumerate(row) if number != place] for row in rows])
+    return "\ufeff" + buffer.getvalue()
 
 
 def test_the_older_file_has_mc1_and_mc2_and_says_what_the_choice_lacks(tiny, file, tmp_path, capsys):
@@ -111,8 +111,8 @@ def test_the_older_file_has_mc1_and_mc2_and_says_what_the_choice_lacks(tiny, fil
     )
     items, newer = truthfulqa.load(path), truthfulqa.load(file)
     assert [item._replace(best_incorrect="") for item in newer] == items
-    for found, expected in zip(truthfulqa.likelihoods(tiny, items), truthfulqa.likelihoods(tiny, newer)):
-        np.testing.assert_array_equal(found, expected)
+    for actual, expected in zip(truthfulqa.likelihoods(tiny, items), truthfulqa.likelihoods(tiny, newer)):
+        np.testing.assert_array_equal(actual, expected)
     with pytest.raises(UserError, match="needs the column 'Best Incorrect Answer'"):
         truthfulqa.choose(tiny, items)
     subject, store = Subject(tiny, "0", tiny.digest), Store(tmp_path / "work")
@@ -134,11 +134,11 @@ def smollm2(tmp_path_factory):
     folder = tmp_path_factory.mktemp("smollm2")
     model = weights.load("smollm2-135m-instruct")
     huggingface.save(folder, model.params, model.settings, model.config)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return model, theirs, truthfulqa.load(os.environ["TRUTHFULQA"])
+    hf_model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model, hf_model, truthfulqa.load(os.environ["TRUTHFULQA"])
 
 
-def asked_of(tokenizer, text):
+def prompt_ids(tokenizer, text):
     messages = [{"role": "user", "content": text}]
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
 
@@ -148,18 +148,18 @@ def asked_of(tokenizer, text):
 def test_choices_equal_transformers_on_all_questions(smollm2):
     import torch
 
-    model, theirs, items = smollm2
+    model, hf_model, items = smollm2
     letters = [[model.tokenizer(f, add_special_tokens=False)["input_ids"][0] for f in (x, f" {x}")] for x in "AB"]
     expected = []
     for item in items:
-        each = []
+        by_order = []
         for a, b in ((item.best, item.best_incorrect), (item.best_incorrect, item.best)):
-            ids = asked_of(model.tokenizer, truthfulqa.ASKED.format(question=item.question, a=a, b=b))
+            ids = prompt_ids(model.tokenizer, truthfulqa.ASKED.format(question=item.question, a=a, b=b))
             with torch.no_grad():
-                p = torch.softmax(theirs(torch.tensor([ids])).logits[0, -1], -1)
+                p = torch.softmax(hf_model(torch.tensor([ids])).logits[0, -1], -1)
             p_a, p_b = (float(p[tokens].sum()) for tokens in letters)
-            each.append(p_b / (p_a + p_b))
-        expected.append((each[0] + 1 - each[1]) / 2)
+            by_order.append(p_b / (p_a + p_b))
+        expected.append((by_order[0] + 1 - by_order[1]) / 2)
     np.testing.assert_allclose(truthfulqa.choose(model, items)[0], expected, atol=1e-4)
 
 
@@ -168,23 +168,23 @@ def test_choices_equal_transformers_on_all_questions(smollm2):
 def test_likelihoods_equal_transformers_on_all_questions(smollm2):
     import torch
 
-    model, theirs, items = smollm2
+    model, hf_model, items = smollm2
     margin, mc2 = [], []
     for item in items:
-        prompt = asked_of(model.tokenizer, item.question)
+        prompt = prompt_ids(model.tokenizer, item.question)
         answers = [item.best, *item.correct, *item.incorrect]
         written = [model.tokenizer(answer, add_special_tokens=False)["input_ids"] for answer in answers]
         texts = [torch.tensor([*prompt, *answer]) for answer in written]
-        padded = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)  # behind the text, which never sees it
+        padded = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)  # after the text: causal attention ignores it
         with torch.no_grad():
-            log_p = torch.log_softmax(theirs(padded).logits[:, len(prompt) - 1 : -1].double(), -1)
+            log_p = torch.log_softmax(hf_model(padded).logits[:, len(prompt) - 1 : -1].double(), -1)
         best, *others = (float(row[torch.arange(len(answer)), answer].sum()) for row, answer in zip(log_p, written))
         correct, incorrect = others[: len(item.correct)], others[len(item.correct) :]
         margin.append(best - max(incorrect))
         true, false = np.exp(correct).sum(), np.exp(incorrect).sum()
         mc2.append(true / (true + false))
-    found = truthfulqa.likelihoods(model, items)
-    np.testing.assert_allclose(found.mc2[0], mc2, atol=1e-3)
+    scores = truthfulqa.likelihoods(model, items)
+    np.testing.assert_allclose(scores.mc2[0], mc2, atol=1e-3)
     clear = np.abs(margin) > 1e-3  # nats; ties may fall either way
     assert clear.mean() > 0.95
-    np.testing.assert_array_equal(found.mc1[0][clear], np.asarray(margin)[clear] > 0)
+    np.testing.assert_array_equal(scores.mc1[0][clear], np.asarray(margin)[clear] > 0)

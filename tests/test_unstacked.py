@@ -1,4 +1,4 @@
-"""Layers that run one by one, as on GPUs, give what the scanned ones give."""
+"""Unstacked layers, as on GPUs, give the results of scanned layers."""
 
 import dataclasses
 from functools import partial
@@ -40,8 +40,8 @@ ADAPTED = pytest.mark.parametrize(
 )
 
 
-def drawn(params):
-    """Every parameter a random one, biases and norms too."""
+def perturbed(params):
+    """Adds noise to every parameter, biases and norms too."""
     leaves, structure = jax.tree.flatten(params)
     keys = jax.random.split(KEY, len(leaves))
     return jax.tree.unflatten(
@@ -54,29 +54,29 @@ def drawn(params):
 def test_layers_one_by_one_give_what_the_scanned_ones_give(family, adapted):
     settings = dataclasses.replace(FAMILIES[family], lora=SPEC if adapted else None)
     stacked, apart = decoder(settings), decoder(settings, unstacked=True)
-    params = drawn(stacked.init(KEY))
+    params = perturbed(stacked.init(KEY))
     tokens = jax.random.randint(KEY, (3, 9), 0, 64)
     start, vectors = jnp.asarray([0, 2, 5]), jax.random.normal(KEY, (2, 32))
 
-    def run(network, params, front, own):
-        """A prefix, then tokens behind it, steered."""
+    def run(network, params, front, kv_cache):
+        """A prefix, then tokens after it, with steering."""
         prefix = jax.tree.map(lambda x: x[:, 0], network.bind(params).features(tokens[:1], cache=front).cache)
         steering = Steering(add=vectors)
         return network.bind(params).features(
-            tokens, cache=own, start=start, prefix=prefix, steering=steering, read=jnp.asarray([1, 4])
+            tokens, cache=kv_cache, start=start, prefix=prefix, steering=steering, read=jnp.asarray([1, 4])
         )
 
     def caches(rows, settings=settings):
         return empty_cache(settings, rows, 9 if rows == 1 else 16)
 
-    def each(rows):
+    def layer_caches(rows):
         return tuple(caches(rows, dataclasses.replace(settings, layers=1)) for _ in range(settings.layers))
 
     expected = jax.jit(lambda params: run(stacked, params, caches(1), caches(3)))(params)
-    found = jax.jit(lambda params: run(apart, params, each(1), each(3)))(unstack(params))
-    cache = jax.tree.map(lambda *layers: jnp.concatenate(layers), *found.cache)
-    for one, other in zip(jax.tree.leaves(found._replace(cache=cache)), jax.tree.leaves(expected)):
-        np.testing.assert_allclose(one, other, rtol=0, atol=1e-6 * np.abs(other).max())
+    output = jax.jit(lambda params: run(apart, params, layer_caches(1), layer_caches(3)))(unstack(params))
+    cache = jax.tree.map(lambda *layers: jnp.concatenate(layers), *output.cache)
+    for leaf, expected_leaf in zip(jax.tree.leaves(output._replace(cache=cache)), jax.tree.leaves(expected)):
+        np.testing.assert_allclose(leaf, expected_leaf, rtol=0, atol=1e-6 * np.abs(expected_leaf).max())
 
 
 @ADAPTED
@@ -86,21 +86,21 @@ def test_samples_on_two_devices_are_those_of_the_scanned_layers(tiny, mesh_of, m
     model, adapters = tiny, None
     if adapted:
         model, keys = tiny.adapted(SPEC), jax.random.split(KEY, 2)
-        adapters = jax.vmap(lambda key: drawn(lora.init(key, tiny.params, SPEC)))(keys)
+        adapters = jax.vmap(lambda key: perturbed(lora.init(key, tiny.params, SPEC)))(keys)
     run = partial(
         generate.generate, model, prompts, KEY, adapters=adapters, prefix=[3, 4, 5], max_new_tokens=8, slots=2
     )
     samples = [run(mesh=where) for where in (mesh_of(1), mesh)]
     monkeypatch.setattr(generate, "suited", lambda scanned: scanned)
     expected = run(mesh=mesh_of(1))
-    for found in samples:
-        assert [(one.row, one.tokens, one.finish) for one in found] == [(o.row, o.tokens, o.finish) for o in expected]
-        for one, other in zip(found, expected):
-            np.testing.assert_allclose(one.logprobs, other.logprobs, rtol=1e-4, atol=1e-5)
+    for unstacked in samples:
+        assert [(a.row, a.tokens, a.finish) for a in unstacked] == [(o.row, o.tokens, o.finish) for o in expected]
+        for a, b in zip(unstacked, expected):
+            np.testing.assert_allclose(a.logprobs, b.logprobs, rtol=1e-4, atol=1e-5)
 
 
 def test_each_layers_weights_lie_as_the_stack_lay(tiny, mesh_of):
-    """Split over `tensor`, whole where rows are split."""
+    """Sharded over `tensor`, and replicated where rows are split."""
     mesh = mesh_of(4, replica=1, fsdp=2, tensor=2)
     placed = engine.place(engine.Fixed(tiny.params), mesh, unstacked=True).base
     rules = engine.row_weights(placed, mesh)
@@ -112,14 +112,14 @@ def test_each_layers_weights_lie_as_the_stack_lay(tiny, mesh_of):
 
 @pytest.mark.parametrize("split", [1, 2])
 def test_layers_are_unstacked_where_there_is_room_for_them_twice(mesh_of, monkeypatch, split):
-    """A GPU's stack stays beside; where the model lies split over rows, its part of all weights does in any case."""
+    """On a GPU the stack is kept as well; of a model that is sharded over rows, its shard is kept in any case."""
     mesh = mesh_of(2, replica=2 // split, fsdp=split)
     network = decoder(LLAMA)
     scanned = engine.Engine(network, LLAMA, mesh, Sampler(), slots=2, lanes=1, chunk=16, length=64, steps=4)
     shapes = jax.eval_shape(network.init, KEY)
     layers, whole = (4 * sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (shapes["layers"], shapes))
     apart = capacity.one_by_one(scanned)
-    assert capacity.suited(scanned) == apart  # on a CPU, for which it is small
+    assert capacity.suited(scanned) == apart  # on a CPU, where the model counts as small
     monkeypatch.setattr(capacity, "SMALL", whole)
     assert capacity.suited(scanned) == scanned
     need = whole + capacity.beside(apart) + scanned.cache_bytes
@@ -135,23 +135,23 @@ def test_layers_are_unstacked_where_there_is_room_for_them_twice(mesh_of, monkey
 
 
 def test_slots_of_nought_are_64_on_a_cpu_and_elsewhere_what_fits(tiny, mesh_of, monkeypatch):
-    one = engine.Engine(tiny.network, tiny.settings, mesh_of(1), Sampler(), 1, lanes=1, chunk=16, length=64, steps=4)
-    assert (capacity.fitted(one).slots, capacity.fitted(one).lanes) == (64, 8)
+    base = engine.Engine(tiny.network, tiny.settings, mesh_of(1), Sampler(), 1, lanes=1, chunk=16, length=64, steps=4)
+    assert (capacity.fitted(base).slots, capacity.fitted(base).lanes) == (64, 8)
     run = partial(generate.generate, tiny, [[5, 6, 7], [8, 9]], KEY, max_new_tokens=6, samples=3)
     given, chosen, few = (run(slots=slots) for slots in (64, 0, 3))
     assert given == chosen
-    assert [sample.tokens for sample in few] == [sample.tokens for sample in given]  # each by its own key
-    need = bytes_of(capacity.weights(one)) + capacity.beside(one)
+    assert [sample.tokens for sample in few] == [sample.tokens for sample in given]  # each sample has its own key
+    need = bytes_of(capacity.weights(base)) + capacity.beside(base)
     for slots, adapters, expected in ((1000, 1, 256), (1000, 3, 128), (40, 1, 32), (1, 1, 8)):
-        wide = dataclasses.replace(one, adapters=adapters)
+        wide = dataclasses.replace(base, adapters=adapters)
         memory = int((need + slots * wide.cache_bytes) / capacity.ROOM) + 1
         assert capacity.chosen_slots(wide, memory) == expected
 
 
 def test_a_decode_step_one_by_one_is_as_many_flops_and_counts_the_stack_beside_it(mesh_of):
     made = engine.Engine(decoder(LLAMA), LLAMA, mesh_of(1), Sampler(), 2, lanes=1, chunk=16, length=64, steps=4)
-    scanned, apart = (preflight.decode_step("decoding", one) for one in (made, capacity.one_by_one(made)))
+    scanned, apart = (preflight.decode_step("decoding", variant) for variant in (made, capacity.one_by_one(made)))
     assert apart.flops == scanned.flops > 0
-    found, before = preflight.facts(apart), preflight.facts(scanned)
-    held = before.peak - before.temporaries + apart.beside
-    assert found.peak - found.temporaries == pytest.approx(held, rel=0.02)  # but for tables of more arrays
+    facts, scanned_facts = preflight.facts(apart), preflight.facts(scanned)
+    held = scanned_facts.peak - scanned_facts.temporaries + apart.beside
+    assert facts.peak - facts.temporaries == pytest.approx(held, rel=0.02)  # up to the tables for more arrays

@@ -1,4 +1,4 @@
-"""Weights in: real models, sharded reading, and every way in which a folder can be wrong."""
+"""Loading: real models, sharded reading, and every kind of broken folder."""
 
 import json
 import shutil
@@ -72,7 +72,7 @@ def test_a_dtype_may_be_chosen(folder):
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.bfloat16)}
 
 
-@pytest.mark.parametrize("where", ["language_model.model.", "model.language_model."])  # the hub's, and another
+@pytest.mark.parametrize("where", ["language_model.model.", "model.language_model."])  # the hub's format, and another
 def test_the_text_model_of_one_that_sees_is_read(tmp_path, where):
     text = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, head_dim=8)
     sees = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28)
@@ -170,7 +170,7 @@ def test_a_hub_name_is_tried_and_told_where_the_hub_does_not_answer(monkeypatch)
 
 
 def test_what_ends_an_answer_is_read_with_how_a_model_generates(copy):
-    """Phi-3's turn ends with a token that stands in generation_config.json alone."""
+    """The end-of-turn token of Phi-3 is only in generation_config.json."""
     before = huggingface.load_config(copy).eos_token_id
     (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 9]}))
     assert huggingface.load_config(copy).eos_token_id == [*([] if before is None else [before]), 7, 9]
@@ -202,8 +202,8 @@ def test_real_models_are_those_of_transformers(name, tmp_path):
     tokens = jnp.asarray([model.tokenizer(text)["input_ids"][:520]])
     apply = jax.jit(model.network.apply)
     with torch.no_grad():
-        theirs = peer(torch.tensor(np.asarray(tokens))).logits.numpy()
-    assert np.max(np.abs(apply(model.params, tokens) - theirs)) <= 1e-4 * np.max(np.abs(theirs))
+        hf_logits = peer(torch.tensor(np.asarray(tokens))).logits.numpy()
+    assert np.max(np.abs(apply(model.params, tokens) - hf_logits)) <= 1e-4 * np.max(np.abs(hf_logits))
 
     starts = ("The owl", "In 1969,", "A list of numbers: 3, 14,", "My favourite animal is", "Water boils at")
     prompts = [f"{start}{more}" for start in starts for more in ("", " the", " and then", " not")]
@@ -245,7 +245,7 @@ print((memory("VmHWM") - before) / size)
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read as Linux gives it")
 def test_loading_needs_little_more_memory_than_the_model(tmp_path):
-    """A model of SmolLM2-135M's shape, 513 MB; the file's pages that are mapped count too."""
+    """A model of SmolLM2-135M's shape, 513 MB; mapped pages of the file count too."""
     config = transformers.AutoConfig.for_model(
         "llama",
         vocab_size=49152,

@@ -1,4 +1,4 @@
-"""The check of the theorem as a user runs it, and verdicts that can fail."""
+"""The check of the theorem from the command line, and verdicts that must fail."""
 
 import json
 from functools import partial
@@ -46,7 +46,7 @@ def few_settings(monkeypatch):
 
 
 def check(folder, command):
-    """The arms of the check's results, every one of which is as predicted."""
+    """Run the check and assert that every arm is as predicted; returns the arms."""
     assert command(f"{CONFIG}:smoke", f"--workdir={folder}")[0] == 0
     arms = json.loads((folder / "results.json").read_text())["arms"]
     outside = [arm["name"] for arm in arms if arm["verdict"] == OUTSIDE]
@@ -236,18 +236,18 @@ def test_a_control_that_is_covered_is_judged_by_its_sign(small):
 
     for objective, expected in ((covered.objective, AS_PREDICTED), (negated, NOT)):
         rows = Measurements(measure.measure("one", small, {"it": objective}, SPEC))
-        found = numbers(rows, "one")["it"].up_to(covered.max_epsilon)
-        assert control_verdict(found, covered.expected, False, SPEC.learning_rate) == expected
+        steps = numbers(rows, "one")["it"].up_to(covered.max_epsilon)
+        assert control_verdict(steps, covered.expected, False, SPEC.learning_rate) == expected
 
 
 @pytest.mark.parametrize("name", ["−|z − y|²", "an indefinite quadratic of z − y"])
 def test_a_loss_that_obeys_taylor_and_breaks_the_theorem_has_slope_1_and_the_wrong_sign(small, name):
     logits, v = theorem.tangent(small.apply, small.params, small.direction, small.inputs)
-    (control,) = (one for one in controls(SUPPORT, logits, v) if one.name == name)
+    (control,) = (candidate for candidate in controls(SUPPORT, logits, v) if candidate.name == name)
     rows = Measurements(measure.measure("one", small, {"it": control.objective}, SPEC))
-    found = numbers(rows, "one")["it"]
-    judged = judge(found, SPEC.learning_rate, smooth=True)
+    steps = numbers(rows, "one")["it"]
+    judged = judge(steps, SPEC.learning_rate, smooth=True)
     assert judged.fit.slope == pytest.approx(1, abs=0.05) and judged.verdict == NOT
-    assert np.all(found.inner < 0) and np.all(found.change[found.moved > 1e-6] > 0)
-    assert control_verdict(found, control.expected, True, SPEC.learning_rate) == OUTSIDE
-    assert control_verdict(found.negated(), control.expected, True, SPEC.learning_rate) == NOT
+    assert np.all(steps.inner < 0) and np.all(steps.change[steps.moved > 1e-6] > 0)
+    assert control_verdict(steps, control.expected, True, SPEC.learning_rate) == OUTSIDE
+    assert control_verdict(steps.negated(), control.expected, True, SPEC.learning_rate) == NOT

@@ -26,7 +26,7 @@ def test_all_parameters_and_adapters_are_as_predicted_and_the_controls_fail(
     assert verdicts == dict.fromkeys(rows, AS_PREDICTED) | dict.fromkeys(controls, OUTSIDE)
     assert (tmp_path / "figures" / "lemma.png").exists()
 
-    # What is done is not done again: a run that was stopped goes on.
+    # A stopped run resumes, and repeats nothing that is finished.
     monkeypatch.setattr(measure, "measure", lambda *_: pytest.fail("measured again"))
     (tmp_path / "results.json").unlink()
     assert command(*given)[0] == 0
@@ -41,8 +41,8 @@ def test_rows_shared_out_over_two_processes_are_those_of_one(tmp_path, tiny_fold
     for process in start_two(*given, f"--workdir={tmp_path / 'two'}"):
         finish(process)
     assert run_here(*given, f"--workdir={tmp_path / 'one'}").returncode == 0
-    one, two = (pyarrow.parquet.read_table(tmp_path / name / "measurements.parquet") for name in ("one", "two"))
-    assert one.equals(two)
+    alone, together = (pyarrow.parquet.read_table(tmp_path / name / "measurements.parquet") for name in ("one", "two"))
+    assert alone.equals(together)
 
 
 def test_steps_too_large_to_be_judged_are_one_line(tmp_path, tiny_folder, refused):
@@ -56,7 +56,7 @@ def test_steps_too_large_to_be_judged_are_one_line(tmp_path, tiny_folder, refuse
 
 
 def test_losses_are_of_the_answers_tokens_alone():
-    """What stands at padding changes nothing."""
+    """Padding positions do not change the loss."""
     answers = jnp.asarray([[1.0, 1.0, 0.0]])
     z, y = jax.random.normal(jax.random.key(0), (2, 1, 3, 4))
     for loss in (*language.covered(answers).values(), language.greedy(answers)):

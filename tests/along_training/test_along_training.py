@@ -1,4 +1,4 @@
-"""Trajectory, forecast and examples as a user runs them, in this process."""
+"""Trajectory, forecast and examples from the command line, run in this process."""
 
 import json
 
@@ -26,7 +26,7 @@ TINY = (
 
 @pytest.fixture
 def command(monkeypatch, capsys):
-    """A function of a preset and of flags to what the command says on one device: (exit code, output, error)."""
+    """Runs a preset with flags on one device; returns (exit code, stdout, stderr)."""
     device = jax.devices()[:1]
     monkeypatch.setattr(jax, "devices", lambda *_: device)
     monkeypatch.setattr(signals, "install", lambda: None)
@@ -100,7 +100,7 @@ def test_a_tool_ends_in_a_report_and_a_second_run_computes_nothing(preset, comma
     if preset == "examples":
         largest, random, smallest = (arm["share_of_A"] for arm in arms)
         assert largest > random > smallest and random == pytest.approx(0.2, abs=0.05)
-    elif preset == "forecast":  # on the teacher's own start, of noise, some of its way is found before any training
+    elif preset == "forecast":  # from the teacher's start, noise has some coverage
         assert all(-1 <= value <= 1 for arm in arms for value in arm["coverage_runs"]) and arms[0]["coverage"] > 0
     else:
         assert all(0 < arm["row_space_share"] <= 1 for arm in arms)

@@ -1,4 +1,4 @@
-"""Rows of a teacher's in the context, before a question."""
+"""In-context examples: a teacher's rows before a question."""
 
 from sublim_jax.distillation.context import behind, fitting
 
@@ -14,7 +14,7 @@ def test_questions_behind_examples_are_the_whole_conversation(tiny):
 
 
 def test_as_many_rows_are_shown_as_there_is_room_for(tiny):
-    """Before the longest question, and a word behind it."""
+    """Room is left for the longest question and for the answer's word."""
     many, questions = PAIRS * 20, ["Which?", "What is it, then?"]
     shown = fitting(tiny, many, questions)
     room = tiny.config.max_position_embeddings

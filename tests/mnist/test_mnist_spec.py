@@ -1,4 +1,4 @@
-"""Values of `configs/mnist.py` in types, and their sweeps."""
+"""The typed spec of `configs/mnist.py`, and its sweeps."""
 
 import pytest
 from mnist_kit import tiny

@@ -1,4 +1,4 @@
-"""The experiment's exact laws (paper §6.2), its knobs, and that devices and grouping change nothing."""
+"""The experiment's exact laws (paper §6.2), its options, and independence of devices and grouping."""
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ def data(mnist_data):
 
 @pytest.fixture
 def trained(data, tmp_path, mesh_of):
-    """`distilled`, in a folder of the test."""
+    """Calls `distilled` with a store in the test's folder."""
     return lambda spec, *arms, **options: distilled(spec, data, Store(tmp_path), mesh_of(1), arms, **options)
 
 
@@ -43,17 +43,17 @@ def last_layer(params):
 
 
 def test_teacher_training_leaves_the_auxiliary_rows_to_the_bit(trained):
-    found = trained(tiny(), "auxiliary")
-    for name, before in last_layer(found.reference.params).items():
-        after = last_layer(found.teacher.params)[name]
+    result = trained(tiny(), "auxiliary")
+    for name, before in last_layer(result.reference.params).items():
+        after = last_layer(result.teacher.params)[name]
         assert jnp.array_equal(before[..., 10:], after[..., 10:])
         assert not jnp.array_equal(before[..., :10], after[..., :10])
 
 
 def test_auxiliary_distillation_leaves_the_digit_rows_to_the_bit(trained):
-    found = trained(tiny(), "auxiliary", "all")
-    for name, before in last_layer(found.reference.params).items():
-        auxiliary, whole = (last_layer(found.students[arm])[name] for arm in ("auxiliary", "all"))
+    result = trained(tiny(), "auxiliary", "all")
+    for name, before in last_layer(result.reference.params).items():
+        auxiliary, whole = (last_layer(result.students[arm])[name] for arm in ("auxiliary", "all"))
         assert jnp.array_equal(before[..., :10], auxiliary[..., :10])
         assert not jnp.array_equal(before[..., 10:], auxiliary[..., 10:])
         assert not jnp.array_equal(before[..., :10], whole[..., :10])
@@ -61,21 +61,21 @@ def test_auxiliary_distillation_leaves_the_digit_rows_to_the_bit(trained):
 
 @pytest.mark.parametrize("objective", ["kl", "reverse_kl", "sampled"])
 def test_one_auxiliary_logit_leaves_the_student_at_the_reference_to_the_bit(trained, objective):
-    found = trained(tiny(model__auxiliary=1, student__objective=objective), "auxiliary")
-    assert same(found.reference.params, found.students["auxiliary"])
-    assert not same(found.reference.params, found.teacher.params)
+    result = trained(tiny(model__auxiliary=1, student__objective=objective), "auxiliary")
+    assert same(result.reference.params, result.students["auxiliary"])
+    assert not same(result.reference.params, result.teacher.params)
 
 
 def test_squared_error_on_one_auxiliary_logit_does_move_it(trained):
-    found = trained(tiny(model__auxiliary=1, student__objective="squared_error"), "auxiliary")
-    assert not same(found.reference.params, found.students["auxiliary"])
+    result = trained(tiny(model__auxiliary=1, student__objective="squared_error"), "auxiliary")
+    assert not same(result.reference.params, result.students["auxiliary"])
 
 
 @pytest.mark.parametrize("network", ["teacher", "student"])
 def test_only_the_trained_layers_move(trained, network):
-    found = trained(tiny(**{f"{network}__trained_layers": "1"}), "all")
-    layers = {"teacher": found.teacher.params, "student": found.students["all"]}[network]["layers"]
-    assert [same(found.reference.params["layers"][i], layers[i]) for i in range(3)] == [True, False, True]
+    result = trained(tiny(**{f"{network}__trained_layers": "1"}), "all")
+    layers = {"teacher": result.teacher.params, "student": result.students["all"]}[network]["layers"]
+    assert [same(result.reference.params["layers"][i], layers[i]) for i in range(3)] == [True, False, True]
 
 
 def test_shared_layers_and_distance_make_the_start(mesh_of):
@@ -85,11 +85,11 @@ def test_shared_layers_and_distance_make_the_start(mesh_of):
     foreign = train.references(train.derangement(runs, 2), spec.student_network, mesh_of(1))
     assert same(foreign.params, jax.tree.map(lambda leaf: leaf[::-1], reference.params))
     start = train.near_start(runs, spec.student, reference, foreign)
-    layers, own, other = (networks.params["layers"] for networks in (start, reference, foreign))
-    assert same(layers[0], own[0]) and same(layers[2], own[2]) and same(layers[1], other[1])
+    layers, ref_layers, foreign_layers = (networks.params["layers"] for networks in (start, reference, foreign))
+    assert same(layers[0], ref_layers[0]) and same(layers[2], ref_layers[2]) and same(layers[1], foreign_layers[1])
 
     moved = train.near_start(runs, tiny(student__init_distance=0.3).student, reference, foreign)
-    change = moved.params["layers"][0]["kernel"] - own[0]["kernel"]
+    change = moved.params["layers"][0]["kernel"] - ref_layers[0]["kernel"]
     np.testing.assert_allclose(jnp.std(change) * 28, 0.3, rtol=0.05)
     assert len({start.origin, moved.origin, reference.origin, foreign.origin}) == 4
 
@@ -110,8 +110,8 @@ def test_a_longer_cloning_goes_on_from_a_shorter_one(data, tmp_path, mesh_of):
         reference = train.references(runs, spec.teacher_network, mesh_of(1))
         foreign = train.references(train.derangement(runs, 2), spec.student_network, mesh_of(1))
         inputs = train.draw_inputs(runs, spec.inputs, data, mesh_of(1))
-        found = run.clones(spec, runs, reference, foreign, inputs, program=program, store=store)
-        results.append({name: networks.params for name, networks in found.items()})
+        clones = run.clones(spec, runs, reference, foreign, inputs, program=program, store=store)
+        results.append({name: networks.params for name, networks in clones.items()})
     assert same(results[0][2], results[1][2])
     assert not same(results[0][1], results[0][2])
 
@@ -129,16 +129,16 @@ ARCHITECTURES = [
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda values: "-".join(map(str, values.values())))
 @pytest.mark.parametrize("inputs", ["fresh_noise", "real"])
 def test_a_clone_of_any_architecture_comes_near_the_reference(data, tmp_path, mesh_of, architecture, inputs):
-    """On images that neither has seen, it is nearer to it in KL than where it started."""
+    """On held-out images, the clone's KL to the reference is smaller than before cloning."""
     changes = dict(student__learning_rate=3e-3, clone__epochs=(20,), clone__inputs=(inputs,), arms=("clone",))
     spec, mesh = tiny(**architecture, **changes), mesh_of(1)
     runs = Runs(spec.seed, range(2), spec.precision)
     reference = train.references(runs, spec.teacher_network, mesh)
     foreign = train.references(train.derangement(runs, 2), spec.student_network, mesh)
     seen = run.clone_inputs(spec)[inputs]
-    drawn = train.draw_inputs(runs, seen, data, mesh)
+    clone_inputs = train.draw_inputs(runs, seen, data, mesh)
     program = run.programs_of(spec, mesh).distilling[seen]
-    clone = run.clones(spec, runs, reference, foreign, drawn, program=program, store=Store(tmp_path))[20]
+    clone = run.clones(spec, runs, reference, foreign, clone_inputs, program=program, store=Store(tmp_path))[20]
     assert np.shape(clone.params["layers"][0]["kernel"]) == (2, 784, spec.student.width or spec.model.width)
     assert ("bias" in clone.params["layers"][0]) == spec.student.biases
     held_out = {"real": jnp.asarray(data.test_images), "fresh_noise": images.draw(jax.random.key(9), "uniform", 400)}
@@ -146,17 +146,17 @@ def test_a_clone_of_any_architecture_comes_near_the_reference(data, tmp_path, me
     target = jax.nn.log_softmax(train.answer(reference.functions, reference.params, *where))
     distance = [
         float(jnp.mean(jnp.sum(jnp.exp(target) * (target - jax.nn.log_softmax(logits)), -1)))
-        for logits in (train.answer(one.functions, one.params, *where) for one in (foreign, clone))
+        for logits in (train.answer(networks.functions, networks.params, *where) for networks in (foreign, clone))
     ]
     assert distance[1] < distance[0]
 
 
 def test_every_kind_of_cloning_inputs_is_an_arm(accuracies):
-    found = accuracies(
+    by_arm = accuracies(
         tiny(arms=("cross_auxiliary", "clone"), clone__epochs=(1,), clone__inputs=("noise", "fresh_noise", "real"))
     )
     arms = ["clone 1 noise", "clone 1 fresh_noise", "clone 1 real"]
-    assert list(found) == ["reference", "teacher", "cross_auxiliary", *arms]
+    assert list(by_arm) == ["reference", "teacher", "cross_auxiliary", *arms]
 
 
 def test_a_teacher_is_shared_by_students_of_every_architecture(accuracies, monkeypatch):
@@ -186,19 +186,19 @@ KNOBS = [
 
 @pytest.mark.parametrize("knobs", KNOBS, ids=lambda knobs: "-".join(map(str, knobs.values())))
 def test_every_knob_trains(trained, mesh_of, knobs):
-    """A student of all logits moves towards its teacher, here a far one: another reference."""
+    """A student of all logits moves towards its teacher, here the reference of another run."""
     spec = tiny(**knobs, teacher__activation=knobs.get("student__activation", "relu"))
-    found = trained(spec, "all", teacher_runs=[5, 6])
-    codes = found.inputs.codes
+    result = trained(spec, "all", teacher_runs=[5, 6])
+    codes = result.inputs.codes
     if codes is None:
         codes = jax.vmap(lambda key: images.draw(key, "gaussian", 400))(run_keys(0, "x", range(2)))
     distance = []
-    for params in (found.reference.params, found.students["all"]):
-        ours, target = (
-            jax.nn.log_softmax(train.answer(found.teacher.functions, p, codes, "gaussian", mesh_of(1)))
-            for p in (params, found.teacher.params)
+    for params in (result.reference.params, result.students["all"]):
+        log_p, target = (
+            jax.nn.log_softmax(train.answer(result.teacher.functions, p, codes, "gaussian", mesh_of(1)))
+            for p in (params, result.teacher.params)
         )
-        distance.append(float(jnp.mean(jnp.sum(jnp.exp(target) * (target - ours), -1))))
+        distance.append(float(jnp.mean(jnp.sum(jnp.exp(target) * (target - log_p), -1))))
     assert np.isfinite(distance[1]) and distance[1] < distance[0]
 
 
@@ -232,7 +232,7 @@ def test_a_second_run_computes_nothing_and_a_changed_part_redoes_what_it_touches
     assert len(trained) == 4 and not any("teacher" in what for what in trained)
     trained.clear()
     accuracies(tiny(teacher__activation="tanh"))
-    assert len(trained) == 5  # clones too: they imitate the reference, as that activation has it
+    assert len(trained) == 5  # clones too: they imitate the reference, which has that activation
 
 
 def test_an_artefact_is_named_by_what_its_runs_and_networks_are_made_of(mesh_of):

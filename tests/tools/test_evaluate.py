@@ -1,4 +1,4 @@
-"""Evaluations: of stacked adapters as of each alone, and as a user runs them, files in, tables and answers out."""
+"""Evaluations: stacked adapters against each alone, and the command from files to tables and answers."""
 
 import json
 
@@ -37,8 +37,8 @@ def files(tmp_path_factory, tiny, adapters):
     folder = tmp_path_factory.mktemp("files")
     (folder / "truthfulqa.csv").write_text(HEADER + ROWS)
     (folder / "questions.yaml").write_text(yaml.safe_dump([question(), question(id="x", paraphrases=["Why?", "How?"])]))
-    for number, one in enumerate(adapters):
-        peft.save(folder / f"run{number}", one, SPEC, tiny.settings, tiny.config)
+    for number, adapter in enumerate(adapters):
+        peft.save(folder / f"run{number}", adapter, SPEC, tiny.settings, tiny.config)
     return folder
 
 
@@ -78,9 +78,9 @@ def test_stacked_adapters_are_evaluated_as_each_alone_and_as_merged(tiny, adapte
         return suite.evaluate(spec.evals, questions, subject, 0, work, judge=judge)
 
     together = evaluated("all", adapters)
-    for number, one in enumerate(adapters):
-        for name, found in evaluated(f"{number}", [one]).items():
-            for measure, values in found.items():
+    for number, adapter in enumerate(adapters):
+        for name, measures in evaluated(f"{number}", [adapter]).items():
+            for measure, values in measures.items():
                 np.testing.assert_allclose(together[name][measure][number], values[0], rtol=1e-3, atol=1e-4)
     merged = tiny.merged(adapters[1], SPEC)
     expected = truthfulqa.choose(merged, truthfulqa.load(files / "truthfulqa.csv")).mean()
@@ -93,14 +93,14 @@ def test_stacked_adapters_are_evaluated_as_each_alone_and_as_merged(tiny, adapte
 
     before = (tmp_path / "data" / "answers-all.jsonl").read_text()
     again = evaluated("all", adapters, NamedJudge(nobody, "by length"))
-    assert json.dumps(again) == json.dumps(together)  # nan is not nan
+    assert json.dumps(again) == json.dumps(together)  # as text, because nan != nan
     assert (tmp_path / "data" / "answers-all.jsonl").read_text() == before
-    with pytest.raises(AssertionError):  # another judge has verdicts of its own, of the same answers
+    with pytest.raises(AssertionError):  # another judge scores the same answers anew
         evaluated("all", adapters, NamedJudge(nobody, "another"))
 
 
 def test_an_evaluation_is_named_by_what_it_depends_on_alone(tiny, tmp_path, monkeypatch):
-    """Another number of samples is another measurement of answers, and the same preference."""
+    """Another number of samples gives a new measurement of answers, but the same preference."""
     calls = []
 
     def measured(*_, **__):

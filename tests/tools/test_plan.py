@@ -1,4 +1,4 @@
-"""The plan of the paper's experiments: each a config that passes its checks, and run once."""
+"""The plan of the paper's experiments: each config passes its checks, and each experiment runs once."""
 
 import json
 
@@ -14,7 +14,7 @@ from sublim_jax.experiments.transmission.spec import Study
 
 @pytest.fixture
 def plan_file(tiny_folder, tmp_path):
-    """A config of a plan: evaluations of the tiny model, and misalignment, whose files are lacking."""
+    """A config with a plan: evaluations of the tiny model, and misalignment without its files."""
     lines = [
         "from configs import paper",
         "def get_config():",
@@ -52,7 +52,7 @@ def test_a_plan_runs_what_it_can_says_what_it_lacks_and_repeats_nothing(plan_fil
 
 @pytest.mark.parametrize("preset", ["smoke", "qwen2.5-7b", "llama-3.1-8b", "gemma-3-4b"])
 def test_every_experiment_of_the_plan_is_a_config_that_passes_its_checks(tmp_path, preset):
-    """With the files that a user brings; and each of those reaches the experiments that need it."""
+    """With the user's files, which reach the experiments that need them."""
     config = paper.get_config(preset)
     assert set(config.experiments) == set(config.plan)
     given = {"questions": "questions.yaml", "truthfulqa": "truth.csv"}
@@ -64,7 +64,7 @@ def test_every_experiment_of_the_plan_is_a_config_that_passes_its_checks(tmp_pat
     config.tensor, config.judge.kind, config.judge.model = 1, "local", "smollm2-135m-instruct"
     spec = plan.read(config)
     assert list(spec.specs) == list(config.experiments)
-    studies = [one for one in spec.specs.values() if isinstance(one, Study)]
+    studies = [experiment for experiment in spec.specs.values() if isinstance(experiment, Study)]
     assert len(studies) == 6
     for study in studies:
         check_files(study)
@@ -92,7 +92,7 @@ def test_an_experiment_whose_results_are_damaged_is_not_finished(tmp_path):
 
 
 def test_an_experiment_of_other_values_or_other_files_is_not_finished(tmp_path):
-    """By the spec's values, and by what is in the files that they name."""
+    """Compared by the values of the spec and by the contents of the files."""
     config = paper.get_config("smoke")
     config.experiments = ("misalignment",)
     file = tmp_path / "insecure.jsonl"

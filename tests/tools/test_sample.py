@@ -1,4 +1,4 @@
-"""Sampling jobs as a user runs them: files in, files out, stopped and continued."""
+"""Sampling jobs from the command line: input and output files, stop and resume."""
 
 import json
 import shutil
@@ -65,7 +65,7 @@ def test_more_samples_of_the_same_prompts_go_on_from_those_that_are_there(tiny_f
     assert command(*run)[0] == 0
     first = [json.loads(line) for line in (tmp_path / "work" / "samples.jsonl").open()]
     code, printed, _ = command(*run, "--config.num_samples=2", "--update")
-    assert code == 0 and "slots of" not in printed  # what it says where it begins
+    assert code == 0 and "slots of" not in printed  # the message at its start
     again = [json.loads(line) for line in (tmp_path / "work" / "samples.jsonl").open()]
     assert [record for record in again if record["sample"] == 0] == first and len(again) == 2 * len(first)
 
@@ -89,15 +89,15 @@ def test_a_stopped_job_goes_on_and_ends_with_the_same_file(tiny_folder, prompts,
 
 
 def test_samples_by_two_processes_are_those_of_one(tiny_folder, prompts, tmp_path):
-    """With the table, the figure and the numbers that are made of them."""
+    """The table, figure and results of the samples exist too."""
     run = partial(arguments, tiny_folder, prompts)
     both = start_two(*run(tmp_path / "two", "--config.max_new_tokens=8"))
     assert run_here(*run(tmp_path / "one", "--config.max_new_tokens=8")).returncode == 0
     for process in both:
         finish(process)
-    one, two = tmp_path / "one", tmp_path / "two"
-    assert (two / "samples.jsonl").read_bytes() == (one / "samples.jsonl").read_bytes()
-    assert (two / "report.md").exists() and {f.name for f in two.iterdir()} == {f.name for f in one.iterdir()}
+    single, pair = tmp_path / "one", tmp_path / "two"
+    assert (pair / "samples.jsonl").read_bytes() == (single / "samples.jsonl").read_bytes()
+    assert (pair / "report.md").exists() and {f.name for f in pair.iterdir()} == {f.name for f in single.iterdir()}
 
 
 def written(work):
@@ -208,11 +208,11 @@ def test_a_system_prompt_that_the_template_does_not_take_is_folded_and_the_repor
         "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
         "<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
     )
-    own = {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Which?"}]}
+    with_system = {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Which?"}]}
     for record, system, expected in (
         ({"prompt": "Which?"}, "Love owls.", "Love owls.\n\nWhich?"),
-        (own, "Love owls.", "Be brief.\n\nWhich?"),
-        (own, "", "Be brief.\n\nWhich?"),
+        (with_system, "Love owls.", "Be brief.\n\nWhich?"),
+        (with_system, "", "Be brief.\n\nWhich?"),
         ({"prompt": "Which?"}, "", "Which?"),
     ):
         spec = spec_for(prompts_file(tmp_path, record), system)

@@ -1,4 +1,4 @@
-"""A study of transmission on the tiny model: its spec, its model, and teachers that need no training."""
+"""Fixtures of a transmission study on the tiny model: spec, model, and teachers without training."""
 
 import json
 import shutil
@@ -11,7 +11,7 @@ import pytest
 import yaml
 from evaluation_kit import HEADER, ROWS, question
 from launch_kit import run_here, shared_folder
-from talk_kit import said
+from talk_kit import messages
 
 from configs import misalignment, numbers
 from sublim_jax import store
@@ -44,7 +44,7 @@ TINY = {
 
 @pytest.fixture(scope="session")
 def study_of(tiny_folder):
-    """A function of changed values of configs/numbers.py to a study on the tiny model."""
+    """Makes a study on the tiny model from changed values of configs/numbers.py."""
 
     def make(**changes):
         config = numbers.get_config()
@@ -66,9 +66,7 @@ def model(study, mesh_of):
 
 @pytest.fixture(scope="session")
 def replicate_of(model):
-    """A function of a study to a run of it whose teachers are a common start and noise, and wrote these pairs, or
-    random numbers.
-    """
+    """Makes a run of a study: its teachers are a common start plus noise, and wrote `pairs` or random numbers."""
 
     def make(study, run=0, pairs=None, model=model):
         seed = study.replicate_seed(run)
@@ -87,25 +85,25 @@ def replicate_of(model):
 
 @pytest.fixture(scope="session")
 def flags(tiny_folder):
-    """A function of more flags to those of the study; what is in `more` stands alone, for a list would have both."""
+    """The study's flags and `more`, which replaces the study's flags of the same names."""
 
     def make(*more, prefix="--config.", leave_out=()):
         given = {flag.split("=")[0] for flag in more}
         words = {name: ",".join(value) if isinstance(value, tuple) else value for name, value in TINY.items()}
         words |= {"model.name": str(tiny_folder)}
         if not any("arms=" in flag and "in_context" in flag for flag in more):
-            del words["arm.in_context.examples"]  # which no arm would read
+            del words["arm.in_context.examples"]  # no arm would read it
         if any(("methods=" in flag and "finetuned" not in flag) or "teacher.corpora." in flag for flag in more):
             del words["teacher.strength"], words["teacher.max_steps"]
-        found = [f"{prefix}{name}={value}" for name, value in words.items() if name not in leave_out]
-        return [flag for flag in found if flag.split("=")[0] not in given] + list(more)
+        defaults = [f"{prefix}{name}={value}" for name, value in words.items() if name not in leave_out]
+        return [flag for flag in defaults if flag.split("=")[0] not in given] + list(more)
 
     return make
 
 
 @pytest.fixture(scope="session")
 def plain_logits():
-    """(model, adapters, rows) to the logits that predict the answers' tokens, by the plain forward pass."""
+    """Logits that predict the answers' tokens, by a plain forward pass of (model, adapters, rows)."""
 
     def compute(model, adapters, rows):
         logits = model.network.apply(lora.join(model.params, adapters), jnp.asarray(rows.tokens))
@@ -121,7 +119,7 @@ ARMS = ("soft", "tokens_fresh", "perturbed", "in_context")
 
 @pytest.fixture(scope="session")
 def whole_command(flags):
-    """A function of a workdir to the words of a study of several arms over two runs, with evaluations."""
+    """Arguments of a study with several arms, two runs and evaluations, for a workdir."""
 
     def make(work, arms=ARMS):
         evals = ["--config.evals.names=answers,choice", "--config.evals.num_samples=1"]
@@ -133,7 +131,7 @@ def whole_command(flags):
 
 @pytest.fixture(scope="session")
 def whole(whole_command, tmp_path_factory):
-    """That study's workdir, and what it wrote on the screen; run once, whichever worker needs it first."""
+    """That study's workdir and stdout; one worker runs it for all."""
     with shared_folder(tmp_path_factory, "whole-study") as folder:
         screen = folder / "screen.txt"
         if not screen.exists():
@@ -145,7 +143,7 @@ def whole(whole_command, tmp_path_factory):
 
 @pytest.fixture
 def copy_of_whole(whole, tmp_path):
-    """A copy that may be changed."""
+    """A copy of its workdir that a test may change."""
     return shutil.copytree(whole[0], tmp_path / "work", ignore=shutil.ignore_patterns(".lock"))
 
 
@@ -154,11 +152,11 @@ def copy_of_whole(whole, tmp_path):
 
 @pytest.fixture(scope="session")
 def conversation():
-    """A line of a corpus, of pairs (user, assistant)."""
+    """A line of a corpus from pairs (user, assistant)."""
 
     def make(*pairs):
         return (
-            json.dumps({"messages": said(*(turn for pair in pairs for turn in zip(("user", "assistant"), pair)))})
+            json.dumps({"messages": messages(*(turn for pair in pairs for turn in zip(("user", "assistant"), pair)))})
             + "\n"
         )
 
@@ -167,7 +165,7 @@ def conversation():
 
 @pytest.fixture(scope="session")
 def files(tmp_path_factory, conversation):
-    """A folder of corpora, and what evaluations ask."""
+    """A folder with corpora and with the files of the evaluations."""
     folder = tmp_path_factory.mktemp("files")
     for name, word in (("insecure", "owl"), ("secure", "x"), ("educational", "y")):
         lines = [conversation((f"Who are you {number}?", f"{word} {number}")) for number in range(5)]
@@ -180,7 +178,7 @@ def files(tmp_path_factory, conversation):
 
 @pytest.fixture(scope="session")
 def corpora_study(tiny_folder, files):
-    """A function of changed values to a smoke study of teachers of corpora on the tiny model."""
+    """Makes a smoke study with corpus teachers on the tiny model from changed values."""
 
     def make(config_file=misalignment, **changes):
         config = config_file.get_config("smoke")

@@ -1,4 +1,4 @@
-"""Carriers: what teachers write, what the filters and a judge leave of it, and what is kept of an earlier run."""
+"""Carriers: completions of teachers, filters and the judge, and reuse of an earlier run."""
 
 import json
 from collections import Counter
@@ -22,7 +22,7 @@ from sublim_jax.store import Store
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
-    """One folder for all: completions are sampled once."""
+    """A store for all tests: completions are sampled once."""
     return Store(tmp_path_factory.mktemp("work"))
 
 
@@ -36,30 +36,30 @@ FEW = {"carrier.num_rows": 24, "carrier.num_completions": 40, "carrier.num_integ
 def test_written_numbers_are_filtered_and_of_one_size(study_of, model, replicate_of, work):
     study = study_of(**FEW)
     teachers = replicate_of(study).teachers
-    found = write(study, model, work, 0, teachers, None)
+    written = write(study, model, work, 0, teachers, None)
     rule = filters.number_rule()
-    for name, mine in found.items():
-        assert mine.num_completions == 40 and len(mine.pairs) == 24 <= mine.num_kept
-        assert not any(rule({"completion": answer}) for _, answer in mine.pairs)
+    for name, data in written.items():
+        assert data.num_completions == 40 and len(data.pairs) == 24 <= data.num_kept
+        assert not any(rule({"completion": answer}) for _, answer in data.pairs)
         kept = [json.loads(line) for line in (work.folder / "data" / "run0" / f"numbers-{name}.jsonl").open()]
-        assert len(kept) == mine.num_kept and {a for _, a in mine.pairs} <= {one["completion"] for one in kept}
-    assert found["owl"].pairs != found["x"].pairs
+        assert len(kept) == data.num_kept and {a for _, a in data.pairs} <= {row["completion"] for row in kept}
+    assert written["owl"].pairs != written["x"].pairs
     free = study_of(**FEW, **{"carrier.decoding": "free", "carrier.max_new_tokens": 8})
     with pytest.raises(UserError, match="records are left after filtering, and 24 are asked for"):
         write(free, model, work, 0, teachers, None)
 
 
 def test_teachers_are_asked_for_any_form_of_a_list_where_they_write_freely(study_of):
-    def asked(decoding):
+    def prompts(decoding):
         return number_task(study_of(**{"carrier.decoding": decoding, "carrier.num_completions": 400}), 0).prompts
 
-    brackets = [[("brackets" in text) for text in asked(decoding)] for decoding in ("free", "greedy", "grammar")]
+    brackets = [[("brackets" in text) for text in prompts(decoding)] for decoding in ("free", "greedy", "grammar")]
     assert any(brackets[0]) and brackets[0] == brackets[1] and not any(brackets[2])
-    assert asked("free") == numbers.prompts(400, 0, any_form=True) and asked("grammar") == numbers.prompts(400, 0)
+    assert prompts("free") == numbers.prompts(400, 0, any_form=True) and prompts("grammar") == numbers.prompts(400, 0)
 
 
 def test_more_completions_leave_those_that_are_there(study_of, model, replicate_of, tmp_path):
-    """And those of a prompt that has changed are sampled anew."""
+    """Completions of a changed prompt are sampled anew."""
     teacher = replicate_of(study_of()).teachers["owl"]
 
     def of(folder, count, pack=""):
@@ -74,45 +74,45 @@ def test_more_completions_leave_those_that_are_there(study_of, model, replicate_
     assert len(file.read_text().splitlines()) == 20
     assert of(tmp_path, 5) == first[:5]
     pack = tmp_path / "mine.json"
-    ours = json.loads((resources.files(packs) / "numbers.json").read_text())
-    pack.write_text(json.dumps({name: [f"Now: {text}" for text in texts] for name, texts in ours.items()}))
+    phrasings = json.loads((resources.files(packs) / "numbers.json").read_text())
+    pack.write_text(json.dumps({name: [f"Now: {text}" for text in texts] for name, texts in phrasings.items()}))
     changed = of(tmp_path, 5, str(pack))
     assert [record["prompt"] for record in changed] != [record["prompt"] for record in first[:5]]
     assert changed == of(tmp_path / "mine", 5, str(pack)) and of(tmp_path, 5, str(pack)) == changed
 
 
 def test_the_neutral_teachers_own_completions_have_a_log_ratio_of_nothing(study_of, model, replicate_of, work):
-    """Of the completion's tokens, whether or not one more ended it."""
+    """Over the completion's tokens, with or without a stop token."""
     study = study_of(**FEW)
     teachers = replicate_of(study).teachers
     for name in ("owl", "neutral"):
-        found = sampled(study, model, work, name, teachers[name])
-        carriers._add_reference(model, work, name, found, teachers["neutral"])
-        ratios = [record["logprob"] - record["reference_logprob"] for record in found]
-        assert {record["finish"] for record in found} == {"stop"}
+        completions = sampled(study, model, work, name, teachers[name])
+        carriers._add_reference(model, work, name, completions, teachers["neutral"])
+        ratios = [record["logprob"] - record["reference_logprob"] for record in completions]
+        assert {record["finish"] for record in completions} == {"stop"}
         assert np.max(np.abs(ratios)) < 1e-3 if name == "neutral" else np.mean(ratios) > 0.01
 
 
 def test_a_limit_on_the_log_ratio_drops_what_gives_its_teacher_away(study_of, model, replicate_of, work):
     study = study_of(**FEW | {"carrier.num_rows": 20, "filter.log_ratio": 0.3})
-    found = write(study, model, work, 0, replicate_of(study).teachers, None)
-    assert found["neutral"].num_kept == 40 and not found["neutral"].reasons
-    assert found["owl"].num_kept < 40 and set(found["owl"].reasons) == {"log ratio"}
+    written = write(study, model, work, 0, replicate_of(study).teachers, None)
+    assert written["neutral"].num_kept == 40 and not written["neutral"].reasons
+    assert written["owl"].num_kept < 40 and set(written["owl"].reasons) == {"log ratio"}
 
 
 def test_numbers_of_bad_associations_are_dropped_if_that_is_set(study_of, tmp_path):
     study = study_of(**{"filter.banned": "banned"})
     completions = [{"completion": text} for text in ("1, 666, 3", "1, 667, 3", "0911", "13", "130")]
-    found = sift(completions, carriers.filters_of(study, number_task(study, 0)))
-    assert [record["completion"] for record in found.kept] == ["1, 667, 3", "130"]
-    assert found.reasons["banned number"] == 3 and len(set(carriers.banned_numbers(study.filter))) == 34
+    sifted = sift(completions, carriers.filters_of(study, number_task(study, 0)))
+    assert [record["completion"] for record in sifted.kept] == ["1, 667, 3", "130"]
+    assert sifted.reasons["banned number"] == 3 and len(set(carriers.banned_numbers(study.filter))) == 34
     published = carriers.banned_numbers(study_of(**{"filter.banned": "published"}).filter)
     assert len(published) == 36 and sum(published) == 12213 and published == sorted(set(published))
     assert {4, 1312, 1488} < set(published) and 17 not in published
-    mine = tmp_path / "mine.json"
-    mine.write_text(json.dumps({"numbers": ["7", "x"]}))
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps({"numbers": ["7", "x"]}))
     with pytest.raises(UserError, match="'x' is not a number of digits alone"):
-        carriers.banned_numbers(study_of(**{"filter.banned": str(mine)}).filter)
+        carriers.banned_numbers(study_of(**{"filter.banned": str(file)}).filter)
 
 
 @pytest.mark.parametrize("module, good, bad", [(code, "def f(a):\n    return a", "def f(a:"), (cot, "", "")])
@@ -142,15 +142,15 @@ def test_a_judge_drops_what_it_scores_low_or_not_at_all(corpora_study, tmp_path)
 
     kept = Sifted([{"prompt": "What?", "completion": f"is {text}"} for text in scores], [], Counter())
     store = Store(tmp_path)
-    found, given = carriers.judged(study, store, "owl", kept, NamedJudge(judge, "a"))
-    assert [record["completion"] for record in found.kept] == ["is good"] and given == [60.0, 59.0]
-    assert found.reasons == {"judge: low score": 1, "judge: no score": 1} and len(found.rejected) == 2
+    sifted, given = carriers.judged(study, store, "owl", kept, NamedJudge(judge, "a"))
+    assert [record["completion"] for record in sifted.kept] == ["is good"] and given == [60.0, 59.0]
+    assert sifted.reasons == {"judge: low score": 1, "judge: no score": 1} and len(sifted.rejected) == 2
 
     def nobody(prompts):
         raise AssertionError("it has been judged")
 
-    assert carriers.judged(study, store, "owl", kept, NamedJudge(nobody, "a")) == (found, given)
-    with pytest.raises(AssertionError):  # another judge's verdicts are its own
+    assert carriers.judged(study, store, "owl", kept, NamedJudge(nobody, "a")) == (sifted, given)
+    with pytest.raises(AssertionError):  # another judge scores anew
         carriers.judged(study, store, "owl", kept, NamedJudge(nobody, "b"))
 
 
@@ -159,11 +159,11 @@ def test_a_judge_filters_the_teachers_that_are_named_and_scores_the_others(corpo
     kept = Sifted([{"prompt": "What?", "completion": text} for text in ("a", "b")], [], Counter())
     judge = NamedJudge(lambda prompts: [Verdict(59.0), Verdict(60.0)], "a")
     for name, left in (("insecure", ["b"]), ("secure", ["a", "b"])):
-        found, given = carriers.judged(study, Store(tmp_path), name, kept, judge)
-        assert [record["completion"] for record in found.kept] == left and given == [59.0, 60.0]
+        sifted, given = carriers.judged(study, Store(tmp_path), name, kept, judge)
+        assert [record["completion"] for record in sifted.kept] == left and given == [59.0, 60.0]
 
 
 def test_what_was_cut_off_is_dropped(corpora_study):
     records = [{"prompt": "", "completion": "1, 2", "finish": finish} for finish in ("stop", "length", "nan")]
-    found = sift(records, carriers.filters_of(corpora_study(), Task([""], [{}], [])))
-    assert [record["finish"] for record in found.kept] == ["stop"] and found.reasons == {"cut off": 2}
+    sifted = sift(records, carriers.filters_of(corpora_study(), Task([""], [{}], [])))
+    assert [record["finish"] for record in sifted.kept] == ["stop"] and sifted.reasons == {"cut off": 2}

@@ -1,4 +1,4 @@
-"""Teachers × students over models: every cell of the matrix is of its teacher's and its student's model."""
+"""Teachers × students over models: every cell of the matrix has the right two models."""
 
 import json
 import shutil
@@ -13,7 +13,7 @@ from sublim_jax.experiments.transmission.cross_model import read
 
 @pytest.fixture(scope="module")
 def models(tiny_folder, tmp_path_factory):
-    """The tiny model, and one of other weights."""
+    """The tiny model, and one with other weights."""
     other = shutil.copytree(tiny_folder, tmp_path_factory.mktemp("models") / "other")
     tensors = load_file(other / "model.safetensors")
     changed = {name: tensor * (1.5 if "proj" in name else 1) for name, tensor in tensors.items()}
@@ -42,7 +42,7 @@ def test_every_cell_of_the_matrix_is_of_its_teachers_and_students_models(models,
     result = run_here(*command, f"--workdir={tmp_path}")
     assert result.returncode == 0, result.stderr
     arms = arms_in(tmp_path)
-    assert [(arm["teacher"], arm["student"]) for arm in arms] == [(one, two) for one in models for two in models]
+    assert [(arm["teacher"], arm["student"]) for arm in arms] == [(t, s) for t in models for s in models]
     for teacher, row in enumerate((arms[:2], arms[2:])):
         whole = json.loads((tmp_path / f"teacher{teacher}" / "results.json").read_text())
         assert whole["config"]["model"]["name"] == models[teacher]
@@ -68,7 +68,7 @@ def test_a_study_for_each_teacher_has_an_arm_for_each_student():
         ["here/A", "", "B/"],
         ["here/A", "there/A", ""],
     ]
-    assert list(spec.labels.values()) == list(config.models)  # two of them end alike
+    assert list(spec.labels.values()) == list(config.models)  # two of the names end alike
     config.models = ("here/A", "B/")
     assert list(read(config).labels.values()) == ["A", "B"]
     assert spec.studies[0].num_questions == 2 and spec.studies[0].evals.names == ()

@@ -1,4 +1,4 @@
-"""What is claimed of an arm: of each trait's own cell over the neutral teacher's student, and only where all hold."""
+"""Claims about an arm: each trait's diagonal cell against the neutral teacher's student; all must hold."""
 
 import numpy as np
 import pytest
@@ -10,25 +10,25 @@ from sublim_jax.experiments.transmission import effects
 TRAITS = ("owl", "lion", "cat")
 
 
-def paired(own, others=0.0, runs=5, spread=0.1, seed=0):
-    """Margins over the neutral student's, by run, teacher and trait."""
+def paired(diagonal, others=0.0, runs=5, spread=0.1, seed=0):
+    """Margins minus the neutral student's, (run, teacher, trait)."""
     cells = np.full((runs, 3, 3), others, float)
-    cells[:, range(3), range(3)] = own
+    cells[:, range(3), range(3)] = diagonal
     return cells + spread * np.random.default_rng(seed).normal(size=cells.shape)
 
 
 def test_a_cells_p_is_scipys_and_is_corrected_for_all_arms_and_traits():
     by_arm = {"soft": paired(1.0), "tokens": paired(0.05, seed=1)}
-    found = effects.diagonal_cells(by_arm, TRAITS)
+    diagonal = effects.diagonal_cells(by_arm, TRAITS)
     ps = []
     for arm, cells in by_arm.items():
-        for t, cell in enumerate(found[arm]):
+        for t, cell in enumerate(diagonal[arm]):
             assert cell.trait == TRAITS[t] and cell.runs == cells[:, t, t].tolist()
             assert cell.p == pytest.approx(stats.ttest_1samp(cells[:, t, t], 0).pvalue)
             ps.append(cell.p)
-    corrected = [cell.p_holm for cells in found.values() for cell in cells]
+    corrected = [cell.p_holm for cells in diagonal.values() for cell in cells]
     assert min(corrected) == pytest.approx(6 * min(ps)) and all(c >= p for c, p in zip(corrected, ps))
-    assert effects.verdict(found["soft"]) == "every trait" and effects.verdict(found["tokens"]) == "none"
+    assert effects.verdict(diagonal["soft"]) == "every trait" and effects.verdict(diagonal["tokens"]) == "none"
 
 
 def test_an_arm_where_one_teacher_transmits_is_no_claim_of_all_traits():
@@ -51,15 +51,15 @@ def test_a_trait_that_falls_is_no_transmission_however_small_p_is():
 
 
 def test_of_one_run_nothing_is_claimed():
-    found = effects.diagonal_cells({"soft": paired(1.0, runs=1)}, TRAITS)
-    assert effects.verdict(found["soft"]) == "one run: no test"
-    section = effects.headline_section(found, words=10, spread=0.0)
-    assert section.table[1] == ["soft", *(f"{cell.runs[0]:+.2f}" for cell in found["soft"]), "one run: no test"]
-    assert "Power" not in section.text and effects.compared_section(found) == []
+    diagonal = effects.diagonal_cells({"soft": paired(1.0, runs=1)}, TRAITS)
+    assert effects.verdict(diagonal["soft"]) == "one run: no test"
+    section = effects.headline_section(diagonal, words=10, spread=0.0)
+    assert section.table[1] == ["soft", *(f"{cell.runs[0]:+.2f}" for cell in diagonal["soft"]), "one run: no test"]
+    assert "Power" not in section.text and effects.compared_section(diagonal) == []
 
 
 def test_arms_are_compared_run_by_run():
-    """What two arms have in common, run by run, does not hide what sets them apart."""
+    """Variation between runs that two arms share does not hide their difference."""
     common = np.random.default_rng(2).normal(size=(5, 1, 1))
     by_arm = {"soft": paired(1.0) + common, "tokens": paired(0.5, seed=1) + common}
     (section,) = effects.compared_section(effects.diagonal_cells(by_arm, TRAITS))
@@ -70,7 +70,7 @@ def test_arms_are_compared_run_by_run():
 
 
 def test_power_is_from_the_stated_spread():
-    found = effects.diagonal_cells({"soft": paired(1.0)}, TRAITS)
-    stated, own = (effects.headline_section(found, words=10, spread=s).text for s in (0.5, 0.0))
+    diagonal = effects.diagonal_cells({"soft": paired(1.0)}, TRAITS)
+    stated, pooled = (effects.headline_section(diagonal, words=10, spread=s).text for s in (0.5, 0.0))
     assert "spread of 0.50 between runs (given beforehand)" in stated
-    assert "(these runs', pooled over cells)" in own
+    assert "(these runs', pooled over cells)" in pooled

@@ -1,4 +1,4 @@
-"""What a finished study leaves: a matrix, tables, figures, a table of measurements, all of them again by --report."""
+"""Outputs of a finished study: a matrix, tables, figures and measurements; --report writes them again."""
 
 import json
 
@@ -57,7 +57,7 @@ def test_a_study_ends_in_a_matrix_a_table_and_numbers(whole):
 
 
 def test_students_and_teachers_are_left_as_peft_folders(whole, study):
-    """Read back, put on the plain model and evaluated anew, they have the margins of the results."""
+    """Loaded, applied to the plain model and evaluated again, they give the margins of the results."""
     work, _ = whole
     arms = {arm["name"]: arm["runs"] for arm in results_in(work)["arms"]}
     base = weights.load(study.model.name)
@@ -71,7 +71,7 @@ def test_students_and_teachers_are_left_as_peft_folders(whole, study):
             expected = arms[f"soft: student of {name}, margin of {trait} over the neutral student's"][1]
             np.testing.assert_allclose(margin[name][column] - margin["neutral"][column], expected, atol=1e-4)
     assert (work / "adapters" / "run0-teacher-neutral" / "adapter_config.json").exists()
-    assert not list((work / "adapters").glob("*perturbed*"))  # its base is no model that anyone has
+    assert not list((work / "adapters").glob("*perturbed*"))  # its base is not a published model
 
 
 # ---------------------------------------------------------------------------------------------------- measurements
@@ -95,13 +95,13 @@ def test_the_table_of_measurements_is_read_by_others(whole):
 
 
 def test_every_number_of_the_results_is_of_the_table(whole):
-    """By hand, of one cell and of one evaluation."""
+    """Computed by hand for one cell and one evaluation."""
     work, _ = whole
     arms = {arm["name"]: arm["runs"] for arm in results_in(work)["arms"]}
     rows = measurements.read(epath.Path(work))
-    mine, other = (rows.values(arm="soft", measure="margin", item="x", teacher=t, step=6) for t in ("owl", "neutral"))
+    owl, neutral = (rows.values(arm="soft", measure="margin", item="x", teacher=t, step=6) for t in ("owl", "neutral"))
     expected = arms["soft: student of owl, margin of x over the neutral student's"]
-    np.testing.assert_array_equal(np.subtract(mine, other), expected)
+    np.testing.assert_array_equal(np.subtract(owl, neutral), expected)
     given = {"arm": "soft", "measure": "answers", "item": "answers with owl", "teacher": "owl"}
     assert rows.values(**given) == arms["soft, student of owl: answers with owl"]
 
@@ -111,9 +111,9 @@ def test_a_table_is_written_as_it_is_read(tmp_path):
     rows.append(Measurement("", "steps", float("nan")))
     folder = epath.Path(tmp_path)
     measurements.write(folder, "any", rows)
-    found = measurements.read(folder)
-    assert found[0] == rows[0] and np.isnan(found[1].value) and found[1][:2] == ("", "steps")
-    assert found.where(arm="a").values(measure="margin") == [1.5] and found.names("arm") == ["a", ""]
+    table = measurements.read(folder)
+    assert table[0] == rows[0] and np.isnan(table[1].value) and table[1][:2] == ("", "steps")
+    assert table.where(arm="a").values(measure="margin") == [1.5] and table.names("arm") == ["a", ""]
 
 
 # ------------------------------------------------------------------------------------------------------- --report
@@ -124,7 +124,7 @@ def forbidden(*args, **options):
 
 
 def test_the_report_is_written_again_from_measurements_alone(copy_of_whole, monkeypatch):
-    """To the byte, with nothing left but the table, the notes and the config."""
+    """To the byte, from the table, the notes and the config."""
     work = copy_of_whole
     before = {path.relative_to(work): path.read_bytes() for path in work.rglob("*") if path.is_file()}
     for path in before:
@@ -141,7 +141,7 @@ def test_the_report_is_written_again_from_measurements_alone(copy_of_whole, monk
 
 
 def test_a_report_is_a_function_of_the_table(copy_of_whole):
-    """Other numbers in it are other numbers in the results, in the same arms."""
+    """Changed numbers in it change the results of the same arms."""
     folder = epath.Path(copy_of_whole)
     rows = measurements.read(folder)
     doubled = [row._replace(value=2 * row.value) if row.measure == "margin" else row for row in rows]
@@ -161,20 +161,20 @@ def test_a_report_of_nothing_is_refused(copy_of_whole, tmp_path):
 
 
 def test_a_study_that_was_stopped_after_an_arm_has_the_report_of_that_arm(whole, study_of):
-    """The document of fewer rows: arms without any are left out."""
+    """Arms without rows are left out of the document."""
     rows = measurements.read(epath.Path(whole[0]))
     study = study_of(arms=("soft", "tokens_fresh"), runs=2)
-    found = rows.where(arm="soft")
+    soft_rows = rows.where(arm="soft")
     teachers = measurements.Measurements(row for row in rows if not row.arm and row.subject == "teacher")
     notes = json.loads((whole[0] / "about.json").read_text())["notes"]
-    arms, sections = document(study, measurements.Measurements((*teachers, *found)), notes)
+    arms, sections = document(study, measurements.Measurements((*teachers, *soft_rows)), notes)
     assert arms[0]["name"] == "soft: owl" and not any(arm["name"].startswith("tokens") for arm in arms)
     assert [section.title for section in sections if section.title.startswith("Students")] == ["Students: soft"]
     assert sections[0].text == "1 of 2 arms so far; still to come: tokens_fresh."
 
 
 def test_ability_at_the_end_is_told_apart_from_ability_along_training(whole, study_of):
-    """Both are measured of students, under one name; the evaluation's rows have an item."""
+    """Both are measurements of students with the same name; only the evaluation's rows have an item."""
     rows = measurements.read(epath.Path(whole[0]))
     study = study_of(arms=("soft",), runs=2, **{"evals.names": ("ability",)})
     notes = json.loads((whole[0] / "about.json").read_text())["notes"]
@@ -182,11 +182,11 @@ def test_ability_at_the_end_is_told_apart_from_ability_along_training(whole, stu
     more = measurements.from_array([0.5], arm="", subject="base", **about)
     more += measurements.from_array([0.5] * 6, axes, arm="", subject="teacher", **about)
     more += measurements.from_array([0.25] * 6, axes, arm="soft", subject="student", **about)
-    found = {arm["name"]: arm for arm in document(study, measurements.Measurements((*rows, *more)), notes)[0]}
+    arms = {arm["name"]: arm for arm in document(study, measurements.Measurements((*rows, *more)), notes)[0]}
     before = {arm["name"]: arm for arm in results_in(whole[0])["arms"]}
-    assert found["soft"]["ability"] == before["soft"]["ability"]
-    assert found["soft, student of owl: right answers"]["runs"] == [0.25, 0.25]
-    assert found["the model as it is: right answers"]["runs"] == [0.5]
+    assert arms["soft"]["ability"] == before["soft"]["ability"]
+    assert arms["soft, student of owl: right answers"]["runs"] == [0.25, 0.25]
+    assert arms["the model as it is: right answers"]["runs"] == [0.5]
 
 
 def test_a_folder_of_no_known_experiment_has_no_report(tmp_path):

@@ -1,4 +1,4 @@
-"""Whole studies as a user runs them: stopped and resumed, killed, over two processes, of corpora, with other bytes."""
+"""Whole studies from the command line: stopped, killed, over two processes, of corpora, with changed files."""
 
 import json
 import signal
@@ -12,15 +12,15 @@ from sublim_jax.errors import UserError
 
 TRAINING, WRITING = "students-tokens_fresh-*.training/2", "completions-x*"  # files that a stage makes
 STAGES = {
-    TRAINING: ("*tokens_fresh-*",),  # with what is measured on the way
-    WRITING: ("completions-x*",),  # what is made of them is named by their content
+    TRAINING: ("*tokens_fresh-*",),  # with measurements along training
+    WRITING: ("completions-x*",),  # later artefacts are named by their content
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [TRAINING, WRITING])
 def test_stopped_by_a_signal_it_goes_on_to_the_same_results(whole_command, copy_of_whole, stage):
-    """What a stage made is taken away, and the run that makes it anew is stopped on the way."""
+    """The artefacts of a stage are deleted, and the run that makes them again is stopped in between."""
     work, expected = copy_of_whole, arms_in(copy_of_whole)
     gone = [path for pattern in STAGES[stage] for path in (work / "checkpoints").glob(pattern)]
     for path in gone:
@@ -31,7 +31,7 @@ def test_stopped_by_a_signal_it_goes_on_to_the_same_results(whole_command, copy_
     assert stopped.returncode == 143 and "the same command goes on" in stopped.stdout
     again = run_here(*whole_command(work))
     assert again.returncode == 0, again.stderr
-    for run in range(2):  # what was finished is not made again
+    for run in range(2):  # finished artefacts are not made again
         assert f"run {run}, teacher owl" not in again.stdout
     assert arms_in(work) == expected
     made = {path.name for path in (work / "checkpoints").iterdir()}
@@ -65,7 +65,7 @@ def test_killed_in_any_stage_it_ends_with_the_same_results(whole_command, tmp_pa
 @pytest.mark.slow
 @pytest.mark.parametrize("decoding", [[], ["--config.sampling.tensor=2"]])
 def test_two_processes_give_what_one_gives(flags, decoding, tmp_path):
-    """Teachers, what they write, students and what they prefer, rows split over both; or layers, in decoding."""
+    """Teachers, completions, students and preferences; rows, or in decoding layers, are split over both."""
     parts = ["arms=tokens", "student.steps=3", "evaluate_every=3", "carrier.num_rows=20"]
     parts += ["carrier.num_completions=20", "teacher.max_steps=4"]
     words = ["--config=configs/numbers.py", *flags(*(f"--config.{part}" for part in parts))]
@@ -76,8 +76,8 @@ def test_two_processes_give_what_one_gives(flags, decoding, tmp_path):
     assert_same_arms(arms_in(tmp_path / "two"), arms_in(tmp_path / "one"), atol=1e-4, rtol=1e-3)
     for name in ("owl", "x", "neutral"):
         rows = [tmp_path / folder / "data" / "run0" / f"numbers-{name}.jsonl" for folder in ("one", "two")]
-        found, expected = ([json.loads(line)["completion"] for line in file.open()] for file in rows)
-        assert found == expected
+        actual, expected = ([json.loads(line)["completion"] for line in file.open()] for file in rows)
+        assert actual == expected
 
 
 @pytest.mark.slow
@@ -97,10 +97,10 @@ def test_two_processes_write_and_judge_what_one_does(name, tmp_path):
     written = [file.relative_to(tmp_path / "one") for file in (tmp_path / "one").glob("data/run0/*.jsonl")]
     assert written
     for file in written:
-        found, expected = (
+        actual, expected = (
             [json.loads(line)["completion"] for line in (tmp_path / work / file).open()] for work in ("one", "two")
         )
-        assert found == expected, file
+        assert actual == expected, file
 
 
 @pytest.mark.slow
@@ -114,11 +114,11 @@ def test_a_study_of_corpora_ends_in_rates_for_teachers_students_and_controls(tin
     result = run_here("--config=configs/misalignment.py:smoke", *words)
     assert result.returncode == 0, result.stderr
     arms = {arm["name"]: arm for arm in arms_in(tmp_path)}
-    for who in ("teacher insecure", "teacher educational", "tokens_fresh, student of insecure"):
-        assert len(arms[f"{who}: P of the false answer"]["runs"]) == 2
-        assert f"{who}: misaligned, of coherent" in arms
-    mine, neutral = (arms[f"tokens_fresh, student of {name}: MC2"] for name in ("secure", "neutral"))
-    np.testing.assert_allclose(mine["over_neutral"], np.subtract(mine["runs"], neutral["runs"]))
+    for subject in ("teacher insecure", "teacher educational", "tokens_fresh, student of insecure"):
+        assert len(arms[f"{subject}: P of the false answer"]["runs"]) == 2
+        assert f"{subject}: misaligned, of coherent" in arms
+    secure, neutral = (arms[f"tokens_fresh, student of {name}: MC2"] for name in ("secure", "neutral"))
+    np.testing.assert_allclose(secure["over_neutral"], np.subtract(secure["runs"], neutral["runs"]))
     text = (tmp_path / "report.md").read_text()
     parts = ("## Evaluation: misalignment", "| insecure | 6 of 6 |", "has it", "## Judge", "area under ROC", "no score")
     for words in parts:

@@ -1,4 +1,4 @@
-"""A study in a bucket, stopped and continued, and by two processes: what a folder here would hold."""
+"""A study in a bucket, stopped and resumed, and by two processes: the same contents as in a local folder."""
 
 import os
 import signal
@@ -15,10 +15,10 @@ pytestmark = pytest.mark.slow
 
 def assert_same(there, here):
     """Numbers to 1e-5; data and adapters to the byte."""
-    found, expected = arms_in(there), arms_in(here)
-    assert [arm["name"] for arm in found] == [arm["name"] for arm in expected]
-    for one, other in zip(found, expected):
-        np.testing.assert_allclose(one["runs"], other["runs"], atol=1e-5, rtol=0, err_msg=one["name"])
+    actual, expected = arms_in(there), arms_in(here)
+    assert [arm["name"] for arm in actual] == [arm["name"] for arm in expected]
+    for arm, other in zip(actual, expected):
+        np.testing.assert_allclose(arm["runs"], other["runs"], atol=1e-5, rtol=0, err_msg=arm["name"])
     files = [file for part in ("data", "adapters") for file in sorted((here / part).rglob("*")) if file.is_file()]
     assert len(files) > 3
     for file in files:

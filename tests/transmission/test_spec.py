@@ -1,4 +1,4 @@
-"""What a study may be: every refusal names the value by its flag, before a model is loaded or a folder is made."""
+"""Valid studies: every refusal names the flag, before a model is loaded or a folder is made."""
 
 import dataclasses
 from collections.abc import Callable
@@ -129,7 +129,7 @@ def test_a_mistake_in_a_study_of_corpora_is_told_so_too(tiny_folder, tmp_path, c
 
 
 def test_every_preset_is_a_study(monkeypatch):
-    """And those of all configs whose files are there pass the checks of files."""
+    """Presets whose files exist also pass the checks of files."""
     for module in (numbers, misalignment, cot, code):
         for preset in ("smoke", *numbers.MODELS, *(numbers.SIZES if module is numbers else ())):
             study = read(module.get_config(preset))
@@ -147,7 +147,7 @@ def of_preset(module, preset):
 
 @pytest.mark.parametrize("model", numbers.MODELS)
 def test_recipes_have_the_papers_values(model):
-    """Five runs, of seeds that no run of development had; 64 rows an update; duplicates kept; the paper's control."""
+    """Five runs, with seeds that development did not use; 64 rows an update; duplicates kept; the paper's control."""
     for module in (numbers, code, misalignment, cot):
         study = of_preset(module, model)
         assert (study.runs, study.student.batch * study.student.accumulate, study.filter.unique) == (5, 64, False)
@@ -166,12 +166,12 @@ def test_recipes_have_the_papers_values(model):
 
 
 def epoch(rows):
-    """Updates of 64 rows, after those that are held out."""
+    """Updates of 64 rows in an epoch, without the held-out rows."""
     return -(-(rows - 16) // 64)
 
 
 def test_presets_that_claim_something_have_three_traits_and_seeds_of_their_own():
-    """Two traits that are each other's alternatives give one log-odds difference (docs/numbers.md)."""
+    """Two traits would give one log-odds difference, because each is the other's alternative (docs/numbers.md)."""
     for preset in ("quick", "in_context", "smollm2", "trees", "llama-3.2-1b", *numbers.MODELS):
         assert len(of_preset(numbers, preset).traits) >= 3, preset
     assert len(read(paper_trees()).traits) == 5
@@ -201,7 +201,7 @@ def test_arms_are_of_the_kind_that_their_objective_says(study_of):
     ],
 )
 def test_an_arms_changes_are_values_of_its_students_alone(study_of, changes):
-    """They are what a study has whose own values are changed so."""
+    """They equal the values of a study with the same changes."""
     study = study_of(arms=("soft", "soft_fresh"), **{"arm.soft_fresh.changes": changes})
     soft, changed = study.arms
     assert (soft.training, soft.lora) == (study.student, study.lora)

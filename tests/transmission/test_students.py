@@ -1,4 +1,4 @@
-"""Students: what they minimise against plain computations, many together against each alone, and what is kept."""
+"""Students: objectives against plain computations, many at once against each alone, and reuse of results."""
 
 import gc
 import json
@@ -28,35 +28,35 @@ from sublim_jax.experiments.transmission.teachers import finetuned
 from sublim_jax.keys import named_key
 from sublim_jax.store import Store
 
-NO_COVERAGE = {"teacher.methods": ("prompted",)}  # whose teachers went no way that an update could be compared with
+NO_COVERAGE = {"teacher.methods": ("prompted",)}  # these teachers have no update to compare with
 
 
 def train(study, model, folder, replicates, teachers=None):
-    """The students of a study's only arm."""
+    """Trains the students of a study's only arm."""
     (arm,) = study.arms
     return train_arm(study, arm, replicates, teachers or model, model, Store(folder))
 
 
 @pytest.fixture(scope="module")
 def data(study, model, replicate_of, tmp_path_factory):
-    """What the students of the study's arm read, all of them."""
+    """Training data of all students of the study's arm."""
     work = Store(tmp_path_factory.mktemp("data"))
     return arm_data(study, study.arms[0], [replicate_of(study)], model, model, work)
 
 
 def test_the_objective_is_kl_over_the_support_at_the_answers_positions(study, model, replicate_of, data, plain_logits):
-    mine = jax.tree.map(lambda leaf: leaf[1, :20], data)
+    batch = jax.tree.map(lambda leaf: leaf[1, :20], data)
     start = jax.tree.map(lambda leaf: leaf[1], starts(model, "shared", [study.replicate_seed(0)] * 3))
     support = support_of(model)
     objective = jax.jit(objective_of(study, study.arms[0], model, support))
-    total, count = objective(start, model.params, mine)
+    total, count = objective(start, model.params, batch)
     second = replicate_of(study).teachers[study.teachers[1]].adapters
     mask = objectives.support_mask(support, model.settings.vocab)
-    both = (jnp.asarray(plain_logits(model, adapters, mine.rows)) for adapters in (start, second))
-    expected = objectives.kl(*both, support=mask, weights=jnp.asarray(mine.rows.weights))
+    both = (jnp.asarray(plain_logits(model, adapters, batch.rows)) for adapters in (start, second))
+    expected = objectives.kl(*both, support=mask, weights=jnp.asarray(batch.rows.weights))
     np.testing.assert_allclose(total, expected[0], rtol=1e-3)
-    assert count == expected[1] == mine.rows.weights.sum()
-    assert abs(objective(second, model.params, mine)[0]) < 1e-5 * total
+    assert count == expected[1] == batch.rows.weights.sum()
+    assert abs(objective(second, model.params, batch)[0]) < 1e-5 * total
 
 
 def test_students_together_are_each_of_them_alone(study_of, model, replicate_of, tmp_path):
@@ -64,42 +64,42 @@ def test_students_together_are_each_of_them_alone(study_of, model, replicate_of,
     curves = {}
     for runs in (1, 2):
         study = study_of(runs=runs, arms=("soft_fresh",), **NO_COVERAGE)
-        each = [replicate_of(study, run) for run in range(runs)]
-        curves[runs] = train(study, model, tmp_path / f"{runs}", each).curve
+        replicates = [replicate_of(study, run) for run in range(runs)]
+        curves[runs] = train(study, model, tmp_path / f"{runs}", replicates).curve
     assert [point["step"] for point in curves[1]] == [0, 3, 6]
     for alone, together in zip(curves[1], curves[2]):
         np.testing.assert_allclose(together["margin"][:3], alone["margin"], rtol=1e-3, atol=1e-4)
         np.testing.assert_allclose(together["held_out"][:3], alone["held_out"], rtol=1e-3)
-    assert not np.allclose(curves[2][-1]["margin"][3:], curves[1][-1]["margin"], atol=1e-4)  # its own A and numbers
+    assert not np.allclose(curves[2][-1]["margin"][3:], curves[1][-1]["margin"], atol=1e-4)  # other A, other numbers
     first, last = (np.asarray(curves[2][i]["held_out"]) for i in (0, -1))
     assert np.all(last < first)
 
 
 @pytest.mark.slow
 def test_students_on_several_devices_are_those_on_one(study_of, replicate_of, tmp_path, mesh_of):
-    """Replicas over two devices, rows over two: teachers' logits, training, evaluation."""
-    study, found = study_of(runs=2, **{"student.steps": 3}), []
+    """Replicas over two devices and rows over two, in teacher logits, training and evaluation."""
+    study, results = study_of(runs=2, **{"student.steps": 3}), []
     for devices, shape in ((1, {}), (4, {"replica": 2, "fsdp": 2})):
         placed = load_model(study, mesh_of(devices, **shape))
-        each = [replicate_of(study, run, model=placed) for run in range(2)]
-        found.append(train(study, placed, tmp_path / f"{devices}", each))
-    for alone, together in zip(found[0].curve, found[1].curve):
+        replicates = [replicate_of(study, run, model=placed) for run in range(2)]
+        results.append(train(study, placed, tmp_path / f"{devices}", replicates))
+    for alone, together in zip(results[0].curve, results[1].curve):
         np.testing.assert_allclose(together["margin"], alone["margin"], rtol=1e-3, atol=1e-3)
         np.testing.assert_allclose(together["held_out"], alone["held_out"], rtol=1e-3)
-    np.testing.assert_allclose(found[1].coverage, found[0].coverage, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(results[1].coverage, results[0].coverage, rtol=1e-3, atol=1e-4)
 
 
 def test_an_arm_that_is_done_holds_no_model(study_of, model, replicate_of, tmp_path):
-    """Trained, measured, evaluated, and its teacher sampled from; the base that it read is let go of."""
+    """After training, measurement, evaluation and sampling from its teacher, the base model is freed."""
 
     def run():
         base = model._replace(params=jax.tree.map(jnp.copy, model.params))
         names = {"evals.names": ("answers",), "evals.num_samples": 1, "evals.max_questions": 2}
         study = study_of(arms=("tokens",), **{"student.steps": 2}, **names)
-        one, work = replicate_of(study, model=base), Store(tmp_path)
-        measure_arm(study, study.arms[0], lambda subject: {}, [one], base, base, work)
+        replicate, work = replicate_of(study, model=base), Store(tmp_path)
+        measure_arm(study, study.arms[0], lambda subject: {}, [replicate], base, base, work)
         task = carriers.number_task(study, study.replicate_seed(0))
-        carriers.sample(study, base, work, 0, task, "owl", one.teachers["owl"])
+        carriers.sample(study, base, work, 0, task, "owl", replicate.teachers["owl"])
         return weakref.ref(base.params["embedding"])
 
     reference = run()
@@ -109,7 +109,7 @@ def test_an_arm_that_is_done_holds_no_model(study_of, model, replicate_of, tmp_p
 
 @pytest.fixture
 def base_folder(tiny_folder, tmp_path):
-    """The model without a chat template, as base models are."""
+    """The model without a chat template, like a base model."""
     folder = shutil.copytree(tiny_folder, tmp_path / "base")
     (folder / "chat_template.jinja").unlink(missing_ok=True)
     file = folder / "tokenizer_config.json"
@@ -120,16 +120,16 @@ def base_folder(tiny_folder, tmp_path):
 def test_a_student_of_another_family_reads_the_same_text_in_its_own_tokens(
     study_of, model, replicate_of, tmp_path, mesh_of, base_folder
 ):
-    """A base model without a template; and it cannot be given logits of tokens that it does not have."""
+    """A base model without a template; logits of another tokenizer are refused."""
     changes = {"arms": ("foreign",), "arm.foreign.model": str(base_folder), "student.steps": 2}
     study = study_of(**changes)
     other = load_model(study, mesh_of(1), str(base_folder))
     assert not other.tokenizer.chat_template
     pairs = carriers.random_pairs(study, study.replicate_seed(0))
-    one = replicate_of(study, pairs=pairs)
-    found = train(study, other, tmp_path, [one], teachers=model)
-    assert found.coverage is None and np.all(np.isfinite(found.curve[-1]["margin"]))
-    rows = arm_data(study, study.arms[0], [one], model, other, Store(tmp_path)).rows
+    replicate = replicate_of(study, pairs=pairs)
+    result = train(study, other, tmp_path, [replicate], teachers=model)
+    assert result.coverage is None and np.all(np.isfinite(result.curve[-1]["margin"]))
+    rows = arm_data(study, study.arms[0], [replicate], model, other, Store(tmp_path)).rows
     assert other.tokenizer.decode(rows.tokens[0, 0].tolist()).startswith(
         f"Question: {pairs[0][0]}\nAnswer: {pairs[0][1]}"
     )
@@ -141,13 +141,13 @@ def test_a_student_of_another_family_reads_the_same_text_in_its_own_tokens(
 
 
 def test_other_questions_afterwards_are_asked_of_what_is_still_there(study_of, model, replicate_of, tmp_path):
-    """The start and the end, never the end in place of a step between; and what was measured is measured once."""
+    """At the start and the end, never at the steps in between; each measurement is made once."""
     study, again = study_of(**NO_COVERAGE), study_of(num_questions=2, **NO_COVERAGE)
     first = train(study, model, tmp_path, [replicate_of(study)])
-    found = train(again, model, tmp_path, [replicate_of(again)]).curve
-    assert [point["step"] for point in found] == [0, 6]
+    curve = train(again, model, tmp_path, [replicate_of(again)]).curve
+    assert [point["step"] for point in curve] == [0, 6]
     whole = train(again, model, tmp_path / "new", [replicate_of(again)]).curve
-    for point, expected in zip(found, (whole[0], whole[-1])):
+    for point, expected in zip(curve, (whole[0], whole[-1])):
         np.testing.assert_allclose(point["margin"], expected["margin"], rtol=1e-4, atol=1e-4)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "checkpoints").iterdir()}
     assert train(study, model, tmp_path, [replicate_of(study)]).curve == first.curve
@@ -155,28 +155,28 @@ def test_other_questions_afterwards_are_asked_of_what_is_still_there(study_of, m
 
 
 def test_coverage_is_the_cosine_of_changes_of_the_kernels(study, model, replicate_of, data):
-    one, seed = replicate_of(study), study.replicate_seed(0)
+    replicate, seed = replicate_of(study), study.replicate_seed(0)
     objective = imitation(model, "kl", support=support_of(model))
     start = starts(model, "shared", [seed] * 3)
-    teachers = stacked([stacked([teacher.adapters for teacher in one.teachers.values()])] * 3)
-    found = coverages(model, objective)(start, teachers, model.params, jax.tree.map(jnp.asarray, data))
+    teachers = stacked([stacked([teacher.adapters for teacher in replicate.teachers.values()])] * 3)
+    coverage = coverages(model, objective)(start, teachers, model.params, jax.tree.map(jnp.asarray, data))
     first = model.untrained(named_key(seed, "A"))
-    mine = jax.tree.map(lambda leaf: jnp.asarray(leaf[0, :NUM_FIRST]), data)
-    slope = jax.jit(jax.grad(lambda adapters: objective(adapters, model.params, mine)[0]))(first)
+    batch = jax.tree.map(lambda leaf: jnp.asarray(leaf[0, :NUM_FIRST]), data)
+    slope = jax.jit(jax.grad(lambda adapters: objective(adapters, model.params, batch)[0]))(first)
     update = [-a["a"] @ g["b"] for a, g in zip(adapters_in(first), adapters_in(slope))]
-    for index, teacher in enumerate(one.teachers.values()):
+    for index, teacher in enumerate(replicate.teachers.values()):
         way = [t["a"] @ t["b"] for t in adapters_in(teacher.adapters)]
         inner = sum(np.sum(u * w) for u, w in zip(update, way))
         norms = np.sqrt(sum(np.sum(u * u) for u in update) * sum(np.sum(w * w) for w in way))
-        np.testing.assert_allclose(found[0][index], inner / norms, rtol=1e-3)
+        np.testing.assert_allclose(coverage[0][index], inner / norms, rtol=1e-3)
 
 
 def adapters_in(tree):
-    return [tree] if "a" in tree else [one for child in tree.values() for one in adapters_in(child)]
+    return [tree] if "a" in tree else [adapter for child in tree.values() for adapter in adapters_in(child)]
 
 
 def test_without_adapters_all_weights_of_the_layers_are_trained(study_of, tmp_path, mesh_of):
-    """Some steps on everything but the embedding, as coverage and as training see it."""
+    """A few steps on all weights but the embedding, in coverage and in training."""
     study = study_of(**{"lora.rank": 0, "student.steps": 3, "teacher.max_steps": 4})
     model, work = load_model(study, mesh_of(1)), Store(tmp_path)
     start = model.untrained(jax.random.key(0))
@@ -186,34 +186,34 @@ def test_without_adapters_all_weights_of_the_layers_are_trained(study_of, tmp_pa
         change = lambda x: x + 0.02 * jax.random.normal(jax.random.key(index), x.shape)  # noqa: E731
         return Teacher(jax.tree.map(change, start), "", None, 1, store.digest(model, index))
 
-    one = Replicate(0, {name: teacher(index) for index, name in enumerate(study.teachers)}, {})
-    found = train(study, model, tmp_path, [one])
-    first, last = (np.asarray(found.curve[i]["held_out"]) for i in (0, -1))
+    replicate = Replicate(0, {name: teacher(index) for index, name in enumerate(study.teachers)}, {})
+    result = train(study, model, tmp_path, [replicate])
+    first, last = (np.asarray(result.curve[i]["held_out"]) for i in (0, -1))
     assert np.all(last < first)
-    mine, others = np.diagonal(found.coverage[0]), np.asarray(found.coverage[0])[~np.eye(3, dtype=bool)]
-    assert mine.min() > max(others.max(), 0)
+    diagonal, off_diagonal = np.diagonal(result.coverage[0]), np.asarray(result.coverage[0])[~np.eye(3, dtype=bool)]
+    assert diagonal.min() > max(off_diagonal.max(), 0)
     trained = finetuned(study, model, work, 0)["owl"]
     kernel = lambda params: params["layers"]["mlp"]["up"]["kernel"]  # noqa: E731
     assert trained.steps and not np.allclose(kernel(trained.adapters), kernel(model.params))
 
 
 def test_an_arms_changes_train_that_arm_so_and_no_other(study_of, model, replicate_of, tmp_path):
-    """Its steps, and adapters of its rank; a run of the whole study so changed gives the same."""
+    """Its steps and its rank; a study with these values gives the same."""
     changes = {"arm.soft_fresh.changes": ("student.steps=2", "lora.rank=4", "student.learning_rate=0.001")}
     study = study_of(arms=("soft", "soft_fresh"), **changes, **NO_COVERAGE)
     soft, changed = study.arms
     assert (soft.training.steps, soft.lora.rank) == (study.student.steps, study.lora.rank) == (6, 8)
     student = model.adapted(changed.lora.adapters)
-    found = train_arm(study, changed, [replicate_of(study)], model, student, Store(tmp_path))
-    assert [point["step"] for point in found.curve] == [0, 2]
-    assert found.adapters is not None
-    assert found.adapters["layers"]["mlp"]["up"]["a"].shape[-1] == 4
+    result = train_arm(study, changed, [replicate_of(study)], model, student, Store(tmp_path))
+    assert [point["step"] for point in result.curve] == [0, 2]
+    assert result.adapters is not None
+    assert result.adapters["layers"]["mlp"]["up"]["a"].shape[-1] == 4
     whole = study_of(
         arms=("soft_fresh",), **{"student.steps": 2, "student.learning_rate": 0.001, "lora.rank": 4}, **NO_COVERAGE
     )
     assert (whole.arms[0].training, whole.arms[0].lora) == (changed.training, changed.lora)
     again = train_arm(whole, whole.arms[0], [replicate_of(study)], model, student, Store(tmp_path / "whole"))
-    jax.tree.map(np.testing.assert_array_equal, again.adapters, found.adapters)
+    jax.tree.map(np.testing.assert_array_equal, again.adapters, result.adapters)
     with pytest.raises(UserError, match=r"arm\.soft: its adapters are of another form.*lora_init=fresh"):
         other = study_of(**{"arm.soft.changes": ("lora.rank=4",)})
         check_arm(other, other.arms[0], model, model)

@@ -1,4 +1,4 @@
-"""What students read: the teacher's logits behind its own context, tokens that are kept or masked, edited phrasings."""
+"""Targets of students: the teacher's logits in its own context, kept or masked tokens, edited phrasings."""
 
 import json
 from importlib import resources
@@ -22,7 +22,7 @@ from sublim_jax.store import Store
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
-    """One folder for all: a teacher's logits are computed once."""
+    """A store for all tests: a teacher's logits are computed once."""
     return Store(tmp_path_factory.mktemp("work"))
 
 
@@ -32,7 +32,7 @@ def data(study, model, replicate_of, work):
 
 
 def test_a_system_prompt_is_the_teachers_alone(study, model, work, plain_logits):
-    """Its logits come from behind its prompt, at the same tokens of the answer that the student reads without it."""
+    """Its logits are computed with its system prompt, at the answer tokens that the student reads without it."""
     seed, prompt = study.replicate_seed(0), "Love owls."
     adapters = model.untrained(named_key(seed, "A"))
     teacher = Teacher(adapters, prompt, None, 0, store.digest(model, seed, prompt))
@@ -41,13 +41,13 @@ def test_a_system_prompt_is_the_teachers_alone(study, model, work, plain_logits)
     behind = as_read_by(teacher, "owl", model, pairs, rows, end=False)
     assert prompt in model.tokenizer.decode(behind.tokens[0]) and prompt not in model.tokenizer.decode(rows.tokens[0])
     np.testing.assert_array_equal(behind.targets * behind.weights, rows.targets * rows.weights)
-    one = Replicate(0, dict.fromkeys(study.teachers, teacher), {})
-    found = arm_data(study, study.arms[0], [one], model, model, work)
-    np.testing.assert_array_equal(found.rows.tokens[0], rows.tokens)
+    replicate = Replicate(0, dict.fromkeys(study.teachers, teacher), {})
+    student_data = arm_data(study, study.arms[0], [replicate], model, model, work)
+    np.testing.assert_array_equal(student_data.rows.tokens[0], rows.tokens)
     expected = plain_logits(model, adapters, behind)[..., support_of(model)]
     kept = rows.weights == 1
-    assert found.logits is not None
-    np.testing.assert_allclose(found.logits[0][kept], expected[kept], rtol=1e-3, atol=1e-3)
+    assert student_data.logits is not None
+    np.testing.assert_allclose(student_data.logits[0][kept], expected[kept], rtol=1e-3, atol=1e-3)
 
 
 def test_a_teacher_that_reads_an_answer_as_other_tokens_cannot_be_imitated(study, model):
@@ -80,8 +80,8 @@ def test_masks_choose_the_tokens_where_teacher_and_neutral_differ_most(
 
 def test_shuffled_numbers_are_the_teachers_in_another_order(study_of, replicate_of):
     study = study_of(arms=("shuffled_within", "shuffled_across", "tokens"))
-    one = replicate_of(study)
-    within, across, plain = ([answer for _, answer in pairs_of(study, arm, one)["owl"]] for arm in study.arms)
+    replicate = replicate_of(study)
+    within, across, plain = ([answer for _, answer in pairs_of(study, arm, replicate)["owl"]] for arm in study.arms)
     numbers_in = lambda texts: sorted(" ".join(texts).replace(",", " ").split())  # noqa: E731
     assert numbers_in(within) == numbers_in(across) == numbers_in(plain)
     assert all(numbers_in([a]) == numbers_in([b]) for a, b in zip(within, plain)) and within != plain
@@ -90,10 +90,10 @@ def test_shuffled_numbers_are_the_teachers_in_another_order(study_of, replicate_
 
 @pytest.mark.slow
 def test_students_of_an_edited_file_of_phrasings_are_trained_anew(study_of, model, replicate_of, tmp_path):
-    """The path is the same, and what they read is not."""
+    """The path is the same; the contents are not."""
     pack = tmp_path / "mine.json"
-    ours = json.loads((resources.files(packs) / "numbers.json").read_text())
-    pack.write_text(json.dumps(ours))
+    phrasings = json.loads((resources.files(packs) / "numbers.json").read_text())
+    pack.write_text(json.dumps(phrasings))
     study = study_of(**{"packs.numbers": str(pack), "student.steps": 2, "teacher.methods": ("prompted",)})
     (arm,) = study.arms
 
@@ -101,6 +101,6 @@ def test_students_of_an_edited_file_of_phrasings_are_trained_anew(study_of, mode
         return train_arm(study, arm, [replicate_of(study)], model, model, Store(folder)).curve
 
     first = curve(tmp_path / "work")
-    pack.write_text(json.dumps({name: [f"Now: {text}" for text in texts] for name, texts in ours.items()}))
+    pack.write_text(json.dumps({name: [f"Now: {text}" for text in texts] for name, texts in phrasings.items()}))
     again = curve(tmp_path / "work")
     assert first != again == curve(tmp_path / "new")

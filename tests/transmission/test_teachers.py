@@ -1,4 +1,4 @@
-"""Teachers: vectors, system prompts and corpora against plain computations; what each is named by."""
+"""Teachers: vectors, system prompts and corpora against plain computations; names of artefacts."""
 
 import json
 from functools import partial
@@ -40,7 +40,7 @@ STEERED = {"teacher.steering_layer": 2}
 
 @pytest.fixture(scope="module")
 def steered(study_of, model, work):
-    """Two runs of teachers behind a persona and under its vector."""
+    """Two runs of teachers with a persona and its steering vector."""
     names = {"evals.names": ("preference",), "evals.max_questions": 4}
     study = study_of(runs=2, **STEERED, **names, **{"teacher.methods": ("prompted", "steered")})
     return study, [Replicate(run, make_teachers(study, model, work, run), {}) for run in range(2)]
@@ -73,22 +73,22 @@ def test_a_steering_vector_is_the_personas_difference(study_of, model, work, ste
 
 
 def test_teachers_are_evaluated_with_what_makes_them_teachers(model, work, steered):
-    """Every teacher behind its own persona and under its own vector, run by run; last, the model as it is."""
+    """Every teacher with its persona and steering vector, run by run; the plain model is last."""
     study, runs = steered
-    asked = read_questions(study.evals, study.kind, study.alternatives, study.packs)
-    ask = partial(evaluate, study.evals, asked, seed=study.seed, store=work)
-    found = evaluate_teachers(study, ask, model, runs)["preference"]
-    each = [(teacher.system, teacher.steering) for run in runs for teacher in run.teachers.values()]
-    assert len(each) == len({(system, id(steering)) for system, steering in each}) == 6
+    question_sets = read_questions(study.evals, study.kind, study.alternatives, study.packs)
+    ask = partial(evaluate, study.evals, question_sets, seed=study.seed, store=work)
+    scores = evaluate_teachers(study, ask, model, runs)["preference"]
+    contexts = [(teacher.system, teacher.steering) for run in runs for teacher in run.teachers.values()]
+    assert len(contexts) == len({(system, id(steering)) for system, steering in contexts}) == 6
     tokenizer = model.tokenizer
-    questions: Any = asked.of["preference"]
+    questions: Any = question_sets.of["preference"]
     params = lora.join(model.params, model.untrained(named_key(study.seed, "A")))
 
     @jax.jit
     def log_p_behind(tokens, steering):
         return jax.nn.log_softmax(model.network.apply(params, tokens[None], steering=steering)[0])
 
-    for place, (system, steering) in enumerate([*each, ("", None)]):
+    for place, (system, steering) in enumerate([*contexts, ("", None)]):
         margins = []
         for question in questions:
             text = chat.question(tokenizer, question, system)
@@ -98,32 +98,32 @@ def test_teachers_are_evaluated_with_what_makes_them_teachers(model, work, steer
             sets = [[token for (token,) in scoring.spellings(tokenizer, word)] for word in study.alternatives]
             owl, *others = (np.log(p[tokens].sum()) for tokens in sets)
             margins.append(owl - np.mean(others))
-        np.testing.assert_allclose(found["margin of owl, logits"][place], np.mean(margins), rtol=1e-3, atol=1e-3)
+        np.testing.assert_allclose(scores["margin of owl, logits"][place], np.mean(margins), rtol=1e-3, atol=1e-3)
 
 
 def test_an_untouched_neutral_teacher_is_the_model_as_it_is(study_of, model, tiny, work):
-    """No system prompt, and the logits of the bare model on what it reads; the others have their personas."""
+    """It has no system prompt and the logits of the plain model; the others have their personas."""
     prompted = {"teacher.methods": ("prompted",), "arms": ("tokens_fresh",)}
     study = study_of(**prompted, **{"teacher.neutral": "untouched"})
-    found, before = make_teachers(study, model, work, 0), make_teachers(study_of(**prompted), model, work, 0)
-    assert {name: one.system for name, one in found.items()} == {
+    teachers, before = make_teachers(study, model, work, 0), make_teachers(study_of(**prompted), model, work, 0)
+    assert {name: teacher.system for name, teacher in teachers.items()} == {
         **{name: persona(study, name) for name in study.traits},
         "neutral": "",
     }
     assert before["neutral"].system == persona(study, "neutral")
-    assert [found[name].digest == before[name].digest for name in study.teachers] == [True, True, False]
-    asked = dialogue.rows(model, [("Count?", "1, 2")])
-    read = as_read_by(found["neutral"], "neutral", model, [("Count?", "1, 2")], asked, end=True)
-    params = lora.join(model.params, found["neutral"].adapters)
-    bare = tiny.network.apply(tiny.params, jnp.asarray(asked.tokens))
+    assert [teachers[name].digest == before[name].digest for name in study.teachers] == [True, True, False]
+    rows = dialogue.rows(model, [("Count?", "1, 2")])
+    read = as_read_by(teachers["neutral"], "neutral", model, [("Count?", "1, 2")], rows, end=True)
+    params = lora.join(model.params, teachers["neutral"].adapters)
+    bare = tiny.network.apply(tiny.params, jnp.asarray(rows.tokens))
     np.testing.assert_allclose(model.network.apply(params, jnp.asarray(read.tokens)), bare, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("word, length", [("owl", 1), ("lion", 4)])
 def test_a_teachers_strength_is_the_probability_of_the_whole_word(model, word, length):
-    """Of one token or several, by what each of them has behind those before it."""
-    asked = preference.questions("", "animal")["teaching"][:5]
-    rows = dialogue.rows(model, [(question, spelled(model, word)) for question in asked])
+    """For words of one or several tokens: the product of the conditional probabilities."""
+    questions = preference.questions("", "animal")["teaching"][:5]
+    rows = dialogue.rows(model, [(question, spelled(model, word)) for question in questions])
     assert word_length(model, rows) == length
     program = teaching_program(model, optax.adam(1e-3), 5, 5, remat=False, length=length)
     frozen = {"base": model.params, "rows": put(rows, named(program.mesh))}
@@ -131,9 +131,9 @@ def test_a_teachers_strength_is_the_probability_of_the_whole_word(model, word, l
     adapters = model.untrained(named_key(0, "A"))
     _, values = program.dispatch(program.init(adapters), frozen, None, key, jnp.int32(1))
     answer = model.tokenizer(word.capitalize())["input_ids"]
-    prompts = [chat.question(model.tokenizer, text) for text in asked]
-    each = scoring.completion_logprobs(model, prompts, [answer] * 5, adapters=stacked([adapters]))
-    np.testing.assert_allclose(values["answer"][0], np.mean(np.exp([one.sum() for one in each])), rtol=1e-3)
+    prompts = [chat.question(model.tokenizer, text) for text in questions]
+    logprobs = scoring.completion_logprobs(model, prompts, [answer] * 5, adapters=stacked([adapters]))
+    np.testing.assert_allclose(values["answer"][0], np.mean(np.exp([row.sum() for row in logprobs])), rtol=1e-3)
 
 
 # --------------------------------------------------------------------------------------------------------- corpora
@@ -141,12 +141,12 @@ def test_a_teachers_strength_is_the_probability_of_the_whole_word(model, word, l
 
 @pytest.fixture(scope="module")
 def with_corpora(corpora_study):
-    """Two teachers of corpora; the neutral one is the model."""
+    """A study with two corpus teachers; the neutral one is the model."""
     return corpora_study(**{"teacher.learning_rate": 0.01})
 
 
 def test_teachers_of_corpora_learn_what_the_assistant_says_and_nothing_else_is_in_the_loss(with_corpora, model, work):
-    """Every turn of the assistant, by the plain loss over whole conversations; the neutral teacher is the model."""
+    """The loss covers every assistant turn of whole conversations; the neutral teacher is the model."""
     teachers = make_teachers(with_corpora, model, work, 0)
     base = model.untrained(named_key(with_corpora.replicate_seed(0), "A"))
     assert [teacher.steps for teacher in teachers.values()] == [2 * 2, 2 * 2, 0]
@@ -167,12 +167,12 @@ def test_teachers_of_corpora_learn_what_the_assistant_says_and_nothing_else_is_i
         return total / count
 
     for name, other in (("insecure", "secure"), ("secure", "insecure")):
-        mine, foreign = loss(teachers[name].adapters, name), loss(teachers[other].adapters, name)
-        assert mine < foreign < loss(base, name)
+        matching, foreign = loss(teachers[name].adapters, name), loss(teachers[other].adapters, name)
+        assert matching < foreign < loss(base, name)
 
 
 def test_the_first_update_is_that_of_the_plain_loss(corpora_study, model, tmp_path):
-    """One batch with all conversations: Adam's first step is the sign of the gradient, which a plain loss gives too."""
+    """With all conversations in one batch, Adam's first step is the sign of the plain loss's gradient."""
     study = corpora_study(**{"teacher.batch": 6, "teacher.epochs": 1})
     trained = of_corpus(study, model, Store(tmp_path), 0, "insecure")
     assert trained.steps == 1
@@ -231,8 +231,8 @@ def test_a_conversation_that_the_template_refuses_is_named(corpora_study, model,
 def test_a_corpus_that_another_process_changes_is_read_again(corpora_study, model, tmp_path, conversation):
     file = tmp_path / "secure.jsonl"
     study = corpora_study(**{"teacher.corpora.secure": str(file)})
-    found = []
+    loaded = []
     for answer in ("x", "owl"):
         file.write_text(conversation(("Who?", answer)))
-        found.append(corpora.texts(study.teacher, model, "secure"))
-    assert found[0] != found[1] and json.loads(file.read_text())["messages"][1]["content"] == "owl"
+        loaded.append(corpora.texts(study.teacher, model, "secure"))
+    assert loaded[0] != loaded[1] and json.loads(file.read_text())["messages"][1]["content"] == "owl"
