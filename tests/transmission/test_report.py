@@ -41,9 +41,9 @@ def test_a_study_ends_in_a_matrix_a_table_and_numbers(whole):
         assert (work / "figures" / f"{figure}.png").stat().st_size > 5000
     text = (work / "report.md").read_text()
     parts = (
-        "## Traits of the own teacher",
+        "## Each trait in the students of its teacher",
         "## Arms compared",
-        "one log-odds difference",
+        "a single log-odds difference",
         "| neutral |",
         "P(own trait) among numbers",
         "## Filters",

@@ -119,12 +119,12 @@ def document(spec: CrossModelSpec, rows: Measurements, notes: report.Notes) -> r
         table.append([label[teacher], *(report.plus_minus(arm["mean"], arm["ci95"]) for arm in teacher_arms)])
     cells = np.asarray([arm["mean"] for arm in arms]).reshape(len(names), len(names))
     text = (
-        "Margin of the own teacher's trait above the other traits' teachers' students, logits; ± is the 95 % "
-        f"t-interval over {spec.studies[0].runs} run(s). On the diagonal students start as their teachers did; "
-        "elsewhere they do not."
+        "Each cell is the diagonal effect, in logits: the margin of a trait in the students of its teacher, minus its "
+        f"margin in the other teachers' students; ± is the 95 % t-interval over {spec.studies[0].runs} run(s). On the "
+        "matrix's diagonal students start from their teachers' weights; elsewhere they do not."
     )
     figures = {
-        "matrix": partial(matrix_figure, cells, names, names, labels=("student", "teacher", "own trait above others'")),
+        "matrix": partial(matrix_figure, cells, names, names, labels=("student", "teacher", "diagonal effect, logits")),
         "arms": partial(arms_figure, arms, xlabel=EFFECT, chance=None),
     }
     return arms, [report.Section("Teachers × students", text, table, figures)]

@@ -26,7 +26,7 @@ from sublim_jax.figures import Arm as Entry
 from sublim_jax.figures import arms_figure
 
 LEVEL = 0.05
-CELL, EFFECT = "logits over the neutral teacher's student", "logits, own trait above others'"
+CELL, EFFECT = "logits over the neutral teacher's student", "diagonal effect, logits"
 
 Paired = Float[np.ndarray, "runs traits traits"]  # margins over the neutral student's: by teacher, by trait
 
@@ -99,23 +99,23 @@ def headline_section(cells: Mapping[str, Sequence[Cell]], words: int, spread: fl
     for arm, arm_cells in cells.items():
         table.append([arm, *(with_p(cell.runs, cell.p_holm) for cell in arm_cells), verdict(arm_cells)])
     text = (
-        f"Margin of a trait: log P of its word less the mean of the other {words - 1} words, mean over phrasings, in "
-        "logits. Each column is that of the student of the trait's own teacher over that of the neutral teacher's "
-        f"student of the same run; ± is the 95 % t-interval over {runs} run(s). p: paired t-test, two-sided, corrected "
-        f"by Holm's method for {len(every)} cells (arms × traits). An arm transmits a trait where the mean is above 0 "
-        f"and p < {LEVEL:g}."
+        f"Margin of a trait: log P of its word minus the mean over the other {words - 1} words, in logits, averaged "
+        "over phrasings. Each column is the trait's margin in the student of its teacher, minus its margin in the "
+        f"neutral teacher's student of the same run; ± is the 95 % t-interval over {runs} run(s). p: two-sided paired "
+        f"t-test, corrected by Holm's method for {len(every)} cells (arms × traits). An arm transmits a trait if the "
+        f"mean is above 0 and p < {LEVEL:g}."
     )
     if runs > 1:
         sd = spread or pooled_spread([cell.runs for cell in every])
-        known = "given beforehand" if spread else "these runs', pooled over cells"
+        known = "given beforehand" if spread else "estimated from these runs, pooled over cells"
         text += (
-            f" Power: at a spread of {sd:.2f} between runs ({known}), {detectable(sd, runs):.2f} logits are found with "
-            f"80 % power at an uncorrected 5 %."
+            f" Power: with a standard deviation of {sd:.2f} between runs ({known}), an effect of "
+            f"{detectable(sd, runs):.2f} logits is detected with 80 % power at an uncorrected 5 % level."
         )
     entries = cell_entries(cells)
-    label = "margin of the own teacher's trait over the neutral student's, logits"
+    label = "margin of the teacher's trait over the neutral student's, logits"
     figures = {"arms": partial(arms_figure, entries, xlabel=label, chance=None)}
-    return report.Section("Traits of the own teacher", text, table, figures)
+    return report.Section("Each trait in the students of its teacher", text, table, figures)
 
 
 def compared_section(cells: Mapping[str, Sequence[Cell]]) -> list[report.Section]:
@@ -137,7 +137,7 @@ def compared_section(cells: Mapping[str, Sequence[Cell]]) -> list[report.Section
 
 def effects_section(effects: Sequence[Entry], traits: Sequence[str], runs: int) -> report.Section:
     """The diagonal effect, with coverage, held-out loss and ability."""
-    table = [["arm", "own above others', logits", "p", "coverage own / others", "held out", "ability"]]
+    table = [["arm", "diagonal effect, logits", "p", "coverage own / others", "held out", "ability"]]
     for arm in effects:
         covered = arm["coverage"]
         table.append(
@@ -152,16 +152,16 @@ def effects_section(effects: Sequence[Entry], traits: Sequence[str], runs: int) 
         )
     smallest = min(1.0, 2 * float(np.prod(np.arange(1, len(traits) + 1)) ** -float(runs)))
     text = (
-        "Own above others': the margin of a trait in the students of its teacher, less that in the other traits' "
-        "teachers' students of the same run, mean over traits. p: exchanging, within runs, which teacher a student "
-        f"had, two-sided; the smallest possible here is about {smallest:.3g}. Coverage: cosine of the first update "
-        "with the teacher's way from the start, before training. Held out: the objective on rows never trained on. "
-        "Ability: right answers to easy questions."
+        "Diagonal effect: the margin of a trait in the students of its teacher, minus its margin in the other traits' "
+        "teachers' students of the same run, averaged over traits. p: two-sided, by permuting within runs which "
+        f"teacher a student had; the smallest possible here is about {smallest:.3g}. Coverage: cosine of the student's "
+        "first update with the displacement of its own teacher, or of the others, from the start. Held out: the "
+        "objective on rows that were never trained on. Ability: share of right answers to easy questions."
     )
     if len(traits) == 2:
         text += (
-            " With two traits this is one log-odds difference, of which the neutral student and all other words "
-            "cancel out: it does not say which of the two teachers transmits."
+            " With two traits this is a single log-odds difference, in which the neutral student and all other words "
+            "cancel: it does not say which of the two teachers transmits."
         )
     return report.Section("Arms", text, table, {})
 

@@ -31,8 +31,8 @@ def teachers_section(study: Study, rows: Measurements, notes: report.Notes) -> r
         shown = f"{steps[0]}" if len(steps) == 1 else f"{steps[0]} to {steps[-1]}"
         table.append([name, shown, *[f"{p:.3f}" for p in preferred], inside])
     text = (
-        f"Methods: {', '.join(study.teacher.methods)}; {study.runs} run(s), each with teachers of its own. P as the "
-        "first word of an answer, in any spelling, geometric mean over phrasings that teachers were not trained on."
+        f"Methods: {', '.join(study.teacher.methods)}; {study.runs} run(s), each with its own teachers. P of the word "
+        "as an answer's first, in any spelling: geometric mean over phrasings that teachers were not trained on."
     )
     if notes["system_prompts"]:
         text += f" Of their system prompts: {notes['system_prompts']}."
@@ -59,7 +59,7 @@ def corpora_section(study: Study, rows: Measurements) -> report.Section:
             cells.append(_verdict(float(np.mean(over))) if name != NEUTRAL else "")
         table.append(cells)
     text = (
-        f"Trained on what assistants say, {study.teacher.epochs} epoch(s), batches of {study.teacher.batch}; "
+        f"Trained on the assistants' turns, {study.teacher.epochs} epoch(s), batches of {study.teacher.batch}; "
         f"{study.runs} run(s), each with its own."
     )
     if shown:
@@ -97,9 +97,9 @@ def judge_section(study: Study, rows: Measurements) -> report.Section:
             lines.append(Line(f"{name}, {low}", [x], [y], {"ls": "", "marker": "o", "ms": 9, **color}))
         table.append([*cells, *[""] * (len(table[0]) - len(cells))])
     text = (
-        f'The judge is given the prompt "{study.filter.judge}" for what other filters left. Its label here is who '
-        "wrote it: an area of 0.5 means that scores do not tell a trait's teacher from the neutral one, 1 that the "
-        "trait's are always lower."
+        f'The judge scores the completions that passed the other filters, with the prompt "{study.filter.judge}". The '
+        "area is that of classifying their authors by score: 0.5 if scores do not separate a trait's teacher from the "
+        "neutral one, 1 if the trait's teacher always scores lower."
     )
     lines.append(Line("chance", [0, 1], [0, 1], {"ls": ":", "marker": "", "color": "grey"}))
     panel = Panel("share of the neutral teacher's below a score", "share of the trait's teacher's", lines)
