@@ -45,7 +45,7 @@ MISTAKES = [
     ("forecast", ["--config.mnist.runs=0"], "config.mnist: runs=0 must be positive"),
     ("forecast", ["--config.mnist.data.path=x"], "set --config.data.path instead"),
     ("examples", ["--config.share=0.9"], "share=0.9"),
-    ("examples", ["--config.share=0.1", "--config.mnist.inputs.count=5"], "is no image"),
+    ("examples", ["--config.share=0.1", "--config.mnist.inputs.count=5"], "is less than one image"),
     ("trajectory", ["--config.mnist.student.objective=sampled"], "objective on logits"),
     ("trajectory", ["--config.every=0"], "every=0: choose 1 or more"),
 ]

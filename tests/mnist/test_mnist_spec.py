@@ -85,5 +85,5 @@ def test_a_student_of_another_shape_cannot_start_at_the_reference(name, value):
 
 
 def test_only_noise_that_is_drawn_can_be_drawn_afresh():
-    with pytest.raises(UserError, match=r"fresh_noise: .*shuffled is no noise"):
+    with pytest.raises(UserError, match=r"fresh_noise: .*shuffled is not drawn noise"):
         tiny(inputs__kind="shuffled", clone__inputs=("fresh_noise",))
