@@ -232,7 +232,7 @@ def parse_others(args: Sequence[str]) -> None:
         close = difflib.get_close_matches(error.flagname, _NAMES, 1)
         meant = f"did you mean --{close[0]}?" if close else f"there are --{', --'.join(_NAMES)}"
         how = "a value of the config is --config.NAME=VALUE, and a preset follows its file, --config=FILE:PRESET"
-        raise UserError(f"there is not a flag --{error.flagname}; {meant}; {how}") from error
+        raise UserError(f"there is no flag --{error.flagname}; {meant}; {how}") from error
     except flags.IllegalFlagValueError as error:
         shown = str(error).split(":")[0].removeprefix("flag ")
         kinds = {"int": "a whole number", "bool": "true or false"}

@@ -12,7 +12,7 @@ began=$SECONDS
 [ $# -ge 2 ] || { echo "usage: bash bench/study.sh OUT SECONDS [--tiny] [--config.key=value ...]" >&2; exit 2; }
 out=$1 seconds=$2 tiny=""
 shift 2
-case $seconds in "" | *[!0-9]*) echo "bench/study.sh: SECONDS=$seconds is no whole number" >&2; exit 2 ;; esac
+case $seconds in "" | *[!0-9]*) echo "bench/study.sh: SECONDS=$seconds is not a whole number" >&2; exit 2 ;; esac
 [ "${1:-}" != --tiny ] || { tiny=1; shift; }
 mkdir -p "$out" || exit 2
 out=$(cd "$out" && pwd)

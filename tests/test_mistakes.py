@@ -253,7 +253,7 @@ def test_a_system_prompt_of_none_is_none(tiny):
         (["--config=configs/mnist.py", "--config.student.epochs=2000000000"], "student.epochs=2000000000 are"),
         (["--config=configs/numbers.py", "--config.lora.rank=0", "--config.lora.layers=1"], "lora.rank=0 trains all"),
         (["--config=configs/numbers.py", "--config.traits=../owl,lion"], "'../owl' cannot name a file"),
-        (["--config=configs/numbers.py", "--config.model.name=\udcff"], "no text in UTF-8"),
+        (["--config=configs/numbers.py", "--config.model.name=\udcff"], "not UTF-8 text"),
         (["--config=configs/numbers.py", "--config.model.name=a\0b"], "character 0"),
         (["--config=configs/numbers.py", "--preflight="], "--preflight="),
         (["--config=configs/numbers.py", "--preflight=v9:2x2"], "--preflight=v9:2x2"),

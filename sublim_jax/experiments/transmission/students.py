@@ -6,8 +6,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from etils import epath
 
+from sublim_jax import signals
 from sublim_jax import store as artefacts
 from sublim_jax.distillation.context import measure_in_context
 from sublim_jax.distillation.losses import stacked
@@ -22,6 +24,7 @@ from sublim_jax.experiments.transmission.teachers import phrasings
 from sublim_jax.keys import named_key
 from sublim_jax.models.functional import Params
 from sublim_jax.models.language import Model
+from sublim_jax.progress import Track
 from sublim_jax.sharding import fetch, named, put
 from sublim_jax.store import Store
 from sublim_jax.training import fit
@@ -153,8 +156,18 @@ def preferences(
 def first_updates(
     model: Model, objective: Imitation, start: Params, teachers: Sequence[Sequence[Teacher]], training: Data
 ) -> list[list[list[float]]]:
-    """Coverage by run, student and teacher, before training."""
+    """Coverage by run, student and teacher, before training.
+
+    A few students at a time, because each takes as long as several updates and a signal is not heard meanwhile.
+    """
     ways = [stacked([teacher.adapters for teacher in run]) for run in teachers]
     every = stacked([way for way, run in zip(ways, teachers) for _ in run])
-    cosines = fetch(coverages(model, objective)(start, every, model.params, training))
-    return cosines.reshape(len(teachers), -1, cosines.shape[-1]).tolist()
+    compute, size = coverages(model, objective), model.mesh.shape["replica"]
+    count, cosines = sum(map(len, teachers)), []
+    with Track("coverage of students", count) as track:
+        for first in range(0, count, size):
+            signals.obey()
+            group = jax.tree.map(lambda leaf, first=first: leaf[first : first + size], (start, every, training))
+            cosines += fetch(compute(group[0], group[1], model.params, group[2])).tolist()
+            track.update(len(cosines))
+    return np.reshape(cosines, (len(teachers), -1, len(cosines[0]))).tolist()
