@@ -144,7 +144,7 @@ def effects_section(effects: Sequence[Entry], traits: Sequence[str], runs: int) 
             [
                 arm["name"],
                 report.plus_minus(arm["mean"], arm["ci95"]),
-                f"{arm['permutation_p']:.3f}",
+                f"{arm['permutation_p']:.3f}" if arm["permutation_p"] >= 0.0005 else "< 0.001",
                 f"{covered['own']:+.3f} / {covered['others']:+.3f}" if covered else "",
                 "{:.3g} → {:.3g}".format(*arm["held_out"]) if arm["held_out"] else "",
                 "{:.2f} → {:.2f}".format(*arm["ability"]) if arm["ability"] else "",
