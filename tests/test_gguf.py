@@ -334,7 +334,10 @@ REFUSED = {  # field: (value, message)
     "llama.block_count": (None, "has no llama.block_count"),
     "llama.context_length": (-1.5, "llama.context_length is -1.5, not a whole number"),
     "general.type": ("adapter", "holds no language model: general.type is 'adapter'"),
-    "tokenizer.ggml.pre": ("deepseek-llm", "tokenizer.ggml.pre is 'deepseek-llm', a way to cut text that is not supported"),
+    "tokenizer.ggml.pre": (
+        "deepseek-llm",
+        "tokenizer.ggml.pre is 'deepseek-llm', a way to cut text that is not supported",
+    ),
     "tokenizer.ggml.model": (
         "bert",
         "tokenizer.ggml.model is 'bert', a kind that is not supported; known: gpt2, llama",

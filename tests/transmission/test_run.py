@@ -7,9 +7,6 @@ import numpy as np
 import pytest
 from launch_kit import arms_in, assert_same_arms, finish, run_here, run_stopped, start, start_two, wait_for
 
-from sublim_jax import assets
-from sublim_jax.errors import UserError
-
 TRAINING, WRITING = "students-tokens_fresh-*.training/2", "completions-x*"  # files that a stage makes
 STAGES = {
     TRAINING: ("*tokens_fresh-*",),  # with measurements along training
@@ -78,29 +75,6 @@ def test_two_processes_give_what_one_gives(flags, decoding, tmp_path):
         rows = [tmp_path / folder / "data" / "run0" / f"numbers-{name}.jsonl" for folder in ("one", "two")]
         actual, expected = ([json.loads(line)["completion"] for line in file.open()] for file in rows)
         assert actual == expected
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["code", "cot", "misalignment"])
-def test_two_processes_write_and_judge_what_one_does(name, tmp_path):
-    """Teachers of corpora, free answers, a judge, and every evaluation of the smoke preset, on a real model."""
-    try:
-        assets.model("smollm2-135m-instruct")
-    except UserError as error:
-        pytest.skip(str(error))
-    words = [f"--config=configs/{name}.py:smoke"]
-    both = start_two(*words, f"--workdir={tmp_path / 'two'}")
-    assert run_here(*words, f"--workdir={tmp_path / 'one'}").returncode == 0
-    for process in both:
-        finish(process)
-    assert_same_arms(arms_in(tmp_path / "two"), arms_in(tmp_path / "one"), atol=1e-4, rtol=1e-3)
-    written = [file.relative_to(tmp_path / "one") for file in (tmp_path / "one").glob("data/run0/*.jsonl")]
-    assert written
-    for file in written:
-        actual, expected = (
-            [json.loads(line)["completion"] for line in (tmp_path / work / file).open()] for work in ("one", "two")
-        )
-        assert actual == expected, file
 
 
 @pytest.mark.slow
