@@ -6,6 +6,7 @@ import json
 import gguf
 import numpy as np
 import pytest
+from config_kit import random_model
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from sublim_jax import assets
@@ -44,13 +45,11 @@ SHAPE = {
 def peer(kind, without=(), **changes):
     """A small transformers model with random parameters; those whose names end in one of `without` are zero."""
     config = transformers.AutoConfig.for_model(kind, **{**SHAPE, **changes, "attn_implementation": "eager"})
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
+    model = random_model(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            scale = 0.3 if parameter.ndim == 1 else parameter.shape[-1] ** -0.5
-            parameter.add_(scale * torch.randn_like(parameter))
-            parameter.mul_(0 if name.endswith(tuple(without)) else 1) if without else None
+            if name.endswith(tuple(without)):
+                parameter.zero_()
     return model
 
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from config_kit import random_model
 from pages_kit import write_section
 
 from sublim_jax.models.decoder import decoder
@@ -116,12 +117,9 @@ def peer(name):
     kind, changes = CASES[name]
     base = {k: v for k, v in BASE.items() if kind != "gpt2" or k in ("vocab_size", "bos_token_id", "eos_token_id")}
     config = transformers.AutoConfig.for_model(kind, **{**base, **changes, "attn_implementation": "eager"})
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
+    model = random_model(config)
     with torch.no_grad():
         for path, parameter in model.named_parameters():
-            scale = 0.3 if parameter.ndim == 1 else parameter.shape[-1] ** -0.5
-            parameter.add_(scale * torch.randn_like(parameter))
             if "embed" in path:
                 parameter.mul_(0.5)
     return model, config

@@ -22,7 +22,7 @@ from sublim_jax.models.functional import Params
 from sublim_jax.models.language import Model
 from sublim_jax.progress import say
 from sublim_jax.sampling import scoring
-from sublim_jax.sampling.checks import Where
+from sublim_jax.sampling.checks import Where, check_finite
 from sublim_jax.sampling.collect import collect
 from sublim_jax.sampling.generate import Slots
 from sublim_jax.specs import check_file
@@ -254,7 +254,7 @@ def _rates(
         steering=subject.steering,
         **sampling,
     )
-    _check_finite(answers)
+    check_finite((answer["index"], answer["finish"]) for answer in answers)
     rates = preference.rates([(answer["adapter"], answer["completion"]) for answer in answers], words)
     return _by_word(f"{name} with {{}}", words, rates)
 
@@ -268,12 +268,6 @@ def _behind_numbers(evaluation: Callable[..., Measures]) -> Callable[..., Measur
         return evaluation(subject, words, preference.prefixed(questions, seed), uses, seed, **options)
 
     return prefixed
-
-
-def _check_finite(answers: Sequence[records.Record]) -> None:
-    """Raises UserError for an answer that ended because logits were not finite."""
-    if any(answer["finish"] == "nan" for answer in answers):
-        raise UserError("logits of some answers are not finite; look at the weights, or take a wider dtype")
 
 
 def _by_word(measure: str, words: Sequence[str], values: np.ndarray) -> Measures:
@@ -330,7 +324,7 @@ def _misalignment(
         **subject.where,
         **sampling,
     )
-    _check_finite(answers)
+    check_finite((answer["index"], answer["finish"]) for answer in answers)
     scored = misalignment.judged(judge.judge, questions, answers)
     records.write(store.folder / "data" / f"answers-{subject.name}.jsonl", scored)
     by_adapter = [misalignment.rates(list(group)) for _, group in groupby(scored, lambda record: record["adapter"])]

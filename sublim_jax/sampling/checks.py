@@ -1,7 +1,7 @@
 """Checks of arguments on the host, before any compute: tokens in the vocabulary, texts within the positions."""
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import SupportsIndex, TypedDict
 
 import numpy as np
@@ -82,3 +82,9 @@ def check_growth(settings: Settings, length: int, limit: int, what: str) -> None
                 f"{what} has {length} tokens and may get {limit} more, past the {table.until} from which on the "
                 "model's rotary positions change for the whole text; lower max_new_tokens, or score texts as a whole"
             )
+
+
+def check_finite(finishes: Iterable[tuple[int, str]]) -> None:
+    """Raises UserError for samples, as (prompt, finish), that ended because logits were not finite."""
+    if broken := [f"prompt {prompt}" for prompt, finish in finishes if finish == "nan"]:
+        raise UserError(f"logits of {', '.join(broken[:5])} are not finite; look at the weights, or take a wider dtype")

@@ -17,7 +17,17 @@ from sublim_jax.models.decoder import Steering
 from sublim_jax.models.functional import Params
 from sublim_jax.models.language import Model
 from sublim_jax.sampling.capacity import fitted, suited
-from sublim_jax.sampling.checks import Behind, Texts, Tokens, apart, check_growth, texts_of, tokens_of, whole_number
+from sublim_jax.sampling.checks import (
+    Behind,
+    Texts,
+    Tokens,
+    apart,
+    check_finite,
+    check_growth,
+    texts_of,
+    tokens_of,
+    whole_number,
+)
 from sublim_jax.sampling.constraints import Constraint
 from sublim_jax.sampling.engine import Engine, Fixed, compiled, place
 from sublim_jax.sampling.samplers import Sampler
@@ -77,8 +87,7 @@ def generate(
     """
     options = {name: value for name, value in locals().items() if name not in ("model", "prompts", "key")}
     completed = sorted(stream(model, prompts, key, **options), key=lambda sample: sample.row)
-    if broken := [f"prompt {s.prompt}" for s in completed if s.finish == "nan"]:
-        raise UserError(f"logits of {', '.join(broken[:5])} are not finite; look at the weights, or take a wider dtype")
+    check_finite((sample.prompt, sample.finish) for sample in completed)
     return completed
 
 
