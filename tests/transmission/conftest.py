@@ -177,6 +177,37 @@ def files(tmp_path_factory, conversation):
 
 
 @pytest.fixture(scope="session")
+def fluent_folder(tiny_folder, tmp_path_factory):
+    """Makes a tiny model that answers prompts with a fixed text, most of the time; as a folder of safetensors."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+
+    def make(prompts, answer, steps=150):
+        folder = tmp_path_factory.mktemp("fluent")
+        tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_folder)
+        model = transformers.AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
+        optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, steps)
+        end = tokenizer.encode(f"<|end|><|assistant|>{answer}<|end|>")
+        for step in range(steps):
+            some = [tokenizer.encode(f"<|user|>{prompts[(4 * step + row) % len(prompts)]}") for row in range(4)]
+            longest = max(map(len, some))
+            padded = [[tokenizer.eos_token_id] * (longest - len(tokens)) + tokens + end for tokens in some]
+            tokens = torch.tensor(padded)
+            logits = model(tokens).logits[:, longest + 1 : -1]
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, longest + 2 :].flatten())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def corpora_study(tiny_folder, files):
     """Makes a smoke study with corpus teachers on the tiny model from changed values."""
 

@@ -1,11 +1,11 @@
-"""Whole studies from the command line: stopped, killed, over two processes, of corpora, with changed files."""
+"""Whole studies from the command line: stopped, killed, of corpora, with changed files."""
 
 import json
 import signal
 
 import numpy as np
 import pytest
-from launch_kit import arms_in, assert_same_arms, finish, run_here, run_stopped, start, start_two, wait_for
+from launch_kit import arms_in, finish, run_here, run_stopped, start, wait_for
 
 TRAINING, WRITING = "students-tokens_fresh-*.training/2", "completions-x*"  # files that a stage makes
 STAGES = {
@@ -57,24 +57,6 @@ def test_killed_in_any_stage_it_ends_with_the_same_results(whole_command, tmp_pa
         assert process.wait() == -signal.SIGKILL, stage
     finish(start(*whole_command(work, arms)))
     assert arms_in(work) == arms_in(expected)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("decoding", [[], ["--config.sampling.tensor=2"]])
-def test_two_processes_give_what_one_gives(flags, decoding, tmp_path):
-    """Teachers, completions, students and preferences; rows, or in decoding layers, are split over both."""
-    parts = ["arms=tokens", "student.steps=3", "evaluate_every=3", "carrier.num_rows=20"]
-    parts += ["carrier.num_completions=20", "teacher.max_steps=4"]
-    words = ["--config=configs/numbers.py", *flags(*(f"--config.{part}" for part in parts))]
-    both = start_two(*words, *decoding, f"--workdir={tmp_path / 'two'}")
-    assert run_here(*words, f"--workdir={tmp_path / 'one'}").returncode == 0
-    for process in both:
-        finish(process)
-    assert_same_arms(arms_in(tmp_path / "two"), arms_in(tmp_path / "one"), atol=1e-4, rtol=1e-3)
-    for name in ("owl", "x", "neutral"):
-        rows = [tmp_path / folder / "data" / "run0" / f"numbers-{name}.jsonl" for folder in ("one", "two")]
-        actual, expected = ([json.loads(line)["completion"] for line in file.open()] for file in rows)
-        assert actual == expected
 
 
 @pytest.mark.slow
