@@ -35,7 +35,7 @@ docs: .venv/installed
 	$(BIN)/python -m bench.docs
 
 parity: .venv/installed-dev
-	$(BIN)/python -m pytest -q tests/test_families.py tests/test_gguf.py --parity=docs/parity.md
+	$(BIN)/python -m pytest -q tests/weights/test_families.py tests/weights/test_gguf.py --parity=docs/parity.md
 
 .venv/installed: pyproject.toml requirements.txt
 	$(PYTHON) -m venv .venv

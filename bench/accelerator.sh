@@ -51,7 +51,7 @@ limit() { if [ -n "$tiny" ]; then echo 300; else echo "$1"; fi; }
 
 platforms=cuda,cpu
 [ -z "$tiny" ] || platforms=cpu
-part gpu_tests "$(limit 50)" env JAX_PLATFORMS=$platforms "$python" -m pytest -q -p no:cacheprovider -m gpu tests/test_gpu.py tests/test_attention.py
+part gpu_tests "$(limit 50)" env JAX_PLATFORMS=$platforms "$python" -m pytest -q -p no:cacheprovider -m gpu tests/test_gpu.py tests/models/test_attention.py
 measure mnist "$(limit 110)"
 measure mnist_torch "$(limit 50)"
 measure small "$(limit 140)"

@@ -62,7 +62,7 @@ def hub(tiny_folder):
 def python(program, address, home):
     env = {key: value for key, value in os.environ.items() if not key.startswith("HF_") and "proxy" not in key.lower()}
     env |= {"HF_ENDPOINT": address, "HF_HOME": str(home), "SUBLIM_JAX_CACHE": str(home / "own")}
-    return subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True)
 
 
 MODEL = """

@@ -11,14 +11,13 @@ from filelock import FileLock
 from launch_kit import LAUNCH, ROOT, assert_refused, run_here
 
 
-def launch(*args, timeout=300, **env):
+def launch(*args, **env):
     return subprocess.run(
         [*LAUNCH, *map(str, args)],
         cwd=ROOT,
         env={**os.environ, "JAX_NUM_CPU_DEVICES": "1", **env},
         capture_output=True,
         text=True,
-        timeout=timeout,
     )
 
 

@@ -36,7 +36,7 @@ class Ranked(TypedDict):
 
 
 LEVELS = np.linspace(0, 1, 51)
-CHOICES = {"top": "most carrying", "random": "random", "bottom": "least carrying"}
+CHOICES = {"top": "largest contributions", "random": "random", "bottom": "smallest contributions"}
 
 
 def read(config: ConfigDict) -> ExamplesSpec:
@@ -44,7 +44,7 @@ def read(config: ConfigDict) -> ExamplesSpec:
 
 
 def run(spec: ExamplesSpec, folder: epath.Path, *, update: bool = False) -> None:
-    """Trains students on the most carrying, the least carrying and random images, with equal numbers of steps."""
+    """Trains students on the images of the largest and smallest contributions and on random ones, for equally many steps."""
     data, store, mesh = coverage.claimed(spec, folder, update)
     whole, part = spec.settings
     with jax.default_matmul_precision(whole.precision):
@@ -114,7 +114,7 @@ def train_on(
 
 def document(spec: ExamplesSpec, rows: Measurements, notes: report.Notes) -> report.Document:
     random = np.asarray(rows.values(arm="random", measure="test_accuracy"))
-    arms, table = [], [["images", "their share of A", "test accuracy", "minus random, paired"]]
+    arms, table = [], [["images", "share of A", "test accuracy", "minus random, paired"]]
     for choice, words in CHOICES.items():
         accuracies, shares = (rows.values(arm=choice, measure=measure) for measure in ("test_accuracy", "share_of_A"))
         title = f"{spec.share:.0%} of the noise, {words}"
@@ -125,13 +125,13 @@ def document(spec: ExamplesSpec, rows: Measurements, notes: report.Notes) -> rep
         arms.append(arm)
     count, runs = spec.settings[1].inputs.count, spec.mnist.runs
     text = (
-        f"Every noise image's contribution v(x)ᵀ M(x) v(x) to A, for D = θ_T − θ⁰ at the reference; students on the "
-        f"images that contribute most, least, and on random ones, {count} each and equally many "
-        f"steps, {runs} runs. Differences are paired over runs, with Student's 95 % interval."
+        f"Each noise image contributes v(x)ᵀ M(x) v(x) to A, for D = θ_T − θ⁰ at the reference. Students are trained on "
+        f"the {count} images of the largest contributions, the smallest, or as many random ones, for equally many steps, "
+        f"in {runs} runs. Differences are paired over runs, with Student's 95 % interval."
     )
     quantiles = np.reshape(rows.values(arm="all"), (len(LEVELS), runs)).T
     style = {"color": OURS, "marker": "", "alpha": 0.5}
     lines = [Line("_" if run else "a run", LEVELS, row, style) for run, row in enumerate(quantiles)]
-    panels = [Panel("quantile of the images", "contribution over its mean", lines, title="how unequal images are")]
+    panels = [Panel("quantile of the images", "contribution over its mean", lines, title="contributions of images")]
     figures = {"examples": partial(arms_figure, arms), "contributions": partial(panels_figure, panels)}
     return arms, [report.Section("Which examples carry the trait", text, table, figures)]

@@ -172,7 +172,7 @@ def _trajectory_section(spec: TrajectorySpec, rows: Measurements) -> report.Sect
     panels = [
         Panel("step", "cosine", updates, title="the student's update"),
         Panel("step", "cross-entropy on MNIST", losses, title="the trait's loss"),
-        Panel("step", "test accuracy", [banded("student", steps, accuracy)], title="what comes of it"),
+        Panel("step", "test accuracy", [banded("student", steps, accuracy)], title="the student's accuracy"),
     ]
     return report.Section("Beyond one step", text, table, {"trajectory": partial(panels_figure, panels)})
 

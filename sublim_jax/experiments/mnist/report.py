@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from sublim_jax.evaluation.statistics import holm, normal_interval, paired_p
+from sublim_jax.evaluation.statistics import holm, normal_interval, paired_p, t_interval
 from sublim_jax.experiments.mnist.spec import MnistSpec
 from sublim_jax.figures import Arm, arms_figure, sweep_figure
 from sublim_jax.measurements import Measurements
@@ -47,7 +47,9 @@ def document(spec: MnistSpec, rows: Measurements, notes: Notes) -> Document:
     if spec.sweep.axis:
         shown = [arm for arm in arms if arm["arm"] != "reference"]
         figures = {"sweep": partial(sweep_figure, shown, spec.sweep.axis)}
-        return arms, [Section(f"Test accuracy over {spec.sweep.axis}", note, _table(arms, spec.sweep.axis), figures)]
+        title = f"Test accuracy over {spec.sweep.axis}"
+        sections = [Section(title, note, _table(arms, spec.sweep.axis), figures), _differences_section(arms, values)]
+        return arms, sections
     curve = _dose_curve(arms)
     arms = [{key: value for key, value in arm.items() if key != "value"} for arm in arms]
     plots: dict[str, Callable[[epath.Path], None]] = {"arms": partial(arms_figure, arms)}
@@ -86,6 +88,22 @@ def _compare(arms: Sequence[Arm]) -> None:
             tested.append(arm)
     for arm, p in zip(tested, holm([arm["p"] for arm in tested])):
         arm["p"] = p
+
+
+def _differences_section(arms: Sequence[Arm], points: Sequence[str]) -> Section:
+    """Students at every point of a sweep less those at its first point, paired by run."""
+    students = [arm for arm in arms if arm["arm"] not in ("reference", "teacher")]
+    first = {arm["arm"]: arm["runs"] for arm in students if arm["value"] == points[0]}
+    others = [arm for arm in students if arm["value"] != points[0]]
+    differences = [np.subtract(arm["runs"], first[arm["arm"]]) for arm in others]
+    table = [["point", "arm", f"less {points[0]}", "p"]]
+    for arm, values, p in zip(others, differences, holm([paired_p(values) for values in differences])):
+        table.append([arm["value"], arm["name"], plus_minus(*t_interval(values)), f"{p:.2g}"])
+    text = (
+        "Runs of the same number share their seed at every point. ± is the 95 % t-interval of the difference over runs; "
+        "p is of a paired t-test, two-sided, corrected for the number of rows by Holm's method."
+    )
+    return Section(f"Differences from {points[0]}", text, table, {})
 
 
 def _dose_curve(arms: Sequence[Arm]) -> list[Arm]:

@@ -248,7 +248,7 @@ def test_two_processes_of_four_devices_compute_what_one_device_computes(peer, me
     _, model, settings, params = peer
     model.save_pretrained(tmp_path / "model")
     port = free_port()
-    arguments = [Path(__file__).parent, tmp_path / "model", tmp_path / "out.npz"]
+    arguments = [Path(__file__).parents[1], tmp_path / "model", tmp_path / "out.npz"]
     hosts = [
         subprocess.Popen(
             [sys.executable, "-c", HOST, str(port), str(rank), *map(str, arguments)], stderr=subprocess.PIPE
@@ -257,7 +257,8 @@ def test_two_processes_of_four_devices_compute_what_one_device_computes(peer, me
     ]
     for host in hosts:
         assert host.stderr is not None
-        assert not host.wait(300), host.stderr.read().decode()
+        errors = host.stderr.read().decode()
+        assert host.wait() == 0, errors
     outputs = np.load(tmp_path / "out.npz")
     expected = jax.tree.leaves(logits_and_update(settings, params, mesh_of(1)))
     assert len(outputs.files) == len(expected)
