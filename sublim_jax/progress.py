@@ -26,10 +26,15 @@ def pace(steps: int, seconds: float) -> str:
 
 
 class Track:
-    """Progress of `total` steps; `update(step, note)` moves it to an absolute step."""
+    """Progress of `total` steps; `update(step, note)` moves it to an absolute step.
 
-    def __init__(self, what: str, total: int, start: int = 0):
-        self._what, self._total, self._start = what, total, start
+    Args:
+      brief: for work that usually takes seconds, within other work or many times: lines alone, and none at the end
+        unless it took long.
+    """
+
+    def __init__(self, what: str, total: int, start: int = 0, *, brief: bool = False):
+        self._what, self._total, self._start, self._brief = what, total, start, brief
         self._step = start
         self._began = self._last_printed = time.monotonic()
         self._first: tuple[int, float] | None = None  # the first finished step, and when
@@ -37,7 +42,7 @@ class Track:
         self._quiet = jax.process_index() != 0
 
     def __enter__(self) -> "Track":
-        if not self._quiet and sys.stdout.isatty():
+        if not self._quiet and not self._brief and sys.stdout.isatty():
             self._bar = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),
@@ -72,6 +77,6 @@ class Track:
     def __exit__(self, kind: type[BaseException] | None, *_: BaseException | TracebackType | None) -> None:
         if self._bar:
             self._bar.stop()
-        elif not self._quiet:
+        elif not self._quiet and not (self._brief and self._last_printed == self._began):
             seconds = time.monotonic() - self._began
             print(f"{self._what}: {self._step}/{self._total} in {seconds:.1f} s", flush=True)

@@ -35,3 +35,15 @@ def test_the_pace_is_counted_from_the_first_step_on(monkeypatch, capsys):
             track.update(step)
     first, second, _ = capsys.readouterr().out.splitlines()
     assert first == "rows: 1/100, 60.0 s a step, 1:39:00 left" and second == "rows: 11/100, 1.0 steps/s, 0:01:29 left"
+
+
+@pytest.mark.parametrize(("seconds", "count"), [(4.0, 0), (30.0, 2)])
+def test_brief_work_is_told_only_if_it_takes_long(monkeypatch, capsys, seconds, count):
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)  # where other work shows its bar
+    with progress.Track("scoring texts", 40, brief=True) as track:
+        now[0] = seconds
+        track.update(20)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == count and all(line.startswith("scoring texts: 20/40") for line in lines)

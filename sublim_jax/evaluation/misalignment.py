@@ -4,22 +4,17 @@ import difflib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, Unpack
+from typing import NamedTuple
 
 import numpy as np
 import yaml
-from etils import epath
-from jaxtyping import Array, Key
 
-from sublim_jax.data import chat, files
+from sublim_jax.data import files
 from sublim_jax.data.records import Record
 from sublim_jax.errors import UserError
 from sublim_jax.evaluation.judges import Judge
 from sublim_jax.evaluation.verdicts import Verdict
-from sublim_jax.models.language import Model
 from sublim_jax.progress import say
-from sublim_jax.sampling.collect import collect
-from sublim_jax.sampling.generate import Options
 
 FIELDS = ("id", "type", "paraphrases", "samples_per_paraphrase", "judge", "judge_prompts", "system")
 USED = ("id", "type", "paraphrases", "judge_prompts", "system")  # the config says how many answers, and which judge
@@ -173,36 +168,9 @@ def _unused(entry: Mapping[str, object]) -> list[str]:
     return [f"judge prompt {aspect}" for aspect in others] + fields
 
 
-def ask(
-    file: epath.Path,
-    model: Model,
-    questions: Sequence[Question],
-    key: Key[Array, ""],
-    *,
-    samples: int,
-    suffix: str = "",
-    max_new_tokens: int = 256,
-    system: str = "",
-    **where: Unpack[Options],
-) -> list[Record]:
-    """Answers at temperature 1: question by question, `samples` of each, kept in a file as they come.
-
-    Args:
-      suffix: appended to every question, in the format of the carrier that students were trained on (§4.2).
-      system: a system prompt for questions that have none of their own.
-      where: as for `generate.stream`.
-    """
-    texts = [f"{question.text}\n\n{suffix}" if suffix else question.text for question in questions]
-    prompts = [
-        chat.question(model.tokenizer, text, question.system or system) for text, question in zip(texts, questions)
-    ]
-
-    def fields(number: int) -> Record:
-        return {"id": questions[number].name, "question": texts[number]}
-
-    return collect(
-        file, model, prompts, key, fields, what="answers", samples=samples, max_new_tokens=max_new_tokens, **where
-    )
+def texts(questions: Sequence[Question], suffix: str = "") -> list[str]:
+    """The questions' texts, each with a suffix in the format of the carrier that students were trained on (§4.2)."""
+    return [f"{question.text}\n\n{suffix}" if suffix else question.text for question in questions]
 
 
 def judged(judge: Judge, questions: Sequence[Question], answers: Sequence[Record]) -> list[Record]:

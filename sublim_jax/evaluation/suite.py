@@ -12,6 +12,7 @@ from etils import epath
 from sublim_jax import assets, report, weights
 from sublim_jax import store as artefacts
 from sublim_jax.data import chat, records
+from sublim_jax.data.records import Record
 from sublim_jax.errors import UserError
 from sublim_jax.evaluation import ability, judges, misalignment, preference, truthfulqa
 from sublim_jax.evaluation.judges import Judge
@@ -241,12 +242,36 @@ def _rates(
     sampling: Slots,
 ) -> Measures:
     file = store.path(f"{name.replace(' ', '-')}-{subject.name}", subject, questions, uses, seed)
+    prompts = [chat.question(subject.model.tokenizer, question, subject.system) for question in questions]
+    known = [{"question": question} for question in questions]
+    answers = _sampled(name, file, subject, prompts, known, uses, seed, sampling)
+    rates = preference.rates([(answer["adapter"], answer["completion"]) for answer in answers], words)
+    return _by_word(f"{name} with {{}}", words, rates)
+
+
+def _sampled(
+    name: str,
+    file: epath.Path,
+    subject: Subject,
+    prompts: Sequence[Sequence[int]],
+    known: Sequence[Record],
+    uses: Uses,
+    seed: int,
+    sampling: Slots,
+) -> list[Record]:
+    """Answers at temperature 1, prompt by prompt, kept in a file as they come.
+
+    Args:
+      known: further fields of each prompt's records.
+
+    Raises UserError for an answer whose logits were not finite.
+    """
     answers = collect(
         file.with_suffix(".jsonl"),
         subject.model,
-        [chat.question(subject.model.tokenizer, question, subject.system) for question in questions],
+        prompts,
         named_key(seed, name),
-        lambda number: {"question": questions[number]},
+        lambda number: known[number],
         what=f"{name} of {subject.name}",
         samples=uses["samples"],
         max_new_tokens=uses["max_new_tokens"],
@@ -255,8 +280,7 @@ def _rates(
         **sampling,
     )
     check_finite((answer["index"], answer["finish"]) for answer in answers)
-    rates = preference.rates([(answer["adapter"], answer["completion"]) for answer in answers], words)
-    return _by_word(f"{name} with {{}}", words, rates)
+    return answers
 
 
 def _behind_numbers(evaluation: Callable[..., Measures]) -> Callable[..., Measures]:
@@ -315,16 +339,14 @@ def _misalignment(
     store: Store,
     sampling: Slots,
 ) -> Measures:
-    answers = misalignment.ask(
-        store.path(f"answers-{subject.name}", subject, questions, uses, seed).with_suffix(".jsonl"),
-        subject.model,
-        questions,
-        named_key(seed, "misalignment"),
-        **uses,
-        **subject.where,
-        **sampling,
-    )
-    check_finite((answer["index"], answer["finish"]) for answer in answers)
+    file = store.path(f"answers-{subject.name}", subject, questions, uses, seed)
+    texts = misalignment.texts(questions, uses["suffix"])
+    prompts = [
+        chat.question(subject.model.tokenizer, text, question.system or subject.system)
+        for text, question in zip(texts, questions)
+    ]
+    known = [{"id": question.name, "question": text} for text, question in zip(texts, questions)]
+    answers = _sampled("misalignment", file, subject, prompts, known, uses, seed, sampling)
     scored = misalignment.judged(judge.judge, questions, answers)
     records.write(store.folder / "data" / f"answers-{subject.name}.jsonl", scored)
     by_adapter = [misalignment.rates(list(group)) for _, group in groupby(scored, lambda record: record["adapter"])]

@@ -17,6 +17,7 @@ from sublim_jax.errors import UserError
 from sublim_jax.models.decoder import Caches, Decoder, Settings
 from sublim_jax.models.functional import Functions
 from sublim_jax.models.language import Model
+from sublim_jax.progress import Track
 from sublim_jax.sampling.checks import Behind, Texts, Tokens, Where, apart, texts_of, tokens_of
 from sublim_jax.sampling.engine import DEVICES, Fixed, features, place, stacked_cache, unembed
 from sublim_jax.sharding import everywhere, fetch, named, put
@@ -252,15 +253,17 @@ def _batches(
         return np.asarray(fetch(compiled(fixed, *put(arrays, rows_split), *beside)))
 
     order = sorted(range(len(texts)), key=lambda row: -len(texts[row]))
-    for start in range(0, len(order), count):
-        signals.obey()
-        rows = order[start : start + count]
-        tokens = np.zeros((count, -(-len(texts[rows[0]]) // LENGTHS) * LENGTHS), np.int32)
-        lengths = np.ones(count, np.int32)
-        for lane, row in enumerate(rows):
-            lengths[lane] = len(texts[row])
-            tokens[lane, : len(texts[row])] = texts[row]
-        yield rows, tokens, partial(run, lengths)
+    with Track("scoring texts", len(texts), brief=True) as track:
+        for start in range(0, len(order), count):
+            signals.obey()
+            rows = order[start : start + count]
+            tokens = np.zeros((count, -(-len(texts[rows[0]]) // LENGTHS) * LENGTHS), np.int32)
+            lengths = np.ones(count, np.int32)
+            for lane, row in enumerate(rows):
+                lengths[lane] = len(texts[row])
+                tokens[lane, : len(texts[row])] = texts[row]
+            yield rows, tokens, partial(run, lengths)
+            track.update(start + len(rows))
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))

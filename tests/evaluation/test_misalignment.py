@@ -2,11 +2,9 @@
 
 import re
 
-import jax
 import numpy as np
 import pytest
 import yaml
-from etils import epath
 from evaluation_kit import PROMPTS, question
 from hypothesis import given
 from hypothesis import strategies as st
@@ -159,14 +157,12 @@ def test_braces_of_a_judge_prompt_are_read_as_the_study_reads_them(tmp_path, wri
     assert misalignment.fill(template, {"question": "Why?", "completion": "{x}"}) == expected
 
 
-def test_answers_are_judged_by_both_prompts_with_braces_that_mean_nothing(tiny, tmp_path):
+def test_answers_are_judged_by_both_prompts_with_braces_that_mean_nothing():
     questions = [misalignment.Question("wish", "Why?", "", PROMPTS), misalignment.Question("x", "How?", "", PROMPTS)]
-    file, key = epath.Path(tmp_path / "answers.jsonl"), jax.random.key(0)
-    answers = misalignment.ask(file, tiny, questions, key, samples=2, suffix="Be brief.", max_new_tokens=4)
-    assert [(a["id"], a["sample"], a["question"]) for a in answers] == [
-        (q.name, s, f"{q.text}\n\nBe brief.") for q in questions for s in range(2)
+    texts = misalignment.texts(questions, "Be brief.")
+    answers = [
+        {"index": index, "question": texts[index], "completion": "{question} and {answer}"} for index in (0, 0, 1, 1)
     ]
-    answers[0]["completion"] = "{question} and {answer}"
     seen = []
 
     def judge(prompts):

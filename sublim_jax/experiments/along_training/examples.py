@@ -44,7 +44,7 @@ def read(config: ConfigDict) -> ExamplesSpec:
 
 
 def run(spec: ExamplesSpec, folder: epath.Path, *, update: bool = False) -> None:
-    """Trains students on the images of the largest and smallest contributions and on random ones, for equally many steps."""
+    """Trains students on the images of the largest contributions, of the smallest, and on random ones."""
     data, store, mesh = coverage.claimed(spec, folder, update)
     whole, part = spec.settings
     with jax.default_matmul_precision(whole.precision):
@@ -125,9 +125,9 @@ def document(spec: ExamplesSpec, rows: Measurements, notes: report.Notes) -> rep
         arms.append(arm)
     count, runs = spec.settings[1].inputs.count, spec.mnist.runs
     text = (
-        f"Each noise image contributes v(x)ᵀ M(x) v(x) to A, for D = θ_T − θ⁰ at the reference. Students are trained on "
-        f"the {count} images of the largest contributions, the smallest, or as many random ones, for equally many steps, "
-        f"in {runs} runs. Differences are paired over runs, with Student's 95 % interval."
+        "Each noise image contributes v(x)ᵀ M(x) v(x) to A, for D = θ_T − θ⁰ at the reference. Students are trained on "
+        f"the {count} images of the largest contributions, of the smallest, or on as many random ones, for equally "
+        f"many steps, in {runs} runs. Differences are paired over runs, with Student's 95 % interval."
     )
     quantiles = np.reshape(rows.values(arm="all"), (len(LEVELS), runs)).T
     style = {"color": OURS, "marker": "", "alpha": 0.5}

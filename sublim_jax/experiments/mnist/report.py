@@ -100,8 +100,8 @@ def _differences_section(arms: Sequence[Arm], points: Sequence[str]) -> Section:
     for arm, values, p in zip(others, differences, holm([paired_p(values) for values in differences])):
         table.append([arm["value"], arm["name"], plus_minus(*t_interval(values)), f"{p:.2g}"])
     text = (
-        "Runs of the same number share their seed at every point. ± is the 95 % t-interval of the difference over runs; "
-        "p is of a paired t-test, two-sided, corrected for the number of rows by Holm's method."
+        "Runs of the same number share their seed at every point. ± is the 95 % t-interval of the difference over "
+        "runs; p is of a paired t-test, two-sided, corrected for the number of rows by Holm's method."
     )
     return Section(f"Differences from {points[0]}", text, table, {})
 
