@@ -47,9 +47,10 @@ from bench.machine import ROOT, measure
 from bench.students import STUDENTS
 from sublim_jax import assets, objectives, preflight, weights
 from sublim_jax.models import lora
-from sublim_jax.models.decoder import Settings, decoder, on_mesh, unstack
+from sublim_jax.models.decoder import decoder, on_mesh, unstack
 from sublim_jax.models.functional import Params
 from sublim_jax.models.language import Model
+from sublim_jax.models.settings import Settings
 from sublim_jax.sampling.capacity import one_by_one
 from sublim_jax.sampling.engine import Engine, Fixed, compiled, state_shardings
 from sublim_jax.sampling.generate import generate

@@ -28,9 +28,10 @@ from bench.machine import ROOT, cpu_name, product_rate
 from bench.students import SPEC, STUDENTS, SUPPORT, in_turn_and_at_once
 from sublim_jax import objectives, preflight, weights
 from sublim_jax.models import lora
-from sublim_jax.models.decoder import Settings, decoder
+from sublim_jax.models.decoder import decoder
 from sublim_jax.models.functional import Params
 from sublim_jax.models.language import Model
+from sublim_jax.models.settings import Settings
 from sublim_jax.sharding import make_mesh
 from sublim_jax.training import Metrics, Program, Total
 

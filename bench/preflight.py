@@ -19,7 +19,8 @@ from absl import app
 
 from sublim_jax import objectives, preflight, weights
 from sublim_jax.models import attention, lora
-from sublim_jax.models.decoder import Settings, decoder, on_mesh
+from sublim_jax.models.decoder import decoder, on_mesh
+from sublim_jax.models.settings import Settings
 from sublim_jax.sharding import abstract, make_mesh, parameter_shardings
 from sublim_jax.training import ROWS as SPLIT
 from sublim_jax.training import Program

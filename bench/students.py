@@ -12,8 +12,9 @@ from jaxtyping import Array, Key
 
 from sublim_jax import objectives
 from sublim_jax.models import lora
-from sublim_jax.models.decoder import Settings, decoder
+from sublim_jax.models.decoder import decoder
 from sublim_jax.models.functional import Params
+from sublim_jax.models.settings import Settings
 from sublim_jax.sharding import one_device
 from sublim_jax.training import REPLICAS_OF_ROWS, Metrics, Program, Total
 

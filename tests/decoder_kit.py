@@ -6,8 +6,9 @@ import numpy as np
 import optax
 from jax.sharding import PartitionSpec
 
-from sublim_jax.models.decoder import Settings, decoder, on_mesh
+from sublim_jax.models.decoder import decoder, on_mesh
 from sublim_jax.models.rope import Rotary
+from sublim_jax.models.settings import Settings
 from sublim_jax.objectives import cross_entropy
 from sublim_jax.sharding import named
 from sublim_jax.training import Program, fit

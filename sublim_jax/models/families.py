@@ -15,8 +15,8 @@ from transformers import PreTrainedConfig
 
 from sublim_jax.errors import UserError
 from sublim_jax.models.activations import ACTIVATIONS
-from sublim_jax.models.decoder import Settings
 from sublim_jax.models.rope import Rotary, Shape, rotary
+from sublim_jax.models.settings import Settings
 
 Config = PreTrainedConfig
 

@@ -14,8 +14,9 @@ from jaxtyping import Array, Key
 from sublim_jax.data.tokenizer import Tokenizer
 from sublim_jax.digests import Source, of_array
 from sublim_jax.models import lora
-from sublim_jax.models.decoder import Decoder, Placement, Settings, decoder, on_mesh
+from sublim_jax.models.decoder import Decoder, Placement, decoder, on_mesh
 from sublim_jax.models.functional import Functions, Params
+from sublim_jax.models.settings import Settings
 from sublim_jax.sharding import fetch, parameter_shardings
 
 if TYPE_CHECKING:  # transformers takes seconds, and an experiment without language models needs none of it

@@ -8,8 +8,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from sublim_jax.errors import UserError
-from sublim_jax.models.decoder import Settings, Steering
+from sublim_jax.models.decoder import Steering
 from sublim_jax.models.functional import Params
+from sublim_jax.models.settings import Settings
 
 Tokens = Sequence[SupportsIndex] | np.ndarray
 Texts = Sequence[Tokens] | np.ndarray

@@ -21,8 +21,10 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from sublim_jax.keys import fold_elementwise
 from sublim_jax.models import lora
-from sublim_jax.models.decoder import Cache, Caches, Decoder, Settings, Steering, empty_cache, unstack
+from sublim_jax.models.decoder import Caches, Decoder, Steering, empty_cache, unstack
 from sublim_jax.models.functional import Functions, Params
+from sublim_jax.models.layers import Cache
+from sublim_jax.models.settings import Settings
 from sublim_jax.sampling.constraints import Constraint
 from sublim_jax.sampling.samplers import Sampler, draw
 from sublim_jax.sharding import everywhere, named, parameter_shardings

@@ -14,9 +14,10 @@ from jaxtyping import Array, Float, Int
 from sublim_jax import signals
 from sublim_jax.data.tokenizer import Tokenizer
 from sublim_jax.errors import UserError
-from sublim_jax.models.decoder import Caches, Decoder, Settings
+from sublim_jax.models.decoder import Caches, Decoder
 from sublim_jax.models.functional import Functions
 from sublim_jax.models.language import Model
+from sublim_jax.models.settings import Settings
 from sublim_jax.progress import Track
 from sublim_jax.sampling.checks import Behind, Texts, Tokens, Where, apart, texts_of, tokens_of
 from sublim_jax.sampling.engine import DEVICES, Fixed, features, place, stacked_cache, unembed

@@ -12,9 +12,10 @@ from sublim_jax import assets, digests, storage
 from sublim_jax.data.tokenizer import Tokenizer
 from sublim_jax.digests import Source
 from sublim_jax.errors import UserError
-from sublim_jax.models.decoder import Settings, decoder
+from sublim_jax.models.decoder import decoder
 from sublim_jax.models.families import family
 from sublim_jax.models.language import Model
+from sublim_jax.models.settings import Settings
 from sublim_jax.sharding import check_same, one_device
 from sublim_jax.weights import config_fields, gguf, huggingface
 from sublim_jax.weights.shapes import SHAPES

@@ -14,9 +14,9 @@ from jax.typing import DTypeLike
 
 from sublim_jax.data.tokenizer import Tokenizer
 from sublim_jax.errors import UserError
-from sublim_jax.models.decoder import Settings
 from sublim_jax.models.families import Config, Rule, family
 from sublim_jax.models.functional import Params
+from sublim_jax.models.settings import Settings
 from sublim_jax.weights import gguf_tokenizer
 from sublim_jax.weights.gguf_config import ARCHITECTURES, ROPE_FREQS, config_of
 from sublim_jax.weights.gguf_file import File, open_model

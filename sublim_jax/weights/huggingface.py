@@ -19,9 +19,10 @@ from safetensors.numpy import save_file
 
 from sublim_jax.data.tokenizer import Tokenizer
 from sublim_jax.errors import UserError
-from sublim_jax.models.decoder import Settings, decoder
+from sublim_jax.models.decoder import decoder
 from sublim_jax.models.families import AS_IS, TRANSPOSED, Config, Rule, family
 from sublim_jax.models.functional import Params
+from sublim_jax.models.settings import Settings
 from sublim_jax.progress import Track
 from sublim_jax.sharding import parameter_shardings
 from sublim_jax.weights import config_fields

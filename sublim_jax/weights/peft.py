@@ -22,11 +22,12 @@ from safetensors.numpy import save as serialised
 
 from sublim_jax import assets, storage
 from sublim_jax.errors import UserError
-from sublim_jax.models.decoder import Settings, decoder
+from sublim_jax.models.decoder import decoder
 from sublim_jax.models.families import AS_IS, QKV_LAST, Config, Rule, family
 from sublim_jax.models.functional import Params
 from sublim_jax.models.language import Model
 from sublim_jax.models.lora import Lora
+from sublim_jax.models.settings import Settings
 from sublim_jax.sharding import fetch
 from sublim_jax.weights import adapter_config, residual
 from sublim_jax.weights.adapter_config import MOVED_STARTS, RANDOM_STARTS, AdapterConfig, Number

@@ -12,7 +12,8 @@ import pytest
 from sublim_jax.errors import UserError
 from sublim_jax.models import attention
 from sublim_jax.models.attention import AttentionMask, Scoring
-from sublim_jax.models.decoder import Settings, on_mesh
+from sublim_jax.models.decoder import on_mesh
+from sublim_jax.models.settings import Settings
 
 ROWS, LENGTH, HEADS, GROUPS, SIZE = 4, 256, 4, 2, 64
 

@@ -20,8 +20,9 @@ from sublim_jax.errors import UserError
 from sublim_jax.figures import Line, Panel, panels_figure
 from sublim_jax.keys import named_key
 from sublim_jax.measurements import Measurement, Measurements
-from sublim_jax.models.decoder import Settings, decoder, on_mesh
+from sublim_jax.models.decoder import decoder, on_mesh
 from sublim_jax.models.language import Model
+from sublim_jax.models.settings import Settings
 from sublim_jax.overrides import check_distinct
 from sublim_jax.preflight import Step, decode_step
 from sublim_jax.progress import say
