@@ -69,6 +69,11 @@ def pytest_sessionstart(session):
         shutil.rmtree(COMPILED)
 
 
+def pytest_collection_modifyitems(items):
+    """Moves studies to the front: they need the most memory, and a worker keeps some of each program that it ran."""
+    items.sort(key=lambda item: "transmission" not in item.path.parts)
+
+
 def pytest_addoption(parser):
     parser.addoption("--parity", help="Write differences from transformers and llama.cpp to this file.")
 
