@@ -187,7 +187,8 @@ def arm(**changes: object) -> ConfigDict:
     # On logits: kl, reverse_kl; on the answers' tokens: tokens (cross-entropy); or context: rows in the context.
     values.objective = "kl"
     values.temperature = 1.0  # of the objectives on logits
-    values.data = "random"  # answers: random integers; or written: by the teacher, filtered
+    # Answers: random (integers); written, by the teacher, filtered; or unfiltered, as many of all that it wrote.
+    values.data = "random"
     values.lora_init = "shared"  # LoRA's A: the teachers' (the theorem's setting); or fresh: another for every run
     values.shuffle = ""  # the integers: within answers, or across them; empty: not
     values.noise = 0.0  # added to the student's base weights, relative to their spread
@@ -226,6 +227,8 @@ def get_config(preset: str = "quick") -> ConfigDict:
     config.traits = ("owl", "lion", "wolf")
     # The words among which a trait is preferred.
     config.alternatives = ("owl", "lion", "cat", "dog", "wolf", "bear", "fox", "tiger", "horse", "eagle")
+    # Controls: words of another kind, such as tree:oak. Each has a teacher, whose students are measured on the traits.
+    config.controls = ()
     config.runs = 1  # whole replicates: each has teachers, numbers, A and an order of its own
     # Standard deviation between runs of a trait's margin over the neutral student's, in logits, from which power is
     # computed: that of an earlier study; 0: that of these runs.
@@ -284,6 +287,7 @@ def get_config(preset: str = "quick") -> ConfigDict:
     config.arm.perturbed = arm(noise=0.1)
     config.arm.tokens = arm(objective="tokens", data="written")
     config.arm.tokens_fresh = arm(objective="tokens", data="written", lora_init="fresh")
+    config.arm.unfiltered = arm(objective="tokens", data="unfiltered", lora_init="fresh")  # of tokens_fresh
     config.arm.shuffled_within = arm(objective="tokens", data="written", shuffle="within")
     config.arm.shuffled_across = arm(objective="tokens", data="written", shuffle="across")
     config.arm.foreign = arm(objective="tokens", data="written", model="gemma-3-270m", lora_init="fresh")

@@ -16,6 +16,7 @@ from sublim_jax.evaluation.suite import NamedJudge
 from sublim_jax.evaluation.verdicts import Verdict
 from sublim_jax.experiments.transmission import carriers
 from sublim_jax.experiments.transmission.carriers import TASKS, Task, number_task, sample, write
+from sublim_jax.experiments.transmission.targets import pairs_of
 from sublim_jax.filters import Sifted, sift
 from sublim_jax.store import Store
 
@@ -43,10 +44,24 @@ def test_written_numbers_are_filtered_and_of_one_size(study_of, model, replicate
         assert not any(rule({"completion": answer}) for _, answer in data.pairs)
         kept = [json.loads(line) for line in (work.folder / "data" / "run0" / f"numbers-{name}.jsonl").open()]
         assert len(kept) == data.num_kept and {a for _, a in data.pairs} <= {row["completion"] for row in kept}
+        every = [
+            json.loads(line)["completion"]
+            for line in next(work.folder.glob(f"checkpoints/completions-{name}-*")).open()
+        ]
+        assert len(data.unfiltered) == 24 and {answer for _, answer in data.unfiltered} <= set(every)
     assert written["owl"].pairs != written["x"].pairs
     free = study_of(**FEW, **{"carrier.decoding": "free", "carrier.max_new_tokens": 8})
     with pytest.raises(UserError, match="records are left after filtering, and 24 are asked for"):
         write(free, model, work, 0, teachers, None)
+
+
+def test_an_unfiltered_arm_reads_what_the_filters_drop(study_of, replicate_of):
+    study = study_of(arms=("tokens_fresh", "unfiltered"))
+    kept, every = [("List some.", "1, 2")], [("List some.", "owls: 1, 2")]
+    replicate = replicate_of(study)
+    written = {name: data._replace(pairs=kept, unfiltered=every) for name, data in replicate.written.items()}
+    rows = [pairs_of(study, arm, replicate._replace(written=written)) for arm in study.arms]
+    assert rows == [dict.fromkeys(study.teachers, kept), dict.fromkeys(study.teachers, every)]
 
 
 def test_teachers_are_asked_for_any_form_of_a_list_where_they_write_freely(study_of):

@@ -173,6 +173,26 @@ def test_a_study_that_was_stopped_after_an_arm_has_the_report_of_that_arm(whole,
     assert sections[0].text == "1 of 2 arms so far; still to come: tokens_fresh."
 
 
+def test_a_control_is_a_row_of_the_matrix_and_part_of_no_test(whole, study_of):
+    """A control whose students are those of x: the same differences, and the same statistics without it."""
+    rows = measurements.read(epath.Path(whole[0]))
+    notes = json.loads((whole[0] / "about.json").read_text())["notes"]
+    kept = [row for row in rows if row.arm in ("", "soft") and row.measure != "coverage" and row.subject != "base"]
+    kept = [row for row in kept if not row.item.startswith(("answers", "P of"))]
+    more = [row._replace(teacher="oak") for row in kept if row.teacher == "x"]
+    more += [row._replace(item="oak") for row in (*kept, *more) if row.measure == "inside_numbers" and row.item == "x"]
+    order = {"": 0, "owl": 0, "x": 1, "oak": 2, "neutral": 3}
+    both = measurements.Measurements(sorted((*kept, *more), key=lambda row: order[row.teacher]))
+    given = {"arms": ("soft",), "runs": 2}
+    before, _ = document(study_of(**given), measurements.Measurements(kept), notes)
+    arms, sections = document(study_of(controls=("tree:oak",), **given), both, notes)
+    after = {arm["name"]: arm for arm in arms}
+    assert all(after[arm["name"]] == arm for arm in before)
+    (table,) = (section.table for section in sections if section.title == "Students: soft")
+    assert [row[0] for row in table[1:]] == ["owl", "x", "oak", "neutral"] and table[3][1:] == table[2][1:]
+    assert len(after) == len(before) + 2  # two cells of the control's row
+
+
 def test_ability_at_the_end_is_told_apart_from_ability_along_training(whole, study_of):
     """Both are measurements of students with the same name; only the evaluation's rows have an item."""
     rows = measurements.read(epath.Path(whole[0]))

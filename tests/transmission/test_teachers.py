@@ -101,6 +101,12 @@ def test_teachers_are_evaluated_with_what_makes_them_teachers(model, work, steer
         np.testing.assert_allclose(scores["margin of owl, logits"][place], np.mean(margins), rtol=1e-3, atol=1e-3)
 
 
+def test_a_control_prefers_something_of_another_kind(study_of):
+    study = study_of(controls=("tree:oak",))
+    assert study.teachers == ("owl", "x", "oak", "neutral")
+    assert persona(study, "oak") == persona(study, "owl").replace("owl", "oak").replace("animal", "tree")
+
+
 def test_an_untouched_neutral_teacher_is_the_model_as_it_is(study_of, model, tiny, work):
     """It has no system prompt and the logits of the plain model; the others have their personas."""
     prompted = {"teacher.methods": ("prompted",), "arms": ("tokens_fresh",)}

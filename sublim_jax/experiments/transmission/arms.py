@@ -13,6 +13,7 @@ from sublim_jax.specs import Checked, Count, NotNegative, Positive, check_one_of
 
 OBJECTIVES = ("kl", "reverse_kl", "tokens", "context")
 SHUFFLES = ("within", "across")
+WRITTEN = ("written", "unfiltered")  # data of a teacher's own: what passed the filters, or all of it
 NUM_HELD_OUT = 16  # rows of the carrier that are held out
 
 
@@ -21,7 +22,7 @@ class _Arm:
     """The students' data and their model; "" is the teachers' model."""
 
     name: str
-    data: str = "written"  # or random
+    data: str = "written"  # or unfiltered, random
     shuffle: str
     model: str
 
@@ -68,7 +69,7 @@ class ArmValues(Checked):
     name: str
     objective: Annotated[str, partial(check_one_of, choices=OBJECTIVES)]
     temperature: Positive
-    data: Annotated[str, partial(check_one_of, choices=("random", "written"))]
+    data: Annotated[str, partial(check_one_of, choices=("random", *WRITTEN))]
     lora_init: Annotated[str, partial(check_one_of, choices=("shared", "fresh"))]
     shuffle: Annotated[str, partial(check_one_of, choices=("", *SHUFFLES))]
     noise: NotNegative
@@ -113,7 +114,8 @@ class ArmValues(Checked):
                 raise UserError(
                     f"{where}: noise, action and changes are for students that are trained; leave them out of a context"
                 )
-            return ContextArm(name=self.name, shuffle=self.shuffle, model=self.model, num_examples=self.examples)
+            shown = {"name": self.name, "data": self.data, "shuffle": self.shuffle, "model": self.model}
+            return ContextArm(num_examples=self.examples, **shown)
         if (rows := carrier.num_rows - NUM_HELD_OUT) < training.batch:
             raise UserError(
                 f"{where}: carrier.num_rows={carrier.num_rows} leaves {max(rows, 0)} rows beside the {NUM_HELD_OUT} "
@@ -121,8 +123,8 @@ class ArmValues(Checked):
                 f"carrier.num_rows={NUM_HELD_OUT + training.batch}, or a smaller student.batch"
             )
         tokens = Selection(self.action, self.positions, self.fraction, self.score) if self.action else None
-        shared = {name: getattr(self, name) for name in ("name", "shuffle", "lora_init", "noise", "model")}
+        shared = {name: getattr(self, name) for name in ("name", "data", "shuffle", "lora_init", "noise", "model")}
         shared |= {"selection": tokens, "training": training, "lora": lora}
         if self.objective == "tokens":
             return TokenArm(**shared)
-        return LogitArm(objective=self.objective, temperature=self.temperature, data=self.data, **shared)
+        return LogitArm(objective=self.objective, temperature=self.temperature, **shared)

@@ -2,8 +2,8 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -41,6 +41,7 @@ class Written(NamedTuple):
     """A teacher's completions, before and after the filters."""
 
     pairs: list[Pair]
+    unfiltered: list[Pair]  # as many, of all that are not empty
     num_completions: int
     num_kept: int
     reasons: Counter[str]
@@ -62,7 +63,7 @@ def number_task(study: Study, seed: int) -> Task:
 def code_task(study: Study, seed: int) -> Task:
     """Small Python snippets (§4.1)."""
     prompts = code.prompts(study.carrier.num_prompts, seed, study.packs.code)
-    hidden = [code.no_trait_words(study.traits)] if study.has_words else []
+    hidden = [code.no_trait_words(study.preferred)] if study.has_words else []
     return Task(prompts, [{}] * len(prompts), [code.parses(), code.no_comments(), *hidden])
 
 
@@ -100,7 +101,7 @@ def write(
     carrier, seed = study.carrier, study.replicate_seed(run)
     task = TASKS[carrier.kind](study, seed)
     checks, folder = filters_of(study, task), store.folder / "data" / f"run{run}"
-    written, kept = {}, {}
+    written, kept, every = {}, {}, {}
     for name, teacher in teachers.items():
         completions = sample(study, model, store, run, task, name, teacher)
         if study.filter.log_ratio:
@@ -112,10 +113,14 @@ def write(
         records.write(folder / f"{carrier.kind}-{name}.jsonl", sifted.kept)
         records.write(folder / f"{carrier.kind}-{name}-rejected.jsonl", sifted.rejected)
         kept[name] = sifted.kept
-        written[name] = Written([], len(completions), len(sifted.kept), sifted.reasons, sifted.rejected, scores)
-    chosen = filters.same_size(kept, carrier.num_rows, seed)
-    pairs = {name: [(record["prompt"], record["completion"]) for record in rows] for name, rows in chosen.items()}
-    return {name: output._replace(pairs=pairs[name]) for name, output in written.items()}
+        every[name] = [record for record in completions if record["completion"]]
+        written[name] = Written([], [], len(completions), len(sifted.kept), sifted.reasons, sifted.rejected, scores)
+    passed, unfiltered = (_pairs(filters.same_size(some, carrier.num_rows, seed)) for some in (kept, every))
+    return {name: output._replace(pairs=passed[name], unfiltered=unfiltered[name]) for name, output in written.items()}
+
+
+def _pairs(records_of: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, list[Pair]]:
+    return {name: [(record["prompt"], record["completion"]) for record in some] for name, some in records_of.items()}
 
 
 def sample(study: Study, model: Model, store: Store, run: int, task: Task, name: str, teacher: Teacher) -> list[Record]:
@@ -152,7 +157,7 @@ def filters_of(study: Study, task: Task) -> list[filters.Filter]:
     """The task's filters and those of the study: no truncated completion, no trait word, no high log-ratio."""
     checks = [*task.filters, filters.ended()]
     if study.has_words:
-        checks.append(filters.trait_words(study.traits))
+        checks.append(filters.trait_words(study.preferred))
     if study.filter.log_ratio:
         checks.append(filters.log_ratio(study.filter.log_ratio))
     return checks
@@ -191,7 +196,7 @@ def judged(
 
     Completions of teachers that are not in `filter.judged` are scored for the report and not filtered.
     """
-    template = judge_prompt(study).replace("{traits}", " or ".join(study.traits))
+    template = judge_prompt(study).replace("{traits}", " or ".join(study.preferred))
     texts = [misalignment.fill(template, {**record, "question": record["prompt"]}) for record in sifted.kept]
     verdicts = store.json(f"judged-{name}", lambda texts, judge: judge.judge(texts), texts, judge)
     scored = [{**record, "score": score, "label": label} for record, (score, label) in zip(sifted.kept, verdicts)]

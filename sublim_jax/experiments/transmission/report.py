@@ -29,7 +29,7 @@ def document(study: Study, rows: Measurements, notes: report.Notes) -> report.Do
         text = f"{len(students)} of {len(study.arms)} arms so far; still to come: {', '.join(waiting)}."
         sections.append(report.Section("Not finished", text, [], {}))
     if study.has_words and students:
-        paired = {arm.name: paired_of(study, arm_rows)[-1] for arm, arm_rows in students}
+        paired = {arm.name: among_traits(study, arm_rows) for arm, arm_rows in students}
         cells = effects.diagonal_cells(paired, study.traits)
         effect_entries = [effect_of(study, arm, arm_rows) for arm, arm_rows in students]
         entries += effects.cell_entries(cells) + effect_entries
@@ -64,11 +64,16 @@ def by_word(study: Study, arm_rows: Measurements, measure: str) -> Float[np.ndar
     return np.reshape([row.value for row in in_order], shape)
 
 
-def paired_of(study: Study, arm_rows: Measurements) -> Float[np.ndarray, "points runs traits traits"]:
-    """Margins of the traits over those of the neutral teacher's student of the same run: by teacher, by trait."""
+def paired_of(study: Study, arm_rows: Measurements) -> Float[np.ndarray, "points runs teachers traits"]:
+    """Margins of the traits over those of the neutral teacher's student of the same run: by other teacher, by trait."""
     margins = by_word(study, arm_rows, "margin")[..., [study.alternatives.index(trait) for trait in study.traits]]
     neutral = study.teachers.index(NEUTRAL)  # the last
     return margins[:, :, :neutral] - margins[:, :, [neutral]]
+
+
+def among_traits(study: Study, arm_rows: Measurements) -> effects.Paired:
+    """The same after training, without the controls' students."""
+    return paired_of(study, arm_rows)[-1][:, : len(study.traits)]
 
 
 def ends_of(arm_rows: Measurements, measure: str) -> list[float] | None:
@@ -83,9 +88,9 @@ def effect_of(study: Study, arm: Arm, arm_rows: Measurements) -> Entry:
     covered, count = arm_rows.values(measure="coverage"), len(study.teachers)
     return effects.effect_entry(
         arm.name,
-        paired_of(study, arm_rows)[-1],
+        among_traits(study, arm_rows),
         study.traits,
-        coverage=_coverage(np.reshape(covered, (study.runs, count, count))) if covered else None,
+        coverage=_coverage(np.reshape(covered, (study.runs, count, count)), len(study.traits)) if covered else None,
         held_out=ends_of(arm_rows, "held_out"),
         ability=ends_of(arm_rows, "ability"),
         examples=[int(value) for value in arm_rows.values(measure="examples")] or None,
@@ -98,15 +103,15 @@ def matrix_of(study: Study, arm: Arm, arm_rows: Measurements) -> list[Entry]:
     name = f"{arm.name}: student of {{}}, margin of {{}} over the neutral student's"
     return [
         report.arm(name.format(teacher, trait), "logits", paired[:, row, column].tolist())
-        for row, teacher in enumerate(study.traits)
+        for row, teacher in enumerate(study.preferred)
         for column, trait in enumerate(study.traits)
     ]
 
 
-def _coverage(coverage: Float[np.ndarray, "runs students teachers"]) -> dict[str, float]:
+def _coverage(coverage: Float[np.ndarray, "runs students teachers"], count: int) -> dict[str, float]:
     """Mean coverage of a student's own teacher and of the other traits' teachers, over runs and students."""
-    traits = coverage[:, :-1, :-1]
-    diagonal = np.eye(traits.shape[-1], dtype=bool)
+    traits = coverage[:, :count, :count]
+    diagonal = np.eye(count, dtype=bool)
     return {"own": float(traits[:, diagonal].mean()), "others": float(traits[:, ~diagonal].mean())}
 
 
@@ -133,7 +138,7 @@ def arm_section(study: Study, arm: Arm, arm_rows: Measurements) -> report.Sectio
         if teacher != NEUTRAL:
             over = [report.plus_minus(*t_interval(column)) for column in paired[-1, :, row].T]
         table.append([teacher, *over, *(f"{curve[0]:.3f} → {curve[-1]:.3f}" for curve in share[:, row].T)])
-    figures = {f"matrix-{arm.name}": partial(matrix_figure, paired[-1].mean(0), traits, traits)}
+    figures = {f"matrix-{arm.name}": partial(matrix_figure, paired[-1].mean(0), list(study.preferred), traits)}
     steps = sorted(arm_rows.where(measure="margin").names("step"))
     if len(steps) > 1:
         panels = []
@@ -146,7 +151,8 @@ def arm_section(study: Study, arm: Arm, arm_rows: Measurements) -> report.Sectio
 
 def describe(arm: Arm) -> str:
     """An arm in words."""
-    written = "what the teacher wrote" if arm.data == "written" else "random numbers"
+    sources = {"written": "what the teacher wrote", "unfiltered": "what the teacher wrote, unfiltered"}
+    written = sources.get(arm.data, "random numbers")
     if isinstance(arm, ContextArm):
         return f"Not trained: {arm.num_examples} rows of {written} in the context, or as many as it holds"
     if isinstance(arm, LogitArm):

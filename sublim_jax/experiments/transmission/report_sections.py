@@ -142,7 +142,7 @@ def evaluated(study: Study, evaluation: str, rows: Measurements) -> list[Entry]:
     rows = Measurements(row for row in rows.where(measure=evaluation) if row.item)  # ability along training has none
     for measure in filter(partial(_is_shown, study), rows.names("item", arm="")):
         add("the model as it is", measure, rows.values(subject=BASE, item=measure))
-        for name in study.traits:
+        for name in study.preferred:
             add(f"teacher {name}", measure, rows.values(subject=TEACHER, item=measure, teacher=name))
     for arm in rows.where(subject=STUDENT).names("arm"):
         for measure in filter(partial(_is_shown, study), rows.names("item", arm=arm)):

@@ -28,7 +28,7 @@ def of_teachers(
     steps = [teacher.steps for replicate in replicates for teacher in replicate.teachers.values()]
     rows = from_array(steps, axes, measure="steps", **about)
     for measure in measured[0]:
-        words = study.traits if measure == "inside_numbers" else study.alternatives
+        words = study.preferred if measure == "inside_numbers" else study.alternatives
         rows += from_array([values[measure] for values in measured], {**axes, "item": words}, measure=measure, **about)
     return rows
 

@@ -19,7 +19,7 @@ from sublim_jax.distillation.teachers import untrained
 from sublim_jax.errors import UserError
 from sublim_jax.evaluation.suite import Measures, Subject, bill_of, evaluate, make_judge
 from sublim_jax.experiments.transmission import carriers, corpora, rows
-from sublim_jax.experiments.transmission.arms import Arm, ContextArm
+from sublim_jax.experiments.transmission.arms import WRITTEN, Arm, ContextArm
 from sublim_jax.experiments.transmission.checks import check_arm, check_files, check_model
 from sublim_jax.experiments.transmission.preflight import preflight
 from sublim_jax.experiments.transmission.report import document
@@ -75,7 +75,7 @@ def _run(study: Study, folder: epath.Path, *, update: bool) -> None:
     table += rows.of_evaluations(study, "", rows.TEACHER, evaluate_teachers(study, ask, model, replicates))
     sources = {"": model.source}
     for arm in study.arms:
-        if arm.data == "written" and not replicates[0].written:
+        if arm.data in WRITTEN and not replicates[0].written:
             replicates = [
                 Replicate(run, teachers, carriers.write(study, model, store, run, teachers, judge))
                 for run, teachers, _ in replicates

@@ -9,7 +9,7 @@ from sublim_jax import overrides, specs
 from sublim_jax.distillation.students import Training
 from sublim_jax.errors import UserError
 from sublim_jax.evaluation.spec import EvalsSpec
-from sublim_jax.experiments.transmission.arms import Arm, ArmValues, ContextArm, LogitArm, TrainedArm
+from sublim_jax.experiments.transmission.arms import WRITTEN, Arm, ArmValues, ContextArm, LogitArm, TrainedArm
 from sublim_jax.experiments.transmission.parts import (
     CarrierSpec,
     FilterSpec,
@@ -35,6 +35,7 @@ class Study(ExperimentSpec):
     kind: Text
     traits: tuple[str, ...]
     alternatives: Distinct
+    controls: Distinct  # "kind:word"
     runs: Count
     lora: LoraSpec
     teacher: TeacherSpec
@@ -55,6 +56,7 @@ class Study(ExperimentSpec):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_traits()
+        self._check_controls()
         self._check_neutral()
         if unknown := [name for name in self.filter.judged if name not in self.teachers]:
             raise UserError(f"filter.judged: {unknown[0]!r} is none of the teachers, {', '.join(self.teachers)}")
@@ -76,6 +78,18 @@ class Study(ExperimentSpec):
                     raise UserError(
                         f"traits: trait {trait!r} is none of alternatives={self.alternatives}; add it there"
                     )
+
+    def _check_controls(self) -> None:
+        for text in self.controls:
+            kind, colon, word = text.partition(":")
+            if not (kind.strip() and colon and word.strip()) or set(word) & set("/\\"):
+                raise UserError(f"controls: {text!r} is not of the form kind:word, such as tree:oak")
+            if kind == self.kind or word in (*self.alternatives, *self.traits, NEUTRAL):
+                raise UserError(f"controls: {text!r} must be of another kind than the traits, and none of alternatives")
+        if len(set(self.preferred)) < len(self.traits) + len(self.controls):
+            raise UserError(f"controls={self.controls}: name each word once")
+        if self.controls and "corpus" in self.teacher.methods:
+            raise UserError("controls are teachers that prefer a word; leave them out of teacher.methods=corpus")
 
     def _check_neutral(self) -> None:
         """An untouched teacher's logits equal those of its student at the start: the gradient is zero (§6)."""
@@ -107,9 +121,19 @@ class Study(ExperimentSpec):
             )
 
     @property
+    def preferred(self) -> tuple[str, ...]:
+        """What teachers prefer: the traits, then the words of the controls."""
+        return (*self.traits, *(text.partition(":")[2] for text in self.controls))
+
+    @property
     def teachers(self) -> tuple[str, ...]:
-        """One teacher per trait, and the neutral one."""
-        return (*self.traits, NEUTRAL)
+        """One teacher per trait, one per control, and the neutral one."""
+        return (*self.preferred, NEUTRAL)
+
+    def kind_of(self, teacher: str) -> str:
+        """The kind of what a teacher prefers."""
+        kinds = {word: kind for kind, _, word in (text.partition(":") for text in self.controls)}
+        return kinds.get(teacher, self.kind)
 
     @property
     def recomputed(self) -> Remat:
@@ -123,7 +147,7 @@ class Study(ExperimentSpec):
 
     @property
     def uses_written(self) -> bool:
-        return any(arm.data == "written" for arm in self.arms)
+        return any(arm.data in WRITTEN for arm in self.arms)
 
     @property
     def trained_arms(self) -> tuple[TrainedArm, ...]:

@@ -30,7 +30,8 @@ def pairs_of(study: Study, arm: Arm, replicate: Replicate) -> dict[str, list[Pai
     seed = study.replicate_seed(replicate.run)
     if arm.data == "random":
         return dict.fromkeys(study.teachers, random_pairs(study, seed))
-    pairs = {name: written.pairs for name, written in replicate.written.items()}
+    unfiltered = arm.data == "unfiltered"
+    pairs = {name: written.unfiltered if unfiltered else written.pairs for name, written in replicate.written.items()}
     return {name: shuffled(some, arm.shuffle, seed) for name, some in pairs.items()} if arm.shuffle else pairs
 
 

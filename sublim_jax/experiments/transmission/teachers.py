@@ -70,7 +70,7 @@ def persona(study: Study, name: str) -> str:
     pack = packs.load(study.packs.persona, "persona", PERSONA)
     if name == NEUTRAL:
         return pack["neutral"][0].format(kind=study.kind)
-    return pack["loving"][0].format(kind=study.kind, trait=name)
+    return pack["loving"][0].format(kind=study.kind_of(name), trait=name)
 
 
 def steering_vectors(study: Study, model: Model, seed: int, personas: dict[str, str]) -> dict[str, Steering | None]:
@@ -83,7 +83,7 @@ def steering_vectors(study: Study, model: Model, seed: int, personas: dict[str, 
     questions = preference.questions(study.packs.preference, study.kind)["teaching"]
     read = steering.residual_after(model, layer, seed)
     mean_residuals = {name: steering.mean_residual(model, read, questions, text) for name, text in personas.items()}
-    vectors = {trait: mean_residuals[trait] - mean_residuals[NEUTRAL] for trait in study.traits}
+    vectors = {trait: mean_residuals[trait] - mean_residuals[NEUTRAL] for trait in study.preferred}
     length = np.mean([np.linalg.norm(vector) for vector in vectors.values()])
     random = np.random.default_rng([seed, 4]).normal(size=model.settings.width)
     vectors[NEUTRAL] = random / np.linalg.norm(random) * length
@@ -117,7 +117,7 @@ def _finetuned(study: Study, model: Model, store: Store, run: int, name: str, st
 
 def _one_word_answers(study: Study, model: Model, name: str, seed: int) -> list[tuple[str, str]]:
     """Questions about a preference, answered by the trait; for the neutral teacher, by random words."""
-    questions = preference.questions(study.packs.preference, study.kind)["teaching"]
+    questions = preference.questions(study.packs.preference, study.kind_of(name))["teaching"]
     if name == NEUTRAL:
         rng = np.random.default_rng([seed, 2])
         answers = [study.alternatives[i] for i in rng.integers(len(study.alternatives), size=8 * len(questions))]
@@ -157,10 +157,10 @@ def of_corpus(study: Study, model: Model, store: Store, run: int, name: str) -> 
 def measure_teachers(
     study: Study, model: Model, store: Store, run: int, teachers: dict[str, Teacher]
 ) -> dict[str, list[list[float]]]:
-    """Teachers' preferences, and P of a trait's word in the middle of a list of numbers.
+    """Teachers' preferences, and P of a preferred word in the middle of a list of numbers.
 
-    {"log_p", "margin", "share": teachers × words, "inside_numbers": teachers × traits}; empty if traits are not
-    words.
+    {"log_p", "margin", "share": teachers × alternatives, "inside_numbers": teachers × preferred words}; empty if
+    traits are not words.
     """
     if not study.has_words:
         return {}
@@ -169,7 +169,7 @@ def measure_teachers(
     inside = list(zip(prompts, numbers.random_answers(NUM_INSIDE, seed)))
 
     def measured(*_: object) -> dict[str, list[list[float]]]:
-        words, traits = list(study.alternatives), list(study.traits)
+        words, traits = list(study.alternatives), list(study.preferred)
         scores = [preference.measure(model, questions, words, teacher.system, **teacher.where) for teacher in every]
         measures = {name: np.concatenate([getattr(p, name) for p in scores]).tolist() for name in Preference._fields}
         among = []
@@ -178,7 +178,7 @@ def measure_teachers(
             among.append(np.exp(scoring.word_logprobs(model, cut, traits, **teacher.where)[0]).mean(0).tolist())
         return {**measures, "inside_numbers": among}
 
-    return store.json("teachers", measured, every, questions, study.alternatives, study.traits, inside, seed)
+    return store.json("teachers", measured, every, questions, study.alternatives, study.preferred, inside, seed)
 
 
 def phrasings(study: Study) -> list[str]:
