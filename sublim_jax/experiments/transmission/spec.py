@@ -35,7 +35,7 @@ class Study(ExperimentSpec):
     kind: Text
     traits: tuple[str, ...]
     alternatives: Distinct
-    controls: Distinct  # "kind:word"
+    controls: Distinct = ()  # "kind:word"; saved configs of earlier runs have none
     runs: Count
     lora: LoraSpec
     teacher: TeacherSpec
