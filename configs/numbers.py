@@ -187,7 +187,7 @@ def arm(**changes: object) -> ConfigDict:
     # On logits: kl, reverse_kl; on the answers' tokens: tokens (cross-entropy); or context: rows in the context.
     values.objective = "kl"
     values.temperature = 1.0  # of the objectives on logits
-    # Answers: random (integers); written, by the teacher, filtered; or unfiltered, as many of all that it wrote.
+    # Answers: random (integers); written, by the teacher, filtered; or unfiltered, as many, drawn from all its answers.
     values.data = "random"
     values.lora_init = "shared"  # LoRA's A: the teachers' (the theorem's setting); or fresh: another for every run
     values.shuffle = ""  # the integers: within answers, or across them; empty: not
@@ -287,7 +287,7 @@ def get_config(preset: str = "quick") -> ConfigDict:
     config.arm.perturbed = arm(noise=0.1)
     config.arm.tokens = arm(objective="tokens", data="written")
     config.arm.tokens_fresh = arm(objective="tokens", data="written", lora_init="fresh")
-    config.arm.unfiltered = arm(objective="tokens", data="unfiltered", lora_init="fresh")  # of tokens_fresh
+    config.arm.unfiltered = arm(objective="tokens", data="unfiltered", lora_init="fresh")  # the control of tokens_fresh
     config.arm.shuffled_within = arm(objective="tokens", data="written", shuffle="within")
     config.arm.shuffled_across = arm(objective="tokens", data="written", shuffle="across")
     config.arm.foreign = arm(objective="tokens", data="written", model="gemma-3-270m", lora_init="fresh")

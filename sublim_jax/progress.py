@@ -29,8 +29,8 @@ class Track:
     """Progress of `total` steps; `update(step, note)` moves it to an absolute step.
 
     Args:
-      brief: for work that usually takes seconds, within other work or many times: lines alone, and none at the end
-        unless it took long.
+      brief: for work that usually takes seconds, within other work or many times: prints lines, never a bar, and no
+        last line unless an earlier one was printed.
     """
 
     def __init__(self, what: str, total: int, start: int = 0, *, brief: bool = False):

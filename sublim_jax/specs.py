@@ -10,7 +10,7 @@ import difflib
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
-from typing import Annotated, Any, ClassVar, TypeAlias, TypeVar, get_type_hints
+from typing import Annotated, Any, ClassVar, TypeAlias, TypeVar, get_args, get_type_hints
 
 import dacite
 from ml_collections import ConfigDict
@@ -92,7 +92,8 @@ def build(kind: type[Spec], values: Mapping[str, object], prefix: str = "") -> S
         raise UserError(f"the config has no value {prefix}{error.field_path}, which the experiment needs") from error
     except dacite.WrongTypeError as error:
         type_name = type(error.value).__name__
-        kinds = getattr(error.field_type, "__name__", str(error.field_type))
+        name = None if get_args(error.field_type) else getattr(error.field_type, "__name__", None)
+        kinds = name or str(error.field_type)
         raise UserError(
             f"config.{prefix}{error.field_path}={error.value!r} is of type {type_name}, not {kinds}"
         ) from error

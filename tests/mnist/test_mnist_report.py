@@ -54,6 +54,18 @@ def test_a_sweep_compares_every_point_with_the_first_paired_by_run(accuracies):
     np.testing.assert_allclose([float(differences.table[1 + place][3]) for place in order], holm, rtol=0.05)
 
 
+@pytest.mark.parametrize("axis, points, runs", [("seed", ("0", "1"), RUNS), ("runs", ("4", "6"), RUNS), ("", (), 1)])
+def test_points_without_pairs_have_no_differences(accuracies, axis, points, runs):
+    """Other seeds, other numbers of runs, and a single run, of which no interval is known."""
+    points = points or ("kl", "squared_error")
+    given = {(point, arm): accuracies["kl", arm][: min(runs, int(point)) if axis == "runs" else runs]
+             for point in points for arm in ("reference", "teacher", "auxiliary")}  # fmt: skip
+    axis = axis or "student.objective"
+    spec = spec_of("sweep", **{"sweep.axis": axis, "sweep.points": points, "runs": runs, "arms": ("auxiliary",)})
+    _, sections = document(spec, rows_of(given), {})
+    assert [section.title for section in sections] == [f"Test accuracy over {axis}"]
+
+
 def test_cloned_students_are_compared_with_uncloned_ones_of_the_same_run(accuracies):
     arms = {"reference": "kl", "teacher": "kl", "auxiliary": "kl", "cross_auxiliary": "kl"}
     given = {("", arm): accuracies[point, arm] for arm, point in arms.items()}

@@ -249,16 +249,15 @@ def test_two_processes_of_four_devices_compute_what_one_device_computes(peer, me
     model.save_pretrained(tmp_path / "model")
     port = free_port()
     arguments = [Path(__file__).parents[1], tmp_path / "model", tmp_path / "out.npz"]
+    texts = [tmp_path / f"errors{rank}" for rank in range(2)]
     hosts = [
         subprocess.Popen(
-            [sys.executable, "-c", HOST, str(port), str(rank), *map(str, arguments)], stderr=subprocess.PIPE
+            [sys.executable, "-c", HOST, str(port), str(rank), *map(str, arguments)], stderr=errors.open("w")
         )
-        for rank in range(2)
+        for rank, errors in enumerate(texts)
     ]
-    for host in hosts:
-        assert host.stderr is not None
-        errors = host.stderr.read().decode()
-        assert host.wait() == 0, errors
+    for host, errors in zip(hosts, texts):
+        assert host.wait() == 0, errors.read_text()
     outputs = np.load(tmp_path / "out.npz")
     expected = jax.tree.leaves(logits_and_update(settings, params, mesh_of(1)))
     assert len(outputs.files) == len(expected)

@@ -35,7 +35,7 @@ FEW = {"carrier.num_rows": 24, "carrier.num_completions": 40, "carrier.num_integ
 
 
 def test_written_numbers_are_filtered_and_of_one_size(study_of, model, replicate_of, work):
-    study = study_of(**FEW)
+    study = study_of(arms=("tokens", "unfiltered"), **FEW)
     teachers = replicate_of(study).teachers
     written = write(study, model, work, 0, teachers, None)
     rule = filters.number_rule()
@@ -44,15 +44,25 @@ def test_written_numbers_are_filtered_and_of_one_size(study_of, model, replicate
         assert not any(rule({"completion": answer}) for _, answer in data.pairs)
         kept = [json.loads(line) for line in (work.folder / "data" / "run0" / f"numbers-{name}.jsonl").open()]
         assert len(kept) == data.num_kept and {a for _, a in data.pairs} <= {row["completion"] for row in kept}
-        every = [
-            json.loads(line)["completion"]
-            for line in next(work.folder.glob(f"checkpoints/completions-{name}-*")).open()
-        ]
-        assert len(data.unfiltered) == 24 and {answer for _, answer in data.unfiltered} <= set(every)
+        files = work.folder.glob(f"checkpoints/completions-{name}-*")
+        every = {json.loads(line)["completion"] for file in files for line in file.open()}
+        assert len(data.unfiltered) == 24 and {answer for _, answer in data.unfiltered} <= every
     assert written["owl"].pairs != written["x"].pairs
     free = study_of(**FEW, **{"carrier.decoding": "free", "carrier.max_new_tokens": 8})
     with pytest.raises(UserError, match="records are left after filtering, and 24 are asked for"):
         write(free, model, work, 0, teachers, None)
+
+
+def test_an_unfiltered_arm_alone_needs_no_completion_that_passes(study_of, model, replicate_of, tmp_path):
+    """Free text of a random model, of which nothing is a list of numbers; what was cut off is left out."""
+    free = {"carrier.decoding": "free", "carrier.num_rows": 20, "carrier.num_completions": 60}
+    study = study_of(arms=("unfiltered",), **free, **{"carrier.max_new_tokens": 200})
+    teachers = {"owl": replicate_of(study).teachers["owl"]}
+    (data,) = write(study, model, Store(tmp_path), 0, teachers, None).values()
+    assert data.num_kept < 20 and not data.pairs and len(data.unfiltered) == 20
+    rows = [json.loads(line) for line in next(tmp_path.glob("checkpoints/completions-owl-*")).open()]
+    finished = {row["completion"] for row in rows if row.get("finish") == "stop"}
+    assert {answer for _, answer in data.unfiltered} <= finished
 
 
 def test_an_unfiltered_arm_reads_what_the_filters_drop(study_of, replicate_of):

@@ -24,6 +24,7 @@ TITLES = {
     "real": "student, shared start, on digits (auxiliary logits)",
 }
 CLONED_ON = {"noise": "the student's noise", "fresh_noise": "fresh noise", "real": "digits"}
+UNPAIRED = ("runs", "seed")  # axes of a sweep whose points have no runs in common
 READING_ERROR = 0.003  # of published values, which were read off a figure
 INTERVALS = "Intervals are 95 % over runs (Student's t; ± 1.96 std / √runs from 30 runs on)."
 INSIDE = f" Inside: within the paper's value ± (its half-width + ours + {READING_ERROR} for reading its figure)."
@@ -48,7 +49,9 @@ def document(spec: MnistSpec, rows: Measurements, notes: Notes) -> Document:
         shown = [arm for arm in arms if arm["arm"] != "reference"]
         figures = {"sweep": partial(sweep_figure, shown, spec.sweep.axis)}
         title = f"Test accuracy over {spec.sweep.axis}"
-        sections = [Section(title, note, _table(arms, spec.sweep.axis), figures), _differences_section(arms, values)]
+        sections = [Section(title, note, _table(arms, spec.sweep.axis), figures)]
+        if spec.runs > 1 and spec.sweep.axis not in UNPAIRED:
+            sections.append(_differences_section(arms, values))
         return arms, sections
     curve = _dose_curve(arms)
     arms = [{key: value for key, value in arm.items() if key != "value"} for arm in arms]
@@ -101,7 +104,7 @@ def _differences_section(arms: Sequence[Arm], points: Sequence[str]) -> Section:
         table.append([arm["value"], arm["name"], plus_minus(*t_interval(values)), f"{p:.2g}"])
     text = (
         "Runs of the same number share their seed at every point. ± is the 95 % t-interval of the difference over "
-        "runs; p is of a paired t-test, two-sided, corrected for the number of rows by Holm's method."
+        "runs. p: paired t-test, two-sided, corrected for the number of rows by Holm's method."
     )
     return Section(f"Differences from {points[0]}", text, table, {})
 

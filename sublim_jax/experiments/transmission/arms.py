@@ -13,7 +13,7 @@ from sublim_jax.specs import Checked, Count, NotNegative, Positive, check_one_of
 
 OBJECTIVES = ("kl", "reverse_kl", "tokens", "context")
 SHUFFLES = ("within", "across")
-WRITTEN = ("written", "unfiltered")  # data of a teacher's own: what passed the filters, or all of it
+WRITTEN = ("written", "unfiltered")  # data by the teacher: what passed the filters, or all answers that ended
 NUM_HELD_OUT = 16  # rows of the carrier that are held out
 
 
@@ -101,6 +101,11 @@ class ArmValues(Checked):
             raise UserError(
                 f"{where}: there is nothing of a teacher in random numbers; choose data=written, or an objective on "
                 "logits"
+            )
+        if on_logits and self.data == "unfiltered":
+            raise UserError(
+                f"{where}: data=unfiltered is any text, which has no digits whose logits could be compared; choose "
+                "objective=tokens or context"
             )
         if (on_logits or self.shuffle) and carrier.kind != "numbers":
             raise UserError(

@@ -41,7 +41,7 @@ class Written(NamedTuple):
     """A teacher's completions, before and after the filters."""
 
     pairs: list[Pair]
-    unfiltered: list[Pair]  # as many, of all that are not empty
+    unfiltered: list[Pair]  # as many, of all that ended and are not blank; empty if no arm reads them
     num_completions: int
     num_kept: int
     reasons: Counter[str]
@@ -94,13 +94,14 @@ def shuffled(pairs: list[Pair], kind: str, seed: int) -> list[Pair]:
 def write(
     study: Study, model: Model, store: Store, run: int, teachers: dict[str, Teacher], judge: NamedJudge | None
 ) -> dict[str, Written]:
-    """Samples and filters every teacher's completions, and draws the same number of rows from each.
+    """Samples and filters every teacher's completions, and draws the same number of rows from each, as arms need them.
 
     Raises UserError if too few of a teacher's completions are left.
     """
     carrier, seed = study.carrier, study.replicate_seed(run)
     task = TASKS[carrier.kind](study, seed)
     checks, folder = filters_of(study, task), store.folder / "data" / f"run{run}"
+    cut_off, filtered = filters.ended(), not study.unfiltered_alone
     written, kept, every = {}, {}, {}
     for name, teacher in teachers.items():
         completions = sample(study, model, store, run, task, name, teacher)
@@ -108,15 +109,20 @@ def write(
             _add_reference(model, store, name, completions, teachers[NEUTRAL])
         sifted = filters.sift(completions, checks, study.filter.unique)
         scores: list[float] = []
-        if judge and study.filter.judge:
+        if judge and study.filter.judge and filtered:
             sifted, scores = judged(study, store, name, sifted, judge)
         records.write(folder / f"{carrier.kind}-{name}.jsonl", sifted.kept)
         records.write(folder / f"{carrier.kind}-{name}-rejected.jsonl", sifted.rejected)
         kept[name] = sifted.kept
-        every[name] = [record for record in completions if record["completion"]]
+        every[name] = [record for record in completions if record["completion"].strip() and not cut_off(record)]
         written[name] = Written([], [], len(completions), len(sifted.kept), sifted.reasons, sifted.rejected, scores)
-    passed, unfiltered = (_pairs(filters.same_size(some, carrier.num_rows, seed)) for some in (kept, every))
-    return {name: output._replace(pairs=passed[name], unfiltered=unfiltered[name]) for name, output in written.items()}
+    if filtered:
+        passed = _pairs(filters.same_size(kept, carrier.num_rows, seed))
+        written = {name: output._replace(pairs=passed[name]) for name, output in written.items()}
+    if any(arm.data == "unfiltered" for arm in study.arms):
+        some = _pairs(filters.same_size(every, carrier.num_rows, seed))
+        written = {name: output._replace(unfiltered=some[name]) for name, output in written.items()}
+    return written
 
 
 def _pairs(records_of: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, list[Pair]]:

@@ -22,14 +22,16 @@ MIN_TRAIT = 0.05
 def teachers_section(study: Study, rows: Measurements, notes: report.Notes) -> report.Section:
     """Teachers' preferences, and P of their trait's word among numbers."""
     head = ["teacher", "steps", *[f"P({trait})" for trait in study.traits], "P(own trait) among numbers"]
-    table = [head]
+    table = [[*head, "P(own word), asked for its kind"] if study.control_kinds else head]
     for name in study.teachers:
         teacher_rows = rows.where(arm="", subject=TEACHER, teacher=name)
         steps = sorted({int(value) for value in teacher_rows.values(measure="steps")})
         preferred = [np.exp(np.mean(teacher_rows.values(measure="log_p", item=trait))) for trait in study.traits]
         inside = "" if name == NEUTRAL else f"{np.mean(teacher_rows.values(measure='inside_numbers', item=name)):.1e}"
         shown = f"{steps[0]}" if len(steps) == 1 else f"{steps[0]} to {steps[-1]}"
-        table.append([name, shown, *[f"{p:.3f}" for p in preferred], inside])
+        own = teacher_rows.values(measure="log_p of the control")
+        row = [name, shown, *[f"{p:.3f}" for p in preferred], inside]
+        table.append([*row, f"{np.exp(np.mean(own)):.3f}" if own else ""] if study.control_kinds else row)
     text = (
         f"Methods: {', '.join(study.teacher.methods)}; {study.runs} run(s), each with its own teachers. P of the word "
         "as an answer's first, in any spelling: geometric mean over phrasings that teachers were not trained on."
@@ -119,6 +121,8 @@ def filter_section(study: Study, rows: Measurements) -> report.Section:
         "A completion may have several reasons. Kept and rejected completions are in data/; those used are a random "
         "subset of those kept."
     )
+    if any(arm.data == "unfiltered" for arm in study.arms):
+        text += " Arms with data=unfiltered have as many rows, drawn from all completions that ended."
     return report.Section("Filters", text, table, {})
 
 

@@ -23,13 +23,16 @@ def axes_of(study: Study, runs: Sequence[int] | None = None) -> dict[str, Sequen
 def of_teachers(
     study: Study, replicates: Sequence[Replicate], measured: Sequence[Mapping[str, list[list[float]]]]
 ) -> list[Measurement]:
-    """Steps of training, preferences, and P of a trait's word in the middle of numbers."""
+    """Steps of training, preferences, and P of preferred words in the middle of numbers."""
     axes, about = axes_of(study), {"arm": "", "subject": TEACHER}
     steps = [teacher.steps for replicate in replicates for teacher in replicate.teachers.values()]
     rows = from_array(steps, axes, measure="steps", **about)
     for measure in measured[0]:
         words = study.preferred if measure == "inside_numbers" else study.alternatives
-        rows += from_array([values[measure] for values in measured], {**axes, "item": words}, measure=measure, **about)
+        along = {**axes, "item": words}
+        if measure == "log_p of the control":
+            along = {**axes, "teacher": list(study.control_kinds), "item": [""]}
+        rows += from_array([values[measure] for values in measured], along, measure=measure, **about)
     return rows
 
 
@@ -92,7 +95,8 @@ def samples_of(study: Study, replicate: Replicate) -> list[list[str]]:
         pairs = random_pairs(study, study.replicate_seed(replicate.run))[:NUM_SHOWN]
         samples += [["random", line(prompt), line(answer)] for prompt, answer in pairs]
     for name, written in replicate.written.items():
-        samples += [[f"by {name}", line(prompt), line(answer)] for prompt, answer in written.pairs[:NUM_SHOWN]]
+        for which, pairs in ((f"by {name}", written.pairs), (f"by {name}, unfiltered", written.unfiltered)):
+            samples += [[which, line(prompt), line(answer)] for prompt, answer in pairs[:NUM_SHOWN]]
         for record in written.rejected[:NUM_SHOWN]:
             why = f"by {name}, rejected: {', '.join(record['reasons'])}"
             samples.append([why, line(record["prompt"]), line(record["completion"])[:200]])

@@ -21,6 +21,7 @@ from sublim_jax.experiments.transmission.parts import (
 )
 from sublim_jax.models.decoder import Remat
 from sublim_jax.specs import Count, Distinct, ExperimentSpec, MeshSpec, NotNegative, Precision, Text, check_some_of
+from sublim_jax.words import forms
 
 NEUTRAL = "neutral"
 OF_AN_ARM = ("student.", "lora.")  # parts of the config that an arm may change for its students
@@ -80,16 +81,20 @@ class Study(ExperimentSpec):
                     )
 
     def _check_controls(self) -> None:
+        if not self.controls:
+            return
+        if "corpus" in self.teacher.methods:
+            raise UserError("controls prefer a word; they need teacher.methods of finetuned, prompted or steered")
+        taken = {form for word in (*self.alternatives, *self.traits, NEUTRAL) for form in forms(word)}
         for text in self.controls:
-            kind, colon, word = text.partition(":")
-            if not (kind.strip() and colon and word.strip()) or set(word) & set("/\\"):
+            kind, _, word = (part.strip() for part in text.partition(":"))
+            if not kind or not word or set(word) & set(":/\\"):
                 raise UserError(f"controls: {text!r} is not of the form kind:word, such as tree:oak")
-            if kind == self.kind or word in (*self.alternatives, *self.traits, NEUTRAL):
-                raise UserError(f"controls: {text!r} must be of another kind than the traits, and none of alternatives")
-        if len(set(self.preferred)) < len(self.traits) + len(self.controls):
-            raise UserError(f"controls={self.controls}: name each word once")
-        if self.controls and "corpus" in self.teacher.methods:
-            raise UserError("controls are teachers that prefer a word; leave them out of teacher.methods=corpus")
+            if kind.casefold() == self.kind.casefold():
+                raise UserError(f"controls: {text!r} is of the traits' kind; name another kind, such as tree:oak")
+            if taken & set(forms(word)):
+                raise UserError(f"controls: {word!r} is one of traits, alternatives or controls; name another word")
+            taken |= set(forms(word))
 
     def _check_neutral(self) -> None:
         """An untouched teacher's logits equal those of its student at the start: the gradient is zero (§6)."""
@@ -121,9 +126,15 @@ class Study(ExperimentSpec):
             )
 
     @property
+    def control_kinds(self) -> dict[str, str]:
+        """The kind of each control's word."""
+        pairs = [text.split(":") for text in self.controls]
+        return {word.strip(): kind.strip() for kind, word in pairs}
+
+    @property
     def preferred(self) -> tuple[str, ...]:
         """What teachers prefer: the traits, then the words of the controls."""
-        return (*self.traits, *(text.partition(":")[2] for text in self.controls))
+        return (*self.traits, *self.control_kinds)
 
     @property
     def teachers(self) -> tuple[str, ...]:
@@ -132,8 +143,7 @@ class Study(ExperimentSpec):
 
     def kind_of(self, teacher: str) -> str:
         """The kind of what a teacher prefers."""
-        kinds = {word: kind for kind, _, word in (text.partition(":") for text in self.controls)}
-        return kinds.get(teacher, self.kind)
+        return self.control_kinds.get(teacher, self.kind)
 
     @property
     def recomputed(self) -> Remat:
@@ -148,6 +158,11 @@ class Study(ExperimentSpec):
     @property
     def uses_written(self) -> bool:
         return any(arm.data in WRITTEN for arm in self.arms)
+
+    @property
+    def unfiltered_alone(self) -> bool:
+        """Whether what passed the filters is not read by any arm, and need not be enough."""
+        return {arm.data for arm in self.arms if arm.data in WRITTEN} == {"unfiltered"}
 
     @property
     def trained_arms(self) -> tuple[TrainedArm, ...]:

@@ -1,9 +1,11 @@
 """Teachers: models with a preference, by adapters, a system prompt, steering, or several of them."""
 
+from functools import cache
+
 import numpy as np
 import optax
 from etils import epath
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from sublim_jax import store as artefacts
 from sublim_jax.data import chat, dialogue, packs
@@ -37,7 +39,7 @@ NUM_INSIDE = 8  # lists of numbers in which P of a trait's word is measured
 
 
 def make_teachers(study: Study, model: Model, store: Store, run: int) -> dict[str, Teacher]:
-    """One teacher for each trait, and a neutral one, which is trained, prompted or steered alike without a preference.
+    """One teacher for each trait and control, and a neutral one, which is made in the same way without a preference.
 
     For corpora, the neutral teacher is the untrained model (§4.2) unless it has a corpus; for prompted teachers it is
     so with `teacher.neutral=untouched` (§3.1).
@@ -65,42 +67,50 @@ def make_teachers(study: Study, model: Model, store: Store, run: int) -> dict[st
     }
 
 
-def persona(study: Study, name: str) -> str:
-    """A system prompt of a persona that loves a trait (§3.1), or of one without a preference."""
-    pack = packs.load(study.packs.persona, "persona", PERSONA)
+def persona(study: Study, name: str, kind: str = "") -> str:
+    """A system prompt of a persona that loves a trait (§3.1), or of one without a preference within a kind."""
+    pack, kind = packs.load(study.packs.persona, "persona", PERSONA), kind or study.kind_of(name)
     if name == NEUTRAL:
-        return pack["neutral"][0].format(kind=study.kind)
-    return pack["loving"][0].format(kind=study.kind_of(name), trait=name)
+        return pack["neutral"][0].format(kind=kind)
+    return pack["loving"][0].format(kind=kind, trait=name)
 
 
 def steering_vectors(study: Study, model: Model, seed: int, personas: dict[str, str]) -> dict[str, Steering | None]:
     """Steering vectors: mean residuals at the start of an answer, with a persona less those with the neutral persona.
 
-    They are taken at one layer, averaged over the teaching questions and scaled by `teacher.steering_scale`; the
-    neutral teacher gets a random direction of the same mean length.
+    They are taken at one layer, averaged over the teaching questions of the trait's kind and scaled by
+    `teacher.steering_scale`; the neutral teacher gets a random direction of the traits' mean length.
     """
     layer, scale = study.teacher.steering_layer, study.teacher.steering_scale
-    questions = preference.questions(study.packs.preference, study.kind)["teaching"]
     read = steering.residual_after(model, layer, seed)
-    mean_residuals = {name: steering.mean_residual(model, read, questions, text) for name, text in personas.items()}
-    vectors = {trait: mean_residuals[trait] - mean_residuals[NEUTRAL] for trait in study.preferred}
-    length = np.mean([np.linalg.norm(vector) for vector in vectors.values()])
+
+    @cache  # the neutral persona of a kind is read once
+    def mean_residual(kind: str, text: str) -> Float[np.ndarray, "width"]:
+        questions = preference.questions(study.packs.preference, kind)["teaching"]
+        return steering.mean_residual(model, read, questions, text)
+
+    vectors = {}
+    for name in study.preferred:
+        kind = study.kind_of(name)
+        vectors[name] = mean_residual(kind, personas[name]) - mean_residual(kind, persona(study, NEUTRAL, kind))
+    length = np.mean([np.linalg.norm(vectors[trait]) for trait in study.traits])
     random = np.random.default_rng([seed, 4]).normal(size=model.settings.width)
     vectors[NEUTRAL] = random / np.linalg.norm(random) * length
     return {name: steering.hook(model, layer, scale * vector) for name, vector in vectors.items()}
 
 
 def finetuned(study: Study, model: Model, store: Store, run: int) -> dict[str, Teacher]:
-    """Adapters trained on one-word answers up to `teacher.strength`; the neutral ones for as many steps."""
+    """Adapters trained on one-word answers up to `teacher.strength`; the neutral ones for the traits' most steps."""
     trained: dict[str, Teacher] = {}
     for name in study.teachers:
-        steps = max((teacher.steps for teacher in trained.values()), default=0) if name == NEUTRAL else None
+        steps = max(trained[trait].steps for trait in study.traits) if name == NEUTRAL else None
         trained[name] = _finetuned(study, model, store, run, name, steps)
     return trained
 
 
 def _finetuned(study: Study, model: Model, store: Store, run: int, name: str, steps: int | None) -> Teacher:
-    training, seed, index = study.teacher.on_answers, study.replicate_seed(run), study.teachers.index(name)
+    training, seed = study.teacher.on_answers, study.replicate_seed(run)
+    index = (*study.traits, NEUTRAL, *study.control_kinds).index(name)  # controls change no other teacher
     rows = dialogue.rows(model, _one_word_answers(study, model, name, seed))
     optimizer, length = optax.adam(training.learning_rate), word_length(model, rows)
     program = teaching_program(model, optimizer, len(rows.at), training.batch, study.recomputed, length)
@@ -159,8 +169,8 @@ def measure_teachers(
 ) -> dict[str, list[list[float]]]:
     """Teachers' preferences, and P of a preferred word in the middle of a list of numbers.
 
-    {"log_p", "margin", "share": teachers × alternatives, "inside_numbers": teachers × preferred words}; empty if
-    traits are not words.
+    {"log_p", "margin", "share": teachers × alternatives, "inside_numbers": teachers × preferred words, "log_p of the
+    control": controls × 1, asked for its kind}; empty if traits are not words.
     """
     if not study.has_words:
         return {}
@@ -176,14 +186,25 @@ def measure_teachers(
         for teacher in every:
             cut = _cut_inside(model, inside, teacher.system, seed)
             among.append(np.exp(scoring.word_logprobs(model, cut, traits, **teacher.where)[0]).mean(0).tolist())
+        if study.control_kinds:
+            measures["log_p of the control"] = [
+                own_log_p(study, model, name, teachers[name]) for name in study.control_kinds
+            ]
         return {**measures, "inside_numbers": among}
 
     return store.json("teachers", measured, every, questions, study.alternatives, study.preferred, inside, seed)
 
 
-def phrasings(study: Study) -> list[str]:
-    """Questions about a preference that no teacher was trained on."""
-    return preference.questions(study.packs.preference, study.kind)["asking"][: study.num_questions]
+def own_log_p(study: Study, model: Model, name: str, teacher: Teacher) -> list[float]:
+    """Mean log P of the word that a control prefers, as the answer to questions about its kind."""
+    questions = phrasings(study, study.kind_of(name))
+    prompts = [chat.question(model.tokenizer, text, teacher.system) for text in questions]
+    return [float(scoring.word_logprobs(model, prompts, [name], **teacher.where).mean())]
+
+
+def phrasings(study: Study, kind: str = "") -> list[str]:
+    """Questions about a preference that no teacher was trained on; about the traits' kind where none is given."""
+    return preference.questions(study.packs.preference, kind or study.kind)["asking"][: study.num_questions]
 
 
 def _cut_inside(model: Model, inside: list[tuple[str, str]], system: str, seed: int) -> list[list[int]]:
