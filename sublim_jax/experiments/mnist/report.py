@@ -99,7 +99,7 @@ def _differences_section(arms: Sequence[Arm], points: Sequence[str]) -> Section:
     first = {arm["arm"]: arm["runs"] for arm in students if arm["value"] == points[0]}
     others = [arm for arm in students if arm["value"] != points[0]]
     differences = [np.subtract(arm["runs"], first[arm["arm"]]) for arm in others]
-    table = [["point", "arm", f"less {points[0]}", "p"]]
+    table = [["point", "arm", f"minus {points[0]}", "p"]]
     for arm, values, p in zip(others, differences, holm([paired_p(values) for values in differences])):
         table.append([arm["value"], arm["name"], plus_minus(*t_interval(values)), f"{p:.2g}"])
     text = (
