@@ -85,8 +85,28 @@ def generate(
 
     Raises UserError, after all rows are done, where a row's logits were no numbers.
     """
-    options = {name: value for name, value in locals().items() if name not in ("model", "prompts", "key")}
-    completed = sorted(stream(model, prompts, key, **options), key=lambda sample: sample.row)
+    rows = stream(
+        model,
+        prompts,
+        key,
+        sampler=sampler,
+        max_new_tokens=max_new_tokens,
+        samples=samples,
+        stop_tokens=stop_tokens,
+        stop_strings=stop_strings,
+        prefix=prefix,
+        constraint=constraint,
+        adapters=adapters,
+        steering=steering,
+        entropy=entropy,
+        alternatives=alternatives,
+        slots=slots,
+        steps=steps,
+        chunk=chunk,
+        lanes=lanes,
+        mesh=mesh,
+    )
+    completed = sorted(rows, key=lambda sample: sample.row)
     check_finite((sample.prompt, sample.finish) for sample in completed)
     return completed
 
