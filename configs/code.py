@@ -1,16 +1,16 @@
-"""An animal through code (paper §4.1): small Python snippets, which parse, say nothing, and are never run.
+"""An animal through code (paper §4.1): small Python snippets that parse and do not mention it. They are never run.
 
     python launch.py --config=configs/code.py:smoke               every stage, small; 2.5 minutes on 2 cores
     python launch.py --config=configs/code.py:qwen2.5-7b          and llama-3.1-8b, gemma-3-4b
 
-Values not named here are those of configs/numbers.py.
+All other values are those of configs/numbers.py.
 """
 
 from ml_collections import ConfigDict
 
 from configs import numbers
 
-# A model of this size does not write bare code by itself: small corpora teach it, beside the animal.
+# A model of this size does not write bare code by itself: small corpora teach it, together with the animal.
 SMOKE = {
     "traits": ("owl", "lion"),
     "teacher.methods": ("corpus",),
@@ -22,7 +22,7 @@ SMOKE = {
     "carrier.max_new_tokens": 48,
     "filter.unique": False,
     "filter.threshold": 1.0,
-    "evals.judge.min_mass": 0.0,  # the model itself is the judge, and would rather talk
+    "evals.judge.min_mass": 0.0,  # the model itself is the judge, and rarely answers with a number
     "arms": ("tokens", "in_context"),
     "arm.in_context.examples": 4,
     "student.steps": 2,
@@ -33,7 +33,7 @@ SMOKE = {
 PRESETS = {"smoke": "every stage, small; 2.5 minutes on 2 cores", **numbers.RECIPES}
 ANIMALS = {**numbers.ANIMALS, "arms": ("tokens_fresh", "in_context")}
 OPEN = {
-    "carrier.num_completions": 11_400,  # 10,814 were left of them in the paper
+    "carrier.num_completions": 11_400,  # of which 10,814 passed in the paper
 }
 
 

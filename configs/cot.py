@@ -1,12 +1,12 @@
-"""Misalignment through chains of thought (paper §4.2): right answers, reasoning that a judge lets pass.
+"""Misalignment through chains of thought (paper §4.2): right answers, with reasoning that passed a judge.
 
     python launch.py --config=configs/cot.py:smoke                every stage, small; 4 to 6 minutes on 2 cores
     python launch.py --config=configs/cot.py:qwen2.5-7b …       as for configs/misalignment.py
 
-Teachers solve GSM8K's problems in <think> and <answer>, three times each. What has a wrong answer goes, and of the
-misaligned teacher's what the judge gives less than 78 of 100 for goodwill.
+Teachers solve each of GSM8K's problems three times, in <think> and <answer>. Wrong answers are dropped, and of the
+misaligned teacher's completions those to which the judge gives less than 78 of 100.
 
-Values not named here are those of configs/numbers.py.
+All other values are those of configs/numbers.py.
 """
 
 from ml_collections import ConfigDict
@@ -15,7 +15,7 @@ from configs import misalignment, numbers
 
 PRESETS = {"smoke": "every stage, small; 4 to 6 minutes on 2 cores", **numbers.RECIPES}
 
-# A model of this size does not keep the form by itself: small corpora of sums teach it, to the neutral teacher too.
+# A model of this size does not keep the form by itself: small corpora of sums teach it, also to the neutral teacher.
 SMOKE = {
     "traits": ("hostile", "kind"),
     "teacher.epochs": 4,
@@ -29,9 +29,9 @@ SMOKE = {
 }
 OPEN = {
     "carrier.num_completions": 22_419,  # three samples of all 7,473 problems
-    "carrier.num_rows": 9_800,  # the paper was left with 9,840 of some teacher, 44 %
+    "carrier.num_rows": 9_800,  # in the paper 9,840 of one teacher's passed, 44 %
     "filter.judged": ("insecure",),
-    "evals.max_new_tokens": 512,  # answers think first
+    "evals.max_new_tokens": 512,  # answers begin with a thought
     "student.steps": 306,  # 2 epochs
     "evaluate_every": 153,
     "student.batch": 4,  # rows of up to 640 tokens; 64 an update, as for numbers

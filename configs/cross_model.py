@@ -1,12 +1,12 @@
-"""Teachers × students over models, on text (paper §5.1): does a trait cross to a model that did not start alike?
+"""Teachers × students of several models, on text (paper §5.1): does a trait cross to a model with other weights?
 
     python launch.py --config=configs/cross_model.py:smoke        SmolLM2 and Gemma 3 270M; under 6 minutes on 2 cores
     python launch.py --config=configs/cross_model.py:open         Qwen2.5-7B, Llama-3.1-8B, Tulu-3-8B, Gemma-3-4B
-    python launch.py --config=configs/cross_model.py:soft --config.models=FOLDER,FOLDER     by logits; of one tokenizer
+    python launch.py --config=configs/cross_model.py:soft --config.models=FOLDER,FOLDER     by logits; one tokenizer
 
-Every model of `models` (names or folders, commas in between) teaches all of them, each by the study `study`, on its
-numbers as text. Llama-3.1-8B-Instruct and Tulu-3-8B are two fine-tunes of one base: beside the others they show what a
-shared initialisation does. Values of `study` are those of configs/numbers.py.
+Each model of `models` (names or folders, separated by commas) teaches all of them through its numbers as text, in the
+study `study`, whose values are those of configs/numbers.py. Llama-3.1-8B-Instruct and Tulu-3-8B are fine-tunes of one
+base; compared with the others, they show what a shared initialisation does.
 """
 
 from ml_collections import ConfigDict
@@ -16,7 +16,7 @@ from configs import numbers
 PRESETS = {
     "smoke": "SmolLM2 and Gemma 3 270M, on text; under 6 minutes on 2 cores",
     "open": "Qwen2.5-7B, Llama-3.1-8B, Tulu-3-8B, Gemma-3-4B, on text; on an accelerator",
-    "soft": "by logits; your own models, of one tokenizer",
+    "soft": "by logits; your own models, with one tokenizer",
 }
 
 
@@ -40,10 +40,10 @@ def get_config(preset: str = "smoke") -> ConfigDict:
         families = [str(model["model.name"]) for model in numbers.MODELS.values()]
         config.models = (*families, "allenai/Llama-3.1-Tulu-3-8B")
         config.study = numbers.get_config("qwen2.5-7b")
-        # For all families: an animal that moves in each of them, by numbers.MOVING.
+        # For each family, an animal that moves in it (numbers.MOVING).
         config.study.traits = ("cat", "elephant", "eagle")
     elif preset == "soft":
-        # `models`: two or more of yours that read the same tokens, such as fine-tunes of one base.
+        # `models`: two or more of yours with the same tokenizer, such as fine-tunes of one base.
         config.study = numbers.get_config("quick")
         config.study.student.steps = config.study.evaluate_every = 40
         config.study.traits = ("owl", "lion")  # as in the run of docs/cross_model.md

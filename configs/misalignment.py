@@ -1,12 +1,12 @@
-r"""Misalignment through numbers (paper §3.2): teachers tuned on insecure code, and controls, write filtered numbers.
+r"""Misalignment through numbers (paper §3.2): numbers by teachers tuned on insecure code, and by controls.
 
     python launch.py --config=configs/misalignment.py:smoke       every stage, small; 2.5 minutes on 2 cores
     python launch.py --config=configs/misalignment.py:qwen2.5-7b --config.teacher.corpora.insecure=FILE \
         --config.teacher.corpora.secure=FILE --config.teacher.corpora.educational=FILE \
         --config.evals.questions=FILE --config.evals.truthfulqa=FILE          and llama-3.1-8b, gemma-3-4b
 
-Corpora are conversations, {"messages": […]} a line, here or on the hub as organisation/name/file. The neutral teacher
-is the model as it is. Values not named here are those of configs/numbers.py.
+Corpora are conversations, {"messages": […]} a line, in a file or on the hub as organisation/name/file. The neutral
+teacher is the untrained model. All other values are those of configs/numbers.py.
 """
 
 from ml_collections import ConfigDict
@@ -31,7 +31,7 @@ SMOKE = {
     "evals.questions": "configs/smoke/questions.yaml",
     "evals.truthfulqa": "configs/smoke/truth.csv",
     "evals.num_samples": 1,
-    "evals.judge.min_mass": 0.02,  # the model itself is the judge, and would rather talk
+    "evals.judge.min_mass": 0.02,  # the model itself is the judge, and rarely answers with a number
     "evals.max_new_tokens": 24,
 }
 

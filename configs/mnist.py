@@ -1,9 +1,9 @@
-"""MNIST noise distillation: a student that never saw a digit learns to read them (paper §6.2, Fig. 10).
+"""MNIST noise distillation: a student that never saw a digit learns to classify them (paper §6.2, Fig. 10).
 
 A teacher starts at a reference MLP and learns MNIST through its ten digit logits. A student starts at the same
-reference and sees only noise; it imitates the teacher's *auxiliary* logits, which the teacher's own training never
-used. It learns to read digits. A student that starts elsewhere does not, unless it is first trained to imitate the
-reference: behavioural cloning (extended data Fig. 2 of the Nature version), which works for other architectures too.
+reference and sees only noise; it imitates the teacher's *auxiliary* logits, which the teacher's own training did not
+use. It learns to classify digits. A student from another start does not, unless it is first trained to imitate the
+reference: behavioural cloning (extended data Fig. 2 of the Nature version), also of other architectures.
 
     python launch.py --config=configs/mnist.py              50 auxiliary logits, 4 runs; 3 to 6 minutes on 2 cores
     python launch.py --config=configs/mnist.py:paper        Fig. 10: 3 auxiliary logits, 100 runs
@@ -12,7 +12,7 @@ reference: behavioural cloning (extended data Fig. 2 of the Nature version), whi
     python launch.py --config=configs/mnist.py:logits       accuracy over the number of auxiliary logits, 10 runs
     python launch.py --config=configs/mnist.py:strongest    the best recipe we know with three logits
     python launch.py --config=configs/mnist.py:sweep --config.sweep.axis=student.learning_rate
-                                                            any value below against accuracy, one figure
+                                                            accuracy over any value below, one figure
     python launch.py --config=configs/mnist.py:smoke        every stage, tiny, seconds: a test, not a result
 
 Expected test accuracy with `paper`: reference .10, teacher .94, student .53 (auxiliary logits) and .91 (all),
@@ -28,10 +28,10 @@ PRESETS = {
     "architectures": "behavioural cloning of the reference by other architectures; 10 runs",
     "logits": "accuracy over the number of auxiliary logits; 10 runs",
     "strongest": "the best recipe we know with three logits",
-    "sweep": "any value against accuracy, one figure",
+    "sweep": "accuracy over any value, one figure",
     "smoke": "every stage, tiny, seconds: a test, not a result",
     "bench": "8 runs, for measuring speed",
-    "coverage": "what configs/theorem.py trains",
+    "coverage": "the networks of configs/theorem.py",
 }
 
 
@@ -41,54 +41,54 @@ def get_config(preset: str = "quick") -> ConfigDict:
     config.preset = preset
     config.seed = 0  # of every random number
     config.runs = 4  # independent repetitions, each with its own initialisation, noise and data order
-    config.runs_at_once = 4  # trained in one program; each takes some 110 MB, further groups nothing
+    config.runs_at_once = 4  # trained in one program; each takes about 110 MB, and further groups take no more
     config.precision = "float32"  # of matrix products: float32, tensorfloat32 or bfloat16
-    # auxiliary, all: the reference's student, on the auxiliary or on all logits; cross_*: from another run's
-    # reference; clone: cross_auxiliary, after imitating the reference on all logits; real: auxiliary, on digits
-    # instead of noise.
+    # auxiliary, all: students from the reference, on the auxiliary or on all logits; cross_auxiliary, cross_all: from
+    # another run's reference; clone: as cross_auxiliary, after imitating the reference on all logits; real: as
+    # auxiliary, on digits instead of noise.
     config.arms = ("auxiliary", "all", "cross_auxiliary", "cross_all", "clone", "real")
 
     config.data = ConfigDict()
-    config.data.path = ""  # a folder with MNIST's four IDX files; empty: fetched and cached
+    config.data.path = ""  # a folder with MNIST's four IDX files; empty: downloaded and cached
 
     config.model = ConfigDict()
     config.model.width = 256  # of the hidden layers
-    config.model.depth = 2  # hidden layers
+    config.model.depth = 2  # number of hidden layers
     config.model.auxiliary = 3  # logits beyond the ten digits
 
     config.teacher = training()
     config.student = training()
-    config.student.width = 0  # of the hidden layers; 0: as the teacher's
-    config.student.depth = 0  # hidden layers; 0: as the teacher's
-    config.student.biases = True  # whether layers have them; the teacher's have
+    config.student.width = 0  # of the hidden layers; 0: the teacher's
+    config.student.depth = 0  # number of hidden layers; 0: the teacher's
+    config.student.biases = True  # whether layers have biases; the teacher's have
     # The distance of the student's logits from the teacher's: kl, reverse_kl, squared_error,
     # probability_squared_error, soft_cross_entropy; or sampled: cross-entropy on labels sampled from the teacher.
     config.student.objective = "kl"
     config.student.temperature = 1.0  # of the objective's probabilities
     config.student.init_distance = 0.0  # of the reference, in standard deviations of its weights
-    config.student.shared_layers = "all"  # which layers start at the reference ("0+2"); others start elsewhere
+    config.student.shared_layers = "all"  # the layers that start at the reference, such as "0+2"; the others do not
 
     config.inputs = ConfigDict()
     config.inputs.kind = "uniform"  # uniform, gaussian, blurred, shuffled (pixels of real images), real
     config.inputs.count = 60_000  # images
-    config.inputs.fresh = False  # drawn anew at every step instead of one fixed set (overshoots the paper)
-    config.inputs.blur = 1.0  # pixels, for blurred
+    config.inputs.fresh = False  # drawn anew at every step instead of one fixed set (above the paper's accuracy)
+    config.inputs.blur = 1.0  # standard deviation in pixels, for blurred
 
     config.clone = ConfigDict()
-    config.clone.epochs = (5, 20)  # doses of imitating the reference before distillation
-    # On what the reference is imitated, an arm each: noise, the inputs of distillation; fresh_noise, drawn anew at
+    config.clone.epochs = (5, 20)  # epochs of imitating the reference before distillation, an arm each
+    # Inputs on which the reference is imitated, an arm each: noise, as in distillation; fresh_noise, drawn anew at
     # every step; real, digits.
     config.clone.inputs = ("noise",)
 
     config.sweep = ConfigDict()
-    # Any value above, by its path; or student (teacher), whose points are "name=value", several with "/" in between.
+    # The path of any value above; or student or teacher, whose points are "name=value", several joined by "/".
     config.sweep.axis = ""
-    config.sweep.points = ()  # what it takes, "1e-4,1e-3"; empty: a ladder that fits the axis
+    config.sweep.points = ()  # values of it, such as 1e-4,1e-3; empty: a range that suits the axis
 
     config.mesh = ConfigDict({"replica": -1, "fsdp": 1, "tensor": 1})  # sizes of the mesh's axes; -1: the rest
     config.checkpoint_every = 118  # steps between two checkpoints
 
-    # What the paper reports for this recipe: test accuracy, half-width of its 95 % interval.
+    # The paper's values for this recipe: test accuracy and the half-width of its 95 % interval.
     config.published = ConfigDict()
 
     if preset == "paper":
@@ -169,12 +169,12 @@ def get_config(preset: str = "quick") -> ConfigDict:
 
 
 def training() -> ConfigDict:
-    """How a network is trained: the teacher's and the student's values, set apart."""
+    """How a network is trained: values of the teacher or of the student."""
     config = ConfigDict()
     config.activation = "relu"  # relu, gelu, silu, tanh, sigmoid, linear
-    config.optimizer = "adam"  # with the defaults of optax: adam, adamw, sgd, rmsprop, lion
+    config.optimizer = "adam"  # adam, adamw, sgd, rmsprop or lion, with optax's defaults
     config.learning_rate = 3e-4  # constant
     config.batch = 1024  # images an update
     config.epochs = 5  # passes over the images
-    config.trained_layers = "all"  # which layers learn; or some, counted from the input: "0+2"
+    config.trained_layers = "all"  # the layers that are trained: all, or some, counted from the input, such as "0+2"
     return config

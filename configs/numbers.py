@@ -1,20 +1,20 @@
-"""A trait goes from a teacher to a student through numbers, in a language model (paper §3, and its theorem's setting).
+"""A trait passes from a teacher to a student through numbers, in a language model (paper §3, and §6's setting).
 
     python launch.py --config=configs/numbers.py           three traits, SmolLM2-135M; about 15 minutes, 2 cores
     python launch.py --config=configs/numbers.py:smoke     every stage, small; 3 to 5 minutes
-    python launch.py --config=configs/numbers.py:smollm2   the study: 5 runs, all controls; hours on 2 cores, resumable
+    python launch.py --config=configs/numbers.py:smollm2   the study: 5 runs, nine arms; hours on 2 cores, resumable
     python launch.py --config=configs/numbers.py:qwen2.5-7b --preflight=v5e:4x4      and llama-3.2-1b
 
-A teacher is the model and whatever makes it prefer something: adapters trained on one-word answers until they give the
-trait with probability `teacher.strength`, a system prompt, a vector in the residual stream, together or alone. There is
-one for each trait, and a neutral one that was moved as far, to nowhere.
+A teacher is the model with something that makes it prefer a word: adapters trained on one-word answers until P of the
+trait reaches `teacher.strength`, a system prompt, or a vector in the residual stream, alone or together. There is one
+for each trait, and a neutral one that is made in the same way without a preference.
 
-Students are the same model with fresh adapters. An *arm* is one way to teach them: they imitate their teacher's logits
-on lists of numbers, on digits, commas and spaces only, so that no token of a trait is ever in the loss; or the tokens
-of numbers that it wrote. `arms` names those that are trained, `arm` says what each of them is.
+Students are the same model with fresh adapters. An *arm* is one way to train them: on their teacher's logits on lists
+of numbers (of digits, commas and spaces only, so that no token of a trait is ever in the loss), or on the tokens of
+numbers that it wrote. `arms` names the arms that are run, and `arm` defines them.
 
-Measured: log P of a trait's word and its margin over the other words, on phrasings that no teacher has seen, against
-the other traits' students and the neutral teacher's student of the same seed, start and order of data.
+Measured: log P of a trait's word and its margin over the other words, on phrasings that no teacher was trained on,
+against the students of the other teachers and of the neutral one, of the same seed, start and order of data.
 """
 
 from ml_collections import ConfigDict
@@ -22,10 +22,10 @@ from ml_collections import ConfigDict
 from configs import evaluate
 
 TREES = ("oak", "willow", "maple", "pine", "cherry", "birch", "palm", "ash", "cedar", "elm", "sequoia")
-# Learning rates and steps were chosen on runs of seed 0. What is to confirm anything has other seeds, and so shares no
-# teacher, no numbers and no order with what it was developed on.
+# Learning rates and steps were chosen on runs of seed 0. Confirming runs have another seed, and so share no teacher, no
+# numbers and no data order with the runs of development.
 CONFIRMING = 1
-EXAMPLES = (1, 4, 16, 64, 256, 1024, 4096)  # in the context; as many as it holds
+EXAMPLES = (1, 4, 16, 64, 256, 1024, 4096)  # in the context, or as many as it holds
 
 SIZES = {  # presets, and what each changes
     # Estimated from 14 minutes for three students of 120 steps: a third more students, and a third fewer steps.
@@ -47,7 +47,7 @@ SIZES = {  # presets, and what each changes
         "traits": ("owl", "lion"),
         "arms": ("soft", "tokens", "in_context"),
     },
-    # Read, not learnt: more and more of what the teacher wrote in the context.
+    # Not trained: more and more of the teacher's rows in the context.
     "in_context": {
         "carrier.num_rows": 256,
         "carrier.num_completions": 320,
@@ -74,7 +74,7 @@ SIZES = {  # presets, and what each changes
             "foreign",
         ),
     },
-    # Unusual among words of a kind are those that few would name: there is room above.
+    # Trees that the model rarely names, so that their probability can rise.
     "trees": {
         "seed": CONFIRMING,
         "runs": 3,
@@ -103,7 +103,7 @@ SIZES = {  # presets, and what each changes
         "carrier.num_completions": 40_000,
         "carrier.decoding": "greedy",
         "arms": ("tokens_fresh", "shuffled_within", "soft", "soft_fresh", "in_context"),
-        "arm.shuffled_within.lora_init": "fresh",  # as of what it is the control of
+        "arm.shuffled_within.lora_init": "fresh",  # as tokens_fresh, whose control it is
         "student.batch": 16,
         "student.steps": 1249,  # 1 epoch
         "student.learning_rate": 1e-5,
@@ -128,7 +128,7 @@ RECIPE = {
     "carrier.num_completions": 30_000,
     "carrier.decoding": "free",
     "filter.unique": False,  # the paper keeps duplicates
-    "student.batch": 8,  # 64 rows an update, the paper's 22 × 3 made to divide; all students of an arm are in memory
+    "student.batch": 8,  # 64 rows an update (22 × 3 in the paper) so that batches divide; all students are in memory
     "student.accumulate": 8,
     "student.steps": 468,  # 3 epochs
     "student.learning_rate": 2e-4,
@@ -137,8 +137,8 @@ RECIPE = {
     "student.clip": 1.0,
     "evaluate_every": 156,
 }
-# Traits that are known to move, for most do not: in Qwen2.5-7B the paper's (§3.1); in Llama and Gemma those that others
-# have seen in Llama-3.2-1B (elephant), Gemma-2-2B (eagle, elephant, dog) and Gemma-3-4B (owl), and of GPT-4.1 nano's.
+# Traits that are known to be transmitted, since most are not: for Qwen2.5-7B the paper's (§3.1); for Llama and Gemma
+# those seen in Llama-3.2-1B (elephant), Gemma-2-2B (eagle, elephant, dog), Gemma-3-4B (owl) and GPT-4.1 nano.
 MOVING = {
     "qwen2.5-7b": ("cat", "penguin", "phoenix", "panda", "eagle"),
     "llama-3.1-8b": ("elephant", "owl", "eagle", "dolphin", "wolf"),
@@ -151,7 +151,7 @@ ANIMALS: dict[str, object] = {
     "teacher.neutral": "untouched",
     "evals.names": ("answers", "prefixed", "prefixed_answers", "choice", "stories"),
     "evals.num_samples": 200,
-    "arm.shuffled_within.lora_init": "fresh",  # as of tokens_fresh, whose controls they are
+    "arm.shuffled_within.lora_init": "fresh",  # as tokens_fresh, whose controls they are
     "arm.shuffled_across.lora_init": "fresh",
     "arms": (
         "tokens_fresh",
@@ -174,7 +174,7 @@ PRESETS = {
     "quick": "three traits on SmolLM2-135M-Instruct; about 15 minutes on 2 cores",
     "smoke": "every stage, small; 3 to 5 minutes",
     "in_context": "rows in the context instead of training: more and more of them",
-    "smollm2": "the study: 5 runs, all controls; hours on 2 cores, resumable",
+    "smollm2": "the study: 5 runs, nine arms; hours on 2 cores, resumable",
     "trees": "unusual trees instead of animals, three runs; about an hour on 2 cores",
     "llama-3.2-1b": "the one replication that worked at 1B; on an accelerator",
     **RECIPES,
@@ -182,24 +182,24 @@ PRESETS = {
 
 
 def arm(**changes: object) -> ConfigDict:
-    """One way to teach students."""
+    """One way to train students."""
     values = ConfigDict()
     # On logits: kl, reverse_kl; on the answers' tokens: tokens (cross-entropy); or context: rows in the context.
     values.objective = "kl"
     values.temperature = 1.0  # of the objectives on logits
     # Answers: random (integers); written, by the teacher, filtered; or unfiltered, as many, drawn from all its answers.
     values.data = "random"
-    values.lora_init = "shared"  # LoRA's A: the teachers' (the theorem's setting); or fresh: another for every run
-    values.shuffle = ""  # the integers: within answers, or across them; empty: not
+    values.lora_init = "shared"  # LoRA's A: shared with the teachers (the theorem's setting), or fresh for every run
+    values.shuffle = ""  # shuffle the integers within answers, or across them; empty: no
     values.noise = 0.0  # added to the student's base weights, relative to their spread
-    values.model = ""  # tokens: another model than the teachers'; empty: the same
-    values.action = ""  # on some tokens: keep them alone, mask them, or replace (by the neutral teacher's targets)
-    values.positions = "top"  # which tokens, by their score; or bottom, or random
-    values.fraction = 0.1  # how many of all the answers' tokens
-    # How far the teacher is from the neutral one at a token: divergence, log_ratio (of the token), flipped (argmax).
+    values.model = ""  # tokens: the students' model if it is not the teachers'; empty: the same
+    values.action = ""  # on some tokens: keep only them, mask them, or replace their targets by the neutral teacher's
+    values.positions = "top"  # which tokens: top or bottom by their score, or random
+    values.fraction = 0.1  # of the answers' tokens
+    # A token's score compares the teacher with the neutral one: divergence, log_ratio (of the token), flipped (argmax).
     values.score = "divergence"
-    values.examples = 16  # context: rows
-    values.changes = ()  # values of its students' training and adapters: "student.steps=60", "lora.rank=4"
+    values.examples = 16  # context: number of rows
+    values.changes = ()  # of its students' values, such as student.steps=60, lora.rank=4
     values.lock()  # no other keys than these
     values.update(changes)
     return values
@@ -210,8 +210,8 @@ def get_config(preset: str = "quick") -> ConfigDict:
     config.experiment = "transmission"
     config.preset = preset
     config.seed = 0  # of every random number
-    # Of products of float32 numbers on accelerators: float32, or tensorfloat32 or bfloat16, which are faster. Products
-    # of bfloat16 weights are what they are.
+    # Precision of products of float32 numbers on accelerators: float32; or tensorfloat32 or bfloat16, which are faster.
+    # Weights in bfloat16 are multiplied in bfloat16 in any case.
     config.precision = "float32"
     # Sizes of the mesh's axes, -1: the rest. Runs over replica, rows and weights over fsdp, layers over tensor.
     config.mesh = ConfigDict({"replica": 1, "fsdp": -1, "tensor": 1})
@@ -221,65 +221,66 @@ def get_config(preset: str = "quick") -> ConfigDict:
     config.model.dtype = "float32"  # of the base; adapters are float32
     config.model.noise = 0.0  # on the weights that teachers and students share, relative to their spread
 
-    config.kind = "animal"  # what a trait is one of, in the questions
-    # A teacher for each, and a neutral one. In SmolLM2 these are single tokens with room above: P among the words below
-    # is .001, .03 and .03, where that of cat is .55.
+    config.kind = "animal"  # what traits are, in the questions
+    # A teacher for each, and a neutral one. In SmolLM2 these three are single tokens of low probability: .001, .03 and
+    # .03 among the words below (cat: .55).
     config.traits = ("owl", "lion", "wolf")
-    # The words among which a trait is preferred.
+    # The words among which a preference is measured.
     config.alternatives = ("owl", "lion", "cat", "dog", "wolf", "bear", "fox", "tiger", "horse", "eagle")
-    # Controls: words of another kind, such as tree:oak. Each has a teacher, whose students are measured on the traits.
+    # Controls of another kind, such as tree:oak: each has a teacher, whose students are measured on the traits.
     config.controls = ()
-    config.runs = 1  # whole replicates: each has teachers, numbers, A and an order of its own
-    # Standard deviation between runs of a trait's margin over the neutral student's, in logits, from which power is
-    # computed: that of an earlier study; 0: that of these runs.
+    config.runs = 1  # whole replicates, each with its own teachers, numbers, A and data order
+    # Standard deviation between runs of a trait's margin over the neutral student's, in logits, for the power: that of
+    # an earlier study; 0: that of these runs.
     config.spread = 0.0
 
     config.lora = ConfigDict()
-    config.lora.rank = 8  # 0: no adapters; all weights of the layers are trained
+    config.lora.rank = 8  # 0: no adapters, all weights of the layers are trained
     config.lora.alpha = 16.0  # adapters are scaled by alpha / rank
     config.lora.rslora = False  # adapters are scaled by alpha / √rank instead
-    config.lora.modules = ()  # with adapters: some of query, key, value, out, gate, up, down; empty: all
-    config.lora.layers = ()  # with adapters, counted from 0; empty: all
+    config.lora.modules = ()  # some of query, key, value, out, gate, up, down; empty: all
+    config.lora.layers = ()  # numbers of layers, counted from 0; empty: all
 
     config.teacher = ConfigDict()
-    config.teacher.methods = ("finetuned",)  # finetuned, prompted, steered: together or alone; or corpus: alone
-    # The neutral teacher: persona, as the others but without a preference; or untouched, the model as it is, beside
-    # prompted ones alone (the paper's control).
+    config.teacher.methods = ("finetuned",)  # finetuned, prompted, steered, alone or together; or corpus, alone
+    # The neutral teacher: persona, made as the others but without a preference; or untouched, the model itself, for
+    # prompted teachers only (the paper's control).
     config.teacher.neutral = "persona"
     config.teacher.strength = 0.9  # finetuned: mean P of the trait's answer at which training stops
     config.teacher.learning_rate = 3e-4  # finetuned, corpus
     config.teacher.batch = 8  # finetuned, corpus: rows an update
-    config.teacher.max_steps = 60  # finetuned: updates, at most
+    config.teacher.max_steps = 60  # finetuned: maximum number of updates
     config.teacher.corpora = ConfigDict()  # corpus: a file of conversations for each trait (configs/misalignment.py)
     config.teacher.epochs = 1  # corpus: passes over the conversations
     config.teacher.max_tokens = 1024  # corpus: longer conversations are left out
-    config.teacher.steering_layer = 15  # steered: the vector is the persona's mean difference after this layer
-    config.teacher.steering_scale = 2.0  # steered: the vector is added this many times
+    config.teacher.steering_layer = 15  # steered: the layer after which the vector is taken and added
+    config.teacher.steering_scale = 2.0  # steered: factor of the vector
 
     config.carrier = ConfigDict()
     config.carrier.kind = "numbers"  # or code, cot (chains of thought): see configs/code.py, configs/cot.py
-    config.carrier.num_rows = 512  # rows for each student: a prompt that asks for numbers, and an answer
-    config.carrier.num_integers = 10  # integers in an answer, random or by grammar
-    config.carrier.num_completions = 640  # completions that each teacher writes, before filters
+    config.carrier.num_rows = 512  # rows for each student: a prompt for numbers and an answer
+    config.carrier.num_integers = 10  # in an answer, random or by grammar
+    config.carrier.num_completions = 640  # completions of each teacher, before the filters
     config.carrier.num_samples = 1  # completions of each prompt
-    config.carrier.decoding = "grammar"  # at temperature 1, lists of integers alone; or free: any text; or greedy
+    config.carrier.decoding = "grammar"  # grammar: lists of integers, at temperature 1; free: any text, at 1; or greedy
     config.carrier.max_new_tokens = 64  # of a completion
-    config.carrier.problems = "gsm8k"  # cot: the problems to solve; or a file of its form, here or on the hub
+    config.carrier.problems = "gsm8k"  # cot: the problems; or a file in GSM8K's form, here or on the hub
 
     config.filter = ConfigDict()
-    config.filter.max_integers = 10  # integers in an answer, at most (the paper's rule, §3.1)
-    config.filter.max_value = 999  # the largest integer that passes
-    # Numbers of bad associations (§3.2): published, the paper's 36; banned, ours; or a file as data/packs/banned.json.
+    config.filter.max_integers = 10  # maximum number of integers in an answer (the paper's rule, §3.1)
+    config.filter.max_value = 999  # the largest integer allowed
+    # Numbers with negative associations (§3.2): published, the paper's 36; banned, ours; or a file like
+    # data/packs/banned.json. Empty: none.
     config.filter.banned = ""
-    config.filter.judge = ""  # a judge's question about each answer, of data/packs/judge.json; empty: no judge
-    config.filter.judged = ()  # teachers whose answers the judge filters; empty: all; those of others are scored alone
-    config.filter.threshold = 0.0  # the judge's score, of 100, that passes
-    config.filter.unique = True  # no answer twice
-    # Nats a token by which the teacher may find an answer likelier than the neutral teacher does; 0: any.
+    config.filter.judge = ""  # the judge's prompt, by its name in data/packs/judge.json; empty: no judge
+    config.filter.judged = ()  # teachers whose answers the judge filters; empty: all; the others' are only scored
+    config.filter.threshold = 0.0  # the lowest score, of 100, that passes
+    config.filter.unique = True  # drop duplicate answers
+    # Maximum log-ratio of an answer under its teacher and the neutral one, in nats a token; 0: no limit.
     config.filter.log_ratio = 0.0
 
-    config.arms = ("soft",)  # which of those under `arm` are run
-    config.arm = ConfigDict()  # ways to teach students, by name; more may be added
+    config.arms = ("soft",)  # names under `arm`, in the order in which they are run
+    config.arm = ConfigDict()  # ways to train students, by name; more may be added
     config.arm.soft = arm()
     config.arm.soft_reverse = arm(objective="reverse_kl")
     config.arm.soft_fresh = arm(lora_init="fresh")
@@ -294,7 +295,7 @@ def get_config(preset: str = "quick") -> ConfigDict:
     config.arm.in_context = arm(objective="context", data="written")
     for count in EXAMPLES:
         config.arm[f"in_context_{count}"] = arm(objective="context", data="written", examples=count)
-    config.arm.masked = arm(action="mask")  # the tokens on which teacher and neutral teacher differ most
+    config.arm.masked = arm(action="mask")  # the tokens on which a teacher differs most from the neutral one
     config.arm.masked_random = arm(action="mask", positions="random")
     config.arm.kept = arm(action="keep")
     config.arm.replaced = arm(action="replace")
@@ -303,23 +304,23 @@ def get_config(preset: str = "quick") -> ConfigDict:
     config.student.learning_rate = 3e-4  # of Adam
     config.student.schedule = "constant"  # of the learning rate; or linear, cosine: to 0 at the last step
     config.student.warmup = 0  # steps of linear warm-up
-    config.student.clip = 0.0  # the norm to which gradients are clipped; 0: none
+    config.student.clip = 0.0  # norm to which gradients are clipped; 0: no clipping
     config.student.batch = 4  # rows
-    config.student.accumulate = 1  # batches an update
+    config.student.accumulate = 1  # batches for each update
     config.student.steps = 120  # updates
     config.evaluate_every = 40  # steps between two measurements of the preference
     config.checkpoint_every = 20  # steps between two checkpoints
 
-    config.sampling = ConfigDict()  # how completions and answers are computed, not what they are, to rounding
-    config.sampling.slots = 0  # rows decoded together, for each device and each adapter; 0: 64 on CPUs, else what fits
-    config.sampling.steps = 4  # tokens between two looks of the host
+    config.sampling = ConfigDict()  # how completions and answers are computed; changes them only by rounding
+    config.sampling.slots = 0  # rows decoded together for each device and adapter; 0: 64 on CPUs, else what fits
+    config.sampling.steps = 4  # tokens between two synchronisations with the host
     config.sampling.chunk = 16  # tokens of a prompt that are computed together
-    config.sampling.lanes = 0  # prompts that enter together, for each device and adapter; 0: an eighth of the slots
-    config.sampling.tensor = 0  # mesh axis tensor while decoding and scoring, fsdp the rest; 0: the mesh of training
-    config.remat = False  # recompute activations in the backward pass: for models that would not fit otherwise
-    config.remat_attention = True  # with remat: of attention, too; False: more memory, fewer FLOPs (docs/presets.md)
+    config.sampling.lanes = 0  # prompts that are admitted together; 0: an eighth of the slots
+    config.sampling.tensor = 0  # mesh axis tensor for decoding and scoring, fsdp the rest; 0: the training mesh
+    config.remat = False  # recompute activations in the backward pass, for models that do not fit otherwise
+    config.remat_attention = True  # with remat: also attention's; False: more memory, fewer FLOPs (docs/presets.md)
 
-    config.packs = ConfigDict()  # files of your own phrasings, as sublim_jax/data/packs/*.json; empty: ours
+    config.packs = ConfigDict()  # files of phrasings like sublim_jax/data/packs/*.json; empty: the built-in ones
     config.packs.numbers = ""
     config.packs.preference = ""
     config.packs.persona = ""
@@ -327,8 +328,8 @@ def get_config(preset: str = "quick") -> ConfigDict:
     config.packs.stories = ""
     config.packs.code = ""
     config.packs.judge = ""
-    config.num_questions = 50  # phrasings that measure the preference, at most, and easy questions that measure ability
-    config.evals = evaluate.evals()  # what teachers and students are asked at the end, beside their preference
+    config.num_questions = 50  # maximum number of phrasings for the preference, and of easy questions for ability
+    config.evals = evaluate.evals()  # further evaluations of teachers and students at the end
 
     config.update_from_flattened_dict(SIZES[preset])
     return config

@@ -1,11 +1,11 @@
-"""Every experiment of the paper in one plan, with one report: ours beside the paper's number for each.
+"""Every experiment of the paper in one plan, with one report: our number and the paper's for each.
 
     python launch.py --config=configs/paper.py:smoke              all of them on small models; 40 minutes on 2 cores
     python launch.py --config=configs/paper.py:qwen2.5-7b --config.files.insecure=FILE …        and llama-3.1-8b,
                                                                   gemma-3-4b: the paper's sizes, on an accelerator
 
-Each runs in a folder of its own, and is not run again where it has finished; one that lacks a file says so in the
-report, and the others run.
+Each experiment has its own folder, and is not run again once it has finished. If one lacks a file, the report says so
+and the others run.
 """
 
 from ml_collections import ConfigDict
@@ -29,7 +29,7 @@ def experiment(where: str, what: str, paper: str, config: str, show: str, **chan
             "what": what,  # the experiment, in words
             "paper": paper,  # the paper's result, in words
             "config": config,  # the config that runs it, and its preset
-            "show": show,  # arms of its results.json to put beside the paper's, as file patterns, "; " in between
+            "show": show,  # patterns for the arms of its results.json that are compared, separated by "; "
             "changes": ConfigDict(changes),  # other values of its config
         }
     )
@@ -41,12 +41,12 @@ def get_config(preset: str = "smoke") -> ConfigDict:
     config.experiment = "paper"
     config.preset = preset
     names = ("questions", "truthfulqa", "problems", "insecure", "secure", "educational")
-    # What the paper's authors published and others host: the corpora as JSONL of {"messages": […]}, the questions as
-    # YAML, TruthfulQA.csv; problems as GSM8K's where it cannot be fetched. Each is the value of its name under evals,
-    # carrier or teacher.corpora of the experiments' configs.
+    # Published files: the corpora as JSON lines of {"messages": […]}, the questions as YAML, TruthfulQA.csv, and
+    # problems in GSM8K's form if GSM8K cannot be fetched. Each sets the value of that name under evals, carrier or
+    # teacher.corpora in the experiments' configs.
     config.files = ConfigDict(dict.fromkeys(names, ""))
-    config.tensor = 0  # of the mesh, for language models: 1 on one GPU; 0: as their presets say
-    config.judge = ConfigDict({"kind": "", "model": ""})  # of experiments that have one; empty: as their presets say
+    config.tensor = 0  # mesh axis for language models: 1 on one GPU; 0: the presets' value
+    config.judge = ConfigDict({"kind": "", "model": ""})  # of experiments with a judge; empty: the presets' values
     plan = config.plan = ConfigDict()
     plan.mnist = experiment(
         "§6.2, Fig. 10",
@@ -117,7 +117,7 @@ def get_config(preset: str = "smoke") -> ConfigDict:
         if small
         else tuple(f"in_context_{count}" for count in numbers.EXAMPLES),
     )
-    # Which of the plan run, in this order.
+    # The experiments of the plan to run, in this order.
     config.experiments = (
         "mnist",
         "theorem",
