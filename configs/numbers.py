@@ -81,6 +81,7 @@ SIZES = {  # presets, and what each changes
         "kind": "tree",
         "traits": ("oak", "willow", "cherry"),
         "alternatives": TREES,
+        "controls": ("animal:owl",),
         "student.steps": 60,
         "evaluate_every": 30,
     },
@@ -175,7 +176,7 @@ PRESETS = {
     "smoke": "every stage, small; 3 to 5 minutes",
     "in_context": "rows in the context instead of training: more and more of them",
     "smollm2": "the study: 5 runs, nine arms; hours on 2 cores, resumable",
-    "trees": "unusual trees instead of animals, three runs; about an hour on 2 cores",
+    "trees": "unusual trees instead of animals, with a control; three runs; over an hour on 2 cores",
     "llama-3.2-1b": "the one replication that worked at 1B; on an accelerator",
     **RECIPES,
 }
