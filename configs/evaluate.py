@@ -32,9 +32,7 @@ def evals() -> ConfigDict:
     values.judge.kind = "local"  # a model on this machine; or endpoint: OpenAI's API (OPENAI_BASE_URL, OPENAI_API_KEY)
     values.judge.model = ""  # local: a model's name, or empty for the base itself; endpoint: the server's model name
     values.judge.dtype = "float32"  # local: of the weights of another model
-    values.judge.min_mass = (
-        0.25  # local: minimum probability of numbers, else there is no score; the paper's value
-    )
+    values.judge.min_mass = 0.25  # local: minimum probability of numbers, else there is no score; the paper's value
     values.judge.max_tokens = 2048  # endpoint: of a reply, including a reasoning model's thoughts
     values.judge.max_concurrent = 8  # endpoint: concurrent requests
     values.judge.max_per_minute = 0  # endpoint: maximum number of requests a minute; 0: no limit
