@@ -36,9 +36,10 @@ os.environ |= {"JAX_COMPILATION_CACHE_DIR": str(COMPILED), "JAX_PERSISTENT_CACHE
 hypothesis.settings.register_profile("here", deadline=None)  # a slow machine must not fail a test
 hypothesis.settings.load_profile("here")
 
-MEMORY = 1_400_000_000  # bytes per worker; a compiled program takes about 1.5 MB
+LARGE = ("test_report.py", "test_alignment.py", "test_buckets.py", "test_students.py", "test_run.py")
+MEMORY = 1_200_000_000  # bytes per worker; a compiled program takes about 1.5 MB
 GROWTH = 200_000_000  # bytes above what was left after the last clearing
-MAX_MEMORY = 1_700_000_000  # bytes at which the caches are cleared in any case
+MAX_MEMORY = 1_500_000_000  # bytes at which the caches are cleared in any case
 left = 0
 
 
@@ -70,8 +71,9 @@ def pytest_sessionstart(session):
 
 
 def pytest_collection_modifyitems(items):
-    """Moves studies to the front: they need the most memory, and a worker keeps some of each program that it ran."""
-    items.sort(key=lambda item: "transmission" not in item.path.parts)
+    """Moves the files that need the most memory to the front, because a worker keeps some of each program that it ran."""
+    order = {name: place for place, name in enumerate(LARGE)}
+    items.sort(key=lambda item: order.get(item.path.name, len(LARGE)))
 
 
 def pytest_addoption(parser):
