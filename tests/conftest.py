@@ -71,7 +71,7 @@ def pytest_sessionstart(session):
 
 
 def pytest_collection_modifyitems(items):
-    """Moves the files that need the most memory to the front, because a worker keeps some of each program that it ran."""
+    """Moves the files that need the most memory to the front: a worker keeps some of each program that it ran."""
     order = {name: place for place, name in enumerate(LARGE)}
     items.sort(key=lambda item: order.get(item.path.name, len(LARGE)))
 
