@@ -54,14 +54,19 @@ def test_a_sweep_compares_every_point_with_the_first_paired_by_run(accuracies):
     np.testing.assert_allclose([float(differences.table[1 + place][3]) for place in order], holm, rtol=0.05)
 
 
-@pytest.mark.parametrize("axis, points, runs", [("seed", ("0", "1"), RUNS), ("runs", ("4", "6"), RUNS), ("", (), 1)])
-def test_points_without_pairs_have_no_differences(accuracies, axis, points, runs):
+@pytest.mark.parametrize(
+    "axis, counts, runs",
+    [
+        ("seed", {"0": RUNS, "1": RUNS}, RUNS),
+        ("runs", {"4": 4, "6": 6}, RUNS),
+        ("student.objective", {"kl": 1, "squared_error": 1}, 1),
+    ],
+)
+def test_points_without_pairs_have_no_differences(accuracies, axis, counts, runs):
     """Other seeds, other numbers of runs, and a single run, of which no interval is known."""
-    points = points or ("kl", "squared_error")
-    given = {(point, arm): accuracies["kl", arm][: min(runs, int(point)) if axis == "runs" else runs]
-             for point in points for arm in ("reference", "teacher", "auxiliary")}  # fmt: skip
-    axis = axis or "student.objective"
-    spec = spec_of("sweep", **{"sweep.axis": axis, "sweep.points": points, "runs": runs, "arms": ("auxiliary",)})
+    arms = ("reference", "teacher", "auxiliary")
+    given = {(point, arm): accuracies["kl", arm][:count] for point, count in counts.items() for arm in arms}
+    spec = spec_of("sweep", **{"sweep.axis": axis, "sweep.points": tuple(counts), "runs": runs, "arms": arms[2:]})
     _, sections = document(spec, rows_of(given), {})
     assert [section.title for section in sections] == [f"Test accuracy over {axis}"]
 

@@ -101,7 +101,8 @@ def write(
     carrier, seed = study.carrier, study.replicate_seed(run)
     task = TASKS[carrier.kind](study, seed)
     checks, folder = filters_of(study, task), store.folder / "data" / f"run{run}"
-    cut_off, filtered = filters.ended(), not study.unfiltered_alone
+    cut_off, reads = filters.ended(), {arm.data for arm in study.arms}
+    filtered = "written" in reads or "unfiltered" not in reads  # else it need not be enough, and is not judged
     written, kept, every = {}, {}, {}
     for name, teacher in teachers.items():
         completions = sample(study, model, store, run, task, name, teacher)
@@ -119,7 +120,7 @@ def write(
     if filtered:
         passed = _pairs(filters.same_size(kept, carrier.num_rows, seed))
         written = {name: output._replace(pairs=passed[name]) for name, output in written.items()}
-    if any(arm.data == "unfiltered" for arm in study.arms):
+    if "unfiltered" in reads:
         some = _pairs(filters.same_size(every, carrier.num_rows, seed))
         written = {name: output._replace(unfiltered=some[name]) for name, output in written.items()}
     return written

@@ -10,6 +10,7 @@ from sublim_jax.evaluation.statistics import holm, paired_p, roc, t_interval
 from sublim_jax.experiments.transmission.effects import with_p
 from sublim_jax.experiments.transmission.rows import BASE, STUDENT, TEACHER
 from sublim_jax.experiments.transmission.spec import NEUTRAL, Study
+from sublim_jax.experiments.transmission.teachers import CONTROL
 from sublim_jax.figures import Arm as Entry
 from sublim_jax.figures import Line, Panel, arms_figure, panels_figure
 from sublim_jax.measurements import Measurements
@@ -29,7 +30,7 @@ def teachers_section(study: Study, rows: Measurements, notes: report.Notes) -> r
         preferred = [np.exp(np.mean(teacher_rows.values(measure="log_p", item=trait))) for trait in study.traits]
         inside = "" if name == NEUTRAL else f"{np.mean(teacher_rows.values(measure='inside_numbers', item=name)):.1e}"
         shown = f"{steps[0]}" if len(steps) == 1 else f"{steps[0]} to {steps[-1]}"
-        own = teacher_rows.values(measure="log_p of the control")
+        own = teacher_rows.values(measure=CONTROL)
         row = [name, shown, *[f"{p:.3f}" for p in preferred], inside]
         table.append([*row, f"{np.exp(np.mean(own)):.3f}" if own else ""] if study.control_kinds else row)
     text = (

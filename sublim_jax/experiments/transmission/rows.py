@@ -9,6 +9,7 @@ from sublim_jax.experiments.transmission.carriers import random_pairs
 from sublim_jax.experiments.transmission.spec import Study
 from sublim_jax.experiments.transmission.students import Students
 from sublim_jax.experiments.transmission.targets import Replicate
+from sublim_jax.experiments.transmission.teachers import CONTROL
 from sublim_jax.measurements import Measurement, from_array
 
 STUDENT, TEACHER, BASE = "student", "teacher", "base"  # subjects
@@ -30,7 +31,7 @@ def of_teachers(
     for measure in measured[0]:
         words = study.preferred if measure == "inside_numbers" else study.alternatives
         along = {**axes, "item": words}
-        if measure == "log_p of the control":
+        if measure == CONTROL:
             along = {**axes, "teacher": list(study.control_kinds), "item": [""]}
         rows += from_array([values[measure] for values in measured], along, measure=measure, **about)
     return rows

@@ -160,11 +160,6 @@ class Study(ExperimentSpec):
         return any(arm.data in WRITTEN for arm in self.arms)
 
     @property
-    def unfiltered_alone(self) -> bool:
-        """Whether what passed the filters is not read by any arm, and need not be enough."""
-        return {arm.data for arm in self.arms if arm.data in WRITTEN} == {"unfiltered"}
-
-    @property
     def trained_arms(self) -> tuple[TrainedArm, ...]:
         return tuple(arm for arm in self.arms if not isinstance(arm, ContextArm))
 

@@ -35,6 +35,7 @@ from sublim_jax.store import Store
 from sublim_jax.training import fit
 
 PERSONA: dict[str, tuple[str, ...]] = {"loving": ("kind", "trait"), "neutral": ("kind",)}
+CONTROL = "log_p of the control"  # the measure of a control's word, asked for its kind
 NUM_INSIDE = 8  # lists of numbers in which P of a trait's word is measured
 
 
@@ -169,8 +170,8 @@ def measure_teachers(
 ) -> dict[str, list[list[float]]]:
     """Teachers' preferences, and P of a preferred word in the middle of a list of numbers.
 
-    {"log_p", "margin", "share": teachers × alternatives, "inside_numbers": teachers × preferred words, "log_p of the
-    control": controls × 1, asked for its kind}; empty if traits are not words.
+    {"log_p", "margin", "share": teachers × alternatives, "inside_numbers": teachers × preferred words, CONTROL:
+    controls × 1}; empty if traits are not words.
     """
     if not study.has_words:
         return {}
@@ -187,9 +188,7 @@ def measure_teachers(
             cut = _cut_inside(model, inside, teacher.system, seed)
             among.append(np.exp(scoring.word_logprobs(model, cut, traits, **teacher.where)[0]).mean(0).tolist())
         if study.control_kinds:
-            measures["log_p of the control"] = [
-                own_log_p(study, model, name, teachers[name]) for name in study.control_kinds
-            ]
+            measures[CONTROL] = [own_log_p(study, model, name, teachers[name]) for name in study.control_kinds]
         return {**measures, "inside_numbers": among}
 
     return store.json("teachers", measured, every, questions, study.alternatives, study.preferred, inside, seed)
