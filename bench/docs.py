@@ -10,8 +10,8 @@ A page has tables between marks, and figures by their run's name:
     <!-- end -->
     ![…](figures/mnist-quick-arms.png)
 
-Results from before measurements were shipped are between `<!-- not shipped: why -->` and `<!-- end -->`. `stray` lists
-every other "value ± half-width" of a page that no shipped run has; a test checks that there are none.
+`stray` lists every result on a page that no shipped run has: "value ± half-width", signed numbers and shares in the
+text. A test checks that there are none. Pages that a benchmark writes are left out (`pages`).
 """
 
 import datetime
@@ -31,8 +31,9 @@ from sublim_jax.report import Section
 HOME = Path(__file__).parents[1]
 RESULTS, FIGURES = HOME / "docs" / "results", HOME / "docs" / "figures"
 BLOCK = re.compile(r"<!-- results: (?P<name>[^|]+) \| (?P<title>.+?) -->\n(?P<table>.*?)<!-- end -->", re.DOTALL)
-UNSHIPPED = re.compile(r"<!-- not shipped: .+? -->.*?<!-- end -->", re.DOTALL)
+CODE = re.compile(r"^    .*?$|```.*?```|`[^`\n]*`", re.DOTALL | re.MULTILINE)
 PAIR = re.compile(r"([+−-]?\d*\.\d+) ± (\d*\.\d+)")
+NUMBER = re.compile(r"(?<![\w.])([+−-]?0?\.\d{2,}|[+−]\d+\.\d+)(?![\w.%])")
 
 _KEEP = flags.DEFINE_string("keep", "", "The workdir of a finished run to be shipped.")
 
@@ -64,7 +65,9 @@ def runs() -> dict[str, Run]:
 
 
 def pages() -> list[Path]:
-    return [HOME / "README.md", *sorted((HOME / "docs").glob("*.md"))]
+    """The README and the docs, without the pages that a benchmark writes whole."""
+    benchmarks = {*(HOME / "docs").glob("bench-*.md"), HOME / "docs" / "preflight.md"}
+    return [HOME / "README.md", *sorted({*(HOME / "docs").glob("*.md")} - benchmarks)]
 
 
 def written(text: str, known: Mapping[str, Run]) -> str:
@@ -91,27 +94,38 @@ def shown_figures(text: str, known: Mapping[str, Run]) -> Iterator[tuple[str, st
 
 
 def stray(text: str, known: Mapping[str, Run]) -> list[str]:
-    """Every "value ± half-width" of a page that is neither from a shipped run nor published."""
-    pairs = {pair for run in known.values() for pair in pairs_of(run)}
-    return [match[0] for match in PAIR.finditer(UNSHIPPED.sub("", text)) if _plain(*match.groups()) not in pairs]
+    """Every "value ± half-width", signed number and share on a page, unless a shipped run has it or it is published."""
+    reports = [report_text(run) for run in known.values()]
+    pairs = {_plain(*pair) for text in reports for pair in PAIR.findall(text)}
+    numbers = {_unsigned(number) for text in reports for number in re.findall(r"\d*\.\d+", text)}
+    prose = PAIR.sub("", CODE.sub("", BLOCK.sub("", text)))
+    return [match[0] for match in PAIR.finditer(text) if _plain(*match.groups()) not in pairs] + [
+        number for number in NUMBER.findall(prose) if _unsigned(number) not in numbers
+    ]
 
 
-def pairs_of(run: Run) -> set[tuple[str, str]]:
-    """Every (mean, half-width) in a run's report, of its arms rounded to 2 or 3 digits, and of the paper."""
-    text = " ".join([section.text for section in run.sections] + [c for s in run.sections for r in s.table for c in r])
-    pairs = {_plain(*match.groups()) for match in PAIR.finditer(text)}
+def report_text(run: Run) -> str:
+    """All text and cells of a run's report, and its arms rounded to 2 and to 3 digits, beside the paper's values."""
+    cells = [cell for section in run.sections for row in section.table for cell in row]
     values = [(arm["mean"], arm["ci95"]) for arm in run.arms] + [
         (arm["paper"], arm.get("paper_ci95")) for arm in run.arms
     ]
-    for mean, half_width in values:
-        if mean is not None and half_width is not None:
-            pairs |= {_plain(f"{mean:.{digits}f}", f"{half_width:.{digits}f}") for digits in (2, 3)}
-    return pairs
+    rounded = [
+        f"{mean:.{digits}f} ± {half_width:.{digits}f}"
+        for mean, half_width in values
+        for digits in (2, 3)
+        if mean is not None and half_width is not None
+    ]
+    return "\n".join([*(section.text for section in run.sections), *cells, *rounded])
 
 
 def _plain(mean: str, half_width: str) -> tuple[str, str]:
     sign = "-" if mean[0] in "−-" else ""
-    return sign + mean.lstrip("+−-").removeprefix("0"), half_width.removeprefix("0")
+    return sign + _unsigned(mean), _unsigned(half_width)
+
+
+def _unsigned(number: str) -> str:
+    return number.lstrip("+−-").removeprefix("0")
 
 
 def keep(workdir: Path) -> None:
