@@ -53,7 +53,7 @@ def get_config(preset: str = "smoke") -> ConfigDict:
         "an MNIST classifier from three logits on noise",
         "student .528 ± .022, all logits .913 ± .002, other start .106 ± .010, teacher .943",
         "configs/mnist.py:smoke" if small else "configs/mnist.py:paper",
-        "student (*; cross-init student (*; teacher",
+        "student, shared start (*; student, another start (*; teacher",
     )
     plan.theorem = experiment(
         "§6.1, App. C", "the one-step theorem", "a proof", f"configs/theorem.py:{'smoke' if small else 'check'}", "*"

@@ -13,6 +13,7 @@ from sublim_jax.distillation.losses import stacked
 from sublim_jax.distillation.students import Training, imitating_program, imitation
 from sublim_jax.distillation.targets import Data, Pair, as_read_by, support_of, teacher_logits
 from sublim_jax.distillation.teachers import Teacher
+from sublim_jax.errors import UserError
 from sublim_jax.keys import named_key
 from sublim_jax.models.functional import Params
 from sublim_jax.models.language import Model
@@ -42,7 +43,8 @@ def distill(
     Args:
       model: the model of teachers and students, with adapters.
       rows: (prompt, answer) of each.
-      objective: "kl" and "reverse_kl" imitate the teacher's logits on the support; "tokens" trains on the answers.
+      objective: "kl" and "reverse_kl" imitate the teacher's logits on the support; "tokens" trains on the answers,
+        with one teacher, who wrote them.
       support: tokens whose logits are compared; by default digits, commas and spaces.
       lora_init: "shared" starts from the A of teachers of the same seed, "fresh" from another one.
       steps: updates of `batch` rows.
@@ -51,17 +53,25 @@ def distill(
       The students' adapters, stacked: for `generate` and for evaluations.
 
     Raises:
-      UserError: the model has no adapters, or teacher and student read an answer as other tokens.
+      UserError: the model has no adapters, teacher and student read an answer as other tokens, or "tokens" is asked of
+        several teachers, whose students would be the same.
     """
     check_adapters(model)
-    tokens, compared = objective == "tokens", list(support if support is not None else support_of(model))
+    tokens, compared = objective == "tokens", list(support or ())
+    if tokens and len(teachers) > 1:
+        raise UserError(
+            f'objective="tokens" trains on the rows alone: students of {len(teachers)} teachers would be the same; '
+            "train the student of each teacher on the rows that it wrote"
+        )
+    if support is None and not tokens:
+        compared = support_of(model)
     training = Training(learning_rate, schedule, warmup=0, clip=0.0, batch=batch, accumulate=1, steps=steps)
     student_rows = dialogue.rows(model, list(rows), end=tokens)
     logits = None
     if not tokens:
         per_teacher = []
         for number, teacher in enumerate(teachers):
-            read = as_read_by(teacher, str(number), model, list(rows), student_rows, end=tokens)
+            read = as_read_by(teacher, str(number), model, list(rows), student_rows, end=False)
             label = f"logits of teacher {number}"
             values = teacher_logits(teacher, read, compared, checkpoints=None, model=model, remat=False, label=label)
             per_teacher.append(np.asarray(values))

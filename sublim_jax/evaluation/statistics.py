@@ -1,6 +1,7 @@
 """Statistics over trained runs: a run is the unit, never a sampled answer."""
 
 import itertools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -9,6 +10,8 @@ import scipy  # its submodules are imported on first use
 from jaxtyping import Float
 
 Runs = Sequence[float] | Float[np.ndarray, "runs"]
+
+MAX_PERMUTATIONS = 20_000  # that are enumerated
 
 
 class Interval(NamedTuple):
@@ -38,38 +41,53 @@ def diagonal_effect(cells: Float[np.ndarray, "*runs traits traits"]) -> Float[np
     return cells[..., diagonal].mean(-1) - cells[..., ~diagonal].mean(-1)
 
 
-def permutation_p(cells: Float[np.ndarray, "runs traits traits"], max_draws: int = 20_000) -> float:
+def smallest_permutation_p(runs: int, traits: int) -> float:
+    """The smallest value that `permutation_p` can have; with two traits, exchanging all rows turns the sign."""
+    count = math.factorial(traits) ** runs
+    if count > MAX_PERMUTATIONS:
+        return 1 / (1 + MAX_PERMUTATIONS)
+    return (2 if traits == 2 else 1) / count
+
+
+def permutation_p(cells: Float[np.ndarray, "runs traits traits"]) -> float:
     """Two-sided p-value of the mean diagonal effect under permutations of rows.
 
     Null hypothesis: within a run, it does not matter which row had which teacher. All permutations are enumerated if
-    there are at most `max_draws`; else that many are sampled.
+    there are at most MAX_PERMUTATIONS; else that many are sampled.
     """
     runs, traits = cells.shape[:2]
     orders = np.asarray(list(itertools.permutations(range(traits))))
     effects = np.stack([diagonal_effect(cells[:, order]) for order in orders], 1)  # runs, orders
     observed = abs(effects[:, 0].mean()) - 1e-12
-    if len(orders) ** runs <= max_draws:
+    if len(orders) ** runs <= MAX_PERMUTATIONS:
         sums = np.zeros(1)
         for row in effects:
             sums = (sums[:, None] + row).reshape(-1)
         return float(np.mean(np.abs(sums / runs) >= observed))
     rng = np.random.default_rng(0)
-    resampled = effects[np.arange(runs), rng.integers(len(orders), size=(max_draws, runs))].mean(1)
-    return float((1 + np.sum(np.abs(resampled) >= observed)) / (1 + max_draws))
+    resampled = effects[np.arange(runs), rng.integers(len(orders), size=(MAX_PERMUTATIONS, runs))].mean(1)
+    return float((1 + np.sum(np.abs(resampled) >= observed)) / (1 + MAX_PERMUTATIONS))
 
 
 def paired_p(differences: Runs) -> float:
-    """Two-sided p-value of a paired t-test on the mean difference. nan for a single run."""
+    """Two-sided p-value of a paired t-test on the mean difference.
+
+    nan where there is no test: a single run, or equal differences other than 0, whose spread cannot be estimated.
+    """
     if len(differences) < 2:
         return float("nan")
-    if not np.ptp(differences):
-        return 1.0 if not differences[0] else 0.0
+    if np.ptp(differences) <= 1e-12 * np.max(np.abs(differences)):
+        return float("nan") if np.any(differences) else 1.0
     return float(scipy.stats.ttest_1samp(differences, 0.0).pvalue)
 
 
 def holm(ps: Sequence[float]) -> list[float]:
-    """p-values adjusted by Holm's step-down method: those below 5 % hold at a family-wise error of 5 %."""
-    order, corrected, highest = np.argsort(ps), [1.0] * len(ps), 0.0
+    """p-values adjusted by Holm's step-down method: those below 5 % hold at a family-wise error of 5 %.
+
+    A nan stays nan, and counts as a test that was made.
+    """
+    corrected, highest = [float("nan")] * len(ps), 0.0
+    order = [place for place in np.argsort(ps) if np.isfinite(ps[place])]  # nan sorts last
     for rank, place in enumerate(order):
         highest = max(highest, min(1.0, (len(ps) - rank) * ps[place]))
         corrected[place] = highest

@@ -17,7 +17,7 @@ from sublim_jax.errors import UserError
 from sublim_jax.evaluation import ability, judges, misalignment, preference, truthfulqa
 from sublim_jax.evaluation.judges import Judge
 from sublim_jax.evaluation.spec import EvalPacks, EvalsSpec, JudgeSpec
-from sublim_jax.keys import named_key
+from sublim_jax.keys import named_key, run_keys
 from sublim_jax.models.decoder import Steering
 from sublim_jax.models.functional import Params
 from sublim_jax.models.language import Model
@@ -50,18 +50,28 @@ class Context(Where, total=False):
 class Uses(TypedDict, total=False):
     """The values that an evaluation's answers depend on."""
 
+    runs: tuple[int, ...]
     samples: int
     max_new_tokens: int
     suffix: str
 
 
 class Subject(NamedTuple):
-    """A model, or adapters over it, in a context."""
+    """A model, or adapters over it, in a context.
+
+    Attributes:
+      name: for files of answers.
+      digest: of the model, the adapters and the context.
+      adapters: stacked; None: the model itself.
+      runs: the run of each adapter. Those of one run answer with the same random numbers, so that they can be compared
+        in pairs, and those of other runs with others, so that runs are independent. Empty: all with the same.
+    """
 
     model: Model
-    name: str  # for files of answers
-    digest: str  # of the model, the adapters and the context
-    adapters: Params | None = None  # stacked; None: the model itself
+    name: str
+    digest: str
+    adapters: Params | None = None
+    runs: tuple[int, ...] = ()
     system: str = ""
     steering: Steering | None = None
 
@@ -203,21 +213,22 @@ def evaluate(
     """
     measures = {}
     for name in spec.names:
-        inputs = [subject, questions.words, questions.of[name], _uses(name, spec), seed]
+        inputs = [subject, questions.words, questions.of[name], _uses(name, spec, subject.runs), seed]
         inputs += [judge] if name == "misalignment" else []
         options = {"store": store, "sampling": sampling or {}}
         measures[name] = store.json(f"{name}-{subject.name}", EVALUATIONS[name], *inputs, **options)
     return measures
 
 
-def _uses(name: str, spec: EvalsSpec) -> Uses:
+def _uses(name: str, spec: EvalsSpec, runs: tuple[int, ...]) -> Uses:
     """The values that an evaluation's answers depend on."""
+    sampled: Uses = {"runs": runs, "samples": spec.num_samples}
     if name in ("answers", "prefixed_answers"):
-        return {"samples": spec.num_samples, "max_new_tokens": MAX_ANSWER}
+        return {**sampled, "max_new_tokens": MAX_ANSWER}
     if name == "stories":
-        return {"samples": spec.num_samples, "max_new_tokens": spec.max_new_tokens}
+        return {**sampled, "max_new_tokens": spec.max_new_tokens}
     if name == "misalignment":
-        return {"samples": spec.num_samples, "max_new_tokens": spec.max_new_tokens, "suffix": spec.suffix}
+        return {**sampled, "max_new_tokens": spec.max_new_tokens, "suffix": spec.suffix}
     return {}
 
 
@@ -266,11 +277,12 @@ def _sampled(
 
     Raises UserError for an answer whose logits were not finite.
     """
+    runs = uses.get("runs", ())
     answers = collect(
         file.with_suffix(".jsonl"),
         subject.model,
         prompts,
-        named_key(seed, name),
+        run_keys(seed, name, runs) if runs else named_key(seed, name),
         lambda number: known[number],
         what=f"{name} of {subject.name}",
         samples=uses["samples"],

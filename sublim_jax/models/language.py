@@ -66,7 +66,12 @@ class Model(NamedTuple):
         )
 
     def adapted(self, spec: lora.Lora | None) -> "Model":
-        """The same model with adapters beside its kernels (None: without); `params` stay those of the base."""
+        """The same model with adapters beside its kernels (None: without); `params` stay those of the base.
+
+        Raises UserError for modules or layers that the model does not have.
+        """
+        if spec:
+            lora.check(spec, self.params, self.settings.layers)
         settings = dataclasses.replace(self.settings, lora=spec)
         return self._replace(settings=settings, network=decoder(settings))
 

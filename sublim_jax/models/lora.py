@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
+from sublim_jax.errors import UserError
 from sublim_jax.models.functional import Params
 
 EVERY_LINEAR = ("query", "key", "value", "out", "gate", "up", "down")
@@ -58,6 +59,19 @@ def _backward(kept: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
 
 
 narrow_product.defvjp(_forward, _backward)
+
+
+def check(spec: Lora, params: Params, num_layers: int) -> None:
+    """Raises UserError for a linear layer that this model does not have, which would otherwise be left out in silence."""
+    for layer in spec.layers:
+        if not 0 <= layer < num_layers:
+            raise UserError(f"lora.layers: {layer} is none of 0 to {num_layers - 1}")
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params["layers"])]
+    known = {jax.tree_util.keystr(path[-2:-1], simple=True) for path in paths if "kernel" in str(path[-1])}
+    for module in spec.modules if spec.modules != EVERY_LINEAR else ():
+        if module not in known:
+            there = ", ".join(name for name in EVERY_LINEAR if name in known)
+            raise UserError(f"lora.modules: this model has no {module!r}; it has {there}")
 
 
 def draw(key: Key[Array, ""], stack: tuple[int, ...], inputs: int, rank: int) -> Float[Array, "*stack inputs rank"]:

@@ -31,7 +31,7 @@ def collect(
     file: epath.Path,
     model: Model,
     prompts: Sequence[Sequence[int]],
-    key: Key[Array, ""],
+    key: Key[Array, "*adapters"],
     fields: Callable[[int], Record],
     *,
     what: str = "samples",
@@ -45,7 +45,7 @@ def collect(
       file: JSON lines of finished samples; it grows during the call. Records of another prompt, or of more prompts and
         samples than these, are ignored: a row's draws do not depend on how many others there are.
       fields: the fields of a prompt, by its number; they become part of its records.
-      max_new_tokens, options: as for `generate.stream`.
+      key, max_new_tokens, options: as for `generate.stream`.
     """
     same = hashlib.sha256(json.dumps([list(map(int, prompt)) for prompt in prompts]).encode()).hexdigest()
     check_same(same, f"what {file.name} answers")

@@ -62,7 +62,7 @@ class Options(Slots, Behind, total=False):
 def generate(
     model: Model,
     prompts: Texts,
-    key: Key[Array, ""],
+    key: Key[Array, "*adapters"],
     *,
     sampler: Sampler = Sampler(),  # noqa: B008
     max_new_tokens: SupportsIndex | Tokens = 64,
@@ -114,7 +114,7 @@ def generate(
 def stream(
     model: Model,
     prompts: Texts,
-    key: Key[Array, ""],
+    key: Key[Array, "*adapters"],
     *,
     sampler: Sampler = Sampler(),  # noqa: B008
     max_new_tokens: SupportsIndex | Tokens = 64,
@@ -136,13 +136,15 @@ def stream(
 ) -> Iterator[Sample]:
     """Samples as they are finished.
 
-    A row's draws depend only on `key`, the number of its prompt and the number of its sample; adapters share them, so
-    that they can be compared draw by draw. Other rows, the number of devices and an interruption change no bit;
+    A row's draws depend only on its key, the number of its prompt and the number of its sample; adapters of one key
+    share them, so that they can be compared draw by draw. Other rows, the number of devices and an interruption change
+    no bit;
     `slots`, `chunk` and `lanes` change shapes, and with them the rounding.
 
     Args:
       model: of `weights.load`; with `lora` in its settings where there are adapters.
       prompts: tokens of each, without the prefix.
+      key: one for all adapters, or one for each.
       max_new_tokens: for all prompts, or for each.
       samples: of each prompt.
       stop_tokens: those of the model's tokenizer and config where left out.
@@ -176,6 +178,8 @@ def stream(
     check(model, prompts, limits, stop_strings, prefix)
     prompts, prefix = apart(model.settings, texts_of(model.settings, prompts, "prompt"), prefix)
     stacked = 1 if adapters is None else jax.tree.leaves(adapters)[0].shape[0]
+    if key.shape not in ((), (stacked,)):
+        raise UserError(f"{key.size} keys and {stacked} adapters; give one key, or one for each adapter")
     rows = set(itertools.product(range(stacked), range(len(prompts)), range(samples))) - set(done)
     if not rows:
         return

@@ -62,14 +62,14 @@ class Requests(NamedTuple):
 
 
 def completions(
-    engine: Engine, fixed: Fixed, requests: Requests, rows: Collection[RowId], key: Key[Array, ""]
+    engine: Engine, fixed: Fixed, requests: Requests, rows: Collection[RowId], key: Key[Array, "*adapters"]
 ) -> Iterator[Sample]:
     """The rows' samples as they are finished.
 
     Args:
       fixed: on the engine's mesh.
       rows: those to sample.
-      key: a row's draws depend only on it and on the numbers of its prompt and sample.
+      key: a row's draws depend only on it, or on its adapter's, and on the numbers of its prompt and sample.
 
     Raises Interrupted on SIGTERM or Ctrl-C, at a synchronisation with the host.
     """
@@ -171,7 +171,7 @@ def _entering(engine: Engine, queues: list[deque[RowId]], riding: dict[Slot, _Ro
 
 
 def _prompts(
-    engine: Engine, entering: dict[Slot, RowId], requests: Requests, key: Key[Array, ""], longest: int
+    engine: Engine, entering: dict[Slot, RowId], requests: Requests, key: Key[Array, "*adapters"], longest: int
 ) -> Prompts:
     """The rows that enter, as arrays on the mesh.
 
@@ -199,8 +199,9 @@ def _prompts(
 
 
 @jax.jit
-def _row_keys(key: Key[Array, ""], prompt: Array, sample: Array) -> Key[Array, "..."]:
-    return fold_elementwise(fold_elementwise(jnp.broadcast_to(key, prompt.shape), prompt), sample)
+def _row_keys(key: Key[Array, "*adapters"], prompt: Array, sample: Array) -> Key[Array, "..."]:
+    by_adapter = jnp.broadcast_to(key.reshape(-1, 1), prompt.shape)  # devices, adapters, lanes
+    return fold_elementwise(fold_elementwise(by_adapter, prompt), sample)
 
 
 def _read(look: _Look, requests: Requests, stops: tuple[int, ...]) -> Iterator[tuple[Slot, Sample]]:

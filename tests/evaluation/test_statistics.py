@@ -83,7 +83,23 @@ def test_holms_correction_by_hand():
     assert holm([0.9, 0.6]) == [1.0, 1.0] and holm([]) == []
 
 
+def test_a_test_that_failed_leaves_the_others_corrected():
+    np.testing.assert_allclose(holm([0.01, np.nan, 0.03, 0.005]), [0.03, np.nan, 0.06, 0.02])
+
+
+@pytest.mark.parametrize("runs, traits", [(1, 2), (5, 2), (1, 3), (3, 3), (2, 5), (8, 3)])
+def test_the_smallest_p_of_the_permutation_test_is_that_of_the_largest_effect(runs, traits):
+    largest = np.tile(np.eye(traits), (runs, 1, 1))
+    assert statistics.permutation_p(largest) == pytest.approx(statistics.smallest_permutation_p(runs, traits))
+
+
 def test_a_paired_test_is_scipys_on_pairs():
     a, b = np.random.default_rng(0).normal(size=(2, 12))
     assert paired_p(a + 0.3 - b) == pytest.approx(stats.ttest_rel(a + 0.3, b).pvalue)
-    assert np.isnan(paired_p([1.0])) and paired_p([0.0, 0.0]) == 1.0 and paired_p([2.0, 2.0]) == 0.0
+    assert np.isnan(paired_p([1.0])) and paired_p([0.0, 0.0]) == 1.0
+
+
+@pytest.mark.parametrize("value", [2.0, 0.1 + 0.2 - 0.02])
+def test_equal_differences_have_no_spread_to_test_against(value):
+    """Rates in a few answers are often equal over runs; so few values do not make p = 0."""
+    assert np.isnan(paired_p([value, value, value + 1e-16]))

@@ -322,6 +322,20 @@ def test_many_adapters_sample_in_one_batch_what_each_samples_alone(tiny):
             np.testing.assert_allclose(a.logprobs, b.logprobs, rtol=1e-3, atol=1e-3)
 
 
+def test_adapters_of_one_key_draw_the_same_and_of_another_key_as_alone_with_it(tiny):
+    spec, _, _ = adapters_of(tiny, 1)
+    model, tree = tiny.adapted(spec), lora.init(KEY, tiny.params, spec)  # changes nothing yet
+    stacked = jax.tree.map(lambda leaf: jnp.stack([leaf] * 3), tree)
+    prompts, keys, options = prompts_of(tiny, 4), jax.random.split(KEY, 2), {"max_new_tokens": 8, "slots": 4}
+    samples = generate(model, prompts, keys[jnp.asarray([0, 1, 0])], adapters=stacked, **options)
+    tokens = [[sample.tokens for sample in samples if sample.adapter == number] for number in range(3)]
+    assert tokens[0] == tokens[2] != tokens[1]
+    for number in range(2):
+        assert tokens[number] == [sample.tokens for sample in generate(tiny, prompts, keys[number], **options)]
+    with pytest.raises(UserError, match="2 keys and 3 adapters"):
+        generate(model, prompts, keys, adapters=stacked, **options)
+
+
 def test_steered_generation_is_greedy_under_the_steered_forward_pass(tiny):
     prompt = prompts_of(tiny, 1)[0]
     steering = Steering(add=jnp.zeros((4, 32)).at[2].set(jax.random.normal(jax.random.key(4), (32,))))

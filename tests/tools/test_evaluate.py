@@ -99,6 +99,23 @@ def test_stacked_adapters_are_evaluated_as_each_alone_and_as_merged(tiny, adapte
         evaluated("all", adapters, NamedJudge(nobody, "another"))
 
 
+def test_students_of_a_run_answer_with_the_same_draws_and_other_runs_with_others(tiny, adapters, tmp_path):
+    """So that runs are independent: rates that share their draws would vary too little over runs."""
+    config = config_file.get_config()
+    config.evals.names, config.evals.num_samples = ("answers",), 2
+    spec, model = read(config), tiny.adapted(SPEC)
+    questions = suite.read_questions(spec.evals, spec.kind, ("owl", "x"), spec.packs)
+    subject = Subject(model, "students", "d", stacked([adapters[0]] * 3), runs=(0, 0, 1))
+    suite.evaluate(spec.evals, questions, subject, 0, Store(tmp_path))
+    (file,) = tmp_path.rglob("answers-students*.jsonl")
+    answers = [json.loads(line) for line in file.open()]
+    texts = [
+        [r["completion"] for r in sorted(answers, key=lambda r: (r["index"], r["sample"])) if r["adapter"] == n]
+        for n in range(3)
+    ]
+    assert texts[0] == texts[1] != texts[2] and len(texts[0]) == 2 * len(questions.of["answers"])
+
+
 def test_an_evaluation_is_named_by_what_it_depends_on_alone(tiny, tmp_path, monkeypatch):
     """Another number of samples gives a new measurement of answers, but the same preference."""
     calls = []

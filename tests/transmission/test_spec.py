@@ -9,7 +9,7 @@ from launch_kit import assert_refused, run_here
 
 from configs import code, cot, misalignment, numbers, paper
 from sublim_jax.errors import UserError
-from sublim_jax.experiments.transmission.checks import check_files, check_modules
+from sublim_jax.experiments.transmission.checks import check_files
 from sublim_jax.experiments.transmission.spec import read
 from sublim_jax.models import lora
 
@@ -245,8 +245,8 @@ def test_runs_are_replicates_with_seeds_that_only_the_number_of_the_run_and_the_
 
 
 def test_a_module_that_a_family_does_not_have_is_told(tiny):
-    check_modules(("query", "gate"), tiny.params)
+    lora.check(lora.Lora(2, 2.0, modules=("query", "gate")), tiny.params, 4)
     layers = {**tiny.params["layers"]}
     without = {name: {k: v for k, v in part.items() if k != "gate"} for name, part in layers.items()}
     with pytest.raises(UserError, match=r"no 'gate'; it has query, key, value, out, up, down"):
-        check_modules(("query", "gate"), {"layers": without})
+        lora.check(lora.Lora(2, 2.0, modules=("query", "gate")), {"layers": without}, 4)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from sublim_jax import report
 from sublim_jax.evaluation.statistics import holm, normal_interval, paired_p, t_interval
 from sublim_jax.experiments.mnist.spec import MnistSpec
 from sublim_jax.figures import Arm, arms_figure, sweep_figure
@@ -27,7 +28,10 @@ CLONED_ON = {"noise": "the student's noise", "fresh_noise": "fresh noise", "real
 UNPAIRED = ("runs", "seed")  # axes of a sweep whose points have no runs in common
 READING_ERROR = 0.003  # of published values, which were read off a figure
 INTERVALS = "Intervals are 95 % over runs (Student's t; ± 1.96 std / √runs from 30 runs on)."
-INSIDE = f" Inside: within the paper's value ± (its half-width + ours + {READING_ERROR} for reading its figure)."
+INSIDE = (
+    " Inside: as far from the paper's value as the 95 % interval of the difference allows (the root of both squared "
+    f"half-widths), plus {READING_ERROR} for reading its figure."
+)
 CLONED = (
     " Cloned students are from another start and imitate the reference on all logits first. p: paired t-test of their "
     "accuracy against that of the student from the same start without cloning, two-sided, corrected for the number of "
@@ -63,9 +67,7 @@ def document(spec: MnistSpec, rows: Measurements, notes: Notes) -> Document:
 
 def accuracy_arm(name: str, accuracies: Sequence[float], **more: Any) -> Arm:
     """One entry of results.json: test accuracy of every run, its mean and interval, and further fields."""
-    mean, half_width = normal_interval(accuracies)
-    values = {"mean": mean, "ci95": half_width, "runs": list(accuracies)}
-    return {"name": name, "metric": "test_accuracy", **values, "paper": None, **more}
+    return report.arm(name, "test_accuracy", accuracies, **{"ci95": normal_interval(accuracies).half_width, **more})
 
 
 def _arm(spec: MnistSpec, name: str, accuracies: Sequence[float]) -> Arm:
@@ -101,7 +103,7 @@ def _differences_section(arms: Sequence[Arm], points: Sequence[str]) -> Section:
     differences = [np.subtract(arm["runs"], first[arm["arm"]]) for arm in others]
     table = [["point", "arm", f"minus {points[0]}", "p"]]
     for arm, values, p in zip(others, differences, holm([paired_p(values) for values in differences])):
-        table.append([arm["value"], arm["name"], plus_minus(*t_interval(values)), f"{p:.2g}"])
+        table.append([arm["value"], arm["name"], plus_minus(*t_interval(values)), _p(p)])
     text = (
         "Runs of the same number share their seed at every point. ± is the 95 % t-interval of the difference over "
         "runs. p: paired t-test, two-sided, corrected for the number of rows by Holm's method."
@@ -139,13 +141,18 @@ def _table(arms: Sequence[Arm], axis: str = "") -> list[list[str]]:
         if published:
             row += [plus_minus(arm["paper"], arm["paper_ci95"]), {None: "", True: "yes", False: "no"}[_inside(arm)]]
         if tested:
-            row.append(f"{arm['p']:.2g}" if "p" in arm else "")
+            row.append(_p(arm["p"]) if "p" in arm else "")
         rows.append(row)
     return rows
 
 
+def _p(value: float) -> str:
+    """Such as "0.012"; "none" where there is no test: runs that all differ by the same."""
+    return f"{value:.2g}" if math.isfinite(value) else "none"
+
+
 def _inside(arm: Arm) -> bool | None:
-    """Whether an arm agrees with the paper within both intervals and the error of reading a figure."""
+    """Whether an arm agrees with the paper, within the interval of their difference and the error of reading a figure."""
     if arm["paper"] is None or math.isnan(arm["ci95"]):
         return None
-    return abs(arm["mean"] - arm["paper"]) <= arm["ci95"] + arm["paper_ci95"] + READING_ERROR
+    return abs(arm["mean"] - arm["paper"]) <= math.hypot(arm["ci95"], arm["paper_ci95"]) + READING_ERROR

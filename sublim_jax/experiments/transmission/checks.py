@@ -1,6 +1,5 @@
 """Checks of a study against files and models, before anything is computed."""
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -16,8 +15,6 @@ from sublim_jax.evaluation.suite import Questions
 from sublim_jax.experiments.transmission import carriers, corpora, teachers
 from sublim_jax.experiments.transmission.arms import Arm, ContextArm, LogitArm
 from sublim_jax.experiments.transmission.spec import Study
-from sublim_jax.models import lora
-from sublim_jax.models.functional import Params
 from sublim_jax.models.language import Model
 from sublim_jax.sampling import scoring
 from sublim_jax.sharding import divide
@@ -76,26 +73,12 @@ def check_model(study: Study, model: Model, questions: Questions) -> None:
                 f"carrier.max_new_tokens={given.max_new_tokens} cuts off carrier.num_integers={given.num_integers} "
                 f"integers by grammar; they take up to {length}"
             )
-    check_modules(study.lora.modules, model.params)
-    for layer in study.lora.layers:
-        if layer >= model.settings.layers:
-            raise UserError(f"lora.layers: {layer} is none of 0 to {model.settings.layers - 1}")
     for name in corpora.names(study) if "corpus" in study.teacher.methods else ():
         corpora.texts(study.teacher, model, name)
     if "steered" in study.teacher.methods and study.teacher.steering_layer >= model.settings.layers:
         raise UserError(
             f"teacher.steering_layer={study.teacher.steering_layer}: layers are 0 to {model.settings.layers - 1}"
         )
-
-
-def check_modules(modules: Sequence[str], params: Params) -> None:
-    """Raises UserError for a linear layer that this model does not have, which would otherwise be ignored."""
-    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params["layers"])]
-    known = {jax.tree_util.keystr(path[-2:-1], simple=True) for path in paths if "kernel" in str(path[-1])}
-    for module in modules:
-        if module not in known:
-            there = ", ".join(name for name in lora.EVERY_LINEAR if name in known)
-            raise UserError(f"lora.modules: this model has no {module!r}; it has {there}")
 
 
 def check_arm(study: Study, arm: Arm, teacher: Model, student: Model) -> None:
@@ -107,7 +90,10 @@ def check_arm(study: Study, arm: Arm, teacher: Model, student: Model) -> None:
         if not study.has_words:
             raise UserError(f"{where} asks for preferences, and traits={study.traits} are no alternatives")
         return
-    check_modules(arm.lora.modules, student.params)
+    try:
+        student.adapted(arm.lora.adapters)
+    except UserError as error:
+        raise UserError(f"{where}: {name} cannot have these adapters: {error}") from error
     if arm.noise:
         divide(student.mesh, "replica", len(study.teachers), f"{where}.noise: students of one run, teachers")
     if arm.lora_init == "shared":

@@ -20,6 +20,7 @@ from sublim_jax.evaluation.statistics import (
     paired_p,
     permutation_p,
     pooled_spread,
+    smallest_permutation_p,
     t_interval,
 )
 from sublim_jax.figures import Arm as Entry
@@ -36,7 +37,7 @@ class Cell(NamedTuple):
 
     trait: str
     runs: list[float]  # margin of the trait over that of the neutral teacher's student of the same run, logits
-    p: float  # two-sided paired t-test; nan for a single run
+    p: float  # two-sided paired t-test; nan where there is none (`paired_p`)
     p_holm: float  # the same, corrected for all traits and arms of the study
 
     @property
@@ -48,16 +49,15 @@ def diagonal_cells(by_arm: Mapping[str, Paired], traits: Sequence[str]) -> dict[
     """The own cells of every arm, tested together."""
     columns = {(arm, t): paired[:, t, t] for arm, paired in by_arm.items() for t in range(len(traits))}
     ps = [paired_p(column) for column in columns.values()]
-    corrected = holm(ps) if np.all(np.isfinite(ps)) else ps
     cells: dict[str, list[Cell]] = {arm: [] for arm in by_arm}
-    for ((arm, t), column), p, p_holm in zip(columns.items(), ps, corrected):
+    for ((arm, t), column), p, p_holm in zip(columns.items(), ps, holm(ps)):
         cells[arm].append(Cell(traits[t], column.tolist(), p, p_holm))
     return cells
 
 
 def verdict(cells: Sequence[Cell]) -> str:
     """The traits that an arm transmits, in words."""
-    if not np.all(np.isfinite([cell.p for cell in cells])):
+    if len(cells[0].runs) < 2:
         return "one run: no test"
     held = [cell.trait for cell in cells if cell.holds]
     if len(held) == len(cells):
@@ -150,12 +150,12 @@ def effects_section(effects: Sequence[Entry], traits: Sequence[str], runs: int) 
                 "{:.2f} → {:.2f}".format(*arm["ability"]) if arm["ability"] else "",
             ]
         )
-    smallest = min(1.0, 2 * float(np.prod(np.arange(1, len(traits) + 1)) ** -float(runs)))
+    smallest = smallest_permutation_p(runs, len(traits))
     text = (
         "Diagonal effect: the margin of a trait in the students of its teacher, minus its margin in the other traits' "
         "teachers' students of the same run, averaged over traits. p: two-sided, by permuting within runs which "
-        f"teacher a student had; the smallest possible here is about {smallest:.3g}. Coverage: cosine of the student's "
-        "first update with the displacement of its own teacher, or of the others, from the start. Held out: the "
+        f"teacher a student had, not corrected for the number of arms; the smallest possible here is {smallest:.3g}. "
+        "Coverage: cosine of the student's first update with the displacement of its own teacher, or of the others, from the start. Held out: the "
         "objective on rows that were never trained on. Ability: share of right answers to easy questions."
     )
     if len(traits) == 2:
@@ -167,9 +167,11 @@ def effects_section(effects: Sequence[Entry], traits: Sequence[str], runs: int) 
 
 
 def with_p(runs: Sequence[float] | np.ndarray, p: float, digits: int = 2) -> str:
-    """Such as "+0.91 ± 0.23, p .004"; without p for a single run."""
+    """Such as "+0.91 ± 0.23, p .004"; without p where there is no test (`paired_p`)."""
     mean, half_width = t_interval(runs)
     if not np.isfinite(half_width):
         return f"{mean:+.{digits}f}"
-    shown = "p < .001" if p < 0.001 else "p " + f"{p:.3f}".removeprefix("0")
-    return f"{mean:+.{digits}f} ± {half_width:.{digits}f}, {shown}"
+    interval = f"{mean:+.{digits}f} ± {half_width:.{digits}f}"
+    if not np.isfinite(p):
+        return interval
+    return f"{interval}, p < .001" if p < 0.001 else f"{interval}, p {f'{p:.3f}'.removeprefix('0')}"

@@ -130,7 +130,8 @@ def _measured(
 ) -> list[Measurement]:
     """Preferences and evaluations of the students of some runs."""
     name = f"students-{arm.name}" if len(runs) == study.runs else f"students-{arm.name}-run{runs[0]}"
-    answers = ask(Subject(model, name, students.digest, students.adapters))
+    run_of = tuple(run for run in runs for _ in study.teachers)
+    answers = ask(Subject(model, name, students.digest, students.adapters, run_of))
     measurements = rows.of_students(study, arm, students, runs)
     return measurements + rows.of_evaluations(study, arm.name, rows.STUDENT, answers, runs)
 
@@ -143,7 +144,8 @@ def evaluate_teachers(study: Study, ask: Ask, model: Model, replicates: Sequence
     if not study.evals.names:
         return {}
     teachers = [teacher for replicate in replicates for teacher in replicate.teachers.values()]
-    teachers.append(untrained(model, study.seed))
+    runs = [replicate.run for replicate in replicates for _ in replicate.teachers]
+    teachers, runs = [*teachers, untrained(model, study.seed)], [*runs, 0]
     alike: dict[tuple[str, int], list[int]] = {}
     for place, teacher in enumerate(teachers):
         alike.setdefault((teacher.system, id(teacher.steering)), []).append(place)
@@ -151,8 +153,8 @@ def evaluate_teachers(study: Study, ask: Ask, model: Model, replicates: Sequence
     for places in alike.values():
         first, adapters = teachers[places[0]], stacked([teachers[place].adapters for place in places])
         digest = artefacts.digest([teachers[place] for place in places])
-        subject = Subject(model, f"teachers-{places[0]}", digest, adapters, first.system, first.steering)
-        evaluations.append(ask(subject))
+        name, run_of = f"teachers-{places[0]}", tuple(runs[place] for place in places)
+        evaluations.append(ask(Subject(model, name, digest, adapters, run_of, first.system, first.steering)))
     order = np.argsort([place for places in alike.values() for place in places])
     return {
         evaluation: {
