@@ -278,7 +278,7 @@ def _through_hub(repository: str) -> Path:
     snapshot = partial(
         huggingface_hub.snapshot_download,
         repository,
-        allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"],
+        allow_patterns=list(storage.MODEL_FILES),
     )
     try:
         folder = Path(str(snapshot(local_files_only=True)))

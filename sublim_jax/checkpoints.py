@@ -1,18 +1,17 @@
 """Checkpoints of a training run, and finished trees of arrays, through orbax: asynchronous and atomic."""
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import jax
-import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 from orbax.checkpoint import v1 as ocp
 
 from sublim_jax import signals, storage
+from sublim_jax.errors import UserError
 from sublim_jax.progress import say
+from sublim_jax.sharding import from_each
 
 KEPT = 2  # the newest, and one to fall back to
 UNFINISHED = ".orbax-checkpoint-tmp"  # in the names of checkpoints that were being written
@@ -50,25 +49,39 @@ class Checkpoints:
         self._checkpointer.save_checkpointables_async(
             step,
             {"state": state},
-            custom_metadata={"data_positions": _gather_json(data_position)},
+            custom_metadata={"data_positions": from_each(data_position)},
             force=True,
             overwrite=True,
         )
 
     def restore(self, like: PyTree) -> tuple[PyTree, dict[str, object] | None] | None:
-        """The newest readable state and this process's data position, on the shardings of `like`.
+        """The newest state that all processes can read, and this process's data position, on the shardings of `like`.
 
         An unreadable checkpoint is reported and passed over for the one before it. None if there is none.
+
+        Raises UserError where each process has a data position of its own and their number has changed.
         """
         for checkpoint in reversed(self._checkpointer.checkpoints):
+            reason = None
             try:
                 state = self._checkpointer.load_checkpointables(checkpoint.step, {"state": abstract(like)})["state"]
                 positions = self._checkpointer.metadata(checkpoint.step).custom_metadata["data_positions"]
-                return state, positions[jax.process_index()]
             except Exception as error:  # whatever a damaged file makes the storage libraries raise
+                if is_passing(error):
+                    raise
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            if reasons := [text for text in from_each(reason) if text is not None]:
                 step = checkpoint.step
-                say(f"the checkpoint of step {step} is unreadable, going back to the one before it ({reason})")
+                say(f"the checkpoint of step {step} is unreadable, going back to the one before it ({reasons[0]})")
+                continue
+            if all(position is None for position in positions):  # batches that a key decides, on whatever processes
+                return state, None
+            if len(positions) != jax.process_count():
+                raise UserError(
+                    f"this run was saved by {len(positions)} process(es), each at its own place in the data, and now "
+                    f"there are {jax.process_count()}; resume it on as many"
+                )
+            return state, positions[jax.process_index()]
         return None
 
 
@@ -83,6 +96,11 @@ def opened(directory: epath.PathLike | None) -> Iterator[Checkpoints | None]:
         yield checkpoints
     finally:
         checkpoints.close()
+
+
+def is_passing(error: Exception) -> bool:
+    """Whether a failed read says nothing about the file: the bucket or the memory was at fault."""
+    return bool(storage.explanation(error)) or isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
 
 
 def saved(path: epath.Path) -> bool:
@@ -104,15 +122,3 @@ def load_tree(path: epath.Path, like: PyTree) -> PyTree:
     """Reads a tree of arrays onto the shapes, dtypes and shardings of `like`."""
     with signals.whole():
         return ocp.load(_absolute(path), abstract_state=abstract(like))
-
-
-def _gather_json(value: object) -> list[object]:
-    """One JSON value a process, on every process."""
-    if jax.process_count() == 1:
-        return [value]
-    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
-    sizes = multihost_utils.process_allgather(np.int32(text.size))
-    padded = np.zeros(int(sizes.max()), np.uint8)
-    padded[: text.size] = text
-    rows = multihost_utils.process_allgather(padded)
-    return [json.loads(bytes(row[:size]).decode()) for row, size in zip(rows, sizes)]

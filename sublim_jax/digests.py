@@ -12,9 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from sublim_jax.assets import cache_folder, digest
-
-# Files of a model's folder that decide what it computes: weights, configs, tokenizer and chat template.
-MODEL_FILES = ("*.safetensors", "*.json", "*.model", "*.jinja", "*.txt")
+from sublim_jax.storage import MODEL_FILES
 
 
 class Source(NamedTuple):

@@ -8,7 +8,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import jax
 import numpy as np
@@ -17,7 +17,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Key, PyTree
 
-from sublim_jax import cluster
+from sublim_jax import cluster, signals
 from sublim_jax.errors import UserError
 
 Value = TypeVar("Value")
@@ -75,44 +75,69 @@ def from_first(make: Callable[[], Value]) -> Value:
     """A JSON value that the first process makes, for all of them; all raise its UserError, if any."""
     if jax.process_count() == 1:
         return make()
-    payload = b""
-    if jax.process_index() == 0:
-        try:
-            payload = json.dumps([make(), None]).encode()
-        except UserError as error:
-            payload = json.dumps([None, str(error)]).encode()
+    payload = json.dumps(_attempt(make)).encode() if jax.process_index() == 0 else b""
     cluster.meet()  # it may have taken long
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(payload))))
-    letters = np.frombuffer(payload.ljust(size), np.uint8)
+    letters = np.frombuffer(payload.ljust(_padded(size)), np.uint8)
     value, wrong = json.loads(bytes(multihost_utils.broadcast_one_to_all(letters)))
     if wrong is not None:
         raise UserError(wrong)
     return value
 
 
+def from_each(value: Value) -> list[Value]:
+    """A JSON value of every process, in the order of processes, on all of them."""
+    if jax.process_count() == 1:
+        return [value]
+    payload = json.dumps(value).encode()
+    cluster.meet()  # it may have taken long
+    size = int(max(multihost_utils.process_allgather(np.int32(len(payload)))))
+    letters = multihost_utils.process_allgather(np.frombuffer(payload.ljust(_padded(size)), np.uint8))
+    return [json.loads(bytes(line)) for line in letters]
+
+
+def agreed(check: Callable[[], Value]) -> Value:
+    """What `check` returns, which does not communicate; all processes raise the UserError of one of them, if any."""
+    if jax.process_count() == 1:
+        return check()
+    value, wrong = _attempt(check)
+    if refused := [line for line in from_each(wrong) if line is not None]:
+        raise UserError(refused[0])
+    return cast(Value, value)
+
+
 def shared_out(makes: Sequence[Callable[[], Value]]) -> list[Value]:
     """JSON values, each made by one process and sent to all; all raise the UserError of one of them, if any.
 
     A function that makes a value must not communicate with other processes, and uses only this process's devices.
+
+    Raises Interrupted on a signal, after the functions that were at work.
     """
     count, index = jax.process_count(), jax.process_index()
     if count == 1:
         return [make() for make in makes]
-    values: list[Value | None] = [None] * len(makes)
-    wrong = None
+    values: list[Value] = []
+    for first in range(0, len(makes), count):
+        at_once = makes[first : first + count]
+        every = from_each(_attempt(at_once[index]) if index < len(at_once) else (None, None))
+        if refused := [line for _, line in every if line is not None]:
+            raise UserError(refused[0])
+        values += [cast(Value, value) for value, _ in every[: len(at_once)]]
+        signals.obey()
+    return values
+
+
+def _attempt(make: Callable[[], Value]) -> tuple[Value | None, str | None]:
+    """(the value, None), or (None, the message of a UserError)."""
     try:
-        for place in range(index, len(makes), count):
-            values[place] = makes[place]()
+        return make(), None
     except UserError as error:
-        wrong = str(error)
-    payload = json.dumps([values, wrong]).encode()
-    cluster.meet()  # it may have taken long
-    sizes = multihost_utils.process_allgather(np.int32(len(payload)))
-    letters = multihost_utils.process_allgather(np.frombuffer(payload.ljust(int(max(sizes))), np.uint8))
-    every = [json.loads(bytes(line)) for line in letters]
-    if refused := [line for _, line in every if line is not None]:
-        raise UserError(refused[0])
-    return [every[place % count][0][place] for place in range(len(makes))]
+        return None, str(error)
+
+
+def _padded(size: int) -> int:
+    """A power of two, so that messages of many lengths share a compiled program; JSON ignores spaces at the end."""
+    return 1 << max(size - 1, 0).bit_length()
 
 
 def check_same(digest: str, what: str) -> None:
@@ -224,7 +249,11 @@ def place_key(key: Key[Array, "*shape"], sharding: NamedSharding) -> Key[Array, 
 
 
 def fetch(tree: PyTree) -> PyTree:
-    """Global arrays as host arrays, whole on every process."""
-    if jax.process_count() == 1:
-        return jax.device_get(tree)
-    return multihost_utils.process_allgather(tree, tiled=True)
+    """Arrays as host arrays, whole on every process, wherever their parts are."""
+
+    def whole(leaf: ArrayLike) -> ArrayLike:
+        if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated:
+            return jax.device_get(leaf)  # nothing of it is elsewhere
+        return multihost_utils.process_allgather(leaf, tiled=True)
+
+    return jax.tree.map(whole, tree)

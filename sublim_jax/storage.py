@@ -36,7 +36,9 @@ if "GCSFS_DEBUG" not in os.environ:
 BUCKET = "gs://"
 ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://")
 # Files of a folder that models, adapters and MNIST are read from.
-READ = ("*.safetensors", "*.json", "*.model", "*.jinja", "*.txt", "*-ubyte", "*-ubyte.gz")
+# Files of a model's folder that decide what it computes: weights, configs, tokenizer and chat template.
+MODEL_FILES = ("*.safetensors", "*.json", "*.model", "*.jinja", "*.txt")
+READ = (*MODEL_FILES, "*-ubyte", "*-ubyte.gz")
 NEEDED = 'buckets need the gcsfs package: pip install "sublim_jax[gcs]"'
 
 

@@ -11,18 +11,17 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 
 from sublim_jax import checkpoints, storage
 from sublim_jax.digests import of_array
 from sublim_jax.progress import say
-from sublim_jax.sharding import check_same
+from sublim_jax.sharding import check_same, from_each, from_first
 
 Tree = TypeVar("Tree")
 Value = TypeVar("Value")
@@ -46,11 +45,18 @@ class Store:
           like: a tree with the artefact's shapes, dtypes and shardings.
         """
         path = self.path(name, *inputs)
-        if _is_there(path, checkpoints.saved):
+        _check_same(path)
+        if from_first(lambda: checkpoints.saved(path)):
+            value, reason = None, None
             try:
-                return checkpoints.load_tree(path, like)
+                value = checkpoints.load_tree(path, like)
             except Exception as error:  # whatever a damaged file makes the storage libraries raise
-                say(f"{path} is unreadable and is made again ({(str(error).splitlines() or ['?'])[0]})")
+                if checkpoints.is_passing(error):
+                    raise
+                reason = (str(error).splitlines() or ["?"])[0]
+            if not (reasons := [text for text in from_each(reason) if text is not None]):
+                return cast(Tree, value)
+            say(f"{path} is unreadable and is made again ({reasons[0]})")
         on_the_way = path.with_name(path.name + ".training")
         value = make(*inputs, checkpoints=on_the_way, **execution)
         checkpoints.save_tree(path, value)
@@ -73,13 +79,8 @@ class Store:
     def known(self, name: str, *inputs: object) -> Any:
         """A JSON value that exists and is readable; None otherwise."""
         path = self._json_path(name, inputs)
-        if not _is_there(path, lambda file: file.exists()):
-            return None
-        try:
-            return json.loads(path.read_text())
-        except ValueError:
-            say(f"{path} is unreadable and is made again")
-            return None
+        _check_same(path)
+        return from_first(lambda: _read_json(path))
 
     def path(self, name: str, *inputs: object) -> epath.Path:
         """The path of an artefact."""
@@ -125,12 +126,17 @@ def write_json(path: epath.Path, value: object) -> None:
     storage.write(path, json.dumps(value, indent=1) + "\n")
 
 
-def _is_there(path: epath.Path, there: Callable[[epath.Path], bool]) -> bool:
-    """Whether an artefact exists, as the first process sees it.
+def _read_json(path: epath.Path) -> Any:
+    """None where there is no file, or not a readable one."""
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text())
+    except ValueError:
+        say(f"{path} is unreadable and is made again")
+        return None
 
-    Raises UserError if another process would make a different artefact: it has read a stale copy of a file.
-    """
-    if jax.process_count() == 1:
-        return there(path)
+
+def _check_same(path: epath.Path) -> None:
+    """Raises UserError if another process would make a different artefact: it has read a stale copy of a file."""
     check_same(hashlib.sha256(path.name.encode()).hexdigest(), f"what {path.name.rpartition('-')[0]} is made from")
-    return bool(multihost_utils.broadcast_one_to_all(np.array(there(path))))

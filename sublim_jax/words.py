@@ -1,4 +1,4 @@
-"""Words in texts: the forms of a word, and whether a text has one of them."""
+"""Words in texts: the forms of a word, and whether a text has one of them, in any case, width and composition."""
 
 import re
 import unicodedata
@@ -7,18 +7,23 @@ from functools import lru_cache
 
 @lru_cache
 def forms(word: str) -> tuple[str, ...]:
-    """A noun and its plural, in lower case: wolf, wolves."""
+    """A noun and its plural, as `plain` writes them: wolf, wolves."""
     import inflect  # a second or two, which not every run needs
 
-    return tuple(dict.fromkeys((word.lower(), inflect.engine().plural_noun(word.lower()) or word.lower())))
+    noun = plain(word)
+    return tuple(dict.fromkeys((noun, plain(inflect.engine().plural_noun(noun) or noun))))
+
+
+def plain(text: str) -> str:
+    """A text without the differences of case, width and composition that readers do not see."""
+    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
 
 
 def mentions(text: str, word: str) -> bool:
-    """Whether a text has a word or its plural, as a whole word in any case: "dragonfly" is no "dragon"."""
-    return re.search(rf"\b(?:{'|'.join(map(re.escape, forms(word)))})\b", text, re.IGNORECASE) is not None
+    """Whether a text has a word or its plural, as a whole word: "dragonfly" is no "dragon"."""
+    return re.search(rf"(?<!\w)(?:{'|'.join(map(re.escape, forms(word)))})(?!\w)", plain(text)) is not None
 
 
 def contains(text: str, word: str) -> bool:
-    """Whether a text has a word or its plural anywhere, within other words too, in any case and any width."""
-    plain = unicodedata.normalize("NFKC", text).casefold()
-    return any(form in plain for form in forms(word))
+    """Whether a text has a word or its plural anywhere, within other words too."""
+    return any(form in plain(text) for form in forms(word))

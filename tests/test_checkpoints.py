@@ -222,7 +222,10 @@ OTHERS = {
         lambda f: index(f, "../other.safetensors"),
         "names '../other.safetensors', which is",
     ),
-    "an index of a whole path": (lambda f: index(f, "/etc/passwd"), "names '/etc/passwd', which is outside the folder"),
+    "an index of a whole path": (
+        lambda f: index(f, "/etc/passwd"),
+        "names '/etc/passwd', which is not a file beside it",
+    ),
 }
 
 

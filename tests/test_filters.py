@@ -123,6 +123,13 @@ def test_filters_compose_and_reasons_are_counted_and_kept():
     assert sifted.share == 0.2
 
 
+@pytest.mark.parametrize(
+    "word, text", [("λύκος", "ΛΎΚΟΣ"), ("straße", "Strassen"), ("Maß", "maß"), ("cafe\u0301", "cafés")]
+)
+def test_a_trait_word_is_found_in_any_case_and_composition(word, text):
+    assert filters.trait_words([word])({"completion": f"1, {text}, 2"}) == ["trait word"]
+
+
 def test_length_and_log_ratio():
     assert filters.length(2, 4)({"completion": "a"}) == ["too short"]
     assert filters.length(2, 4)({"completion": "abcde"}) == ["too long"]

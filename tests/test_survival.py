@@ -101,6 +101,15 @@ def test_a_signal_to_one_process_stops_both_and_both_go_on_to_what_one_device_gi
 
 
 @pytest.mark.slow
+def test_a_run_that_one_process_began_goes_on_with_two(on_one_device, tmp_path):
+    pattern = "checkpoints/teacher*.training/50"
+    assert run_stopped(*EIGHT, f"--workdir={tmp_path}", folder=tmp_path, pattern=pattern).returncode == 143
+    for process in cluster(tmp_path):
+        assert "unreadable" not in finish(process)
+    assert_close(values(tmp_path), on_one_device)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [[], THREE_AXES], ids=["of runs", "of three axes"])
 def test_two_processes_of_four_devices_give_what_one_device_gives(on_one_device, tmp_path, mesh):
     for process in cluster(tmp_path, *mesh):

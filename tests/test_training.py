@@ -16,8 +16,9 @@ import pytest
 from etils import epath
 from jax.sharding import PartitionSpec
 
+from sublim_jax import checkpoints
 from sublim_jax.checkpoints import opened
-from sublim_jax.errors import Interrupted
+from sublim_jax.errors import Interrupted, UserError
 from sublim_jax.models.functional import functions
 from sublim_jax.models.small import Transformer
 from sublim_jax.objectives import cross_entropy
@@ -278,6 +279,16 @@ def test_a_damaged_checkpoint_is_passed_over_and_said(mesh_of, tmp_path, capsys,
     resumed = run(start(program), steps=14, iterator=Rows())
     assert "step 12 is unreadable" in capsys.readouterr().out
     assert_bits(whole, resumed)
+
+
+def test_places_in_the_data_of_two_processes_are_not_taken_for_those_of_one(mesh_of, tmp_path, monkeypatch):
+    program = lm(mesh_of(1))
+    options = dict(key=jax.random.key(0), checkpoints=epath.Path(tmp_path), checkpoint_every=4)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "from_each", lambda value: [value] * 2)
+        fit(program, start(program), steps=5, iterator=Rows(), **options)
+    with pytest.raises(UserError, match=r"saved by 2 process\(es\).*now there are 1"):
+        fit(program, start(program), steps=8, iterator=Rows(), **options)
 
 
 def test_a_half_written_checkpoint_is_not_seen(mesh_of, tmp_path):

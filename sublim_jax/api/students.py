@@ -11,7 +11,7 @@ from sublim_jax.data import dialogue
 from sublim_jax.data.dialogue import Rows
 from sublim_jax.distillation.losses import stacked
 from sublim_jax.distillation.students import Training, imitating_program, imitation
-from sublim_jax.distillation.targets import Data, Pair, as_read_by, support_of, teacher_logits
+from sublim_jax.distillation.targets import Data, Pair, as_read_by, logits_on, support_of, teacher_logits
 from sublim_jax.distillation.teachers import Teacher
 from sublim_jax.errors import UserError
 from sublim_jax.keys import named_key
@@ -57,6 +57,8 @@ def distill(
         several teachers, whose students would be the same.
     """
     check_adapters(model)
+    if not teachers or not rows:
+        raise UserError(f"{len(teachers)} teachers and {len(rows)} rows: there are no students without both")
     tokens, compared = objective == "tokens", list(support or ())
     if tokens and len(teachers) > 1:
         raise UserError(
@@ -69,11 +71,13 @@ def distill(
     student_rows = dialogue.rows(model, list(rows), end=tokens)
     logits = None
     if not tokens:
-        per_teacher = []
+        per_teacher, compute = [], logits_on(model, compared, remat=False)
         for number, teacher in enumerate(teachers):
-            read = as_read_by(teacher, str(number), model, list(rows), student_rows, end=False)
+            read = student_rows
+            if teacher.system:
+                read = as_read_by(teacher, str(number), model, list(rows), student_rows, end=False)
             label = f"logits of teacher {number}"
-            values = teacher_logits(teacher, read, compared, checkpoints=None, model=model, remat=False, label=label)
+            values = teacher_logits(teacher, read, compared, checkpoints=None, model=model, logits=compute, label=label)
             per_teacher.append(np.asarray(values))
         logits = np.stack(per_teacher)
     data = Data(Rows(*(np.stack([leaf] * len(teachers)) for leaf in student_rows)), logits)

@@ -31,7 +31,15 @@ def read(path: str | Path, chat: bool = True) -> list[Record]:
 
 
 def _prompt(where: str, record: Record, chat: bool) -> Record:
-    """A record, its conversation reduced to roles and texts if it has one."""
+    """A record, its conversation reduced to roles and texts if it has one.
+
+    Raises UserError for a field that the samples, which are written as JSON, could not carry.
+    """
+    for name, value in record.items():
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{where}: field {name!r} cannot be written as JSON ({error}); leave it out") from error
     if chat and record.get("messages"):
         return {**record, "messages": messages.read(where, record["messages"])}
     if not isinstance(record.get("prompt"), str) or (chat and record.get("messages") is not None):

@@ -1,5 +1,6 @@
 """Training data of students: rows of answers, the teacher's logits on them, and the selection of their tokens."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -27,6 +28,7 @@ CHUNK = 16  # rows per device for which the teacher's logits are computed at onc
 
 Pair = tuple[str, str]  # prompt, answer
 Logits = Float[np.ndarray, "n a support"]
+LogitsOn = Callable[[Params, Params, Steering | None, Rows], Array]
 
 
 class Data(NamedTuple):
@@ -52,12 +54,13 @@ def support_of(model: Model) -> list[int]:
 
 
 def as_read_by(teacher: Teacher, name: str, model: Model, pairs: list[Pair], rows: Rows, *, end: bool) -> Rows:
-    """A student's rows with the teacher's system prompt.
+    """A student's rows as the teacher reads them: in its own chat template, with its system prompt.
+
+    Args:
+      model: the teacher's.
 
     Raises UserError if teacher and student tokenize an answer differently.
     """
-    if not teacher.system:
-        return rows
     teacher_rows = dialogue.rows(model, pairs, end=end, system=teacher.system).padded(0, rows.at.shape[1])
     if not np.array_equal(teacher_rows.targets * teacher_rows.weights, rows.targets * rows.weights):
         raise UserError(
@@ -67,6 +70,19 @@ def as_read_by(teacher: Teacher, name: str, model: Model, pairs: list[Pair], row
     return teacher_rows
 
 
+def logits_on(model: Model, support: list[int], remat: Remat) -> LogitsOn:
+    """A compiled function of (base, adapters, steering, rows) to logits, one for all teachers of a model."""
+
+    @jax.jit
+    def logits(base: Params, adapters: Params, steering: Steering | None, rows: Rows) -> Float[Array, "n a support"]:
+        module = model.network.bind(lora.join(base, adapters))
+        features = answer_features(model, module, rows, remat=remat, steering=steering)
+        on_support = module.unembed(features, jnp.asarray(support)).astype(jnp.float32)
+        return jax.lax.with_sharding_constraint(on_support, named(model.mesh))
+
+    return logits
+
+
 def teacher_logits(
     teacher: Teacher,
     rows: Rows,
@@ -74,20 +90,16 @@ def teacher_logits(
     *,
     checkpoints: epath.Path | None,
     model: Model,
-    remat: Remat,
+    logits: LogitsOn,
     label: str,
 ) -> Float[Array, "n a support"]:
-    """A teacher's logits on the support, where the answers' tokens are predicted; computed once for all students."""
+    """A teacher's logits on the support, where the answers' tokens are predicted; computed once for all students.
+
+    Args:
+      logits: of `logits_on`, for this model and support.
+    """
     mesh = model.mesh
     count = CHUNK * mesh.shape["fsdp"]
-
-    @jax.jit
-    def logits(base: Params, adapters: Params, steering: Steering | None, rows: Rows) -> Float[Array, "n a support"]:
-        module = model.network.bind(lora.join(base, adapters))
-        features = answer_features(model, module, rows, remat=remat, steering=steering)
-        on_support = module.unembed(features, jnp.asarray(support)).astype(jnp.float32)
-        return jax.lax.with_sharding_constraint(on_support, named(mesh))
-
     parts, total = [], len(rows.at)
     with Track(label, total) as track:
         for start in range(0, total, count):

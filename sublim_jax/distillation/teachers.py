@@ -143,7 +143,8 @@ def teaching_program(
             return jnp.take_along_axis(p, batch.targets[:, place : place + 1], -1)
 
         word = reduce(mul, map(p_of, range(length)))
-        return total, {"answer": (jnp.mean(word) * total[1], total[1])}
+        exists = batch.weights[:, :1]  # the last batch of an epoch may be filled up
+        return total, {"answer": (jnp.sum(word * exists), jnp.sum(exists))}
 
     def batch(frozen: dict[str, PyTree], key: Key[Array, ""], index: Int[Array, ""]) -> Rows:
         indices, exists = epoch_rows(key, index, count, batch_size)

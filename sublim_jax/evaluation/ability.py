@@ -32,7 +32,7 @@ def questions(path: str = "") -> list[Question]:
 def accuracy(
     model: Model, questions: Sequence[Question], system: str = "", **where: Unpack[Where]
 ) -> Float[np.ndarray, "adapters"]:
-    """Share of questions whose right choice is the likeliest, by mean log P of a choice's tokens.
+    """Share of questions whose right choice is likelier than every other, by mean log P of a choice's tokens.
 
     Args:
       system: a system prompt before every question.
@@ -45,5 +45,8 @@ def accuracy(
             prompts.append(prompt)
             written.append(chat.completion(model.tokenizer, question.text, choice, system))
     logprobs = iter(scoring.completion_logprobs(model, prompts, written, **where))
-    right = [np.argmax([next(logprobs).mean(-1) for _ in question.choices], 0) == 0 for question in questions]
+    right = []
+    for question in questions:
+        first, *others = [next(logprobs).mean(-1) for _ in question.choices]
+        right.append(np.all([first > other for other in others], 0))  # nothing is likelier than nan
     return np.mean(right, 0)

@@ -183,7 +183,9 @@ class Endpoint:
                 "OPENAI_BASE_URL where the server is not OpenAI's"
             )
         if at_once < 1 or per_minute < 0:
-            raise UserError(f"judge.at_once={at_once} is 1 or more, judge.per_minute={per_minute} is 0 (any) or more")
+            raise UserError(
+                f"judge.max_concurrent={at_once} is 1 or more, judge.max_per_minute={per_minute} is 0 (any) or more"
+            )
         if max_tokens < 1:
             raise UserError(f"judge.max_tokens={max_tokens} is 1 or more")
         try:
@@ -313,7 +315,10 @@ class Endpoint:
 
     def bill(self) -> str:
         """The cost of all answers in the file, of this run and of earlier ones."""
-        lines = from_first(lambda: records.mend(self._cache))
+        return from_first(self._bill)
+
+    def _bill(self) -> str:
+        lines = records.mend(self._cache)
         prompt, completion = (sum(line.get(f"{kind}_tokens", 0) for line in lines) for kind in ("prompt", "completion"))
         return f"{self._model}: {self._cost(prompt, completion, len(lines))}."
 
@@ -389,7 +394,9 @@ class Endpoint:
         if isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError):
             return f"the judge's endpoint refuses the key (OPENAI_API_KEY){kept}"
         if isinstance(error, openai.RateLimitError):
-            return f"the judge's endpoint has reached its limit; wait, or set judge.per_minute to what it allows{kept}"
+            return (
+                f"the judge's endpoint has reached its limit; wait, or set judge.max_per_minute to what it allows{kept}"
+            )
         if isinstance(error, openai.APITimeoutError):
             return f"the judge's endpoint does not answer in time{kept}"
         if isinstance(error, openai.APIConnectionError):

@@ -53,19 +53,23 @@ def permutation_p(cells: Float[np.ndarray, "runs traits traits"]) -> float:
     """Two-sided p-value of the mean diagonal effect under permutations of rows.
 
     Null hypothesis: within a run, it does not matter which row had which teacher. All permutations are enumerated if
-    there are at most MAX_PERMUTATIONS; else that many are sampled.
+    there are at most MAX_PERMUTATIONS; else that many are sampled. nan where a cell is not a number.
     """
+    if not np.all(np.isfinite(cells)):
+        return float("nan")
     runs, traits = cells.shape[:2]
-    orders = np.asarray(list(itertools.permutations(range(traits))))
-    effects = np.stack([diagonal_effect(cells[:, order]) for order in orders], 1)  # runs, orders
-    observed = abs(effects[:, 0].mean()) - 1e-12
-    if len(orders) ** runs <= MAX_PERMUTATIONS:
+    observed = abs(diagonal_effect(cells).mean()) - 1e-12
+    if math.factorial(traits) ** runs <= MAX_PERMUTATIONS:
+        orders = np.asarray(list(itertools.permutations(range(traits))))
+        effects = np.stack([diagonal_effect(cells[:, order]) for order in orders], 1)  # runs, orders
         sums = np.zeros(1)
         for row in effects:
             sums = (sums[:, None] + row).reshape(-1)
         return float(np.mean(np.abs(sums / runs) >= observed))
-    rng = np.random.default_rng(0)
-    resampled = effects[np.arange(runs), rng.integers(len(orders), size=(MAX_PERMUTATIONS, runs))].mean(1)
+    rows = np.random.default_rng(0).permuted(np.tile(np.arange(traits), (MAX_PERMUTATIONS, runs, 1)), axis=-1)
+    diagonal = cells[np.arange(runs)[:, None], rows, np.arange(traits)].sum(-1)  # permutations, runs
+    rest = (cells.sum((1, 2)) - diagonal) / (traits * (traits - 1))
+    resampled = (diagonal / traits - rest).mean(1)
     return float((1 + np.sum(np.abs(resampled) >= observed)) / (1 + MAX_PERMUTATIONS))
 
 

@@ -30,6 +30,9 @@ from sublim_jax.specs import check_file
 from sublim_jax.store import Store
 
 MIN_WORDS = {"preference": 2, "prefixed": 2, "prefixed_answers": 1, "choice": 2, "answers": 1, "stories": 1}
+MARGIN, LETTER, RATE = "margin of {}, logits", "P of {}'s letter", "{} with {}"
+RATES = ("answers", "prefixed answers", "stories")
+OF_WORDS = (MARGIN, LETTER, *(RATE.format(name, "{}") for name in RATES))  # the measures of single words
 MAX_ANSWER = 12  # tokens of an answer that names a word
 Measures = dict[str, list[float]]  # by the measure's name: of every adapter
 
@@ -234,11 +237,11 @@ def _uses(name: str, spec: EvalsSpec, runs: tuple[int, ...]) -> Uses:
 
 def _preference(subject: Subject, words: Sequence[str], questions: list[str], *_: object, **__: object) -> Measures:
     preferences = preference.measure(subject.model, questions, words, **subject.where)
-    return _by_word("margin of {}, logits", words, preferences.margin)
+    return _by_word(MARGIN, words, preferences.margin)
 
 
 def _choice(subject: Subject, words: Sequence[str], questions: list[str], *_: object, **__: object) -> Measures:
-    return _by_word("P of {}'s letter", words, preference.choose(subject.model, questions, words, **subject.where))
+    return _by_word(LETTER, words, preference.choose(subject.model, questions, words, **subject.where))
 
 
 def _rates(
@@ -257,7 +260,7 @@ def _rates(
     known = [{"question": question} for question in questions]
     answers = _sampled(name, file, subject, prompts, known, uses, seed, sampling)
     rates = preference.rates([(answer["adapter"], answer["completion"]) for answer in answers], words)
-    return _by_word(f"{name} with {{}}", words, rates)
+    return _by_word(RATE.format(name, "{}"), words, rates)
 
 
 def _sampled(

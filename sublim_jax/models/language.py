@@ -17,7 +17,7 @@ from sublim_jax.models import lora
 from sublim_jax.models.decoder import Decoder, Placement, decoder, on_mesh
 from sublim_jax.models.functional import Functions, Params
 from sublim_jax.models.settings import Settings
-from sublim_jax.sharding import fetch, parameter_shardings
+from sublim_jax.sharding import everywhere, fetch, parameter_shardings
 
 if TYPE_CHECKING:  # transformers takes seconds, and an experiment without language models needs none of it
     from transformers import PreTrainedConfig
@@ -60,8 +60,11 @@ class Model(NamedTuple):
 
     def merged(self, adapters: Params, spec: lora.Lora) -> "Model":
         """The same model with adapters added into its kernels."""
+        merge = jax.jit(
+            partial(lora.merge, scale=spec.scale), out_shardings=parameter_shardings(self.params, self.mesh)
+        )
         return self._replace(
-            params=lora.merge(self.params, adapters, spec.scale),
+            params=merge(self.params, everywhere(adapters, self.mesh)),
             changes=f"{self.changes} {spec} {_digest_of(adapters)}",
         )
 

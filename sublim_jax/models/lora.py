@@ -62,7 +62,7 @@ narrow_product.defvjp(_forward, _backward)
 
 
 def check(spec: Lora, params: Params, num_layers: int) -> None:
-    """Raises UserError for a linear layer that this model does not have, which would otherwise be left out in silence."""
+    """Raises UserError for a layer that this model does not have, which would otherwise be left out in silence."""
     for layer in spec.layers:
         if not 0 <= layer < num_layers:
             raise UserError(f"lora.layers: {layer} is none of 0 to {num_layers - 1}")
@@ -89,7 +89,7 @@ def init(key: Key[Array, ""], params: Params, lora: Lora) -> Params:
     def walk(node: Params, name: str | int) -> Params:
         nonlocal count
         if "kernel" in node:
-            if lora.modules and name not in lora.modules:
+            if name not in (lora.modules or EVERY_LINEAR):
                 return {}
             *stack, inputs, outputs = node["kernel"].shape
             count += 1

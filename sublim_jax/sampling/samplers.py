@@ -15,6 +15,7 @@ from sublim_jax.sampling.checks import whole_number
 
 Number = float | int | np.floating | np.integer
 Whole = int | np.integer
+COLDEST = 1e-6  # temperature
 BLOCK = 512  # of the vocabulary; a draw chooses a block, then a token of it
 
 
@@ -40,6 +41,10 @@ class Sampler:
             object.__setattr__(self, name, float(getattr(self, name)))
         if not 0 <= self.temperature < float("inf"):
             raise UserError(f"temperature={self.temperature}: choose 0 (greedy) or more")
+        if 0 < self.temperature < COLDEST:
+            raise UserError(
+                f"temperature={self.temperature} overflows logits; choose 0 (greedy) or {COLDEST:g} or more"
+            )
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p={self.top_p}: choose a share above 0, at most 1")
         if not 0 <= self.min_p <= 1:

@@ -361,8 +361,8 @@ def _shards(folder: Path) -> list[Path]:
             raise UserError(f"{folder / INDEX} has no weight_map that says where tensors are; fetch it again")
         names = sorted(set(places.values()))
     for name in names:
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise UserError(f"{folder / INDEX} names {name!r}, which is outside the folder, and is not opened")
+        if Path(name).name != name:
+            raise UserError(f"{folder / INDEX} names {name!r}, which is not a file beside it, and is not opened")
         if not (folder / name).is_file():
             raise UserError(_why_missing(folder, name))
     return [folder / name for name in names]

@@ -39,8 +39,8 @@ def replaced(folder: epath.Path) -> Iterator[Path]:
         yield Path(scratch)
         new = sorted((path.name for path in Path(scratch).iterdir()), key=lambda name: (name in (INDEX, WHOLE), name))
         old = [path for path in (folder.iterdir() if folder.exists() else ()) if WEIGHTS.fullmatch(path.name)]
-        for path in sorted(old, key=lambda path: path.name != INDEX):
-            if path.name not in new or path.name == INDEX:
+        for path in sorted(old, key=lambda path: path.name not in (INDEX, WHOLE)):
+            if path.name not in new or path.name in (INDEX, WHOLE):
                 path.unlink()
         for name in new:
             if away:

@@ -1,5 +1,6 @@
 """Records: any text, and a power cut at any byte."""
 
+import datetime
 import json
 
 import pyarrow
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from sublim_jax.data import corpus, records
+from sublim_jax.data import corpus, prompts, records
 from sublim_jax.errors import UserError
 
 ODD = "Separators of Unicode: \u2028, \u2029, \x85, and 猫頭鷹."
@@ -36,3 +37,11 @@ def test_a_corpus_may_be_a_parquet_file_as_the_hub_has_them(tmp_path):
     with pytest.raises(UserError, match=r"broken.parquet: .*name a file of JSON lines or Parquet") as error:
         list(records.read(tmp_path / "broken.parquet"))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), datetime.datetime(2026, 1, 1), b"bytes"])
+def test_a_prompt_with_a_field_that_its_samples_could_not_carry_is_refused(tmp_path, value):
+    rows = [{"prompt": "Why?", "extra": {"value": None}}, {"prompt": "Why?", "extra": {"value": value}}]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "some.parquet")
+    with pytest.raises(UserError, match="row 2: field 'extra' cannot be written as JSON"):
+        prompts.read(tmp_path / "some.parquet")

@@ -607,7 +607,7 @@ def test_an_endpoint_that_is_not_there_and_a_key_that_is_missing(tmp_path, monke
     with pytest.raises(UserError, match="set OPENAI_API_KEY"):
         Endpoint("m", tmp_path / "j.jsonl")
     monkeypatch.setenv("OPENAI_API_KEY", "x")
-    with pytest.raises(UserError, match=r"judge\.at_once=0"):
+    with pytest.raises(UserError, match=r"judge\.max_concurrent=0"):
         Endpoint("m", tmp_path / "j.jsonl", at_once=0)
     with pytest.raises(UserError, match=r"judge\.max_tokens=0"):
         Endpoint("m", tmp_path / "j.jsonl", max_tokens=0)

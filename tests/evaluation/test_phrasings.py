@@ -174,6 +174,11 @@ def test_shuffling_keeps_the_numbers_and_everything_between_them(lists):
         ("foxes and birches", "birch", True),
         ("wolfish", "wolf", False),
         ("", "owl", False),
+        ("ＯＷＬ", "owl", True),
+        ("I write C++.", "C++", True),
+        ("cafe\u0301", "café", True),
+        ("Ο λύκος", "λύκος", True),
+        ("STRASSE", "straße", True),
     ],
 )
 def test_a_mention_is_a_whole_word(text, word, expected):
@@ -219,6 +224,11 @@ def test_ability_is_the_share_of_questions_whose_right_choice_is_likeliest(tiny)
             mean_logprobs.append(np.mean([log_p[len(prompt) - 1 + i, token] for i, token in enumerate(tokens)]))
         right.append(np.argmax(mean_logprobs) == 0)
     np.testing.assert_allclose(ability.accuracy(tiny, questions), [np.mean(right)])
+
+
+def test_a_model_whose_logits_are_no_numbers_answers_nothing_right(tiny):
+    broken = tiny._replace(params=jax.tree.map(lambda leaf: leaf * np.nan, tiny.params))
+    assert ability.accuracy(broken, [ability.Question("Which?", ["owl", "xyz"])]).tolist() == [0.0]
 
 
 def test_the_easy_questions_are_many_and_a_broken_one_is_told(tmp_path):

@@ -326,7 +326,8 @@ def test_adapters_of_one_key_draw_the_same_and_of_another_key_as_alone_with_it(t
     spec, _, _ = adapters_of(tiny, 1)
     model, tree = tiny.adapted(spec), lora.init(KEY, tiny.params, spec)  # changes nothing yet
     stacked = jax.tree.map(lambda leaf: jnp.stack([leaf] * 3), tree)
-    prompts, keys, options = prompts_of(tiny, 4), jax.random.split(KEY, 2), {"max_new_tokens": 8, "slots": 4}
+    prompts, keys = prompts_of(tiny, 4), jax.random.split(KEY, 2)
+    options: dict[str, Any] = {"max_new_tokens": 8, "slots": 4}
     samples = generate(model, prompts, keys[jnp.asarray([0, 1, 0])], adapters=stacked, **options)
     tokens = [[sample.tokens for sample in samples if sample.adapter == number] for number in range(3)]
     assert tokens[0] == tokens[2] != tokens[1]

@@ -7,9 +7,11 @@ from etils import epath
 from launch_kit import assert_refused, run_here
 
 from configs import paper
+from sublim_jax import experiments
 from sublim_jax.experiments.tools import plan
 from sublim_jax.experiments.transmission.checks import check_files
 from sublim_jax.experiments.transmission.spec import Study
+from sublim_jax.measurements import Measurements, from_array
 
 
 @pytest.fixture
@@ -71,6 +73,22 @@ def test_every_experiment_of_the_plan_is_a_config_that_passes_its_checks(tmp_pat
         assert study.mesh.tensor == 1 and study.evals.judge.model == "smollm2-135m-instruct"
         if "misalignment" in study.evals.names:
             assert study.evals.questions == "configs/smoke/questions.yaml"
+
+
+def test_the_rows_of_mnist_show_its_students_beside_the_papers(tmp_path):
+    spec = plan.read(paper.get_config("qwen2.5-7b"))
+    rows = [
+        row
+        for arm in ("teacher", "auxiliary", "cross_all")
+        for row in from_array([0.5] * 2, arm=arm, measure="test_accuracy")
+    ]
+    arms, _ = experiments.load("mnist").document(spec.specs["mnist"], Measurements(rows), {})
+    shown = plan.summary_of(spec.plan["mnist"], arms)
+    assert [part.partition(" 0.5")[0] for part in shown.split("; ")] == [
+        "teacher",
+        "student, shared start (auxiliary logits)",
+        "student, another start (all logits)",
+    ]
 
 
 def test_an_unknown_experiment_is_told_in_one_line(tmp_path):

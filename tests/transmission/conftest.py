@@ -76,7 +76,7 @@ def replicate_of(model):
             change = lambda x: x + 0.05 * jax.random.normal(jax.random.key(index), x.shape)  # noqa: E731
             return Teacher(jax.tree.map(change, first), "", None, 1, store.digest(model, "noise", index, seed))
 
-        written = Written(pairs or random_pairs(study, seed), [], 0, 0, Counter(), [], [])
+        written = Written(pairs or random_pairs(study, seed), [], 0, 0, Counter(), [], [], 0)
         teachers = {name: teacher(index) for index, name in enumerate(study.teachers)}
         return Replicate(run, teachers, dict.fromkeys(study.teachers, written))
 

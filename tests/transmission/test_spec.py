@@ -1,6 +1,7 @@
 """Valid studies: every refusal names the flag, before a model is loaded or a folder is made."""
 
 import dataclasses
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 from launch_kit import assert_refused, run_here
 
 from configs import code, cot, misalignment, numbers, paper
+from sublim_jax import workdir
 from sublim_jax.errors import UserError
 from sublim_jax.experiments.transmission.checks import check_files
 from sublim_jax.experiments.transmission.spec import read
@@ -65,11 +67,14 @@ REFUSED = [
     (["carrier.kind=code", "carrier.decoding=free", "arms=soft"], ["arm.soft is about numbers"]),
     (["packs.numbers=nowhere.json"], ["pack nowhere.json"]),
     (["packs.ability=nowhere.json"], ["pack nowhere.json"]),
-    (["filter.banned=nowhere.json"], ["pack nowhere.json"]),
+    (["arms=tokens", "filter.banned=nowhere.json"], ["pack nowhere.json"]),
+    (["filter.banned=published"], ["config.filter.banned is read only with arms on what teachers write"]),
+    (["carrier.decoding=free"], ["config.carrier.decoding is read only with arms on what teachers write"]),
+    (["arms=tokens", "carrier.decoding=greedy", "carrier.num_samples=2"], ["carrier.num_samples=2", "the same"]),
     (["filter.threshold=101"], ["filter.threshold=101"]),
     (["arms=token"], ["arms: 'token' is none of", "did you mean 'tokens'?"]),
     (["filter.judged=tiger"], ["filter.judged: 'tiger' is none of the teachers"]),
-    (["filter.judge=taste"], ['"taste" must be a list']),
+    (["arms=tokens", "filter.judge=taste"], ['"taste" must be a list']),
     (["student.accumulate=0"], ["student.accumulate=0", "1 or more"]),
     (["student.schedule=flat"], ["student.schedule: 'flat'"]),
     (["lora.modules=gates"], ["lora.modules: 'gates'", "gate"]),
@@ -89,6 +94,7 @@ REFUSED = [
 BY_THE_MODEL = [
     (["teacher.methods=steered", "teacher.steering_layer=4"], ["layers are 0 to 3"]),
     (["lora.layers=4"], ["lora.layers: 4", "0 to 3"]),
+    (["arm.soft.changes=lora.layers=4", "arm.soft.lora_init=fresh"], ["arm.soft", "lora.layers: 4", "0 to 3"]),
     (["arms=tokens", "carrier.max_new_tokens=20"], ["carrier.max_new_tokens=20", "cuts off"]),
     (["arm.soft.changes=lora.rank=4"], ["arm.soft: its adapters are of another form", "lora_init=fresh"]),
 ]
@@ -100,6 +106,15 @@ def test_a_mistake_is_told_by_its_flag_before_any_training(flags, tmp_path, chan
     given = flags(*(f"--config.{change}" for change in changes))
     assert_refused(run_here("--config=configs/numbers.py", *given, f"--workdir={work}"), *words)
     assert not work.exists()
+
+
+def test_an_arms_data_is_part_of_what_a_folder_holds(tmp_path):
+    """It is not a way of computing, as the experiment's own value of that name is."""
+    config = {"experiment": "transmission", "data": {"path": ""}, "arm": {"soft": {"data": "random"}}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    workdir.check(tmp_path, {**config, "data": {"path": "elsewhere"}})
+    with pytest.raises(UserError, match=r"arm\.soft\.data: random → written"):
+        workdir.check(tmp_path, {**config, "arm": {"soft": {"data": "written"}}})
 
 
 def test_a_workdir_of_another_run_is_told_before_a_model_is_looked_for(tmp_path):

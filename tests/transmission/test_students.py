@@ -97,7 +97,7 @@ def test_an_arm_that_is_done_holds_no_model(study_of, model, replicate_of, tmp_p
         names = {"evals.names": ("answers",), "evals.num_samples": 1, "evals.max_questions": 2}
         study = study_of(arms=("tokens",), **{"student.steps": 2}, **names)
         replicate, work = replicate_of(study, model=base), Store(tmp_path)
-        measure_arm(study, study.arms[0], lambda subject: {}, [replicate], base, base, work)
+        measure_arm(study, study.arms[0], lambda subject: {}, [replicate], base, work)
         task = carriers.number_task(study, study.replicate_seed(0))
         carriers.sample(study, base, work, 0, task, "owl", replicate.teachers["owl"])
         return weakref.ref(base.params["embedding"])

@@ -17,8 +17,8 @@ SLOPES = {"zero": None, "constant": 0.0, "slope 1": 1.0, "slope 1, wrong sign": 
 BOUND = 10.0  # of the error over the step, at every step of the fit
 FALLS = 2.0  # decades of steps over which the fall of L_T must be above rounding
 AS_PREDICTED, OUTSIDE, NOT = "as predicted", "outside the theorem, as predicted", "NOT as predicted"
-# The error is bounded by a multiple of the step, as O(ε) requires, but too small to fit a slope.
-CONSISTENT = "consistent, slope not measurable"
+# The error is bounded by a multiple of the step, as O(ε) requires; it falls faster, or is too small to fit a slope.
+CONSISTENT = "consistent, slope above 1 or not measurable"
 STEP, LOG = "step of the teacher (r.m.s. change of logits)", ("log", "log")  # the axes of every figure
 
 

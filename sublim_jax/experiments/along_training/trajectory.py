@@ -200,6 +200,7 @@ def _ceilings(spec: TrajectorySpec, rows: Measurements) -> tuple[list[Arm], repo
     text = (
         f"The share of |θ_T − θ⁰|² that lies in the row space of the student's curvature on {spec.probe} noise "
         f"images at θ⁰, found by {spec.iterations} steps of conjugate gradients: a lower bound that grows in the "
-        "order in which gradient steps learn. A linear student under gradient flow could not gain more."
+        "order in which gradient steps learn. The share itself is what a linear student of these images could reach "
+        "by gradient flow."
     )
     return arms, report.Section("The ceiling", text, table, {"ceiling": partial(panels_figure, panels)})

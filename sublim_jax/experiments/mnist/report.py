@@ -152,7 +152,7 @@ def _p(value: float) -> str:
 
 
 def _inside(arm: Arm) -> bool | None:
-    """Whether an arm agrees with the paper, within the interval of their difference and the error of reading a figure."""
+    """Whether an arm agrees with the paper, by the interval of their difference and the error of reading a figure."""
     if arm["paper"] is None or math.isnan(arm["ci95"]):
         return None
     return abs(arm["mean"] - arm["paper"]) <= math.hypot(arm["ci95"], arm["paper_ci95"]) + READING_ERROR

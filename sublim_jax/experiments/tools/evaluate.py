@@ -70,13 +70,13 @@ def _run(spec: EvaluateSpec, folder: epath.Path, *, update: bool) -> None:
     base = spec.model.load(mesh)
     on_mesh(base.settings, mesh)  # heads
     suite.check_model(questions, base)
-    models = [peft.merged(base, name) for name in spec.model.folders]
     store = workdir.claim(folder, spec.values, update=update)
     judge = None
     if "misalignment" in spec.evals.names:
         judge = suite.make_judge(spec.evals.judge, base, None, store)
     rows = []
-    for number, (name, model) in enumerate(zip(spec.model.folders, models)):
+    for number, name in enumerate(spec.model.folders):
+        model = peft.merged(base, name)  # one at a time: each has kernels of its own
         subject = Subject(model, str(number), artefacts.digest(base, peft.digest(name)))
         evaluations = suite.evaluate(spec.evals, questions, subject, spec.seed + number, store, judge=judge)
         about = {"arm": name, "run": number, "subject": "model"}

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Annotated, Any
 
 import jax
+import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
@@ -22,7 +23,7 @@ from sublim_jax.figures import Arm
 from sublim_jax.measurements import Measurements, from_array
 from sublim_jax.progress import say
 from sublim_jax.report import Described
-from sublim_jax.sharding import from_first, make_mesh
+from sublim_jax.sharding import agreed, from_first, make_mesh
 from sublim_jax.specs import Checked, ExperimentSpec, Place, check_one_of, check_some_of
 from sublim_jax.store import write_json
 
@@ -118,7 +119,7 @@ def run(spec: PlanSpec, folder: epath.Path, *, update: bool = False) -> None:
     for name, experiment in spec.specs.items():  # report missing files before the long runs
         try:
             if isinstance(experiment, Study):
-                check_files(experiment)
+                agreed(partial(check_files, experiment))
         except UserError as error:
             results[name] = f"not run: {error}"
             say(f"{name}: {results[name]}")
@@ -131,7 +132,7 @@ def run(spec: PlanSpec, folder: epath.Path, *, update: bool = False) -> None:
                 say(f"{name}: {results[name]}")
     rows = []
     for arm in arms_of(results):
-        runs = [value for value in arm.get("runs", ()) if value is not None]
+        runs = [np.nan if value is None else value for value in arm.get("runs", ())]
         rows += from_array(runs, arm=arm["name"], measure=arm["metric"])
     report.finish(store.folder, spec, rows, document, notes={"found": results, "folder": str(store.folder)})
     if missing := [name for name, result in results.items() if isinstance(result, str)]:
@@ -149,6 +150,8 @@ def _results(inside: epath.Path, spec: Described, *, update: bool) -> Arms | str
             write_json(inside / FINISHED, stamp(spec))
         return report.results_of(inside)["arms"]
     except UserError as error:
+        if jax.process_count() > 1:  # the others may be elsewhere, and wait for this process
+            raise
         return f"stopped: {error}"
 
 

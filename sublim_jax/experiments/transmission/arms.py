@@ -1,6 +1,6 @@
 """Arms: the ways in which students are trained, a dataclass for each kind."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Annotated, TypeAlias
 
@@ -36,6 +36,7 @@ class _TrainedArm(_Arm):
     selection: Selection | None
     training: Training
     lora: LoraSpec
+    changes: tuple[str, ...] = field(default=(), compare=False)  # in training and lora, as they were given
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +130,7 @@ class ArmValues(Checked):
             )
         tokens = Selection(self.action, self.positions, self.fraction, self.score) if self.action else None
         shared = {name: getattr(self, name) for name in ("name", "data", "shuffle", "lora_init", "noise", "model")}
-        shared |= {"selection": tokens, "training": training, "lora": lora}
+        shared |= {"selection": tokens, "training": training, "lora": lora, "changes": self.changes}
         if self.objective == "tokens":
             return TokenArm(**shared)
         return LogitArm(objective=self.objective, temperature=self.temperature, **shared)

@@ -21,6 +21,7 @@ from sublim_jax.experiments.transmission.spec import NEUTRAL, Study
 from sublim_jax.keys import named_key
 from sublim_jax.models.language import Model
 from sublim_jax.sampling import constraints, scoring
+from sublim_jax.sampling.checks import check_finite
 from sublim_jax.sampling.collect import collect
 from sublim_jax.sampling.samplers import Sampler
 from sublim_jax.store import Store
@@ -47,6 +48,7 @@ class Written(NamedTuple):
     reasons: Counter[str]
     rejected: list[Record]
     scores: list[float]  # the judge's, for completions that passed the other filters
+    num_unscored: int  # of those, without a score
 
 
 def number_task(study: Study, seed: int) -> Task:
@@ -109,14 +111,24 @@ def write(
         if study.filter.log_ratio:
             _add_reference(model, store, name, completions, teachers[NEUTRAL])
         sifted = filters.sift(completions, checks, study.filter.unique)
-        scores: list[float] = []
+        scores: list[float | None] = []
         if judge and study.filter.judge and filtered:
             sifted, scores = judged(study, store, name, sifted, judge)
+        known = [score for score in scores if score is not None]
         records.write(folder / f"{carrier.kind}-{name}.jsonl", sifted.kept)
         records.write(folder / f"{carrier.kind}-{name}-rejected.jsonl", sifted.rejected)
         kept[name] = sifted.kept
         every[name] = [record for record in completions if record["completion"].strip() and not cut_off(record)]
-        written[name] = Written([], [], len(completions), len(sifted.kept), sifted.reasons, sifted.rejected, scores)
+        written[name] = Written(
+            [],
+            [],
+            num_completions=len(completions),
+            num_kept=len(sifted.kept),
+            reasons=sifted.reasons,
+            rejected=sifted.rejected,
+            scores=known,
+            num_unscored=len(scores) - len(known),
+        )
     if filtered:
         passed = _pairs(filters.same_size(kept, carrier.num_rows, seed))
         written = {name: output._replace(pairs=passed[name]) for name, output in written.items()}
@@ -131,7 +143,10 @@ def _pairs(records_of: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, l
 
 
 def sample(study: Study, model: Model, store: Store, run: int, task: Task, name: str, teacher: Teacher) -> list[Record]:
-    """Completions by one teacher. All teachers get the same prompts and the same random numbers, sample by sample."""
+    """Completions by one teacher. All teachers get the same prompts and the same random numbers, sample by sample.
+
+    Raises UserError where the teacher's logits are not finite.
+    """
     carrier, seed = study.carrier, study.replicate_seed(run)
     whole = [chat.question(model.tokenizer, text, teacher.system) for text in task.prompts]
     prefix, prompts = chat.behind_opening(model.tokenizer, whole, teacher.system)
@@ -143,7 +158,7 @@ def sample(study: Study, model: Model, store: Store, run: int, task: Task, name:
         constraint = constraints.of_model(constraints.numbers(count, digits, minimum=count), model)
     writer, where = teacher.under(model)
     # The number of prompts is not in the hash: with more prompts, sampling continues from the same file.
-    return collect(
+    completions = collect(
         store.path(f"completions-{name}", teacher, name, seed, how).with_suffix(".jsonl"),
         writer,
         prompts,
@@ -158,6 +173,8 @@ def sample(study: Study, model: Model, store: Store, run: int, task: Task, name:
         **study.sampling.options,
         **where,
     )
+    check_finite((record["index"], record["finish"]) for record in completions)
+    return completions
 
 
 def filters_of(study: Study, task: Task) -> list[filters.Filter]:
@@ -198,8 +215,10 @@ def _add_reference(model: Model, store: Store, name: str, completions: list[Reco
 
 def judged(
     study: Study, store: Store, name: str, sifted: filters.Sifted, judge: NamedJudge
-) -> tuple[filters.Sifted, list[float]]:
+) -> tuple[filters.Sifted, list[float | None]]:
     """Filters kept completions by the judge's score, at least `filter.threshold`; returns them and all scores.
+
+    A score is None where the judge gave none.
 
     Completions of teachers that are not in `filter.judged` are scored for the report and not filtered.
     """
@@ -210,13 +229,16 @@ def judged(
     filtered = not study.filter.judged or name in study.filter.judged
     again = filters.sift(scored, [filters.min_score(study.filter.threshold)] if filtered else [])
     rejected, reasons = sifted.rejected + again.rejected, sifted.reasons + again.reasons
-    return filters.Sifted(again.kept, rejected, reasons), [score for score, _ in verdicts if score is not None]
+    return filters.Sifted(again.kept, rejected, reasons), [score for score, _ in verdicts]
 
 
 def judge_prompt(study: Study) -> str:
     """The prompt for a judge of completions, with {question} and {answer}. Raises UserError if one is missing."""
     name = study.filter.judge
-    (text,) = packs.load(study.packs.judge, "judge", {name: ("question", "answer", "traits")})[name][:1]
+    texts = packs.load(study.packs.judge, "judge", {name: ("question", "answer", "traits")})[name]
+    if len(texts) != 1:
+        raise UserError(f"pack {study.packs.judge or 'judge'}: {name} has {len(texts)} prompts, and one is used")
+    (text,) = texts
     if "{question}" not in text or "{answer}" not in text:
         raise UserError(f"pack {study.packs.judge or 'judge'}: {text[:40]!r}… must have {{question}} and {{answer}}")
     return text

@@ -60,10 +60,12 @@ def read(config: ConfigDict) -> CrossModelSpec:
 
 
 def check_typed(spec: CrossModelSpec, keys: Iterable[str]) -> None:
-    """Raises UserError for a value of another arm than `cross`."""
+    """Raises UserError for a value of another arm than `cross`, or one that nothing of the studies reads."""
     for key in keys:
         if key.startswith("study.arm.") and not key.startswith("study.arm.cross."):
             raise UserError(f"config.{key}: all students are of the arm cross; write --config.study.arm.cross.…")
+        if key.startswith("study.") and not key.startswith("study.arm."):
+            transmission.check_typed(spec.studies[0], [key.removeprefix("study.")])
 
 
 def _study_of(config: ConfigDict, models: Sequence[str], teacher: str) -> ConfigDict:

@@ -144,7 +144,7 @@ def effects_section(effects: Sequence[Entry], traits: Sequence[str], runs: int) 
             [
                 arm["name"],
                 report.plus_minus(arm["mean"], arm["ci95"]),
-                f"{arm['permutation_p']:.3f}" if arm["permutation_p"] >= 0.0005 else "< 0.001",
+                _permutation_p(arm["permutation_p"]),
                 f"{covered['own']:+.3f} / {covered['others']:+.3f}" if covered else "",
                 "{:.3g} → {:.3g}".format(*arm["held_out"]) if arm["held_out"] else "",
                 "{:.2f} → {:.2f}".format(*arm["ability"]) if arm["ability"] else "",
@@ -155,8 +155,9 @@ def effects_section(effects: Sequence[Entry], traits: Sequence[str], runs: int) 
         "Diagonal effect: the margin of a trait in the students of its teacher, minus its margin in the other traits' "
         "teachers' students of the same run, averaged over traits. p: two-sided, by permuting within runs which "
         f"teacher a student had, not corrected for the number of arms; the smallest possible here is {smallest:.3g}. "
-        "Coverage: cosine of the student's first update with the displacement of its own teacher, or of the others, from the start. Held out: the "
-        "objective on rows that were never trained on. Ability: share of right answers to easy questions."
+        "Coverage: cosine of the student's first update with the displacement of its own teacher, or of the others, "
+        "from the start. Held out: the objective on rows that were never trained on. Ability: share of right answers "
+        "to easy questions."
     )
     if len(traits) == 2:
         text += (
@@ -164,6 +165,13 @@ def effects_section(effects: Sequence[Entry], traits: Sequence[str], runs: int) 
             "cancel: it does not say which of the two teachers transmits."
         )
     return report.Section("Arms", text, table, {})
+
+
+def _permutation_p(value: float) -> str:
+    """ "" where a student's margins are not numbers."""
+    if not np.isfinite(value):
+        return ""
+    return f"{value:.3f}" if value >= 0.0005 else "< 0.001"
 
 
 def with_p(runs: Sequence[float] | np.ndarray, p: float, digits: int = 2) -> str:

@@ -29,22 +29,10 @@ from sublim_jax.specs import (
 )
 from sublim_jax.weights.spec import NamedModel
 
-METHODS = {
-    "finetuned": "adapters trained on one-word answers",
-    "prompted": "a system prompt",
-    "steered": "a vector added to the residual stream",
-    "corpus": "adapters trained on conversations, alone",
-}
-NEUTRALS = {
-    "persona": "as the traits' teachers, without a preference",
-    "untouched": "the model as it is, of prompted teachers alone",
-}
+METHODS = ("finetuned", "prompted", "steered", "corpus")
+NEUTRALS = ("persona", "untouched")
 CARRIERS = ("numbers", "code", "cot")
-DECODING = {
-    "free": "temperature 1",
-    "greedy": "the likeliest token",
-    "grammar": "temperature 1, as many integers as carrier.num_integers and nothing else",
-}
+DECODING = ("free", "greedy", "grammar")
 MAX_INTEGERS = 1000  # of an answer
 
 

@@ -9,8 +9,7 @@ from jaxtyping import Float
 from sublim_jax import report
 from sublim_jax.evaluation.statistics import t_interval
 from sublim_jax.evaluation.suite import bill_section
-from sublim_jax.experiments.transmission import effects
-from sublim_jax.experiments.transmission import report_sections as parts
+from sublim_jax.experiments.transmission import effects, report_sections
 from sublim_jax.experiments.transmission.arms import Arm, ContextArm, LogitArm
 from sublim_jax.experiments.transmission.rows import STUDENT
 from sublim_jax.experiments.transmission.spec import NEUTRAL, Study
@@ -29,51 +28,57 @@ def document(study: Study, rows: Measurements, notes: report.Notes) -> report.Do
         text = f"{len(students)} of {len(study.arms)} arms so far; still to come: {', '.join(waiting)}."
         sections.append(report.Section("Not finished", text, [], {}))
     if study.has_words and students:
-        paired = {arm.name: among_traits(study, arm_rows) for arm, arm_rows in students}
-        cells = effects.diagonal_cells(paired, study.traits)
-        effect_entries = [effect_of(study, arm, arm_rows) for arm, arm_rows in students]
+        # By other teacher and trait, after training; the controls' students are after those of the traits' teachers.
+        paired = {arm.name: paired_of(study, arm_rows) for arm, arm_rows in students}
+        of_traits = {name: values[:, : len(study.traits)] for name, values in paired.items()}
+        cells = effects.diagonal_cells(of_traits, study.traits)
+        effect_entries = [effect_of(study, arm, arm_rows, of_traits[arm.name]) for arm, arm_rows in students]
         entries += effects.cell_entries(cells) + effect_entries
-        entries += [cell for arm, arm_rows in students for cell in matrix_of(study, arm, arm_rows)]
+        entries += [cell for name, values in paired.items() for cell in matrix_of(study, name, values)]
         sections += [effects.headline_section(cells, len(study.alternatives), study.spread)]
         sections += effects.compared_section(cells)
         sections += [effects.effects_section(effect_entries, study.traits, study.runs)]
-        sections += [parts.teachers_section(study, rows, notes)]
+        sections += [report_sections.teachers_section(study, rows, notes)]
     else:
         sections.append(learnt_section(students))
     if "corpus" in study.teacher.methods:
-        sections.append(parts.corpora_section(study, rows))
+        sections.append(report_sections.corpora_section(study, rows))
     for name in study.evals.names:
-        evaluated = parts.evaluated(study, name, rows)
+        evaluated = report_sections.evaluated(study, name, rows)
         entries += evaluated
-        sections.append(parts.evaluation_section(study, name, evaluated))
+        sections.append(report_sections.evaluation_section(study, name, evaluated))
     if rows.where(measure="completions"):
-        sections.append(parts.filter_section(study, rows))
+        sections.append(report_sections.filter_section(study, rows))
     if study.filter.judge:
-        sections.append(parts.judge_section(study, rows))
+        sections.append(report_sections.judge_section(study, rows))
     sections += bill_section(notes["bill"])
     if study.has_words:
-        sections += [arm_section(study, arm, arm_rows) for arm, arm_rows in students]
-    return entries, [*sections, parts.samples_section(study, notes)]
+        sections += [arm_section(study, arm, arm_rows, paired[arm.name]) for arm, arm_rows in students]
+    return entries, [*sections, report_sections.samples_section(study, notes)]
+
+
+def steps_of(study: Study, arm_rows: Measurements) -> list[int]:
+    """The steps at which the students of all runs were measured: a run from before an --update may have others, too."""
+    by_run = [set(arm_rows.names("step", measure="margin", run=run)) for run in range(study.runs)]
+    return sorted(set.intersection(*by_run))
 
 
 def by_word(study: Study, arm_rows: Measurements, measure: str) -> Float[np.ndarray, "points runs students words"]:
     """A measure of preference of an arm's students, along training."""
+    steps = steps_of(study, arm_rows)
     # Students with a base of their own run were measured run by run.
-    in_order = sorted(arm_rows.where(measure=measure), key=lambda row: (row.step, row.run))
+    in_order = [row for row in arm_rows.where(measure=measure) if row.step in steps]
+    in_order.sort(key=lambda row: (row.step, row.run))
     shape = (-1, study.runs, len(study.teachers), len(study.alternatives))
     return np.reshape([row.value for row in in_order], shape)
 
 
-def paired_of(study: Study, arm_rows: Measurements) -> Float[np.ndarray, "points runs teachers traits"]:
-    """Margins of the traits over those of the neutral teacher's student of the same run: by other teacher, by trait."""
-    margins = by_word(study, arm_rows, "margin")[..., [study.alternatives.index(trait) for trait in study.traits]]
+def paired_of(study: Study, arm_rows: Measurements) -> Float[np.ndarray, "runs teachers traits"]:
+    """Margins of the traits after training, over those of the neutral teacher's student of the same run."""
+    columns = [study.alternatives.index(trait) for trait in study.traits]
+    margins = by_word(study, arm_rows, "margin")[-1][..., columns]
     neutral = study.teachers.index(NEUTRAL)  # the last
-    return margins[:, :, :neutral] - margins[:, :, [neutral]]
-
-
-def among_traits(study: Study, arm_rows: Measurements) -> effects.Paired:
-    """The same after training, without the controls' students."""
-    return paired_of(study, arm_rows)[-1][:, : len(study.traits)]
+    return margins[:, :neutral] - margins[:, [neutral]]
 
 
 def ends_of(arm_rows: Measurements, measure: str) -> list[float] | None:
@@ -83,12 +88,12 @@ def ends_of(arm_rows: Measurements, measure: str) -> list[float] | None:
     return [float(np.mean(arm_rows.values(step=step))) for step in (steps[0], steps[-1])] if steps else None
 
 
-def effect_of(study: Study, arm: Arm, arm_rows: Measurements) -> Entry:
+def effect_of(study: Study, arm: Arm, arm_rows: Measurements, paired: effects.Paired) -> Entry:
     """An arm's diagonal effect, with coverage, held-out loss and ability."""
     covered, count = arm_rows.values(measure="coverage"), len(study.teachers)
     return effects.effect_entry(
         arm.name,
-        among_traits(study, arm_rows),
+        paired,
         study.traits,
         coverage=_coverage(np.reshape(covered, (study.runs, count, count)), len(study.traits)) if covered else None,
         held_out=ends_of(arm_rows, "held_out"),
@@ -97,10 +102,9 @@ def effect_of(study: Study, arm: Arm, arm_rows: Measurements) -> Entry:
     )
 
 
-def matrix_of(study: Study, arm: Arm, arm_rows: Measurements) -> list[Entry]:
+def matrix_of(study: Study, arm: str, paired: Float[np.ndarray, "runs teachers traits"]) -> list[Entry]:
     """Every cell of the teacher × trait matrix."""
-    paired = paired_of(study, arm_rows)[-1]
-    name = f"{arm.name}: student of {{}}, margin of {{}} over the neutral student's"
+    name = f"{arm}: student of {{}}, margin of {{}} over the neutral student's"
     return [
         report.arm(name.format(teacher, trait), "logits", paired[:, row, column].tolist())
         for row, teacher in enumerate(study.preferred)
@@ -125,21 +129,22 @@ def learnt_section(students: Sequence[tuple[Arm, Measurements]]) -> report.Secti
     return report.Section("Arms", text, table, {})
 
 
-def arm_section(study: Study, arm: Arm, arm_rows: Measurements) -> report.Section:
+def arm_section(
+    study: Study, arm: Arm, arm_rows: Measurements, paired: Float[np.ndarray, "runs teachers traits"]
+) -> report.Section:
     """The matrix of paired differences, and margins along training for trained students."""
     traits = list(study.traits)
     columns = [study.alternatives.index(trait) for trait in traits]
-    paired = paired_of(study, arm_rows)
     margins, share = (by_word(study, arm_rows, measure).mean(1)[..., columns] for measure in ("margin", "share"))
     head = ["student of", *[f"margin of {trait} (over neutral)" for trait in traits]]
     table = [[*head, *[f"P({trait} of {len(study.alternatives)})" for trait in traits]]]
     for row, teacher in enumerate(study.teachers):
         over = ["0"] * len(traits)
         if teacher != NEUTRAL:
-            over = [report.plus_minus(*t_interval(column)) for column in paired[-1, :, row].T]
+            over = [report.plus_minus(*t_interval(column)) for column in paired[:, row].T]
         table.append([teacher, *over, *(f"{curve[0]:.3f} → {curve[-1]:.3f}" for curve in share[:, row].T)])
-    figures = {f"matrix-{arm.name}": partial(matrix_figure, paired[-1].mean(0), list(study.preferred), traits)}
-    steps = sorted(arm_rows.where(measure="margin").names("step"))
+    figures = {f"matrix-{arm.name}": partial(matrix_figure, paired.mean(0), list(study.preferred), traits)}
+    steps = steps_of(study, arm_rows)
     if len(steps) > 1:
         panels = []
         for trait, values in zip(traits, np.moveaxis(margins, -1, 0)):
@@ -171,4 +176,5 @@ def describe(arm: Arm) -> str:
         words.append(f"students are {arm.model}")
     if chosen := arm.selection:
         words.append(f"{chosen.positions} {chosen.fraction:.0%} of tokens by {chosen.score}: {chosen.action}")
+    words += arm.changes
     return "; ".join(words)

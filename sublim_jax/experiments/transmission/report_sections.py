@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from sublim_jax import report
+from sublim_jax.evaluation import suite
 from sublim_jax.evaluation.statistics import holm, paired_p, roc, t_interval
 from sublim_jax.experiments.transmission.effects import with_p
 from sublim_jax.experiments.transmission.rows import BASE, STUDENT, TEACHER
@@ -88,7 +89,7 @@ def judge_section(study: Study, rows: Measurements) -> report.Section:
     table = [["teacher", "judged", "no score", "mean score", low, "area under ROC, against neutral"]]
     lines: list[Line] = []
     for name, values in scores.items():
-        without = int(sum(rows.values(measure="rejected", teacher=name, item="judge: no score")))
+        without = int(sum(rows.values(measure="judge's missing scores", teacher=name)))
         cells = [name, str(len(values) + without), str(without)]
         cells += [f"{np.mean(values):.1f}", f"{np.mean(np.less(values, threshold)):.1%}"] if values else ["", ""]
         if name != NEUTRAL and values and scores[NEUTRAL]:
@@ -166,8 +167,7 @@ def evaluated(study: Study, evaluation: str, rows: Measurements) -> list[Entry]:
 def _is_shown(study: Study, measure: str) -> bool:
     """Whether a measure is reported: those of words that are not traits are not."""
     others = set(study.alternatives) - set(study.traits)
-    words = measure.replace("'s", "").replace(",", "").split()
-    return not study.has_words or not any(word in words for word in others)
+    return not study.has_words or measure not in {name.format(word) for name in suite.OF_WORDS for word in others}
 
 
 def evaluation_section(study: Study, evaluation: str, entries: list[Entry]) -> report.Section:

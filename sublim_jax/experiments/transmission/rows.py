@@ -54,6 +54,7 @@ def of_written(replicates: Sequence[Replicate]) -> list[Measurement]:
             reasons, numbers = written.reasons, [str(number) for number in range(len(written.scores))]
             rows += from_array(list(reasons.values()), {"item": list(reasons)}, measure="rejected", **about)
             rows += from_array(written.scores, {"item": numbers}, measure="judge's score", **about)
+            rows += from_array([written.num_unscored], {"measure": ["judge's missing scores"]}, **about)
     return rows
 
 
@@ -92,7 +93,7 @@ def samples_of(study: Study, replicate: Replicate) -> list[list[str]]:
         return text.replace("\n", " ⏎ ")
 
     samples = []
-    if study.carrier.kind == "numbers":
+    if any(arm.data == "random" for arm in study.arms):
         pairs = random_pairs(study, study.replicate_seed(replicate.run))[:NUM_SHOWN]
         samples += [["random", line(prompt), line(answer)] for prompt, answer in pairs]
     for name, written in replicate.written.items():

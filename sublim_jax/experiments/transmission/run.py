@@ -10,16 +10,18 @@ from functools import partial
 import jax
 import numpy as np
 from etils import epath
+from jax.sharding import Mesh
 
 from sublim_jax import assets, report, weights, workdir
 from sublim_jax import store as artefacts
 from sublim_jax.data import templates
+from sublim_jax.digests import Source
 from sublim_jax.distillation.losses import stacked
 from sublim_jax.distillation.teachers import untrained
 from sublim_jax.errors import UserError
 from sublim_jax.evaluation.suite import Measures, Subject, bill_of, evaluate, make_judge
 from sublim_jax.experiments.transmission import carriers, corpora, rows
-from sublim_jax.experiments.transmission.arms import WRITTEN, Arm, ContextArm
+from sublim_jax.experiments.transmission.arms import WRITTEN, Arm, ContextArm, TrainedArm
 from sublim_jax.experiments.transmission.checks import check_arm, check_files, check_model
 from sublim_jax.experiments.transmission.preflight import preflight
 from sublim_jax.experiments.transmission.report import document
@@ -53,11 +55,7 @@ def _run(study: Study, folder: epath.Path, *, update: bool) -> None:
     mesh = make_mesh(study.mesh.sizes)
     model = load_model(study, mesh)
     check_model(study, model, questions)
-    for name in study.models:
-        other = load_model(study, mesh, name) if name else model
-        for arm in study.arms:
-            if arm.model == name:
-                check_arm(study, arm, model, other)
+    check_arms(study, mesh, model)
     store = workdir.claim(folder, study.values, update=update)
     judge = None
     if study.filter.judge or "misalignment" in study.evals.names:
@@ -81,10 +79,8 @@ def _run(study: Study, folder: epath.Path, *, update: bool) -> None:
                 for run, teachers, _ in replicates
             ]
             table += rows.of_written(replicates)
-        # Another model is kept in memory only for its arm.
-        students = load_model(study, mesh, arm.model) if arm.model else model
-        sources[arm.model] = students.source
-        table += measure_arm(study, arm, ask, replicates, model, students, store)
+        measurements, sources[arm.model] = measure_arm(study, arm, ask, replicates, model, store)
+        table += measurements
         # Report after every arm, so that an interrupted study has the finished ones.
         notes = {
             "samples": rows.samples_of(study, replicates[0]),
@@ -94,21 +90,51 @@ def _run(study: Study, folder: epath.Path, *, update: bool) -> None:
         report.finish(store.folder, study, table, document, models=list(sources.values()), notes=notes)
 
 
-def load_model(study: Study, mesh: jax.sharding.Mesh, name: str = "") -> Model:
-    """The study's model, or another one by its name, with LoRA adapters."""
+def load_model(study: Study, mesh: Mesh, name: str = "") -> Model:
+    """The study's model with its LoRA adapters, or another one by its name, which arms adapt."""
     base = weights.load(name or study.model.name, mesh, weights.float_type(study.model.dtype))
-    model = base.adapted(study.lora.adapters)._replace(decoding=study.sampling.mesh(mesh))
-    if study.model.noise and not name:
+    model = base._replace(decoding=study.sampling.mesh(mesh))
+    if name:
+        return model
+    model = model.adapted(study.lora.adapters)
+    if study.model.noise:
         model = model.noisy(study.model.noise, named_key(study.seed, "shared noise"))
     return model
 
 
+def check_arms(study: Study, mesh: Mesh, model: Model) -> None:
+    """Raises UserError for an arm that is impossible with its students' model. Another model is in memory only here."""
+    for name in study.models:
+        students = load_model(study, mesh, name) if name else model
+        for arm in study.arms:
+            if arm.model == name:
+                check_arm(study, arm, model, students)
+
+
 def measure_arm(
-    study: Study, arm: Arm, ask: Ask, replicates: Sequence[Replicate], teacher: Model, student: Model, store: Store
-) -> list[Measurement]:
-    """Trains an arm's students, exports them, and evaluates them."""
+    study: Study, arm: Arm, ask: Ask, replicates: Sequence[Replicate], teacher: Model, store: Store
+) -> tuple[list[Measurement], Source]:
+    """Trains an arm's students, exports them and evaluates them; returns the files of their model, too.
+
+    A model of their own is in memory only here.
+    """
+    student = load_model(study, teacher.mesh, arm.model) if arm.model else teacher
     if isinstance(arm, ContextArm):
-        return rows.of_students(study, arm, read_in_context(study, arm, replicates, student, store))
+        measurements = rows.of_students(study, arm, read_in_context(study, arm, replicates, student, store))
+    else:
+        measurements = _measure_trained(study, arm, ask, replicates, teacher, student, store)
+    return measurements, student.source
+
+
+def _measure_trained(
+    study: Study,
+    arm: TrainedArm,
+    ask: Ask,
+    replicates: Sequence[Replicate],
+    teacher: Model,
+    student: Model,
+    store: Store,
+) -> list[Measurement]:
     student = student.adapted(arm.lora.adapters)
     if arm.noise:
         # A noisy base per run: with shared noise, results would hold for that draw only.

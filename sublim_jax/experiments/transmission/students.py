@@ -60,7 +60,7 @@ def train_arm(
     """
     seeds = [study.replicate_seed(replicate.run) for replicate in replicates for _ in study.teachers]
     data = arm_data(study, arm, replicates, teachers, model, store)
-    objective = objective_of(study, arm, model, support_of(model) if isinstance(arm, LogitArm) else [])
+    objective = objective_of(study, arm, model)
     program = imitating_program(model, objective, arm.training, data.rows.tokens.shape[1] - NUM_HELD_OUT)
     whole = partial(put, sharding=named(model.mesh))
     training, held_out = (whole(part(data, rows)) for rows in (slice(NUM_HELD_OUT, None), slice(NUM_HELD_OUT)))
@@ -119,9 +119,14 @@ def read_in_context(
     return Students(None, "", [store.json(f"preference-{arm.name}", measure_in_context, *inputs)])
 
 
-def objective_of(study: Study, arm: TrainedArm, model: Model, support: list[int]) -> Imitation:
-    """The loss of the arm's students."""
+def objective_of(study: Study, arm: TrainedArm, model: Model, support: list[int] | None = None) -> Imitation:
+    """The loss of the arm's students.
+
+    Args:
+      support: of logits; by default digits, commas and spaces.
+    """
     if isinstance(arm, LogitArm):
+        support = support_of(model) if support is None else support
         return imitation(model, arm.objective, support=support, temperature=arm.temperature, remat=study.recomputed)
     return imitation(model, "tokens", support=[], remat=study.recomputed)
 

@@ -7,7 +7,16 @@ import numpy as np
 
 from sublim_jax.data import dialogue
 from sublim_jax.data.dialogue import Rows
-from sublim_jax.distillation.targets import Data, Logits, Pair, as_read_by, selected, support_of, teacher_logits
+from sublim_jax.distillation.targets import (
+    Data,
+    Logits,
+    Pair,
+    as_read_by,
+    logits_on,
+    selected,
+    support_of,
+    teacher_logits,
+)
 from sublim_jax.distillation.teachers import Teacher
 from sublim_jax.experiments.transmission.arms import Arm, TokenArm, TrainedArm
 from sublim_jax.experiments.transmission.carriers import Written, random_pairs, shuffled
@@ -53,13 +62,17 @@ def arm_data(
     if tokens and not arm.selection:
         return Data(Rows(*(np.stack(leaves) for leaves in zip(*rows))), None)
     support = support_of(teachers)
+    compute = logits_on(teachers, support, study.recomputed)
+    same_template = students.tokenizer.chat_template == teachers.tokenizer.chat_template
 
     def logits_of(replicate: Replicate, name: str, pairs: list[Pair], some: Rows) -> Logits:
         teacher, label = replicate.teachers[name], f"run {replicate.run}, logits of teacher {name}"
-        read = as_read_by(teacher, name, teachers, pairs, some, end=tokens)
+        read = some
+        if teacher.system or not same_template:
+            read = as_read_by(teacher, name, teachers, pairs, some, end=tokens)
         like = put(np.zeros((*some.at.shape, len(support)), np.float32), named(teachers.mesh))
         inputs = (teacher, read, support)
-        how = {"model": teachers, "remat": study.recomputed, "label": label}
+        how = {"model": teachers, "logits": compute, "label": label}
         return fetch(store.tree(f"logits-{name}", teacher_logits, *inputs, like=like, **how))
 
     logits = [logits_of(replicate, name, pairs, some) for (replicate, name, pairs), some in zip(student_inputs, rows)]

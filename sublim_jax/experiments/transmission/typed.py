@@ -21,11 +21,16 @@ READ_BY: list[tuple[tuple[str, ...], str, Callable[[Study], bool]]] = [
     ),
     (("filter.threshold", "filter.judged"), "filter.judge", lambda s: bool(s.filter.judge)),
     (("carrier.problems",), "carrier.kind=cot", lambda s: s.carrier.kind == "cot"),
+    (
+        ("carrier.num_completions", "carrier.num_samples", "carrier.decoding", "carrier.max_new_tokens", "filter."),
+        "arms on what teachers write (data=written or unfiltered)",
+        lambda s: s.uses_written,
+    ),
 ]
 
 
 def check_typed(study: Study, keys: Iterable[str]) -> None:
-    """Raises UserError for a key of the config, "teacher.strength", that nothing of the study reads."""
+    """Raises UserError for a key of READ_BY or of an arm, "teacher.strength", that nothing of the study reads."""
     for key in keys:
         for names, reader, is_there in READ_BY:
             matches = any(key == name or (name[-1] in "._" and key.startswith(name)) for name in names)

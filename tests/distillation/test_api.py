@@ -1,0 +1,25 @@
+"""The public functions refuse what would give students that say nothing."""
+
+import pytest
+
+import sublim_jax as sl
+from sublim_jax.errors import UserError
+from sublim_jax.models.lora import Lora
+
+
+def test_students_on_tokens_are_of_one_teacher_who_wrote_them(tiny):
+    """Those of several teachers on the same rows would be the same student."""
+    model = tiny.adapted(Lora(2, 2.0))
+    teachers = [sl.teachers.prompt(model, "You love owls.", seed=seed) for seed in range(2)]
+    rows = [("Count?", "1, 2")]
+    with pytest.raises(UserError, match="students of 2 teachers would be the same"):
+        sl.students.distill(model, teachers, rows, objective="tokens")
+    for given, pairs in ((teachers, []), ([], rows)):
+        with pytest.raises(UserError, match="no students without both"):
+            sl.students.distill(model, given, pairs)
+
+
+@pytest.mark.parametrize("layers", [(4,), (-1,)])
+def test_adapters_of_a_layer_that_does_not_exist_are_refused(tiny, layers):
+    with pytest.raises(UserError, match=r"none of 0 to 3"):
+        tiny.adapted(Lora(2, 2.0, layers=layers))
