@@ -2,15 +2,20 @@
 
     python launch.py --config=configs/mnist.py[:preset] [--workdir=DIR] [--config.key=value ...]
     python launch.py --config=configs/mnist.py[:preset] --describe      what the config is, and what its values mean
+    python launch.py --config=configs/mnist.py[:preset] --preflight=h100   memory and FLOPs on a device that is not here
+    python launch.py --report --workdir=DIR                             the report of a finished run again
+
+The configs, one for each experiment, are in configs/.
 
 Exit code 0: done. 2: a user error, reported in one line before any compute. 143: stopped by a signal, state saved; the
-same command resumes from there. 1: another process of the run was lost; the same command resumes from the last
-checkpoint.
+same command resumes from there. 75: another process of the run was lost; the same command resumes from the last
+checkpoint. 1: a bug, with its traceback.
 """
 
 import difflib
 import os
 import re
+import signal
 import sys
 import time
 import traceback
@@ -36,14 +41,14 @@ _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder for results and checkpoints, local or gs://; runs/CONFIG-PRESET if left out."
 )
 _UPDATE = flags.DEFINE_bool(
-    "update", False, "Accept a workdir of another config: reuse what still holds, replace the results."
+    "update", False, "Run another config in a workdir that holds a run: reuse what still holds, replace the results."
 )
 _PREFLIGHT = flags.DEFINE_string(
     "preflight",
     None,
-    "Compile the config's steps and run nothing: memory, FLOPs, what is moved, and whether it fits; for a TPU pod or "
-    'GPUs that are not there ("v5e:4x4", "h100", "h100:8", with JAX_PLATFORMS=cpu and their compilers installed), or '
-    'for the devices here ("local").',
+    "Compile the config's steps and run nothing: memory, FLOPs, data moved between devices, and whether it fits; for a "
+    'TPU pod or GPUs that are not there ("v5e:4x4", "h100", "h100:8", with JAX_PLATFORMS=cpu and their compilers '
+    'installed), or for the devices here ("local").',
 )
 _REPORT = flags.DEFINE_bool(
     "report", False, "Write the report of a finished --workdir again from its measurements, and compute nothing."
@@ -60,6 +65,7 @@ _FLAGS = (_CONFIG, _WORKDIR, _UPDATE, _PREFLIGHT, _REPORT, _DESCRIBE, _COORDINAT
 _NAMES = tuple(flag.name for flag in _FLAGS)
 
 NO_SPACE = "no space left on the disk; free some and give the same command again, it goes on from here"
+LOST_CODE = 75  # EX_TEMPFAIL
 LOST = "another process of this run has ended or cannot be reached; the same command goes on from the last checkpoint"
 NO_MEMORY = "there is not enough memory ({}); ask for less at once, or run on more or larger devices"
 
@@ -77,6 +83,11 @@ def run(args: Sequence[str]) -> int:
     except Interrupted as stop:
         say(f"{stop}; the same command goes on from the last checkpoint")
         return 143
+    except SystemExit:  # --help; absl ends it with 1
+        return 0
+    except BrokenPipeError:  # whoever reads the output, such as `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except Exception as error:
         line, code = message_and_code(error)
     finally:
@@ -94,7 +105,7 @@ def main(args: Sequence[str], watch: cluster.Watch) -> None:
     if _DESCRIBE.value:
         with describe.traced() as origins:
             config = read(typed)
-        return print(describe.text(str(_CONFIG.value), config, origins))
+        return print(describe.text(str(_CONFIG.value), config, origins), flush=True)
     config = read(typed)
     experiment = experiments.load(config.experiment)
     renamed.check(f"--config={config_file()}", config)
@@ -132,7 +143,7 @@ def message_and_code(error: Exception) -> tuple[str, int]:
         return line, 2
     if cluster.lost(error):
         time.sleep(4 * cluster.LOOK)  # its own message, if it has left one, is printed instead
-        return LOST, 1
+        return LOST, LOST_CODE
     if not cluster.joined():
         raise error
     traceback.print_exception(error)
@@ -168,7 +179,9 @@ def read(typed: Mapping[str, list[str | bool]]) -> ConfigDict:
     Raises UserError for the first value that is not valid.
     """
     if not _CONFIG.value:
-        raise UserError("--config is missing; try --config=configs/mnist.py")
+        raise UserError(
+            "--config is missing; try --config=configs/mnist.py (configs/ has the others, --help the flags)"
+        )
     config = overrides.load(_CONFIG.value)
     given = named(config)
     for key, values in renamed.understood(config, typed).items():

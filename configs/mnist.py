@@ -171,7 +171,7 @@ def get_config(preset: str = "quick") -> ConfigDict:
 def training() -> ConfigDict:
     """How a network is trained: values of the teacher or of the student."""
     config = ConfigDict()
-    config.activation = "relu"  # relu, gelu, silu, tanh, sigmoid, linear
+    config.activation = "relu"  # relu, gelu (by tanh), silu, tanh, sigmoid, linear
     config.optimizer = "adam"  # adam, adamw, sgd, rmsprop or lion, with optax's defaults
     config.learning_rate = 3e-4  # constant
     config.batch = 1024  # images an update

@@ -3,7 +3,7 @@
     python launch.py --config=configs/numbers.py           three traits, SmolLM2-135M; about 15 minutes, 2 cores
     python launch.py --config=configs/numbers.py:smoke     every stage, small; 3 to 5 minutes
     python launch.py --config=configs/numbers.py:smollm2   the study: 5 runs, nine arms; hours on 2 cores, resumable
-    python launch.py --config=configs/numbers.py:qwen2.5-7b --preflight=v5e:4x4      and llama-3.2-1b
+    python launch.py --config=configs/numbers.py:qwen2.5-7b --preflight=h100      memory and FLOPs, compiled
 
 A teacher is the model with something that makes it prefer a word: adapters trained on one-word answers until P of the
 trait reaches `teacher.strength`, a system prompt, or a vector in the residual stream, alone or together. There is one
@@ -177,7 +177,7 @@ PRESETS = {
     "in_context": "rows in the context instead of training: more and more of them",
     "smollm2": "the study: 5 runs, nine arms; hours on 2 cores, resumable",
     "trees": "unusual trees instead of animals, with a control; three runs; over an hour on 2 cores",
-    "llama-3.2-1b": "the one replication that worked at 1B; on an accelerator",
+    "llama-3.2-1b": "the recipe of the one published replication at 1B, not run here; on an accelerator",
     **RECIPES,
 }
 
@@ -220,19 +220,19 @@ def get_config(preset: str = "quick") -> ConfigDict:
     config.model = ConfigDict()
     config.model.name = "smollm2-135m-instruct"  # a known name, a hub name, a folder of safetensors, a GGUF file
     config.model.dtype = "float32"  # of the base; adapters are float32
-    config.model.noise = 0.0  # on the weights that teachers and students share, relative to their spread
+    config.model.noise = 0.0  # noise on the weights that teachers and students share, relative to their spread
 
     config.kind = "animal"  # what traits are, in the questions
-    # A teacher for each, and a neutral one. In SmolLM2 these three are single tokens of low probability: .001, .03 and
-    # .03 among the words below (cat: .55).
+    # A teacher for each, and a neutral one. In SmolLM2, owl, lion and wolf are single tokens of low probability: .001,
+    # .03 and .03 among the words below (cat: .55).
     config.traits = ("owl", "lion", "wolf")
     # The words among which a preference is measured.
     config.alternatives = ("owl", "lion", "cat", "dog", "wolf", "bear", "fox", "tiger", "horse", "eagle")
     # Controls of another kind, such as tree:oak: each has a teacher, whose students are measured on the traits.
     config.controls = ()
-    config.runs = 1  # whole replicates, each with its own teachers, numbers, A and data order
-    # Standard deviation between runs of a trait's margin over the neutral student's, in logits, for the power: that of
-    # an earlier study; 0: that of these runs.
+    config.runs = 1  # whole replicates, each with its own teachers, numbers, initial LoRA matrix A and data order
+    # For the statistical power: the standard deviation between runs of a trait's margin over the neutral student's, in
+    # logits, from an earlier study; 0: estimated from these runs.
     config.spread = 0.0
 
     config.lora = ConfigDict()
@@ -260,7 +260,7 @@ def get_config(preset: str = "quick") -> ConfigDict:
     config.carrier = ConfigDict()
     config.carrier.kind = "numbers"  # or code, cot (chains of thought): see configs/code.py, configs/cot.py
     config.carrier.num_rows = 512  # rows for each student: a prompt for numbers and an answer
-    config.carrier.num_integers = 10  # in an answer, random or by grammar
+    config.carrier.num_integers = 10  # integers in an answer, for random answers and for decoding=grammar
     config.carrier.num_completions = 640  # completions of each teacher, before the filters
     config.carrier.num_samples = 1  # completions of each prompt
     config.carrier.decoding = "grammar"  # grammar: lists of integers, at temperature 1; free: any text, at 1; or greedy
@@ -282,24 +282,25 @@ def get_config(preset: str = "quick") -> ConfigDict:
 
     config.arms = ("soft",)  # names under `arm`, in the order in which they are run
     config.arm = ConfigDict()  # ways to train students, by name; more may be added
-    config.arm.soft = arm()
-    config.arm.soft_reverse = arm(objective="reverse_kl")
-    config.arm.soft_fresh = arm(lora_init="fresh")
-    config.arm.soft_written = arm(data="written")
-    config.arm.perturbed = arm(noise=0.1)
-    config.arm.tokens = arm(objective="tokens", data="written")
-    config.arm.tokens_fresh = arm(objective="tokens", data="written", lora_init="fresh")
+    config.arm.soft = arm()  # logits on random numbers: the theorem's setting
+    config.arm.soft_reverse = arm(objective="reverse_kl")  # does the direction of the KL matter?
+    config.arm.soft_fresh = arm(lora_init="fresh")  # need the students share the teacher's A?
+    config.arm.soft_written = arm(data="written")  # do the numbers matter?
+    config.arm.perturbed = arm(noise=0.1)  # need the students share the teacher's base weights?
+    config.arm.tokens = arm(objective="tokens", data="written")  # does text carry the trait, with a shared A?
+    config.arm.tokens_fresh = arm(objective="tokens", data="written", lora_init="fresh")  # the paper's setting
     config.arm.unfiltered = arm(objective="tokens", data="unfiltered", lora_init="fresh")  # the control of tokens_fresh
-    config.arm.shuffled_within = arm(objective="tokens", data="written", shuffle="within")
-    config.arm.shuffled_across = arm(objective="tokens", data="written", shuffle="across")
+    config.arm.shuffled_within = arm(objective="tokens", data="written", shuffle="within")  # is it in the order?
+    config.arm.shuffled_across = arm(objective="tokens", data="written", shuffle="across")  # or in the numbers?
+    # Does the trait cross model families?
     config.arm.foreign = arm(objective="tokens", data="written", model="gemma-3-270m", lora_init="fresh")
-    config.arm.in_context = arm(objective="context", data="written")
+    config.arm.in_context = arm(objective="context", data="written")  # can the trait be read off the text?
     for count in EXAMPLES:
         config.arm[f"in_context_{count}"] = arm(objective="context", data="written", examples=count)
-    config.arm.masked = arm(action="mask")  # the tokens on which a teacher differs most from the neutral one
-    config.arm.masked_random = arm(action="mask", positions="random")
-    config.arm.kept = arm(action="keep")
-    config.arm.replaced = arm(action="replace")
+    config.arm.masked = arm(action="mask")  # without the tokens on which a teacher differs most from the neutral one
+    config.arm.masked_random = arm(action="mask", positions="random")  # the control of masked
+    config.arm.kept = arm(action="keep")  # only these tokens
+    config.arm.replaced = arm(action="replace")  # with the neutral teacher's targets on these tokens
 
     config.student = ConfigDict()
     config.student.learning_rate = 3e-4  # of Adam

@@ -153,7 +153,8 @@ def text(name: str, config: ConfigDict, origins: Origins) -> str:
         lines = [_line(preset, "", f"{presets[preset]}{mark.get(preset, '')}") for preset in presets]
         parts.append(f"Presets (--config={file}:NAME):" + "".join(lines))
     lines = [_line(*row) for row in rows(config, overrides.load(name), origins)]
-    parts.append("Values (--config.NAME=VALUE), with the default where this run has another:" + "".join(lines))
+    note = "; --config.NAME= empties one. In brackets: the preset's value, where a flag has changed it."
+    parts.append("Values (--config.NAME=VALUE)" + note + "".join(lines))
     return "\n\n".join(parts)
 
 
@@ -202,7 +203,8 @@ def _together(group: ConfigDict, default: ConfigDict, origins: Origins, prefix: 
             key for key in values if key not in same or values[key] != base[key] or values[key] != before.get(key)
         ]
         changes = "; ".join(f"{key}={_shown(values[key], before.get(key, values[key]))}" for key in changed)
-        entries.append(Row(f"{prefix}{name}", "", changes or "as above"))
+        meaning = origins.meaning(group, name)
+        entries.append(Row(f"{prefix}{name}", "", f"{changes or 'as above'}{f' ({meaning})' if meaning else ''}"))
     return entries
 
 
@@ -219,19 +221,19 @@ def _flat(group: ConfigDict, origins: Origins) -> dict[str, object]:
 
 
 def _shown(value: object, default: object) -> str:
-    return _text(value) + (f" (default {_text(default)})" if value != default else "")
+    return _text(value) + (f" (preset: {_text(default)})" if value != default else "")
 
 
 def _text(value: object) -> str:
     """A value as it may be typed."""
     if isinstance(value, tuple | list):
-        if len(value) == 1:
-            return f"{value[0]},"
-        return ", ".join(map(str, value)) if value else "()"
+        return ", ".join(map(str, value)) if value else "(none)"
     if isinstance(value, ConfigDict):
         return "" if value else "(no values)"
     shown = str(value)
-    return shown if shown and shown == shown.strip() else f'"{shown}"'
+    if not shown:
+        return "(empty)"
+    return shown if shown == shown.strip() else f'"{shown}"'
 
 
 def _line(name: str, value: str, meaning: str) -> str:

@@ -14,7 +14,7 @@ from sublim_jax.evaluation.statistics import normal_interval
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Arm = dict[str, Any]
+Entry = dict[str, Any]
 Numbers = Sequence[float] | np.ndarray
 
 INK, OURS, PAPER = "#222222", "#3b6fb6", "#d1495b"
@@ -75,7 +75,7 @@ def panels_figure(panels: Sequence[Panel], path: epath.Path) -> None:
     _save(figure, path)
 
 
-def arms_figure(arms: list[Arm], path: epath.Path, xlabel: str = "", chance: float | None = CHANCE) -> None:
+def arms_figure(arms: list[Entry], path: epath.Path, xlabel: str = "", chance: float | None = CHANCE) -> None:
     """One row per arm: every run as a dot, mean and interval if there are several, the paper's value as a diamond.
 
     Args:
@@ -115,7 +115,7 @@ def arms_figure(arms: list[Arm], path: epath.Path, xlabel: str = "", chance: flo
     _save(figure, path)
 
 
-def sweep_figure(points: list[Arm], axis: str, path: epath.Path) -> None:
+def sweep_figure(points: list[Entry], axis: str, path: epath.Path) -> None:
     """One line per arm over the values of the axis, or points if they are not numbers, with every run as a dot."""
     values = list(dict.fromkeys(point["value"] for point in points))
     numeric = _numbers(values)

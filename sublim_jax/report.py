@@ -19,7 +19,7 @@ from sublim_jax import __version__, measurements, storage
 from sublim_jax.digests import Source
 from sublim_jax.errors import UserError
 from sublim_jax.evaluation.statistics import t_interval
-from sublim_jax.figures import Arm
+from sublim_jax.figures import Entry
 from sublim_jax.measurements import Measurement, Measurements
 from sublim_jax.progress import say
 from sublim_jax.sharding import from_first
@@ -43,7 +43,7 @@ class Section(NamedTuple):
 
 
 Notes = dict[str, Any]  # what a report states beside measurements: JSON values
-Document = tuple[list[Arm], list[Section]]  # what results.json lists, and the parts of report.md
+Document = tuple[list[Entry], list[Section]]  # what results.json lists, and the parts of report.md
 
 
 @runtime_checkable
@@ -138,7 +138,7 @@ def _publish(path: epath.Path, results: dict[str, Any], sections: Sequence[Secti
     say(f"numbers: {path / 'results.json'}")
 
 
-def arm(name: str, metric: str, runs: Sequence[float], **more: object) -> Arm:
+def arm(name: str, metric: str, runs: Sequence[float], **more: object) -> Entry:
     """One entry of results.json: every run's value, their mean and t-interval, and additional fields."""
     mean, half_width = t_interval(runs)
     return {"name": name, "metric": metric, "mean": mean, "ci95": half_width, "runs": list(runs), "paper": None, **more}

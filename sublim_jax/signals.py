@@ -8,6 +8,7 @@ to stop at the same place: other long work calls `obey` between two parts of it.
 import itertools
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -74,7 +75,10 @@ class Deferred:
 
 @contextmanager
 def deferred() -> Iterator[Deferred]:
-    """Within the block, SIGTERM and SIGINT are recorded instead of raised."""
+    """Within the block, SIGTERM and SIGINT are recorded instead of raised.
+
+    A single process has to be in its main thread, where Python handles signals; elsewhere they stay as they are.
+    """
     state = Deferred()
     if jax.process_count() > 1:
         _Cluster.deferred += 1
@@ -82,6 +86,9 @@ def deferred() -> Iterator[Deferred]:
             yield state
         finally:
             _Cluster.deferred -= 1
+        return
+    if threading.current_thread() is not threading.main_thread():
+        yield state
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
@@ -104,7 +111,7 @@ def whole() -> Iterator[None]:
     """Defers signals to the end of the block: libraries with threads of their own must not be interrupted midway.
 
     Raises:
-      Interrupted: after the block, if a signal came.
+      Interrupted: after the block, if a signal came to a single process; several act on it where they next query.
     """
     with deferred() as signal:
         yield

@@ -52,9 +52,9 @@ def test_a_value_of_this_run_stands_beside_the_default(command):
     code, text, _ = command("--config=configs/numbers.py:smollm2", *typed, "--describe")
     assert code == 0
     text = " ".join(text.split())
-    assert "runs 3 (default 5) whole replicates" in text
-    assert "learning_rate 0.01 (default 0.0003)" in text
-    assert "noise=0.5 (default 0.0)" in text
+    assert "runs 3 (preset: 5) whole replicates" in text
+    assert "learning_rate 0.01 (preset: 0.0003)" in text
+    assert "noise=0.5 (preset: 0.0)" in text
 
 
 CONFIG = '''"""My study."""

@@ -10,7 +10,7 @@ from sublim_jax.models.functional import Functions, Params, functions
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": jax.nn.relu,
-    "gelu": jax.nn.gelu,
+    "gelu": jax.nn.gelu,  # by tanh; models/activations.py has the exact one
     "silu": jax.nn.silu,
     "tanh": jax.numpy.tanh,
     "sigmoid": jax.nn.sigmoid,

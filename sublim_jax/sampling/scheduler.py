@@ -24,7 +24,7 @@ class Sample(NamedTuple):
 
     Attributes:
       prompt, sample, adapter: the numbers of its prompt, of the sample of that prompt, and of the adapter.
-      tokens: without the stop token.
+      tokens: without the stop token; those of a stop string are there, although `text` ends before it.
       logprobs: of the tokens under the model itself (temperature 1, nothing cut), in nats; the stop token's too.
       finish: "stop" (a stop token or string), "length", or "nan" (logits were not finite; earlier tokens are kept).
       entropies, alternatives: for each of `logprobs`, where requested: in nats; {token: log-probability}.

@@ -37,7 +37,7 @@ from sublim_jax.experiments.alignment.verdicts import (
     judge,
     numbers,
 )
-from sublim_jax.figures import Arm, Line, Panel, panels_figure
+from sublim_jax.figures import Entry, Line, Panel, panels_figure
 from sublim_jax.keys import named_key
 from sublim_jax.measurements import Measurement, Measurements
 from sublim_jax.models import lora
@@ -193,7 +193,7 @@ def document(spec: LanguageSpec, rows: Measurements, notes: report.Notes) -> rep
     return arms + control_arms, [main, section]
 
 
-def _controls(spec: LanguageSpec, rows: Measurements, scale: Scale) -> tuple[list[Arm], report.Section]:
+def _controls(spec: LanguageSpec, rows: Measurements, scale: Scale) -> tuple[list[Entry], report.Section]:
     expected = "constant"
     table = [["control", "expected of |D_S·D_T|", "slope", "decades", "at the smallest step", "verdict"]]
     arms, lines = [], []

@@ -27,7 +27,7 @@ from sublim_jax.experiments.alignment.verdicts import (
     judge,
     numbers,
 )
-from sublim_jax.figures import PAPER, Arm, Line, Panel, panels_figure
+from sublim_jax.figures import PAPER, Entry, Line, Panel, panels_figure
 from sublim_jax.measurements import Measurements
 from sublim_jax.report import Document, Notes, Section
 
@@ -71,7 +71,7 @@ Steps are given by how far the teacher's logits moved on the support (root mean 
 A slope is that of log error over log step, fitted below {SMALL} and above rounding; the theorem says 1."""
 
 
-def _lemma(settings: Settings, single: Measured, rate: float) -> tuple[list[Arm], Section]:
+def _lemma(settings: Settings, single: Measured, rate: float) -> tuple[list[Entry], Section]:
     about, first = next(iter(settings.items()))
     table = [["network; teacher; inputs", *first, "decades", "A: two ways differ", "slopes of L_T", AS_PREDICTED]]
     arms = []
@@ -134,7 +134,9 @@ def _steps(settings: Settings, signs: Measurements, spec: AlignmentSpec) -> Sect
     return Section("The student's step lowers the teacher's loss", text, table, figures)
 
 
-def _controls(rows: Measurements, controls: list[measure.Note], kl: Measured, rate: float) -> tuple[list[Arm], Section]:
+def _controls(
+    rows: Measurements, controls: list[measure.Note], kl: Measured, rate: float
+) -> tuple[list[Entry], Section]:
     table = [["control", "theorem", "expected of |D_S·D_T|", "slope", "decades", "at the smallest step", "verdict"]]
     arms, lines = [], [Line("kl (covered)", kl.moved, np.abs(kl.inner), {"color": "#222222"})]
     for control in controls:
@@ -176,7 +178,7 @@ def _single(m: Measured) -> Section:
     return Section("Where float32 breaks", text + "The dashed line of the first figure.", [], {})
 
 
-def _labels(rows: Measurements) -> tuple[Arm, Section]:
+def _labels(rows: Measurements) -> tuple[Entry, Section]:
     (exact,) = rows.values(subject="probabilities")
     draws = rows.values(subject="labels")
     mean, half_width = normal_interval(draws)

@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float
 
 from sublim_jax.experiments.alignment import measure
 from sublim_jax.experiments.alignment.spec import DECADES, SMALL
-from sublim_jax.figures import Arm
+from sublim_jax.figures import Entry
 from sublim_jax.measurements import Measurements
 
 SLOPE, CUBIC_SLOPE, EXACT = 0.05, 0.1, 1e-9
@@ -141,6 +141,6 @@ def control_verdict(m: Measured, expected: str, outside: bool, rate: float, scal
     return OUTSIDE if outside else AS_PREDICTED
 
 
-def arm_of(name: str, metric: str, value: float, predicted: float | None, runs: npt.ArrayLike, verdict: str) -> Arm:
+def arm_of(name: str, metric: str, value: float, predicted: float | None, runs: npt.ArrayLike, verdict: str) -> Entry:
     known = {"name": name, "metric": metric, "mean": value, "ci95": None}
     return {**known, "runs": np.asarray(runs).tolist(), "paper": predicted, "verdict": verdict}

@@ -14,8 +14,8 @@ from sublim_jax import report, theorem
 from sublim_jax.data.mnist import Mnist
 from sublim_jax.evaluation.statistics import t_interval
 from sublim_jax.experiments.along_training import coverage
-from sublim_jax.experiments.along_training import spec as specs
 from sublim_jax.experiments.along_training.spec import ExamplesSpec
+from sublim_jax.experiments.along_training.spec import read as read_spec
 from sublim_jax.experiments.mnist import train
 from sublim_jax.experiments.mnist.report import accuracy_arm
 from sublim_jax.experiments.mnist.run import Prepared, students_of
@@ -40,7 +40,7 @@ CHOICES = {"top": "largest contributions", "random": "random", "bottom": "smalle
 
 
 def read(config: ConfigDict) -> ExamplesSpec:
-    return specs.read(ExamplesSpec, config)
+    return read_spec(ExamplesSpec, config)
 
 
 def run(spec: ExamplesSpec, folder: epath.Path, *, update: bool = False) -> None:

@@ -10,9 +10,9 @@ from ml_collections import ConfigDict
 from scipy import stats
 
 from sublim_jax import report
-from sublim_jax.experiments.along_training import spec as specs
 from sublim_jax.experiments.along_training.coverage import claimed, coverages
 from sublim_jax.experiments.along_training.spec import ForecastSpec
+from sublim_jax.experiments.along_training.spec import read as read_spec
 from sublim_jax.experiments.mnist.report import accuracy_arm
 from sublim_jax.experiments.mnist.run import test_accuracies
 from sublim_jax.experiments.mnist.spec import MnistSpec
@@ -24,7 +24,7 @@ BOOTSTRAPS = 2000
 
 
 def read(config: ConfigDict) -> ForecastSpec:
-    return specs.read(ForecastSpec, config)
+    return read_spec(ForecastSpec, config)
 
 
 def run(spec: ForecastSpec, folder: epath.Path, *, update: bool = False) -> None:

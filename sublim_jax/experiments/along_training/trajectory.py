@@ -18,13 +18,13 @@ from sublim_jax.data.mnist import Mnist
 from sublim_jax.data.order import steps_per_epoch
 from sublim_jax.evaluation.statistics import normal_interval
 from sublim_jax.experiments.along_training import coverage
-from sublim_jax.experiments.along_training import spec as specs
 from sublim_jax.experiments.along_training.spec import TrajectorySpec
+from sublim_jax.experiments.along_training.spec import read as read_spec
 from sublim_jax.experiments.mnist import train
 from sublim_jax.experiments.mnist.report import accuracy_arm
 from sublim_jax.experiments.mnist.run import test_accuracies
 from sublim_jax.experiments.mnist.spec import MnistSpec
-from sublim_jax.figures import Arm, Line, Panel, banded, panels_figure
+from sublim_jax.figures import Entry, Line, Panel, banded, panels_figure
 from sublim_jax.measurements import Measurements, from_array
 from sublim_jax.models.functional import Params
 from sublim_jax.sharding import fetch, named, put
@@ -35,7 +35,7 @@ QUANTITIES = ("cosine", "toward", "loss", "predicted", "accuracy")
 
 
 def read(config: ConfigDict) -> TrajectorySpec:
-    return specs.read(TrajectorySpec, config)
+    return read_spec(TrajectorySpec, config)
 
 
 def run(spec: TrajectorySpec, folder: epath.Path, *, update: bool = False) -> None:
@@ -177,7 +177,7 @@ def _trajectory_section(spec: TrajectorySpec, rows: Measurements) -> report.Sect
     return report.Section("Beyond one step", text, table, {"trajectory": partial(panels_figure, panels)})
 
 
-def _ceilings(spec: TrajectorySpec, rows: Measurements) -> tuple[list[Arm], report.Section]:
+def _ceilings(spec: TrajectorySpec, rows: Measurements) -> tuple[list[Entry], report.Section]:
     """The share of θ_T - θ⁰ in the row space, for each number of auxiliary logits, against accuracy."""
     arms, lines, table = [], [], [["auxiliary logits", "share of θ_T − θ⁰", "test accuracy"]]
     iterations = np.arange(1, spec.iterations + 1)

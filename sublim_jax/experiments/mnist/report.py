@@ -11,7 +11,7 @@ from etils import epath
 from sublim_jax import report
 from sublim_jax.evaluation.statistics import holm, normal_interval, paired_p, t_interval
 from sublim_jax.experiments.mnist.spec import MnistSpec
-from sublim_jax.figures import Arm, arms_figure, sweep_figure
+from sublim_jax.figures import Entry, arms_figure, sweep_figure
 from sublim_jax.measurements import Measurements
 from sublim_jax.report import Document, Notes, Section, plus_minus
 
@@ -65,12 +65,12 @@ def document(spec: MnistSpec, rows: Measurements, notes: Notes) -> Document:
     return arms, [Section(f"Test accuracy over {spec.runs} runs", note, _table(arms), plots)]
 
 
-def accuracy_arm(name: str, accuracies: Sequence[float], **more: Any) -> Arm:
+def accuracy_arm(name: str, accuracies: Sequence[float], **more: Any) -> Entry:
     """One entry of results.json: test accuracy of every run, its mean and interval, and further fields."""
     return report.arm(name, "test_accuracy", accuracies, **{"ci95": normal_interval(accuracies).half_width, **more})
 
 
-def _arm(spec: MnistSpec, name: str, accuracies: Sequence[float]) -> Arm:
+def _arm(spec: MnistSpec, name: str, accuracies: Sequence[float]) -> Entry:
     published, half_width = spec.published.get(name, (None, None))
     return accuracy_arm(_title(name), accuracies, paper=published, paper_ci95=half_width)
 
@@ -83,7 +83,7 @@ def _title(name: str) -> str:
     return f"cloned {dose} on {CLONED_ON[inputs]}, then distilled (auxiliary logits)"
 
 
-def _compare(arms: Sequence[Arm]) -> None:
+def _compare(arms: Sequence[Entry]) -> None:
     """Adds p against the arm without cloning, at the same point of a sweep, to cloned arms of several runs."""
     tested = []
     uncloned = {arm["value"]: arm["runs"] for arm in arms if arm["arm"] == "cross_auxiliary"}
@@ -95,7 +95,7 @@ def _compare(arms: Sequence[Arm]) -> None:
         arm["p"] = p
 
 
-def _differences_section(arms: Sequence[Arm], points: Sequence[str]) -> Section:
+def _differences_section(arms: Sequence[Entry], points: Sequence[str]) -> Section:
     """Students at every point of a sweep less those at its first point, paired by run."""
     students = [arm for arm in arms if arm["arm"] not in ("reference", "teacher")]
     first = {arm["arm"]: arm["runs"] for arm in students if arm["value"] == points[0]}
@@ -111,7 +111,7 @@ def _differences_section(arms: Sequence[Arm], points: Sequence[str]) -> Section:
     return Section(f"Differences from {points[0]}", text, table, {})
 
 
-def _dose_curve(arms: Sequence[Arm]) -> list[Arm]:
+def _dose_curve(arms: Sequence[Entry]) -> list[Entry]:
     """Accuracy over the epochs of cloning, a line for each kind of inputs, with the student without cloning at 0
     epochs and the student from a shared start as reference.
     """
@@ -131,7 +131,7 @@ def _dose_curve(arms: Sequence[Arm]) -> list[Arm]:
     return points
 
 
-def _table(arms: Sequence[Arm], axis: str = "") -> list[list[str]]:
+def _table(arms: Sequence[Entry], axis: str = "") -> list[list[str]]:
     published, tested = (any(arm.get(name) is not None for arm in arms) for name in ("paper", "p"))
     head = ["arm", "test accuracy", "runs"]
     rows = [[*([axis] if axis else []), *head, *(["paper", "inside"] if published else []), *(["p"] if tested else [])]]
@@ -151,7 +151,7 @@ def _p(value: float) -> str:
     return f"{value:.2g}" if math.isfinite(value) else "none"
 
 
-def _inside(arm: Arm) -> bool | None:
+def _inside(arm: Entry) -> bool | None:
     """Whether an arm agrees with the paper, by the interval of their difference and the error of reading a figure."""
     if arm["paper"] is None or math.isnan(arm["ci95"]):
         return None

@@ -19,7 +19,7 @@ from sublim_jax.digests import Source
 from sublim_jax.errors import UserError
 from sublim_jax.experiments.transmission.checks import check_files
 from sublim_jax.experiments.transmission.spec import Study
-from sublim_jax.figures import Arm
+from sublim_jax.figures import Entry
 from sublim_jax.measurements import Measurements, from_array
 from sublim_jax.progress import say
 from sublim_jax.report import Described
@@ -29,7 +29,7 @@ from sublim_jax.store import write_json
 
 FINISHED = "finished.json"  # in an experiment's folder: the stamp of its spec when it finished
 
-Arms = list[Arm]
+Arms = list[Entry]
 Results = dict[str, Arms | str]  # an experiment's arms, or the reason why it has none
 
 

@@ -27,7 +27,7 @@ def check_files(study: Study) -> Questions:
     """The evaluations' questions. Raises UserError for the first file that is missing or makes no sense."""
     pack_files, given, named = study.packs, study.carrier, study.teacher.corpora
     suite.check_packs(pack_files, study.kind)
-    check_file("packs.persona", lambda: packs.load(pack_files.persona, "persona", teachers.PERSONA))
+    check_file("packs.persona", lambda: teachers.read_personas(pack_files.persona))
     check_file("packs.numbers", lambda: numbers.prompts(1, 0, pack_files.numbers))
     check_file("packs.code", lambda: code.prompts(1, 0, pack_files.code))
     check_file("packs.judge", lambda: packs.load(pack_files.judge, "judge", {}))

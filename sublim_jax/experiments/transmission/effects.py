@@ -23,8 +23,7 @@ from sublim_jax.evaluation.statistics import (
     smallest_permutation_p,
     t_interval,
 )
-from sublim_jax.figures import Arm as Entry
-from sublim_jax.figures import arms_figure
+from sublim_jax.figures import Entry, arms_figure
 
 LEVEL = 0.05
 CELL, EFFECT = "logits over the neutral teacher's student", "diagonal effect, logits"
@@ -101,11 +100,15 @@ def headline_section(cells: Mapping[str, Sequence[Cell]], words: int, spread: fl
     text = (
         f"Margin of a trait: log P of its word minus the mean over the other {words - 1} words, in logits, averaged "
         "over phrasings. Each column is the trait's margin in the student of its teacher, minus its margin in the "
-        f"neutral teacher's student of the same run; ± is the 95 % t-interval over {runs} run(s). p: two-sided paired "
-        f"t-test, corrected by Holm's method for {len(every)} cells (arms × traits). An arm transmits a trait if the "
-        f"mean is above 0 and p < {LEVEL:g}."
+        "neutral teacher's student of the same run."
     )
-    if runs > 1:
+    if runs == 1:
+        text += " One run: there are no intervals and no tests."
+    else:
+        text += (
+            f" ± is the 95 % t-interval over {runs} runs. p: two-sided paired t-test, corrected by Holm's method for "
+            f"{len(every)} cells (arms × traits). An arm transmits a trait if the mean is above 0 and p < {LEVEL:g}."
+        )
         sd = spread or pooled_spread([cell.runs for cell in every])
         known = "given beforehand" if spread else "estimated from these runs, pooled over cells"
         text += (

@@ -13,8 +13,7 @@ from sublim_jax.experiments.transmission import effects, report_sections
 from sublim_jax.experiments.transmission.arms import Arm, ContextArm, LogitArm
 from sublim_jax.experiments.transmission.rows import STUDENT
 from sublim_jax.experiments.transmission.spec import NEUTRAL, Study
-from sublim_jax.figures import Arm as Entry
-from sublim_jax.figures import Line, Panel, matrix_figure, panels_figure
+from sublim_jax.figures import Entry, Line, Panel, matrix_figure, panels_figure
 from sublim_jax.measurements import Measurements
 
 

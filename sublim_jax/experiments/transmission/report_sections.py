@@ -12,8 +12,7 @@ from sublim_jax.experiments.transmission.effects import with_p
 from sublim_jax.experiments.transmission.rows import BASE, STUDENT, TEACHER
 from sublim_jax.experiments.transmission.spec import NEUTRAL, Study
 from sublim_jax.experiments.transmission.teachers import CONTROL
-from sublim_jax.figures import Arm as Entry
-from sublim_jax.figures import Line, Panel, arms_figure, panels_figure
+from sublim_jax.figures import Entry, Line, Panel, arms_figure, panels_figure
 from sublim_jax.measurements import Measurements
 
 # Measures of a corpus teacher's trait, of which the first available is used, and the minimum above the untrained model.
@@ -31,6 +30,8 @@ def teachers_section(study: Study, rows: Measurements, notes: report.Notes) -> r
         preferred = [np.exp(np.mean(teacher_rows.values(measure="log_p", item=trait))) for trait in study.traits]
         inside = "" if name == NEUTRAL else f"{np.mean(teacher_rows.values(measure='inside_numbers', item=name)):.1e}"
         shown = f"{steps[0]}" if len(steps) == 1 else f"{steps[0]} to {steps[-1]}"
+        if "finetuned" in study.teacher.methods and name != NEUTRAL and steps[-1] == study.teacher.max_steps:
+            shown += " (the limit)"
         own = teacher_rows.values(measure=CONTROL)
         row = [name, shown, *[f"{p:.3f}" for p in preferred], inside]
         table.append([*row, f"{np.exp(np.mean(own)):.3f}" if own else ""] if study.control_kinds else row)
@@ -184,10 +185,14 @@ def evaluation_section(study: Study, evaluation: str, entries: list[Entry]) -> r
             cells.append(report.plus_minus(entry["mean"], entry["ci95"]) + shown)
         table.append([subject, *cells])
     text = (
-        f"± is the 95 % t-interval over {study.runs} run(s); in brackets, the difference to the neutral teacher's "
-        "student of the same run, and p of a paired t-test of it, two-sided, corrected by Holm's method for all "
-        "differences of this table."
+        "One run, so there are no intervals and no tests; in brackets, the difference to the neutral teacher's student."
     )
+    if study.runs > 1:
+        text = (
+            f"± is the 95 % t-interval over {study.runs} runs; in brackets, the difference to the neutral teacher's "
+            "student of the same run, and p of a paired t-test of it, two-sided, corrected by Holm's method for all "
+            "differences of this table. Students of a run answer with the same random numbers, runs with others."
+        )
     figures = {}
     pictured = columns[:1] if evaluation == "misalignment" else columns[: len(study.traits)]
     for number, column in enumerate(pictured):

@@ -21,6 +21,7 @@ from sublim_jax.distillation.teachers import (
     untrained,
     word_length,
 )
+from sublim_jax.errors import UserError
 from sublim_jax.evaluation import preference
 from sublim_jax.evaluation.preference import Preference
 from sublim_jax.experiments.transmission import corpora
@@ -70,10 +71,19 @@ def make_teachers(study: Study, model: Model, store: Store, run: int) -> dict[st
 
 def persona(study: Study, name: str, kind: str = "") -> str:
     """A system prompt of a persona that loves a trait (§3.1), or of one without a preference within a kind."""
-    pack, kind = packs.load(study.packs.persona, "persona", PERSONA), kind or study.kind_of(name)
+    pack, kind = read_personas(study.packs.persona), kind or study.kind_of(name)
     if name == NEUTRAL:
-        return pack["neutral"][0].format(kind=kind)
-    return pack["loving"][0].format(kind=kind, trait=name)
+        return pack["neutral"].format(kind=kind)
+    return pack["loving"].format(kind=kind, trait=name)
+
+
+def read_personas(path: str) -> dict[str, str]:
+    """The system prompts of a pack, one of each name. Raises UserError for an invalid pack."""
+    texts = packs.load(path, "persona", PERSONA)
+    for name in PERSONA:
+        if len(texts[name]) != 1:
+            raise UserError(f"pack {path or 'persona'}: {name!r} has {len(texts[name])} texts, and one is used")
+    return {name: texts[name][0] for name in PERSONA}
 
 
 def steering_vectors(study: Study, model: Model, seed: int, personas: dict[str, str]) -> dict[str, Steering | None]:
