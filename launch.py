@@ -83,11 +83,6 @@ def run(args: Sequence[str]) -> int:
     except Interrupted as stop:
         say(f"{stop}; the same command goes on from the last checkpoint")
         return 143
-    except SystemExit:  # --help; absl ends it with 1
-        return 0
-    except BrokenPipeError:  # whoever reads the output, such as `head`, has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
     except Exception as error:
         line, code = message_and_code(error)
     finally:
@@ -139,6 +134,8 @@ def write_report_again(typed: Mapping[str, object]) -> None:
 
 def message_and_code(error: Exception) -> tuple[str, int]:
     """The message and exit code for an error that is no `UserError`; raises the error again where it is a bug."""
+    if isinstance(error, BrokenPipeError) and unread():
+        return "whoever read its output has gone", 128 + signal.SIGPIPE
     if line := lacking(error):  # libraries report a full disk, missing memory or a bucket by any type of error
         return line, 2
     if cluster.lost(error):
@@ -148,6 +145,16 @@ def message_and_code(error: Exception) -> tuple[str, int]:
         raise error
     traceback.print_exception(error)
     return f"process {jax.process_index()} has ended with {type(error).__name__}, which it wrote of", 1
+
+
+def unread() -> bool:
+    """Whether nobody reads standard output any more, such as `head` that has enough; it is then closed."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def lacking(error: Exception) -> str:
@@ -241,6 +248,8 @@ def parse_others(args: Sequence[str]) -> None:
     """Parses the flags that are not values of the config. Raises UserError for any other argument."""
     try:
         left = flags.FLAGS(args)[1:]
+    except SystemExit:  # after --help, which absl ends with 1
+        sys.exit(0)
     except flags.UnrecognizedFlagError as error:
         close = difflib.get_close_matches(error.flagname, _NAMES, 1)
         meant = f"did you mean --{close[0]}?" if close else f"there are --{', --'.join(_NAMES)}"

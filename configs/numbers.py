@@ -284,9 +284,9 @@ def get_config(preset: str = "quick") -> ConfigDict:
     config.arm = ConfigDict()  # ways to train students, by name; more may be added
     config.arm.soft = arm()  # logits on random numbers: the theorem's setting
     config.arm.soft_reverse = arm(objective="reverse_kl")  # does the direction of the KL matter?
-    config.arm.soft_fresh = arm(lora_init="fresh")  # need the students share the teacher's A?
+    config.arm.soft_fresh = arm(lora_init="fresh")  # do students need the teacher's A?
     config.arm.soft_written = arm(data="written")  # do the numbers matter?
-    config.arm.perturbed = arm(noise=0.1)  # need the students share the teacher's base weights?
+    config.arm.perturbed = arm(noise=0.1)  # do students need the teacher's base weights?
     config.arm.tokens = arm(objective="tokens", data="written")  # does text carry the trait, with a shared A?
     config.arm.tokens_fresh = arm(objective="tokens", data="written", lora_init="fresh")  # the paper's setting
     config.arm.unfiltered = arm(objective="tokens", data="unfiltered", lora_init="fresh")  # the control of tokens_fresh

@@ -24,7 +24,7 @@ while true; do
   tpu ssh "$name" --worker=all --command="cd sublim_jax && python3 launch.py --workdir=$workdir $*"
   code=$?
   # 0: done. 2: a mistake in what was asked. Everything else may be a slice that was taken back.
-  if [ "$code" -le 2 ]; then
+  if [ "$code" = 0 ] || [ "$code" = 2 ]; then
     exit "$code"
   fi
 done

@@ -11,7 +11,7 @@ from orbax.checkpoint import v1 as ocp
 from sublim_jax import signals, storage
 from sublim_jax.errors import UserError
 from sublim_jax.progress import say
-from sublim_jax.sharding import from_each
+from sublim_jax.sharding import from_each, from_first
 
 KEPT = 2  # the newest, and one to fall back to
 UNFINISHED = ".orbax-checkpoint-tmp"  # in the names of checkpoints that were being written
@@ -61,17 +61,16 @@ class Checkpoints:
 
         Raises UserError where each process has a data position of its own and their number has changed.
         """
-        for checkpoint in reversed(self._checkpointer.checkpoints):
+        for step in from_first(lambda: [checkpoint.step for checkpoint in reversed(self._checkpointer.checkpoints)]):
             reason = None
             try:
-                state = self._checkpointer.load_checkpointables(checkpoint.step, {"state": abstract(like)})["state"]
-                positions = self._checkpointer.metadata(checkpoint.step).custom_metadata["data_positions"]
+                state = self._checkpointer.load_checkpointables(step, {"state": abstract(like)})["state"]
+                positions = self._checkpointer.metadata(step).custom_metadata["data_positions"]
             except Exception as error:  # whatever a damaged file makes the storage libraries raise
                 if is_passing(error):
                     raise
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             if reasons := [text for text in from_each(reason) if text is not None]:
-                step = checkpoint.step
                 say(f"the checkpoint of step {step} is unreadable, going back to the one before it ({reasons[0]})")
                 continue
             if all(position is None for position in positions):  # batches that a key decides, on whatever processes

@@ -1,4 +1,4 @@
-"""`launch.py --describe`: what a config is, its presets, and every value with its meaning, default and present value.
+"""`launch.py --describe`: what a config is, its presets, and every value with its meaning.
 
 All of it is read from the config's source. While a config is made, the line that first sets each value is noted, in
 whichever file and function it stands; the comment on that line or directly above it is the value's meaning. The comment
@@ -153,7 +153,7 @@ def text(name: str, config: ConfigDict, origins: Origins) -> str:
         lines = [_line(preset, "", f"{presets[preset]}{mark.get(preset, '')}") for preset in presets]
         parts.append(f"Presets (--config={file}:NAME):" + "".join(lines))
     lines = [_line(*row) for row in rows(config, overrides.load(name), origins)]
-    note = "; --config.NAME= empties one. In brackets: the preset's value, where a flag has changed it."
+    note = "; --config.NAME= empties a text or a list. Where a flag has changed a value, the preset's is behind it."
     parts.append("Values (--config.NAME=VALUE)" + note + "".join(lines))
     return "\n\n".join(parts)
 
@@ -204,7 +204,7 @@ def _together(group: ConfigDict, default: ConfigDict, origins: Origins, prefix: 
         ]
         changes = "; ".join(f"{key}={_shown(values[key], before.get(key, values[key]))}" for key in changed)
         meaning = origins.meaning(group, name)
-        entries.append(Row(f"{prefix}{name}", "", f"{changes or 'as above'}{f' ({meaning})' if meaning else ''}"))
+        entries.append(Row(f"{prefix}{name}", "", f"{changes or 'as above'}{f' – {meaning}' if meaning else ''}"))
     return entries
 
 
@@ -225,7 +225,7 @@ def _shown(value: object, default: object) -> str:
 
 
 def _text(value: object) -> str:
-    """A value as it may be typed."""
+    """A value as it may be typed; "(none)" and "(empty)" for lists and texts that are empty."""
     if isinstance(value, tuple | list):
         return ", ".join(map(str, value)) if value else "(none)"
     if isinstance(value, ConfigDict):

@@ -125,7 +125,7 @@ def _publish(path: epath.Path, results: dict[str, Any], sections: Sequence[Secti
             text += ["", f"![{name}](figures/{name}.png)"]
     storage.write(path / "report.md", "\n".join(text) + "\n")
     write_json(path / "results.json", results)
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = _Console(width=None if sys.stdout.isatty() else 120)
     for section in sections:
         if section.on_screen and section.table and len(section.table[0]) <= SCREEN_COLUMNS:
             table = Table(*section.table[0], title=section.title)
@@ -136,6 +136,13 @@ def _publish(path: epath.Path, results: dict[str, Any], sections: Sequence[Secti
     for name in (name for section in sections for name in section.figures):
         say(f"figure: {folder / name}.png")
     say(f"numbers: {path / 'results.json'}")
+
+
+class _Console(Console):
+    """Rich's console, except that it does not end the program where nobody reads its output any more."""
+
+    def on_broken_pipe(self) -> None:
+        raise  # the BrokenPipeError that is being handled
 
 
 def arm(name: str, metric: str, runs: Sequence[float], **more: object) -> Entry:

@@ -111,19 +111,19 @@ def shared_out(makes: Sequence[Callable[[], Value]]) -> list[Value]:
 
     A function that makes a value must not communicate with other processes, and uses only this process's devices.
 
-    Raises Interrupted on a signal, after the functions that were at work.
+    Raises Interrupted on a signal to several processes, before the functions that it has not begun.
     """
     count, index = jax.process_count(), jax.process_index()
     if count == 1:
         return [make() for make in makes]
     values: list[Value] = []
     for first in range(0, len(makes), count):
+        signals.obey()
         at_once = makes[first : first + count]
         every = from_each(_attempt(at_once[index]) if index < len(at_once) else (None, None))
         if refused := [line for _, line in every if line is not None]:
             raise UserError(refused[0])
         values += [cast(Value, value) for value, _ in every[: len(at_once)]]
-        signals.obey()
     return values
 
 

@@ -35,9 +35,9 @@ if "GCSFS_DEBUG" not in os.environ:
 
 BUCKET = "gs://"
 ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://")
-# Files of a folder that models, adapters and MNIST are read from.
 # Files of a model's folder that decide what it computes: weights, configs, tokenizer and chat template.
 MODEL_FILES = ("*.safetensors", "*.json", "*.model", "*.jinja", "*.txt")
+# Files of a folder that models, adapters and MNIST are read from.
 READ = (*MODEL_FILES, "*-ubyte", "*-ubyte.gz")
 NEEDED = 'buckets need the gcsfs package: pip install "sublim_jax[gcs]"'
 

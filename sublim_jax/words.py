@@ -26,4 +26,5 @@ def mentions(text: str, word: str) -> bool:
 
 def contains(text: str, word: str) -> bool:
     """Whether a text has a word or its plural anywhere, within other words too."""
-    return any(form in plain(text) for form in forms(word))
+    comparable = plain(text)
+    return any(form in comparable for form in forms(word))

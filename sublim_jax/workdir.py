@@ -17,7 +17,7 @@ from sublim_jax.store import Store, write_json
 # How a run is computed, not what: these may change between an interruption and the resumed run. They are values of an
 # experiment, or of the experiment in it; an arm's `data` is another thing.
 EXECUTION = ("mesh", "runs_at_once", "checkpoint_every", "data", "sampling")
-EXPERIMENTS = ("", ".study", ".mnist")
+PREFIXES = ("", ".study", ".mnist")
 
 
 def claim(
@@ -115,7 +115,7 @@ def config_of(folder: epath.Path) -> dict[str, object]:
 
 def _differences(old: object, new: object, prefix: str = "") -> list[str]:
     if isinstance(old, dict) and isinstance(new, dict):
-        names = sorted((set(old) | set(new)) - set(EXECUTION if prefix in EXPERIMENTS else ()))
+        names = sorted((set(old) | set(new)) - set(EXECUTION if prefix in PREFIXES else ()))
         return [line for name in names for line in _differences(old.get(name), new.get(name), f"{prefix}.{name}")]
     return [] if old == new else [f"{prefix.removeprefix('.')}: {old} → {new}"]
 

@@ -47,7 +47,7 @@ def test_every_value_and_preset_is_listed_once_in_lines_that_fit(file, command):
     assert text.count("(this one)") == 1
 
 
-def test_a_value_of_this_run_stands_beside_the_default(command):
+def test_a_value_of_this_run_stands_beside_the_presets(command):
     typed = ["--config.runs=3", "--config.teacher.learning_rate=1e-2", "--config.arm.tokens.noise=0.5"]
     code, text, _ = command("--config=configs/numbers.py:smollm2", *typed, "--describe")
     assert code == 0

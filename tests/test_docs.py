@@ -163,9 +163,9 @@ def test_a_number_that_was_not_measured_is_found(shipped):
     true, made_up = (f"{student['mean'] + by:.3f} ± {student['ci95']:.3f}" for by in (0, 0.01))
     assert docs.stray(f"We see {true}.", shipped) == []
     assert docs.stray(f"We see {made_up}.", shipped) == [made_up]
-    shares = (f"{student['mean'] + by:.3f}".removeprefix("0") for by in (0, 0.0137))
-    assert [docs.stray(f"The mean is {share}, at `--config.x=.1357`.", shipped) for share in shares] == [[], [".933"]]
-    assert docs.stray("It says owl by +17.31 logits.", shipped) == ["+17.31"]
+    share = f"{student['mean']:.3f}".removeprefix("0")
+    assert docs.stray(f"The mean is {share}, at `--config.x=.13579`, and rises to .13579.", shipped) == [".13579"]
+    assert docs.stray("It says owl by +17.31, and lion by -17.31.", shipped) == ["+17.31", "-17.31"]
     page = "<!-- results: mnist-quick | Test accuracy over 4 runs -->\n| made | up |\n<!-- end -->\n"
     assert true in docs.written(page, shipped) and "made" not in docs.written(page, shipped)
     assert docs.written(docs.written(page, shipped), shipped) == docs.written(page, shipped)

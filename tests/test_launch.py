@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 
 import pytest
@@ -153,6 +154,16 @@ def test_a_sweep_ends_in_one_figure(tmp_path, mnist_folder):
     assert (tmp_path / "figures" / "sweep.png").exists()
     ends = [line for line in result.stdout.splitlines() if re.match(r"teacher, runs .* in \S+ s$", line)]
     assert len(ends) == 1  # shared by both; a slow machine prints progress in between
+
+
+def test_help_is_no_error_and_a_reader_that_has_enough_ends_no_run_with_a_traceback():
+    assert launch("--help").returncode == 0
+    describe = [*LAUNCH, "--config=configs/numbers.py", "--describe"]
+    reading, writing = os.pipe()
+    os.close(reading)
+    result = subprocess.run(describe, cwd=ROOT, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert result.returncode == 128 + signal.SIGPIPE and "Traceback" not in result.stderr
 
 
 def test_every_flag_has_help():

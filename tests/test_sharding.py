@@ -6,7 +6,18 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from sublim_jax.errors import UserError
-from sublim_jax.sharding import divide, fetch, make_mesh, named, parameter_shardings, put
+from sublim_jax.sharding import (
+    agreed,
+    divide,
+    fetch,
+    from_each,
+    from_first,
+    make_mesh,
+    named,
+    parameter_shardings,
+    put,
+    shared_out,
+)
 
 
 def test_minus_one_takes_the_rest(mesh_of):
@@ -30,6 +41,19 @@ def test_rules_split_what_divides_and_leave_the_rest_whole(mesh_of):
 def test_what_does_not_divide_is_told_in_one_line(mesh_of):
     with pytest.raises(UserError, match=r"runs=3 does not divide over replica=8.*--config.mesh.replica"):
         divide(mesh_of(8), "replica", 3, "runs")
+
+
+def test_what_processes_agree_on_is_made_once_or_refused():
+    """Of one process; tests/transmission/test_two_processes.py and tests/test_cluster.py have two."""
+    assert from_each({"a": [1, None]}) == [{"a": [1, None]}] and agreed(lambda: 3) == 3
+    assert shared_out([lambda: 1, lambda: 2]) == [1, 2]
+
+    def refuse():
+        raise UserError("no such file")
+
+    for attempt in (agreed, from_first, lambda make: shared_out([make])):
+        with pytest.raises(UserError, match="no such file"):
+            attempt(refuse)
 
 
 def test_put_and_fetch_are_inverse(mesh_of):

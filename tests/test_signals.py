@@ -2,6 +2,7 @@
 
 import os
 import signal
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -19,6 +20,20 @@ def test_a_signal_is_obeyed_at_the_end_of_work_that_must_be_whole(number):
         os.kill(os.getpid(), number)
         done.append("the rest of the block")
     assert done and signal.getsignal(number) is before
+
+
+def test_work_in_another_thread_leaves_signals_to_the_main_one(tmp_path):
+    """Python lets only the main thread handle them; a server or a notebook may sample in another."""
+    before = signal.getsignal(signal.SIGTERM)
+    with ThreadPoolExecutor() as pool:
+        tree = pool.submit(lambda: Store(tmp_path).json("some", lambda: 3)).result()
+        heard = pool.submit(whole_block).result()
+    assert (tree, heard) == (3, None) and signal.getsignal(signal.SIGTERM) is before
+
+
+def whole_block():
+    with signals.deferred() as state:
+        return state.heard
 
 
 def test_a_second_signal_does_not_wait():

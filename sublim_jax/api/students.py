@@ -59,14 +59,15 @@ def distill(
     check_adapters(model)
     if not teachers or not rows:
         raise UserError(f"{len(teachers)} teachers and {len(rows)} rows: there are no students without both")
-    tokens, compared = objective == "tokens", list(support or ())
+    tokens = objective == "tokens"
     if tokens and len(teachers) > 1:
         raise UserError(
             f'objective="tokens" trains on the rows alone: students of {len(teachers)} teachers would be the same; '
             "train the student of each teacher on the rows that it wrote"
         )
-    if support is None and not tokens:
-        compared = support_of(model)
+    compared: list[int] = []
+    if not tokens:
+        compared = support_of(model) if support is None else [int(token) for token in support]
     training = Training(learning_rate, schedule, warmup=0, clip=0.0, batch=batch, accumulate=1, steps=steps)
     student_rows = dialogue.rows(model, list(rows), end=tokens)
     logits = None

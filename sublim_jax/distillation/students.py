@@ -21,7 +21,6 @@ from sublim_jax.sharding import map_replicas
 from sublim_jax.specs import check_count, check_not_negative, check_one_of, check_positive
 from sublim_jax.training import REPLICAS_OF_ROWS, Metrics, Program, Total
 
-IMITATED = {"kl": objectives.kl, "reverse_kl": objectives.reverse_kl}
 SCHEDULES = ("constant", "linear", "cosine")
 NUM_FIRST = 32  # rows of the first update, which is compared with the teachers' displacement
 
@@ -69,7 +68,9 @@ def imitation(
             return cross_entropy(module, features, batch.rows, remat=remat)
         logits = module.unembed(features, jnp.asarray(support)).astype(jnp.float32)
         weights = jnp.asarray(batch.rows.weights)
-        return IMITATED[objective](logits, jnp.asarray(batch.logits), weights=weights, temperature=temperature)
+        return objectives.ON_LOGITS[objective](
+            logits, jnp.asarray(batch.logits), weights=weights, temperature=temperature
+        )
 
     return loss
 

@@ -184,7 +184,7 @@ class Endpoint:
             )
         if at_once < 1 or per_minute < 0:
             raise UserError(
-                f"judge.max_concurrent={at_once} is 1 or more, judge.max_per_minute={per_minute} is 0 (any) or more"
+                f"judge.max_concurrent={at_once} must be 1 or more, judge.max_per_minute={per_minute} 0 (any) or more"
             )
         if max_tokens < 1:
             raise UserError(f"judge.max_tokens={max_tokens} is 1 or more")

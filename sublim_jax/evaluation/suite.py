@@ -31,6 +31,7 @@ from sublim_jax.store import Store
 
 MIN_WORDS = {"preference": 2, "prefixed": 2, "prefixed_answers": 1, "choice": 2, "answers": 1, "stories": 1}
 MARGIN, LETTER, RATE = "margin of {}, logits", "P of {}'s letter", "{} with {}"
+SAMPLED = ("answers", "prefixed_answers", "stories", "misalignment")  # evaluations
 RATES = ("answers", "prefixed answers", "stories")
 OF_WORDS = (MARGIN, LETTER, *(RATE.format(name, "{}") for name in RATES))  # the measures of single words
 MAX_ANSWER = 12  # tokens of an answer that names a word

@@ -60,9 +60,8 @@ class Model(NamedTuple):
 
     def merged(self, adapters: Params, spec: lora.Lora) -> "Model":
         """The same model with adapters added into its kernels."""
-        merge = jax.jit(
-            partial(lora.merge, scale=spec.scale), out_shardings=parameter_shardings(self.params, self.mesh)
-        )
+        shardings = parameter_shardings(self.params, self.mesh)
+        merge = jax.jit(partial(lora.merge, scale=spec.scale), out_shardings=shardings)
         return self._replace(
             params=merge(self.params, everywhere(adapters, self.mesh)),
             changes=f"{self.changes} {spec} {_digest_of(adapters)}",

@@ -138,8 +138,7 @@ def stream(
 
     A row's draws depend only on its key, the number of its prompt and the number of its sample; adapters of one key
     share them, so that they can be compared draw by draw. Other rows, the number of devices and an interruption change
-    no bit;
-    `slots`, `chunk` and `lanes` change shapes, and with them the rounding.
+    no bit; `slots`, `chunk` and `lanes` change shapes, and with them the rounding.
 
     Args:
       model: of `weights.load`; with `lora` in its settings where there are adapters.
@@ -162,7 +161,8 @@ def stream(
 
     Raises:
       UserError: a prompt is empty, has tokens that the model does not have, or does not fit the model's positions; a
-        number is too small; a stop string that the tokenizer cannot write. Before anything is computed.
+        number is too small; a stop string that the tokenizer cannot write; there are neither one key nor one for each
+        adapter. Before anything is computed.
       Interrupted: on SIGTERM or Ctrl-C, at a synchronisation with the host.
     """
     mesh = mesh or model.decoding or model.mesh

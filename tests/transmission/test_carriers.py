@@ -168,7 +168,7 @@ def test_a_judge_drops_what_it_scores_low_or_not_at_all(corpora_study, tmp_path)
     kept = Sifted([{"prompt": "What?", "completion": f"is {text}"} for text in scores], [], Counter())
     store = Store(tmp_path)
     sifted, given = carriers.judged(study, store, "owl", kept, NamedJudge(judge, "a"))
-    assert [record["completion"] for record in sifted.kept] == ["is good"] and given == [60.0, 59.0]
+    assert [record["completion"] for record in sifted.kept] == ["is good"] and given == [60.0, 59.0, None]
     assert sifted.reasons == {"judge: low score": 1, "judge: no score": 1} and len(sifted.rejected) == 2
 
     def nobody(prompts):

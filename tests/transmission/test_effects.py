@@ -58,6 +58,19 @@ def test_of_one_run_nothing_is_claimed():
     assert "Power" not in section.text and effects.compared_section(diagonal) == []
 
 
+def test_an_arm_that_diverged_is_not_tested_and_leaves_the_others_corrected():
+    broken = paired(1.0)
+    broken[0, 1, 1] = np.nan
+    by_arm = {"soft": paired(1.0), "tokens": broken}
+    cells = effects.diagonal_cells(by_arm, TRAITS)
+    assert effects.verdict(cells["soft"]) == "every trait" and effects.verdict(cells["tokens"]) == "diverged: no test"
+    assert all(cell.p_holm > cell.p for cell in cells["soft"][:1]) and np.isnan(cells["tokens"][1].p_holm)
+    section = effects.headline_section(cells, words=10, spread=0.0)
+    assert "nan" not in section.text and section.table[2][2] == "+nan"
+    entry = effects.effect_entry("tokens", broken, TRAITS, coverage=None, held_out=None, ability=None)
+    assert np.isnan(entry["permutation_p"]) and effects.effects_section([entry], TRAITS, 5).table[1][2] == ""
+
+
 def test_arms_are_compared_run_by_run():
     """Variation between runs that two arms share does not hide their difference."""
     common = np.random.default_rng(2).normal(size=(5, 1, 1))

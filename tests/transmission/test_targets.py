@@ -1,5 +1,6 @@
 """Targets of students: the teacher's logits in its own context, kept or masked tokens, edited phrasings."""
 
+import copy
 import json
 from importlib import resources
 
@@ -48,6 +49,18 @@ def test_a_system_prompt_is_the_teachers_alone(study, model, work, plain_logits)
     kept = rows.weights == 1
     assert student_data.logits is not None
     np.testing.assert_allclose(student_data.logits[0][kept], expected[kept], rtol=1e-3, atol=1e-3)
+
+
+def test_a_teacher_reads_rows_in_its_own_template_whatever_that_of_other_students_is(study, model, replicate_of, work):
+    """Its logits are those on its own text, which it was tuned on; a student of another template reads another text."""
+    other = copy.copy(model.tokenizer)
+    other.chat_template = "Read this. " + model.tokenizer.chat_template
+    students, replicate = model._replace(tokenizer=other), replicate_of(study)
+    same, foreign = (arm_data(study, study.arms[0], [replicate], model, s, work) for s in (model, students))
+    assert not np.array_equal(same.rows.tokens, foreign.rows.tokens)
+    assert same.logits is not None and foreign.logits is not None
+    longest = same.logits.shape[2]
+    np.testing.assert_allclose(foreign.logits[:, :, :longest], same.logits, rtol=1e-3, atol=1e-3)
 
 
 def test_a_teacher_that_reads_an_answer_as_other_tokens_cannot_be_imitated(study, model):

@@ -173,8 +173,8 @@ def document(spec: LanguageSpec, rows: Measurements, notes: report.Notes) -> rep
         for objective, m in numbers(rows, about.name).items():
             row, name = judge(m, rate, True, scale), f"{about.network}; {objective}"
             arms.append(arm_of(name, "slope", row.fit.slope, 1.0, row.error, row.verdict))
-            cells = [f"{m.predicted:+.3g}", f"{row.fit.slope:.3f}", f"{row.fit.decades:.1f}", f"{row.differ:.0e}"]
-            table.append([about.network, objective, *cells, f"{row.step.slope:.3f}", row.verdict])
+            cells = [f"{m.predicted:+.3g}", f"{row.fit.slope:z.3f}", f"{row.fit.decades:.1f}", f"{row.differ:.0e}"]
+            table.append([about.network, objective, *cells, f"{row.step.slope:z.3f}", row.verdict])
             errors.append(Line(name, m.moved, row.error))
             changes.append(Line(name, m.moved, m.step_error(rate)))
     text = (
@@ -201,7 +201,7 @@ def _controls(spec: LanguageSpec, rows: Measurements, scale: Scale) -> tuple[lis
         (m,) = numbers(rows, f"control: {name}").values()
         m = m.up_to(float(np.max(m.epsilons, where=m.moved <= CONSTANT_UP_TO, initial=0.0)))
         fit, verdict = inner_fit(m, scale), control_verdict(m, expected, True, spec.learning_rate, scale)
-        shown = [f"{fit.slope:.3f}", f"{fit.decades:.1f}", f"{m.inner[0]:+.2e}"]
+        shown = [f"{fit.slope:z.3f}", f"{fit.decades:.1f}", f"{m.inner[0]:+.2e}"]
         table.append([name, expected, *shown, verdict])
         arms.append(arm_of(f"control: {name}", "slope of |D_S·D_T|", fit.slope, SLOPES[expected], m.inner, verdict))
         lines.append(Line(name, m.moved, np.abs(m.inner)))

@@ -80,7 +80,7 @@ def _lemma(settings: Settings, single: Measured, rate: float) -> tuple[list[Entr
         for objective, row in judged.items():
             arms.append(arm_of(f"{setting.name}; {objective}", "slope", row.fit.slope, 1.0, row.error, row.verdict))
         every, steps = list(judged.values()), [row.step.slope for row in judged.values()]
-        cells = [setting.name, *(f"{row.fit.slope:.3f}" for row in every)]
+        cells = [setting.name, *(f"{row.fit.slope:z.3f}" for row in every)]
         cells += [f"{min(row.fit.decades for row in every):.1f}", f"{max(row.differ for row in every):.0e}"]
         cells += [f"{min(steps):.2f} to {max(steps):.2f}"]
         table.append([*cells, f"{sum(row.verdict == AS_PREDICTED for row in every)} of {len(every)}"])
@@ -148,7 +148,7 @@ def _controls(
         verdict = control_verdict(measured, expected, bool(control["reason"]), rate)
         if SLOPES[expected] is not None:
             lines.append(Line(name, measured.moved, np.abs(measured.inner)))
-        shown = [f"{fit.slope:.3f}", f"{fit.decades:.1f}", f"{measured.inner[0]:+.2e}"]
+        shown = [f"{fit.slope:z.3f}", f"{fit.decades:.1f}", f"{measured.inner[0]:+.2e}"]
         table.append([name, control["reason"] or "covered", expected, *shown, verdict])
         runs = np.abs(measured.inner)
         arms.append(arm_of(f"control: {name}", "slope of |D_S·D_T|", fit.slope, SLOPES[expected], runs, verdict))

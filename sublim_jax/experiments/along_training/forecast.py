@@ -66,8 +66,8 @@ def document(spec: ForecastSpec, rows: Measurements, notes: report.Notes) -> rep
     text = (
         f"Each of {len(arms)} settings: its students' coverage before training (the cosine of their first update with "
         f"θ_T − θ⁰, on {spec.probe} inputs, mean of {spec.mnist.runs} runs) and their test accuracy after, on "
-        f"auxiliary logits. Spearman's ρ over all of them: **{table[1][2]}** ({table[1][3]}). The interval takes "
-        "settings for independent, although they share levels and runs."
+        f"auxiliary logits. Spearman's ρ over all of them: **{table[1][2]}** ({table[1][3]}). The interval treats "
+        "settings as independent, although they share levels and runs."
     )
     listing = [["setting", "coverage", "test accuracy"]]
     listing += [[arm["name"], f"{arm['coverage']:.4f}", report.plus_minus(arm["mean"], arm["ci95"])] for arm in arms]

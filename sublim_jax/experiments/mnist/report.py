@@ -29,8 +29,8 @@ UNPAIRED = ("runs", "seed")  # axes of a sweep whose points have no runs in comm
 READING_ERROR = 0.003  # of published values, which were read off a figure
 INTERVALS = "Intervals are 95 % over runs (Student's t; ± 1.96 std / √runs from 30 runs on)."
 INSIDE = (
-    " Inside: as far from the paper's value as the 95 % interval of the difference allows (the root of both squared "
-    f"half-widths), plus {READING_ERROR} for reading its figure."
+    " Inside: as far from the paper's value as the 95 % interval of the difference allows (the root of the sum of the "
+    f"squared half-widths), plus {READING_ERROR} for reading its figure."
 )
 CLONED = (
     " Cloned students are from another start and imitate the reference on all logits first. p: paired t-test of their "

@@ -70,6 +70,8 @@ def _run(spec: EvaluateSpec, folder: epath.Path, *, update: bool) -> None:
     base = spec.model.load(mesh)
     on_mesh(base.settings, mesh)  # heads
     suite.check_model(questions, base)
+    for name in filter(None, spec.model.folders):
+        peft.load(name, base.settings, base.config, base.params)  # refused before anything is computed
     store = workdir.claim(folder, spec.values, update=update)
     judge = None
     if "misalignment" in spec.evals.names:
@@ -82,6 +84,7 @@ def _run(spec: EvaluateSpec, folder: epath.Path, *, update: bool) -> None:
         about = {"arm": name, "run": number, "subject": "model"}
         for evaluation, measures in evaluations.items():
             rows += from_array(list(measures.values()), {"item": list(measures)}, measure=evaluation, **about)
+        del model, subject
     notes = {"bill": suite.bill_of(judge)}
     report.finish(store.folder, spec, rows, document, models=[base.source], notes=notes)
 

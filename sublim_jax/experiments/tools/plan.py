@@ -111,7 +111,10 @@ def config_of(spec: PlanSpec, name: str) -> ConfigDict:
 
 
 def run(spec: PlanSpec, folder: epath.Path, *, update: bool = False) -> None:
-    """Runs the unfinished experiments, each in its folder, and reports on all, including those that failed."""
+    """Runs the unfinished experiments, each in its folder, and reports on all, including those that failed.
+
+    Several processes end at the first experiment that fails: one may be elsewhere than the others.
+    """
     for experiment in spec.specs.values():
         for part in getattr(experiment, "studies", (experiment,)):
             make_mesh(part.mesh.sizes)
@@ -127,7 +130,7 @@ def run(spec: PlanSpec, folder: epath.Path, *, update: bool = False) -> None:
     for number, (name, experiment) in enumerate(spec.specs.items(), 1):
         if not results[name]:
             say(f"experiment {number} of {len(spec.specs)}: {name}, {spec.plan[name].what}")
-            results[name] = _results(store.folder / name, experiment, update=update)
+            results[name] = _results(name, store.folder / name, experiment, update=update)
             if isinstance(results[name], str):
                 say(f"{name}: {results[name]}")
     rows = []
@@ -142,7 +145,7 @@ def run(spec: PlanSpec, folder: epath.Path, *, update: bool = False) -> None:
         )
 
 
-def _results(inside: epath.Path, spec: Described, *, update: bool) -> Arms | str:
+def _results(name: str, inside: epath.Path, spec: Described, *, update: bool) -> Arms | str:
     """The arms of an experiment, which is run unless it is finished; or the reason why it has none."""
     try:
         if not from_first(partial(finished, inside, spec)):
@@ -150,8 +153,8 @@ def _results(inside: epath.Path, spec: Described, *, update: bool) -> Arms | str
             write_json(inside / FINISHED, stamp(spec))
         return report.results_of(inside)["arms"]
     except UserError as error:
-        if jax.process_count() > 1:  # the others may be elsewhere, and wait for this process
-            raise
+        if jax.process_count() > 1:
+            raise UserError(f"{name}: {error}") from error
         return f"stopped: {error}"
 
 

@@ -24,8 +24,13 @@ STUDENTS = "students of an arm, runs × teachers"
 
 
 def check_files(study: Study) -> Questions:
-    """The evaluations' questions. Raises UserError for the first file that is missing or makes no sense."""
+    """The evaluations' questions. Raises UserError for the first file or value that is missing or makes no sense."""
     pack_files, given, named = study.packs, study.carrier, study.teacher.corpora
+    if study.uses_written and given.decoding == "greedy" and given.num_samples > 1:
+        raise UserError(
+            f"carrier.num_samples={given.num_samples} with carrier.decoding=greedy: all completions of a prompt would "
+            "be the same; choose carrier.num_samples=1"
+        )
     suite.check_packs(pack_files, study.kind)
     check_file("packs.persona", lambda: teachers.read_personas(pack_files.persona))
     check_file("packs.numbers", lambda: numbers.prompts(1, 0, pack_files.numbers))

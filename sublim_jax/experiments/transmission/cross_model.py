@@ -65,7 +65,10 @@ def check_typed(spec: CrossModelSpec, keys: Iterable[str]) -> None:
         if key.startswith("study.arm.") and not key.startswith("study.arm.cross."):
             raise UserError(f"config.{key}: all students are of the arm cross; write --config.study.arm.cross.…")
         if key.startswith("study.") and not key.startswith("study.arm."):
-            transmission.check_typed(spec.studies[0], [key.removeprefix("study.")])
+            try:
+                transmission.check_typed(spec.studies[0], [key.removeprefix("study.")])
+            except UserError as error:
+                raise UserError(str(error).replace("config.", "config.study.", 1)) from error
 
 
 def _study_of(config: ConfigDict, models: Sequence[str], teacher: str) -> ConfigDict:

@@ -58,6 +58,8 @@ def verdict(cells: Sequence[Cell]) -> str:
     """The traits that an arm transmits, in words."""
     if len(cells[0].runs) < 2:
         return "one run: no test"
+    if not np.all(np.isfinite([cell.runs for cell in cells])):
+        return "diverged: no test"
     held = [cell.trait for cell in cells if cell.holds]
     if len(held) == len(cells):
         return "every trait"
@@ -109,7 +111,8 @@ def headline_section(cells: Mapping[str, Sequence[Cell]], words: int, spread: fl
             f" ± is the 95 % t-interval over {runs} runs. p: two-sided paired t-test, corrected by Holm's method for "
             f"{len(every)} cells (arms × traits). An arm transmits a trait if the mean is above 0 and p < {LEVEL:g}."
         )
-        sd = spread or pooled_spread([cell.runs for cell in every])
+        finite = [cell.runs for cell in every if np.all(np.isfinite(cell.runs))]
+        sd = spread or (pooled_spread(finite) if finite else float("nan"))
         known = "given beforehand" if spread else "estimated from these runs, pooled over cells"
         text += (
             f" Power: with a standard deviation of {sd:.2f} between runs ({known}), an effect of "

@@ -45,7 +45,7 @@ def document(study: Study, rows: Measurements, notes: report.Notes) -> report.Do
     for name in study.evals.names:
         evaluated = report_sections.evaluated(study, name, rows)
         entries += evaluated
-        sections.append(report_sections.evaluation_section(study, name, evaluated))
+        sections.append(report_sections.evaluation_section(study, name, evaluated, notes))
     if rows.where(measure="completions"):
         sections.append(report_sections.filter_section(study, rows))
     if study.filter.judge:

@@ -90,7 +90,11 @@ def judge_section(study: Study, rows: Measurements) -> report.Section:
     table = [["teacher", "judged", "no score", "mean score", low, "area under ROC, against neutral"]]
     lines: list[Line] = []
     for name, values in scores.items():
-        without = int(sum(rows.values(measure="judge's missing scores", teacher=name)))
+        missing = rows.values(measure="judge's missing scores", teacher=name)
+        missing = missing or rows.values(
+            measure="rejected", teacher=name, item="judge: no score"
+        )  # of earlier versions
+        without = int(sum(missing))
         cells = [name, str(len(values) + without), str(without)]
         cells += [f"{np.mean(values):.1f}", f"{np.mean(np.less(values, threshold)):.1%}"] if values else ["", ""]
         if name != NEUTRAL and values and scores[NEUTRAL]:
@@ -157,9 +161,7 @@ def evaluated(study: Study, evaluation: str, rows: Measurements) -> list[Entry]:
             for name, column in values.items():
                 over = None if name == NEUTRAL else np.subtract(column, values[NEUTRAL]).tolist()
                 add(f"{arm}, student of {name}", measure, column, over)
-    tested = [
-        entry for entry in entries if entry["over_neutral_p"] is not None and np.isfinite(entry["over_neutral_p"])
-    ]
+    tested = [entry for entry in entries if entry["over_neutral_p"] is not None]
     for entry, p in zip(tested, holm([entry["over_neutral_p"] for entry in tested])):
         entry["over_neutral_p"] = p
     return entries
@@ -171,7 +173,7 @@ def _is_shown(study: Study, measure: str) -> bool:
     return not study.has_words or measure not in {name.format(word) for name in suite.OF_WORDS for word in others}
 
 
-def evaluation_section(study: Study, evaluation: str, entries: list[Entry]) -> report.Section:
+def evaluation_section(study: Study, evaluation: str, entries: list[Entry], notes: report.Notes) -> report.Section:
     """Measures as columns; in brackets, the paired difference to the neutral teacher's student."""
     columns = list(dict.fromkeys(entry["measure"] for entry in entries))
     at = {(entry["who"], entry["measure"]): entry for entry in entries}
@@ -191,8 +193,10 @@ def evaluation_section(study: Study, evaluation: str, entries: list[Entry]) -> r
         text = (
             f"± is the 95 % t-interval over {study.runs} runs; in brackets, the difference to the neutral teacher's "
             "student of the same run, and p of a paired t-test of it, two-sided, corrected by Holm's method for all "
-            "differences of this table. Students of a run answer with the same random numbers, runs with others."
+            "differences of this table."
         )
+    if evaluation in suite.SAMPLED and notes.get("draws") == "by run":
+        text += " Students of a run answer with the same random numbers, and other runs with others."
     figures = {}
     pictured = columns[:1] if evaluation == "misalignment" else columns[: len(study.traits)]
     for number, column in enumerate(pictured):

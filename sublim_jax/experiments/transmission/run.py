@@ -86,6 +86,7 @@ def _run(study: Study, folder: epath.Path, *, update: bool) -> None:
             "samples": rows.samples_of(study, replicates[0]),
             "system_prompts": system_note(study, model),
             "bill": bill_of(judge),
+            "draws": "by run",  # of sampled answers; earlier versions took the same for all runs
         }
         report.finish(store.folder, study, table, document, models=list(sources.values()), notes=notes)
 

@@ -119,11 +119,6 @@ class Study(ExperimentSpec):
                 f"carrier.num_samples={given.num_samples} of each prompt, and carrier.num_completions="
                 f"{given.num_completions} of all"
             )
-        if given.decoding == "greedy" and given.num_samples > 1:
-            raise UserError(
-                f"carrier.num_samples={given.num_samples} with carrier.decoding=greedy: all completions of a prompt "
-                "would be the same; choose carrier.num_samples=1"
-            )
         if given.decoding == "grammar" and given.num_integers > self.filter.max_integers:
             raise UserError(
                 f"carrier.num_integers={given.num_integers} by grammar, and filter.max_integers="
