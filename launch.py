@@ -15,6 +15,7 @@ checkpoint. 1: a bug, with its traceback.
 import difflib
 import os
 import re
+import select
 import signal
 import sys
 import time
@@ -149,12 +150,12 @@ def message_and_code(error: Exception) -> tuple[str, int]:
 
 def unread() -> bool:
     """Whether nobody reads standard output any more, such as `head` that has enough; it is then closed."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    if not poll.poll(0):  # a pipe without a reader has an error
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 def lacking(error: Exception) -> str:

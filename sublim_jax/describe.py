@@ -153,8 +153,8 @@ def text(name: str, config: ConfigDict, origins: Origins) -> str:
         lines = [_line(preset, "", f"{presets[preset]}{mark.get(preset, '')}") for preset in presets]
         parts.append(f"Presets (--config={file}:NAME):" + "".join(lines))
     lines = [_line(*row) for row in rows(config, overrides.load(name), origins)]
-    note = "; --config.NAME= empties a text or a list. Where a flag has changed a value, the preset's is behind it."
-    parts.append("Values (--config.NAME=VALUE)" + note + "".join(lines))
+    head = "Values (--config.NAME=VALUE; --config.NAME= empties a list or a text), and the preset's where they differ:"
+    parts.append(head + "".join(lines))
     return "\n\n".join(parts)
 
 
