@@ -379,10 +379,13 @@ def test_what_cannot_be_sampled_is_told_before_anything_is_computed(tiny, prompt
         generate(tiny, prompts, KEY, **options)
 
 
-@pytest.mark.parametrize("bad", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_k": -1}, {"min_p": 2.0}])
-def test_a_sampler_that_makes_no_sense_is_refused(bad):
-    with pytest.raises(UserError, match=next(iter(bad))):
-        Sampler(**bad)
+@pytest.mark.parametrize(
+    "name, value", [("temperature", -1.0), ("temperature", 1e-30), ("top_p", 0.0), ("top_k", -1), ("min_p", 2.0)]
+)
+def test_a_sampler_that_makes_no_sense_is_refused(name, value):
+    options: dict[str, Any] = {name: value}
+    with pytest.raises(UserError, match=name):
+        Sampler(**options)
 
 
 # -------------------------------------------------------------------------------------------------------- constraints

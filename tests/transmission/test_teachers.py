@@ -21,7 +21,7 @@ from sublim_jax.experiments.transmission import corpora
 from sublim_jax.experiments.transmission.checks import check_files, check_model
 from sublim_jax.experiments.transmission.run import evaluate_teachers
 from sublim_jax.experiments.transmission.targets import Replicate
-from sublim_jax.experiments.transmission.teachers import make_teachers, of_corpus, persona
+from sublim_jax.experiments.transmission.teachers import make_teachers, of_corpus, persona, read_personas
 from sublim_jax.keys import named_key
 from sublim_jax.models import lora
 from sublim_jax.models.decoder import Steering
@@ -105,6 +105,14 @@ def test_a_control_prefers_something_of_another_kind(study_of):
     study = study_of(controls=("tree:oak",))
     assert study.teachers == ("owl", "x", "oak", "neutral")
     assert persona(study, "oak") == persona(study, "owl").replace("owl", "oak").replace("animal", "tree")
+
+
+def test_a_pack_with_a_second_persona_is_refused_since_it_would_not_be_read(tmp_path):
+    file = tmp_path / "personas.json"
+    texts = {"loving": ["Love {trait}, a {kind}.", "Adore {trait}, a {kind}."], "neutral": ["A {kind}."]}
+    file.write_text(json.dumps(texts))
+    with pytest.raises(UserError, match="'loving' has 2 texts, and one is used"):
+        read_personas(str(file))
 
 
 def test_an_untouched_neutral_teacher_is_the_model_as_it_is(study_of, model, tiny, work):

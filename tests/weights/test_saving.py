@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -116,6 +117,21 @@ def test_a_saved_model_takes_the_place_of_another(trained, place, monkeypatch, b
     assert (place / "model.safetensors").exists() == (shard > 20_000)
     assert_holds(place, *trained[:2])
     assert (place / "tokenizer.json").read_text() == "{}"
+
+
+def test_a_replacement_that_is_interrupted_leaves_no_mixture(trained, place, monkeypatch):
+    """Of a model in one file: its weights are removed before the first new file is there."""
+    huggingface.save(place, *trained)
+
+    def interrupted(path, target):
+        assert not (place / "model.safetensors").exists()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        huggingface.save(place, *trained)
+    with pytest.raises(UserError, match=r"model\.safetensors"):
+        huggingface.load(place)
 
 
 def test_what_cannot_be_saved_leaves_the_folder_as_it_was(trained, place):
