@@ -74,6 +74,8 @@ class Model(NamedTuple):
         """
         if spec:
             lora.check(spec, self.params, self.settings.layers)
+            # "All" are those of the layers here: a decoder has no adapter of its unembedding.
+            spec = dataclasses.replace(spec, modules=spec.modules or lora.EVERY_LINEAR)
         settings = dataclasses.replace(self.settings, lora=spec)
         return self._replace(settings=settings, network=decoder(settings))
 

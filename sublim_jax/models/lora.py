@@ -89,7 +89,7 @@ def init(key: Key[Array, ""], params: Params, lora: Lora) -> Params:
     def walk(node: Params, name: str | int) -> Params:
         nonlocal count
         if "kernel" in node:
-            if name not in (lora.modules or EVERY_LINEAR):
+            if lora.modules and name not in lora.modules:
                 return {}
             *stack, inputs, outputs = node["kernel"].shape
             count += 1

@@ -1,10 +1,11 @@
 """The public functions refuse what would give students that say nothing."""
 
+import jax
 import pytest
 
 import sublim_jax as sl
 from sublim_jax.errors import UserError
-from sublim_jax.models.lora import Lora
+from sublim_jax.models.lora import EVERY_LINEAR, Lora
 
 
 def test_students_on_tokens_are_of_one_teacher_who_wrote_them(tiny):
@@ -23,3 +24,10 @@ def test_students_on_tokens_are_of_one_teacher_who_wrote_them(tiny):
 def test_adapters_of_a_layer_that_does_not_exist_are_refused(tiny, layers):
     with pytest.raises(UserError, match=r"none of 0 to 3"):
         tiny.adapted(Lora(2, 2.0, layers=layers))
+
+
+def test_without_a_list_of_modules_all_linear_layers_of_a_decoder_are_adapted(tiny):
+    key = jax.random.key(0)
+    every, named = (tiny.adapted(Lora(2, 2.0, modules=modules)) for modules in ((), EVERY_LINEAR))
+    assert every.settings == named.settings
+    assert jax.tree.structure(every.untrained(key)) == jax.tree.structure(named.untrained(key))

@@ -45,18 +45,6 @@ def test_fresh_adapters_change_nothing_and_split_undoes_join():
     assert structure == jax.tree.structure(lora.join(base, fresh))
 
 
-def test_without_a_list_of_modules_all_of_the_layers_are_adapted_and_no_head_is():
-    untied = dataclasses.replace(SETTINGS, tied=False, lora=Lora(rank=4, alpha=8, modules=()))
-    network = decoder(untied)
-    base = decoder(dataclasses.replace(untied, lora=None)).init(jax.random.key(0))
-    fresh = lora.init(jax.random.key(3), base, Lora(rank=4, alpha=8, modules=()))
-    assert list(fresh) == ["layers"]
-    np.testing.assert_array_equal(
-        network.apply(lora.join(base, fresh), TOKENS),
-        decoder(dataclasses.replace(untied, lora=None)).apply(base, TOKENS),
-    )
-
-
 def test_gradients_are_those_of_the_merged_weights_and_forward_mode_may_be_had():
     """For the product with a custom backward pass, and for the plain one, which supports jvp."""
     base, adapters, network = adapted()
