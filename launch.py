@@ -32,7 +32,7 @@ from ml_collections import ConfigDict
 
 from sublim_jax import cluster, describe, experiments, overrides, preflight, renamed, report, signals, storage, workdir
 from sublim_jax.assets import cache_folder
-from sublim_jax.errors import Interrupted, UserError
+from sublim_jax.errors import Interrupted, UserError, is_of_memory
 from sublim_jax.experiments import EXPERIMENTS
 from sublim_jax.progress import say
 from sublim_jax.workdir import config_of
@@ -163,7 +163,7 @@ def lacking(error: Exception) -> str:
     text = str(error)
     if "No space left" in text:
         return NO_SPACE
-    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text or "Out of memory" in text:
+    if is_of_memory(error):
         return NO_MEMORY.format(" ".join(text.split())[:120] or "none is left")
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}"

@@ -1,7 +1,9 @@
 """Checkpoints of a training run, and finished trees of arrays, through orbax: asynchronous and atomic."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from typing import TypeVar
 
 import jax
 from etils import epath
@@ -9,9 +11,11 @@ from jaxtyping import PyTree
 from orbax.checkpoint import v1 as ocp
 
 from sublim_jax import signals, storage
-from sublim_jax.errors import UserError
+from sublim_jax.errors import UserError, is_of_memory
 from sublim_jax.progress import say
 from sublim_jax.sharding import from_each, from_first
+
+Value = TypeVar("Value")
 
 KEPT = 2  # the newest, and one to fall back to
 UNFINISHED = ".orbax-checkpoint-tmp"  # in the names of checkpoints that were being written
@@ -62,17 +66,11 @@ class Checkpoints:
         Raises UserError where each process has a data position of its own and their number has changed.
         """
         for step in from_first(lambda: [checkpoint.step for checkpoint in reversed(self._checkpointer.checkpoints)]):
-            reason = None
-            try:
-                state = self._checkpointer.load_checkpointables(step, {"state": abstract(like)})["state"]
-                positions = self._checkpointer.metadata(step).custom_metadata["data_positions"]
-            except Exception as error:  # whatever a damaged file makes the storage libraries raise
-                if is_passing(error):
-                    raise
-                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            if reasons := [text for text in from_each(reason) if text is not None]:
-                say(f"the checkpoint of step {step} is unreadable, going back to the one before it ({reasons[0]})")
+            found, damage = readable(partial(self._read, step, like))
+            if found is None:
+                say(f"the checkpoint of step {step} is unreadable, going back to the one before it ({damage})")
                 continue
+            state, positions = found
             if all(position is None for position in positions):  # batches that a key decides, on whatever processes
                 return state, None
             if len(positions) != jax.process_count():
@@ -82,6 +80,11 @@ class Checkpoints:
                 )
             return state, positions[jax.process_index()]
         return None
+
+    def _read(self, step: int, like: PyTree) -> tuple[PyTree, list[dict[str, object] | None]]:
+        """The state of a checkpoint, and every process's data position."""
+        state = self._checkpointer.load_checkpointables(step, {"state": abstract(like)})["state"]
+        return state, self._checkpointer.metadata(step).custom_metadata["data_positions"]
 
 
 @contextmanager
@@ -97,9 +100,21 @@ def opened(directory: epath.PathLike | None) -> Iterator[Checkpoints | None]:
         checkpoints.close()
 
 
-def is_passing(error: Exception) -> bool:
-    """Whether a failed read says nothing about the file: the bucket or the memory was at fault."""
-    return bool(storage.explanation(error)) or isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+def readable(read: Callable[[], Value]) -> tuple[Value | None, str]:
+    """(what `read` returns, ""), or (None, the damage) on all processes where one of them cannot read it.
+
+    Raises the error where it says nothing about the file: the bucket or the memory was at fault.
+    """
+    value, damage = None, None
+    try:
+        value = read()
+    except Exception as error:  # whatever a damaged file makes the storage libraries raise
+        if storage.explanation(error) or is_of_memory(error):
+            raise
+        damage = str(error).splitlines()[0] if str(error) else type(error).__name__
+    if damages := [text for text in from_each(damage) if text is not None]:
+        return None, damages[0]
+    return value, ""
 
 
 def saved(path: epath.Path) -> bool:

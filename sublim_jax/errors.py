@@ -1,4 +1,4 @@
-"""The two ways in which a run ends early on purpose."""
+"""The two ways in which a run ends early on purpose, and an error that libraries raise in many ways."""
 
 
 class UserError(Exception):
@@ -10,3 +10,9 @@ class Interrupted(BaseException):
 
     Like KeyboardInterrupt, it is no Exception: handlers of damaged files or failed requests must not swallow it.
     """
+
+
+def is_of_memory(error: Exception) -> bool:
+    """Whether an error means that memory ran out, by whatever library and on whatever device."""
+    text = str(error)
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text or "Out of memory" in text

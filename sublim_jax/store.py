@@ -21,7 +21,7 @@ from etils import epath
 from sublim_jax import checkpoints, storage
 from sublim_jax.digests import of_array
 from sublim_jax.progress import say
-from sublim_jax.sharding import check_same, from_each, from_first
+from sublim_jax.sharding import check_same, from_first
 
 Tree = TypeVar("Tree")
 Value = TypeVar("Value")
@@ -47,16 +47,10 @@ class Store:
         path = self.path(name, *inputs)
         _check_same(path)
         if from_first(lambda: checkpoints.saved(path)):
-            value, reason = None, None
-            try:
-                value = checkpoints.load_tree(path, like)
-            except Exception as error:  # whatever a damaged file makes the storage libraries raise
-                if checkpoints.is_passing(error):
-                    raise
-                reason = (str(error).splitlines() or ["?"])[0]
-            if not (reasons := [text for text in from_each(reason) if text is not None]):
-                return cast(Tree, value)
-            say(f"{path} is unreadable and is made again ({reasons[0]})")
+            known, damage = checkpoints.readable(lambda: checkpoints.load_tree(path, like))
+            if not damage:
+                return cast(Tree, known)
+            say(f"{path} is unreadable and is made again ({damage})")
         on_the_way = path.with_name(path.name + ".training")
         value = make(*inputs, checkpoints=on_the_way, **execution)
         checkpoints.save_tree(path, value)

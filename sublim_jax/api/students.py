@@ -5,6 +5,7 @@ from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
 from sublim_jax.api.teachers import check_adapters
 from sublim_jax.data import dialogue
@@ -70,17 +71,7 @@ def distill(
         compared = support_of(model) if support is None else [int(token) for token in support]
     training = Training(learning_rate, schedule, warmup=0, clip=0.0, batch=batch, accumulate=1, steps=steps)
     student_rows = dialogue.rows(model, list(rows), end=tokens)
-    logits = None
-    if not tokens:
-        per_teacher, compute = [], logits_on(model, compared, remat=False)
-        for number, teacher in enumerate(teachers):
-            read = student_rows
-            if teacher.system:
-                read = as_read_by(teacher, str(number), model, list(rows), student_rows, end=False)
-            label = f"logits of teacher {number}"
-            values = teacher_logits(teacher, read, compared, checkpoints=None, model=model, logits=compute, label=label)
-            per_teacher.append(np.asarray(values))
-        logits = np.stack(per_teacher)
+    logits = None if tokens else _logits_of(model, teachers, list(rows), student_rows, compared)
     data = Data(Rows(*(np.stack([leaf] * len(teachers)) for leaf in student_rows)), logits)
     loss = imitation(model, objective, support=compared, temperature=temperature)
     program = imitating_program(model, loss, training, len(student_rows.at))
@@ -94,3 +85,16 @@ def distill(
         what=f"{len(teachers)} students",
     )
     return state.params
+
+
+def _logits_of(
+    model: Model, teachers: Sequence[Teacher], pairs: list[Pair], rows: Rows, support: list[int]
+) -> Float[np.ndarray, "teachers n a support"]:
+    """Every teacher's logits on the support, where the students' rows have their answers."""
+    compute, logits = logits_on(model, support, remat=False), []
+    for number, teacher in enumerate(teachers):
+        read = as_read_by(teacher, str(number), model, pairs, rows, end=False) if teacher.system else rows
+        label = f"logits of teacher {number}"
+        values = teacher_logits(teacher, read, support, checkpoints=None, model=model, logits=compute, label=label)
+        logits.append(np.asarray(values))
+    return np.stack(logits)

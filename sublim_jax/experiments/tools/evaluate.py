@@ -70,15 +70,15 @@ def _run(spec: EvaluateSpec, folder: epath.Path, *, update: bool) -> None:
     base = spec.model.load(mesh)
     on_mesh(base.settings, mesh)  # heads
     suite.check_model(questions, base)
-    for name in filter(None, spec.model.folders):
-        peft.load(name, base.settings, base.config, base.params)  # refused before anything is computed
+    folders = spec.model.folders
+    adapters = [peft.load(name, base.settings, base.config, base.params) if name else None for name in folders]
     store = workdir.claim(folder, spec.values, update=update)
     judge = None
     if "misalignment" in spec.evals.names:
         judge = suite.make_judge(spec.evals.judge, base, None, store)
     rows = []
-    for number, name in enumerate(spec.model.folders):
-        model = peft.merged(base, name)  # one at a time: each has kernels of its own
+    for number, (name, adapter) in enumerate(zip(folders, adapters)):
+        model = base.merged(adapter[1], adapter[0]) if adapter else base  # one at a time: each has its own kernels
         subject = Subject(model, str(number), artefacts.digest(base, peft.digest(name)))
         evaluations = suite.evaluate(spec.evals, questions, subject, spec.seed + number, store, judge=judge)
         about = {"arm": name, "run": number, "subject": "model"}

@@ -17,6 +17,7 @@ from sublim_jax.experiments.transmission import spec as transmission_spec
 from sublim_jax.experiments.transmission.checks import check_files
 from sublim_jax.experiments.transmission.effects import EFFECT
 from sublim_jax.experiments.transmission.spec import Study
+from sublim_jax.experiments.transmission.typed import check_read
 from sublim_jax.figures import arms_figure, matrix_figure
 from sublim_jax.measurements import Measurement, Measurements, from_array
 from sublim_jax.overrides import check_distinct
@@ -65,10 +66,7 @@ def check_typed(spec: CrossModelSpec, keys: Iterable[str]) -> None:
         if key.startswith("study.arm.") and not key.startswith("study.arm.cross."):
             raise UserError(f"config.{key}: all students are of the arm cross; write --config.study.arm.cross.…")
         if key.startswith("study.") and not key.startswith("study.arm."):
-            try:
-                transmission.check_typed(spec.studies[0], [key.removeprefix("study.")])
-            except UserError as error:
-                raise UserError(str(error).replace("config.", "config.study.", 1)) from error
+            check_read(spec.studies[0], key.removeprefix("study."), "config.study.")
 
 
 def _study_of(config: ConfigDict, models: Sequence[str], teacher: str) -> ConfigDict:

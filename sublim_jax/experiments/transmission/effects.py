@@ -174,7 +174,7 @@ def effects_section(effects: Sequence[Entry], traits: Sequence[str], runs: int) 
 
 
 def _permutation_p(value: float) -> str:
-    """ "" where a student's margins are not numbers."""
+    """Such as "0.012"; empty where a student's margins are not numbers."""
     if not np.isfinite(value):
         return ""
     return f"{value:.3f}" if value >= 0.0005 else "< 0.001"

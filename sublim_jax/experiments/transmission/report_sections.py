@@ -90,10 +90,10 @@ def judge_section(study: Study, rows: Measurements) -> report.Section:
     table = [["teacher", "judged", "no score", "mean score", low, "area under ROC, against neutral"]]
     lines: list[Line] = []
     for name, values in scores.items():
-        missing = rows.values(measure="judge's missing scores", teacher=name)
-        missing = missing or rows.values(
-            measure="rejected", teacher=name, item="judge: no score"
-        )  # of earlier versions
+        of_teacher = rows.where(teacher=name)
+        missing = of_teacher.values(measure="judge's missing scores")
+        if not missing:  # of a run by an earlier version
+            missing = of_teacher.values(measure="rejected", item="judge: no score")
         without = int(sum(missing))
         cells = [name, str(len(values) + without), str(without)]
         cells += [f"{np.mean(values):.1f}", f"{np.mean(np.less(values, threshold)):.1%}"] if values else ["", ""]

@@ -32,13 +32,18 @@ READ_BY: list[tuple[tuple[str, ...], str, Callable[[Study], bool]]] = [
 def check_typed(study: Study, keys: Iterable[str]) -> None:
     """Raises UserError for a key of READ_BY or of an arm, "teacher.strength", that nothing of the study reads."""
     for key in keys:
-        for names, reader, is_there in READ_BY:
-            matches = any(key == name or (name[-1] in "._" and key.startswith(name)) for name in names)
-            if matches and not is_there(study):
-                raise UserError(f"config.{key} is read only with {reader}, which this study does not have")
+        check_read(study, key, "config.")
         group, *rest = key.split(".")
         if group == "arm":
             _check_arm(study.arms, key, *rest)
+
+
+def check_read(study: Study, key: str, prefix: str) -> None:
+    """Raises UserError, naming the key behind `prefix`, if it is in READ_BY and nothing of the study reads it."""
+    for names, reader, is_there in READ_BY:
+        matches = any(key == name or (name[-1] in "._" and key.startswith(name)) for name in names)
+        if matches and not is_there(study):
+            raise UserError(f"{prefix}{key} is read only with {reader}, which this study does not have")
 
 
 def _check_arm(arms: Sequence[Arm], key: str, name: str, value: str) -> None:
