@@ -82,8 +82,9 @@ def test_shared_layers_and_distance_make_the_start(mesh_of):
     spec = tiny(student__shared_layers="0+2")
     runs = Runs(spec.seed, range(2), spec.precision)
     reference = train.references(runs, spec.teacher_network, mesh_of(1))
-    foreign = train.references(train.derangement(runs, 2), spec.student_network, mesh_of(1))
-    assert same(foreign.params, jax.tree.map(lambda leaf: leaf[::-1], reference.params))
+    foreign = train.references(train.next_runs(runs), spec.student_network, mesh_of(1))
+    first, second = (jax.tree.map(lambda leaf: leaf[index], reference.params) for index in range(2))
+    assert same(jax.tree.map(lambda leaf: leaf[0], foreign.params), second) and not same(first, second)
     start = train.near_start(runs, spec.student, reference, foreign)
     layers, ref_layers, foreign_layers = (networks.params["layers"] for networks in (start, reference, foreign))
     assert same(layers[0], ref_layers[0]) and same(layers[2], ref_layers[2]) and same(layers[1], foreign_layers[1])
@@ -94,10 +95,16 @@ def test_shared_layers_and_distance_make_the_start(mesh_of):
     assert len({start.origin, moved.origin, reference.origin, foreign.origin}) == 4
 
 
-def test_cross_init_is_a_derangement():
-    parts = [train.derangement(Runs(0, runs, "float32"), 7).numbers for runs in (range(3), range(3, 6), range(6, 7))]
-    flat = [other for part in parts for other in part]
-    assert sorted(flat) == list(range(7)) and all(run != other for run, other in enumerate(flat))
+def test_more_runs_keep_the_earlier_ones_to_the_bit(data, tmp_path, mesh_of, capsys):
+    """Also those of students from another start; and only the added runs are trained."""
+    few, more = (
+        run.test_accuracies(tiny(runs=runs, runs_at_once=2), data, Store(tmp_path), mesh_of(1)) for runs in (2, 4)
+    )
+    assert set(few) > {"cross_auxiliary", "clone 1 noise"}
+    assert few == {arm: accuracies[:2] for arm, accuracies in more.items()}
+    assert all(len(accuracies) == 4 for accuracies in more.values())
+    lines = capsys.readouterr().out
+    assert "teacher, runs 2-3 of 4" in lines and "teacher, runs 0-1 of 4" not in lines
 
 
 def test_a_longer_cloning_goes_on_from_a_shorter_one(data, tmp_path, mesh_of):
@@ -108,7 +115,7 @@ def test_a_longer_cloning_goes_on_from_a_shorter_one(data, tmp_path, mesh_of):
         store, program = Store(tmp_path / str(doses)), run.programs_of(spec, mesh_of(1)).distilling[spec.inputs]
         runs = Runs(spec.seed, range(2), spec.precision)
         reference = train.references(runs, spec.teacher_network, mesh_of(1))
-        foreign = train.references(train.derangement(runs, 2), spec.student_network, mesh_of(1))
+        foreign = train.references(train.next_runs(runs), spec.student_network, mesh_of(1))
         inputs = train.draw_inputs(runs, spec.inputs, data, mesh_of(1))
         clones = run.clones(spec, runs, reference, foreign, inputs, program=program, store=store)
         results.append({name: networks.params for name, networks in clones.items()})
@@ -134,7 +141,7 @@ def test_a_clone_of_any_architecture_comes_near_the_reference(data, tmp_path, me
     spec, mesh = tiny(**architecture, **changes), mesh_of(1)
     runs = Runs(spec.seed, range(2), spec.precision)
     reference = train.references(runs, spec.teacher_network, mesh)
-    foreign = train.references(train.derangement(runs, 2), spec.student_network, mesh)
+    foreign = train.references(train.next_runs(runs), spec.student_network, mesh)
     seen = run.clone_inputs(spec)[inputs]
     clone_inputs = train.draw_inputs(runs, seen, data, mesh)
     program = run.programs_of(spec, mesh).distilling[seen]

@@ -120,7 +120,7 @@ def prepare(
     """References, students' starts and inputs, and the teachers, trained or read from the store."""
     runs = Runs(spec.seed, numbers, spec.precision)
     reference = train.references(runs, spec.teacher_network, mesh)
-    foreign = train.references(train.derangement(runs, spec.runs), spec.student_network, mesh)
+    foreign = train.references(train.next_runs(runs), spec.student_network, mesh)
     made_of = (runs, spec.teacher, reference, data)
     like = program.abstract(reference.params).params
     record = record_of(spec, store, runs, "teacher", "teacher")

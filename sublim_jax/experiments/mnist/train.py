@@ -146,9 +146,10 @@ def references(runs: Runs, spec: NetworkSpec, mesh: Mesh) -> Networks:
     return Networks(spec, init(runs.keys("reference")), digest("reference", runs))
 
 
-def derangement(runs: Runs, num_runs: int) -> Runs:
-    """The runs whose references cross-init students start from, never their own."""
-    return replace(runs, numbers=[(run + 1) % num_runs for run in runs.numbers])
+def next_runs(runs: Runs) -> Runs:
+    """The runs whose references cross-init students start from: the next ones, also after the last, so that a result
+    does not depend on the number of runs."""
+    return replace(runs, numbers=[run + 1 for run in runs.numbers])
 
 
 def near_start(runs: Runs, student: StudentSpec, reference: Networks, foreign: Networks) -> Networks:
