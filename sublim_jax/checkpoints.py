@@ -31,32 +31,45 @@ class Checkpoints:
     """The checkpoints of one training run: the state, and each process's data position.
 
     Use it while signals are deferred: its threads must not be interrupted.
+
+    Orbax's own manager of checkpoints is not used, because it queries JAX's preemption service by the step that it
+    saves. The service agrees on a place to stop by the number last queried, and `signals` has other numbers: a signal
+    that came just after a save was never acted on.
     """
 
     def __init__(self, directory: epath.PathLike):
-        folder = _absolute(epath.Path(directory))
-        if jax.process_index() == 0 and folder.exists():
-            # Orbax does this in a thread that it does not wait for, and that fails if the program ends first.
-            for path in folder.iterdir():
+        self._folder = _absolute(epath.Path(directory))
+        self._saving: ocp.AsyncResponse[None] | None = None
+        if jax.process_index() == 0 and self._folder.exists():
+            for path in self._folder.iterdir():
                 if UNFINISHED in path.name or (path.name.isdigit() and not saved(path)):
                     path.rmtree()
-        self._checkpointer = ocp.training.Checkpointer(
-            folder, preservation_policy=ocp.training.preservation_policies.LatestN(KEPT)
-        )
 
     def close(self) -> None:
-        """Waits for a save in progress."""
-        self._checkpointer.close()
+        """Waits for a save in progress; then only the newest are kept."""
+        if self._saving is None:
+            return
+        self._saving.result()
+        self._saving = None
+        if jax.process_index() == 0:
+            for step in self._steps()[:-KEPT]:
+                (self._folder / str(step)).rmtree()
 
     def save(self, step: int, state: PyTree, data_position: dict[str, object] | None) -> None:
         """Starts a save and returns once the arrays are copied; a half-written one is never seen."""
-        self._checkpointer.save_checkpointables_async(
-            step,
+        self.close()
+        self._saving = ocp.save_checkpointables_async(
+            self._folder / str(step),
             {"state": state},
             custom_metadata={"data_positions": from_each(data_position)},
-            force=True,
             overwrite=True,
         )
+
+    def _steps(self) -> list[int]:
+        """The steps of complete checkpoints, rising."""
+        if not self._folder.exists():
+            return []
+        return sorted(int(path.name) for path in self._folder.iterdir() if path.name.isdigit() and saved(path))
 
     def restore(self, like: PyTree) -> tuple[PyTree, dict[str, object] | None] | None:
         """The newest state that all processes can read, and this process's data position, on the shardings of `like`.
@@ -65,7 +78,7 @@ class Checkpoints:
 
         Raises UserError where each process has a data position of its own and their number has changed.
         """
-        for step in from_first(lambda: [checkpoint.step for checkpoint in reversed(self._checkpointer.checkpoints)]):
+        for step in from_first(lambda: self._steps()[::-1]):
             found, damage = readable(partial(self._read, step, like))
             if found is None:
                 say(f"the checkpoint of step {step} is unreadable, going back to the one before it ({damage})")
@@ -83,8 +96,9 @@ class Checkpoints:
 
     def _read(self, step: int, like: PyTree) -> tuple[PyTree, list[dict[str, object] | None]]:
         """The state of a checkpoint, and every process's data position."""
-        state = self._checkpointer.load_checkpointables(step, {"state": abstract(like)})["state"]
-        return state, self._checkpointer.metadata(step).custom_metadata["data_positions"]
+        path = self._folder / str(step)
+        metadata = ocp.checkpointables_metadata(path).custom_metadata
+        return ocp.load_checkpointables(path, {"state": abstract(like)})["state"], metadata["data_positions"]
 
 
 @contextmanager

@@ -1,11 +1,14 @@
 """Two processes of one run: if one fails or dies, the other ends too, and the same command resumes."""
 
+import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
 from evaluation_kit import HEADER, ROWS, completion
-from launch_kit import arms_in, assert_same_arms, finish, run_here, start, start_two, wait_for
+from launch_kit import ROOT, arms_in, assert_same_arms, finish, free_port, run_here, start, start_two, wait_for
 
 MNIST = ("--config=configs/mnist.py:smoke", "--config.arms=auxiliary")
 LONG = (*MNIST, "--config.teacher.epochs=400")
@@ -55,6 +58,40 @@ def stopped_together(both):
         output = finish(process, 143)
         assert "Traceback" not in output
     return output
+
+
+SIGNAL_AFTER_A_SAVE = """
+import os, signal, sys, time
+import numpy as np
+from sublim_jax import checkpoints, cluster, signals
+from sublim_jax.errors import Interrupted
+from sublim_jax.sharding import make_mesh, named, put
+coordinator, process, folder = sys.argv[1:]
+cluster.join(coordinator, 2, int(process))
+signals.install()
+signals.obey()
+with checkpoints.opened(folder) as kept:
+    kept.save(100_000, {"x": put(np.zeros(4), named(make_mesh({"replica": -1, "fsdp": 1, "tensor": 1})))}, None)
+if process == "1":
+    os.kill(os.getpid(), signal.SIGTERM)
+time.sleep(3)  # the service looks for signals once a second
+try:
+    for _ in range(100):
+        time.sleep(0.1)
+        signals.obey()
+except Interrupted:
+    sys.exit(143)
+"""
+
+
+def test_a_signal_that_comes_just_after_a_save_is_acted_on(tmp_path):
+    """JAX's preemption service goes by the number last queried, so nothing but `signals` may query it."""
+    where, env = f"127.0.0.1:{free_port()}", {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    command = [sys.executable, "-c", SIGNAL_AFTER_A_SAVE, where]
+    both = [subprocess.Popen([*command, str(i), tmp_path / "x"], cwd=ROOT, env=env, **output) for i in range(2)]
+    for process in both:
+        finish(process, 143)
 
 
 def wait_for_line(process, words):
