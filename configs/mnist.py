@@ -44,7 +44,7 @@ def get_config(preset: str = "quick") -> ConfigDict:
     config.runs_at_once = 4  # trained in one program; each takes about 110 MB, and further groups take no more
     config.precision = "float32"  # of matrix products: float32, tensorfloat32 or bfloat16
     # auxiliary, all: students from the reference, on the auxiliary or on all logits; cross_auxiliary, cross_all: from
-    # another run's reference; clone: as cross_auxiliary, after imitating the reference on all logits; real: as
+    # the next run's reference; clone: as cross_auxiliary, after imitating the reference on all logits; real: as
     # auxiliary, on digits instead of noise.
     config.arms = ("auxiliary", "all", "cross_auxiliary", "cross_all", "clone", "real")
 
