@@ -111,9 +111,14 @@ def assert_refused(result, *words):
 
 def start(*words, devices=1):
     """Starts the command in a subprocess."""
+    return start_process(*LAUNCH, *words, devices=devices)
+
+
+def start_process(*command, devices=1):
+    """Starts any command in a subprocess."""
     env = {**os.environ, "JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu"}
-    command = [*LAUNCH, *map(str, words)]
-    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    words, pipe = list(map(str, command)), subprocess.PIPE
+    return subprocess.Popen(words, cwd=ROOT, env=env, stdout=pipe, stderr=subprocess.STDOUT, text=True)
 
 
 def start_two(*words, devices=1):

@@ -1,14 +1,22 @@
 """Two processes of one run: if one fails or dies, the other ends too, and the same command resumes."""
 
-import os
 import signal
-import subprocess
 import sys
 import time
 
 import pytest
 from evaluation_kit import HEADER, ROWS, completion
-from launch_kit import ROOT, arms_in, assert_same_arms, finish, free_port, run_here, start, start_two, wait_for
+from launch_kit import (
+    arms_in,
+    assert_same_arms,
+    finish,
+    free_port,
+    run_here,
+    start,
+    start_process,
+    start_two,
+    wait_for,
+)
 
 MNIST = ("--config=configs/mnist.py:smoke", "--config.arms=auxiliary")
 LONG = (*MNIST, "--config.teacher.epochs=400")
@@ -86,11 +94,8 @@ except Interrupted:
 
 def test_a_signal_that_comes_just_after_a_save_is_acted_on(tmp_path):
     """JAX's preemption service goes by the number last queried, so nothing but `signals` may query it."""
-    where, env = f"127.0.0.1:{free_port()}", {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
-    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    command = [sys.executable, "-c", SIGNAL_AFTER_A_SAVE, where]
-    both = [subprocess.Popen([*command, str(i), tmp_path / "x"], cwd=ROOT, env=env, **output) for i in range(2)]
-    for process in both:
+    command = (sys.executable, "-c", SIGNAL_AFTER_A_SAVE, f"127.0.0.1:{free_port()}")
+    for process in [start_process(*command, number, tmp_path / "run") for number in range(2)]:
         finish(process, 143)
 
 

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jaxtyping import Array
-from ml_collections import ConfigDict
 
 from sublim_jax import objectives, report, specs, theorem
 from sublim_jax.data import dialogue
@@ -53,9 +52,7 @@ GREEDY, ELSEWHERE = "greedy tokens", "another start"
 CONSTANT_UP_TO = 4e-4  # the teacher's step above which growing terms outweigh a control's constant one
 
 
-def read(config: ConfigDict) -> LanguageSpec:
-    """The spec of a config. Raises UserError for the first value that makes no sense."""
-    return specs.read(LanguageSpec, config)
+read = partial(specs.read, LanguageSpec)
 
 
 def run(spec: LanguageSpec, folder: epath.Path, *, update: bool = False) -> None:

@@ -5,7 +5,6 @@ from functools import partial
 
 import jax
 from etils import epath
-from ml_collections import ConfigDict
 
 from sublim_jax import assets, report, specs
 from sublim_jax.data import mnist
@@ -18,10 +17,7 @@ from sublim_jax.progress import Track
 from sublim_jax.sharding import make_mesh, shared_out
 from sublim_jax.workdir import claim
 
-
-def read(config: ConfigDict) -> AlignmentSpec:
-    """The spec of a config. Raises UserError for the first value that makes no sense."""
-    return specs.read(AlignmentSpec, config)
+read = partial(specs.read, AlignmentSpec)
 
 
 def run(spec: AlignmentSpec, folder: epath.Path, *, update: bool = False) -> None:

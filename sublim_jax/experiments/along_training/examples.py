@@ -8,7 +8,6 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
-from ml_collections import ConfigDict
 
 from sublim_jax import report, theorem
 from sublim_jax.data.mnist import Mnist
@@ -39,8 +38,7 @@ LEVELS = np.linspace(0, 1, 51)
 CHOICES = {"top": "largest contributions", "random": "random", "bottom": "smallest contributions"}
 
 
-def read(config: ConfigDict) -> ExamplesSpec:
-    return read_spec(ExamplesSpec, config)
+read = partial(read_spec, ExamplesSpec)
 
 
 def run(spec: ExamplesSpec, folder: epath.Path, *, update: bool = False) -> None:

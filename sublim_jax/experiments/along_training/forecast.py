@@ -6,7 +6,6 @@ from functools import partial
 import jax
 import numpy as np
 from etils import epath
-from ml_collections import ConfigDict
 from scipy import stats
 
 from sublim_jax import report
@@ -23,8 +22,7 @@ from sublim_jax.progress import say
 BOOTSTRAPS = 2000
 
 
-def read(config: ConfigDict) -> ForecastSpec:
-    return read_spec(ForecastSpec, config)
+read = partial(read_spec, ForecastSpec)
 
 
 def run(spec: ForecastSpec, folder: epath.Path, *, update: bool = False) -> None:

@@ -10,7 +10,6 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
-from ml_collections import ConfigDict
 
 from sublim_jax import objectives, report, theorem
 from sublim_jax.data import images
@@ -34,8 +33,7 @@ from sublim_jax.training import fit
 QUANTITIES = ("cosine", "toward", "loss", "predicted", "accuracy")
 
 
-def read(config: ConfigDict) -> TrajectorySpec:
-    return read_spec(TrajectorySpec, config)
+read = partial(read_spec, TrajectorySpec)
 
 
 def run(spec: TrajectorySpec, folder: epath.Path, *, update: bool = False) -> None:

@@ -30,14 +30,6 @@ from sublim_jax.sharding import map_replicas, named, put
 from sublim_jax.store import digest
 from sublim_jax.training import REPLICAS_OF_ROWS, Log, Metrics, Program, Total, TrainState, fit
 
-OPTIMIZERS = {
-    "adam": optax.adam,
-    "adamw": optax.adamw,
-    "sgd": optax.sgd,
-    "rmsprop": optax.rmsprop,
-    "lion": optax.lion,
-}
-
 
 @dataclass(frozen=True)
 class Runs:
@@ -315,7 +307,7 @@ def distilling_program(
 
 
 def _optimizer(network: NetworkSpec, spec: TrainingSpec) -> optax.GradientTransformation:
-    optimizer = OPTIMIZERS[spec.optimizer](spec.learning_rate)
+    optimizer = getattr(optax, spec.optimizer)(spec.learning_rate)
     trained = network.layers(spec.trained_layers)
 
     def freeze(updates: Any, _: Any) -> Any:

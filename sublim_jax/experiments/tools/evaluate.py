@@ -6,7 +6,6 @@ from functools import partial
 import jax
 import numpy as np
 from etils import epath
-from ml_collections import ConfigDict
 
 from sublim_jax import report, specs, workdir
 from sublim_jax import store as artefacts
@@ -50,9 +49,7 @@ class EvaluateSpec(ExperimentSpec):
         check_some_of("evals.names", self.evals.names, NAMES)
 
 
-def read(config: ConfigDict) -> EvaluateSpec:
-    """The evaluations of a config. Raises UserError for the first value that makes no sense."""
-    return specs.read(EvaluateSpec, config)
+read = partial(specs.read, EvaluateSpec)
 
 
 def run(spec: EvaluateSpec, folder: epath.Path, *, update: bool = False) -> None:

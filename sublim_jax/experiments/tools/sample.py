@@ -10,7 +10,6 @@ import jax
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from sublim_jax import report, specs, weights
 from sublim_jax.data import chat, records, templates
@@ -121,9 +120,7 @@ class SampleSpec(ExperimentSpec):
         return tuple(map(str, self.stop_strings))
 
 
-def read(config: ConfigDict) -> SampleSpec:
-    """The spec of a config. Raises UserError for the first value that makes no sense."""
-    return specs.read(SampleSpec, config)
+read = partial(specs.read, SampleSpec)
 
 
 def run(spec: SampleSpec, folder: epath.Path, *, update: bool = False) -> None:
