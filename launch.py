@@ -118,6 +118,7 @@ def main(args: Sequence[str], watch: cluster.Watch) -> None:
     workdir.check(folder, spec.values, update=_UPDATE.value)
     signals.install()
     experiment.run(spec, folder, update=_UPDATE.value)
+    cluster.meet()  # the first one may still fail, in the report
 
 
 def write_report_again(typed: Mapping[str, object]) -> None:

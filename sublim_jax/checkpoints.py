@@ -2,23 +2,21 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
-from typing import TypeVar
+from typing import Any
 
 import jax
 from etils import epath
 from jaxtyping import PyTree
 from orbax.checkpoint import v1 as ocp
 
-from sublim_jax import signals, storage
+from sublim_jax import cluster, signals, storage
 from sublim_jax.errors import UserError, is_of_memory
 from sublim_jax.progress import say
 from sublim_jax.sharding import from_each, from_first
 
-Value = TypeVar("Value")
-
 KEPT = 2  # the newest, and one to fall back to
 UNFINISHED = ".orbax-checkpoint-tmp"  # in the names of checkpoints that were being written
+STATE = "state"  # orbax's name for a tree of arrays
 COMMITTED = "commit_success.txt"  # in complete checkpoints of a bucket
 
 
@@ -39,7 +37,7 @@ class Checkpoints:
 
     def __init__(self, directory: epath.PathLike):
         self._folder = _absolute(epath.Path(directory))
-        self._saving: ocp.AsyncResponse[None] | None = None
+        self._saving: tuple[int, ocp.AsyncResponse[None]] | None = None
         if jax.process_index() == 0 and self._folder.exists():
             for path in self._folder.iterdir():
                 if UNFINISHED in path.name or (path.name.isdigit() and not saved(path)):
@@ -49,21 +47,22 @@ class Checkpoints:
         """Waits for a save in progress; then only the newest are kept."""
         if self._saving is None:
             return
-        self._saving.result()
-        self._saving = None
+        (step, response), self._saving = self._saving, None
+        response.result()
         if jax.process_index() == 0:
-            for step in self._steps()[:-KEPT]:
-                (self._folder / str(step)).rmtree()
+            until_now = [known for known in self._steps() if known <= step]
+            for outdated in set(self._steps()) - set(until_now[-KEPT:]):  # later ones were unreadable, and passed over
+                (self._folder / str(outdated)).rmtree()
 
     def save(self, step: int, state: PyTree, data_position: dict[str, object] | None) -> None:
         """Starts a save and returns once the arrays are copied; a half-written one is never seen."""
         self.close()
-        self._saving = ocp.save_checkpointables_async(
-            self._folder / str(step),
-            {"state": state},
-            custom_metadata={"data_positions": from_each(data_position)},
-            overwrite=True,
-        )
+        metadata = {"data_positions": from_each(data_position)}
+        with _context():
+            response = ocp.save_checkpointables_async(
+                self._folder / str(step), {STATE: state}, custom_metadata=metadata, overwrite=True
+            )
+        self._saving = step, response
 
     def _steps(self) -> list[int]:
         """The steps of complete checkpoints, rising."""
@@ -79,11 +78,11 @@ class Checkpoints:
         Raises UserError where each process has a data position of its own and their number has changed.
         """
         for step in from_first(lambda: self._steps()[::-1]):
-            found, damage = readable(partial(self._read, step, like))
+            found, damage = _read(self._folder / str(step), like)
             if found is None:
                 say(f"the checkpoint of step {step} is unreadable, going back to the one before it ({damage})")
                 continue
-            state, positions = found
+            state, positions = found[0], found[1]["data_positions"]
             if all(position is None for position in positions):  # batches that a key decides, on whatever processes
                 return state, None
             if len(positions) != jax.process_count():
@@ -93,12 +92,6 @@ class Checkpoints:
                 )
             return state, positions[jax.process_index()]
         return None
-
-    def _read(self, step: int, like: PyTree) -> tuple[PyTree, list[dict[str, object] | None]]:
-        """The state of a checkpoint, and every process's data position."""
-        path = self._folder / str(step)
-        metadata = ocp.checkpointables_metadata(path).custom_metadata
-        return ocp.load_checkpointables(path, {"state": abstract(like)})["state"], metadata["data_positions"]
 
 
 @contextmanager
@@ -110,25 +103,13 @@ def opened(directory: epath.PathLike | None) -> Iterator[Checkpoints | None]:
     checkpoints = Checkpoints(directory)
     try:
         yield checkpoints
-    finally:
-        checkpoints.close()
-
-
-def readable(read: Callable[[], Value]) -> tuple[Value | None, str]:
-    """(what `read` returns, ""), or (None, the damage) on all processes where one of them cannot read it.
-
-    Raises the error where it says nothing about the file: the bucket or the memory was at fault.
-    """
-    value, damage = None, None
-    try:
-        value = read()
-    except Exception as error:  # whatever a damaged file makes the storage libraries raise
-        if storage.explanation(error) or is_of_memory(error):
-            raise
-        damage = str(error).splitlines()[0] if str(error) else type(error).__name__
-    if damages := [text for text in from_each(damage) if text is not None]:
-        return None, damages[0]
-    return value, ""
+    except (
+        BaseException
+    ) as error:  # a signal, or a failure: of several processes one may be lost, with its part of a save
+        if not (isinstance(error, Exception) and cluster.joined()):
+            checkpoints.close()
+        raise
+    checkpoints.close()
 
 
 def saved(path: epath.Path) -> bool:
@@ -142,11 +123,52 @@ def _absolute(path: epath.Path) -> epath.Path:
 
 def save_tree(path: epath.Path, tree: PyTree) -> None:
     """Writes a tree of arrays, whole or not at all."""
-    with signals.whole():
+    with signals.whole(), _context():
         ocp.save(_absolute(path), tree, overwrite=True)
 
 
-def load_tree(path: epath.Path, like: PyTree) -> PyTree:
-    """Reads a tree of arrays onto the shapes, dtypes and shardings of `like`."""
+def load_tree(path: epath.Path, like: PyTree) -> tuple[PyTree | None, str]:
+    """(a tree of arrays on the shapes, dtypes and shardings of `like`, ""), or (None, the damage) on all processes
+    where one of them cannot read it.
+
+    Raises the error where it says nothing about the file: the bucket or the memory was at fault.
+    """
     with signals.whole():
-        return ocp.load(_absolute(path), abstract_state=abstract(like))
+        found, damage = _read(_absolute(path), like)
+    return (found[0] if found else None), damage
+
+
+def _context() -> ocp.Context:
+    """How orbax writes: a folder that cannot be made is an error at once, and none of its threads waits for it; no
+    process looks by itself whether a folder is there that another is replacing."""
+    context = ocp.Context()
+    context.asynchronous.create_directories_asynchronously = False
+    context.file.skip_sync_file_validations = True
+    return context
+
+
+def _read(path: epath.Path, like: PyTree) -> tuple[tuple[PyTree, dict[str, Any]] | None, str]:
+    """((a tree of arrays, what was noted with it), ""), or (None, the damage), the same on all processes.
+
+    Orbax counts its reads, and a process that fails before the count would be one behind the others for good. So all
+    agree first that they can read what is cheap to read.
+    """
+    wanted = {STATE: abstract(like)}
+    notes, damage = _agreed(lambda: ocp.checkpointables_metadata(path).custom_metadata or {})
+    if damage:
+        return None, damage
+    tree, damage = _agreed(lambda: ocp.load_checkpointables(path, wanted)[STATE])
+    return (None if damage else (tree, notes)), damage
+
+
+def _agreed(read: Callable[[], Any]) -> tuple[Any, str]:
+    """(what `read` returns, ""), or (None, the damage) on all processes where one of them cannot read."""
+    value, damage = None, None
+    try:
+        value = read()
+    except Exception as error:  # whatever a damaged file makes the storage libraries raise
+        if storage.explanation(error) or is_of_memory(error):
+            raise
+        damage = str(error).splitlines()[0] if str(error) else type(error).__name__
+    damages = [text for text in from_each(damage) if text is not None]
+    return (None, damages[0]) if damages else (value, "")

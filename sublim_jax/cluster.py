@@ -68,8 +68,9 @@ def meet() -> None:
 
 
 def lost(error: Exception) -> bool:
-    """Whether an error means that another process of this run cannot be reached any more."""
-    return joined() and bool(re.search(r"gloo|nccl|connection|socket|unavailable|heartbeat", str(error), re.IGNORECASE))
+    """Whether an error means that another process of this run cannot be reached any more, or did not come."""
+    signs = r"gloo|nccl|connection|socket|unavailable|heartbeat|barrier"
+    return joined() and bool(re.search(signs, str(error), re.IGNORECASE))
 
 
 class Watch:

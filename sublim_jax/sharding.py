@@ -144,6 +144,7 @@ def check_same(digest: str, what: str) -> None:
     """Raises UserError, on every process, where processes have read different bytes: one has a stale copy."""
     if jax.process_count() == 1:
         return
+    cluster.meet()  # one may have fetched or hashed what another has in its cache
     every = multihost_utils.process_allgather(np.frombuffer(digest.encode(), np.uint8))
     if odd := [process for process, other in enumerate(every) if bytes(other) != bytes(every[0])]:
         raise UserError(f"{what} is not the same on all processes: process {odd[0]} reads other bytes than process 0")

@@ -47,7 +47,7 @@ class Store:
         path = self.path(name, *inputs)
         _check_same(path)
         if from_first(lambda: checkpoints.saved(path)):
-            known, damage = checkpoints.readable(lambda: checkpoints.load_tree(path, like))
+            known, damage = checkpoints.load_tree(path, like)
             if not damage:
                 return cast(Tree, known)
             say(f"{path} is unreadable and is made again ({damage})")

@@ -10,6 +10,7 @@ from typing import Any
 
 import fsspec
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
@@ -17,6 +18,7 @@ from evaluation_kit import HEADER, ROWS, completion, question
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from launch_kit import assert_refused, run_here
+from orbax.checkpoint import v1 as ocp
 from talk_kit import messages
 
 from configs import sample as sample_config
@@ -333,6 +335,20 @@ def test_addresses_that_cannot_be_used_are_told_in_one_line(bucket, tmp_path, mo
 
 
 # ------------------------------------------------------------------------------------------------------- whole runs
+
+
+def test_an_outage_while_arrays_are_read_is_not_taken_for_damage(bucket, tmp_path, monkeypatch):
+    """Orbax reads them by tensorstore, whose errors are ValueErrors; the artefact would be made again."""
+    store = Store(epath.Path(f"{bucket}/outage"))
+    store.tree("thing", lambda checkpoints: {"x": jnp.ones(2)}, like={"x": jnp.zeros(2)})
+
+    def forbidden(*_):
+        raise ValueError("PERMISSION_DENIED: Error reading gs://x [http_response_code='403']")
+
+    monkeypatch.setattr(ocp, "load_checkpointables", forbidden)
+    with pytest.raises(ValueError, match="PERMISSION_DENIED") as error:
+        store.tree("thing", lambda checkpoints: pytest.fail("made again"), like={"x": jnp.zeros(2)})
+    assert "the bucket cannot be used (PERMISSION_DENIED" in storage.explanation(error.value)
 
 
 def test_samples_in_a_bucket_are_those_of_a_folder_also_when_more_are_asked_for(bucket, tiny_folder, tmp_path):

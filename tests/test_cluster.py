@@ -68,7 +68,8 @@ def stopped_together(both):
     return output
 
 
-SIGNAL_AFTER_A_SAVE = """
+# A program for two processes, after this beginning. Process 1 meets what is tested, and process 0 does not.
+BEGINNING = """
 import os, signal, sys, time
 import numpy as np
 from sublim_jax import checkpoints, cluster, signals
@@ -76,10 +77,14 @@ from sublim_jax.errors import Interrupted
 from sublim_jax.sharding import make_mesh, named, put
 coordinator, process, folder = sys.argv[1:]
 cluster.join(coordinator, 2, int(process))
+whole = named(make_mesh({"replica": -1, "fsdp": 1, "tensor": 1}))
+state = {"x": put(np.zeros(4), whole)}
+"""
+SIGNAL_AFTER_A_SAVE = """
 signals.install()
 signals.obey()
 with checkpoints.opened(folder) as kept:
-    kept.save(100_000, {"x": put(np.zeros(4), named(make_mesh({"replica": -1, "fsdp": 1, "tensor": 1})))}, None)
+    kept.save(100_000, state, None)
 if process == "1":
     os.kill(os.getpid(), signal.SIGTERM)
 time.sleep(3)  # the service looks for signals once a second
@@ -90,13 +95,39 @@ try:
 except Interrupted:
     sys.exit(143)
 """
+UNREADABLE_ON_ONE = """
+with checkpoints.opened(folder) as kept:
+    kept.save(4, state, None)
+    kept.save(8, state, None)
+metadata, failed = checkpoints.ocp.checkpointables_metadata, []
+def fails_once(path):
+    if process == "1" and not failed:
+        failed.append(path)
+        raise OSError("stale file handle")
+    return metadata(path)
+checkpoints.ocp.checkpointables_metadata = fails_once
+with checkpoints.opened(folder) as kept:
+    assert kept.restore(state) is not None
+    kept.save(6, state, None)
+"""
+
+
+def run_on_two(program, folder, code=0):
+    command = (sys.executable, "-c", BEGINNING + program, f"127.0.0.1:{free_port()}")
+    both = [start_process(*command, number, folder / "run") for number in range(2)]
+    return [finish(process, code) for process in both]
 
 
 def test_a_signal_that_comes_just_after_a_save_is_acted_on(tmp_path):
     """JAX's preemption service goes by the number last queried, so nothing but `signals` may query it."""
-    command = (sys.executable, "-c", SIGNAL_AFTER_A_SAVE, f"127.0.0.1:{free_port()}")
-    for process in [start_process(*command, number, tmp_path / "run") for number in range(2)]:
-        finish(process, 143)
+    run_on_two(SIGNAL_AFTER_A_SAVE, tmp_path, 143)
+
+
+def test_a_checkpoint_that_one_process_cannot_read_is_passed_over_by_both(tmp_path):
+    """Orbax counts its reads: a process that failed before the count could read and save nothing any more."""
+    first = run_on_two(UNREADABLE_ON_ONE, tmp_path)[0]
+    assert "the checkpoint of step 8 is unreadable" in first and "stale file handle" in first
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["4", "6"]
 
 
 def wait_for_line(process, words):

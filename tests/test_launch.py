@@ -33,7 +33,6 @@ MISTAKES = {
     "value negative": (["--config=configs/mnist.py", "--config.student.epochs=-1"], ["student.epochs", "positive"]),
     "arm unknown": (["--config=configs/mnist.py", "--config.arms=auxilliary,all"], ["arms", "auxilliary"]),
     "layer unknown": (["--config=configs/mnist.py", "--config.student.trained_layers=0+7"], ["trained_layers", "0+7"]),
-    "too few runs": (["--config=configs/mnist.py", "--config.runs=1"], ["runs=1", "at least 2"]),
     "mesh too large": (["--config=configs/mnist.py", "--config.mesh.fsdp=3"], ["mesh", "fsdp=3", "device"]),
     "sweep of nothing": (["--config=configs/mnist.py:sweep", "--config.sweep.axis=student.lr"], ["student.lr"]),
     "sweep value wrong": (["--config=configs/mnist.py:sweep", "--config.sweep.points=1,two"], ["two", "auxiliary"]),

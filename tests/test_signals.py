@@ -4,10 +4,11 @@ import os
 import signal
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
+import jax.numpy as jnp
 import pytest
+from orbax.checkpoint import v1 as ocp
 
-from sublim_jax import checkpoints, signals
+from sublim_jax import signals
 from sublim_jax.errors import Interrupted
 from sublim_jax.store import Store
 
@@ -56,14 +57,14 @@ def test_a_signal_while_a_file_is_read_is_not_taken_for_a_damaged_file(tmp_path,
 
     def make(checkpoints):
         made.append(checkpoints)
-        return {"x": np.ones(2)}
+        return {"x": jnp.ones(2)}
 
-    store.tree("thing", make, like={"x": np.zeros(2)})
+    store.tree("thing", make, like={"x": jnp.zeros(2)})
 
     def interrupted(*_):
         raise Interrupted("stopped by SIGTERM")
 
-    monkeypatch.setattr(checkpoints, "load_tree", interrupted)
+    monkeypatch.setattr(ocp, "load_checkpointables", interrupted)
     with pytest.raises(Interrupted):
-        store.tree("thing", make, like={"x": np.zeros(2)})
+        store.tree("thing", make, like={"x": jnp.zeros(2)})
     assert len(made) == 1

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import weakref
+from contextlib import closing
 from functools import partial
 
 import jax
@@ -279,6 +280,18 @@ def test_a_damaged_checkpoint_is_passed_over_and_said(mesh_of, tmp_path, capsys,
     resumed = run(start(program), steps=14, iterator=Rows())
     assert "step 12 is unreadable" in capsys.readouterr().out
     assert_bits(whole, resumed)
+
+
+def test_what_is_saved_after_unreadable_checkpoints_is_kept_in_their_place(tmp_path):
+    """They have later steps, and would be the newest for good."""
+    for step, shape in ((400, 3), (600, 3), (150, 2)):
+        with closing(checkpoints.Checkpoints(tmp_path)) as kept:
+            assert kept.restore({"x": jnp.zeros(2)}) is None
+            kept.save(step, {"x": jnp.full(shape, step)}, None)
+    with closing(checkpoints.Checkpoints(tmp_path)) as kept:
+        found = kept.restore({"x": jnp.zeros(2)})
+    assert found is not None and found[0]["x"].tolist() == [150, 150]
+    assert [path.name for path in tmp_path.iterdir()] == ["150"]
 
 
 def test_places_in_the_data_of_two_processes_are_not_taken_for_those_of_one(mesh_of, tmp_path, monkeypatch):

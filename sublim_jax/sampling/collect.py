@@ -47,10 +47,10 @@ def collect(
       fields: the fields of a prompt, by its number; they become part of its records.
       key, max_new_tokens, options: as for `generate.stream`.
     """
-    same = hashlib.sha256(json.dumps([list(map(int, prompt)) for prompt in prompts]).encode()).hexdigest()
-    check_same(same, f"what {file.name} answers")
     stacked = 1 if options.get("adapters") is None else jax.tree.leaves(options["adapters"])[0].shape[0]
     known = [fields(number) for number in range(len(prompts))]
+    read = [file.name, [list(map(int, prompt)) for prompt in prompts], known]
+    check_same(hashlib.sha256(json.dumps(read).encode()).hexdigest(), f"what {file.name} answers")
 
     def wanted(record: Record) -> bool:
         if record["index"] >= len(prompts) or record["sample"] >= samples:
