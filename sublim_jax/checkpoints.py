@@ -103,9 +103,8 @@ def opened(directory: epath.PathLike | None) -> Iterator[Checkpoints | None]:
     checkpoints = Checkpoints(directory)
     try:
         yield checkpoints
-    except (
-        BaseException
-    ) as error:  # a signal, or a failure: of several processes one may be lost, with its part of a save
+    except BaseException as error:
+        # After a failure, unlike a signal, another process may be lost, and its part of a save never comes.
         if not (isinstance(error, Exception) and cluster.joined()):
             checkpoints.close()
         raise

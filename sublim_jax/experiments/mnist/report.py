@@ -62,7 +62,8 @@ def document(spec: MnistSpec, rows: Measurements, notes: Notes) -> Document:
     plots: dict[str, Callable[[epath.Path], None]] = {"arms": partial(arms_figure, arms)}
     if curve:
         plots["cloning"] = partial(sweep_figure, curve, "epochs of cloning the reference before distillation")
-    return arms, [Section(f"Test accuracy over {spec.runs} runs", note, _table(arms), plots)]
+    runs = "1 run" if spec.runs == 1 else f"{spec.runs} runs"
+    return arms, [Section(f"Test accuracy over {runs}", note, _table(arms), plots)]
 
 
 def accuracy_arm(name: str, accuracies: Sequence[float], **more: Any) -> Entry:
