@@ -128,7 +128,7 @@ def _dose_curve(arms: Sequence[Entry]) -> list[Entry]:
             line = {"0": by_arm["cross_auxiliary"], **line}
         points += [{**arm, "value": epochs, "name": f"cloned on {CLONED_ON[inputs]}"} for epochs, arm in line.items()]
     if "auxiliary" in by_arm:
-        points += [{**by_arm["auxiliary"], "value": epochs, "name": "shared start"} for epochs in doses]
+        points += [{**by_arm["auxiliary"], "value": epochs, "name": "shared start"} for epochs in ("0", *doses)]
     return points
 
 
