@@ -50,8 +50,9 @@ class Checkpoints:
         (step, response), self._saving = self._saving, None
         response.result()
         if jax.process_index() == 0:
-            until_now = [known for known in self._steps() if known <= step]
-            for outdated in set(self._steps()) - set(until_now[-KEPT:]):  # later ones were unreadable, and passed over
+            steps = self._steps()
+            kept = [known for known in steps if known <= step][-KEPT:]
+            for outdated in set(steps) - set(kept):  # later ones were unreadable, and passed over
                 (self._folder / str(outdated)).rmtree()
 
     def save(self, step: int, state: PyTree, data_position: dict[str, object] | None) -> None:
@@ -78,11 +79,10 @@ class Checkpoints:
         Raises UserError where each process has a data position of its own and their number has changed.
         """
         for step in from_first(lambda: self._steps()[::-1]):
-            found, damage = _read(self._folder / str(step), like)
-            if found is None:
+            state, positions, damage = self._read(step, like)
+            if damage:
                 say(f"the checkpoint of step {step} is unreadable, going back to the one before it ({damage})")
                 continue
-            state, positions = found[0], found[1]["data_positions"]
             if all(position is None for position in positions):  # batches that a key decides, on whatever processes
                 return state, None
             if len(positions) != jax.process_count():
@@ -92,6 +92,15 @@ class Checkpoints:
                 )
             return state, positions[jax.process_index()]
         return None
+
+    def _read(self, step: int, like: PyTree) -> tuple[PyTree | None, Any, str]:
+        """(the state, every process's data position, ""), or (None, None, the damage) on all processes."""
+        path = self._folder / str(step)
+        positions, damage = _readable(lambda: ocp.checkpointables_metadata(path).custom_metadata["data_positions"])
+        if damage:
+            return None, None, damage
+        state, damage = _load(path, like)
+        return state, positions, damage
 
 
 @contextmanager
@@ -132,9 +141,10 @@ def load_tree(path: epath.Path, like: PyTree) -> tuple[PyTree | None, str]:
 
     Raises the error where it says nothing about the file: the bucket or the memory was at fault.
     """
+    path = _absolute(path)
     with signals.whole():
-        found, damage = _read(_absolute(path), like)
-    return (found[0] if found else None), damage
+        _, damage = _readable(lambda: ocp.checkpointables_metadata(path))
+        return (None, damage) if damage else _load(path, like)
 
 
 def _context() -> ocp.Context:
@@ -146,21 +156,16 @@ def _context() -> ocp.Context:
     return context
 
 
-def _read(path: epath.Path, like: PyTree) -> tuple[tuple[PyTree, dict[str, Any]] | None, str]:
-    """((a tree of arrays, what was noted with it), ""), or (None, the damage), the same on all processes.
+def _load(path: epath.Path, like: PyTree) -> tuple[PyTree | None, str]:
+    """(a tree of arrays, ""), or (None, the damage) on all processes, which have agreed that its metadata is readable.
 
-    Orbax counts its reads, and a process that fails before the count would be one behind the others for good. So all
-    agree first that they can read what is cheap to read.
+    Orbax counts its loads. A process that failed on the metadata would be one behind the others for good.
     """
     wanted = {STATE: abstract(like)}
-    notes, damage = _agreed(lambda: ocp.checkpointables_metadata(path).custom_metadata or {})
-    if damage:
-        return None, damage
-    tree, damage = _agreed(lambda: ocp.load_checkpointables(path, wanted)[STATE])
-    return (None if damage else (tree, notes)), damage
+    return _readable(lambda: ocp.load_checkpointables(path, wanted)[STATE])
 
 
-def _agreed(read: Callable[[], Any]) -> tuple[Any, str]:
+def _readable(read: Callable[[], Any]) -> tuple[Any, str]:
     """(what `read` returns, ""), or (None, the damage) on all processes where one of them cannot read."""
     value, damage = None, None
     try:

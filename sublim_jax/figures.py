@@ -132,8 +132,8 @@ def sweep_figure(points: list[Entry], axis: str, path: epath.Path) -> None:
         line = axes.errorbar(x, averages, half_widths, label=name, capsize=3, marker="o", ms=4, ls=line_style)
         for position, point in zip(x, arm_points):
             axes.plot([position] * len(point["runs"]), point["runs"], ".", ms=3, alpha=0.5, color=line[0].get_color())
-    positive = [value for value in numeric.values() if value > 0] if numeric else []
-    if positive and min(place.values()) >= 0 and max(positive) >= 20 * min(positive):
+    positive = [value for value in numeric.values() if value > 0]
+    if positive and min(numeric.values()) >= 0 and max(positive) >= 20 * min(positive):
         axes.set_xscale("symlog", linthresh=min(positive))  # logarithmic, with room for 0
     axes.set_xticks(list(place.values()), values, fontsize=10 if numeric else 8, rotation=0 if numeric else 15)
     axes.minorticks_off()
@@ -189,8 +189,9 @@ def _save(figure: "Figure", path: epath.Path) -> None:
     storage.write(path, picture.getvalue())
 
 
-def _numbers(values: list[str]) -> dict[str, float] | None:
+def _numbers(values: list[str]) -> dict[str, float]:
+    """Values as numbers; empty where one is none."""
     try:
         return {value: float(value) for value in values}
     except ValueError:
-        return None
+        return {}

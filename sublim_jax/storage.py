@@ -74,8 +74,8 @@ def explained(name: epath.PathLike) -> Iterator[None]:
 def explanation(error: BaseException) -> str:
     """What is wrong with a bucket or the connection to it; "" for any other error."""
     text = " ".join(str(error).split())
-    of_bucket = type(error).__module__.split(".")[0] in ("gcsfs", "aiohttp", "google") or "Forbidden: " in text
-    if of_bucket or "http_response_code=" in text:  # tensorstore's are ValueErrors
+    signs = ("Forbidden: ", "http_response_code=")  # the second in tensorstore's, which are ValueErrors
+    if type(error).__module__.split(".")[0] in ("gcsfs", "aiohttp", "google") or any(sign in text for sign in signs):
         return f"the bucket cannot be used ({text or type(error).__name__}); look at the network and at your rights"
     return ""
 

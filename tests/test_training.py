@@ -294,6 +294,17 @@ def test_what_is_saved_after_unreadable_checkpoints_is_kept_in_their_place(tmp_p
     assert [path.name for path in tmp_path.iterdir()] == ["150"]
 
 
+def test_a_checkpoint_that_has_lost_its_data_position_is_passed_over(tmp_path, capsys):
+    with closing(checkpoints.Checkpoints(tmp_path)) as kept:
+        for step in (4, 8):
+            kept.save(step, {"x": jnp.full(2, step)}, {"row": step})
+    (tmp_path / "8" / "_CHECKPOINT_METADATA").unlink()
+    with closing(checkpoints.Checkpoints(tmp_path)) as kept:
+        found = kept.restore({"x": jnp.zeros(2)})
+    assert found is not None and found[0]["x"].tolist() == [4, 4] and found[1] == {"row": 4}
+    assert "step 8 is unreadable" in capsys.readouterr().out
+
+
 def test_places_in_the_data_of_two_processes_are_not_taken_for_those_of_one(mesh_of, tmp_path, monkeypatch):
     program = lm(mesh_of(1))
     options = dict(key=jax.random.key(0), checkpoints=epath.Path(tmp_path), checkpoint_every=4)
