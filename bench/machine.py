@@ -10,27 +10,31 @@ import jax
 import jax.numpy as jnp
 
 ROOT = Path(__file__).parents[1]
+VECTORS = {"avx512f": "AVX-512", "avx2": "AVX2"}  # of Linux's flags, the widest first
 
 
 def cpu_name() -> str:
+    """Cores, name and widest vector instructions: peers that do not use the widest differ by them."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        name = platform.processor()
-    return f"{os.cpu_count()} cores of {name}"
+        said = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+        name, instructions = said["model name"], said["flags"].split()
+    except (OSError, KeyError):
+        return f"{os.cpu_count()} cores of {platform.processor()}"
+    vectors = next((f" with {vector}" for flag, vector in VECTORS.items() if flag in instructions), "")
+    return f"{os.cpu_count()} cores of {name}{vectors}"
 
 
-def product_rate(rows: int) -> float:
-    """GFLOP/s of one product of an MLP's shape, alone."""
-    x, w = jnp.ones((rows, 576)), jnp.ones((576, 1536))
+def product_rate(rows: int, inputs: int = 576, outputs: int = 1536) -> float:
+    """GFLOP/s of one product alone, by default of the shape of SmolLM2's MLP."""
+    x, w = jnp.ones((rows, inputs)), jnp.ones((inputs, outputs))
     product = jax.jit(jnp.dot)
     product(x, w).block_until_ready()
     began = time.perf_counter()
     for _ in range(20):
         y = product(x, w)
     y.block_until_ready()
-    return 20 * 2 * rows * 576 * 1536 / (time.perf_counter() - began) / 1e9
+    return 20 * 2 * rows * inputs * outputs / (time.perf_counter() - began) / 1e9
 
 
 def measure(command: list[str], **env: str) -> tuple[float, float, str]:
