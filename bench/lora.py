@@ -28,7 +28,7 @@ from bench.machine import ROOT, cpu_name, product_rate
 from bench.students import SPEC, STUDENTS, SUPPORT, in_turn_and_at_once
 from sublim_jax import objectives, preflight, weights
 from sublim_jax.models import lora
-from sublim_jax.models.decoder import decoder
+from sublim_jax.models.decoder import decoder, on_mesh
 from sublim_jax.models.functional import Params
 from sublim_jax.models.language import Model
 from sublim_jax.models.settings import Settings
@@ -48,10 +48,12 @@ def training(settings: Settings, kind: str = "supervised") -> tuple[Program, Any
     given: the same, with the teacher's logits precomputed.
     """
     network = decoder(dataclasses.replace(settings, lora=SPEC))
+    mesh = make_mesh({"replica": 1, "fsdp": 1, "tensor": 1})
+    placement = on_mesh(settings, mesh)
 
     def logits(adapters: Params, base: Params, batch: Array, support: Array | None = None) -> Array:
         module = network.bind(lora.join(base, adapters))
-        return module.unembed(module.features(batch[:, :-1]).output[:, -HALF:], support)
+        return module.unembed(module.features(batch[:, :-1], **placement).output[:, -HALF:], support)
 
     def loss(params: Params, frozen: PyTree, batch: Array, key: Key[Array, ""]) -> tuple[Total, Metrics]:
         base, teacher = frozen
@@ -66,7 +68,6 @@ def training(settings: Settings, kind: str = "supervised") -> tuple[Program, Any
     def batch(frozen: PyTree, key: Key[Array, ""], index: Array) -> Array:
         return jax.random.randint(jax.random.fold_in(key, index), (ROWS, LENGTH + 1), 0, 40_000)
 
-    mesh = make_mesh({"replica": 1, "fsdp": 1, "tensor": 1})
     program = Program(loss, optax.adam(2e-4), mesh, batch)
     return program, loss
 

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float
 
 from sublim_jax import objectives
 from sublim_jax.data.dialogue import Rows
+from sublim_jax.models import attention
 from sublim_jax.models.decoder import Decoder, Remat, Steering
 from sublim_jax.models.functional import Params
 from sublim_jax.models.language import Model
@@ -24,17 +25,27 @@ def stacked(trees: list[Params]) -> Params:
 
 
 def answer_features(
-    model: Model, module: Decoder, rows: Rows, *, remat: Remat, steering: Steering | None = None
+    model: Model,
+    module: Decoder,
+    rows: Rows,
+    *,
+    remat: Remat,
+    steering: Steering | None = None,
+    forward_mode: bool = False,
 ) -> Features:
     """The last layer's output at the positions that predict the answers' tokens.
 
     Args:
       module: the model's network, bound to parameters.
       remat: recompute activations in the backward pass.
+      forward_mode: support `jax.jvp`, which attention made for a device does not.
     """
+    placement = model.placement
+    if forward_mode:
+        placement["attend"] = attention.xla
     tokens = jnp.asarray(rows.tokens)
     lengths = jnp.max(jnp.asarray(rows.at), 1) + 2  # the last answer token is one position after its logits
-    features = module.features(tokens, lengths=lengths, remat=remat, steering=steering, **model.placement)
+    features = module.features(tokens, lengths=lengths, remat=remat, steering=steering, **placement)
     return jnp.take_along_axis(features.output, jnp.asarray(rows.at)[..., None], 1)
 
 

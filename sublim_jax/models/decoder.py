@@ -22,12 +22,13 @@ from sublim_jax.errors import UserError
 from sublim_jax.models import attention
 from sublim_jax.models.attention import Attend, AttentionMask
 from sublim_jax.models.functional import Functions, Params, functions
-from sublim_jax.models.layers import ATTENTION, Cache, CacheAt, Layer, Linear, Norm
+from sublim_jax.models.layers import MLP, Cache, CacheAt, Layer, Linear, Norm
 from sublim_jax.models.rope import rotations
 from sublim_jax.models.settings import Settings
 from sublim_jax.sharding import rows_of
 
 Remat = bool | Literal["mlp"]
+KEPT_BY: dict[Remat, tuple[str, ...]] = {False: (attention.KEPT, MLP), "mlp": (attention.KEPT,), True: ()}
 
 
 Caches = Cache | tuple[Cache, ...]  # of all layers; or one a layer for an unstacked decoder
@@ -142,8 +143,9 @@ class Decoder(nnx.Module):
           read: positions (columns of `tokens`) at which the residual stream is returned after every layer.
           place: applied to the residual stream wherever it is computed, such as a sharding constraint.
           attend: the implementation of attention. `on_mesh` gives `place` and `attend` for a mesh.
-          remat: recompute each layer in the backward pass instead of keeping its activations; "mlp": all but its
-            queries, keys, values and the output of attention.
+          remat: what of each layer is recomputed in the backward pass. False: norms, activation functions and
+            attention's weights, which cost little and would be most of what is kept; "mlp": all but queries, keys,
+            values and the output of attention; True: all.
 
         Raises UserError where a row has more tokens than there are learned positions, and, outside of compiled
         functions, for a token that the model does not have.
@@ -190,9 +192,8 @@ class Decoder(nnx.Module):
             return (place(x), cache), None if read is None else x[:, read]
 
         body: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]] = layer
-        if remat:
-            kept = jax.checkpoint_policies.save_only_these_names(ATTENTION) if remat == "mlp" else None
-            body = jax.checkpoint(layer, policy=kept)
+        if cache is None:
+            body = jax.checkpoint(layer, policy=jax.checkpoint_policies.save_only_these_names(*KEPT_BY[remat]))
         size = c.layers // len(stacks)
         caches: list[Cache] = []
         residuals: list[Array] = []

@@ -18,7 +18,7 @@ from sublim_jax.models.lora import Lora, draw, narrow_product
 from sublim_jax.models.rope import Rotation, rotate
 from sublim_jax.models.settings import Settings
 
-ATTENTION = "attention"  # the name of what `remat="mlp"` of a decoder keeps
+MLP = "mlp"  # the name of what an MLP multiplies before its activation, kept as long as there is memory
 
 
 class Cache(NamedTuple):
@@ -120,9 +120,9 @@ class Attention(nnx.Module):
             q, k = self.query_norm(q), self.key_norm(k)
         q, k = rotate(q, rotation), rotate(k, rotation)
         if at is None:
-            q, k, v = (checkpoint_name(y, ATTENTION) for y in (q, k, v))
+            q, k, v = (checkpoint_name(y, attention.KEPT) for y in (q, k, v))
             mixed = attend(q, k, v, mask, c.scoring)
-            return checkpoint_name(self.out(mixed.reshape(*x.shape[:2], -1)), ATTENTION), None
+            return checkpoint_name(self.out(mixed.reshape(*x.shape[:2], -1)), attention.KEPT), None
         cache = Cache(*(write(whole, new, at) for whole, new in zip(at.cache, (k, v))))
         layer_cache = (cache.keys[at.layer], cache.values[at.layer])
         mixed = attention.cached(q, layer_cache, at.prefix, mask.allowed, c.scoring)
@@ -145,8 +145,10 @@ class Feedforward(nnx.Module):
         self.down = Linear(stack, c.mlp_width, c.width, c.mlp_bias, c.adapter("down"), rngs=rngs)
 
     def __call__(self, x: Float[Array, "b t width"]) -> Float[Array, "b t width"]:
-        inner = self.act(self.gate(x)) * self.up(x) if hasattr(self, "gate") else self.act(self.up(x))
-        return self.down(inner)
+        up = checkpoint_name(self.up(x), MLP)
+        if not hasattr(self, "gate"):
+            return self.down(self.act(up))
+        return self.down(self.act(checkpoint_name(self.gate(x), MLP)) * up)
 
 
 class Layer(nnx.Module):

@@ -62,6 +62,20 @@ def test_the_flash_kernel_gives_what_plain_attention_gives(window, cap, texts, s
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), gradient, expected)
 
 
+@pytest.mark.parametrize("dtype, exact", [(jnp.float32, 1e-4), (jnp.bfloat16, 3e-2)], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("window, cap, texts", [(0, 0.0, False), (0, 0.0, True), (50, 0.0, True), (50, 3.0, False)])
+def test_attention_for_cpus_gives_what_plain_attention_gives(window, cap, texts, dtype, exact):
+    segments = packed() if texts else None
+    scoring, mask = Scoring(0.2, cap, (0, window) if window else ()), mask_of(window, segments)
+    everywhere = jnp.ones((ROWS, LENGTH), bool)  # padding too, whose queries see no key
+    (_, output), gradient = value_and_gradient(attention.cpu, mask, scoring, tensors(dtype), everywhere)
+    (_, plain), expected = value_and_gradient(attention.xla, mask, scoring, tensors(dtype), everywhere)
+    np.testing.assert_allclose(output, plain, rtol=exact, atol=exact)
+    for ours, theirs in zip(gradient, expected):
+        ours, theirs = (np.asarray(x, np.float32) for x in (ours, theirs))
+        np.testing.assert_allclose(ours, theirs, rtol=10 * exact, atol=exact * np.abs(theirs).max())
+
+
 def test_plain_attention_is_the_sum_over_keys_written_out():
     q, k, v = (np.asarray(x[:1, :12]) for x in tensors())
     allowed = np.tril(np.ones((12, 12), bool))[None]

@@ -95,8 +95,8 @@ def test_remat_changes_no_gradient(recomputed):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), kept, again)
 
 
-def test_what_attention_gives_is_kept_where_the_mlp_alone_is_recomputed():
-    """Attention's matrix products are not recomputed."""
+def test_products_are_recomputed_only_as_far_as_asked():
+    """Those of attention's layers by `remat=True` alone, those of the MLP by "mlp" too."""
 
     def products(remat):
         loss = lambda params: jnp.sum(jnp.square(NETWORK.bind(params).features(TOKENS, remat=remat).output))  # noqa: E731
@@ -106,6 +106,7 @@ def test_what_attention_gives_is_kept_where_the_mlp_alone_is_recomputed():
     heads, keys = c.heads * c.head_size, 2 * c.key_heads * c.head_size
     saved = 2 * rows * c.width * (heads + keys + heads)
     assert products(True) - products("mlp") == saved
+    assert products("mlp") - products(False) == 2 * rows * c.width * 2 * c.mlp_width
 
 
 @pytest.fixture(scope="module")

@@ -113,11 +113,11 @@ def all_parameters(about: About, model: Model, seen: Rows, questions: Rows) -> S
 
     def logits(params: Params, rows: Rows) -> Array:
         module = model.network.bind(params)
-        return module.unembed(answer_features(model, module, rows, remat=False))[..., support]
+        return module.unembed(answer_features(model, module, rows, remat=False, forward_mode=True))[..., support]
 
     def loss(params: Params) -> Array:
         module = model.network.bind(params)
-        features = answer_features(model, module, questions, remat=False)
+        features = answer_features(model, module, questions, remat=False, forward_mode=True)
         return mean(cross_entropy(module, features, questions, remat=False))
 
     return Setting.of(about, logits, model.params, loss, seen, np.ones(len(support), bool))
