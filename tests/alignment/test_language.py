@@ -4,6 +4,7 @@ import json
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pyarrow.parquet
 import pytest
 from launch_kit import finish, run_here, start_two
@@ -42,7 +43,9 @@ def test_rows_shared_out_over_two_processes_are_those_of_one(tmp_path, tiny_fold
         finish(process)
     assert run_here(*given, f"--workdir={tmp_path / 'one'}").returncode == 0
     alone, together = (pyarrow.parquet.read_table(tmp_path / name / "measurements.parquet") for name in ("one", "two"))
-    assert alone.equals(together)
+    assert alone.drop_columns(["value"]).equals(together.drop_columns(["value"]))
+    # Float64, but the last bits are of how a machine splits a sum over threads.
+    np.testing.assert_allclose(together["value"].to_numpy(), alone["value"].to_numpy(), rtol=1e-6, atol=1e-12)
 
 
 def test_steps_too_large_to_be_judged_are_one_line(tmp_path, tiny_folder, refused):
