@@ -12,7 +12,7 @@ from jaxtyping import Array, Key
 
 from sublim_jax import objectives
 from sublim_jax.models import lora
-from sublim_jax.models.decoder import decoder
+from sublim_jax.models.decoder import decoder, on_mesh
 from sublim_jax.models.functional import Params
 from sublim_jax.models.settings import Settings
 from sublim_jax.sharding import one_device
@@ -26,10 +26,12 @@ STUDENTS, ROWS, LENGTH, ANSWER = 8, 4, 128, 64
 def programs(settings: Settings, mesh: Mesh, *, remat: bool = False) -> tuple[Program, Program]:
     """An update of one student, and of all on the replica axis: KL on the support, on the last half of each row."""
     network = decoder(dataclasses.replace(settings, lora=SPEC))
+    placement = on_mesh(settings, mesh)
 
     def loss(params: Params, frozen: Params, batch: Array, key: Key[Array, ""]) -> tuple[Total, Metrics]:
         module = network.bind(lora.join(frozen, params))
-        logits = module.unembed(module.features(batch[:, :-1], remat=remat).output[:, -ANSWER:], SUPPORT)
+        features = module.features(batch[:, :-1], remat=remat, **placement)
+        logits = module.unembed(features.output[:, -ANSWER:], SUPPORT)
         return objectives.kl(logits.astype(jnp.float32), jnp.zeros(logits.shape)), {}
 
     def rows(key: Key[Array, ""], index: Array) -> Array:
