@@ -64,8 +64,8 @@ def cpu(
 ) -> Float[Array, "b t heads h"]:
     """As `xla`, without `jax.jvp`. The backward pass computes the scores again, as FlashAttention does.
 
-    It computes them with keys as rows, so that no array of their size is kept or copied into another order: a LoRA step
-    of SmolLM2 takes 0.9 of the time.
+    It computes them with keys as rows, so that no array of their size is kept or copied into another order. A LoRA step
+    of SmolLM2 takes 0.93 of the time.
     """
     b, t, groups = *q.shape[:2], k.shape[2]
     rows = jnp.moveaxis(q.reshape(b, t, groups, -1, q.shape[-1]), 1, 3)
@@ -107,8 +107,8 @@ def _by_groups_backward(scoring: Scoring, kept: tuple[Array, ...], d_mixed: Arra
     scores, d_masked = jax.vjp(lambda scores: _masked(scores, seen, scoring), scores)
     weights = jnp.exp(scores - largest) / total
     d_weights = jnp.einsum("bksh,bkqh->bksq", values, d_mixed, preferred_element_type=mixed.dtype)
-    change = jnp.sum(d_mixed * mixed, -1)[:, :, None]
-    (d_scores,) = d_masked(weights * (d_weights - change))
+    mean = jnp.sum(d_mixed * mixed, -1)[:, :, None]  # of d_weights, by the weights
+    (d_scores,) = d_masked(weights * (d_weights - mean))
     d_scores, weights = d_scores.astype(q.dtype), weights.astype(q.dtype)
     d_q = jnp.einsum("bkhs,bksq->bkhq", jnp.swapaxes(keys, -1, -2), d_scores)
     d_keys = jnp.einsum("bksq,bkqh->bksh", d_scores, q)

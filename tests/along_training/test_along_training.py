@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 from etils import epath
+from launch_kit import arms_in, assert_same_arms, finish, run_here, start_two
 from scipy import stats
 
 import launch
@@ -115,3 +116,15 @@ def test_a_tool_ends_in_a_report_and_a_second_run_computes_nothing(preset, comma
     (tmp_path / "results.json").unlink()
     assert launch.run(["launch.py", "--report", f"--workdir={tmp_path}"]) == 0
     assert (tmp_path / "results.json").read_bytes() == first and (tmp_path / "report.md").read_text() == report
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", TOOLS)
+def test_two_processes_give_what_one_gives(preset, tmp_path, mnist_folder):
+    words = [f"--config=configs/theorem.py:{preset}", *TINY, *TOOLS[preset][0]]
+    both = start_two(*words, f"--workdir={tmp_path / 'two'}")
+    alone = run_here(*words, f"--workdir={tmp_path / 'one'}")
+    assert alone.returncode == 0, alone.stderr
+    for process in both:
+        finish(process)
+    assert_same_arms(arms_in(tmp_path / "two"), arms_in(tmp_path / "one"), atol=1e-5, rtol=1e-4)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 from etils import epath
-from launch_kit import assert_refused, run_here
+from launch_kit import arms_in, assert_refused, assert_same_arms, finish, run_here, start_two
 
 from configs import paper
 from sublim_jax import experiments
@@ -50,6 +50,15 @@ def test_a_plan_runs_what_it_can_says_what_it_lacks_and_repeats_nothing(plan_fil
     assert run_here(*command).returncode == 2
     assert (work / "tiny" / "results.json").stat().st_mtime_ns == before
     assert (work / "report.md").read_text() == text
+
+
+@pytest.mark.slow
+def test_a_plan_on_two_processes_has_the_results_of_one(plan_file, tmp_path):
+    line = "1 of 2 experiments have no results: misalignment"
+    for process in start_two(f"--config={plan_file}", f"--workdir={tmp_path / 'two'}"):
+        assert line in finish(process, code=2)
+    assert_refused(run_here(f"--config={plan_file}", f"--workdir={tmp_path / 'one'}"), line)
+    assert_same_arms(arms_in(tmp_path / "two"), arms_in(tmp_path / "one"), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("preset", ["smoke", "qwen2.5-7b", "llama-3.1-8b", "gemma-3-4b"])
