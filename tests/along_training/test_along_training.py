@@ -127,5 +127,5 @@ def test_two_processes_give_what_one_gives(preset, tmp_path, mnist_folder):
     assert alone.returncode == 0, alone.stderr
     for process in both:
         finish(process)
-    atol = 5e-4 if preset == "examples" else 1e-5  # accuracies: rounding may turn a few of 10,000 images
+    atol = 2e-3 if preset == "examples" else 1e-5  # accuracies: rounding may turn a few of 10,000 images
     assert_same_arms(arms_in(tmp_path / "two"), arms_in(tmp_path / "one"), atol=atol, rtol=1e-4)
