@@ -319,7 +319,7 @@ def get_config(preset: str = "quick") -> ConfigDict:
     config.sampling.chunk = 16  # tokens of a prompt that are computed together
     config.sampling.lanes = 0  # prompts that are admitted together; 0: an eighth of the slots
     config.sampling.tensor = 0  # mesh axis tensor for decoding and scoring, fsdp the rest; 0: the training mesh
-    config.remat = False  # recompute activations in the backward pass, for models that do not fit otherwise
+    config.remat = False  # recompute whole layers in the backward pass, for models that do not fit otherwise
     config.remat_attention = True  # with remat: also attention's; False: more memory, fewer FLOPs (docs/presets.md)
 
     config.packs = ConfigDict()  # files of phrasings like sublim_jax/data/packs/*.json; empty: the built-in ones

@@ -37,7 +37,7 @@ def answer_features(
 
     Args:
       module: the model's network, bound to parameters.
-      remat: recompute activations in the backward pass.
+      remat: what is recomputed in the backward pass, as for `Decoder.features`.
       forward_mode: support `jax.jvp`, which attention made for a device does not.
     """
     placement = model.placement

@@ -58,7 +58,7 @@ def imitation(
     Args:
       objective: "kl", "reverse_kl" or "tokens".
       support: tokens whose logits are compared.
-      remat: recompute activations in the backward pass.
+      remat: what is recomputed in the backward pass, as for `Decoder.features`.
     """
 
     def loss(adapters: Params, base: Params, batch: Data) -> Total:
