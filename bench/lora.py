@@ -32,7 +32,7 @@ from sublim_jax.models.decoder import decoder, on_mesh
 from sublim_jax.models.functional import Params
 from sublim_jax.models.language import Model
 from sublim_jax.models.settings import Settings
-from sublim_jax.sharding import make_mesh
+from sublim_jax.sharding import one_device
 from sublim_jax.training import Metrics, Program, Total
 
 _PEER = flags.DEFINE_string("peer", sys.executable, "The Python that has PyTorch, transformers and peft.")
@@ -48,7 +48,7 @@ def training(settings: Settings, kind: str = "supervised") -> tuple[Program, Any
     given: the same, with the teacher's logits precomputed.
     """
     network = decoder(dataclasses.replace(settings, lora=SPEC))
-    mesh = make_mesh({"replica": 1, "fsdp": 1, "tensor": 1})
+    mesh = one_device()
     placement = on_mesh(settings, mesh)
 
     def logits(adapters: Params, base: Params, batch: Array, support: Array | None = None) -> Array:

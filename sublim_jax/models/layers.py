@@ -18,7 +18,7 @@ from sublim_jax.models.lora import Lora, draw, narrow_product
 from sublim_jax.models.rope import Rotation, rotate
 from sublim_jax.models.settings import Settings
 
-MLP = "mlp"  # the name of what an MLP multiplies before its activation, kept as long as there is memory
+MLP = "mlp"  # the name of an MLP's first products, which training keeps unless `remat` says otherwise
 
 
 class Cache(NamedTuple):
