@@ -89,7 +89,9 @@ def spearman(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:
     rho = float(stats.spearmanr(x, y).statistic)
     rng = np.random.default_rng(0)
     resamples = rng.integers(0, len(x), (BOOTSTRAPS, len(x)))
-    correlations = [stats.spearmanr(x[rows], y[rows]).statistic for rows in resamples if len(set(rows)) > 2]
+    resamples = resamples[[len(set(rows)) > 2 for rows in resamples]]
+    ranks_x, ranks_y = (stats.rankdata(values[resamples], axis=1) for values in (x, y))
+    correlations = stats.pearsonr(ranks_x, ranks_y, axis=1).statistic
     low, high = np.nanpercentile(correlations, (2.5, 97.5))
     return rho, float(low), float(high)
 
