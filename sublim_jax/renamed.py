@@ -1,5 +1,6 @@
 """Config values that have new names. A flag's old name is understood for one release, and its new name is printed."""
 
+import functools
 import re
 import sys
 from collections.abc import Mapping
@@ -51,6 +52,7 @@ RENAMED: dict[str, tuple[tuple[str, str], ...]] = {
 RENAMED["cross_model"] = tuple((f"study.{old}", f"study.{new}") for old, new in RENAMED["transmission"])
 
 
+@functools.cache
 def current(experiment: str, key: str) -> str:
     """The current name of a value."""
     for old, new in RENAMED.get(experiment, ()):
