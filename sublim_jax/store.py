@@ -32,10 +32,14 @@ class Store:
 
     Args:
       lock: held for as long as the store is in use.
+
+    Attributes:
+      made: how many artefacts were not there and have been made.
     """
 
     def __init__(self, folder: epath.PathLike, lock: object = None):
         self.folder, self._lock = epath.Path(folder).expanduser(), lock
+        self.made = 0
 
     def tree(self, name: str, make: Callable[..., Tree], *inputs: object, like: Tree, **execution: object) -> Tree:
         """A tree of arrays: read if it is there, else made and written.
@@ -53,6 +57,7 @@ class Store:
             say(f"{path} is unreadable and is made again ({damage})")
         on_the_way = path.with_name(path.name + ".training")
         value = make(*inputs, checkpoints=on_the_way, **execution)
+        self.made += 1
         checkpoints.save_tree(path, value)
         if jax.process_index() == 0 and on_the_way.exists():
             on_the_way.rmtree()
@@ -67,6 +72,7 @@ class Store:
         value = self.known(name, *inputs)
         if value is None:
             value = make(*inputs, **execution)
+            self.made += 1
             write_json(self._json_path(name, inputs), value)
         return value
 

@@ -72,6 +72,7 @@ def _run(study: Study, folder: epath.Path, *, update: bool) -> None:
     table += rows.of_corpora({name: corpus_sizes(study, model, name) for name in corpora.names(study)})
     table += rows.of_evaluations(study, "", rows.TEACHER, evaluate_teachers(study, ask, model, replicates))
     sources = {"": model.source}
+    reported = 0
     for arm in study.arms:
         if arm.data in WRITTEN and not replicates[0].written:
             replicates = [
@@ -81,7 +82,11 @@ def _run(study: Study, folder: epath.Path, *, update: bool) -> None:
             table += rows.of_written(replicates)
         measurements, sources[arm.model] = measure_arm(study, arm, ask, replicates, model, store)
         table += measurements
-        # Report after every arm, so that an interrupted study has the finished ones.
+        # A report after every arm, so that an interrupted study has the finished ones. Arms that were there already
+        # are in an earlier report, which may have more arms than have been read by now.
+        if store.made == reported and arm is not study.arms[-1]:
+            continue
+        reported = store.made
         notes = {
             "samples": rows.samples_of(study, replicates[0]),
             "system_prompts": system_note(study, model),
