@@ -38,8 +38,7 @@ hypothesis.settings.load_profile("here")
 
 LARGE = ("test_report.py", "test_alignment.py", "test_buckets.py", "test_students.py", "test_run.py")
 MEMORY = 1_200_000_000  # bytes per worker; a compiled program takes about 1.5 MB
-GROWTH = 200_000_000  # bytes above what was left after the last clearing
-MAX_MEMORY = 1_500_000_000  # bytes at which the caches are cleared in any case
+GROWTH = 200_000_000  # bytes above what the last clearing left: clearing again before that would free little
 left = 0
 
 
@@ -48,7 +47,7 @@ def few_compiled_programs():
     """Clears JAX's caches before a worker uses too much memory."""
     global left
     yield
-    if resident() > max(MEMORY, min(left + GROWTH, MAX_MEMORY)):
+    if resident() > max(MEMORY, left + GROWTH):
         jax.clear_caches()
         gc.collect()
         with contextlib.suppress(OSError, AttributeError):
@@ -74,6 +73,12 @@ def pytest_collection_modifyitems(items):
     """Moves the files that need the most memory to the front: a worker keeps some of each program that it ran."""
     order = {name: place for place, name in enumerate(LARGE)}
     items.sort(key=lambda item: order.get(item.path.name, len(LARGE)))
+
+
+def pytest_collection_finish(session):
+    """Takes what was imported out of garbage collection: it stays, and looking at it again takes half a second."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_addoption(parser):

@@ -37,7 +37,7 @@ def test_killed_at_any_moment_and_resumed_gives_the_same_results_to_the_bit(mnis
     assert (work / "results.json").read_bytes() == (whole / "results.json").read_bytes()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_exits_143_and_the_same_command_goes_on(whole, tmp_path, number):
     words = [*SIZE, f"--workdir={tmp_path}"]
     stopped = run_stopped(*words, folder=tmp_path, pattern="checkpoints/students*.training", number=number)

@@ -13,6 +13,7 @@ from sublim_jax.experiments.alignment import language, measure
 from sublim_jax.experiments.alignment.verdicts import AS_PREDICTED, OUTSIDE
 
 
+@pytest.mark.slow
 def test_all_parameters_and_adapters_are_as_predicted_and_the_controls_fail(
     tmp_path, tiny_folder, command, monkeypatch
 ):

@@ -80,7 +80,13 @@ AUXILIARY = ["--config.probe=500", "--config.auxiliary=(2,3)"]
 TOOLS = {
     "trajectory": ([*AUXILIARY, "--config.iterations=5", "--config.every=1"], ["trajectory", "ceiling"]),
     "forecast": (
-        [*AUXILIARY, "--config.kinds=uniform,real", "--config.distances=(0.0,)", "--config.widths=(8,)"],
+        [
+            "--config.probe=500",
+            "--config.auxiliary=(2,)",
+            "--config.kinds=uniform,real",
+            "--config.distances=(0.0,)",
+            "--config.widths=(8,)",
+        ],
         ["forecast"],
     ),
     "examples": (["--config.share=0.2"], ["examples", "contributions"]),

@@ -642,6 +642,7 @@ def llama():
     return process, process.stdout.readline().strip()
 
 
+@pytest.mark.slow
 def test_a_real_server_that_is_killed_in_the_middle_loses_nothing(tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "local")
     prompts = [f"Say a number between 0 and 100. Think of {n}." for n in range(16)]

@@ -193,7 +193,7 @@ def trained(mesh, adapted):
     return jax.device_get(state.params), losses
 
 
-@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("adapted", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_training_on_eight_devices_is_training_on_one(mesh_of, adapted):
     params, losses = trained(mesh_of(1), adapted)
     sharded, _ = trained(mesh_of(8, replica=1, fsdp=4, tensor=2), adapted)
@@ -244,6 +244,7 @@ if rank == "0":
 """
 
 
+@pytest.mark.slow
 def test_two_processes_of_four_devices_compute_what_one_device_computes(peer, mesh_of, tmp_path):
     """Each process reads its own slices of the file; fsdp × tensor spans both."""
     _, model, settings, params = peer
