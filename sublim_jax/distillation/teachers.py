@@ -47,14 +47,8 @@ class Teacher(NamedTuple):
 
     @property
     def where(self) -> Where:
-        """Keyword arguments for sampling and scoring."""
-        return {"adapters": stacked([self.adapters]), "steering": self.steering}
-
-    def under(self, model: Model) -> tuple[Model, Where]:
-        """The model and keyword arguments to sample with; untrained adapters are left out to save compute."""
-        if self.steps:
-            return model, self.where
-        return model.adapted(None), {"adapters": None, "steering": self.steering}
+        """Keyword arguments for sampling and scoring. Untrained adapters, which change nothing, are left out."""
+        return {"adapters": stacked([self.adapters]) if self.steps else None, "steering": self.steering}
 
 
 def untrained(model: Model, seed: int, system: str = "", steering: Steering | None = None) -> Teacher:

@@ -141,7 +141,7 @@ def stream(
     no bit; `slots`, `chunk` and `lanes` change shapes, and with them the rounding.
 
     Args:
-      model: of `weights.load`; with `lora` in its settings where there are adapters.
+      model: of `weights.load`; `adapted` where there are adapters. Without them, it is sampled as it is.
       prompts: tokens of each, without the prefix.
       key: one for all adapters, or one for each.
       max_new_tokens: for all prompts, or for each.
@@ -166,6 +166,8 @@ def stream(
       Interrupted: on SIGTERM or Ctrl-C, at a synchronisation with the host.
     """
     mesh = mesh or model.decoding or model.mesh
+    if adapters is None:
+        model = model.adapted(None)
     if stop_tokens is None:
         stops = tuple(chat.stop_tokens(model.tokenizer, model.config))
     else:

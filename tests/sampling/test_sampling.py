@@ -137,7 +137,7 @@ def test_draws_follow_the_distribution_of_transformers_processors(sampler):
 
 def test_first_tokens_of_samples_follow_the_models_softmax(tiny):
     prompt = prompts_of(tiny, 1)[0]
-    samples = generate(tiny, [prompt], KEY, samples=20_000, max_new_tokens=1, slots=512, stop_tokens=())
+    samples = generate(tiny, [prompt], KEY, samples=8_000, max_new_tokens=1, slots=512, stop_tokens=())
     logits = tiny.network.apply(tiny.params, jnp.asarray([prompt]))[0, -1]
     counts = np.bincount([sample.tokens[0] for sample in samples], minlength=len(logits))
     assert_distribution(counts, np.asarray(jax.nn.softmax(logits), np.float64))
@@ -320,6 +320,15 @@ def test_many_adapters_sample_in_one_batch_what_each_samples_alone(tiny):
         assert [sample.tokens for sample in samples] == [sample.tokens for sample in single]
         for a, b in zip(samples, single):
             np.testing.assert_allclose(a.logprobs, b.logprobs, rtol=1e-3, atol=1e-3)
+
+
+def test_an_adapted_model_without_adapters_is_the_model_as_it_is(tiny):
+    model, prompts = tiny.adapted(adapters_of(tiny, 1)[0]), prompts_of(tiny, 4)
+    options: dict[str, Any] = {"max_new_tokens": 6, "slots": 4}
+    assert bits(generate(model, prompts, KEY, **options)) == bits(generate(tiny, prompts, KEY, **options))
+    for prefix in ((), (5, 6)):
+        expected = scoring.next_logprobs(tiny, prompts, [1, 2], prefix=prefix)
+        np.testing.assert_array_equal(scoring.next_logprobs(model, prompts, [1, 2], prefix=prefix), expected)
 
 
 def test_adapters_of_one_key_draw_the_same_and_of_another_key_as_alone_with_it(tiny):

@@ -156,11 +156,10 @@ def sample(study: Study, model: Model, store: Store, run: int, task: Task, name:
         count, digits = carrier.num_integers, len(str(study.filter.max_value))
         how |= {"numbers": count, "digits": digits}
         constraint = constraints.of_model(constraints.numbers(count, digits, minimum=count), model)
-    writer, where = teacher.under(model)
     # The number of prompts is not in the hash: with more prompts, sampling continues from the same file.
     completions = collect(
         store.path(f"completions-{name}", teacher, name, seed, how).with_suffix(".jsonl"),
-        writer,
+        model,
         prompts,
         named_key(seed, "numbers"),
         lambda number: {"prompt": task.prompts[number], "teacher": name, **task.known[number]},
@@ -171,7 +170,7 @@ def sample(study: Study, model: Model, store: Store, run: int, task: Task, name:
         prefix=prefix,
         constraint=constraint,
         **study.sampling.options,
-        **where,
+        **teacher.where,
     )
     check_finite((record["index"], record["finish"]) for record in completions)
     return completions
