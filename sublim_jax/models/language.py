@@ -79,6 +79,12 @@ class Model(NamedTuple):
         settings = dataclasses.replace(self.settings, lora=spec)
         return self._replace(settings=settings, network=decoder(settings))
 
+    def for_adapters(self, stacked: Params | None) -> tuple["Model", int]:
+        """The model that takes these adapters, and their number. None: the model without any, and 1."""
+        if stacked is None:
+            return self.adapted(None), 1
+        return self, jax.tree.leaves(stacked)[0].shape[0]
+
     def noisy(self, relative: float, key: Key[Array, ""]) -> "Model":
         """With Gaussian noise on all weights, `relative` times the standard deviation of each array."""
         shardings = parameter_shardings(self.params, self.mesh)

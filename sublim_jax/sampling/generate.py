@@ -5,7 +5,6 @@ import math
 from collections.abc import Collection, Iterator, Sequence
 from typing import SupportsIndex, TypedDict
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
@@ -166,8 +165,6 @@ def stream(
       Interrupted: on SIGTERM or Ctrl-C, at a synchronisation with the host.
     """
     mesh = mesh or model.decoding or model.mesh
-    if adapters is None:
-        model = model.adapted(None)
     if stop_tokens is None:
         stops = tuple(chat.stop_tokens(model.tokenizer, model.config))
     else:
@@ -179,7 +176,7 @@ def stream(
     limits = _limits(max_new_tokens, len(prompts))
     check(model, prompts, limits, stop_strings, prefix)
     prompts, prefix = apart(model.settings, texts_of(model.settings, prompts, "prompt"), prefix)
-    stacked = 1 if adapters is None else jax.tree.leaves(adapters)[0].shape[0]
+    model, stacked = model.for_adapters(adapters)
     if key.shape not in ((), (stacked,)):
         raise UserError(f"{key.size} keys and {stacked} adapters; give one key, or one for each adapter")
     rows = set(itertools.product(range(stacked), range(len(prompts)), range(samples))) - set(done)

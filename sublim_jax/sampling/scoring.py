@@ -241,9 +241,7 @@ def _batches(
     for number, text in enumerate(texts):
         model.settings.check_length(len(prefix) + len(text) + more, f"row {number}")
     mesh, adapters = where.get("mesh") or model.decoding or model.mesh, where.get("adapters")
-    if adapters is None:
-        model = model.adapted(None)
-    stacked = 1 if adapters is None else jax.tree.leaves(adapters)[0].shape[0]
+    model, stacked = model.for_adapters(adapters)
     count = ROWS * mesh.shape["replica"] * mesh.shape["fsdp"]
     fixed = place(Fixed(model.params, adapters, None, where.get("steering")), mesh)
     if prefix:

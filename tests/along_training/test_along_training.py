@@ -76,9 +76,11 @@ def test_spearman_is_scipys_and_its_interval_holds_it():
     assert low < rho < high and low > 0
 
 
-AUXILIARY = ["--config.probe=500", "--config.auxiliary=(2,3)"]
 TOOLS = {
-    "trajectory": ([*AUXILIARY, "--config.iterations=5", "--config.every=1"], ["trajectory", "ceiling"]),
+    "trajectory": (
+        ["--config.probe=500", "--config.auxiliary=(2,3)", "--config.iterations=5", "--config.every=1"],
+        ["trajectory", "ceiling"],
+    ),
     "forecast": (
         [
             "--config.probe=500",

@@ -137,7 +137,7 @@ def test_draws_follow_the_distribution_of_transformers_processors(sampler):
 
 def test_first_tokens_of_samples_follow_the_models_softmax(tiny):
     prompt = prompts_of(tiny, 1)[0]
-    samples = generate(tiny, [prompt], KEY, samples=8_000, max_new_tokens=1, slots=512, stop_tokens=())
+    samples = generate(tiny, [prompt], KEY, samples=20_000, max_new_tokens=1, slots=512, stop_tokens=())
     logits = tiny.network.apply(tiny.params, jnp.asarray([prompt]))[0, -1]
     counts = np.bincount([sample.tokens[0] for sample in samples], minlength=len(logits))
     assert_distribution(counts, np.asarray(jax.nn.softmax(logits), np.float64))

@@ -40,9 +40,8 @@ def test_a_finished_study_is_reported_again_without_training(whole_command, copy
     expected = arms_in(copy_of_whole)
     again = run_here(*whole_command(copy_of_whole))
     assert again.returncode == 0 and "students soft," not in again.stdout and ", teacher owl" not in again.stdout
-    assert (
-        again.stdout.count("report: ") == 1
-    )  # on the way, reports of the first arms alone would replace the whole one
+    # On the way, a report of the first arms alone would replace the whole one.
+    assert again.stdout.count("report: ") == 1
     assert arms_in(copy_of_whole) == expected
     assert {path: path.read_bytes() for path in (copy_of_whole / "checkpoints").rglob("*") if path.is_file()} == before
 
