@@ -7,9 +7,9 @@
 
 The configs, one for each experiment, are in configs/.
 
-Exit code 0: done. 2: a user error, reported in one line before any compute. 143: stopped by a signal, state saved; the
-same command resumes from there. 75: another process of the run was lost; the same command resumes from the last
-checkpoint. 1: a bug, with its traceback.
+Exit code 0: done. 2: something that the user must mend, in one line: a wrong value, before any compute, or later a full
+disk, too little memory, a bucket or a judge that fails. 143: stopped by a signal, state saved. 75: another process of
+the run was lost. After these, the same command resumes. 1: a bug, with its traceback.
 """
 
 import difflib
