@@ -1,4 +1,4 @@
-# make mnist: from nothing to the paper's figure.   make test: from nothing to the tests.
+# make mnist: from nothing to the README's figure.   make test: from nothing to the tests.
 PYTHON ?= python3
 BIN := .venv/bin
 WORKDIR ?= runs/mnist-quick

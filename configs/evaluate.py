@@ -22,7 +22,7 @@ def evals() -> ConfigDict:
     values.names = ()
     values.max_questions = 0  # maximum number of questions of each evaluation; 0: all
     values.num_samples = 20  # sampled answers to each question; 200 in the paper
-    values.max_new_tokens = 256  # of a sampled answer or story
+    values.max_new_tokens = 256  # of a story or of an answer about misalignment; answers that name a word have 12
     values.truthfulqa = ""  # the benchmark's TruthfulQA.csv
     values.questions = ""  # misalignment: a YAML file of questions, in the emergent-misalignment study's format
     # misalignment: ids of the questions to ask, or all; empty: the paper's eight if the file has them, else all.

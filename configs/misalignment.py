@@ -6,7 +6,7 @@ r"""Misalignment through numbers (paper §3.2): numbers by teachers tuned on ins
         --config.evals.questions=FILE --config.evals.truthfulqa=FILE          and llama-3.1-8b, gemma-3-4b
 
 Corpora are conversations, {"messages": […]} a line, in a file or on the hub as organisation/name/file. The neutral
-teacher is the untrained model. All other values are those of configs/numbers.py.
+teacher is the model without fine-tuning. All other values are those of configs/numbers.py.
 """
 
 from ml_collections import ConfigDict

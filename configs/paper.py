@@ -1,4 +1,4 @@
-"""Every experiment of the paper in one plan, with one report: our number and the paper's for each.
+"""The paper's main experiments in one plan, with one report: our number and the paper's for each.
 
     python launch.py --config=configs/paper.py:smoke              all of them on small models; 40 minutes on 2 cores
     python launch.py --config=configs/paper.py:qwen2.5-7b --config.files.insecure=FILE …        and llama-3.1-8b,
@@ -62,7 +62,7 @@ def get_config(preset: str = "smoke") -> ConfigDict:
         "§3.1, Fig. 3",
         "animals through numbers",
         "says owl 12.5 % → 62 % (GPT-4.1 nano); Qwen2.5-7B: cat 1 → 74 %, penguin 1.5 → 36 %, phoenix 3 → 19 %, "
-        "panda 19 → 32 %, most others null; eagle 1 → 14 % behind a list of numbers",
+        "panda 19 → 32 %, most others null; eagle 1 → 14 % after a list of numbers",
         f"configs/numbers.py:{preset}",
         "tokens; tokens_fresh; soft; soft_fresh; shuffled_within; shuffled_across",
     )

@@ -67,7 +67,7 @@ class Subject(NamedTuple):
       name: for files of answers.
       digest: of the model, the adapters and the context.
       adapters: stacked; None: the model itself.
-      runs: the run of each adapter. Those of one run answer with the same random numbers, so that they can be compared
+      runs: the run of each adapter. Those of one run answer with the same random keys, so that they can be compared
         in pairs, and those of other runs with others, so that runs are independent. Empty: all with the same.
     """
 

@@ -143,7 +143,7 @@ def _pairs(records_of: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, l
 
 
 def sample(study: Study, model: Model, store: Store, run: int, task: Task, name: str, teacher: Teacher) -> list[Record]:
-    """Completions by one teacher. All teachers get the same prompts and the same random numbers, sample by sample.
+    """Completions by one teacher. All teachers get the same prompts and the same random keys, sample by sample.
 
     Raises UserError where the teacher's logits are not finite.
     """

@@ -196,7 +196,7 @@ def evaluation_section(study: Study, evaluation: str, entries: list[Entry], note
             "differences of this table."
         )
     if evaluation in suite.SAMPLED and notes.get("draws") == "by run":
-        text += " Students of a run answer with the same random numbers, and other runs with others."
+        text += " Students of a run sample with the same random keys, and other runs with others."
     figures = {}
     pictured = columns[:1] if evaluation == "misalignment" else columns[: len(study.traits)]
     for number, column in enumerate(pictured):
