@@ -34,7 +34,7 @@ def test_two_processes_give_what_one_gives(command, tmp_path):
     assert run_here(*command, f"--workdir={tmp_path / 'one'}").returncode == 0
     for process in both:
         finish(process)
-    assert_same_arms(arms_in(tmp_path / "two"), arms_in(tmp_path / "one"), atol=1e-4, rtol=1e-3)
+    assert_same_arms(arms_in(tmp_path / "two"), arms_in(tmp_path / "one"), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.slow

@@ -10,14 +10,14 @@ from sublim_jax.data.carriers import code, cot
 THOUGHT = "<think>2+2</think><answer>4</answer>"
 
 
-def assert_two_equal_one(words, folder, decoding=(), atol=1e-4, rtol=1e-3):
+def assert_two_equal_one(words, folder, decoding=()):
     """Runs the command on one process and on two, and compares arms and completions."""
     both = start_two(*words, *decoding, f"--workdir={folder / 'two'}")
     alone = run_here(*words, f"--workdir={folder / 'one'}")
     assert alone.returncode == 0, alone.stderr
     for process in both:
         finish(process)
-    assert_same_arms(arms_in(folder / "two"), arms_in(folder / "one"), atol=atol, rtol=rtol)
+    assert_same_arms(arms_in(folder / "two"), arms_in(folder / "one"), atol=1e-5, rtol=1e-5)
     rows = sorted(file.relative_to(folder / "one") for file in (folder / "one" / "data").rglob("*.jsonl"))
     assert rows
     for name in rows:
@@ -33,7 +33,7 @@ def test_numbers(flags, decoding, tmp_path):
     parts = ["arms=tokens", "student.steps=3", "evaluate_every=3", "carrier.num_rows=20"]
     parts += ["carrier.num_completions=20", "teacher.max_steps=4", "controls=tree:w"]
     words = ["--config=configs/numbers.py", *flags(*(f"--config.{part}" for part in parts))]
-    assert_two_equal_one(words, tmp_path, decoding, atol=1e-5, rtol=0)
+    assert_two_equal_one(words, tmp_path, decoding)
 
 
 @pytest.mark.slow
