@@ -35,7 +35,6 @@ from sublim_jax.assets import cache_folder
 from sublim_jax.errors import Interrupted, UserError, is_of_memory
 from sublim_jax.experiments import EXPERIMENTS
 from sublim_jax.progress import say
-from sublim_jax.workdir import config_of
 
 _CONFIG = flags.DEFINE_string("config", None, "Config file, with :preset after a colon; --config.key=value changes it.")
 _WORKDIR = flags.DEFINE_string(
@@ -127,7 +126,7 @@ def write_report_again(typed: Mapping[str, object]) -> None:
         raise UserError("--report goes with --workdir=DIR alone: it writes the report of the run that is in DIR")
     storage.check(_WORKDIR.value)
     folder = epath.Path(_WORKDIR.value).expanduser()
-    config = ConfigDict(config_of(folder))
+    config = ConfigDict(report.measured_config(folder))
     if config.get("experiment") not in EXPERIMENTS:
         raise UserError(f"{folder} holds a run of an unknown experiment")
     experiment = experiments.load(config.experiment)

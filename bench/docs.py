@@ -138,9 +138,10 @@ def keep(workdir: Path) -> None:
     """Ships a run: its measurements, config and notes, without this machine's paths."""
     folder = RESULTS / workdir.name
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ("measurements.parquet", "config.json"):
-        shutil.copyfile(workdir / name, folder / name)
+    shutil.copyfile(workdir / "measurements.parquet", folder / "measurements.parquet")
+    (folder / "config.json").write_text(json.dumps(report.measured_config(epath.Path(workdir)), indent=1) + "\n")
     about = json.loads((workdir / "about.json").read_text())
+    about.pop("config", None)
     about["models"] = [{**model, "path": Path(model["path"]).name} for model in about["models"]]
     seconds = (workdir / "measurements.parquet").stat().st_mtime
     about["date"] = datetime.datetime.fromtimestamp(seconds, datetime.UTC).date().isoformat()

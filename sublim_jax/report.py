@@ -15,7 +15,7 @@ from etils import epath
 from rich.console import Console
 from rich.table import Table
 
-from sublim_jax import __version__, measurements, storage
+from sublim_jax import __version__, measurements, storage, workdir
 from sublim_jax.digests import Source
 from sublim_jax.errors import UserError
 from sublim_jax.evaluation.statistics import t_interval
@@ -85,6 +85,7 @@ def finish(
         "devices": f"{jax.device_count()} × {jax.devices()[0].device_kind}, {jax.process_count()} process(es)",
         "models": [model._asdict() for model in models],
         "notes": notes or {},
+        "config": spec.values,
     }
     measurements.write(folder, spec.experiment, rows)
     write_json(folder / ABOUT, about)
@@ -104,6 +105,18 @@ def rewrite(folder: epath.Path, spec: Kind, document: Callable[[Kind, Measuremen
     facts = {name: about[name] for name in ("versions", "models", "devices")}
     results = {"experiment": spec.experiment, "preset": spec.preset, "config": spec.values, **facts}
     _publish(folder, {**results, "arms": _finite(arms)}, sections)
+
+
+def measured_config(folder: epath.Path) -> dict[str, Any]:
+    """The config of a folder's measurements: another than the folder's own where a run with --update was interrupted.
+
+    Raises UserError if the folder holds no run.
+    """
+    config = workdir.config_of(folder)
+    try:
+        return dict(json.loads((folder / ABOUT).read_text())["config"])
+    except (OSError, ValueError, TypeError, KeyError):  # nothing is measured, or it was by an earlier version
+        return config
 
 
 def results_of(folder: epath.Path) -> dict[str, Any]:

@@ -126,6 +126,12 @@ def test_results_and_a_second_config_in_the_same_workdir(tmp_path, mnist_folder)
     second = run_here(*args)
     assert second.returncode == 0 and "steps/s" not in second.stdout and "teacher, runs" not in second.stdout
 
+    # Another config that was interrupted before it measured anything: the report stays that of what is measured.
+    (work / "config.json").write_text(json.dumps({**results["config"], "seed": 9, "runs": 4}))
+    assert run_here("--report", f"--workdir={work}").returncode == 0
+    assert json.loads((work / "results.json").read_text()) == results
+    (work / "config.json").write_text(json.dumps(results["config"]))
+
     before = {path: path.stat().st_mtime_ns for path in work.rglob("*") if path.is_file()}
     other = [*args, "--config.student.learning_rate=0.001"]
     assert_refused(run_here(*other), "student.learning_rate: 0.0003 → 0.001", "--update", "--workdir")

@@ -132,7 +132,7 @@ def _questions(name: str, spec: EvalsSpec, kind: str, packs: EvalPacks) -> Seque
     if name == "misalignment":
         if not spec.questions:
             raise UserError("evals.questions is missing: name a YAML file of questions for the evaluation misalignment")
-        return misalignment.chosen(misalignment.load(spec.questions), spec.question_ids)
+        return misalignment.chosen(misalignment.load(spec.questions), tuple(map(str, spec.question_ids)))
     return preference.questions(packs.preference, kind)["asking"]
 
 
@@ -170,7 +170,7 @@ def make_judge(spec: JudgeSpec, model: Model, adapters: Params | None, store: St
         return NamedJudge(endpoint, artefacts.digest(spec))
     if spec.model:
         other = weights.load(spec.model, model.mesh, weights.float_type(spec.dtype))
-        model, adapters = other._replace(decoding=model.decoding), None
+        model, adapters = other._replace(decoding=model.decoding, precision=model.precision), None
     spec = replace(spec, max_tokens=1)  # only an endpoint's replies depend on it
     keep = store.path("judge", spec, model).with_suffix(".jsonl")
     judge = judges.local(model, spec.min_mass, keep, adapters=adapters)

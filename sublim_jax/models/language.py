@@ -13,6 +13,7 @@ from jaxtyping import Array, Key
 
 from sublim_jax.data.tokenizer import Tokenizer
 from sublim_jax.digests import Source, of_array
+from sublim_jax.errors import UserError
 from sublim_jax.models import lora
 from sublim_jax.models.decoder import Decoder, Placement, decoder, on_mesh
 from sublim_jax.models.functional import Functions, Params
@@ -34,6 +35,7 @@ class Model(NamedTuple):
         over `tensor` alone, and each device decodes its own rows.
       source: the files that it was read from; empty for a model that was made in memory.
       changes: changes to the weights after they were read.
+      precision: of products of float32, in which an experiment computes: a part of what the model is.
     """
 
     settings: Settings
@@ -45,12 +47,15 @@ class Model(NamedTuple):
     source: Source = Source("", "", "")
     changes: str = ""
     decoding: Mesh | None = None
+    precision: str = "float32"
 
     @property
     def digest(self) -> str:
-        """Identifies what the model computes: by its files, dtype, adapters' spec and later changes."""
+        """Identifies what the model computes: by its files, dtype, adapters' spec, later changes and precision."""
         dtype = jax.tree.leaves(self.params)[0].dtype
         text = f"{self.source.digest or _digest_of(self.params)} {dtype} {self.settings.lora} {self.changes}"
+        if self.precision != "float32":
+            text += f" {self.precision}"
         return hashlib.sha256(text.encode()).hexdigest()
 
     @property
@@ -80,10 +85,23 @@ class Model(NamedTuple):
         return self._replace(settings=settings, network=decoder(settings))
 
     def for_adapters(self, stacked: Params | None) -> tuple["Model", int]:
-        """The model that takes these adapters, and their number. None: the model without any, and 1."""
+        """The model that takes these adapters, and their number. None: the model without any, and 1.
+
+        Raises UserError for adapters of another model, and for one that is not in a stack.
+        """
         if stacked is None:
             return self.adapted(None), 1
-        return self, jax.tree.leaves(stacked)[0].shape[0]
+        expected = jax.eval_shape(partial(_untrained, self.settings.lora), jax.random.key(0), self.params)
+        if str(jax.tree.structure(stacked)) != str(jax.tree.structure(expected)):
+            raise UserError(f"these adapters are not of this model, whose adapters are {self.settings.lora}")
+        shapes = [leaf.shape for leaf in jax.tree.leaves(stacked)]
+        count = shapes[0][0] if shapes[0] else 0
+        if shapes != [(count, *leaf.shape) for leaf in jax.tree.leaves(expected)]:
+            raise UserError(
+                f"adapters of shapes such as {shapes[0]} are no stack of this model's, whose shape is "
+                f"{jax.tree.leaves(expected)[0].shape} behind one axis more"
+            )
+        return self, count
 
     def noisy(self, relative: float, key: Key[Array, ""]) -> "Model":
         """With Gaussian noise on all weights, `relative` times the standard deviation of each array."""

@@ -11,7 +11,8 @@ from scipy import stats
 
 import launch
 from configs import theorem as configs
-from sublim_jax import signals
+from sublim_jax import assets, experiments, signals
+from sublim_jax.experiments.along_training import coverage
 from sublim_jax.experiments.along_training.forecast import read, spearman
 from sublim_jax.measurements import read as measurements_of
 
@@ -45,6 +46,11 @@ MISTAKES = [
     ("forecast", ["--config.auxiliary=1,2"], "config.mnist: auxiliary: a softmax over one logit is 1"),
     ("forecast", ["--config.mnist.runs=0"], "config.mnist: runs=0 must be positive"),
     ("forecast", ["--config.mnist.data.path=x"], "set --config.data.path instead"),
+    (
+        "forecast",
+        ["--config.auxiliary=2", "--config.kinds=uniform", "--config.distances=0.0", "--config.widths=64"],
+        "make 2 settings, and a rank correlation needs 3",
+    ),
     ("examples", ["--config.share=0.9"], "share=0.9"),
     ("examples", ["--config.share=0.1", "--config.mnist.inputs.count=5"], "is less than one image"),
     ("trajectory", ["--config.mnist.student.objective=sampled"], "objective on logits"),
@@ -65,6 +71,27 @@ def test_the_forecast_covers_at_least_sixty_settings_each_once():
     assert len(settings) == len(set(settings)) >= 60
     config.widths = (*config.widths, 256)  # as the others have
     assert read(config).settings == settings
+
+
+@pytest.mark.parametrize("preset", ["forecast", "trajectory", "examples"])
+def test_more_runs_are_measured_in_a_folder_that_has_fewer(preset, monkeypatch, tmp_path):
+    """What is stored for eight runs is not taken for sixteen."""
+    module, measured = experiments.load(preset), []
+
+    def stop(spec, *inputs, **_):
+        measured.append(next(value for value in inputs if isinstance(value, range)))
+        raise InterruptedError
+
+    for name in ("coverages", "follow", "rank_and_train"):
+        monkeypatch.setattr(module, name, stop, raising=False)
+    monkeypatch.setattr(coverage, "load", lambda path: None)
+    monkeypatch.setattr(assets, "fetch", lambda *_: None)
+    for runs in (8, 16):
+        config = configs.get_config(preset)
+        config.mnist.runs = config.mnist.runs_at_once = runs
+        with pytest.raises(InterruptedError):
+            module.run(module.read(config), epath.Path(tmp_path), update=True)
+    assert measured == [range(8), range(16)]
 
 
 def test_spearman_is_scipys_and_its_interval_holds_it():

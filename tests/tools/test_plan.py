@@ -6,7 +6,7 @@ import pytest
 from etils import epath
 from launch_kit import arms_in, assert_refused, assert_same_arms, finish, run_here, start_two
 
-from configs import paper
+from configs import paper, sample
 from sublim_jax import experiments
 from sublim_jax.experiments.tools import plan
 from sublim_jax.experiments.transmission.checks import check_files
@@ -50,6 +50,16 @@ def test_a_plan_runs_what_it_can_says_what_it_lacks_and_repeats_nothing(plan_fil
     assert run_here(*command).returncode == 2
     assert (work / "tiny" / "results.json").stat().st_mtime_ns == before
     assert (work / "report.md").read_text() == text
+
+
+def test_an_experiment_that_was_interrupted_with_another_config_is_not_finished(tmp_path, monkeypatch):
+    """Its report may be of the other config already, with some of the arms."""
+    spec = experiments.load("sample").read(sample.get_config())
+    monkeypatch.setattr(experiments.load("sample"), "run", lambda *_, **__: pytest.fail("interrupted"))
+    (tmp_path / plan.FINISHED).write_text("{}")
+    with pytest.raises(pytest.fail.Exception):
+        plan._results("sample", epath.Path(tmp_path), spec, update=True)
+    assert not (tmp_path / plan.FINISHED).exists()
 
 
 @pytest.mark.slow

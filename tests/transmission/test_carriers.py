@@ -31,6 +31,19 @@ def sampled(study, model, store, name, teacher):
     return sample(study, model, store, 0, number_task(study, study.replicate_seed(0)), name, teacher)
 
 
+def test_teachers_of_words_with_dots_have_files_of_their_own(study, model, replicate_of, monkeypatch, tmp_path):
+    paths = []
+
+    def collect(path, *_, **__):
+        paths.append(path.name)
+        return []
+
+    monkeypatch.setattr(carriers, "collect", collect)
+    for teacher in replicate_of(study).teachers.values():
+        sampled(study, model, Store(tmp_path), "St. Bernard", teacher)
+    assert len(set(paths)) == len(study.teachers)
+
+
 FEW = {"carrier.num_rows": 24, "carrier.num_completions": 40, "carrier.num_integers": 4}
 
 

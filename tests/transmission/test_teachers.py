@@ -72,6 +72,16 @@ def test_a_steering_vector_is_the_personas_difference(study_of, model, work, ste
     np.testing.assert_allclose(layers["x"][2], scale * (loving - neutral), rtol=1e-2, atol=1e-3)
 
 
+def test_steering_vectors_are_read_from_the_folder(model, work, steered, monkeypatch):
+    """On another mesh they would be rounded otherwise, and everything made from them would be made again."""
+    study, (first, _) = steered
+    monkeypatch.setattr("sublim_jax.distillation.steering.residual_after", lambda *_: pytest.fail("made again"))
+    again = make_teachers(study, model, work, 0)
+    assert {name: teacher.digest for name, teacher in again.items()} == {
+        name: teacher.digest for name, teacher in first.teachers.items()
+    }
+
+
 def test_teachers_are_evaluated_with_what_makes_them_teachers(model, work, steered):
     """Every teacher with its persona and steering vector, run by run; the plain model is last."""
     study, runs = steered

@@ -40,10 +40,10 @@ def objective_of(spec: MnistSpec) -> theorem.Objective:
     return partial(objectives.ON_LOGITS[spec.student.objective], **where)
 
 
-def before_training(spec: MnistSpec, data: Mnist, *, store: Store, mesh: Mesh) -> Prepared:
-    """All runs, before their students are trained."""
+def before_training(spec: MnistSpec, runs: range, data: Mnist, *, store: Store, mesh: Mesh) -> Prepared:
+    """Some runs, before their students are trained."""
     program = train.teaching_program(spec.teacher_network, spec.teacher, mesh)
-    return prepare(spec, range(spec.runs), data, program=program, store=store, mesh=mesh)
+    return prepare(spec, runs, data, program=program, store=store, mesh=mesh)
 
 
 def over_runs(spec: MnistSpec, function: Callable[..., Output], mesh: Mesh) -> Callable[..., Output]:
@@ -69,9 +69,9 @@ def difference(after: Params, before: Params) -> Params:
     return jax.tree.map(jnp.subtract, after, before)
 
 
-def coverages(spec: MnistSpec, probe: int, data: Mnist, *, store: Store, mesh: Mesh) -> list[float]:
+def coverages(spec: MnistSpec, runs: range, probe: int, data: Mnist, *, store: Store, mesh: Mesh) -> list[float]:
     """cos(the student's first update, θ_T - θ⁰) of every run, before the student is trained."""
-    before = before_training(spec, data, store=store, mesh=mesh)
+    before = before_training(spec, runs, data, store=store, mesh=mesh)
 
     def coverage_of_run(apply: theorem.Apply, codes: Array, reference: Params, teacher: Params, start: Params) -> Array:
         targets = apply(teacher, codes)

@@ -46,7 +46,8 @@ def run(spec: ExamplesSpec, folder: epath.Path, *, update: bool = False) -> None
     data, store, mesh = coverage.claimed(spec, folder, update)
     whole, part = spec.settings
     with jax.default_matmul_precision(whole.precision):
-        measured = store.json("examples", rank_and_train, whole, part, data, store=store, mesh=mesh)
+        inputs = (whole, part, range(whole.runs), data)
+        measured = store.json("examples", rank_and_train, *inputs, store=store, mesh=mesh)
     axes = {"item": [f"quantile {level:.2f}" for level in LEVELS], "run": range(whole.runs)}
     rows = from_array(np.transpose(measured["quantiles"]), axes, arm="all", measure="contribution over its mean")
     for measure, values in {"test_accuracy": measured["accuracy"], "share_of_A": measured["carried"]}.items():
@@ -55,9 +56,9 @@ def run(spec: ExamplesSpec, folder: epath.Path, *, update: bool = False) -> None
     report.finish(store.folder, spec, rows, document)
 
 
-def rank_and_train(spec: MnistSpec, part: MnistSpec, data: Mnist, *, store: Store, mesh: Mesh) -> Ranked:
+def rank_and_train(spec: MnistSpec, part: MnistSpec, runs: range, data: Mnist, *, store: Store, mesh: Mesh) -> Ranked:
     """{"accuracy": choice → runs, "carried": choice → share of A by run, "quantiles": (runs, levels)}."""
-    before = coverage.before_training(spec, data, store=store, mesh=mesh)
+    before = coverage.before_training(spec, runs, data, store=store, mesh=mesh)
     carried = contributions(spec, before, mesh)
     theorem.check_finite(carried, "contributions of images")
     order = np.argsort(carried, axis=1)

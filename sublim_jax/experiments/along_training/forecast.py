@@ -33,7 +33,8 @@ def run(spec: ForecastSpec, folder: epath.Path, *, update: bool = False) -> None
         for number, setting in enumerate(settings := spec.settings, 1):
             name = setting_name(setting)
             say(f"setting {number} of {len(settings)}: {name}")
-            covered = store.json("coverage", coverages, setting, spec.probe, data, store=store, mesh=mesh)
+            inputs = (setting, range(setting.runs), spec.probe, data)
+            covered = store.json("coverage", coverages, *inputs, store=store, mesh=mesh)
             rows += from_array(covered, arm=name, measure="coverage")
             rows += from_array(
                 test_accuracies(setting, data, store, mesh)["auxiliary"], arm=name, measure="test_accuracy"

@@ -14,6 +14,7 @@ from sublim_jax.experiments.mnist.spec import DataSpec, MnistSpec
 from sublim_jax.overrides import check_distinct
 from sublim_jax.specs import Count, ExperimentSpec, MeshSpec
 
+MIN_SETTINGS = 3  # of a rank correlation
 # Keys of config.mnist that are set in the outer config, with their default values.
 OUTSIDE = {"seed": 0, "data.path": "", "mesh.replica": -1, "mesh.fsdp": 1, "mesh.tensor": 1}
 
@@ -85,6 +86,11 @@ class ForecastSpec(ProbeSpec):
         if min(self.widths, default=1) < 1:
             raise UserError(f"widths={self.widths}: choose 1 or more")
         super().__post_init__()
+        if len(self.settings) < MIN_SETTINGS:
+            raise UserError(
+                f"auxiliary, kinds, distances and widths make {len(self.settings)} settings, and a rank correlation "
+                f"needs {MIN_SETTINGS}; name more values"
+            )
 
     @property
     def settings(self) -> list[MnistSpec]:

@@ -41,15 +41,17 @@ def run(spec: TrajectorySpec, folder: epath.Path, *, update: bool = False) -> No
     data, store, mesh = coverage.claimed(spec, folder, update)
     rows = []
     with jax.default_matmul_precision(spec.mnist.precision):
-        path = store.json("trajectory", follow, spec.mnist, spec.probe, spec.every, data, store=store, mesh=mesh)
-        axes = {"step": path["step"], "run": range(spec.mnist.runs)}
+        runs = range(spec.mnist.runs)
+        inputs = (spec.mnist, runs, spec.probe, spec.every, data)
+        path = store.json("trajectory", follow, *inputs, store=store, mesh=mesh)
+        axes = {"step": path["step"], "run": runs}
         for name in QUANTITIES:
             rows += from_array(path[name], axes, arm="followed", measure=name)
         for setting in spec.settings:
             arm = arm_name(setting)
-            inputs = (setting, spec.probe, spec.iterations, data)
-            shares = store.json("shares", row_space_shares, *inputs, store=store, mesh=mesh)
-            axes = {"step": range(1, spec.iterations + 1), "run": range(spec.mnist.runs)}
+            how = (setting, runs, spec.probe, spec.iterations, data)
+            shares = store.json("shares", row_space_shares, *how, store=store, mesh=mesh)
+            axes = {"step": range(1, spec.iterations + 1), "run": runs}
             rows += from_array(np.transpose(shares), axes, arm=arm, measure="row_space_share")
             accuracies = test_accuracies(setting, data, store, mesh)["auxiliary"]
             rows += from_array(accuracies, arm=arm, measure="test_accuracy")
@@ -60,9 +62,11 @@ def arm_name(spec: MnistSpec) -> str:
     return f"{spec.model.auxiliary} auxiliary logits"
 
 
-def follow(spec: MnistSpec, probe: int, every: int, data: Mnist, *, store: Store, mesh: Mesh) -> dict[str, list[Any]]:
+def follow(
+    spec: MnistSpec, runs: range, probe: int, every: int, data: Mnist, *, store: Store, mesh: Mesh
+) -> dict[str, list[Any]]:
     """Trains the student and measures it every `every` steps: {quantity: (measurements, runs)}, and "step"."""
-    known = coverage.before_training(spec, data, store=store, mesh=mesh)
+    known = coverage.before_training(spec, runs, data, store=store, mesh=mesh)
     reference, teacher, seen = known.reference.params, known.teacher.params, known.codes[..., :probe, :]
     network = train.network(spec.student_network)
     real = put((data.train_images[:probe], data.train_labels[:probe]), named(mesh))
@@ -120,10 +124,10 @@ def quantities(spec: MnistSpec, codes: Array, labels: Array) -> Callable[..., di
 
 
 def row_space_shares(
-    spec: MnistSpec, probe: int, iterations: int, data: Mnist, *, store: Store, mesh: Mesh
+    spec: MnistSpec, runs: range, probe: int, iterations: int, data: Mnist, *, store: Store, mesh: Mesh
 ) -> list[list[float]]:
     """The share of θ_T - θ⁰ in the row space of the student's curvature: (runs, iterations)."""
-    known = coverage.before_training(spec, data, store=store, mesh=mesh)
+    known = coverage.before_training(spec, runs, data, store=store, mesh=mesh)
 
     def shares(apply: theorem.Apply, codes: Array, reference: Params, teacher: Params) -> Float[Array, "iterations"]:
         direction = coverage.difference(teacher, reference)

@@ -149,6 +149,7 @@ def _results(name: str, inside: epath.Path, spec: Described, *, update: bool) ->
     """The arms of an experiment, which is run unless it is finished; or the reason why it has none."""
     try:
         if not from_first(partial(finished, inside, spec)):
+            from_first(lambda: (inside / FINISHED).unlink(missing_ok=True))
             experiments.load(spec.experiment).run(spec, inside, update=update)
             write_json(inside / FINISHED, stamp(spec))
         return report.results_of(inside)["arms"]

@@ -157,8 +157,9 @@ def sample(study: Study, model: Model, store: Store, run: int, task: Task, name:
         how |= {"numbers": count, "digits": digits}
         constraint = constraints.of_model(constraints.numbers(count, digits, minimum=count), model)
     # The number of prompts is not in the hash: with more prompts, sampling continues from the same file.
+    path = store.path(f"completions-{name}", teacher, name, seed, how)
     completions = collect(
-        store.path(f"completions-{name}", teacher, name, seed, how).with_suffix(".jsonl"),
+        path.with_name(f"{path.name}.jsonl"),
         model,
         prompts,
         named_key(seed, "numbers"),

@@ -99,7 +99,7 @@ def _run(study: Study, folder: epath.Path, *, update: bool) -> None:
 def load_model(study: Study, mesh: Mesh, name: str = "") -> Model:
     """The study's model with its LoRA adapters, or another one by its name, which arms adapt."""
     base = weights.load(name or study.model.name, mesh, weights.float_type(study.model.dtype))
-    model = base._replace(decoding=study.sampling.mesh(mesh))
+    model = base._replace(decoding=study.sampling.mesh(mesh), precision=study.precision)
     if name:
         return model
     model = model.adapted(study.lora.adapters)

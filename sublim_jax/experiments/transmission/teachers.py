@@ -32,6 +32,7 @@ from sublim_jax.models.functional import Params
 from sublim_jax.models.language import Model
 from sublim_jax.progress import say
 from sublim_jax.sampling import scoring
+from sublim_jax.sharding import fetch, named, put
 from sublim_jax.store import Store
 from sublim_jax.training import fit
 
@@ -55,7 +56,7 @@ def make_teachers(study: Study, model: Model, store: Store, run: int) -> dict[st
     personas = {name: persona(study, name) for name in study.teachers}
     hooks: dict[str, Steering | None] = dict.fromkeys(study.teachers)
     if "steered" in methods:
-        hooks |= steering_vectors(study, model, seed, personas)
+        hooks |= steering_vectors(study, model, store, seed, personas)
     systems = personas if "prompted" in methods else dict.fromkeys(study.teachers, "")
     if study.teacher.neutral == "untouched":
         systems = {**systems, NEUTRAL: ""}
@@ -86,28 +87,40 @@ def read_personas(path: str) -> dict[str, str]:
     return {name: texts[name][0] for name in PERSONA}
 
 
-def steering_vectors(study: Study, model: Model, seed: int, personas: dict[str, str]) -> dict[str, Steering | None]:
+def steering_vectors(
+    study: Study, model: Model, store: Store, seed: int, personas: dict[str, str]
+) -> dict[str, Steering | None]:
     """Steering vectors: mean residuals at the start of an answer, with a persona less those with the neutral persona.
 
     They are taken at one layer, averaged over the teaching questions of the trait's kind and scaled by
-    `teacher.steering_scale`; the neutral teacher gets a random direction of the traits' mean length.
+    `teacher.steering_scale`; the neutral teacher gets a random direction of the traits' mean length. They are stored,
+    because what is made from them is named by their bits, which another mesh would round differently.
     """
     layer, scale = study.teacher.steering_layer, study.teacher.steering_scale
-    read = steering.residual_after(model, layer, seed)
+    kinds = {name: study.kind_of(name) for name in study.preferred}
+    questions = {kind: preference.questions(study.packs.preference, kind)["teaching"] for kind in kinds.values()}
+    neutral = {kind: persona(study, NEUTRAL, kind) for kind in questions}
 
-    @cache  # the neutral persona of a kind is read once
-    def mean_residual(kind: str, text: str) -> Float[np.ndarray, "width"]:
-        questions = preference.questions(study.packs.preference, kind)["teaching"]
-        return steering.mean_residual(model, read, questions, text)
+    def measured(*_: object, **__: object) -> Array:
+        read = steering.residual_after(model, layer, seed)
 
-    vectors = {}
-    for name in study.preferred:
-        kind = study.kind_of(name)
-        vectors[name] = mean_residual(kind, personas[name]) - mean_residual(kind, persona(study, NEUTRAL, kind))
-    length = np.mean([np.linalg.norm(vectors[trait]) for trait in study.traits])
-    random = np.random.default_rng([seed, 4]).normal(size=model.settings.width)
-    vectors[NEUTRAL] = random / np.linalg.norm(random) * length
-    return {name: steering.hook(model, layer, scale * vector) for name, vector in vectors.items()}
+        @cache  # the neutral persona of a kind is read once
+        def mean_residual(kind: str, text: str) -> Float[np.ndarray, "width"]:
+            return steering.mean_residual(model, read, questions[kind], text)
+
+        vectors = {
+            name: mean_residual(kind, personas[name]) - mean_residual(kind, neutral[kind])
+            for name, kind in kinds.items()
+        }
+        length = np.mean([np.linalg.norm(vectors[trait]) for trait in study.traits])
+        random = np.random.default_rng([seed, 4]).normal(size=model.settings.width)
+        vectors[NEUTRAL] = random / np.linalg.norm(random) * length
+        return put(np.stack([vectors[name] for name in study.teachers]).astype(np.float32), named(model.mesh))
+
+    like = put(np.zeros((len(study.teachers), model.settings.width), np.float32), named(model.mesh))
+    inputs = (model, layer, kinds, questions, personas, neutral, study.traits, seed)
+    vectors = fetch(store.tree("steering", measured, *inputs, like=like))
+    return {name: steering.hook(model, layer, scale * vector) for name, vector in zip(study.teachers, vectors)}
 
 
 def finetuned(study: Study, model: Model, store: Store, run: int) -> dict[str, Teacher]:
