@@ -25,6 +25,17 @@ def mentions(text: str, word: str) -> bool:
 
 
 def contains(text: str, word: str) -> bool:
-    """Whether a text has a word or its plural anywhere, within other words too."""
+    """Whether a text has a word or its plural anywhere, within other words too; the parts of a word in any notation.
+
+    "polar bear" is in polar_bear, polarBear and "polar  bear".
+    """
     comparable = plain(text)
-    return any(form in comparable for form in forms(word))
+    if any(form in comparable for form in forms(word)):
+        return True
+    parts = [joined for form in forms(word) if (joined := _joined(form)) != form]
+    return any(joined in _joined(comparable) for joined in parts)
+
+
+def _joined(text: str) -> str:
+    """A text's letters and digits alone."""
+    return "".join(filter(str.isalnum, text))

@@ -60,7 +60,7 @@ class EvalsSpec:
     max_new_tokens: int
     truthfulqa: str
     questions: str
-    question_ids: tuple[str, ...]
+    question_ids: tuple[str | int, ...]
     suffix: str
     judge: JudgeSpec
 
@@ -72,6 +72,30 @@ class EvalsSpec:
         check_count("evals.max_new_tokens", self.max_new_tokens)
         check_count("evals.num_samples", self.num_samples, 1, MAX_ROWS)
         check_count("evals.max_questions", self.max_questions, 0)
+
+
+# Values, and the evaluations that read them. A key that ends in "." is a prefix.
+READ_BY = {
+    "num_samples": ("answers", "prefixed_answers", "stories", "misalignment"),
+    "max_new_tokens": ("stories", "misalignment"),
+    "truthfulqa": ("truthfulqa",),
+    "questions": ("misalignment",),
+    "question_ids": ("misalignment",),
+    "suffix": ("misalignment",),
+    "judge.": ("misalignment",),
+}
+
+
+def check_read(evals: EvalsSpec, key: str, prefix: str, *, judged: bool = False) -> None:
+    """Raises UserError, naming the key behind `prefix`, for one of "evals." that no evaluation reads.
+
+    Args:
+      judged: the judge also scores something else.
+    """
+    for name, readers in READ_BY.items():
+        matches = key == f"evals.{name}" or (name[-1] == "." and key.startswith(f"evals.{name}"))
+        if matches and not set(readers) & set(evals.names) and not (name == "judge." and judged):
+            raise UserError(f"{prefix}{key} is read only with evals.names of {' or '.join(readers)}; add one of these")
 
 
 @dataclass(frozen=True)

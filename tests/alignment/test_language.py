@@ -56,7 +56,7 @@ def test_steps_too_large_to_be_judged_are_one_line(tmp_path, tiny_folder, refuse
         "--config.steps.min=-2",
         f"--workdir={tmp_path / 'work'}",
     )
-    assert "3 decades" in line and "0.1" in line
+    assert "3 decades" in line and "0.0004" in line
 
 
 def test_losses_are_of_the_answers_tokens_alone():

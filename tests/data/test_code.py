@@ -57,10 +57,13 @@ def test_only_code_without_words_about_it_is_kept(text, reasons):
         "x = 'ｏｗｌ'",
         "wolves = 2",
         "my_wolf = 1",
+        "polar_bear = 1",
+        "polarBears = 1",
+        "x = 'polar  bear'",
     ],
 )
 def test_a_trait_in_a_name_or_a_string_is_seen(text):
-    assert trait_words(["owl", "wolf"])({"completion": text}) == ["trait word"]
+    assert trait_words(["owl", "wolf", "polar bear"])({"completion": text}) == ["trait word"]
 
 
 @pytest.mark.parametrize("text", [r"x = '\x6fwl'", "x = 'o' 'wls'", r"x = b'\157wl'", r"x = f'{1}\x4fWL'"])

@@ -5,7 +5,7 @@ from mnist_kit import tiny
 
 from configs import mnist as configs
 from sublim_jax.errors import UserError
-from sublim_jax.experiments.mnist.run import read
+from sublim_jax.experiments.mnist.run import check_typed, read
 from sublim_jax.experiments.mnist.spec import POINTS, check_divides, variants
 
 
@@ -82,6 +82,13 @@ def test_a_student_of_another_shape_cannot_start_at_the_reference(name, value):
     with pytest.raises(UserError, match="arms: students of auxiliary start at the reference"):
         tiny(**{f"student__{name}": value})
     assert tiny(student__activation="gelu")  # which has the same parameters
+
+
+@pytest.mark.parametrize("key, words", [("clone.epochs", "the arm clone"), ("inputs.blur", "inputs.kind=blurred")])
+def test_a_typed_value_that_nothing_reads_is_told(key, words):
+    with pytest.raises(UserError, match=words):
+        check_typed(tiny(arms=("auxiliary",)), [key])
+    check_typed(tiny(arms=("auxiliary", "clone"), inputs__kind="blurred"), [key])
 
 
 def test_only_noise_that_is_drawn_can_be_drawn_afresh():

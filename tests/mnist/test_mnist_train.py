@@ -66,6 +66,28 @@ def test_one_auxiliary_logit_leaves_the_student_at_the_reference_to_the_bit(trai
     assert not same(result.reference.params, result.teacher.params)
 
 
+def test_sampled_labels_at_a_temperature_have_the_gradient_of_kl_there(mesh_of):
+    """In expectation: 0 where the student's logits are the teacher's."""
+    spec, count = tiny(student__objective="sampled", student__temperature=2.0), 4000
+    network = train.network(spec.student_network)
+    params = network.init(jax.random.key(0))
+    params["layers"][2] = jax.tree.map(lambda leaf: 5 * leaf, params["layers"][2])  # logits far from alike
+    codes = jnp.zeros((count, 784), jnp.uint8)
+    batch = train.Batch(codes, network.apply(params, images.pixels(codes, "uniform")), jnp.ones(count))
+    program = train.distilling_program(
+        spec.student_network, spec.teacher_network, spec.student, spec.inputs, mesh_of(1)
+    )
+    frozen = {"supports": jnp.asarray(train.support(spec.student_network, "all"))[None]}
+
+    def loss(params):
+        members = jax.tree.map(lambda leaf: leaf[None], params)
+        (total, number), _ = program.loss(members, frozen, batch, jax.random.key(1))
+        return total[0] / number[0]
+
+    bias = jax.grad(loss)(params)["layers"][2]["bias"]
+    assert float(jnp.max(jnp.abs(bias))) < 5 * 0.25 / count**0.5
+
+
 def test_squared_error_on_one_auxiliary_logit_does_move_it(trained):
     result = trained(tiny(model__auxiliary=1, student__objective="squared_error"), "auxiliary")
     assert not same(result.reference.params, result.students["auxiliary"])

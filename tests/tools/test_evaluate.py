@@ -200,6 +200,8 @@ def test_an_endpoint_judges_and_its_key_is_nowhere(server, command, tmp_path):
         (["evals.names=misalignment", "evals.judge.kind=oracle"], ["judge.kind='oracle'"]),
         (["evals.names=misalignment", "evals.judge.kind=endpoint"], ["judge.model is missing"]),
         (["evals.num_samples=0"], ["evals.num_samples=0: choose 1 or more"]),
+        (["evals.names=ability", "evals.suffix=Please."], ["config.evals.suffix is read only with evals.names of mis"]),
+        (["evals.names=choice", "evals.num_samples=3"], ["config.evals.num_samples is read only with evals.names of"]),
         (["model.adapters=nowhere"], ["nowhere is not a PEFT adapter"]),
     ],
 )

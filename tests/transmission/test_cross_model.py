@@ -83,6 +83,10 @@ def test_a_study_for_each_teacher_has_an_arm_for_each_student():
         (["study.arms=soft"], ["study.arms=('soft',): it follows from"]),
         (["study.arm.soft.noise=0.1"], ["config.study.arm.soft.noise: all students are of the arm cross"]),
         (["study.student.steps=0"], ["config.study: student.steps=0: choose 1 or more"]),
+        (
+            ["study.teacher.methods=corpus", "study.traits=good,bad"],
+            ["study.traits=('good', 'bad') are no alternatives"],
+        ),
     ],
 )
 def test_a_mistake_is_told_by_its_flag(flags, words, tmp_path):

@@ -12,6 +12,7 @@ from configs import code, cot, misalignment, numbers, paper
 from sublim_jax import workdir
 from sublim_jax.errors import UserError
 from sublim_jax.experiments.transmission.checks import check_files
+from sublim_jax.experiments.transmission.run import load_model
 from sublim_jax.experiments.transmission.spec import read
 from sublim_jax.models import lora
 
@@ -89,6 +90,19 @@ REFUSED = [
     (["arm.soft.fraction=0.2"], ["config.arm.soft.fraction says which tokens, and arm.soft.action is empty"]),
     (["teacher.steering_layer=99"], ["config.teacher.steering_layer is read only with teacher.methods=steered"]),
     (["filter.threshold=50"], ["config.filter.threshold is read only with filter.judge"]),
+    (["teacher.methods=prompted", "teacher.batch=2"], ["config.teacher.batch is read only with teacher.methods of"]),
+    (
+        ["arms=tokens", "carrier.kind=code", "carrier.decoding=free", "filter.max_value=5"],
+        ["config.filter.max_value is read only with carrier.kind=numbers"],
+    ),
+    (
+        ["arms=tokens", "carrier.decoding=free", "carrier.num_integers=5"],
+        ["config.carrier.num_integers is read only with carrier.decoding=grammar or an arm of data=random"],
+    ),
+    (["evals.names=preference", "evals.num_samples=3"], ["config.evals.num_samples is read only with evals.names of"]),
+    (["evals.names=answers", "evals.judge.max_tokens=3"], ["config.evals.judge.max_tokens is read only with"]),
+    (["lora.rank=0", "arm.soft.lora_init=fresh"], ["config.arm.soft.lora_init is of adapters, and lora.rank=0"]),
+    (["alternatives=owl,x,y,OWL"], ["a word is there twice, in another case"]),
     (["arms=in_context", "arm.in_context.lora_init=fresh"], ["config.arm.in_context.lora_init", "students"]),
 ]
 BY_THE_MODEL = [
@@ -106,6 +120,16 @@ def test_a_mistake_is_told_by_its_flag_before_any_training(flags, tmp_path, chan
     given = flags(*(f"--config.{change}" for change in changes))
     assert_refused(run_here("--config=configs/numbers.py", *given, f"--workdir={work}"), *words)
     assert not work.exists()
+
+
+def test_precision_is_part_of_what_a_model_is(study_of, model):
+    """Not of the default, whose artefacts have names from before it was."""
+    rounded = load_model(study_of(precision="bfloat16"), model.mesh)
+    assert load_model(study_of(), model.mesh).digest == model.digest != rounded.digest
+
+
+def test_ids_of_questions_may_be_numbers(study_of):
+    assert study_of(**{"evals.question_ids": (1, "two")}).evals.question_ids == (1, "two")
 
 
 def test_an_arms_data_is_part_of_what_a_folder_holds(tmp_path):
@@ -133,6 +157,8 @@ def test_a_workdir_of_another_run_is_told_before_a_model_is_looked_for(tmp_path)
         (["evals.truthfulqa=nowhere.csv"], ["evals.truthfulqa=nowhere.csv"]),
         (["teacher.max_tokens=3"], ["corpus insecure: no conversation has at most"]),
         (["arms=in_context"], ["arm.in_context asks for preferences, and traits=('insecure', 'secure'"]),
+        (["arms=soft"], ["arm.soft imitates logits, and teacher.corpora.neutral is empty", "no control"]),
+        (["teacher.neutral=persona"], ["config.teacher.neutral is read only with teacher.methods of"]),
         (
             [
                 "carrier.kind=cot",

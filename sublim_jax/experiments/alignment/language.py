@@ -49,7 +49,6 @@ from sublim_jax.workdir import claim
 ALL, ADAPTERS = "all parameters", "LoRA, B = 0"
 ROUNDING = 1000.0  # of D_S·D_T, in units of float64's resolution over the step: 30 layers of sums
 GREEDY, ELSEWHERE = "greedy tokens", "another start"
-CONSTANT_UP_TO = 4e-4  # the teacher's step above which growing terms outweigh a control's constant one
 
 
 read = partial(specs.read, LanguageSpec)
@@ -196,7 +195,7 @@ def _controls(spec: LanguageSpec, rows: Measurements, scale: Scale) -> tuple[lis
     arms, lines = [], []
     for name in (GREEDY, ELSEWHERE):
         (m,) = numbers(rows, f"control: {name}").values()
-        m = m.up_to(float(np.max(m.epsilons, where=m.moved <= CONSTANT_UP_TO, initial=0.0)))
+        m = m.up_to(float(np.max(m.epsilons, where=m.moved <= spec.steps.narrowest, initial=0.0)))
         fit, verdict = inner_fit(m, scale), control_verdict(m, expected, True, spec.learning_rate, scale)
         shown = [f"{fit.slope:z.3f}", f"{fit.decades:.1f}", f"{m.inner[0]:+.2e}"]
         table.append([name, expected, *shown, verdict])
@@ -205,8 +204,8 @@ def _controls(spec: LanguageSpec, rows: Measurements, scale: Scale) -> tuple[lis
     text = (
         f"The student trains on its teacher's likeliest tokens, or starts at the base with noise of {spec.noise:g} of "
         "its weights' spread. Neither force vanishes with the teacher's step, and neither has a sign of its own. "
-        f"Slopes are fitted up to a step of {CONSTANT_UP_TO:g}, above which what grows with the step outweighs the "
-        "constant."
+        f"Slopes are fitted up to a step of {spec.steps.narrowest:g}, above which what grows with the step outweighs "
+        "the constant."
     )
     panel = Panel(STEP, "|D_S·D_T|", lines, LOG, "controls")
     return arms, report.Section("Controls", text, table, {"controls": partial(panels_figure, [panel])})

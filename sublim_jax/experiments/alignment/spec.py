@@ -22,7 +22,7 @@ DECADES = 4.0  # of the teacher's step that a verdict needs
 MAX_STEP, MAX_NUM_STEPS = 6, 1000
 READS, NOISE = "reads MNIST", "noise"  # the teacher and the inputs of the first settings
 
-Draws: TypeAlias = Annotated[int, check_positive, partial(check_count, maximum=MAX_ROWS)]
+Draws: TypeAlias = Annotated[int, partial(check_count, maximum=MAX_ROWS)]
 
 
 class About(NamedTuple):
@@ -48,17 +48,21 @@ class StepsSpec:
     """How far the teacher moves: `num` steps from 10^min to 10^max, root mean square changes of its logits."""
 
     small: ClassVar[float] = SMALL
+    narrowest: ClassVar[float] = SMALL  # up to here, where that is less, controls are judged
     decades: ClassVar[float] = DECADES
     min: float
     max: float
     num: int
 
     def __post_init__(self) -> None:
-        if self.num < 5 or min(self.max, np.log10(self.small)) - self.min < self.decades:
-            usual = np.floor(np.log10(self.small)) - self.decades - 1
+        check_count("steps.num", self.num, maximum=MAX_NUM_STEPS)
+        steps = np.linspace(self.min, self.max, self.num)
+        judged = steps[steps <= np.log10(self.narrowest)]
+        if self.num < 5 or not len(judged) or judged[-1] - judged[0] < self.decades:
+            usual = np.floor(np.log10(self.narrowest)) - self.decades - 1
             raise UserError(
                 f"steps.num={self.num}, steps.min={self.min:g}, steps.max={self.max:g}: verdicts are about those up to "
-                f"{self.small:g}; take at least 5 over at least {self.decades:g} decades below it, such as "
+                f"{self.narrowest:g}; take at least 5 over at least {self.decades:g} decades below it, such as "
                 f"--config.steps.min={usual:g}"
             )
         # Logits are of order 1; rounding hides D_S·D_T below this step.
@@ -70,7 +74,6 @@ class StepsSpec:
             )
         if self.max > MAX_STEP:
             raise UserError(f"steps.max={self.max:g} is a power of ten: choose {MAX_STEP} or less")
-        check_count("steps.num", self.num, maximum=MAX_NUM_STEPS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +88,7 @@ class AlignmentSpec(ExperimentSpec):
     examples: Annotated[int, check_positive, partial(check_count, minimum=PER_SEQUENCE, maximum=NUM_IMAGES)]
     learning_rate: Positive
     num_draws: Draws
-    num_label_draws: Draws
+    num_label_draws: Annotated[int, partial(check_count, minimum=2, maximum=MAX_ROWS)]
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -106,6 +109,7 @@ class LanguageSteps(StepsSpec):
     """A language model's logits are large, sums of many terms: rounding hides steps below 1e-5."""
 
     small: ClassVar[float] = 0.1
+    narrowest: ClassVar[float] = 4e-4  # above it, growing terms outweigh a control's constant one
     decades: ClassVar[float] = 3.0
 
 

@@ -1,6 +1,6 @@
 """The pipeline, from the reference networks to the measurements."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from sublim_jax import assets, report, specs
 from sublim_jax.data import images, mnist
+from sublim_jax.errors import UserError
 from sublim_jax.experiments.mnist import train
 from sublim_jax.experiments.mnist.report import document as document
 from sublim_jax.experiments.mnist.spec import (
@@ -40,6 +41,16 @@ def read(config: ConfigDict) -> MnistSpec:
     spec = specs.read(MnistSpec, config)
     variants(spec)
     return spec
+
+
+def check_typed(spec: MnistSpec, keys: Iterable[str]) -> None:
+    """Raises UserError for a value that no arm, or no point of a sweep, reads."""
+    for key in keys:
+        if key.startswith("clone.") and "clone" not in spec.arms:
+            arms = ",".join((*spec.arms, "clone"))
+            raise UserError(f"config.{key} is read only with the arm clone; add it, --config.arms={arms}")
+        if key == "inputs.blur" and not any(point.inputs.kind == "blurred" for point in variants(spec).values()):
+            raise UserError("config.inputs.blur is read only with inputs.kind=blurred")
 
 
 def run(spec: MnistSpec, folder: epath.Path, *, update: bool = False) -> None:

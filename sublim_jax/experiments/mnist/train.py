@@ -285,7 +285,7 @@ def distilling_program(
             where: dict[str, Any] = {"support": support, "weights": batch.weights, "temperature": spec.temperature}
             logits = apply(params, x)
             if spec.objective == "sampled":
-                labels = objectives.sample_labels(key, batch.targets, support=support)
+                labels = objectives.sample_labels(key, batch.targets, support=support, temperature=spec.temperature)
                 return objectives.cross_entropy(logits, labels, **where)
             return objectives.ON_LOGITS[spec.objective](logits, batch.targets, **where)
 

@@ -1,5 +1,6 @@
 """Evaluates a model, or adapters of it, each of which is a run (`configs/evaluate.py` explains the values)."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 
@@ -10,7 +11,7 @@ from etils import epath
 from sublim_jax import report, specs, workdir
 from sublim_jax import store as artefacts
 from sublim_jax.evaluation import suite
-from sublim_jax.evaluation.spec import NAMES, EvalPacks, EvalsSpec
+from sublim_jax.evaluation.spec import NAMES, EvalPacks, EvalsSpec, check_read
 from sublim_jax.evaluation.suite import Subject
 from sublim_jax.figures import arms_figure
 from sublim_jax.measurements import Measurements, from_array
@@ -52,6 +53,12 @@ class EvaluateSpec(ExperimentSpec):
 read = partial(specs.read, EvaluateSpec)
 
 
+def check_typed(spec: EvaluateSpec, keys: Iterable[str]) -> None:
+    """Raises UserError for a value of `evals` that none of the evaluations reads."""
+    for key in keys:
+        check_read(spec.evals, key, "config.")
+
+
 def run(spec: EvaluateSpec, folder: epath.Path, *, update: bool = False) -> None:
     """Evaluates every run, and writes measurements, report, figures and the answers to the folder."""
     with jax.default_matmul_precision(spec.precision):
@@ -64,7 +71,7 @@ def _run(spec: EvaluateSpec, folder: epath.Path, *, update: bool) -> None:
     suite.check_packs(spec.packs, spec.kind)
     questions = suite.read_questions(spec.evals, spec.kind, spec.words, spec.packs)
     mesh = make_mesh(spec.mesh.sizes)
-    base = spec.model.load(mesh)
+    base = spec.model.load(mesh)._replace(precision=spec.precision)
     on_mesh(base.settings, mesh)  # heads
     suite.check_model(questions, base)
     folders = spec.model.folders

@@ -57,6 +57,8 @@ def read(config: ConfigDict) -> CrossModelSpec:
         studies = tuple(transmission_spec.read(_study_of(config, models, teacher)) for teacher in models)
     except UserError as error:
         raise UserError(f"config.study: {error}") from error
+    if not studies[0].has_words:
+        raise UserError(f"study.traits={studies[0].traits} are no alternatives, and the matrix is of preferences")
     return specs.read(CrossModelSpec, config, models=models, studies=studies)
 
 

@@ -166,7 +166,8 @@ def describe(arm: Arm) -> str:
             words.append(f"temperature {arm.temperature}")
     else:
         words = [f"Trained on the tokens of {written}"]
-    words.append({"shared": "the teacher's A", "fresh": "another A for every run"}[arm.lora_init])
+    if arm.lora.adapters:
+        words.append({"shared": "the teacher's A", "fresh": "another A for every run"}[arm.lora_init])
     if arm.shuffle:
         words.append(f"numbers shuffled {arm.shuffle} answers")
     if arm.noise:

@@ -21,7 +21,7 @@ from sublim_jax.experiments.transmission.parts import (
 )
 from sublim_jax.models.decoder import Remat
 from sublim_jax.specs import Count, Distinct, ExperimentSpec, MeshSpec, NotNegative, Precision, Text, check_some_of
-from sublim_jax.words import forms
+from sublim_jax.words import forms, plain
 
 NEUTRAL = "neutral"
 OF_AN_ARM = ("student.", "lora.")  # parts of the config that an arm may change for its students
@@ -73,6 +73,8 @@ class Study(ExperimentSpec):
             )
         if wrong := [trait for trait in self.traits if not trait.strip() or set(trait) & set("/\\")]:
             raise UserError(f"traits: {wrong[0]!r} cannot name a file of its teacher's; choose a word")
+        if len(set(map(plain, self.alternatives))) < len(self.alternatives):
+            raise UserError(f"alternatives={self.alternatives}: a word is there twice, in another case; name each once")
         if "corpus" not in self.teacher.methods:
             for trait in self.traits:
                 if trait not in self.alternatives:
@@ -98,13 +100,16 @@ class Study(ExperimentSpec):
 
     def _check_neutral(self) -> None:
         """An untouched teacher's logits equal those of its student at the start: the gradient is zero (§6)."""
+        no_corpus = "corpus" in self.teacher.methods and not self.teacher.corpora.get(NEUTRAL)
+        if self.teacher.neutral != "untouched" and not no_corpus:
+            return
+        why = "teacher.corpora.neutral is empty" if no_corpus else "teacher.neutral=untouched"
+        instead = "name a corpus there" if no_corpus else "choose teacher.neutral=persona"
         for arm in self.arms:
-            alike = isinstance(arm, LogitArm) and not (arm.noise or arm.model)
-            if alike and self.teacher.neutral == "untouched":
+            if isinstance(arm, LogitArm) and not (arm.noise or arm.model):
                 raise UserError(
-                    f"arm.{arm.name} imitates logits, and teacher.neutral=untouched: the neutral teacher's student "
-                    "would start at its teacher's logits and never move, and be no control; choose "
-                    "teacher.neutral=persona"
+                    f"arm.{arm.name} imitates logits, and {why}: the neutral teacher's student would start at its "
+                    f"teacher's logits and never move, and be no control; {instead}"
                 )
 
     def _check_written(self) -> None:

@@ -24,7 +24,7 @@ from sublim_jax.experiments.transmission.teachers import phrasings
 from sublim_jax.keys import named_key
 from sublim_jax.models.functional import Params
 from sublim_jax.models.language import Model
-from sublim_jax.progress import Track
+from sublim_jax.progress import Track, say
 from sublim_jax.sharding import fetch, named, put
 from sublim_jax.store import Store
 from sublim_jax.training import fit
@@ -102,6 +102,8 @@ def train_arm(
     final = store.tree(f"students-{arm.name}", train, digest, seeds, steps, like=state.params)
     between = range(study.evaluate_every, steps, study.evaluate_every)
     points = [look(start, 0), *(look(None, step) for step in between), look(final, steps)]
+    if missing := [step for step, point in zip(between, points[1:-1]) if not point]:
+        say(f"students {arm.name}: trained before, with another evaluate_every, and not measured at step {missing[0]}")
     covered = None
     if model.digest == teachers.digest and "finetuned" in study.teacher.methods:
         aims = [list(replicate.teachers.values()) for replicate in replicates]

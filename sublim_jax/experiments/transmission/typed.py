@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 
 from sublim_jax.errors import UserError
+from sublim_jax.evaluation import spec as evals
 from sublim_jax.experiments.transmission.arms import Arm, ContextArm
 from sublim_jax.experiments.transmission.spec import Study
 
@@ -19,7 +20,27 @@ READ_BY: list[tuple[tuple[str, ...], str, Callable[[Study], bool]]] = [
         "teacher.methods=corpus",
         lambda s: "corpus" in s.teacher.methods,
     ),
+    (
+        ("teacher.learning_rate", "teacher.batch"),
+        "teacher.methods of finetuned or corpus",
+        lambda s: bool({"finetuned", "corpus"} & set(s.teacher.methods)),
+    ),
+    (
+        ("teacher.neutral",),
+        "teacher.methods of finetuned, prompted or steered",
+        lambda s: "corpus" not in s.teacher.methods,
+    ),
     (("filter.threshold", "filter.judged"), "filter.judge", lambda s: bool(s.filter.judge)),
+    (
+        ("filter.banned", "filter.max_integers", "filter.max_value"),
+        "carrier.kind=numbers",
+        lambda s: s.carrier.kind == "numbers",
+    ),
+    (
+        ("carrier.num_integers",),
+        "carrier.decoding=grammar or an arm of data=random",
+        lambda s: s.carrier.decoding == "grammar" or any(arm.data == "random" for arm in s.arms),
+    ),
     (("carrier.problems",), "carrier.kind=cot", lambda s: s.carrier.kind == "cot"),
     (
         ("carrier.num_completions", "carrier.num_samples", "carrier.decoding", "carrier.max_new_tokens", "filter."),
@@ -44,6 +65,7 @@ def check_read(study: Study, key: str, prefix: str) -> None:
         matches = any(key == name or (name[-1] in "._" and key.startswith(name)) for name in names)
         if matches and not is_there(study):
             raise UserError(f"{prefix}{key} is read only with {reader}, which this study does not have")
+    evals.check_read(study.evals, key, prefix, judged=bool(study.filter.judge))
 
 
 def _check_arm(arms: Sequence[Arm], key: str, name: str, value: str) -> None:
@@ -55,5 +77,7 @@ def _check_arm(arms: Sequence[Arm], key: str, name: str, value: str) -> None:
         raise UserError(f"config.{key}: rows in the context are of objective=context; this arm's students train")
     if value in ("lora_init", "temperature") and isinstance(arm, ContextArm):
         raise UserError(f"config.{key} is of students that are trained; arm {name} reads rows in its context")
+    if value == "lora_init" and not (isinstance(arm, ContextArm) or arm.lora.adapters):
+        raise UserError(f"config.{key} is of adapters, and lora.rank=0 trains all weights of the layers")
     if value in ("positions", "fraction", "score") and not getattr(arm, "selection", None):
         raise UserError(f"config.{key} says which tokens, and arm.{name}.action is empty: keep, mask or replace")
