@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -282,11 +283,13 @@ def _through_hub(repository: str) -> Path:
     )
     try:
         folder = Path(str(snapshot(local_files_only=True)))
-        if list(folder.glob("*.safetensors")):
+        if _is_whole(folder):
             say(f"{repository}: from the hub's cache")
             return folder
     except OSError:
         pass
+    except ValueError as error:  # no name that a repository could have
+        raise Unavailable(_reason(error)) from error
     _probe(huggingface_hub.constants.ENDPOINT)
     try:
         folder = Path(str(snapshot()))
@@ -294,6 +297,18 @@ def _through_hub(repository: str) -> Path:
         raise Unavailable(_reason(error)) from error
     say(f"{repository}: from the hub")
     return folder
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a snapshot has a config and all weights: a download may have been interrupted."""
+    index = folder / "model.safetensors.index.json"
+    names = ["model.safetensors"]
+    if index.exists():
+        try:
+            names = json.loads(index.read_text())["weight_map"].values()
+        except (ValueError, KeyError, AttributeError):
+            return False
+    return all((folder / name).exists() for name in ("config.json", *names))
 
 
 def _reason(error: Exception) -> str:

@@ -11,6 +11,9 @@ from urllib.parse import urlparse
 
 import pytest
 
+from sublim_jax import assets
+from sublim_jax.errors import UserError
+
 COMMIT = "c" * 40
 CORPUS = '{"messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me."}]}\n'
 
@@ -92,6 +95,16 @@ def test_a_model_and_a_corpus_come_from_the_hub_once(hub, tmp_path):
     again = python(MODEL, "http://127.0.0.1:9", tmp_path)  # no server listens there
     assert again.returncode == 0, again.stderr
     assert again.stdout.replace("'s cache", "") == first.stdout
+    (weights,) = (tmp_path / "hub").rglob("model.safetensors")
+    weights.unlink()  # as an interrupted download leaves it
+    whole = python(MODEL, address, tmp_path)
+    assert whole.returncode == 0 and "org/tiny: from the hub\n" in whole.stdout, whole.stderr
+
+
+@pytest.mark.parametrize("name", ["org/tiny--3", "org/tiny.git", "é/tiny"])
+def test_a_name_that_no_repository_has_is_one_line(name):
+    with pytest.raises(UserError, match=f"model '{name}' is not a path, and the hub does not give it"):
+        assets.model(name)
 
 
 def test_what_the_hub_refuses_is_told_in_one_line(hub, tmp_path):

@@ -1,5 +1,6 @@
 """Chat templates: a conversation as text, and the answer's position in it."""
 
+import datetime
 import re
 from collections.abc import Sequence
 from functools import lru_cache
@@ -12,7 +13,15 @@ from sublim_jax.progress import say
 # Templates that write the date (Llama 3, SmolLM3) get a fixed one, or a run resumed on another day would differ. Hybrid
 # models (Qwen3, SmolLM3) answer without thinking, in the format of their finished answers, because the answer's first
 # token is measured.
-TODAY = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"
+DATE = datetime.date(2024, 7, 26)
+FORMS = ("%Y", "%y", "%m", "%B", "%b", "%d", "%-d", "%A", "%a", "%j", "%H", "%M", "%S")
+# As a macro, since transformers passes no functions to a template. Jinja drops the line's end after a block, as it
+# would drop one at a template's beginning.
+TODAY = (
+    "{% macro strftime_now(format) %}{{ format"
+    + "".join(f" | replace('{form}', '{DATE.strftime(form)}')" for form in FORMS)
+    + " }}{% endmacro %}\n"
+)
 MARK = "words that stand for a text"
 OPENED = re.compile(r"(<think(?:ing)?>|<thought>|<reasoning>|\[THINK\]|◁think▷)\s*$")  # a thought that a prompt opens
 FOLDED = "the chat template takes no system message, so that its text begins the user's first turn, before a blank line"
@@ -169,10 +178,13 @@ def _report_folding(model: str) -> None:
 
 def _apply(tokenizer: Tokenizer, messages: Sequence[Message], generation: bool) -> str:
     plain = [{"role": message["role"], "content": message["content"]} for message in messages]
-    template = TODAY + of(tokenizer)
     try:
         return tokenizer.apply_chat_template(
-            plain, tokenize=False, chat_template=template, enable_thinking=False, add_generation_prompt=generation
+            plain,
+            tokenize=False,
+            chat_template=TODAY + of(tokenizer),
+            enable_thinking=False,
+            add_generation_prompt=generation,
         )
     except Exception as error:  # whatever the template's code raises
         raise Refused(f"the model's chat template refuses it ({_line(error)}); change or remove it") from error

@@ -87,11 +87,14 @@ QKV_BY_HEAD = Layout(_heads_split, _heads_join)  # GPT-NeoX: each head's query, 
 # ------------------------------------------------------------------------------------------------------- settings
 
 
+MAX_SIZE = 2**24  # more than any axis of a model has
+
+
 def _size(config: Config, *names: str) -> int:
     """The first of some fields that is set. Raises UserError where it is not a size."""
     name = next((name for name in names if getattr(config, name, None) is not None), names[0])
     value = getattr(config, name, None)
-    if value is None or value < 1:
+    if value is None or not 1 <= value <= MAX_SIZE:
         raise UserError(f"{config.model_type}: {name}={value!r} is not a size")
     return value
 

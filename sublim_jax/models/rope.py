@@ -92,7 +92,7 @@ def rotary(parameters: Parameters, shape: Shape) -> Rotary:
     Raises UserError for a kind or a key that is not known, and where the values give no frequencies.
     """
     kind = parameters.get("rope_type", "default")
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise UserError(f"rope_type={kind!r} is not known; known: {', '.join(KINDS)}")
     for name, value in parameters.items():
         if name not in KEYS and value not in (None, False):

@@ -3,6 +3,7 @@
 Every field is supported, or has no effect after training, or must be off, since its effect is not supported.
 """
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -81,10 +82,9 @@ class AdapterConfig:
             return _named(module, self.targets)
         if not _named(module, self.targets):
             return False
-        numbered = r".*?\.[^.]*\.(\d+)\."
-        places = [rf"(?:^|.*?\.){name}\.(\d+)\." for name in self.layer_lists] or [numbered]
+        places = map(_place, self.layer_lists) if self.layer_lists else [r".*?\.[^.]*\.(?P<layer>\d+)\."]
         layer_match = next((match for match in (re.match(place, module) for place in places) if match), None)
-        return layer_match is not None and int(layer_match[1]) in self.layers
+        return layer_match is not None and int(layer_match["layer"]) in self.layers
 
 
 def _named(module: str, names: tuple[str, ...] | str) -> bool:
@@ -93,9 +93,19 @@ def _named(module: str, names: tuple[str, ...] | str) -> bool:
     return module in names or any(module.endswith(f".{name}") for name in names)
 
 
+def _place(name: str) -> str:
+    """A layer's number behind the name of a list of layers, as an expression."""
+    return rf"(?:^|.*?\.){name}\.(?P<layer>\d+)\."
+
+
+def _whole_name(pattern: str) -> str:
+    """The end of a module's name, as an expression."""
+    return rf"(.*\.)?({pattern})$"
+
+
 def _by_pattern(patterns: Mapping[str, Number], module: str, otherwise: Number) -> Number:
     for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
+        if re.match(_whole_name(pattern), module):
             return value
     return otherwise
 
@@ -135,7 +145,7 @@ def _understood(fields: Mapping[str, object], model_type: str) -> AdapterConfig:
         targets=targets,
         excluded=_names(fields, "exclude_modules"),
         layers=_layers(fields),
-        layer_lists=_listed(_names(fields, "layers_pattern")),
+        layer_lists=_listed("layers_pattern", _names(fields, "layers_pattern")),
         start=_start(fields),
     )
     for name, value in fields.items():
@@ -153,7 +163,7 @@ def _start(fields: Mapping[str, object]) -> str | bool:
 
 
 def _number(fields: Mapping[str, object], name: str, value: object) -> Number:
-    if isinstance(value, bool) or not isinstance(value, Number):
+    if isinstance(value, bool) or not isinstance(value, Number) or not math.isfinite(value):
         raise UserError(f"{name}={fields.get(name)!r}: a number is needed")
     return value
 
@@ -177,7 +187,7 @@ def _pattern(
     if not isinstance(patterns, dict):
         raise UserError(f"{name}={patterns!r}: an object of names and numbers is needed")
     for pattern, value in patterns.items():
-        _compiled(name, pattern)
+        _compiled(name, _whole_name(pattern), pattern)
         checked(fields, name, value)
     return patterns
 
@@ -185,15 +195,18 @@ def _pattern(
 def _names(fields: Mapping[str, object], name: str) -> tuple[str, ...] | str:
     names = fields.get(name) or ()
     if isinstance(names, str):
-        _compiled(name, names)
+        _compiled(name, names, names)
         return names
     if not isinstance(names, list | tuple) or not all(isinstance(entry, str) for entry in names):
         raise UserError(f"{name}={names!r}: names or a regular expression are needed")
     return tuple(names)
 
 
-def _listed(names: tuple[str, ...] | str) -> tuple[str, ...]:
-    return (names,) if isinstance(names, str) else names
+def _listed(name: str, names: tuple[str, ...] | str) -> tuple[str, ...]:
+    listed = (names,) if isinstance(names, str) else names
+    for pattern in listed:
+        _compiled(name, _place(pattern), pattern)
+    return listed
 
 
 def _layers(fields: Mapping[str, object]) -> tuple[Number, ...]:
@@ -203,8 +216,9 @@ def _layers(fields: Mapping[str, object]) -> tuple[Number, ...]:
     return tuple(_number(fields, name, layer) for layer in listed if layer is not None)
 
 
-def _compiled(name: str, pattern: str) -> None:
+def _compiled(name: str, used: str, pattern: str) -> None:
+    """Raises UserError for a pattern that is no expression where it is used."""
     try:
-        re.compile(pattern)
+        re.compile(used)
     except re.error as error:
         raise UserError(f"{name}: {pattern!r} is not a regular expression ({error})") from error

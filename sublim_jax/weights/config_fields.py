@@ -98,7 +98,7 @@ def _built(folder: Path, stated: Mapping[str, object]) -> Config:
             raise UserError(f"transformers refuses it ({reason})") from error
         name = field[1]
         inner = stated.get("text_config")
-        value = stated[name] if name in stated or not isinstance(inner, Mapping) else inner.get(name)
+        value = inner.get(name) if name not in stated and isinstance(inner, Mapping) else stated.get(name)
         types = dict.fromkeys(re.findall(r"(?<=expected )\w+|(?<=<class ')\w+|\blist(?=\[)", str(error)))
         if not types or name not in {*stated, *(inner if isinstance(inner, Mapping) else ())}:
             raise UserError(f"transformers refuses {name} ({first_line(error)})") from error

@@ -5,7 +5,7 @@ import dataclasses
 import gc
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from sublim_jax import cluster
 from sublim_jax.data.tokenizer import Tokenizer
 from sublim_jax.errors import UserError
 from sublim_jax.models.decoder import decoder
@@ -24,10 +25,10 @@ from sublim_jax.models.families import AS_IS, TRANSPOSED, Config, Rule, family
 from sublim_jax.models.functional import Params
 from sublim_jax.models.settings import Settings
 from sublim_jax.progress import Track
-from sublim_jax.sharding import parameter_shardings
+from sublim_jax.sharding import agreed, fetch, parameter_shardings
 from sublim_jax.weights import config_fields
 from sublim_jax.weights.config_fields import WRAPPER, check_fetched, first_line, read_json
-from sublim_jax.weights.replacing import INDEX, WHOLE, replaced
+from sublim_jax.weights.replacing import INDEX, WHOLE, check, replaced
 
 SHARD_BYTES = 4 << 30
 REOPEN_BYTES = 8 << 20
@@ -243,7 +244,7 @@ def save(
     """Writes config.json and model*.safetensors that `transformers.AutoModelForCausalLM.from_pretrained` loads.
 
     They replace a checkpoint in the folder and, where a tokenizer is given, its files. Of a multimodal model, only the
-    text model is written.
+    text model is written. On several processes all must call it, and the first one writes.
 
     Raises UserError where the folder holds an adapter, which transformers would apply to the model, or a multimodal
     model, which would be lost.
@@ -252,25 +253,38 @@ def save(
         jax.tree_util.keystr(path, simple=True, separator="/"): leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
     }
-    with replaced(epath.Path(folder)) as scratch:
+    path = epath.Path(folder)
+    agreed(lambda: check(path))
+    tensors = _tensors(settings, family(config).rules(settings), flat)
+    if jax.process_index():
+        for _ in tensors:  # its parts of the arrays go to the first
+            pass
+        return cluster.meet()
+    with replaced(path) as scratch:
         _config_of(flat, settings, config).save_pretrained(scratch)
         if tokenizer is not None:
             tokenizer.save_pretrained(str(scratch))
         files: list[list[str]] = []
         size = 0
-        for shard in _shards_of(_tensors(settings, family(config).rules(settings), flat)):
+        for shard in _shards_of(tensors):
             save_file(shard, scratch / f"{len(files)}", metadata={"format": "pt"})
             files.append(list(shard))
             size += sum(tensor.nbytes for tensor in shard.values())
-        if len(files) == 1:
-            (scratch / "0").rename(scratch / WHOLE)
-            return
-        weight_map: dict[str, str] = {}
-        for number, names in enumerate(files):
-            file = f"model-{number + 1:05}-of-{len(files):05}.safetensors"
-            (scratch / f"{number}").rename(scratch / file)
-            weight_map |= dict.fromkeys(names, file)
-        (scratch / INDEX).write_text(json.dumps({"metadata": {"total_size": size}, "weight_map": weight_map}, indent=1))
+        _name(scratch, files, size)
+    cluster.meet()
+
+
+def _name(scratch: Path, files: Sequence[Sequence[str]], size: int) -> None:
+    """Gives files of tensors, "0", "1", …, their names, and writes the index of several."""
+    if len(files) == 1:
+        (scratch / "0").rename(scratch / WHOLE)
+        return
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(files):
+        file = f"model-{number + 1:05}-of-{len(files):05}.safetensors"
+        (scratch / f"{number}").rename(scratch / file)
+        weight_map |= dict.fromkeys(names, file)
+    (scratch / INDEX).write_text(json.dumps({"metadata": {"total_size": size}, "weight_map": weight_map}, indent=1))
 
 
 def _config_of(flat: Mapping[str, jax.Array | np.ndarray], settings: Settings, config: Config) -> Config:
@@ -299,7 +313,7 @@ def _tensors(
 ) -> Iterator[tuple[str, np.ndarray]]:
     """(name, array) of every tensor of a checkpoint."""
     for rule in rules:
-        stacked = [np.asarray(flat[path]) for path in rule.paths]
+        stacked = [np.asarray(fetch(flat[path])) for path in rule.paths]
         if "{i}" not in rule.tensor:
             yield rule.tensor, np.ascontiguousarray(rule.layout.join(stacked, settings))
             continue

@@ -50,6 +50,21 @@ IGNORES = CHATML.replace("{% if add_generation_prompt %}<|im_start|>assistant\n{
 ANSWERS = ("Hello!", " 42, 7 \n", "<think>two and two</think>\n<answer>4</answer>", "a\n\nb", "12")
 
 
+@pytest.mark.parametrize("front", ["\n", "  ", "\n\n  ", "{# comment #}\n  ", "  {%- set x = 1 %}\n", ""])
+def test_what_stands_in_front_of_a_template_is_rendered_as_by_transformers(tokenizer, front):
+    tokenizer.chat_template = front + CHATML
+    said = messages(("user", "Hi"))
+    assert templates.render(tokenizer, said, generation=True) == tokenizer.apply_chat_template(
+        said, tokenize=False, add_generation_prompt=True
+    )
+
+
+def test_a_template_gets_one_date_in_its_own_form(tokenizer):
+    tokenizer.chat_template = "{{ strftime_now('%Y') | int + 1 }}, {{ strftime_now('%d %b %Y') }}: " + CHATML
+    text = templates.render(tokenizer, messages(("user", "Hi")), generation=True)
+    assert text.startswith("2025, 26 Jul 2024: <|im_start|>")
+
+
 @pytest.fixture
 def tokenizer(tiny_folder):
     return transformers.AutoTokenizer.from_pretrained(tiny_folder)

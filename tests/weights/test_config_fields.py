@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from config_kit import LAYERS, TOKENS, config_of, difference, edited, expected_logits, logits, random_model
 
+from sublim_jax import weights
 from sublim_jax.errors import UserError
 from sublim_jax.models.activations import ACTIVATIONS
 from sublim_jax.models.families import FAMILIES
@@ -247,6 +248,23 @@ def test_every_changed_field_is_computed_as_transformers_does_or_refused(kind, p
             wrong[name] = problem
         shutil.rmtree(folder)
     assert not wrong
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"rope_scaling": -1}, "rope_"),
+        ({"rope_parameters": {"rope_type": ["x"], "rope_theta": 1e4}}, "rope_"),
+        ({"num_hidden_layers": 10**20}, "num_hidden_layers=100000000000000000000"),
+    ],
+)
+def test_a_field_of_another_kind_is_one_line(changes, words, plain, tmp_path):
+    folder = written("llama", {}, plain("llama"), tmp_path / "model")
+    stated = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(stated | changes))
+    with pytest.raises(UserError, match=words) as error:
+        weights.load(folder)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("name", transformers.activations.ACT2CLS)

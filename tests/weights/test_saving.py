@@ -1,15 +1,21 @@
 """Saving: transformers loads a saved folder as the same model, whatever was in the folder before."""
 
+import copy
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from launch_kit import free_port
 
 from sublim_jax import weights
+from sublim_jax.data import chat
 from sublim_jax.errors import UserError
 from sublim_jax.models.decoder import decoder
 from sublim_jax.weights import config_fields, huggingface
@@ -158,6 +164,39 @@ def test_a_model_is_not_put_where_an_adapter_is(trained, tmp_path):
     with pytest.raises(UserError, match="holds an adapter"):
         huggingface.save(tmp_path, *trained)
     assert [path.name for path in tmp_path.iterdir()] == ["adapter_config.json"]
+
+
+def test_a_saved_tokenizer_leaves_nothing_of_another(tiny, place):
+    """Neither its template, nor several of them, nor the stop tokens beside it; also where it is saved again."""
+    (place / "chat_template.jinja").write_text("another's")
+    (place / "additional_chat_templates").mkdir()
+    (place / "additional_chat_templates" / "tool.jinja").write_text("another's")
+    (place / "generation_config.json").write_text('{"eos_token_id": 5}')
+    whole = chat.stop_tokens(tiny.tokenizer, tiny.config)
+    several = copy.deepcopy(tiny.tokenizer)
+    several.chat_template = {"default": "{{ messages[0].content }}", "tool_use": "tools"}
+    for tokenizer in (several, several, tiny.tokenizer):
+        weights.save(place, tiny._replace(tokenizer=tokenizer))
+        loaded = weights.load(place)
+        assert loaded.tokenizer.chat_template == tokenizer.chat_template
+        assert chat.stop_tokens(loaded.tokenizer, loaded.config) == whole
+    assert not (place / "additional_chat_templates").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_save_what_one_saves(tiny_folder, tmp_path):
+    code = (
+        "import sys; from sublim_jax import cluster, weights; from sublim_jax.sharding import make_mesh;"
+        " cluster.join(sys.argv[1], 2, int(sys.argv[2]));"
+        " model = weights.load(sys.argv[3], make_mesh({'replica': 1, 'fsdp': 2, 'tensor': 1}));"
+        " weights.save(sys.argv[4], model)"
+    )
+    address = f"127.0.0.1:{free_port()}"
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1"}
+    words = [[sys.executable, "-c", code, address, str(n), str(tiny_folder), str(tmp_path)] for n in range(2)]
+    both = [subprocess.Popen(given, env=environment) for given in words]
+    assert [process.wait() for process in both] == [0, 0]
+    jax.tree.map(np.testing.assert_array_equal, weights.load(tmp_path).params, weights.load(tiny_folder).params)
 
 
 def gemma():
