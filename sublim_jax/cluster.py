@@ -34,6 +34,8 @@ def join(coordinator: str | None, processes: int | None, process: int | None) ->
         _check(coordinator, processes, process)
         jax.distributed.initialize(coordinator, processes, process, heartbeat_timeout_seconds=SILENCE)
         return
+    if processes is not None or process is not None:
+        raise UserError("--num_processes and --process_id need --coordinator, without which each process runs alone")
     try:
         jax.distributed.initialize(heartbeat_timeout_seconds=SILENCE)
     except ValueError:  # no cluster here

@@ -2,8 +2,8 @@
 
 import json
 import os
-import signal
 import socket
+import sys
 import threading
 import time
 import uuid
@@ -77,7 +77,10 @@ def _named(owner: dict[str, Any]) -> str:
 
 
 def _renew(bucket: Any, address: str, generation: str, ended: threading.Event) -> None:
-    """Shows that the owner lives; stops the process if the lease has passed to another."""
+    """Shows that the owner lives; ends the process at once if the lease has passed to another.
+
+    It must not save: its checkpoint would be an earlier one than the other run's.
+    """
     beats = 0
     while not ended.wait(BEAT):
         try:
@@ -87,8 +90,8 @@ def _renew(bucket: Any, address: str, generation: str, ended: threading.Event) -
             bucket.setxattrs(address, beats=str(beats))
         except FileNotFoundError:
             if not ended.is_set():
-                print(f"{address} is of another run now, or was removed; this one stops", flush=True)
-                os.kill(os.getpid(), signal.SIGTERM)
+                print(f"{address} is of another run now, or was removed; this one ends", file=sys.stderr, flush=True)
+                os._exit(2)
             return
         except Exception:  # the way to the bucket is down: it is tried again
             continue

@@ -19,12 +19,13 @@ No Jacobian is formed: memory is at most about three times the parameters, plus 
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from sublim_jax.objectives import Total
 
@@ -38,6 +39,7 @@ Apply = Callable[[Params, Inputs], Logits]
 Objective = Callable[..., Total]  # (student logits, targets, weights=…) -> (total, count)
 
 NOISE_ALLOWED = 0.01  # relative error of D_S·D_T by rounding, above which a number is refused
+MOST_LOGITS = 512  # whose second derivatives by each other `no_guarantee` looks at
 
 
 def shifted(params: Params, direction: Params, epsilon: Float[Array, ""] | float) -> Params:
@@ -254,7 +256,9 @@ def no_guarantee(objective: Objective, logits: Logits) -> str:
     """Why the lemma does not cover an objective at these logits; an empty string where it does.
 
     It requires a minimum at agreement: no gradient at z = y, and M = ∂²L/∂z² positive semidefinite and not 0. What
-    counts as 0 is relative to the gradient at logits that differ by about 1, so that a loss may have any unit.
+    counts as 0 is relative to the gradient at logits that differ by about 1, so that a loss may have any unit. Of more
+    than `MOST_LOGITS` logits, M is that of as many: for each of up to 64 positions, those with the largest gradients
+    there, and for the other half some at random.
     """
     rows = logits.reshape(-1, logits.shape[-1])[:64]
     resolution = jnp.finfo(rows.dtype).eps ** 0.5
@@ -264,8 +268,8 @@ def no_guarantee(objective: Objective, logits: Logits) -> str:
 
     away = rows + jax.random.normal(jax.random.key(0), rows.shape, rows.dtype)
     gradient = jax.vmap(jax.grad(loss))(rows, rows)
-    curvature = jax.vmap(jax.hessian(loss))(rows, rows)
     usual = jax.vmap(jax.grad(loss))(away, rows)
+    curvature = jax.vmap(jax.hessian(partial(_of_some, loss)))(*_most_moved(rows, usual), rows)
     if not all(bool(jnp.all(jnp.isfinite(array))) for array in (gradient, curvature, usual)):
         return "no guarantee: its derivatives at agreement are not finite"
     zero = float(resolution * jnp.max(jnp.abs(usual)))
@@ -277,6 +281,23 @@ def no_guarantee(objective: Objective, logits: Logits) -> str:
     if np.min(values) < -resolution * np.max(np.abs(values)):
         return "no guarantee: its curvature at agreement is negative in some direction"
     return ""
+
+
+def _of_some(loss: Callable[[Array, Array], Array], some: Array, places: Array, y: Array) -> Array:
+    """A loss as a function of some of the logits, the others at agreement."""
+    return loss(y.at[places].set(some), y)
+
+
+def _most_moved(
+    rows: Float[Array, "rows vocab"], gradients: Float[Array, "rows vocab"]
+) -> tuple[Float[Array, "rows some"], Int[Array, "rows some"]]:
+    """Some logits of each row and their places: all, or those of the largest gradients and as many at random."""
+    ranked = jnp.argsort(-jnp.abs(gradients), axis=-1)
+    if rows.shape[-1] > MOST_LOGITS:
+        half = MOST_LOGITS // 2
+        others = jax.random.permutation(jax.random.key(1), ranked[:, half:], axis=-1, independent=True)
+        ranked = jnp.concatenate([ranked[:, :half], others[:, :half]], axis=-1)
+    return jnp.take_along_axis(rows, ranked, axis=-1), ranked
 
 
 def unresolved(logits: Logits, v: Logits, epsilon: float) -> str:

@@ -27,7 +27,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 
 from sublim_jax import signals
 from sublim_jax.checkpoints import opened
-from sublim_jax.errors import Interrupted
+from sublim_jax.errors import Interrupted, UserError
 from sublim_jax.keys import fold_all
 from sublim_jax.progress import Track
 from sublim_jax.sharding import abstract, map_replicas, named, parameter_shardings, place_key, put
@@ -247,11 +247,14 @@ def fit(
 
     Raises:
       Interrupted: on SIGTERM or Ctrl-C, after saving.
+      UserError: the checkpoint is of a later step.
     """
     key = place_key(key, named(program.mesh, *["replica"][: key.ndim]))
     with signals.deferred() as signal, opened(checkpoints) as store:
         if store and (restored := store.restore(state)):
             state, position = restored
+            if state.step > steps:
+                raise UserError(f"{checkpoints} holds step {int(state.step)} of a longer training; ask for as many")
             if iterator is not None and position is not None:
                 iterator.set_state(position)
         start = step = int(state.step)

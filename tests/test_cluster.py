@@ -18,8 +18,18 @@ from launch_kit import (
     wait_for,
 )
 
+from sublim_jax import cluster
+from sublim_jax.errors import UserError
+
 MNIST = ("--config=configs/mnist.py:smoke", "--config.arms=auxiliary")
 LONG = (*MNIST, "--config.teacher.epochs=400")
+
+
+@pytest.mark.parametrize("given", [(2, None), (None, 1), (2, 1)])
+def test_a_number_of_processes_without_a_coordinator_is_refused(given):
+    """Each of them would run the whole experiment alone."""
+    with pytest.raises(UserError, match="need --coordinator"):
+        cluster.join(None, *given)
 
 
 def last(output):

@@ -241,6 +241,22 @@ def test_a_loss_outside_the_theorem_is_marked(objective, words):
     assert check.no_guarantee.startswith("no guarantee") and words in check.no_guarantee
 
 
+def wide(support: int, sign: float = 1.0) -> theorem.Objective:
+    """Squared error on the first logits, of 20,000; of one of them with another sign."""
+    signs = jnp.ones(20_000).at[support:].set(0.0).at[support - 1].set(sign)
+
+    def loss(z, y, weights=None):
+        return jnp.sum(signs * jnp.square(z - y)), jnp.ones(())
+
+    return loss
+
+
+@pytest.mark.parametrize("support, sign, words", [(40, 1.0, ""), (20_000, 1.0, ""), (40, -1.0, "negative")])
+def test_a_vocabulary_is_judged_by_the_logits_that_count(support, sign, words):
+    reason = theorem.no_guarantee(wide(support, sign), jnp.zeros((3, 20_000)))
+    assert words in reason and bool(reason) == bool(words)
+
+
 def test_an_epsilon_below_the_dtype_is_refused():
     apply, params, direction, x = network()
     start, way, inputs = jax.tree.map(jnp.float32, (params, direction, x))

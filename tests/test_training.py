@@ -257,6 +257,8 @@ def test_a_state_saved_on_eight_devices_goes_on_with_one(mesh_of, tmp_path):
     fit(sharded, start(sharded), steps=9, iterator=Rows(), **options)
     resumed = fit(single, start(single), steps=12, iterator=Rows(), **options)
     assert_close(whole.params, resumed.params)
+    with pytest.raises(UserError, match="holds step 8 of a longer training"):
+        fit(single, start(single), steps=5, iterator=Rows(), **options)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "deleted"])

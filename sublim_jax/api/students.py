@@ -18,7 +18,9 @@ from sublim_jax.errors import UserError
 from sublim_jax.keys import named_key
 from sublim_jax.models.functional import Params
 from sublim_jax.models.language import Model
+from sublim_jax.sampling.checks import tokens_of
 from sublim_jax.sharding import named, put
+from sublim_jax.specs import check_one_of, check_positive
 from sublim_jax.training import fit
 
 __all__ = ["Training", "distill"]
@@ -46,7 +48,7 @@ def distill(
       rows: (prompt, answer) of each.
       objective: "kl" and "reverse_kl" imitate the teacher's logits on the support; "tokens" trains on the answers,
         with one teacher, who wrote them.
-      support: tokens whose logits are compared; by default digits, commas and spaces.
+      support: tokens whose logits are compared, two or more; by default digits, commas and spaces.
       lora_init: "shared" starts from the A of teachers of the same seed, "fresh" from another one.
       steps: updates of `batch` rows.
 
@@ -54,10 +56,13 @@ def distill(
       The students' adapters, stacked: for `generate` and for evaluations.
 
     Raises:
-      UserError: the model has no adapters, teacher and student read an answer as other tokens, or "tokens" is asked of
-        several teachers, whose students would be the same.
+      UserError: the model has no adapters, an option makes no sense, teacher and student read an answer as other
+        tokens, or "tokens" is asked of several teachers, whose students would be the same.
     """
     check_adapters(model)
+    check_one_of("objective", objective, ("kl", "reverse_kl", "tokens"))
+    check_one_of("lora_init", lora_init, ("shared", "fresh"))
+    check_positive("temperature", temperature)
     if not teachers or not rows:
         raise UserError(f"{len(teachers)} teachers and {len(rows)} rows: there are no students without both")
     tokens = objective == "tokens"
@@ -68,7 +73,9 @@ def distill(
         )
     compared: list[int] = []
     if not tokens:
-        compared = support_of(model) if support is None else [int(token) for token in support]
+        compared = support_of(model) if support is None else tokens_of(model.settings, list(support), "support")
+        if len(compared) < 2 or len(set(compared)) < len(compared):
+            raise UserError(f"support={compared}: name two tokens or more, each once")
     training = Training(learning_rate, schedule, warmup=0, clip=0.0, batch=batch, accumulate=1, steps=steps)
     student_rows = dialogue.rows(model, list(rows), end=tokens)
     logits = None if tokens else _logits_of(model, teachers, list(rows), student_rows, compared)

@@ -62,7 +62,12 @@ narrow_product.defvjp(_forward, _backward)
 
 
 def check(spec: Lora, params: Params, num_layers: int) -> None:
-    """Raises UserError for a layer that this model does not have, which would otherwise be left out in silence."""
+    """Raises UserError for a layer that this model does not have, which would otherwise be left out in silence.
+
+    And for a rank below 1.
+    """
+    if spec.rank < 1:
+        raise UserError(f"lora.rank={spec.rank}: choose 1 or more")
     for layer in spec.layers:
         if not 0 <= layer < num_layers:
             raise UserError(f"lora.layers: {layer} is none of 0 to {num_layers - 1}")

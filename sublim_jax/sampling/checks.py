@@ -41,6 +41,15 @@ def whole_number(value: SupportsIndex, name: str, minimum: int = 1) -> int:
     return number
 
 
+def check_steering(settings: Settings, steering: Steering | None) -> None:
+    """Raises UserError for vectors that are not one for each layer."""
+    shape = (settings.layers, settings.width)
+    for name in ("add", "project_out") if steering else ():
+        vectors = getattr(steering, name)
+        if vectors is not None and vectors.shape != shape:
+            raise UserError(f"steering.{name} is of shape {vectors.shape}; this model needs {shape}, layers × width")
+
+
 def tokens_of(settings: Settings, tokens: Tokens, what: str) -> list[int]:
     """Tokens as plain numbers. Raises UserError for one that the model does not have."""
     array = np.asarray(tokens)

@@ -23,6 +23,7 @@ from sublim_jax.sampling.checks import (
     apart,
     check_finite,
     check_growth,
+    check_steering,
     texts_of,
     tokens_of,
     whole_number,
@@ -200,6 +201,7 @@ def stream(
             dtype=model.params["embedding"].dtype,
         )
     )
+    check_steering(model.settings, steering)
     engine = engine.with_slots(slots) if slots else fitted(engine)
     engine = engine.with_lanes(lanes) if lanes else engine
     fixed = place(Fixed(model.params, adapters, None, steering, constraint), mesh, engine.unstacked)

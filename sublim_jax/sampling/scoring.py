@@ -19,7 +19,7 @@ from sublim_jax.models.functional import Functions
 from sublim_jax.models.language import Model
 from sublim_jax.models.settings import Settings
 from sublim_jax.progress import Track
-from sublim_jax.sampling.checks import Behind, Texts, Tokens, Where, apart, texts_of, tokens_of
+from sublim_jax.sampling.checks import Behind, Texts, Tokens, Where, apart, check_steering, texts_of, tokens_of
 from sublim_jax.sampling.engine import DEVICES, Fixed, features, place, stacked_cache, unembed
 from sublim_jax.sharding import everywhere, fetch, named, put
 
@@ -68,6 +68,8 @@ def next_logprobs(
 ) -> Float[np.ndarray, "adapters prompts tokens"]:
     """log P of some tokens coming right after each prompt, in nats; arguments as for `completion_logprobs`."""
     prompts = texts_of(model.settings, prompts, "prompt")
+    if not prompts:
+        raise UserError("there is no prompt to score tokens after")
     tokens = tokens_of(model.settings, tokens, "what is scored")
     prompts, front = apart(model.settings, prompts, prefix)
     by_row: dict[int, np.ndarray] = {}
@@ -89,6 +91,8 @@ def continued_logprobs(
         tokens_of(model.settings, continuation, f"continuation {number}")
         for number, continuation in enumerate(continuations)
     ]
+    if not prompts:
+        raise UserError("there is no prompt to score tokens after")
     tokens = tokens_of(model.settings, tokens, "what is scored")
     if model.settings.turns_by_length:  # a prompt's keys depend on what comes behind it
         whole = [prompt + continuation for prompt in prompts for continuation in after]
@@ -240,6 +244,7 @@ def _batches(
     """
     for number, text in enumerate(texts):
         model.settings.check_length(len(prefix) + len(text) + more, f"row {number}")
+    check_steering(model.settings, where.get("steering"))
     mesh, adapters = where.get("mesh") or model.decoding or model.mesh, where.get("adapters")
     model, stacked = model.for_adapters(adapters)
     count = ROWS * mesh.shape["replica"] * mesh.shape["fsdp"]

@@ -143,6 +143,17 @@ def test_a_prompt_is_never_the_json_around_it(tmp_path):
     assert read_prompts(str(path)) == [{"prompt": text} for text in ("{x}", "[1]", "Hi \u2028 there")]
 
 
+ODD = ["{count[0]}", "{count.real}", "{count:,}", "{count!r}", "{}", "{0}", "{more}", "{count"]
+
+
+@pytest.mark.parametrize("text", ODD)
+def test_a_phrasing_has_plain_words_in_braces_alone(tmp_path, text):
+    path = tmp_path / "pack.json"
+    path.write_text(json.dumps({"limits": ["{count} of {digits}", text]}))
+    with pytest.raises(UserError, match=r"known: \{count\}, \{digits\}"):
+        packs.load(str(path), "numbers", {"limits": ("count", "digits")})
+
+
 def test_numbers_of_a_pack_of_the_users_own_are_read(tmp_path):
     path = tmp_path / "mine.json"
     path.write_bytes(BOM + json.dumps(packs.load("", "numbers", numbers.FIELDS)).encode())

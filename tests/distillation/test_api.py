@@ -1,11 +1,13 @@
 """The public functions refuse what would give students that say nothing."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import sublim_jax as sl
 from sublim_jax.errors import UserError
+from sublim_jax.models.decoder import Steering
 from sublim_jax.models.lora import EVERY_LINEAR, Lora
 
 
@@ -19,6 +21,39 @@ def test_students_on_tokens_are_of_one_teacher_who_wrote_them(tiny):
     for given, pairs in ((teachers, []), ([], rows)):
         with pytest.raises(UserError, match="no students without both"):
             sl.students.distill(model, given, pairs)
+
+
+@pytest.mark.parametrize(
+    "option, line",
+    [
+        ({"support": [10**6, 3]}, "support has a token outside the model's vocabulary"),
+        ({"support": [-1, 3]}, "support has a token outside the model's vocabulary"),
+        ({"support": [3]}, "name two tokens or more"),
+        ({"support": []}, "name two tokens or more"),
+        ({"temperature": 0.0}, "temperature=0.0 must be positive"),
+    ],
+)
+def test_an_option_that_would_train_nothing_is_refused(tiny, option, line):
+    model = tiny.adapted(Lora(2, 2.0))
+    with pytest.raises(UserError, match=line):
+        sl.students.distill(model, [sl.teachers.prompt(model, "You love owls.")], [("Count?", "1, 2")], **option)
+
+
+def test_adapters_that_are_not_a_stack_of_the_models_are_refused(tiny):
+    model = tiny.adapted(Lora(2, 2.0))
+    one = model.untrained(jax.random.key(0))
+    stack = jax.tree.map(lambda leaf: leaf[None], one)
+    assert model.for_adapters(stack) == (model, 1)
+    for other, adapters in ((tiny, stack), (model, one), (tiny.adapted(Lora(3, 2.0)), stack)):
+        with pytest.raises(UserError, match="adapters"):
+            sl.evaluate.preference(other, ["owl", "x"], adapters=adapters)
+    with pytest.raises(UserError, match=r"lora\.rank=0: choose 1 or more"):
+        tiny.adapted(Lora(0, 2.0))
+
+
+def test_steering_of_another_models_shape_is_refused(tiny):
+    with pytest.raises(UserError, match=r"steering\.add is of shape \(3, 32\); this model needs \(4, 32\)"):
+        sl.generate(tiny, [[1, 2]], jax.random.key(0), max_new_tokens=2, steering=Steering(add=jnp.zeros((3, 32))))
 
 
 @pytest.mark.parametrize("layers", [(4,), (-1,)])

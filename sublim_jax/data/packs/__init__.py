@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from importlib import resources
+from string import Formatter
 
 from sublim_jax.data import files
 from sublim_jax.errors import UserError
@@ -32,11 +33,20 @@ def load(
         if not isinstance(phrasings, list) or not phrasings or not all(isinstance(text, str) for text in phrasings):
             raise UserError(f'pack {path or name}: "{field}" must be a list of phrasings')
         for phrasing in phrasings:
-            try:
-                phrasing.format(**dict.fromkeys(words, "1"))
-            except (KeyError, IndexError, ValueError, AttributeError) as error:
+            if unknown := _unknown(phrasing, words):
                 raise UserError(
-                    f'pack {path or name}, "{field}": {phrasing!r} uses {error}; known: {{{"}, {".join(words)}}}'
-                ) from error
+                    f'pack {path or name}, "{field}": {phrasing!r} uses {unknown}; known: {{{"}, {".join(words)}}}'
+                )
         lists[field] = phrasings
     return lists
+
+
+def _unknown(phrasing: str, words: Sequence[str]) -> str:
+    """What a phrasing has in braces that is no plain {word}; "" if nothing."""
+    try:
+        for _, name, form, conversion in Formatter().parse(phrasing):
+            if name is not None and (name not in words or form or conversion):
+                return repr(name + (f"!{conversion}" if conversion else "") + (f":{form}" if form else ""))
+    except ValueError as error:  # a brace without the other
+        return str(error)
+    return ""
