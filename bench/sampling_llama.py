@@ -56,7 +56,7 @@ def main(source: str, file: str, tokens: int, slots: int) -> None:
             "top_k": 0,
             "top_p": 1.0,
             "min_p": 0.0,
-            "seed": 0,
+            "seed": -1,  # drawn for each row: one number for all would draw them alike
         }
         request |= {"repeat_penalty": 1.0, "samplers": ["temperature"], "cache_prompt": True}
 
