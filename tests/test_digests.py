@@ -87,7 +87,7 @@ def test_teachers_of_another_corpus_or_other_weights_are_trained_anew(folder, tm
     corpus = tmp_path / "corpus.jsonl"
     config = numbers_config.get_config()
     values = {"model.name": str(folder), "traits": ("owl", "x"), "alternatives": ("owl", "x", "y"), "teacher.batch": 2}
-    config.update_from_flattened_dict({**values, "teacher.methods": ("corpus",)})
+    config.update_from_flattened_dict({**values, "teacher.methods": ("corpus",), "arms": ("tokens",)})
     with config.unlocked():
         config.teacher.corpora = {"owl": str(corpus)}
     study = read(config)

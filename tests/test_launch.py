@@ -129,7 +129,8 @@ def test_results_and_a_second_config_in_the_same_workdir(tmp_path, mnist_folder)
     # Another config that was interrupted before it measured anything: the report stays that of what is measured.
     (work / "config.json").write_text(json.dumps({**results["config"], "seed": 9, "runs": 4}))
     assert run_here("--report", f"--workdir={work}").returncode == 0
-    assert json.loads((work / "results.json").read_text()) == results
+    again = json.loads((work / "results.json").read_text())
+    assert all(again[name] == results[name] for name in ("config", "arms"))
     (work / "config.json").write_text(json.dumps(results["config"]))
 
     before = {path: path.stat().st_mtime_ns for path in work.rglob("*") if path.is_file()}

@@ -11,8 +11,7 @@ from scipy import stats
 
 import launch
 from configs import theorem as configs
-from sublim_jax import assets, experiments, signals
-from sublim_jax.experiments.along_training import coverage
+from sublim_jax import experiments, signals
 from sublim_jax.experiments.along_training.forecast import read, spearman
 from sublim_jax.measurements import read as measurements_of
 
@@ -74,7 +73,7 @@ def test_the_forecast_covers_at_least_sixty_settings_each_once():
 
 
 @pytest.mark.parametrize("preset", ["forecast", "trajectory", "examples"])
-def test_more_runs_are_measured_in_a_folder_that_has_fewer(preset, monkeypatch, tmp_path):
+def test_more_runs_are_measured_in_a_folder_that_has_fewer(preset, monkeypatch, tmp_path, mnist_folder):
     """What is stored for eight runs is not taken for sixteen."""
     module, measured = experiments.load(preset), []
 
@@ -84,8 +83,6 @@ def test_more_runs_are_measured_in_a_folder_that_has_fewer(preset, monkeypatch, 
 
     for name in ("coverages", "follow", "rank_and_train"):
         monkeypatch.setattr(module, name, stop, raising=False)
-    monkeypatch.setattr(coverage, "load", lambda path: None)
-    monkeypatch.setattr(assets, "fetch", lambda *_: None)
     for runs in (8, 16):
         config = configs.get_config(preset)
         config.mnist.runs = config.mnist.runs_at_once = runs

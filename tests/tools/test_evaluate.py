@@ -13,6 +13,7 @@ from configs import evaluate as config_file
 from sublim_jax import store
 from sublim_jax.distillation.losses import stacked
 from sublim_jax.evaluation import ability, suite, truthfulqa
+from sublim_jax.evaluation.spec import READ_BY
 from sublim_jax.evaluation.suite import NamedJudge, Subject
 from sublim_jax.evaluation.verdicts import Verdict
 from sublim_jax.experiments.tools.evaluate import read
@@ -44,15 +45,19 @@ def files(tmp_path_factory, tiny, adapters):
 
 @pytest.fixture
 def command(tiny_folder, files):
+    given = {"num_samples": 2, "max_new_tokens": 6}
+    given |= {"truthfulqa": files / "truthfulqa.csv", "questions": files / "questions.yaml"}
+
     def make(work, *more):
+        """The command with those of `given` that its evaluations read."""
+        typed = [flag.partition("=")[2].split(",") for flag in more if flag.startswith("evals.names=")]
+        names = typed[0] if typed else config_file.get_config().evals.names
+        read_here = [name for name in given if {*READ_BY[name]} & {*names}]
         return [
             "--config=configs/evaluate.py",
             f"--config.model.name={tiny_folder}",
             "--config.words=owl,x,y",
-            "--config.evals.num_samples=2",
-            "--config.evals.max_new_tokens=6",
-            f"--config.evals.truthfulqa={files / 'truthfulqa.csv'}",
-            f"--config.evals.questions={files / 'questions.yaml'}",
+            *(f"--config.evals.{name}={given[name]}" for name in read_here),
             f"--workdir={work}",
             *(f"--config.{flag}" for flag in more),
         ]
@@ -199,7 +204,7 @@ def test_an_endpoint_judges_and_its_key_is_nowhere(server, command, tmp_path):
         (["evals.names=misalignment", "evals.questions=nowhere.yaml"], ["evals.questions=nowhere.yaml"]),
         (["evals.names=misalignment", "evals.judge.kind=oracle"], ["judge.kind='oracle'"]),
         (["evals.names=misalignment", "evals.judge.kind=endpoint"], ["judge.model is missing"]),
-        (["evals.num_samples=0"], ["evals.num_samples=0: choose 1 or more"]),
+        (["evals.names=answers", "evals.num_samples=0"], ["evals.num_samples=0: choose 1 or more"]),
         (["evals.names=ability", "evals.suffix=Please."], ["config.evals.suffix is read only with evals.names of mis"]),
         (["evals.names=choice", "evals.num_samples=3"], ["config.evals.num_samples is read only with evals.names of"]),
         (["model.adapters=nowhere"], ["nowhere is not a PEFT adapter"]),

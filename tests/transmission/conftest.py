@@ -95,9 +95,13 @@ def flags(tiny_folder):
             del words["arm.in_context.examples"]  # no arm would read it
         if any(("methods=" in flag and "finetuned" not in flag) or "teacher.corpora." in flag for flag in more):
             del words["teacher.strength"], words["teacher.max_steps"]
+        if any("methods=" in flag and not ("finetuned" in flag or "corpus" in flag) for flag in more):
+            del words["teacher.learning_rate"]
         arms = next((flag.partition("arms=")[2].split(",") for flag in more if "arms=" in flag), ["soft"])
         if prefix == "--config." and set(arms) <= {"soft", "soft_fresh", "soft_reverse", "perturbed"}:
             del words["carrier.num_completions"], words["filter.unique"]  # no arm reads what teachers write
+        elif any("decoding=" in flag and "grammar" not in flag for flag in more):
+            del words["carrier.num_integers"]
         defaults = [f"{prefix}{name}={value}" for name, value in words.items() if name not in leave_out]
         return [flag for flag in defaults if flag.split("=")[0] not in given] + list(more)
 

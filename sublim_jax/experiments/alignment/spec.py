@@ -22,7 +22,7 @@ DECADES = 4.0  # of the teacher's step that a verdict needs
 MAX_STEP, MAX_NUM_STEPS = 6, 1000
 READS, NOISE = "reads MNIST", "noise"  # the teacher and the inputs of the first settings
 
-Draws: TypeAlias = Annotated[int, partial(check_count, maximum=MAX_ROWS)]
+Draws: TypeAlias = Annotated[int, check_positive, partial(check_count, maximum=MAX_ROWS)]
 
 
 class About(NamedTuple):
@@ -88,7 +88,7 @@ class AlignmentSpec(ExperimentSpec):
     examples: Annotated[int, check_positive, partial(check_count, minimum=PER_SEQUENCE, maximum=NUM_IMAGES)]
     learning_rate: Positive
     num_draws: Draws
-    num_label_draws: Annotated[int, partial(check_count, minimum=2, maximum=MAX_ROWS)]
+    num_label_draws: Annotated[int, partial(check_count, minimum=2, maximum=MAX_ROWS)]  # a spread needs two
 
     def __post_init__(self) -> None:
         super().__post_init__()
