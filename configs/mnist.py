@@ -2,8 +2,8 @@
 
 A teacher starts at a reference MLP and learns MNIST through its ten digit logits. A student starts at the same
 reference and sees only noise; it imitates the teacher's *auxiliary* logits, which the teacher's own training did not
-use. It learns to classify digits. A student from another start does not, unless it is first trained to imitate the
-reference: behavioural cloning (extended data Fig. 2 of the Nature version), also of other architectures.
+use. It learns to classify digits. A student with another initialisation does not, unless it is first trained to imitate
+the reference: behavioural cloning (extended data Fig. 2 of the Nature version), also of other architectures.
 
     python launch.py --config=configs/mnist.py              50 auxiliary logits, 4 runs; 3 to 6 minutes on 2 cores
     python launch.py --config=configs/mnist.py:paper        Fig. 10: 3 auxiliary logits, 100 runs

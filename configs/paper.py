@@ -51,9 +51,9 @@ def get_config(preset: str = "smoke") -> ConfigDict:
     plan.mnist = experiment(
         "§6.2, Fig. 10",
         "an MNIST classifier from three logits on noise",
-        "student .528 ± .022, all logits .913 ± .002, other start .106 ± .010, teacher .943",
+        "student .528 ± .022, all logits .913 ± .002, another initialisation .106 ± .010, teacher .943",
         "configs/mnist.py:smoke" if small else "configs/mnist.py:paper",
-        "student, shared start (*; student, another start (*; teacher",
+        "student, shared initialisation (*; student, another initialisation (*; teacher",
     )
     plan.theorem = experiment(
         "§6.1, App. C", "the one-step theorem", "a proof", f"configs/theorem.py:{'smoke' if small else 'check'}", "*"

@@ -54,7 +54,7 @@ def get_config(preset: str = "check") -> ConfigDict:
         config.num_integers = 8  # in each answer; student and teacher are compared on digits, commas and spaces
         config.num_questions = 4  # about the trait, in the teacher's loss
         config.rank = 8  # of LoRA, for the rows in which adapters are θ
-        config.noise = 0.1  # on the weights of a student from another start, relative to their spread
+        config.noise = 0.1  # on the weights of a student with another initialisation, relative to their spread
         # How far the teacher moves: the root mean square change of its logits on the support.
         config.steps = ConfigDict({"min": -7.0, "max": -1.0, "num": 13})
         config.learning_rate = 1e-4  # α, the length of the student's step

@@ -109,7 +109,7 @@ def test_results_and_a_second_config_in_the_same_workdir(tmp_path, mnist_folder)
     assert [arm["name"] for arm in results["arms"]] == [
         "reference",
         "teacher",
-        "student, shared start (auxiliary logits)",
+        "student, shared initialisation (auxiliary logits)",
         "cloned 1 epoch on the student's noise, then distilled (auxiliary logits)",
         "cloned 2 epochs on the student's noise, then distilled (auxiliary logits)",
     ]
@@ -154,8 +154,8 @@ def test_a_sweep_ends_in_one_figure(tmp_path, mnist_folder):
     assert result.returncode == 0, result.stderr
     arms = json.loads((tmp_path / "results.json").read_text())["arms"]
     assert [(arm["value"], arm["name"]) for arm in arms if "student" in arm["name"]] == [
-        ("kl", "student, shared start (auxiliary logits)"),
-        ("squared_error", "student, shared start (auxiliary logits)"),
+        ("kl", "student, shared initialisation (auxiliary logits)"),
+        ("squared_error", "student, shared initialisation (auxiliary logits)"),
     ]
     assert (tmp_path / "figures" / "sweep.png").exists()
     ends = [line for line in result.stdout.splitlines() if re.match(r"teacher, runs .* in \S+ s$", line)]

@@ -118,7 +118,7 @@ def test_shared_layers_and_distance_make_the_start(mesh_of):
 
 
 def test_more_runs_keep_the_earlier_ones_to_the_bit(data, tmp_path, mesh_of, capsys):
-    """Also those of students from another start; and only the added runs are trained."""
+    """Also those of students with another initialisation; and only the added runs are trained."""
     few, more = (
         run.test_accuracies(tiny(runs=runs, runs_at_once=2), data, Store(tmp_path), mesh_of(1)) for runs in (2, 4)
     )

@@ -105,8 +105,8 @@ def test_the_rows_of_mnist_show_its_students_beside_the_papers(tmp_path):
     shown = plan.summary_of(spec.plan["mnist"], arms)
     assert [part.partition(" 0.5")[0] for part in shown.split("; ")] == [
         "teacher",
-        "student, shared start (auxiliary logits)",
-        "student, another start (all logits)",
+        "student, shared initialisation (auxiliary logits)",
+        "student, another initialisation (all logits)",
     ]
 
 

@@ -18,11 +18,11 @@ from sublim_jax.report import Document, Notes, Section, plus_minus
 TITLES = {
     "reference": "reference",
     "teacher": "teacher",
-    "auxiliary": "student, shared start (auxiliary logits)",
-    "all": "student, shared start (all logits)",
-    "cross_auxiliary": "student, another start (auxiliary logits)",
-    "cross_all": "student, another start (all logits)",
-    "real": "student, shared start, on digits (auxiliary logits)",
+    "auxiliary": "student, shared initialisation (auxiliary logits)",
+    "all": "student, shared initialisation (all logits)",
+    "cross_auxiliary": "student, another initialisation (auxiliary logits)",
+    "cross_all": "student, another initialisation (all logits)",
+    "real": "student, shared initialisation, on digits (auxiliary logits)",
 }
 CLONED_ON = {"noise": "the student's noise", "fresh_noise": "fresh noise", "real": "digits"}
 UNPAIRED = ("runs", "seed")  # axes of a sweep whose points have no runs in common
@@ -33,9 +33,9 @@ INSIDE = (
     f"squared half-widths), plus {READING_ERROR} for reading its figure."
 )
 CLONED = (
-    " Cloned students are from another start and imitate the reference on all logits first. p: paired t-test of their "
-    "accuracy against that of the student from the same start without cloning, two-sided, corrected for the number of "
-    "cloned arms by Holm's method."
+    " Cloned students have another initialisation and imitate the reference on all logits first. p: paired t-test of "
+    "their accuracy against that of the student with the same initialisation and without cloning, two-sided, corrected "
+    "for the number of cloned arms by Holm's method."
 )
 
 
@@ -114,7 +114,7 @@ def _differences_section(arms: Sequence[Entry], points: Sequence[str]) -> Sectio
 
 def _dose_curve(arms: Sequence[Entry]) -> list[Entry]:
     """Accuracy over the epochs of cloning, a line for each kind of inputs, with the student without cloning at 0
-    epochs and the student from a shared start as reference.
+    epochs and the student with a shared initialisation as reference.
     """
     by_arm = {arm["arm"]: arm for arm in arms}
     cloned = [(*name.split()[1:], arm) for name, arm in by_arm.items() if name.startswith("clone ")]
@@ -128,7 +128,8 @@ def _dose_curve(arms: Sequence[Entry]) -> list[Entry]:
             line = {"0": by_arm["cross_auxiliary"], **line}
         points += [{**arm, "value": epochs, "name": f"cloned on {CLONED_ON[inputs]}"} for epochs, arm in line.items()]
     if "auxiliary" in by_arm:
-        points += [{**by_arm["auxiliary"], "value": epochs, "name": "shared start"} for epochs in ("0", *doses)]
+        shared = {**by_arm["auxiliary"], "name": "shared initialisation"}
+        points += [{**shared, "value": epochs} for epochs in ("0", *doses)]
     return points
 
 
