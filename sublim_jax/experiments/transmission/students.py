@@ -1,7 +1,6 @@
 """Students: the model with fresh adapters, trained on a carrier; all runs and teachers of an arm in one program."""
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -54,16 +53,14 @@ def train_arm(
     """Trains the students of an arm and measures their preferences along training.
 
     Students of one run share their start, the order of their data and, if it is the same for all teachers, their data.
-
-    Args:
-      teachers, model: the models of the teachers and of the students, which may be the same.
+    `teachers` and `model` are the models of the teachers and of the students, which may be the same.
     """
     seeds = [study.replicate_seed(replicate.run) for replicate in replicates for _ in study.teachers]
     data = arm_data(study, arm, replicates, teachers, model, store)
     objective = objective_of(study, arm, model)
     program = imitating_program(model, objective, arm.training, data.rows.tokens.shape[1] - NUM_HELD_OUT)
-    whole = partial(put, sharding=named(model.mesh))
-    training, held_out = (whole(part(data, rows)) for rows in (slice(NUM_HELD_OUT, None), slice(NUM_HELD_OUT)))
+    parts = (slice(NUM_HELD_OUT, None), slice(NUM_HELD_OUT))
+    training, held_out = (put(part(data, rows), named(model.mesh)) for rows in parts)
     start = starts(model, arm.lora_init, seeds)
     digest, steps = artefacts.digest(model, arm, data, seeds), arm.training.steps
     questions = (phrasings(study), study.alternatives) if study.has_words else ([], ())
@@ -102,14 +99,19 @@ def train_arm(
     final = store.tree(f"students-{arm.name}", train, digest, seeds, steps, like=state.params)
     between = range(study.evaluate_every, steps, study.evaluate_every)
     points = [look(start, 0), *(look(None, step) for step in between), look(final, steps)]
-    if missing := [step for step, point in zip(between, points[1:-1]) if not point]:
-        say(f"students {arm.name}: trained before, with another evaluate_every, and not measured at step {missing[0]}")
+    _report_missing(arm, between, points[1:-1])
     covered = None
     if model.digest == teachers.digest and "finetuned" in study.teacher.methods:
         aims = [list(replicate.teachers.values()) for replicate in replicates]
         cover = lambda *_: first_updates(model, objective, start, aims, training)  # noqa: E731
         covered = store.json(f"coverage-{arm.name}", cover, digest, aims)
     return Students(final, digest, [point for point in points if point], covered)
+
+
+def _report_missing(arm: TrainedArm, steps: Sequence[int], points: Sequence[Point | None]) -> None:
+    """Says if students that were trained before, with another `evaluate_every`, were not measured at a step."""
+    if missing := [step for step, point in zip(steps, points) if not point]:
+        say(f"students {arm.name}: trained before, with another evaluate_every, and not measured at step {missing[0]}")
 
 
 def read_in_context(
