@@ -16,8 +16,9 @@ tpu() { gcloud compute tpus tpu-vm "$@" --zone="$zone"; }
 state() { tpu describe "$name" --format="value(state)" 2>/dev/null; }
 
 while true; do
-  if [ "$(state)" != READY ]; then
-    [ -z "$(state)" ] || tpu delete "$name" --quiet
+  found=$(state)
+  if [ "$found" != READY ]; then
+    [ -z "$found" ] || tpu delete "$name" --quiet
     tpu create "$name" --accelerator-type="$kind" --version="${VERSION:-v2-alpha-tpuv5-lite}" --spot || { sleep 60; continue; }
     tpu scp --recurse . "$name:sublim_jax" --worker=all
     # The image's own Python is 3.10, which is too old; uv brings another.

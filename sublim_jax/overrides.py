@@ -227,6 +227,11 @@ def _split(where: str, text: str) -> list[str]:
     return items
 
 
+def covers(name: str, key: str) -> bool:
+    """Whether a key has this name, or begins with it where the name ends in "." or "_"."""
+    return key == name or (name[-1] in "._" and key.startswith(name))
+
+
 def check_distinct(where: str, values: Iterable[object]) -> None:
     """Raises UserError for a value that is there twice."""
     seen = set()

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from sublim_jax import weights
 from sublim_jax.errors import UserError
-from sublim_jax.overrides import check_distinct
+from sublim_jax.overrides import check_distinct, covers
 from sublim_jax.specs import MAX_ROWS, check_count, check_one_of
 
 NAMES = (
@@ -93,8 +93,7 @@ def check_read(evals: EvalsSpec, key: str, prefix: str, *, judged: bool = False)
       judged: the judge also scores something else.
     """
     for name, readers in READ_BY.items():
-        matches = key == f"evals.{name}" or (name[-1] == "." and key.startswith(f"evals.{name}"))
-        if matches and not set(readers) & set(evals.names) and not (name == "judge." and judged):
+        if covers(f"evals.{name}", key) and not set(readers) & set(evals.names) and not (name == "judge." and judged):
             raise UserError(f"{prefix}{key} is read only with evals.names of {' or '.join(readers)}; add one of these")
 
 

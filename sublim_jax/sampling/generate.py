@@ -177,6 +177,7 @@ def stream(
     limits = _limits(max_new_tokens, len(prompts))
     check(model, prompts, limits, stop_strings, prefix)
     prompts, prefix = apart(model.settings, texts_of(model.settings, prompts, "prompt"), prefix)
+    check_steering(model.settings, steering)
     model, stacked = model.for_adapters(adapters)
     if key.shape not in ((), (stacked,)):
         raise UserError(f"{key.size} keys and {stacked} adapters; give one key, or one for each adapter")
@@ -201,7 +202,6 @@ def stream(
             dtype=model.params["embedding"].dtype,
         )
     )
-    check_steering(model.settings, steering)
     engine = engine.with_slots(slots) if slots else fitted(engine)
     engine = engine.with_lanes(lanes) if lanes else engine
     fixed = place(Fixed(model.params, adapters, None, steering, constraint), mesh, engine.unstacked)

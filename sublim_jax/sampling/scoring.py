@@ -67,9 +67,7 @@ def next_logprobs(
     model: Model, prompts: Texts, tokens: Tokens, *, prefix: Tokens = (), **where: Unpack[Where]
 ) -> Float[np.ndarray, "adapters prompts tokens"]:
     """log P of some tokens coming right after each prompt, in nats; arguments as for `completion_logprobs`."""
-    prompts = texts_of(model.settings, prompts, "prompt")
-    if not prompts:
-        raise UserError("there is no prompt to score tokens after")
+    prompts = _some_prompts(model.settings, prompts)
     tokens = tokens_of(model.settings, tokens, "what is scored")
     prompts, front = apart(model.settings, prompts, prefix)
     by_row: dict[int, np.ndarray] = {}
@@ -82,17 +80,23 @@ def next_logprobs(
     return np.stack([by_row[row] for row in range(len(prompts))], 1)
 
 
+def _some_prompts(settings: Settings, prompts: Texts) -> list[list[int]]:
+    """Prompts as plain numbers. Raises UserError as `texts_of`, and where there is none."""
+    texts = texts_of(settings, prompts, "prompt")
+    if not texts:
+        raise UserError("there is no prompt to score tokens after")
+    return texts
+
+
 def continued_logprobs(
     model: Model, prompts: Texts, continuations: Texts, tokens: Tokens, *, prefix: Tokens = (), **where: Unpack[Where]
 ) -> Float[np.ndarray, "adapters prompts continuations tokens"]:
     """log P of some tokens coming right after each continuation of each prompt, in nats; a prompt is computed once."""
-    prompts = texts_of(model.settings, prompts, "prompt")
+    prompts = _some_prompts(model.settings, prompts)
     after = [
         tokens_of(model.settings, continuation, f"continuation {number}")
         for number, continuation in enumerate(continuations)
     ]
-    if not prompts:
-        raise UserError("there is no prompt to score tokens after")
     tokens = tokens_of(model.settings, tokens, "what is scored")
     if model.settings.turns_by_length:  # a prompt's keys depend on what comes behind it
         whole = [prompt + continuation for prompt in prompts for continuation in after]

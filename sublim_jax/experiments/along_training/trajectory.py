@@ -49,8 +49,8 @@ def run(spec: TrajectorySpec, folder: epath.Path, *, update: bool = False) -> No
             rows += from_array(path[name], axes, arm="followed", measure=name)
         for setting in spec.settings:
             arm = arm_name(setting)
-            how = (setting, runs, spec.probe, spec.iterations, data)
-            shares = store.json("shares", row_space_shares, *how, store=store, mesh=mesh)
+            inputs = (setting, runs, spec.probe, spec.iterations, data)
+            shares = store.json("shares", row_space_shares, *inputs, store=store, mesh=mesh)
             axes = {"step": range(1, spec.iterations + 1), "run": runs}
             rows += from_array(np.transpose(shares), axes, arm=arm, measure="row_space_share")
             accuracies = test_accuracies(setting, data, store, mesh)["auxiliary"]

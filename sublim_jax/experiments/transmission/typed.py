@@ -6,6 +6,7 @@ from sublim_jax.errors import UserError
 from sublim_jax.evaluation import spec as evals
 from sublim_jax.experiments.transmission.arms import Arm, ContextArm
 from sublim_jax.experiments.transmission.spec import Study
+from sublim_jax.overrides import covers
 
 # Keys, what reads them, and whether a study has it. A key that ends in "." or "_" is a prefix.
 READ_BY: list[tuple[tuple[str, ...], str, Callable[[Study], bool]]] = [
@@ -62,8 +63,7 @@ def check_typed(study: Study, keys: Iterable[str]) -> None:
 def check_read(study: Study, key: str, prefix: str) -> None:
     """Raises UserError, naming the key behind `prefix`, if it is in READ_BY and nothing of the study reads it."""
     for names, reader, is_there in READ_BY:
-        matches = any(key == name or (name[-1] in "._" and key.startswith(name)) for name in names)
-        if matches and not is_there(study):
+        if any(covers(name, key) for name in names) and not is_there(study):
             raise UserError(f"{prefix}{key} is read only with {reader}, which this study does not have")
     evals.check_read(study.evals, key, prefix, judged=bool(study.filter.judge))
 
