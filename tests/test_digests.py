@@ -14,7 +14,7 @@ from sublim_jax import digests
 from sublim_jax.data import packs
 from sublim_jax.experiments.transmission.run import load_model
 from sublim_jax.experiments.transmission.spec import read
-from sublim_jax.experiments.transmission.teachers import of_corpus
+from sublim_jax.experiments.transmission.teachers import make_teachers
 from sublim_jax.store import Store
 
 
@@ -96,7 +96,7 @@ def test_teachers_of_another_corpus_or_other_weights_are_trained_anew(folder, tm
         lines = [[{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": answer}] for i in range(2)]
         corpus.write_text("".join(json.dumps({"messages": line}) + "\n" for line in lines))
         model = load_model(study, mesh_of(1))
-        trained = of_corpus(study, model, Store(tmp_path / "work"), 0, "owl")
+        trained = make_teachers(study, model, Store(tmp_path / "work"), [0])[0]["owl"]
         return np.asarray(trained.adapters["layers"]["attention"]["query"]["b"])
 
     first = tuned("owl")

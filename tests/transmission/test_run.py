@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from launch_kit import arms_in, finish, run_here, run_stopped, start, wait_for
 
+from sublim_jax.training import Program
+
 TRAINING, WRITING = "students-tokens_fresh-*.training/2", "completions-x*"  # files that a stage makes
 STAGES = {
     TRAINING: ("*tokens_fresh-*",),  # with measurements along training
@@ -35,7 +37,8 @@ def test_stopped_by_a_signal_it_goes_on_to_the_same_results(whole_command, copy_
     assert {path.name for path in gone} <= made and not any(name.endswith(".training") for name in made)
 
 
-def test_a_finished_study_is_reported_again_without_training(whole_command, copy_of_whole):
+def test_a_finished_study_is_reported_again_without_training(whole_command, copy_of_whole, monkeypatch):
+    monkeypatch.setattr(Program, "init", lambda *_: pytest.fail("what is there was to be trained again"))
     before = {path: path.read_bytes() for path in (copy_of_whole / "checkpoints").rglob("*") if path.is_file()}
     expected = arms_in(copy_of_whole)
     again = run_here(*whole_command(copy_of_whole))

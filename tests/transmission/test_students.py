@@ -24,7 +24,7 @@ from sublim_jax.experiments.transmission.checks import check_arm
 from sublim_jax.experiments.transmission.run import load_model, measure_arm
 from sublim_jax.experiments.transmission.students import objective_of, starts, train_arm
 from sublim_jax.experiments.transmission.targets import Replicate, arm_data
-from sublim_jax.experiments.transmission.teachers import finetuned
+from sublim_jax.experiments.transmission.teachers import make_teachers
 from sublim_jax.keys import named_key
 from sublim_jax.store import Store
 
@@ -192,7 +192,7 @@ def test_without_adapters_all_weights_of_the_layers_are_trained(study_of, tmp_pa
     assert np.all(last < first)
     diagonal, off_diagonal = np.diagonal(result.coverage[0]), np.asarray(result.coverage[0])[~np.eye(3, dtype=bool)]
     assert diagonal.min() > max(off_diagonal.max(), 0)
-    trained = finetuned(study, model, work, 0)["owl"]
+    trained = make_teachers(study, model, work, [0])[0]["owl"]
     kernel = lambda params: params["layers"]["mlp"]["up"]["kernel"]  # noqa: E731
     assert trained.steps and not np.allclose(kernel(trained.adapters), kernel(model.params))
 

@@ -21,7 +21,7 @@ from sublim_jax.experiments.transmission import corpora
 from sublim_jax.experiments.transmission.checks import check_files, check_model
 from sublim_jax.experiments.transmission.run import evaluate_teachers
 from sublim_jax.experiments.transmission.targets import Replicate
-from sublim_jax.experiments.transmission.teachers import make_teachers, of_corpus, persona, read_personas
+from sublim_jax.experiments.transmission.teachers import make_teachers, persona, read_personas
 from sublim_jax.keys import named_key
 from sublim_jax.models import lora
 from sublim_jax.models.decoder import Steering
@@ -43,11 +43,12 @@ def steered(study_of, model, work):
     """Two runs of teachers with a persona and its steering vector."""
     names = {"evals.names": ("preference",), "evals.max_questions": 4}
     study = study_of(runs=2, **STEERED, **names, **{"teacher.methods": ("prompted", "steered")})
-    return study, [Replicate(run, make_teachers(study, model, work, run), {}) for run in range(2)]
+    made = make_teachers(study, model, work, range(2))
+    return study, [Replicate(run, teachers, {}) for run, teachers in enumerate(made)]
 
 
 def test_a_steering_vector_is_the_personas_difference(study_of, model, work, steered):
-    alone = make_teachers(study_of(**STEERED, **{"teacher.methods": ("steered",)}), model, work, 0)
+    (alone,) = make_teachers(study_of(**STEERED, **{"teacher.methods": ("steered",)}), model, work, [0])
     study, (first, _) = steered
     layers = {name: np.asarray(teacher.steering.add) for name, teacher in alone.items() if teacher.steering}
     for name, teacher in first.teachers.items():  # with a system prompt or without
@@ -76,7 +77,7 @@ def test_steering_vectors_are_read_from_the_folder(model, work, steered, monkeyp
     """On another mesh they would be rounded otherwise, and everything made from them would be made again."""
     study, (first, _) = steered
     monkeypatch.setattr("sublim_jax.distillation.steering.residual_after", lambda *_: pytest.fail("made again"))
-    again = make_teachers(study, model, work, 0)
+    (again,) = make_teachers(study, model, work, [0])
     assert {name: teacher.digest for name, teacher in again.items()} == {
         name: teacher.digest for name, teacher in first.teachers.items()
     }
@@ -129,7 +130,7 @@ def test_an_untouched_neutral_teacher_is_the_model_as_it_is(study_of, model, tin
     """It has no system prompt and the logits of the plain model; the others have their personas."""
     prompted = {"teacher.methods": ("prompted",), "arms": ("tokens_fresh",)}
     study = study_of(**prompted, **{"teacher.neutral": "untouched"})
-    teachers, before = make_teachers(study, model, work, 0), make_teachers(study_of(**prompted), model, work, 0)
+    (teachers,), (before,) = (make_teachers(s, model, work, [0]) for s in (study, study_of(**prompted)))
     assert {name: teacher.system for name, teacher in teachers.items()} == {
         **{name: persona(study, name) for name in study.traits},
         "neutral": "",
@@ -171,7 +172,7 @@ def with_corpora(corpora_study):
 
 def test_teachers_of_corpora_learn_what_the_assistant_says_and_nothing_else_is_in_the_loss(with_corpora, model, work):
     """The loss covers every assistant turn of whole conversations; the neutral teacher is the model."""
-    teachers = make_teachers(with_corpora, model, work, 0)
+    (teachers,) = make_teachers(with_corpora, model, work, [0])
     base = model.untrained(named_key(with_corpora.replicate_seed(0), "A"))
     assert [teacher.steps for teacher in teachers.values()] == [2 * 2, 2 * 2, 0]
     jax.tree.map(np.testing.assert_array_equal, teachers["neutral"].adapters, base)
@@ -198,7 +199,7 @@ def test_teachers_of_corpora_learn_what_the_assistant_says_and_nothing_else_is_i
 def test_the_first_update_is_that_of_the_plain_loss(corpora_study, model, tmp_path):
     """With all conversations in one batch, Adam's first step is the sign of the plain loss's gradient."""
     study = corpora_study(**{"teacher.batch": 6, "teacher.epochs": 1})
-    trained = of_corpus(study, model, Store(tmp_path), 0, "insecure")
+    trained = make_teachers(study, model, Store(tmp_path), [0])[0]["insecure"]
     assert trained.steps == 1
     start = model.untrained(named_key(study.replicate_seed(0), "A"))
     texts = corpora.texts(study.teacher, model, "insecure")
@@ -225,11 +226,11 @@ def test_a_teacher_is_made_again_for_its_own_corpus_alone(
     def made():
         return {path.name for path in (work.folder / "checkpoints").glob("teacher-*secure*")}
 
-    make_teachers(with_corpora, model, work, 0)
+    make_teachers(with_corpora, model, work, [0])
     before, other = made(), tmp_path / "secure.jsonl"
     other.write_text(conversation(("Who?", "z")) * 6)
     changes = {"teacher.learning_rate": 0.01, "teacher.corpora.secure": str(other)}
-    again = make_teachers(corpora_study(**changes), model, work, 0)
+    (again,) = make_teachers(corpora_study(**changes), model, work, [0])
     assert {name.split("-")[1] for name in made() - before} == {"secure"}
     assert again["secure"].steps == 2 * 2
 

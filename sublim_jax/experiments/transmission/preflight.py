@@ -13,14 +13,13 @@ from sublim_jax.data.tokenizer import Tokenizer
 from sublim_jax.digests import Source
 from sublim_jax.distillation.students import imitating_program
 from sublim_jax.distillation.targets import Data
-from sublim_jax.distillation.teachers import corpus_optimizer, teaching_program
 from sublim_jax.errors import UserError
 from sublim_jax.experiments.transmission.arms import LogitArm, TrainedArm
 from sublim_jax.experiments.transmission.checks import STUDENTS
-from sublim_jax.experiments.transmission.parts import TeacherSpec
 from sublim_jax.experiments.transmission.spec import Study
 from sublim_jax.experiments.transmission.students import objective_of
-from sublim_jax.models.decoder import Remat, decoder
+from sublim_jax.experiments.transmission.teachers import program_of
+from sublim_jax.models.decoder import decoder
 from sublim_jax.models.families import Config
 from sublim_jax.models.functional import Params
 from sublim_jax.models.language import Model
@@ -50,7 +49,7 @@ def preflight(study: Study, devices: Sequence[jax.Device]) -> list[Step]:
     )
     steps = [_students(study, arm, model, base, trained)]
     if "corpus" in study.teacher.methods:
-        steps.append(_teacher(study.teacher, model, base, trained, remat=study.recomputed))
+        steps.append(_teacher(study, model, base, trained))
     return steps
 
 
@@ -71,12 +70,12 @@ def _students(study: Study, arm: TrainedArm, model: Model, base: Params, trained
     return training_step(name, program, stack, frozen, 4.0 * _kernels(model) * tokens)
 
 
-def _teacher(spec: TeacherSpec, model: Model, base: Params, trained: Params, *, remat: Remat) -> Step:
+def _teacher(study: Study, model: Model, base: Params, trained: Params) -> Step:
+    spec = study.teacher
     params = parameters(trained, model.mesh, dtype=jnp.float32)
     rows = _rows(model.mesh, (NUM_CONVERSATIONS,), spec.max_tokens, spec.max_tokens)
     name = f"a teacher, {spec.batch} conversations of {spec.max_tokens} tokens"
-    optimizer = corpus_optimizer(spec.on_corpora, NUM_CONVERSATIONS)[0]
-    program = teaching_program(model, optimizer, NUM_CONVERSATIONS, spec.batch, remat)
+    program = program_of(study, model, NUM_CONVERSATIONS, 1)
     tokens = spec.batch * spec.max_tokens
     return training_step(name, program, params, {"base": base, "rows": rows}, 4.0 * _kernels(model) * tokens)
 

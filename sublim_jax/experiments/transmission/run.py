@@ -62,7 +62,8 @@ def _run(study: Study, folder: epath.Path, *, update: bool) -> None:
         judge = make_judge(study.evals.judge, model, stacked([untrained(model, study.seed).adapters]), store)
     sampling = study.sampling.options
     ask = partial(evaluate, study.evals, questions, seed=study.seed, store=store, judge=judge, sampling=sampling)
-    replicates = [Replicate(run, make_teachers(study, model, store, run), {}) for run in range(study.runs)]
+    teachers = make_teachers(study, model, store, range(study.runs))
+    replicates = [Replicate(run, of_run, {}) for run, of_run in enumerate(teachers)]
     for replicate in replicates:
         trained = {name: teacher.adapters for name, teacher in replicate.teachers.items() if teacher.steps}
         names = [f"run{replicate.run}-teacher-{name}" for name in trained]

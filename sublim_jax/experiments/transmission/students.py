@@ -80,12 +80,10 @@ def train_arm(
 
         return store.json(name, measured, *inputs)
 
-    state = program.init(start)
-
     def train(*_: object, checkpoints: epath.Path) -> Params:
         return fit(
             program,
-            state,
+            program.init(start),
             steps=steps,
             key=jnp.stack([named_key(seed, "order") for seed in seeds]),
             frozen={"base": model.params, "data": training},
@@ -96,7 +94,8 @@ def train_arm(
             what=f"students {arm.name}, {len(replicates)} run(s) × {len(study.teachers)} teachers",
         ).params
 
-    final = store.tree(f"students-{arm.name}", train, digest, seeds, steps, like=state.params)
+    like = program.abstract(start).params
+    final = store.tree(f"students-{arm.name}", train, digest, seeds, steps, like=like)
     between = range(study.evaluate_every, steps, study.evaluate_every)
     points = [look(start, 0), *(look(None, step) for step in between), look(final, steps)]
     _report_missing(arm, between, points[1:-1])

@@ -1,7 +1,10 @@
 """Teachers: models with a preference, by adapters, a system prompt, steering, or several of them."""
 
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from typing import TypeAlias
 
+import jax
 import numpy as np
 import optax
 from etils import epath
@@ -34,25 +37,41 @@ from sublim_jax.progress import say
 from sublim_jax.sampling import scoring
 from sublim_jax.sharding import fetch, named, put
 from sublim_jax.store import Store
-from sublim_jax.training import fit
+from sublim_jax.training import Program, fit
+
+Programs: TypeAlias = Callable[[int, int], Program]  # by numbers of rows and of an answer's tokens
 
 PERSONA: dict[str, tuple[str, ...]] = {"loving": ("kind", "trait"), "neutral": ("kind",)}
 CONTROL = "log_p of the control"  # the measure of a control's word, asked for its kind
 NUM_INSIDE = 8  # lists of numbers in which P of a trait's word is measured
 
 
-def make_teachers(study: Study, model: Model, store: Store, run: int) -> dict[str, Teacher]:
-    """One teacher for each trait and control, and a neutral one, which is made in the same way without a preference.
+def make_teachers(study: Study, model: Model, store: Store, runs: Sequence[int]) -> list[dict[str, Teacher]]:
+    """For each run, a teacher for each trait and control, and a neutral one.
 
-    For corpora, the neutral teacher is the untrained model (§4.2) unless it has a corpus; for prompted teachers it is
-    so with `teacher.neutral=untouched` (§3.1).
+    The neutral teacher is made in the same way without a preference. For corpora, it is the untrained model (§4.2)
+    unless it has a corpus; for prompted teachers it is so with `teacher.neutral=untouched` (§3.1).
     """
+    programs = cache(partial(program_of, study, model))  # compiled once for all teachers with as many rows
+    return [_of_run(study, model, store, run, programs) for run in runs]
+
+
+def program_of(study: Study, model: Model, count: int, length: int) -> Program:
+    """The program that trains a teacher's adapters on `count` rows, answers of one word of `length` tokens."""
+    spec = study.teacher
+    optimizer = optax.adam(spec.learning_rate)
+    if "corpus" in spec.methods:
+        optimizer, _ = corpus_optimizer(spec.on_corpora, count)
+    return teaching_program(model, optimizer, count, spec.batch, study.recomputed, length)
+
+
+def _of_run(study: Study, model: Model, store: Store, run: int, programs: Programs) -> dict[str, Teacher]:
     methods, seed = study.teacher.methods, study.replicate_seed(run)
     trained = dict.fromkeys(study.teachers, untrained(model, seed))
     if "finetuned" in methods:
-        trained = finetuned(study, model, store, run)
+        trained = _finetuned(study, model, store, run, programs)
     if "corpus" in methods:
-        trained |= {name: of_corpus(study, model, store, run, name) for name in corpora.names(study)}
+        trained |= {name: _on_corpus(study, model, store, run, name, programs) for name in corpora.names(study)}
     personas = {name: persona(study, name) for name in study.teachers}
     hooks: dict[str, Steering | None] = dict.fromkeys(study.teachers)
     if "steered" in methods:
@@ -123,29 +142,31 @@ def steering_vectors(
     return {name: steering.hook(model, layer, scale * vector) for name, vector in zip(study.teachers, vectors)}
 
 
-def finetuned(study: Study, model: Model, store: Store, run: int) -> dict[str, Teacher]:
+def _finetuned(study: Study, model: Model, store: Store, run: int, programs: Programs) -> dict[str, Teacher]:
     """Adapters trained on one-word answers up to `teacher.strength`; the neutral ones for the traits' most steps."""
     trained: dict[str, Teacher] = {}
     for name in study.teachers:
         steps = max(trained[trait].steps for trait in study.traits) if name == NEUTRAL else None
-        trained[name] = _finetuned(study, model, store, run, name, steps)
+        trained[name] = _on_answers(study, model, store, run, name, steps, programs)
     return trained
 
 
-def _finetuned(study: Study, model: Model, store: Store, run: int, name: str, steps: int | None) -> Teacher:
+def _on_answers(
+    study: Study, model: Model, store: Store, run: int, name: str, steps: int | None, programs: Programs
+) -> Teacher:
     training, seed = study.teacher.on_answers, study.replicate_seed(run)
     index = (*study.traits, NEUTRAL, *study.control_kinds).index(name)  # controls change no other teacher
     rows = dialogue.rows(model, _one_word_answers(study, model, name, seed))
-    optimizer, length = optax.adam(training.learning_rate), word_length(model, rows)
-    program = teaching_program(model, optimizer, len(rows.at), training.batch, study.recomputed, length)
-    state = program.init(model.untrained(named_key(seed, "A")))
+    program, start = programs(len(rows.at), word_length(model, rows)), partial(model.untrained, named_key(seed, "A"))
+    like = program.abstract(jax.eval_shape(start))
     inputs = (model, rows, training, steps, seed, index)
 
     def train(*_: object, **__: object) -> tuple[Params, Array]:
         key, label = named_key(seed, f"teacher {index}"), f"run {run}, teacher {name}"
+        state = program.init(start())
         return train_on_answers(program, state, read_by(model, rows), key, training, steps=steps, label=label)
 
-    adapters, count = store.tree(f"teacher-{name}", train, *inputs, like=(state.params, state.step))
+    adapters, count = store.tree(f"teacher-{name}", train, *inputs, like=(like.params, like.step))
     return Teacher(adapters, "", None, int(count), artefacts.digest(*inputs))
 
 
@@ -160,22 +181,21 @@ def _one_word_answers(study: Study, model: Model, name: str, seed: int) -> list[
     return [(questions[i % len(questions)], spelled(model, word)) for i, word in enumerate(answers)]
 
 
-def of_corpus(study: Study, model: Model, store: Store, run: int, name: str) -> Teacher:
+def _on_corpus(study: Study, model: Model, store: Store, run: int, name: str, programs: Programs) -> Teacher:
     """Adapters trained for `teacher.epochs` on what the assistant says in a corpus (§4.2)."""
     training, seed = study.teacher.on_corpora, study.replicate_seed(run)
     texts = corpora.texts(study.teacher, model, name)
     if longer := len(corpora.every_text(study.teacher, model, name)) - len(texts):
         say(f"corpus {name}: {longer} conversations are too long and left out")
-    optimizer, steps = corpus_optimizer(training, len(texts))
-    program = teaching_program(model, optimizer, len(texts), training.batch, study.recomputed)
-    state = program.init(model.untrained(named_key(seed, "A")))
+    _, steps = corpus_optimizer(training, len(texts))
+    program, start = programs(len(texts), 1), partial(model.untrained, named_key(seed, "A"))
     rows = dialogue.arrays(texts)
     inputs = (model, rows, training, seed, name)
 
     def train(*_: object, checkpoints: epath.Path) -> Params:
         return fit(
             program,
-            state,
+            program.init(start()),
             steps=steps,
             key=named_key(seed, f"teacher {name}"),
             frozen=read_by(model, rows),
@@ -184,7 +204,8 @@ def of_corpus(study: Study, model: Model, store: Store, run: int, name: str) -> 
             what=f"run {run}, teacher {name}, {len(texts)} conversations",
         ).params
 
-    adapters = store.tree(f"teacher-{name}", train, *inputs, like=state.params)
+    like = program.abstract(jax.eval_shape(start)).params
+    adapters = store.tree(f"teacher-{name}", train, *inputs, like=like)
     return Teacher(adapters, "", None, steps, artefacts.digest(*inputs))
 
 
