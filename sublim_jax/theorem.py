@@ -19,7 +19,6 @@ No Jacobian is formed: memory is at most about three times the parameters, plus 
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple, TypeAlias
 
 import jax
@@ -40,6 +39,7 @@ Objective = Callable[..., Total]  # (student logits, targets, weights=…) -> (t
 
 NOISE_ALLOWED = 0.01  # relative error of D_S·D_T by rounding, above which a number is refused
 MOST_LOGITS = 512  # whose second derivatives by each other `no_guarantee` looks at
+COLUMNS = 16  # of second derivatives that are computed together
 
 
 def shifted(params: Params, direction: Params, epsilon: Float[Array, ""] | float) -> Params:
@@ -269,7 +269,7 @@ def no_guarantee(objective: Objective, logits: Logits) -> str:
     away = rows + jax.random.normal(jax.random.key(0), rows.shape, rows.dtype)
     gradient = jax.vmap(jax.grad(loss))(rows, rows)
     usual = jax.vmap(jax.grad(loss))(away, rows)
-    curvature = jax.vmap(jax.hessian(partial(_of_some, loss)))(*_most_moved(rows, usual), rows)
+    curvature = _hessians(loss, *_most_moved(rows, usual), rows)
     if not all(bool(jnp.all(jnp.isfinite(array))) for array in (gradient, curvature, usual)):
         return "no guarantee: its derivatives at agreement are not finite"
     zero = float(resolution * jnp.max(jnp.abs(usual)))
@@ -283,9 +283,21 @@ def no_guarantee(objective: Objective, logits: Logits) -> str:
     return ""
 
 
-def _of_some(loss: Callable[[Array, Array], Array], some: Array, places: Array, y: Array) -> Array:
-    """A loss as a function of some of the logits, the others at agreement."""
-    return loss(y.at[places].set(some), y)
+def _hessians(
+    loss: Callable[[Array, Array], Array],
+    some: Float[Array, "rows some"],
+    places: Int[Array, "rows some"],
+    rows: Float[Array, "rows vocab"],
+) -> Float[Array, "rows some some"]:
+    """The Hessian at agreement by some of each row's logits, a few columns at a time: each takes a whole vocabulary."""
+
+    def of_row(row: tuple[Array, Array, Array]) -> Array:
+        some, places, y = row
+        gradient = jax.grad(lambda some: loss(y.at[places].set(some), y))
+        units = jnp.eye(len(some), dtype=some.dtype)
+        return jax.lax.map(lambda unit: jax.jvp(gradient, (some,), (unit,))[1], units, batch_size=COLUMNS)
+
+    return jax.lax.map(of_row, (some, places, rows))
 
 
 def _most_moved(
