@@ -9,7 +9,7 @@ the reference: behavioural cloning (extended data Fig. 2 of the Nature version),
     python launch.py --config=configs/mnist.py:paper        Fig. 10: 3 auxiliary logits, 100 runs
     python launch.py --config=configs/mnist.py:nature       cloning on fresh noise and on digits; 40 runs
     python launch.py --config=configs/mnist.py:architectures  cloning of other architectures, 10 runs
-    python launch.py --config=configs/mnist.py:logits       accuracy over the number of auxiliary logits, 10 runs
+    python launch.py --config=configs/mnist.py:logits       accuracy over the number of auxiliary logits, 25 runs
     python launch.py --config=configs/mnist.py:strongest    the best published recipe with three logits
     python launch.py --config=configs/mnist.py:sweep --config.sweep.axis=student.learning_rate
                                                             accuracy over any value below, one figure
@@ -26,7 +26,7 @@ PRESETS = {
     "paper": "Fig. 10: 3 auxiliary logits, 100 runs",
     "nature": "behavioural cloning on fresh noise and on digits, over epochs of cloning; 40 runs",
     "architectures": "behavioural cloning of the reference by other architectures; 10 runs",
-    "logits": "accuracy over the number of auxiliary logits; 10 runs",
+    "logits": "accuracy over the number of auxiliary logits; 25 runs",
     "strongest": "the best published recipe with three logits",
     "sweep": "accuracy over any value, one figure",
     "smoke": "every stage, tiny, seconds: a test, not a result",
@@ -130,7 +130,7 @@ def get_config(preset: str = "quick") -> ConfigDict:
             "biases=false",
         )
     elif preset == "logits":
-        config.runs = 10
+        config.runs = 25
         config.runs_at_once = 10
         config.arms = ("auxiliary", "cross_auxiliary")
         config.sweep.axis = "model.auxiliary"
