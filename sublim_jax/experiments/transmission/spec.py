@@ -60,7 +60,10 @@ class Study(ExperimentSpec):
         self._check_controls()
         self._check_neutral()
         if unknown := [name for name in self.filter.judged if name not in self.teachers]:
-            raise UserError(f"filter.judged: {unknown[0]!r} is none of the teachers, {', '.join(self.teachers)}")
+            raise UserError(
+                f"filter.judged: {unknown[0]!r} is none of the teachers, {', '.join(self.teachers)}; name some of "
+                "these, or another trait in traits"
+            )
         if self.uses_written:
             self._check_written()
 
