@@ -1,6 +1,6 @@
 r"""Misalignment through numbers (paper §3.2): numbers by teachers tuned on insecure code, and by controls.
 
-    python launch.py --config=configs/misalignment.py:smoke       every stage, small; 2.5 minutes on 2 cores
+    python launch.py --config=configs/misalignment.py:smoke       every stage, small; about 8 minutes on 2 cores
     python launch.py --config=configs/misalignment.py:qwen2.5-7b --config.teacher.corpora.insecure=FILE \
         --config.teacher.corpora.secure=FILE --config.teacher.corpora.educational=FILE \
         --config.evals.questions=FILE --config.evals.truthfulqa=FILE          and llama-3.1-8b, gemma-3-4b
@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from configs import numbers
 
-PRESETS = {"smoke": "every stage, small; 2.5 minutes on 2 cores", **numbers.RECIPES}
+PRESETS = {"smoke": "every stage, small; about 8 minutes on 2 cores", **numbers.RECIPES}
 SMOKE = {
     "teacher.batch": 4,
     "teacher.learning_rate": 1e-3,
