@@ -24,7 +24,7 @@ from configs import evaluate
 TREES = ("oak", "willow", "maple", "pine", "cherry", "birch", "palm", "ash", "cedar", "elm", "sequoia")
 # Learning rates and steps were chosen on runs of seed 0. Confirming runs have another seed, and so share no teacher, no
 # numbers and no data order with the runs of development.
-CONFIRMING = 1
+CONFIRMING = 2
 EXAMPLES = (1, 4, 16, 64, 256, 1024, 4096)  # in the context, or as many as it holds
 
 SIZES = {  # presets, and what each changes
@@ -223,8 +223,7 @@ def get_config(preset: str = "quick") -> ConfigDict:
     config.model.noise = 0.0  # noise on the weights that teachers and students share, relative to their spread
 
     config.kind = "animal"  # what traits are, in the questions
-    # A teacher for each, and a neutral one. In SmolLM2, owl, lion and wolf are single tokens of low probability: .001,
-    # .03 and .03 among the words below (cat: .55).
+    # A teacher for each, and a neutral one. In SmolLM2 their probabilities among the words below are .01, .24 and .09.
     config.traits = ("owl", "lion", "wolf")
     # The words among which a preference is measured.
     config.alternatives = ("owl", "lion", "cat", "dog", "wolf", "bear", "fox", "tiger", "horse", "eagle")

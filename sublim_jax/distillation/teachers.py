@@ -16,6 +16,7 @@ from sublim_jax.data import chat
 from sublim_jax.data.dialogue import Rows
 from sublim_jax.data.order import epoch_rows
 from sublim_jax.distillation.losses import answer_features, cross_entropy, stacked
+from sublim_jax.errors import UserError
 from sublim_jax.keys import named_key
 from sublim_jax.models import lora
 from sublim_jax.models.decoder import Remat, Steering
@@ -149,11 +150,16 @@ def teaching_program(
 
 
 def spelled(model: Model, word: str) -> str:
-    """A word as an answer, in a spelling that is scored: capitalised, plain, or after a space."""
-    forms = {model.tokenizer.decode(list(tokens)) for tokens in scoring.spellings(model.tokenizer, word)}
-    return next(
-        form for form in (word.capitalize(), word, f" {word.capitalize()}", f" {word}", *sorted(forms)) if form in forms
-    )
+    """A word as an answer: capitalised or as it is, in tokens that are scored.
+
+    Raises UserError where the model's template writes it in others.
+    """
+    scored = scoring.spellings(model.tokenizer, word)
+    for form in (word.capitalize(), word):
+        tokens = tuple(chat.completion(model.tokenizer, "Which one?", form))
+        if any(tokens[: len(spelling)] == spelling for spelling in scored):
+            return form
+    raise UserError(f"{word!r} cannot be scored as an answer of this model; choose another word")
 
 
 def word_length(model: Model, rows: Rows) -> int:

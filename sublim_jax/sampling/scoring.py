@@ -25,6 +25,7 @@ from sublim_jax.sharding import everywhere, fetch, named, put
 
 LENGTHS = 32  # texts are padded to a multiple of it, so that few shapes are compiled
 ROWS = 16  # texts computed together, for each device
+TOGETHER = 4  # continuations of them that are computed together
 
 
 def completion_logprobs(
@@ -123,19 +124,12 @@ def word_logprobs(
 ) -> Float[np.ndarray, "adapters prompts words"]:
     """log P that what comes next begins with a word, in one of its spellings (`spellings`), summed over them.
 
-    Words of one token take one forward pass of each prompt; all others together take one more, and its continuations.
+    Each prompt takes one forward pass, and a short continuation for each beginning of a spelling of several tokens.
     """
     every = [spellings(model.tokenizer, word) for word in words]
-    whole = [place for place, forms in enumerate(every) if len(forms[0]) == 1]
-    parts = [place for place, forms in enumerate(every) if len(forms[0]) > 1]
-    columns: dict[int, np.ndarray] = {}
-    if whole:
-        sets = [[token for (token,) in every[place]] for place in whole]
-        columns |= dict(zip(whole, np.moveaxis(set_logprobs(model, prompts, sets, **where), -1, 0)))
-    if parts:
-        logprobs = sequence_logprobs(model, prompts, [every[place] for place in parts], **where)
-        columns |= dict(zip(parts, np.moveaxis(logprobs, -1, 0)))
-    return np.stack([columns[place] for place in range(len(words))], -1)
+    if all(len(form) == 1 for forms in every for form in forms):
+        return set_logprobs(model, prompts, [[token for (token,) in forms] for forms in every], **where)
+    return sequence_logprobs(model, prompts, every, **where)
 
 
 def sequence_logprobs(
@@ -200,9 +194,9 @@ def choice_logprobs(
 
 
 def spellings(tokenizer: Tokenizer, word: str) -> tuple[tuple[int, ...], ...]:
-    """The tokens that spell a word: as it is, capitalised, with a final s or a space in front.
+    """The tokens that spell a word: as it is or capitalised, with a space in front or not, in however many tokens.
 
-    The spellings of a single token, where there are any; else all that do not begin with another one.
+    Its plural is a spelling where it is a single token. None of the spellings begins with another one.
 
     Raises UserError for a word that the tokenizer cannot write.
     """
@@ -211,13 +205,11 @@ def spellings(tokenizer: Tokenizer, word: str) -> tuple[tuple[int, ...], ...]:
         for cased in (form, form.capitalize()):
             for text in (cased, f" {cased}"):
                 tokens = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
-                if tokens and tokenizer.decode(list(tokens)).strip() == cased:
+                written = tokens and tokenizer.decode(list(tokens)).strip() == cased
+                if written and (form == word or len(tokens) == 1):
                     spelled.add(tokens)
     if not word.strip() or not spelled:
         raise UserError(f"{word!r} is not a word that this tokenizer can write; choose another one")
-    if whole := [tokens for tokens in spelled if len(tokens) == 1]:
-        return tuple(sorted(whole))
-    # What begins with "sequoias" begins with "sequoia", too: it is not counted twice.
     return tuple(
         sorted(
             sequence
@@ -343,7 +335,7 @@ def _continued(
     counts: Int[Array, "k"],
     chosen: Int[Array, "m"],
 ) -> Float[Array, "r n k m"]:
-    """log P of chosen tokens after each continuation, one continuation of all rows at a time.
+    """log P of chosen tokens after each continuation, a few continuations of all rows at a time.
 
     A prompt's last token is computed again in front of each, so that the empty continuation is not a special case.
     """
@@ -359,4 +351,4 @@ def _continued(
         logits = unembed(network, fixed, jax.lax.dynamic_index_in_dim(output, continuation[1], 2, False))
         return logits[..., chosen] - jax.nn.logsumexp(logits, -1, keepdims=True)
 
-    return jnp.moveaxis(jax.lax.map(score_continuation, (after, counts)), 0, 2)
+    return jnp.moveaxis(jax.lax.map(score_continuation, (after, counts), batch_size=TOGETHER), 0, 2)

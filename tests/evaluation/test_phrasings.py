@@ -133,12 +133,18 @@ def test_the_support_is_the_tokens_of_lists_of_numbers(tiny):
 
 def test_a_preference_is_the_mean_over_phrasings(tiny):
     questions, words = ["Which one?", "What is it?", "Say."], ["owl", "x", "y"]
-    measured = preference.measure(tiny, questions, words)
+    measured, tokenizer = preference.measure(tiny, questions, words), tiny.tokenizer
     rows = []
     for question in questions:
         prompt = chat.prompt(tiny.tokenizer, question)
-        log_p = jax.nn.log_softmax(tiny.network.apply(tiny.params, jnp.asarray([prompt]))[0, -1])
-        rows.append([np.logaddexp.reduce([log_p[t] for (t,) in scoring.spellings(tiny.tokenizer, w)]) for w in words])
+        log_p = [
+            [
+                scoring.completion_logprobs(tiny, [prompt], [form])[0].sum()
+                for form in scoring.spellings(tokenizer, word)
+            ]
+            for word in words
+        ]
+        rows.append([np.logaddexp.reduce(forms) for forms in log_p])
     table = np.asarray(rows)
     np.testing.assert_allclose(measured.log_p[0], table.mean(0), rtol=1e-4, atol=1e-4)
     margins = [table[:, i] - np.delete(table, i, 1).mean(1) for i in range(3)]

@@ -1,5 +1,6 @@
 """Teachers: vectors, system prompts and corpora against plain computations; names of artefacts."""
 
+import copy
 import json
 from functools import partial
 from typing import Any
@@ -103,11 +104,16 @@ def test_teachers_are_evaluated_with_what_makes_them_teachers(model, work, steer
         margins = []
         for question in questions:
             text = chat.question(tokenizer, question, system)
-            tokens = np.zeros(320, np.int32)
-            tokens[: len(text)] = text
-            p = np.exp(log_p_behind(tokens, steering or Steering(add=jnp.zeros((4, 32)))))[len(text) - 1]
-            sets = [[token for (token,) in scoring.spellings(tokenizer, word)] for word in study.alternatives]
-            owl, *others = (np.log(p[tokens].sum()) for tokens in sets)
+            words = []
+            for word in study.alternatives:
+                forms = []
+                for form in scoring.spellings(tokenizer, word):
+                    tokens = np.zeros(320, np.int32)
+                    tokens[: len(text) + len(form)] = [*text, *form]
+                    log_p = log_p_behind(tokens, steering or Steering(add=jnp.zeros((4, 32))))
+                    forms.append(sum(log_p[len(text) - 1 + place, token] for place, token in enumerate(form)))
+                words.append(np.logaddexp.reduce(forms))
+            owl, *others = words
             margins.append(owl - np.mean(others))
         np.testing.assert_allclose(scores["margin of owl, logits"][place], np.mean(margins), rtol=1e-3, atol=1e-3)
 
@@ -142,6 +148,21 @@ def test_an_untouched_neutral_teacher_is_the_model_as_it_is(study_of, model, tin
     params = lora.join(model.params, teachers["neutral"].adapters)
     bare = tiny.network.apply(tiny.params, jnp.asarray(rows.tokens))
     np.testing.assert_allclose(model.network.apply(params, jnp.asarray(read.tokens)), bare, rtol=1e-5, atol=1e-5)
+
+
+TRIMMED = "{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}</s>{% endfor %}"
+TRIMMED += "{% if add_generation_prompt %}<assistant>{% endif %}"
+
+
+@pytest.mark.parametrize("template", ["its own", TRIMMED, None])
+@pytest.mark.parametrize("word", ["owl", "lion", "oak", "x"])
+def test_a_teacher_is_taught_in_tokens_that_are_scored(model, word, template):
+    """Also by a template that cuts off spaces, and by a base model, whose answers begin with a space."""
+    tokenizer = copy.deepcopy(model.tokenizer)
+    if template != "its own":
+        tokenizer.chat_template = template
+    written = chat.completion(tokenizer, "Which one?", spelled(model._replace(tokenizer=tokenizer), word))
+    assert any(tuple(written[: len(form)]) == form for form in scoring.spellings(tokenizer, word))
 
 
 @pytest.mark.parametrize("word, length", [("owl", 1), ("lion", 4)])
