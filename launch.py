@@ -99,9 +99,9 @@ def main(args: Sequence[str], watch: cluster.Watch) -> None:
         return write_report_again(typed)
     if _DESCRIBE.value:
         with describe.traced() as origins:
-            config = read(typed)
+            config, _ = read(typed)
         return print(describe.text(str(_CONFIG.value), config, origins), flush=True)
-    config = read(typed)
+    config, set_keys = read(typed)
     experiment = experiments.load(config.experiment)
     renamed.check(f"--config={config_file()}", config)
     if _PREFLIGHT.value is not None:
@@ -113,7 +113,7 @@ def main(args: Sequence[str], watch: cluster.Watch) -> None:
     folder = epath.Path(_WORKDIR.value or f"runs/{name}-{config.get('preset', '')}").expanduser()
     spec = experiment.read(config)
     if hasattr(experiment, "check_typed"):
-        experiment.check_typed(spec, typed)
+        experiment.check_typed(spec, set_keys)
     workdir.check(folder, spec.values, update=_UPDATE.value)
     signals.install()
     experiment.run(spec, folder, update=_UPDATE.value)
@@ -181,8 +181,8 @@ def fail(text: str) -> None:
 # ------------------------------------------------------------------------------------------------ the command line
 
 
-def read(typed: Mapping[str, list[str | bool]]) -> ConfigDict:
-    """The config that --config names, with the values typed on the command line.
+def read(typed: Mapping[str, list[str | bool]]) -> tuple[ConfigDict, list[str]]:
+    """The config that --config names, with the values typed on the command line; and their keys, by current names.
 
     Raises UserError for the first value that is not valid.
     """
@@ -192,7 +192,8 @@ def read(typed: Mapping[str, list[str | bool]]) -> ConfigDict:
         )
     config = overrides.load(_CONFIG.value)
     given = named(config)
-    for key, values in renamed.understood(config, typed).items():
+    by_name = renamed.understood(config, typed)
+    for key, values in by_name.items():
         overrides.override(config, key, values)
     if config.get("experiment") not in EXPERIMENTS:
         raise UserError(f"config.experiment={config.get('experiment')!r} is none of {', '.join(EXPERIMENTS)}")
@@ -201,7 +202,7 @@ def read(typed: Mapping[str, list[str | bool]]) -> ConfigDict:
             raise UserError(
                 f"config.{key}={value!r}: it is {given[key]!r} by the file; choose another, --config=FILE:PRESET"
             )
-    return config
+    return config, list(by_name)
 
 
 def named(config: ConfigDict, prefix: str = "") -> dict[str, str]:

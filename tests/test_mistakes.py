@@ -133,7 +133,7 @@ def test_whatever_is_typed_is_accepted_or_refused_in_one_line(config, typed):
 
 
 def read(*words):
-    return launch.read(launch.parse(["launch.py", *words]))
+    return launch.read(launch.parse(["launch.py", *words]))[0]
 
 
 @pytest.mark.parametrize("config", ["mnist.py", "theorem.py", "numbers.py", "sample.py", "evaluate.py"])
