@@ -298,6 +298,9 @@ def fit(
                 pending, step = (step, stop, history), stop
             if pending:
                 read(*pending)
+            # Asked to stop while the last dispatch ran.
+            if step > start and signal.requested() and store:
+                store.save(step, state, iterator.get_state() if iterator is not None else None)
     if signal.heard:
         raise Interrupted(f"stopped by {signal.heard} at the end of {what}")
     return state

@@ -250,6 +250,15 @@ def test_a_signal_saves_and_the_next_run_ends_with_the_same_bits(mesh_of, tmp_pa
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+def test_a_signal_during_the_last_dispatch_loses_nothing(mesh_of, tmp_path):
+    program, dispatches = lm(mesh_of(1)), []
+    run = partial(fit, program, steps=20, key=jax.random.key(0), checkpoints=epath.Path(tmp_path))
+    with pytest.raises(Interrupted, match="at the end of"):
+        run(start(program), iterator=Rows(), log=interrupted_after(5))  # of five
+    resumed = run(start(program), iterator=Rows(), log=lambda step, _: dispatches.append(step))
+    assert int(resumed.step) == 20 and not dispatches
+
+
 def test_a_state_saved_on_eight_devices_goes_on_with_one(mesh_of, tmp_path):
     sharded, single = lm(mesh_of(8, replica=1, fsdp=8)), lm(mesh_of(1))
     whole = fit(single, start(single), steps=12, key=jax.random.key(0), iterator=Rows())
