@@ -242,7 +242,8 @@ def verify(
         slope = predicted_alignment(apply, objective, params, direction, inputs, weights=weights, chunk=chunk)
         return update, slope, *tangent(apply, params, direction, inputs)
 
-    update, slope, logits, v = measure(params, direction, inputs)
+    with jax.default_matmul_precision("float32"):  # accelerators would multiply float32 with fewer bits
+        update, slope, logits, v = measure(params, direction, inputs)
     check_finite(update, "the student's gradient")
     check_finite(slope, "the predicted alignment")
     if reason := unresolved(logits, v, epsilon):

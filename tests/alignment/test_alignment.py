@@ -81,7 +81,8 @@ def test_a_check_of_few_rows_is_as_predicted_and_its_report_is_written_again(
 MISTAKES = {
     "a step below float64": (["steps.min=-15"], ["float64 cannot resolve", "1e-15"]),
     "steps too large to be judged": (["steps.min=-2", "steps.max=3"], ["4 decades", "0.004"]),
-    "a support of one logit": (["support=(10,)"], ["support=(10,)", "2 logits or more"]),
+    "a support of one logit": (["support=(10,)"], ["support=(10,)", "3 logits or more"]),
+    "a support of two logits": (["support=(10,11)"], ["support=(10, 11)", "3 logits or more"]),
     "a support outside the logits": (["support=(10,13)"], ["support=(10, 13)", "13 logits"]),
     "a logit twice": (["support=(10,10)"], ["support: 10 is there twice"]),
     "too few steps": (["steps.num=2"], ["steps", "at least 5"]),

@@ -21,6 +21,7 @@ from sublim_jax.data.dialogue import Rows
 from sublim_jax.distillation.losses import answer_features, cross_entropy
 from sublim_jax.distillation.targets import support_of
 from sublim_jax.distillation.teachers import spelled
+from sublim_jax.errors import UserError
 from sublim_jax.evaluation import preference
 from sublim_jax.experiments.alignment import measure
 from sublim_jax.experiments.alignment.settings import Setting, double, mean
@@ -101,7 +102,10 @@ def inputs_of(spec: LanguageSpec, model: Model) -> tuple[Rows, Rows]:
     """The student's rows and the teacher's questions. Raises UserError for a trait that is not a word of the model."""
     prompts = carrier.prompts(spec.num_rows, spec.seed)
     answers = carrier.random_answers(spec.num_rows, spec.seed, spec.num_integers)
-    questions = preference.questions("", spec.kind)["teaching"][: spec.num_questions]
+    questions = preference.questions("", spec.kind)["teaching"]
+    if spec.num_questions > len(questions):
+        raise UserError(f"num_questions={spec.num_questions}: there are {len(questions)}")
+    questions = questions[: spec.num_questions]
     pairs = [(question, spelled(model, spec.trait)) for question in questions]
     return dialogue.rows(model, list(zip(prompts, answers))), dialogue.rows(model, pairs)
 

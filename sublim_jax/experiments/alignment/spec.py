@@ -92,8 +92,11 @@ class AlignmentSpec(ExperimentSpec):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 2 <= self.support_mask().sum() < NUM_LOGITS:
-            raise UserError(f"support={self.support}: take 2 logits or more, and leave one that is not compared")
+        if not 3 <= self.support_mask().sum() < NUM_LOGITS:
+            raise UserError(
+                f"support={self.support}: take 3 logits or more, of which a control cuts all but two, and leave one "
+                "that is not compared"
+            )
 
     def support_mask(self) -> Bool[np.ndarray, "logits"]:
         """The logits on which student and teacher are compared."""
