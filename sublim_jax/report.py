@@ -193,11 +193,11 @@ def _finite(value: object) -> object:
 
 
 def plus_minus(mean: float | None, half_width: float | None) -> str:
-    """Such as "0.528 ± 0.022"; without an interval if there is none; "none" for a mean over nothing."""
+    """Such as "0.528 ± 0.022"; without an interval if there is none; "undefined" where a run has no number."""
     if mean is None:
         return ""
     if math.isnan(mean):
-        return "none"
+        return "undefined"
     return f"{mean:.3f}" if half_width is None or math.isnan(half_width) else f"{mean:.3f} ± {half_width:.3f}"
 
 

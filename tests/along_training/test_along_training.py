@@ -54,6 +54,10 @@ MISTAKES = [
     ("examples", ["--config.share=0.1", "--config.mnist.inputs.count=5"], "is less than one image"),
     ("trajectory", ["--config.mnist.student.objective=sampled"], "objective on logits"),
     ("trajectory", ["--config.every=0"], "every=0: choose 1 or more"),
+    ("trajectory", ["--config.mnist.clone.epochs=5"], "config.mnist.clone.epochs is read only with the arm"),
+    ("trajectory", ["--config.mnist.inputs.blur=2"], "config.mnist.inputs.blur is read only with"),
+    ("forecast", ["--config.mnist.model.auxiliary=50"], "set config.auxiliary instead"),
+    ("examples", ["--config.mnist.arms=auxiliary,all"], "only students of the auxiliary logits are measured"),
 ]
 
 

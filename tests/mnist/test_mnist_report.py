@@ -71,6 +71,32 @@ def test_points_without_pairs_have_no_differences(accuracies, axis, counts, runs
     assert [section.title for section in sections] == [f"Test accuracy over {axis}"]
 
 
+def test_a_run_that_has_diverged_is_said_to_have(accuracies):
+    given = {("", arm): accuracies["kl", arm] for arm in ("reference", "teacher", "auxiliary", "cross_auxiliary")}
+    given["", "auxiliary"] = np.where(np.arange(RUNS) < 2, np.nan, given["", "auxiliary"])
+    entries, (section,) = document(spec_of("nature"), rows_of(given), {})
+    assert [row[1].startswith("diverged") for row in section.table[1:]] == [False, False, True, False]
+    assert section.table[3][1] == "diverged in 2 of the runs" and np.isnan(entries[2]["mean"])
+
+
+@pytest.mark.parametrize(
+    "changes, compared",
+    [
+        ({"seed": 3, "arms": ("auxiliary",)}, True),
+        ({"student.learning_rate": 1e-3}, False),
+        ({"model.auxiliary": 50}, False),
+        ({"inputs.kind": "gaussian"}, False),
+        ({"sweep.axis": "seed", "sweep.points": (0, 1)}, False),
+    ],
+)
+def test_the_papers_values_are_shown_for_the_papers_recipe_alone(accuracies, changes, compared):
+    points = changes.get("sweep.points", ("",))
+    given = {(str(point), arm): accuracies["kl", arm] for point in points for arm in ("teacher", "auxiliary")}
+    entries, (section, *_) = document(spec_of("paper", **changes), rows_of(given), {})
+    assert ("inside" in section.table[0]) == compared
+    assert all((entry["paper"] is not None) == compared for entry in entries)
+
+
 def test_cloned_students_are_compared_with_uncloned_ones_of_the_same_run(accuracies):
     arms = {"reference": "kl", "teacher": "kl", "auxiliary": "kl", "cross_auxiliary": "kl"}
     given = {("", arm): accuracies[point, arm] for arm, point in arms.items()}

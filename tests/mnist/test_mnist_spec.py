@@ -91,6 +91,30 @@ def test_a_typed_value_that_nothing_reads_is_told(key, words):
     check_typed(tiny(arms=("auxiliary", "clone"), inputs__kind="blurred"), [key])
 
 
+@pytest.mark.parametrize(
+    "changes, keys, words",
+    [
+        ({"arms": ("cross_auxiliary",)}, ["student.init_distance"], "start at the reference"),
+        ({"arms": ("cross_auxiliary",)}, ["student.shared_layers"], "start at the reference"),
+        ({"arms": ("real",)}, ["inputs.kind"], "digits"),
+        ({"sweep__axis": "inputs.blur"}, [], r"sweep.axis=inputs.blur: .*inputs.kind=blurred"),
+        ({"arms": ("cross_auxiliary",), "sweep__axis": "student.init_distance"}, [], "start at the reference"),
+    ],
+)
+def test_a_value_that_no_arm_reads_is_told_also_as_the_axis_of_a_sweep(changes, keys, words):
+    with pytest.raises(UserError, match=words):
+        check_typed(tiny(**changes), keys)
+    swept = tiny(sweep__axis="inputs.kind", sweep__points=("uniform", "blurred"))
+    check_typed(swept, ["inputs.blur", "student.init_distance", "inputs.kind"])
+
+
+@pytest.mark.parametrize("changes", [{"inputs__fresh": True}, {"inputs__kind": "real"}])
+def test_two_names_of_the_same_inputs_of_clones_are_told(changes):
+    other = "fresh_noise" if "inputs__fresh" in changes else "real"
+    with pytest.raises(UserError, match=f"noise, as in distillation, is {other} here"):
+        tiny(arms=("auxiliary", "clone"), clone__inputs=("noise", other), **changes)
+
+
 def test_only_noise_that_is_drawn_can_be_drawn_afresh():
     with pytest.raises(UserError, match=r"fresh_noise: .*shuffled is not drawn noise"):
         tiny(inputs__kind="shuffled", clone__inputs=("fresh_noise",))

@@ -42,6 +42,27 @@ def last_layer(params):
     return params["layers"][max(params["layers"])]
 
 
+def test_a_network_that_has_diverged_has_no_accuracy(accuracies):
+    learned = accuracies(tiny(arms=("auxiliary", "cross_auxiliary")))
+    diverged = {"student__optimizer": "sgd", "student__learning_rate": 1e6, "student__objective": "squared_error"}
+    result = accuracies(tiny(arms=("auxiliary",), student__epochs=3, **diverged))
+    assert np.all(np.isfinite(learned["auxiliary"])) and np.all(np.isfinite(result["teacher"]))
+    assert np.all(np.isnan(result["auxiliary"]))
+
+
+def test_clones_and_students_see_other_noise_where_it_is_drawn_anew(data, tmp_path, mesh_of, monkeypatch):
+    names, keys = [], Runs.keys
+
+    def noted(runs, name):
+        names.append(name)
+        return keys(runs, name)
+
+    monkeypatch.setattr(Runs, "keys", noted)
+    spec = tiny(arms=("clone",), inputs__fresh=True, clone__epochs=(1,), clone__inputs=("noise",))
+    run.test_accuracies(spec, data, Store(tmp_path), mesh_of(1))
+    assert names.count("student") == 1 and names.count("distillation") == 1
+
+
 def test_teacher_training_leaves_the_auxiliary_rows_to_the_bit(trained):
     result = trained(tiny(), "auxiliary")
     for name, before in last_layer(result.reference.params).items():

@@ -11,9 +11,11 @@ from jaxtyping import Array, Float, Int
 
 from sublim_jax import report, theorem
 from sublim_jax.data.mnist import Mnist
+from sublim_jax.errors import UserError
 from sublim_jax.evaluation.statistics import t_interval
 from sublim_jax.experiments.along_training import coverage
 from sublim_jax.experiments.along_training.spec import ExamplesSpec
+from sublim_jax.experiments.along_training.spec import check_typed as check_typed
 from sublim_jax.experiments.along_training.spec import read as read_spec
 from sublim_jax.experiments.mnist import train
 from sublim_jax.experiments.mnist.report import accuracy_arm
@@ -60,7 +62,8 @@ def rank_and_train(spec: MnistSpec, part: MnistSpec, runs: range, data: Mnist, *
     """{"accuracy": choice → runs, "carried": choice → share of A by run, "quantiles": (runs, levels)}."""
     before = coverage.before_training(spec, runs, data, store=store, mesh=mesh)
     carried = contributions(spec, before, mesh)
-    theorem.check_finite(carried, "contributions of images")
+    if not np.all(np.isfinite(carried)):
+        raise UserError("mnist.teacher: a teacher has diverged; choose a smaller learning_rate")
     order = np.argsort(carried, axis=1)
     rng = np.random.default_rng(spec.seed)
     shuffled = np.stack([rng.permutation(row) for row in order])

@@ -11,6 +11,7 @@ from scipy import stats
 from sublim_jax import report
 from sublim_jax.experiments.along_training.coverage import claimed, coverages
 from sublim_jax.experiments.along_training.spec import ForecastSpec
+from sublim_jax.experiments.along_training.spec import check_typed as check_typed
 from sublim_jax.experiments.along_training.spec import read as read_spec
 from sublim_jax.experiments.mnist.report import accuracy_arm
 from sublim_jax.experiments.mnist.run import test_accuracies
@@ -49,10 +50,11 @@ def document(spec: ForecastSpec, rows: Measurements, notes: report.Notes) -> rep
         arms.append(accuracy_arm(name, accuracies, coverage=float(np.mean(covered)), coverage_runs=covered))
     x = np.asarray([arm["coverage"] for arm in arms])
     y = np.asarray([arm["mean"] for arm in arms])
-    groups, panels, style = {"all settings": np.arange(len(arms))}, [], {"ls": "", "marker": "o", "alpha": 0.7}
+    finite = np.isfinite(x) & np.isfinite(y)
+    groups, panels, style = {"all settings": np.flatnonzero(finite)}, [], {"ls": "", "marker": "o", "alpha": 0.7}
     for title, key in GROUPS.items():
         values = [key(setting) for setting in settings]
-        places = {value: np.flatnonzero([v == value for v in values]) for value in dict.fromkeys(values)}
+        places = {value: np.flatnonzero([v == value for v in values] & finite) for value in dict.fromkeys(values)}
         groups |= {f"{title} {value}": members for value, members in places.items()}
         if title != "width":
             lines = [Line(f"{value}", x[members], y[members], style) for value, members in places.items()]
@@ -68,6 +70,8 @@ def document(spec: ForecastSpec, rows: Measurements, notes: report.Notes) -> rep
         f"auxiliary logits. Spearman's ρ over all of them: **{table[1][2]}** ({table[1][3]}). The interval treats "
         "settings as independent, although they share levels and runs."
     )
+    if diverged := int(np.sum(~finite)):
+        text += f" In {diverged} settings a run has diverged; they are left out of the ranks."
     listing = [["setting", "coverage", "test accuracy"]]
     listing += [[arm["name"], f"{arm['coverage']:.4f}", report.plus_minus(arm["mean"], arm["ci95"])] for arm in arms]
     figures = {"forecast": partial(panels_figure, panels)}

@@ -1,6 +1,6 @@
 """Specs of the experiments along MNIST distillation: the other presets of `configs/theorem.py`."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import TypeVar
@@ -10,11 +10,13 @@ from ml_collections import ConfigDict
 from sublim_jax import specs
 from sublim_jax.data import images
 from sublim_jax.errors import UserError
-from sublim_jax.experiments.mnist.spec import DataSpec, MnistSpec
+from sublim_jax.experiments.mnist.spec import DataSpec, MnistSpec, check_read
 from sublim_jax.overrides import check_distinct
 from sublim_jax.specs import Count, ExperimentSpec, MeshSpec
 
 MIN_SETTINGS = 3  # of a rank correlation
+# Keys of config.mnist that the settings of `forecast` vary, and where their values are.
+VARIED = {"model.auxiliary": "auxiliary", "inputs.kind": "kinds", "student.init_distance": "distances"}
 # Keys of config.mnist that are set in the outer config, with their default values.
 OUTSIDE = {"seed": 0, "data.path": "", "mesh.replica": -1, "mesh.fsdp": 1, "mesh.tensor": 1}
 
@@ -149,7 +151,18 @@ def vary(spec: MnistSpec, changes: Mapping[str, object]) -> MnistSpec:
     for path, value in changes.items():
         part, name = path.split(".")
         spec = replace(spec, **{part: replace(getattr(spec, part), **{name: value})})
-    return spec
+    return replace(spec, point=", ".join(f"{path}={value}" for path, value in changes.items()))
+
+
+def check_typed(spec: AlongSpec, keys: Iterable[str]) -> None:
+    """Raises UserError for a value of the MNIST experiment that nothing reads."""
+    for key in keys:
+        part, _, inner = key.partition(".")
+        if part != "mnist":
+            continue
+        if inner in VARIED and isinstance(spec, ForecastSpec):
+            raise UserError(f"config.{key}: the settings vary it; set config.{VARIED[inner]} instead")
+        check_read(spec.settings, inner, "config.mnist.")
 
 
 def check_covered(spec: MnistSpec) -> None:
@@ -165,7 +178,7 @@ def check_covered(spec: MnistSpec) -> None:
             "coverage is of one network, all of whose layers learn: give teacher and student the same activation, "
             "and leave mnist.student.trained_layers=all"
         )
-    if "auxiliary" not in spec.arms:
-        raise UserError(f"mnist.arms={spec.arms}: coverage is of students of the auxiliary logits; add it")
+    if spec.arms != ("auxiliary",):
+        raise UserError(f"mnist.arms={spec.arms}: only students of the auxiliary logits are measured; leave it")
     if spec.model.auxiliary < 2:
         raise UserError("auxiliary: a softmax over one logit is 1 whatever it is; take 2 logits or more")

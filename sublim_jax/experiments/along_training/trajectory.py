@@ -18,6 +18,7 @@ from sublim_jax.data.order import steps_per_epoch
 from sublim_jax.evaluation.statistics import normal_interval
 from sublim_jax.experiments.along_training import coverage
 from sublim_jax.experiments.along_training.spec import TrajectorySpec
+from sublim_jax.experiments.along_training.spec import check_typed as check_typed
 from sublim_jax.experiments.along_training.spec import read as read_spec
 from sublim_jax.experiments.mnist import train
 from sublim_jax.experiments.mnist.report import accuracy_arm

@@ -1,7 +1,8 @@
 """The arms of results.json and the sections of report.md, from the spec and the measurements."""
 
+import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -48,7 +49,7 @@ def document(spec: MnistSpec, rows: Measurements, notes: Notes) -> Document:
         for name in rows.names("arm")
     ]
     _compare(arms)
-    note = INTERVALS + (INSIDE if spec.published else "") + (CLONED if any("p" in arm for arm in arms) else "")
+    note = INTERVALS + (INSIDE if published(spec) else "") + (CLONED if any("p" in arm for arm in arms) else "")
     if spec.sweep.axis:
         shown = [arm for arm in arms if arm["arm"] != "reference"]
         figures = {"sweep": partial(sweep_figure, shown, spec.sweep.axis)}
@@ -72,8 +73,16 @@ def accuracy_arm(name: str, accuracies: Sequence[float], **more: Any) -> Entry:
 
 
 def _arm(spec: MnistSpec, name: str, accuracies: Sequence[float]) -> Entry:
-    published, half_width = spec.published.get(name, (None, None))
-    return accuracy_arm(_title(name), accuracies, paper=published, paper_ci95=half_width)
+    value, half_width = published(spec).get(name, (None, None))
+    return accuracy_arm(_title(name), accuracies, paper=value, paper_ci95=half_width)
+
+
+def published(spec: MnistSpec) -> Mapping[str, tuple[float, float]]:
+    """The paper's values by arm; none for another recipe than theirs, nor in a sweep."""
+    recipe = json.loads(spec.published_recipe or "{}")
+    if spec.sweep.axis or any(spec.values.get(part) != values for part, values in recipe.items()):
+        return {}
+    return spec.published if recipe else {}
 
 
 def _title(name: str) -> str:
@@ -139,13 +148,18 @@ def _table(arms: Sequence[Entry], axis: str = "") -> list[list[str]]:
     rows = [[*([axis] if axis else []), *head, *(["paper", "inside"] if published else []), *(["p"] if tested else [])]]
     for arm in arms:
         row = [arm["value"]] if axis else []
-        row += [arm["name"], plus_minus(arm["mean"], arm["ci95"]), str(len(arm["runs"]))]
+        row += [arm["name"], _accuracy(arm), str(len(arm["runs"]))]
         if published:
             row += [plus_minus(arm["paper"], arm["paper_ci95"]), {None: "", True: "yes", False: "no"}[_inside(arm)]]
         if tested:
             row.append(_p(arm["p"]) if "p" in arm else "")
         rows.append(row)
     return rows
+
+
+def _accuracy(arm: Entry) -> str:
+    diverged = sum(map(math.isnan, arm["runs"]))
+    return f"diverged in {diverged} of the runs" if diverged else plus_minus(arm["mean"], arm["ci95"])
 
 
 def _p(value: float) -> str:

@@ -15,7 +15,6 @@ from ml_collections import ConfigDict
 
 from sublim_jax import assets, report, specs
 from sublim_jax.data import images, mnist
-from sublim_jax.errors import UserError
 from sublim_jax.experiments.mnist import train
 from sublim_jax.experiments.mnist.report import document as document
 from sublim_jax.experiments.mnist.spec import (
@@ -24,6 +23,7 @@ from sublim_jax.experiments.mnist.spec import (
     MnistSpec,
     NetworkSpec,
     check_divides,
+    check_read,
     variants,
 )
 from sublim_jax.experiments.mnist.train import Inputs, Networks, Record, Runs
@@ -44,13 +44,12 @@ def read(config: ConfigDict) -> MnistSpec:
 
 
 def check_typed(spec: MnistSpec, keys: Iterable[str]) -> None:
-    """Raises UserError for a value that no arm, or no point of a sweep, reads."""
+    """Raises UserError for a value that no arm, or no point of a sweep, reads; also for the axis of a sweep."""
+    points = variants(spec).values()
     for key in keys:
-        if key.startswith("clone.") and "clone" not in spec.arms:
-            arms = ",".join((*spec.arms, "clone"))
-            raise UserError(f"config.{key} is read only with the arm clone; add it, --config.arms={arms}")
-        if key == "inputs.blur" and not any(point.inputs.kind == "blurred" for point in variants(spec).values()):
-            raise UserError("config.inputs.blur is read only with inputs.kind=blurred")
+        check_read(points, key)
+    if spec.sweep.axis:
+        check_read(points, spec.sweep.axis, f"sweep.axis={spec.sweep.axis}: ")
 
 
 def run(spec: MnistSpec, folder: epath.Path, *, update: bool = False) -> None:
@@ -206,8 +205,11 @@ def students_of(
     kind, start = inputs.spec.kind, train.begin(program, starts)
     record = record_of(spec, store, runs, f"{what}-{kind}", f"{what} on {kind} inputs")
 
+    # Clones have seen the noise that the key "student" draws.
+    draws = "distillation" if inputs.spec.fresh else "student"
+
     def make(*made_of: Any, checkpoints: epath.Path) -> Params:
-        return train.imitate(*made_of, program=program, record=record, checkpoints=checkpoints).params
+        return train.imitate(*made_of, program=program, record=record, checkpoints=checkpoints, draws=draws).params
 
     name = f"students-{kind}-{span(runs.numbers)}"
     made = store.tree(name, make, runs, spec.student, teacher, inputs, start, like=start.state.params)
@@ -215,9 +217,10 @@ def students_of(
 
 
 def record_of(spec: MnistSpec, store: Store, runs: Runs, name: str, label: str) -> Record:
-    text = span(runs.numbers)
-    label = f"{label}, runs {text} of {spec.runs}"
-    return Record(label, store.folder / "metrics" / f"{name}-{text}", spec.checkpoint_every)
+    label, folder = f"{label}, runs {span(runs.numbers)} of {spec.runs}", f"{name}-{span(runs.numbers)}"
+    if spec.point:
+        label, folder = f"{label}, {spec.point}", f"{folder}-{spec.point.replace('/', ',').replace(' ', '')}"
+    return Record(label, store.folder / "metrics" / folder, spec.checkpoint_every)
 
 
 def span(runs: Sequence[int]) -> str:
@@ -234,12 +237,14 @@ def artefact_bytes(spec: MnistSpec) -> int:
 def preflight(spec: MnistSpec, devices: Sequence[jax.Device]) -> list[Step]:
     """The training steps of one group of runs, for `--preflight`."""
     mesh = make_mesh(spec.mesh.sizes, devices)
-    return [step for value, point in variants(spec).items() for step in _steps(point, mesh, value)]
+    with jax.default_matmul_precision(spec.precision):
+        return [step for point in variants(spec).values() for step in _steps(point, mesh)]
 
 
-def _steps(spec: MnistSpec, mesh: Mesh, value: str) -> list[Step]:
+def _steps(spec: MnistSpec, mesh: Mesh) -> list[Step]:
     check_divides(spec, mesh)
-    programs, runs, count = programs_of(spec, mesh), len(spec.groups[0]), spec.inputs.count
+    programs, runs = programs_of(spec, mesh), len(spec.groups[0])
+    seen = real(spec.inputs) if spec.arms == ("real",) else spec.inputs
     student, teacher = spec.student_network, spec.teacher_network
     split, whole = named(mesh, "replica"), named(mesh)
 
@@ -252,19 +257,21 @@ def _steps(spec: MnistSpec, mesh: Mesh, value: str) -> list[Step]:
     labelled = (array((MNIST_ROWS, images.PIXELS), jnp.uint8), array((MNIST_ROWS,), jnp.uint8))
     members = len([name for name in spec.arms if name not in ("clone", "real")]) + spec.num_clones or 1
     frozen: dict[str, Any] = {"supports": array((members, teacher.vocab), bool)}
-    if spec.inputs.fresh:
+    if seen.fresh:
         frozen["teacher"] = stacked(teacher, runs)
     else:
-        frozen["codes"] = array((runs, count, images.PIXELS), jnp.uint8, split)
-        frozen["logits"] = array((runs, count, teacher.vocab), jnp.float32, split)
+        shared = seen.kind == "real"
+        codes = (seen.count, images.PIXELS)
+        frozen["codes"] = array(codes, jnp.uint8) if shared else array((runs, *codes), jnp.uint8, split)
+        frozen["logits"] = array((runs, seen.count, teacher.vocab), jnp.float32, split)
     text = f"{runs} runs at once"
-    if value:
-        text += f", {spec.sweep.axis}={value}"
+    if spec.point:
+        text += f", {spec.point}"
     teachers = partial(training_step, f"teachers, {text}", programs.teaching, stacked(teacher, runs), labelled)
     students = partial(
         training_step,
         f"students, {members} a run, {text}",
-        programs.distilling[spec.inputs],
+        programs.distilling[seen],
         stacked(student, runs, members),
         frozen,
     )

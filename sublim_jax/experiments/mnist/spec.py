@@ -3,8 +3,8 @@
 A field with `compare=False` changes how a result is computed or shown, not the result; it is not part of the hash.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from typing import Any
 
@@ -54,7 +54,7 @@ POINTS = {
 }
 # Students that differ from the teacher in architecture or training (extended data Fig. 2).
 POINTS["student"] = ("activation=gelu", "activation=sigmoid", "depth=3", "width=128", "width=512", "biases=false")
-UNSWEPT = ("sweep", "experiment", "preset", "data", "published", "mesh")
+UNSWEPT = ("sweep", "experiment", "preset", "data", "published", "published_recipe", "mesh")
 
 
 @dataclass(frozen=True)
@@ -200,9 +200,11 @@ class MnistSpec:
     inputs: InputsSpec
     clone: CloneSpec
     sweep: SweepSpec = field(compare=False)
+    point: str = field(default="", compare=False)  # of a sweep, or of another experiment, in words
     mesh: MeshSpec = field(compare=False)
     checkpoint_every: int = field(compare=False)
     published: dict[str, tuple[float, float]] = field(compare=False)
+    published_recipe: str = field(default="", compare=False)
     values: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -242,8 +244,14 @@ class MnistSpec:
                 "biases cannot; leave student.width, student.depth and student.biases out, or choose arms among "
                 "cross_auxiliary, cross_all and clone"
             )
-        if "clone" in self.arms and "fresh_noise" in self.clone.inputs and self.inputs.kind not in images.DRAWN:
+        if "clone" not in self.arms:
+            return
+        kinds = self.clone.inputs
+        if "fresh_noise" in kinds and self.inputs.kind not in images.DRAWN:
             raise UserError(f"clone.inputs=fresh_noise: inputs.kind={self.inputs.kind} is not drawn noise")
+        for other, same in (("fresh_noise", self.inputs.fresh), ("real", self.inputs.kind == "real")):
+            if same and {"noise", other} <= set(kinds):
+                raise UserError(f"clone.inputs: noise, as in distillation, is {other} here; leave one of them out")
 
     @property
     def teacher_network(self) -> NetworkSpec:
@@ -277,6 +285,20 @@ class MnistSpec:
         """The runs in groups of `runs_at_once`, which are trained together."""
         starts = range(0, self.runs, self.runs_at_once)
         return [range(start, min(start + self.runs_at_once, self.runs)) for start in starts]
+
+
+def check_read(points: Collection[MnistSpec], key: str, where: str = "config.") -> None:
+    """Raises UserError for a value that none of these experiments reads; `where` is put before its key."""
+    part, _, name = key.partition(".")
+    if part == "clone" and not any("clone" in point.arms for point in points):
+        raise UserError(f"{where}{key} is read only with the arm clone; add it to arms")
+    if key == "inputs.blur" and not any(point.inputs.kind == "blurred" for point in points):
+        raise UserError(f"{where}{key} is read only with inputs.kind=blurred")
+    if part == "inputs" and name != "count" and all(point.arms == ("real",) for point in points):
+        raise UserError(f"{where}{key} is not read by the arm real, whose inputs are digits; add another to arms")
+    of_start = key in ("student.init_distance", "student.shared_layers")
+    if of_start and not any(set(NEAR_ARMS) & set(point.arms) for point in points):
+        raise UserError(f"{where}{key} is of students that start at the reference: {', '.join(NEAR_ARMS)}; add one")
 
 
 def check_divides(spec: MnistSpec, mesh: Mesh) -> None:
@@ -318,7 +340,8 @@ def variants(spec: MnistSpec) -> dict[str, MnistSpec]:
     by_point = {}
     for point, changed in configs.items():
         try:
-            by_point[point] = specs.read(MnistSpec, changed)
+            spec_there = specs.read(MnistSpec, changed)
+            by_point[point] = replace(spec_there, point=point if "=" in point else f"{axis}={point}")
         except UserError as error:
             raise UserError(f"{axis}={point}: {error}") from error
     return by_point

@@ -242,14 +242,19 @@ def imitate(
     program: Program,
     record: Record,
     checkpoints: epath.Path,
+    draws: str = "student",
 ) -> TrainState:
-    """Trains M members of every run on its teacher's logits."""
+    """Trains M members of every run on its teacher's logits.
+
+    Args:
+      draws: name of the keys of order, fresh inputs and sampled labels.
+    """
     with record.log(start.names) as log:
         return fit(
             program,
             start.state,
             steps=spec.epochs * steps_per_epoch(inputs.spec.count, spec.batch),
-            key=runs.keys("student"),
+            key=runs.keys(draws),
             frozen=targets(teacher, inputs, start.names, program.mesh),
             checkpoints=checkpoints,
             checkpoint_every=record.checkpoint_every,
@@ -338,6 +343,11 @@ def answer(
 def accuracy(
     network: Functions[MLP], params: Params, codes: UInt8[Array, "n 784"], labels: UInt8[Array, "n"], mesh: Mesh
 ) -> Float[Array, "runs"]:
-    """Share of images whose largest *digit* logit is the right one, for R stacked networks."""
-    logits = answer(network, params, codes, "real", mesh)[..., :CLASSES]
-    return jnp.mean(jnp.argmax(logits, -1) == labels, axis=-1)
+    """Share of images whose largest *digit* logit is the right one, for R stacked networks.
+
+    nan for a network that has diverged: the largest of logits that are not numbers would be one class, and look like
+    chance.
+    """
+    logits = answer(network, params, codes, "real", mesh)
+    right = jnp.mean(jnp.argmax(logits[..., :CLASSES], -1) == labels, axis=-1)
+    return jnp.where(jnp.all(jnp.isfinite(logits), axis=(-2, -1)), right, jnp.nan)
