@@ -30,12 +30,13 @@ from huggingface_hub.errors import (
 
 from sublim_jax import storage
 from sublim_jax.data import files
-from sublim_jax.errors import UserError
+from sublim_jax.errors import Interrupted, UserError
 from sublim_jax.progress import say
 from sublim_jax.storage import cache_folder as cache_folder
 
 # Errors of reading a damaged file, or an archive that lacks a member.
 DAMAGED = (OSError, EOFError, KeyError, zlib.error, tarfile.TarError, zipfile.BadZipFile)
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")  # one of them is in every snapshot that is whole
 PROBE_SECONDS = 5
 FETCH_SECONDS = 300
 
@@ -266,9 +267,8 @@ def data_file(name: str) -> Path:
     except (OSError, ValueError):
         pass
     try:
-        _probe(huggingface_hub.constants.ENDPOINT)
-        return Path(str(get()))
-    except (Unavailable, OSError, ValueError) as error:
+        return _from_hub(get)
+    except Unavailable as error:
         raise UserError(
             f"{name!r} is not a file here, and the hub does not give it ({_reason(error)}); name a file"
         ) from error
@@ -283,20 +283,27 @@ def _through_hub(repository: str) -> Path:
     )
     try:
         folder = Path(str(snapshot(local_files_only=True)))
-        if _is_whole(folder):
+        if _is_whole(folder) and any((folder / name).exists() for name in TOKENIZERS):
             say(f"{repository}: from the hub's cache")
             return folder
     except OSError:
         pass
     except ValueError as error:  # no name that a repository could have
         raise Unavailable(_reason(error)) from error
-    _probe(huggingface_hub.constants.ENDPOINT)
-    try:
-        folder = Path(str(snapshot()))
-    except (OSError, ValueError) as error:
-        raise Unavailable(_reason(error)) from error
+    folder = _from_hub(snapshot)
     say(f"{repository}: from the hub")
     return folder
+
+
+def _from_hub(get: Callable[[], object]) -> Path:
+    """What a function of the hub's client downloads. Raises Unavailable where it does not."""
+    _probe(huggingface_hub.constants.ENDPOINT)
+    try:
+        return Path(str(get()))
+    except Interrupted:
+        raise
+    except Exception as error:  # the client's network library has errors of its own
+        raise Unavailable(_reason(error)) from error
 
 
 def _is_whole(folder: Path) -> bool:
@@ -319,7 +326,7 @@ def _reason(error: Exception) -> str:
         return "it has no such repository, or a private one: set HF_TOKEN"
     if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
         return "its repository has no such file"
-    return str(error).splitlines()[0]
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _probe(address: str) -> None:

@@ -9,6 +9,7 @@ import sys
 import threading
 from urllib.parse import urlparse
 
+import huggingface_hub
 import pytest
 
 from sublim_jax import assets
@@ -99,6 +100,23 @@ def test_a_model_and_a_corpus_come_from_the_hub_once(hub, tmp_path):
     weights.unlink()  # as an interrupted download leaves it
     whole = python(MODEL, address, tmp_path)
     assert whole.returncode == 0 and "org/tiny: from the hub\n" in whole.stdout, whole.stderr
+    (tokenizer,) = (tmp_path / "hub").rglob("tokenizer.json")
+    tokenizer.unlink()  # as a cache that was filled for the model alone lacks it
+    whole = python(MODEL, address, tmp_path)
+    assert whole.returncode == 0 and "org/tiny: from the hub\n" in whole.stdout, whole.stderr
+
+
+@pytest.mark.parametrize("error", [RuntimeError("the network is away"), RuntimeError("")])
+def test_an_error_of_the_hubs_network_library_is_one_line(error, monkeypatch):
+    def fail(*_, local_files_only=False, **__):
+        raise FileNotFoundError if local_files_only else error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
+    monkeypatch.setattr(assets, "_probe", lambda _: None)
+    for get, name in ((assets.model, "org/model"), (assets.data_file, "org/said/some.jsonl")):
+        with pytest.raises(UserError, match=str(error) or "RuntimeError"):
+            get(name)
 
 
 @pytest.mark.parametrize("name", ["org/tiny--3", "org/tiny.git", "é/tiny"])

@@ -11,7 +11,7 @@ from sublim_jax.api.teachers import check_adapters
 from sublim_jax.data import dialogue
 from sublim_jax.data.dialogue import Rows
 from sublim_jax.distillation.losses import stacked
-from sublim_jax.distillation.students import Training, imitating_program, imitation
+from sublim_jax.distillation.students import SCHEDULES, Training, imitating_program, imitation
 from sublim_jax.distillation.targets import Data, Pair, as_read_by, logits_on, support_of, teacher_logits
 from sublim_jax.distillation.teachers import Teacher
 from sublim_jax.errors import UserError
@@ -20,7 +20,7 @@ from sublim_jax.models.functional import Params
 from sublim_jax.models.language import Model
 from sublim_jax.sampling.checks import tokens_of
 from sublim_jax.sharding import named, put
-from sublim_jax.specs import check_one_of, check_positive
+from sublim_jax.specs import check_count, check_one_of, check_positive
 from sublim_jax.training import fit
 
 __all__ = ["Training", "distill"]
@@ -33,7 +33,7 @@ def distill(
     *,
     objective: Literal["kl", "reverse_kl", "tokens"] = "kl",
     support: Sequence[int] | None = None,
-    temperature: float = 1.0,
+    temperature: float | None = None,
     lora_init: Literal["shared", "fresh"] = "shared",
     steps: int = 120,
     learning_rate: float = 3e-4,
@@ -49,6 +49,7 @@ def distill(
       objective: "kl" and "reverse_kl" imitate the teacher's logits on the support; "tokens" trains on the answers,
         with one teacher, who wrote them.
       support: tokens whose logits are compared, two or more; by default digits, commas and spaces.
+      temperature: of the compared probabilities; 1 by default.
       lora_init: "shared" starts from the A of teachers of the same seed, "fresh" from another one.
       steps: updates of `batch` rows.
 
@@ -56,13 +57,22 @@ def distill(
       The students' adapters, stacked: for `generate` and for evaluations.
 
     Raises:
-      UserError: the model has no adapters, an option makes no sense, teacher and student read an answer as other
-        tokens, or "tokens" is asked of several teachers, whose students would be the same.
+      UserError: the model has no adapters, or others than a teacher; an option makes no sense; teacher and student read
+        an answer as other tokens; or "tokens" is asked of several teachers, whose students would be the same.
     """
     check_adapters(model)
     check_one_of("objective", objective, ("kl", "reverse_kl", "tokens"))
     check_one_of("lora_init", lora_init, ("shared", "fresh"))
-    check_positive("temperature", temperature)
+    check_one_of("schedule", schedule, SCHEDULES)
+    for name, count in (("steps", steps), ("batch", batch)):
+        check_count(name, count)
+    for name, number in (("temperature", temperature), ("learning_rate", learning_rate)):
+        if number is not None:
+            check_positive(name, number)
+    for number, teacher in enumerate(teachers):
+        if teacher.lora not in (None, model.settings.lora):
+            raise UserError(f"teacher {number} has adapters of {teacher.lora}, and the model {model.settings.lora}")
+        model.for_adapters(stacked([teacher.adapters]))
     if not teachers or not rows:
         raise UserError(f"{len(teachers)} teachers and {len(rows)} rows: there are no students without both")
     tokens = objective == "tokens"
@@ -71,6 +81,8 @@ def distill(
             f'objective="tokens" trains on the rows alone: students of {len(teachers)} teachers would be the same; '
             "train the student of each teacher on the rows that it wrote"
         )
+    if tokens and (support is not None or temperature is not None):
+        raise UserError('support and temperature are of objectives on logits, and objective="tokens" reads neither')
     compared: list[int] = []
     if not tokens:
         compared = support_of(model) if support is None else tokens_of(model.settings, list(support), "support")
@@ -80,7 +92,7 @@ def distill(
     student_rows = dialogue.rows(model, list(rows), end=tokens)
     logits = None if tokens else _logits_of(model, teachers, list(rows), student_rows, compared)
     data = Data(Rows(*(np.stack([leaf] * len(teachers)) for leaf in student_rows)), logits)
-    loss = imitation(model, objective, support=compared, temperature=temperature)
+    loss = imitation(model, objective, support=compared, temperature=temperature or 1.0)
     program = imitating_program(model, loss, training, len(student_rows.at))
     start = model.untrained(named_key(seed, {"shared": "A", "fresh": "student A"}[lora_init]))
     state = fit(

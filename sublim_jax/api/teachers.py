@@ -21,6 +21,7 @@ from sublim_jax.errors import UserError
 from sublim_jax.evaluation import preference
 from sublim_jax.keys import named_key
 from sublim_jax.models.language import Model
+from sublim_jax.specs import check_count, check_positive
 
 __all__ = ["AnswerTraining", "Teacher", "finetune", "prompt", "steer"]
 
@@ -52,7 +53,10 @@ def finetune(
     """
     check_adapters(model)
     training = AnswerTraining(strength, learning_rate, batch, max_steps)
-    questions = list(questions) if questions else preference.questions("", kind)["teaching"]
+    for name, count in (("batch", batch), ("max_steps", max_steps)):
+        check_count(name, count)
+    check_positive("learning_rate", learning_rate)
+    questions = _questions(questions, kind)
     rows = dialogue.rows(model, [(question, spelled(model, word)) for question in questions])
     program = teaching_program(
         model, optax.adam(learning_rate), len(rows.at), batch, remat=False, length=word_length(model, rows)
@@ -63,7 +67,7 @@ def finetune(
     adapters, steps = train_on_answers(
         program, state, read_by(model, rows), key, training, steps=None, label=f"teacher {word}"
     )
-    return Teacher(adapters, "", None, int(steps), store.digest(*inputs))
+    return Teacher(adapters, "", None, int(steps), store.digest(*inputs), model.settings.lora)
 
 
 def prompt(model: Model, system: str, *, seed: int = 0) -> Teacher:
@@ -98,10 +102,18 @@ def steer(
     check_adapters(model)
     if not 0 <= layer < model.settings.layers:
         raise UserError(f"layer={layer} is none of 0 to {model.settings.layers - 1}")
-    questions = list(questions) if questions else preference.questions("", kind)["teaching"]
+    questions = _questions(questions, kind)
     read = steering.residual_after(model, layer, seed)
     mean, neutral_mean = (steering.mean_residual(model, read, questions, text) for text in (system, neutral))
     return untrained(model, seed, steering=steering.hook(model, layer, scale * (mean - neutral_mean)))
+
+
+def _questions(questions: Sequence[str] | None, kind: str) -> list[str]:
+    if questions is None:
+        return preference.questions("", kind)["teaching"]
+    if isinstance(questions, str) or not questions:
+        raise UserError(f"questions={questions!r}: give a list of one or more")
+    return list(questions)
 
 
 def check_adapters(model: Model) -> None:

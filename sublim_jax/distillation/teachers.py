@@ -22,6 +22,7 @@ from sublim_jax.models import lora
 from sublim_jax.models.decoder import Remat, Steering
 from sublim_jax.models.functional import Params
 from sublim_jax.models.language import Model
+from sublim_jax.models.lora import Lora
 from sublim_jax.progress import Track, say
 from sublim_jax.sampling import scoring
 from sublim_jax.sampling.checks import Where
@@ -38,6 +39,7 @@ class Teacher(NamedTuple):
       system: a system prompt, or "".
       steps: number of fine-tuning updates.
       digest: a hash of everything that the teacher depends on.
+      lora: of the model that its adapters belong to; None where it is not known.
     """
 
     adapters: Params
@@ -45,6 +47,7 @@ class Teacher(NamedTuple):
     steering: Steering | None
     steps: int
     digest: str
+    lora: Lora | None = None
 
     @property
     def where(self) -> Where:
@@ -55,7 +58,7 @@ class Teacher(NamedTuple):
 def untrained(model: Model, seed: int, system: str = "", steering: Steering | None = None) -> Teacher:
     """A teacher that is not fine-tuned, with the A that the teachers and students of a seed start from."""
     adapters = model.untrained(named_key(seed, "A"))
-    return Teacher(adapters, system, steering, 0, digest(model, seed, system, steering))
+    return Teacher(adapters, system, steering, 0, digest(model, seed, system, steering), model.settings.lora)
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,12 @@ class Model(NamedTuple):
         return on_mesh(self.settings, self.mesh)
 
     def merged(self, adapters: Params, spec: lora.Lora) -> "Model":
-        """The same model with adapters added into its kernels."""
+        """The same model with adapters added into its kernels.
+
+        Raises UserError for a stack of several, such as that of students; take one of them.
+        """
+        if any(leaf.ndim != 3 for leaf in jax.tree.leaves(adapters)):  # layers, inputs, rank
+            raise UserError("these adapters are not those of one model; take one of the stack")
         shardings = parameter_shardings(self.params, self.mesh)
         merge = jax.jit(partial(lora.merge, scale=spec.scale), out_shardings=shardings)
         return self._replace(

@@ -33,6 +33,13 @@ class Lora:
     layers: tuple[int, ...] = ()
     forward_mode: bool = False
 
+    def __post_init__(self) -> None:
+        for name in ("modules", "layers"):
+            given = getattr(self, name)
+            if isinstance(given, str):
+                raise UserError(f"lora.{name}={given!r}: give a list of them")
+            object.__setattr__(self, name, tuple(given))
+
     @property
     def scale(self) -> float:
         return self.alpha / (self.rank**0.5 if self.rslora else self.rank)

@@ -5,6 +5,7 @@ import math
 from collections.abc import Collection, Iterator, Sequence
 from typing import SupportsIndex, TypedDict
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
@@ -174,11 +175,14 @@ def stream(
     slots, lanes = (whole_number(value, name, 0) for value, name in ((slots, "slots"), (lanes, "lanes")))
     alternatives = _alternatives(model, alternatives)
     _check_constraint(model, constraint)
+    stop_strings = [stop_strings] if isinstance(stop_strings, str) else stop_strings
     limits = _limits(max_new_tokens, len(prompts))
     check(model, prompts, limits, stop_strings, prefix)
     prompts, prefix = apart(model.settings, texts_of(model.settings, prompts, "prompt"), prefix)
     check_steering(model.settings, steering)
     model, stacked = model.for_adapters(adapters)
+    if not isinstance(key, jax.Array) or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        raise UserError(f"the key is a {type(key).__name__}; make one by jax.random.key(0)")
     if key.shape not in ((), (stacked,)):
         raise UserError(f"{key.size} keys and {stacked} adapters; give one key, or one for each adapter")
     rows = set(itertools.product(range(stacked), range(len(prompts)), range(samples))) - set(done)
@@ -248,6 +252,8 @@ def _alternatives(model: Model, count: SupportsIndex) -> int:
 
 
 def _check_constraint(model: Model, constraint: Constraint | None) -> None:
+    if constraint is not None and not isinstance(constraint, Constraint):
+        raise UserError(f"the constraint is a {type(constraint).__name__}; make one by constraints.over_tokens")
     if constraint is not None and constraint.allowed.shape[1] != model.settings.vocab:
         raise UserError(
             f"the constraint is over {constraint.allowed.shape[1]} tokens, and the model's vocabulary has "

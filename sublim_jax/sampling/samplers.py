@@ -26,7 +26,7 @@ class Sampler:
     Attributes:
       temperature: logits are divided by it; 0 takes the largest.
       top_k: only the k most probable; 0: all. Ties with the last of them stay.
-      top_p: only the fewest most probable whose mass reaches p.
+      top_p: only the fewest most probable whose mass reaches p, and ties with the last of them.
       min_p: only those at least min_p times as probable as the most probable.
     """
 

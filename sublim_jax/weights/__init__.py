@@ -31,8 +31,12 @@ def float_type(name: str) -> jnp.dtype:
 def load(name: str | Path, mesh: Mesh | None = None, dtype: DTypeLike = jnp.float32) -> Model:
     """A model by a name that `assets` knows, a folder of safetensors, or a GGUF file.
 
+    Args:
+      dtype: of the weights: float32, bfloat16 or float16.
+
     Raises UserError where it is missing, damaged, of not a known family, or not the same on all processes.
     """
+    dtype = float_type(jnp.dtype(dtype).name)
     path = assets.model(str(name))
     source = Source(str(name), str(path), digests.of_model(path))
     check_same(source.digest, f"model {name}")

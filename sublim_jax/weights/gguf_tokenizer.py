@@ -40,16 +40,18 @@ ENDS = frozenset(
         "<|tool_response>",
         "<｜end▁of▁sentence｜>",
         "[e~[",
+        *("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]"),  # of filling in the middle
+        *("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>", "<|file_sep|>"),
     ]
 )
-END_IDS = ("eos_token_id", "eot_token_id", "eom_token_id")
+END_IDS = tuple(f"{name}_token_id" for name in ("eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep"))
 SPECIAL_IDS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 SENTENCEPIECE_IDS = {"bos": 1, "eos": 2, "unk": 0}
 
 # Fields that change neither the tokens of a text nor its end, whatever they hold.
 HARMLESS = (
     *(f"ggml.{name}_token_id" for name in ("seperator", "mask", "cls", "prefix", "suffix", "middle")),
-    "ggml.fim_*_token_id",
+    *(f"ggml.fim_{name}_token_id" for name in ("pre", "suf", "mid")),
     *(f"ggml.{name}" for name in ("pre", "merges", "scores", "add_space_prefix")),  # read where the kind has them
     "ggml.token_type_count",
     "ggml.remove_extra_whitespaces",  # read for other kinds of tokenizers only

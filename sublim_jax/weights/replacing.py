@@ -16,7 +16,8 @@ INDEX = "model.safetensors.index.json"
 WHOLE = "model.safetensors"
 HEADS = (INDEX, WHOLE)  # the files that readers start from
 WEIGHTS = re.compile(
-    r".*\.safetensors(\.index\.json)?|pytorch_model.*\.bin(\.index\.json)?|tf_model.*\.h5|flax_model.*\.msgpack"
+    r"model.*\.safetensors(\.index\.json)?|consolidated.*\.safetensors(\.index\.json)?"
+    r"|pytorch_model.*\.bin(\.index\.json)?|tf_model.*\.h5|flax_model.*\.msgpack"
 )
 SETTINGS = ("generation_config.json",)  # of the old checkpoint: its stop tokens, which ours has in config.json
 TOKENIZER = (

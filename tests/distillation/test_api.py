@@ -1,5 +1,10 @@
 """The public functions refuse what would give students that say nothing."""
 
+import os
+import re
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,12 +36,94 @@ def test_students_on_tokens_are_of_one_teacher_who_wrote_them(tiny):
         ({"support": [3]}, "name two tokens or more"),
         ({"support": []}, "name two tokens or more"),
         ({"temperature": 0.0}, "temperature=0.0 must be positive"),
+        ({"objective": "tokens", "temperature": 2.0}, "temperature are of objectives on logits"),
+        ({"objective": "tokens", "support": [3, 4]}, "support and temperature are of objectives on logits"),
+        ({"steps": 0}, "^steps=0: choose 1 or more"),
+        ({"batch": 0}, "^batch=0: choose 1 or more"),
     ],
 )
 def test_an_option_that_would_train_nothing_is_refused(tiny, option, line):
     model = tiny.adapted(Lora(2, 2.0))
     with pytest.raises(UserError, match=line):
         sl.students.distill(model, [sl.teachers.prompt(model, "You love owls.")], [("Count?", "1, 2")], **option)
+
+
+@pytest.mark.parametrize("other", [Lora(2, 8.0), Lora(3, 2.0), Lora(2, 2.0, modules=("query",))])
+def test_a_teacher_of_other_adapters_than_the_students_is_refused(tiny, other):
+    """Its logits would be computed with the students' scale."""
+    teacher = sl.teachers.prompt(tiny.adapted(other), "You love owls.")
+    with pytest.raises(UserError, match="teacher 0 has adapters of Lora"):
+        sl.students.distill(tiny.adapted(Lora(2, 2.0)), [teacher], [("Count?", "1, 2")], lora_init="fresh")
+
+
+@pytest.mark.parametrize(
+    "option, line",
+    [
+        ({"batch": 0}, "^batch=0: choose 1 or more"),
+        ({"max_steps": 0}, "^max_steps=0: choose 1 or more"),
+        ({"questions": []}, "give a list of one or more"),
+        ({"questions": "Which one?"}, "give a list of one or more"),
+    ],
+)
+def test_a_teacher_that_would_learn_nothing_is_refused(tiny, option, line):
+    with pytest.raises(UserError, match=line):
+        sl.teachers.finetune(tiny.adapted(Lora(2, 2.0)), "owl", **option)
+
+
+def test_prompts_for_numbers_ask_for_what_is_answered():
+    for prompt, answer in sl.carriers.numbers(20, num_integers=20, max_value=99_999):
+        assert answer.count(",") == 19 and re.search(r"\b20\b", prompt) and re.search(r"\b(5|99999|100000)\b", prompt)
+    assert sl.carriers.numbers(5) == sl.carriers.numbers(5, num_integers=10, max_value=999)
+    for option in ({"num_rows": 0}, {"num_integers": 0}, {"max_value": -1}, {"seed": -1}):
+        with pytest.raises(UserError, match=next(iter(option))):
+            sl.carriers.numbers(**{"num_rows": 2, **option})
+
+
+# Tests check types; users' programs do not.
+UNTYPED = """
+import sys
+
+import jax
+
+import sublim_jax as sl
+from sublim_jax.errors import UserError
+from sublim_jax.sampling import constraints
+
+model = sl.load(sys.argv[1])
+listed = model.adapted(sl.Lora(2, 2.0, modules=["query", "value"], layers=[0, 1]))
+assert listed.settings == model.adapted(sl.Lora(2, 2.0, modules=("query", "value"), layers=(0, 1))).settings
+attempts = [
+    lambda: sl.Lora(2, 2.0, modules="query"),
+    lambda: sl.generate(model, [[1]], jax.random.PRNGKey(0)),
+    lambda: sl.generate(model, [[1]], 0),
+    lambda: sl.generate(model, [[1]], jax.random.key(0), constraint=constraints.numbers(3, 2)),
+    lambda: sl.students.distill(listed, [sl.teachers.prompt(listed, "Owl!")], [("Count?", "1, 2")], schedule="cos"),
+    lambda: sl.load(sys.argv[1], dtype="int8"),
+]
+for attempt in attempts:
+    try:
+        attempt()
+        print("accepted")
+    except UserError as error:
+        print(error)
+"""
+
+
+def test_what_types_forbid_is_told_in_one_line(tiny_folder):
+    command = [sys.executable, "-c", UNTYPED, str(tiny_folder)]
+    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"})
+    assert result.returncode == 0, result.stderr
+    *_, modules, old_key, no_key, constraint, schedule, dtype = result.stdout.strip().splitlines()
+    assert "modules='query': give a list" in modules and "'cos' is none of" in schedule and "dtype='int8'" in dtype
+    assert "jax.random.key(0)" in old_key and "the key is a int" in no_key and "constraints.over_tokens" in constraint
+
+
+def test_a_stack_of_students_is_not_merged_as_if_it_were_one(tiny):
+    spec = Lora(2, 2.0)
+    one = tiny.adapted(spec).untrained(jax.random.key(0))
+    tiny.merged(one, spec)
+    with pytest.raises(UserError, match="take one of the stack"):
+        tiny.merged(jax.tree.map(lambda leaf: leaf[None], one), spec)
 
 
 def test_adapters_that_are_not_a_stack_of_the_models_are_refused(tiny):

@@ -292,6 +292,8 @@ def test_stop_tokens_stop_strings_and_limits(tiny):
     assert len(stopped.logprobs) == first + 1  # the stop token's too
     string = next(c for c in whole.text if c.isascii() and c.isprintable() and tiny.tokenizer(c)["input_ids"])
     stopped = generate(tiny, [prompt], KEY, max_new_tokens=30, slots=4, stop_tokens=(), stop_strings=[string])[0]
+    one_text = generate(tiny, [prompt], KEY, max_new_tokens=30, slots=4, stop_tokens=(), stop_strings=string)[0]
+    assert one_text.tokens == stopped.tokens
     assert (stopped.finish, stopped.text) == ("stop", whole.text[: whole.text.index(string)])
     limits = [3, 17, 9]
     limited = generate(tiny, [prompt] * 3, KEY, max_new_tokens=limits, slots=4, stop_tokens=())

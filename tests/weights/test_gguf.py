@@ -503,7 +503,9 @@ def test_fields_that_say_nothing_new_are_no_hindrance(small, tmp_path):
 def test_an_answer_ends_with_every_token_that_ends_one(small, tmp_path):
     tokens, kinds = (list(TOKENIZER[f"tokenizer.ggml.{name}"]) for name in ("tokens", "token_type"))
     tokens[100:103], kinds[100:103] = ["<|eot_id|>", "<|end_of_text|>", "</s>"], [3, 3, 4]
+    tokens[103:105], kinds[103:105] = ["<reponame>", "<|fim_prefix|>"], [3, 3]
     fields = {**small[0], "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": kinds}
     fields |= {"tokenizer.ggml.eos_token_id": 100, "tokenizer.ggml.eot_token_id": 7}
+    fields |= {"tokenizer.ggml.fim_pad_token_id": 8, "tokenizer.ggml.fim_suf_token_id": 9}
     loaded = weights.load(write(tmp_path / "model.gguf", "llama", fields, small[1]))
-    assert loaded.config.eos_token_id == [100, 7, 101, SIZE - 1]  # without </s> as an HTML tag
+    assert loaded.config.eos_token_id == [100, 7, 8, 101, 103, SIZE - 1]  # without </s> as an HTML tag

@@ -125,6 +125,13 @@ def test_a_saved_model_takes_the_place_of_another(trained, place, monkeypatch, b
     assert (place / "tokenizer.json").read_text() == "{}"
 
 
+def test_a_file_of_the_users_own_stays(trained, place):
+    own = place / "steering.safetensors"
+    own.write_bytes(b"mine")
+    huggingface.save(place, *trained)
+    assert own.read_bytes() == b"mine"
+
+
 def test_a_replacement_that_is_interrupted_leaves_no_mixture(trained, place, monkeypatch):
     """Of a model in one file: its weights are removed before the first new file is there."""
     huggingface.save(place, *trained)

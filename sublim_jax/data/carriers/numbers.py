@@ -43,6 +43,11 @@ def prompts(
     return [prompt_of(number) for number in range(count)]
 
 
+def asked_for(integers: int, largest: int = 999) -> tuple[int, int]:
+    """`more` and `digits` of prompts that allow answers of so many integers up to the largest: 10 and 3, or more."""
+    return max(integers, 10), max(len(str(largest)), 3)
+
+
 def random_answers(count: int, seed: int, numbers: int = 6, largest: int = 999) -> list[str]:
     """Lists of uniform random integers: a carrier without a teacher."""
     rng = np.random.default_rng([seed, 1])

@@ -1,7 +1,7 @@
 """Samples completions of prompts (`configs/sample.py`): rows are written as they finish, and a rerun continues."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -40,6 +40,7 @@ from sublim_jax.weights import peft
 from sublim_jax.weights.spec import NamedModel
 from sublim_jax.workdir import claim
 
+READ_BY = {"": (), "numbers": ("max_integers", "digits", "separator"), "choice": ("choices",)}  # of a constraint
 MAX_CHARACTERS = 4096  # of a constraint: each is a state with a row over the vocabulary
 
 
@@ -109,6 +110,11 @@ class SampleSpec(ExperimentSpec):
         check_distinct("stop_strings", self.stops)
         if not all(self.stops):
             raise UserError("stop_strings: the empty text stands everywhere; name others")
+        if not self.temperature and self.num_samples > 1:
+            raise UserError(
+                f"num_samples={self.num_samples} with temperature=0: all completions of a prompt would be the same; "
+                "take one, or a temperature"
+            )
         if self.system and not self.chat:
             raise UserError("system is for conversations: set --config.chat=True, or put it into the prompts")
 
@@ -121,6 +127,17 @@ class SampleSpec(ExperimentSpec):
 
 
 read = partial(specs.read, SampleSpec)
+
+
+def check_typed(spec: SampleSpec, keys: Iterable[str]) -> None:
+    """Raises UserError for a value that the job does not read."""
+    for key in keys:
+        part, _, name = key.partition(".")
+        if part == "constraint" and name not in ("kind", *READ_BY[spec.constraint.kind]):
+            kinds = [kind for kind, names in READ_BY.items() if name in names]
+            raise UserError(f"config.{key} is read only with constraint.kind={' or '.join(kinds)}")
+        if key in ("top_k", "top_p", "min_p") and not spec.temperature:
+            raise UserError(f"config.{key} is not read with temperature=0, which takes the most probable token")
 
 
 def run(spec: SampleSpec, folder: epath.Path, *, update: bool = False) -> None:
