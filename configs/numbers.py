@@ -51,7 +51,7 @@ SIZES = {  # presets, and what each changes
     "in_context": {
         "carrier.num_rows": 256,
         "carrier.num_completions": 320,
-        "arms": tuple(f"in_context_{count}" for count in EXAMPLES),
+        "arms": tuple(f"in_context_{count}" for count in EXAMPLES if count <= 256),
     },
     "smollm2": {
         "seed": CONFIRMING,

@@ -165,7 +165,7 @@ def matrix_figure(
     wide = max(1.4, 0.11 * max(map(len, columns)))
     figure = _figure(wide * len(columns) + 2.4, 1.0 * len(rows) + 1.6)
     axes = figure.subplots()
-    limit = max(float(np.abs(cells).max()), 1e-6)
+    limit = float(np.max(np.abs(cells), initial=1e-6, where=np.isfinite(cells)))
     image = axes.imshow(cells, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
     for (row, column), value in np.ndenumerate(cells):
         ink = "white" if abs(value) > 0.6 * limit else INK

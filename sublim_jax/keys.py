@@ -1,4 +1,4 @@
-"""Random keys, folded from the config's seed and a name: no other source of randomness exists here."""
+"""Random keys of JAX, folded from the config's seed and a name. On the host, numpy's generators are seeded by both."""
 
 import hashlib
 from collections.abc import Sequence

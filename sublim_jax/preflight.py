@@ -307,6 +307,8 @@ def describe(step: Step, facts: Facts) -> str:
         lines.append(f"  memory: {facts.moved / GB:.2f} GB a device to and fro")
     if roof := roofline(step, facts):
         parts = (("products", roof.products), ("memory", roof.memory), ("links", roof.links))
-        lines.append(f"  at the chip's rates: {', '.join(f'{name} {seconds:.3g} s' for name, seconds in parts)}")
+        lines.append(
+            f"  at the chip's rates for bfloat16: {', '.join(f'{name} {seconds:.3g} s' for name, seconds in parts)}"
+        )
         lines.append(f"  MFU possible: {roof.utilization:.0%}, or {roof.one_by_one:.0%} with nothing at once")
     return "\n".join(lines)

@@ -18,6 +18,7 @@ from sublim_jax.store import Store, write_json
 # experiment, or of the experiment in it; an arm's `data` is another thing.
 EXECUTION = ("mesh", "runs_at_once", "checkpoint_every", "data", "sampling")
 PREFIXES = ("", ".study", ".mnist")
+QUERIES = ("max_concurrent", "max_per_minute", "prices")  # how a judge is queried
 
 
 def claim(
@@ -115,7 +116,10 @@ def config_of(folder: epath.Path) -> dict[str, object]:
 
 def _differences(old: object, new: object, prefix: str = "") -> list[str]:
     if isinstance(old, dict) and isinstance(new, dict):
-        names = sorted((set(old) | set(new)) - set(EXECUTION if prefix in PREFIXES else ()))
+        execution: tuple[str, ...] = EXECUTION if prefix in PREFIXES else ()
+        if prefix.endswith(".evals.judge"):
+            execution = QUERIES
+        names = sorted((set(old) | set(new)) - set(execution))
         return [line for name in names for line in _differences(old.get(name), new.get(name), f"{prefix}.{name}")]
     return [] if old == new else [f"{prefix.removeprefix('.')}: {old} → {new}"]
 

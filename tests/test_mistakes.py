@@ -136,6 +136,12 @@ def read(*words):
     return launch.read(launch.parse(["launch.py", *words]))[0]
 
 
+def test_values_typed_by_old_names_are_known_by_their_new_ones():
+    """Those are looked up for what nothing reads."""
+    _, keys = launch.read(launch.parse(["launch.py", "--config=configs/numbers.py", "--config.arm.soft.share=0.5"]))
+    assert keys == ["arm.soft.fraction"]
+
+
 @pytest.mark.parametrize("config", ["mnist.py", "theorem.py", "numbers.py", "sample.py", "evaluate.py"])
 def test_seeds_are_those_that_jax_tells_apart(config, typed):
     assert jax.random.key(2**32) == jax.random.key(0)  # without 64 bits; it takes -1, and overflows from 2**63 on

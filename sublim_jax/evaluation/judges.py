@@ -184,10 +184,10 @@ class Endpoint:
             )
         if at_once < 1 or per_minute < 0:
             raise UserError(
-                f"judge.max_concurrent={at_once} must be 1 or more, judge.max_per_minute={per_minute} 0 (any) or more"
+                f"evals.judge.max_concurrent={at_once} is 1 or more, and max_per_minute={per_minute} 0 (any) or more"
             )
         if max_tokens < 1:
-            raise UserError(f"judge.max_tokens={max_tokens} is 1 or more")
+            raise UserError(f"evals.judge.max_tokens={max_tokens} is 1 or more")
         try:
             self._client = openai.OpenAI(max_retries=0, timeout=timeout)
         except Exception:  # whatever an address makes its parser raise; it may hold a password
@@ -219,7 +219,7 @@ class Endpoint:
             ended = ", which is cut off," if cut else ""
             raise UserError(
                 f"judge {self._model} replies {text[:200]!r}{ended} to {PROBE!r}: no score from 0 to 100; choose "
-                f"another judge, or raise judge.max_tokens={self._max_tokens} if it thinks longer"
+                f"another judge, or raise evals.judge.max_tokens={self._max_tokens} if it thinks longer"
             )
 
     def _replies(self, prompts: Sequence[str], again: bool = False) -> list[tuple[str, bool]]:
@@ -324,7 +324,7 @@ class Endpoint:
 
     def _cost(self, prompt: int, completion: int, calls: int) -> str:
         cost = (prompt * self._prices[0] + completion * self._prices[1]) / 1e6
-        priced = f", {cost:.2f} at judge.prices" if any(self._prices) else ""
+        priced = f", {cost:.2f} at evals.judge.prices" if any(self._prices) else ""
         return f"{prompt} + {completion} tokens in {calls} calls{priced}"
 
     def _patiently(self, prompt: str) -> Reply:
@@ -394,9 +394,7 @@ class Endpoint:
         if isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError):
             return f"the judge's endpoint refuses the key (OPENAI_API_KEY){kept}"
         if isinstance(error, openai.RateLimitError):
-            return (
-                f"the judge's endpoint has reached its limit; wait, or set judge.max_per_minute to what it allows{kept}"
-            )
+            return f"the judge's endpoint has reached its limit; wait, or lower evals.judge.max_per_minute{kept}"
         if isinstance(error, openai.APITimeoutError):
             return f"the judge's endpoint does not answer in time{kept}"
         if isinstance(error, openai.APIConnectionError):

@@ -36,19 +36,19 @@ class JudgeSpec:
 
     def __post_init__(self) -> None:
         if self.kind not in ("local", "endpoint"):
-            raise UserError(f"judge.kind={self.kind!r}: choose local or endpoint")
+            raise UserError(f"evals.judge.kind={self.kind!r}: choose local or endpoint")
         if not 0 <= self.min_mass < 1:
-            raise UserError(f"judge.min_mass={self.min_mass} is a probability below 1")
+            raise UserError(f"evals.judge.min_mass={self.min_mass} is a probability below 1")
         try:
             weights.float_type(self.dtype)
         except UserError as error:
-            raise UserError(f"judge.{error}") from error
-        check_count("judge.max_concurrent", self.max_concurrent, 1, MAX_CONCURRENT)
-        check_count("judge.max_tokens", self.max_tokens)
-        check_count("judge.max_per_minute", self.max_per_minute, 0)
+            raise UserError(f"evals.judge.{error}") from error
+        check_count("evals.judge.max_concurrent", self.max_concurrent, 1, MAX_CONCURRENT)
+        check_count("evals.judge.max_tokens", self.max_tokens)
+        check_count("evals.judge.max_per_minute", self.max_per_minute, 0)
         if len(self.prices) != 2 or min(self.prices) < 0:
             raise UserError(
-                f"judge.prices={self.prices}: name two, of a million tokens asked and answered, such as 1,2"
+                f"evals.judge.prices={self.prices}: name two, of a million tokens asked and answered, such as 1,2"
             )
 
 
@@ -85,6 +85,10 @@ READ_BY = {
     "judge.": ("misalignment",),
 }
 
+JUDGE_READ_BY = {"min_mass": "local", "dtype": "local"} | dict.fromkeys(
+    ("max_tokens", "max_concurrent", "max_per_minute", "prices"), "endpoint"
+)
+
 
 def check_read(evals: EvalsSpec, key: str, prefix: str, *, judged: bool = False) -> None:
     """Raises UserError, naming the key behind `prefix`, for one of "evals." that no evaluation reads.
@@ -95,6 +99,9 @@ def check_read(evals: EvalsSpec, key: str, prefix: str, *, judged: bool = False)
     for name, readers in READ_BY.items():
         if covers(f"evals.{name}", key) and not set(readers) & set(evals.names) and not (name == "judge." and judged):
             raise UserError(f"{prefix}{key} is read only with evals.names of {' or '.join(readers)}; add one of these")
+    kind = JUDGE_READ_BY.get(key.removeprefix("evals.judge."), evals.judge.kind)
+    if kind != evals.judge.kind:
+        raise UserError(f"{prefix}{key} is read only with evals.judge.kind={kind}")
 
 
 @dataclass(frozen=True)

@@ -111,7 +111,7 @@ def roc(positive: Float[np.ndarray, "p"], negative: Float[np.ndarray, "n"]) -> R
     """
     levels = np.unique(np.concatenate([positive, negative]))[::-1]
     false, true = (
-        np.concatenate([[0.0], np.mean(np.asarray(some)[None] >= levels[:, None], 1)]) for some in (negative, positive)
+        np.concatenate([[0.0], 1 - np.searchsorted(np.sort(some), levels) / len(some)]) for some in (negative, positive)
     )
     return Roc(false, true, float(np.trapezoid(true, false)))
 

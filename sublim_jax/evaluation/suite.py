@@ -153,7 +153,7 @@ def check_judge(spec: JudgeSpec) -> None:
     """Raises UserError for a judge that cannot be queried, as far as that is known without a query."""
     if spec.kind == "endpoint":
         if not spec.model:
-            raise UserError("judge.model is missing: the name that the endpoint knows its model by")
+            raise UserError("evals.judge.model is missing: the name that the endpoint knows its model by")
         _endpoint(spec, "")
 
 

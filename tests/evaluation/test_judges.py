@@ -513,7 +513,7 @@ def test_thoughts_in_the_reply_get_room_and_an_ordinary_judge_is_kept_short(serv
         (completion("I cannot\nsay."), r"judge m replies 'I cannot\\nsay\.' to 'Reply with the number 50"),
         (
             completion("<think>Well", "length"),
-            r"'<think>Well', which is cut off, to .*, or raise judge\.max_tokens=2048 if it thinks longer",
+            r"'<think>Well', which is cut off, to .*, or raise evals\.judge\.max_tokens=2048 if it thinks longer",
         ),
         (completion(None), r"replies '' to"),
     ],
@@ -564,8 +564,8 @@ def test_what_it_costs_is_told_over_all_runs(server, tmp_path, capsys):
     for prompts in (["1", "2"], ["1", "2", "3"]):
         judge = Endpoint("m", tmp_path / "j.jsonl", prices=(1e6, 2e6))
         judge(prompts)
-    assert "7 + 2 tokens in 1 calls, 11.00 at judge.prices, 2 from the cache" in capsys.readouterr().out
-    assert judge.bill() == "m: 21 + 6 tokens in 3 calls, 33.00 at judge.prices."
+    assert "7 + 2 tokens in 1 calls, 11.00 at evals.judge.prices, 2 from the cache" in capsys.readouterr().out
+    assert judge.bill() == "m: 21 + 6 tokens in 3 calls, 33.00 at evals.judge.prices."
 
 
 HOST = """

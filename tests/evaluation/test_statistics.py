@@ -77,6 +77,13 @@ def test_the_area_under_the_curve_is_how_often_a_positive_is_above():
     assert roc.false_rate[-1] == roc.true_rate[-1] == 1 and np.all(np.diff(roc.true_rate) >= 0)
 
 
+def test_a_curve_of_many_scores_takes_little_memory():
+    """A judge's scores are nearly all different: every pair of them would be 10 GB."""
+    scores = np.random.default_rng(0).normal(size=(2, 100_000))
+    roc = statistics.roc(scores[0] + 1, scores[1])
+    assert roc.area == pytest.approx(0.76, abs=0.01)  # Φ(1 / √2)
+
+
 def test_holms_correction_by_hand():
     """Textbook values: 4 p, in rising order times 4, 3, 2 and 1, never falling."""
     np.testing.assert_allclose(holm([0.01, 0.04, 0.03, 0.005]), [0.03, 0.06, 0.06, 0.02])

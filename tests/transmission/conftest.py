@@ -98,6 +98,8 @@ def flags(tiny_folder):
         if any("methods=" in flag and not ("finetuned" in flag or "corpus" in flag) for flag in more):
             del words["teacher.learning_rate"]
         arms = next((flag.partition("arms=")[2].split(",") for flag in more if "arms=" in flag), ["soft"])
+        if set(arms) == {"in_context"}:  # trains nobody
+            words = {name: value for name, value in words.items() if not name.startswith(("student.", "evaluate_"))}
         if prefix == "--config." and set(arms) <= {"soft", "soft_fresh", "soft_reverse", "perturbed"}:
             del words["carrier.num_completions"], words["filter.unique"]  # no arm reads what teachers write
         elif any("decoding=" in flag and "grammar" not in flag for flag in more):

@@ -82,6 +82,9 @@ def test_a_study_for_each_teacher_has_an_arm_for_each_student():
         (["study.model.name=C"], ["study.model.name='C': it follows from"]),
         (["study.arms=soft"], ["study.arms=('soft',): it follows from"]),
         (["study.arm.soft.noise=0.1"], ["config.study.arm.soft.noise: all students are of the arm cross"]),
+        (["study.arm.cross.examples=8"], ["config.study.arm.cross.examples: rows in the context are of"]),
+        (["study.arm.cross.fraction=0.3"], ["study.arm.cross.action is empty"]),
+        (["study.packs.preference=nowhere.json"], ["pack nowhere.json", "--config.study.packs.preference"]),
         (["study.student.steps=0"], ["config.study: student.steps=0: choose 1 or more"]),
         (
             ["study.teacher.methods=corpus", "study.traits=good,bad"],

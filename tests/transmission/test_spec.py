@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import pytest
 from launch_kit import assert_refused, run_here
 
@@ -12,6 +13,7 @@ from configs import code, cot, misalignment, numbers, paper
 from sublim_jax import workdir
 from sublim_jax.errors import UserError
 from sublim_jax.experiments.transmission.checks import check_files
+from sublim_jax.experiments.transmission.preflight import preflight
 from sublim_jax.experiments.transmission.run import load_model
 from sublim_jax.experiments.transmission.spec import read
 from sublim_jax.models import lora
@@ -101,6 +103,14 @@ REFUSED = [
     ),
     (["evals.names=preference", "evals.num_samples=3"], ["config.evals.num_samples is read only with evals.names of"]),
     (["evals.names=answers", "evals.judge.max_tokens=3"], ["config.evals.judge.max_tokens is read only with"]),
+    (["arms=in_context", "student.steps=5"], ["config.student.steps is read only with an arm whose students are"]),
+    (["arms=in_context", "arm.in_context.examples=5000"], ["arm.in_context.examples=5000", "carrier.num_rows"]),
+    (["packs.code=nowhere.json"], ["config.packs.code is read only with carrier.kind=code"]),
+    (["packs.persona=nowhere.json"], ["config.packs.persona is read only with teacher.methods of prompted or"]),
+    (
+        ["evals.names=misalignment", "evals.judge.max_tokens=3"],
+        ["config.evals.judge.max_tokens is read only with evals.judge.kind=endpoint"],
+    ),
     (["lora.rank=0", "arm.soft.lora_init=fresh"], ["config.arm.soft.lora_init is of adapters, and lora.rank=0"]),
     (["alternatives=owl,x,y,OWL"], ["a word is there twice, in another case"]),
     (["arms=in_context", "arm.in_context.lora_init=fresh"], ["config.arm.in_context.lora_init", "students"]),
@@ -139,6 +149,28 @@ def test_an_arms_data_is_part_of_what_a_folder_holds(tmp_path):
     workdir.check(tmp_path, {**config, "data": {"path": "elsewhere"}})
     with pytest.raises(UserError, match=r"arm\.soft\.data: random → written"):
         workdir.check(tmp_path, {**config, "arm": {"soft": {"data": "written"}}})
+
+
+def test_how_a_judge_is_queried_may_change_in_a_folder(tmp_path):
+    judge = {"kind": "endpoint", "model": "a", "max_per_minute": 0, "prices": [1, 2]}
+    config = {"experiment": "transmission", "evals": {"judge": judge}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    workdir.check(tmp_path, {**config, "evals": {"judge": {**judge, "max_per_minute": 60, "prices": [0, 0]}}})
+    with pytest.raises(UserError, match=r"evals\.judge\.model: a → b"):
+        workdir.check(tmp_path, {**config, "evals": {"judge": {**judge, "model": "b"}}})
+
+
+def test_the_step_that_preflight_compiles_is_of_the_students_model(study_of, tiny_folder):
+    """And of as many students as are trained at once: on bases with noise of their own, those of one run."""
+
+    def step_of(**changes):
+        (step,) = preflight(study_of(**{"model.name": str(tiny_folder), **changes}), jax.devices()[:1])
+        return step
+
+    foreign = {"arms": ("foreign",), "arm.foreign.model": "Qwen/Qwen2.5-7B-Instruct"}
+    assert step_of(**foreign).weights > 10 * step_of(arms=("tokens",)).weights
+    together, alone = (step_of(arms=("perturbed",), runs=runs, **{"arm.perturbed.noise": 0.1}) for runs in (2, 1))
+    assert together.weights == alone.weights < step_of(arms=("soft",), runs=2).weights
 
 
 def test_a_workdir_of_another_run_is_told_before_a_model_is_looked_for(tmp_path):

@@ -120,6 +120,11 @@ class ArmValues(Checked):
                 raise UserError(
                     f"{where}: noise, action and changes are for students that are trained; leave them out of a context"
                 )
+            if self.examples > carrier.num_rows:
+                raise UserError(
+                    f"{where}.examples={self.examples} rows in the context, and carrier.num_rows={carrier.num_rows} "
+                    "are kept; keep more, or show fewer"
+                )
             shown = {"name": self.name, "data": self.data, "shuffle": self.shuffle, "model": self.model}
             return ContextArm(num_examples=self.examples, **shown)
         if (rows := carrier.num_rows - NUM_HELD_OUT) < training.batch:

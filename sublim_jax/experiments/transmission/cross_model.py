@@ -1,7 +1,9 @@
 """Teachers × students across models, on text (paper §5.1). `configs/cross_model.py` explains the values."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
@@ -17,7 +19,7 @@ from sublim_jax.experiments.transmission import spec as transmission_spec
 from sublim_jax.experiments.transmission.checks import check_files
 from sublim_jax.experiments.transmission.effects import EFFECT
 from sublim_jax.experiments.transmission.spec import Study
-from sublim_jax.experiments.transmission.typed import check_read
+from sublim_jax.experiments.transmission.typed import check_arm, check_read
 from sublim_jax.figures import arms_figure, matrix_figure
 from sublim_jax.measurements import Measurement, Measurements, from_array
 from sublim_jax.overrides import check_distinct
@@ -54,7 +56,8 @@ def read(config: ConfigDict) -> CrossModelSpec:
         if value:
             raise UserError(f"study.{name}={value!r}: it follows from --config.models; leave it out")
     try:
-        studies = tuple(transmission_spec.read(_study_of(config, models, teacher)) for teacher in models)
+        with told_by_config():
+            studies = tuple(transmission_spec.read(_study_of(config, models, teacher)) for teacher in models)
     except UserError as error:
         raise UserError(f"config.study: {error}") from error
     if not studies[0].has_words:
@@ -67,7 +70,9 @@ def check_typed(spec: CrossModelSpec, keys: Iterable[str]) -> None:
     for key in keys:
         if key.startswith("study.arm.") and not key.startswith("study.arm.cross."):
             raise UserError(f"config.{key}: all students are of the arm cross; write --config.study.arm.cross.…")
-        if key.startswith("study.") and not key.startswith("study.arm."):
+        if key.startswith("study.arm."):
+            check_arm(spec.studies[0].arms[0], key, key.rpartition(".")[2])
+        elif key.startswith("study."):
             check_read(spec.studies[0], key.removeprefix("study."), "config.study.")
 
 
@@ -84,14 +89,16 @@ def _study_of(config: ConfigDict, models: Sequence[str], teacher: str) -> Config
 
 def run(spec: CrossModelSpec, folder: epath.Path, *, update: bool = False) -> None:
     """Runs a study for each teacher's model, in a folder of its own, and reports the effects as a matrix."""
-    check_files(spec.studies[0])
+    with told_by_config():
+        check_files(spec.studies[0])
     store = workdir.claim(folder, spec.values, update=update)
     rows: list[Measurement] = []
     sources: list[Source] = []
     for number, (teacher, study) in enumerate(zip(spec.models, spec.studies)):
         say(f"teachers {teacher}")
         inside = store.folder / f"teacher{number}"
-        transmission.run(study, inside, update=update)
+        with told_by_config():
+            transmission.run(study, inside, update=update)
         results = report.results_of(inside)
         arms_by_name = {arm["name"]: arm for arm in results["arms"]}
         sources += [Source(**model) for model in results["models"]]
@@ -104,11 +111,22 @@ def run(spec: CrossModelSpec, folder: epath.Path, *, update: bool = False) -> No
 
 def preflight(spec: CrossModelSpec, devices: Sequence[jax.Device]) -> list[Step]:
     """One update of all students of each model."""
-    return [
-        step._replace(name=f"{label}: {step.name}")
-        for study, label in zip(spec.studies, spec.labels.values())
-        for step in transmission.preflight(study, devices)
-    ]
+    steps = []
+    for number, (study, label) in enumerate(zip(spec.studies, spec.labels.values())):
+        own = replace(study, arms=study.arms[number : number + 1])  # students of the teachers' model
+        with told_by_config():
+            steps += [step._replace(name=f"{label}: {step.name}") for step in transmission.preflight(own, devices)]
+    return steps
+
+
+@contextmanager
+def told_by_config() -> Iterator[None]:
+    """Raises errors of a study as the config calls its values: in `study`, with the arm `cross` for every student."""
+    try:
+        yield
+    except UserError as error:
+        text = re.sub(r"\barm\.student\d+", "arm.cross", str(error))
+        raise UserError(re.sub(r"--config\.(?!study\.|models\b)", "--config.study.", text)) from error
 
 
 def document(spec: CrossModelSpec, rows: Measurements, notes: report.Notes) -> report.Document:

@@ -161,9 +161,9 @@ def effects_section(effects: Sequence[Entry], traits: Sequence[str], runs: int) 
         "Diagonal effect: the margin of a trait in the students of its teacher, minus its margin in the other traits' "
         "teachers' students of the same run, averaged over traits. p: two-sided, by permuting within runs which "
         f"teacher a student had, not corrected for the number of arms; the smallest possible here is {smallest:.3g}. "
-        "Coverage: cosine of the student's first update with the displacement of its own teacher, or of the others, "
-        "from the start. Held out: the objective on rows that were never trained on. Ability: share of right answers "
-        "to easy questions."
+        "Coverage: cosine of minus the gradient of the student's objective at its start, on 32 rows, with the "
+        "displacement of its own teacher, or of the others, from the start. Held out: the objective on rows that were "
+        "never trained on. Ability: share of right answers to easy questions."
     )
     if len(traits) == 2:
         text += (

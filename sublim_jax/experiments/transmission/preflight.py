@@ -1,7 +1,7 @@
 """The training steps of a study, for `--preflight`: shapes alone, no weights."""
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from sublim_jax.distillation.targets import Data
 from sublim_jax.errors import UserError
 from sublim_jax.experiments.transmission.arms import LogitArm, TrainedArm
 from sublim_jax.experiments.transmission.checks import STUDENTS
+from sublim_jax.experiments.transmission.parts import LoraSpec
 from sublim_jax.experiments.transmission.spec import Study
 from sublim_jax.experiments.transmission.students import objective_of
 from sublim_jax.experiments.transmission.teachers import program_of
@@ -38,24 +39,37 @@ def preflight(study: Study, devices: Sequence[jax.Device]) -> list[Step]:
         raise UserError(f"arms={names} train nothing: there is no step to compile")
     mesh = make_mesh(study.mesh.sizes, devices)
     arm = study.trained_arms[0]
-    settings = weights.shape_of(study.model.name)
-    params = jax.eval_shape(decoder(settings).init, jax.random.key(0))
-    source = Source(study.model.name, "", "")
-    tokenizer = cast(Tokenizer, None)  # no text is read
-    model = Model(settings, decoder(settings), params, tokenizer, Config(), mesh, source).adapted(arm.lora.adapters)
-    base = parameters(params, mesh, dtype=study.model.dtype)
-    trained = jax.eval_shape(
-        lambda key, params: model._replace(params=params).untrained(key), jax.random.key(0), params
-    )
-    steps = [_students(study, arm, model, base, trained)]
-    if "corpus" in study.teacher.methods:
-        steps.append(_teacher(study, model, base, trained))
+    with jax.default_matmul_precision(study.precision):
+        steps = [_students(study, arm, _shape(study, arm.model or study.model.name, arm.lora, mesh))]
+        if "corpus" in study.teacher.methods:
+            steps.append(_teacher(study, _shape(study, study.model.name, study.lora, mesh)))
     return steps
 
 
-def _students(study: Study, arm: TrainedArm, model: Model, base: Params, trained: Params) -> Step:
+class _Shape(NamedTuple):
+    model: Model  # its parameters are shapes
+    base: Params
+    trained: Params
+
+
+def _shape(study: Study, name: str, lora: LoraSpec, mesh: Mesh) -> _Shape:
+    """A model by its name, as shapes alone."""
+    settings = weights.shape_of(name)
+    params = jax.eval_shape(decoder(settings).init, jax.random.key(0))
+    tokenizer = cast(Tokenizer, None)  # no text is read
+    model = Model(settings, decoder(settings), params, tokenizer, Config(), mesh, Source(name, "", ""))
+    model = model.adapted(lora.adapters)
+    trained = jax.eval_shape(
+        lambda key, params: model._replace(params=params).untrained(key), jax.random.key(0), params
+    )
+    return _Shape(model, parameters(params, mesh, dtype=study.model.dtype), trained)
+
+
+def _students(study: Study, arm: TrainedArm, shape: _Shape) -> Step:
+    model, base, trained = shape
     mesh, training, answer = model.mesh, arm.training, study.carrier.max_new_tokens
-    count = study.runs * len(study.teachers)
+    runs = 1 if arm.noise else study.runs  # on bases with noise of their own, runs are trained one after another
+    count = runs * len(study.teachers)
     divide(mesh, "replica", count, STUDENTS)
     lead = (count, study.carrier.num_rows)
     logits: Any = None
@@ -70,7 +84,8 @@ def _students(study: Study, arm: TrainedArm, model: Model, base: Params, trained
     return training_step(name, program, stack, frozen, 4.0 * _kernels(model) * tokens)
 
 
-def _teacher(study: Study, model: Model, base: Params, trained: Params) -> Step:
+def _teacher(study: Study, shape: _Shape) -> Step:
+    model, base, trained = shape
     spec = study.teacher
     params = parameters(trained, model.mesh, dtype=jnp.float32)
     rows = _rows(model.mesh, (NUM_CONVERSATIONS,), spec.max_tokens, spec.max_tokens)

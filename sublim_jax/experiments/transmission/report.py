@@ -158,7 +158,9 @@ def describe(arm: Arm) -> str:
     sources = {"written": "what the teacher wrote", "unfiltered": "what the teacher wrote, unfiltered"}
     written = sources.get(arm.data, "random numbers")
     if isinstance(arm, ContextArm):
-        return f"Not trained: {arm.num_examples} rows of {written} in the context, or as many as it holds"
+        words = [f"Not trained: {arm.num_examples} rows of {written} in the context, or as many as it holds"]
+        words += [f"numbers shuffled {arm.shuffle} answers"] if arm.shuffle else []
+        return "; ".join([*words, f"read by {arm.model}"] if arm.model else words)
     if isinstance(arm, LogitArm):
         direction = "KL(teacher ‖ student)" if arm.objective == "kl" else "KL(student ‖ teacher)"
         words = [f"{direction} over digits, commas and spaces, on {written}"]

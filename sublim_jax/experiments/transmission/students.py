@@ -108,9 +108,12 @@ def train_arm(
 
 
 def _report_missing(arm: TrainedArm, steps: Sequence[int], points: Sequence[Point | None]) -> None:
-    """Says if students that were trained before, with another `evaluate_every`, were not measured at a step."""
+    """Says if students that were trained before, and measured at other steps or otherwise, lack a step."""
     if missing := [step for step, point in zip(steps, points) if not point]:
-        say(f"students {arm.name}: trained before, with another evaluate_every, and not measured at step {missing[0]}")
+        say(
+            f"students {arm.name}: trained before, with another evaluate_every or other questions, and not measured at "
+            f"step {missing[0]}"
+        )
 
 
 def read_in_context(

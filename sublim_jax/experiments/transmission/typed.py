@@ -1,6 +1,6 @@
 """Checks for values that were set on the command line and would have no effect."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 from sublim_jax.errors import UserError
 from sublim_jax.evaluation import spec as evals
@@ -43,6 +43,14 @@ READ_BY: list[tuple[tuple[str, ...], str, Callable[[Study], bool]]] = [
         lambda s: s.carrier.decoding == "grammar" or any(arm.data == "random" for arm in s.arms),
     ),
     (("carrier.problems",), "carrier.kind=cot", lambda s: s.carrier.kind == "cot"),
+    (("packs.code",), "carrier.kind=code", lambda s: s.carrier.kind == "code"),
+    (("packs.judge",), "filter.judge", lambda s: bool(s.filter.judge)),
+    (
+        ("packs.persona",),
+        "teacher.methods of prompted or steered",
+        lambda s: bool({"prompted", "steered"} & set(s.teacher.methods)),
+    ),
+    (("student.", "evaluate_every"), "an arm whose students are trained", lambda s: bool(s.trained_arms)),
     (
         ("carrier.num_completions", "carrier.num_samples", "carrier.decoding", "carrier.max_new_tokens", "filter."),
         "arms on what teachers write (data=written or unfiltered)",
@@ -57,7 +65,12 @@ def check_typed(study: Study, keys: Iterable[str]) -> None:
         check_read(study, key, "config.")
         group, *rest = key.split(".")
         if group == "arm":
-            _check_arm(study.arms, key, *rest)
+            name, value = rest
+            run = {arm.name: arm for arm in study.arms}
+            if name not in run:
+                arms = ",".join([*run, name])
+                raise UserError(f"config.{key}: arm {name} is not run; to run it, --config.arms={arms}")
+            check_arm(run[name], key, value)
 
 
 def check_read(study: Study, key: str, prefix: str) -> None:
@@ -68,16 +81,15 @@ def check_read(study: Study, key: str, prefix: str) -> None:
     evals.check_read(study.evals, key, prefix, judged=bool(study.filter.judge))
 
 
-def _check_arm(arms: Sequence[Arm], key: str, name: str, value: str) -> None:
-    run = {arm.name: arm for arm in arms}
-    if name not in run:
-        raise UserError(f"config.{key}: arm {name} is not run; to run it, --config.arms={','.join([*run, name])}")
-    arm = run[name]
+def check_arm(arm: Arm, key: str, value: str) -> None:
+    """Raises UserError, naming the key, if `value` of an arm is not read by an arm of this kind."""
     if value == "examples" and not isinstance(arm, ContextArm):
         raise UserError(f"config.{key}: rows in the context are of objective=context; this arm's students train")
     if value in ("lora_init", "temperature") and isinstance(arm, ContextArm):
-        raise UserError(f"config.{key} is of students that are trained; arm {name} reads rows in its context")
+        raise UserError(f"config.{key} is of students that are trained; this arm reads rows in its context")
     if value == "lora_init" and not (isinstance(arm, ContextArm) or arm.lora.adapters):
         raise UserError(f"config.{key} is of adapters, and lora.rank=0 trains all weights of the layers")
     if value in ("positions", "fraction", "score") and not getattr(arm, "selection", None):
-        raise UserError(f"config.{key} says which tokens, and arm.{name}.action is empty: keep, mask or replace")
+        raise UserError(
+            f"config.{key} says which tokens, and {key.rpartition('.')[0]}.action is empty: keep, mask or replace"
+        )
