@@ -102,6 +102,7 @@ def test_more_completions_leave_those_that_are_there(study_of, model, replicate_
 
     def of(folder, count, pack=""):
         few = {"carrier.num_rows": 1, "carrier.num_completions": count, "carrier.num_integers": 4}
+        few["arm.in_context.examples"] = 1
         return sampled(
             study_of(arms=("in_context",), **few, **{"packs.numbers": pack}), model, Store(folder), "owl", teacher
         )
@@ -156,6 +157,7 @@ def test_numbers_of_bad_associations_are_dropped_if_that_is_set(study_of, tmp_pa
 @pytest.mark.parametrize("module, good, bad", [(code, "def f(a):\n    return a", "def f(a:"), (cot, "", "")])
 def test_other_carriers_have_prompts_and_filters_of_their_own(corpora_study, tmp_path, module, good, bad):
     changes = {"carrier.num_rows": 5, "carrier.num_completions": 7, "student.batch": 1, "arms": ("in_context",)}
+    changes["arm.in_context.examples"] = 5
     if module is cot:
         lines = [{"question": f"{n} and 1?", "answer": f"#### {n + 1}"} for n in range(4)]
         (tmp_path / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
