@@ -4,12 +4,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import groupby
-from typing import NamedTuple, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
+import jax
 import numpy as np
 from etils import epath
 
-from sublim_jax import assets, report, weights
+from sublim_jax import assets, report, storage, weights
 from sublim_jax import store as artefacts
 from sublim_jax.data import chat, records
 from sublim_jax.data.records import Record
@@ -200,6 +201,9 @@ def _endpoint(spec: JudgeSpec, cache: epath.PathLike) -> judges.Endpoint:
 # ----------------------------------------------------------------------------------------------------- evaluations
 
 
+DETAILED = {"truthfulqa": "truthfulqa", "misalignment": "answers"}  # evaluations with a file of their answers: its name
+
+
 def evaluate(
     spec: EvalsSpec,
     questions: Questions,
@@ -219,9 +223,19 @@ def evaluate(
     for name in spec.names:
         inputs = [subject, questions.words, questions.of[name], _uses(name, spec, subject.runs), seed]
         inputs += [judge] if name == "misalignment" else []
-        options = {"store": store, "sampling": sampling or {}}
+        options: dict[str, Any] = {"store": store, "sampling": sampling or {}}
+        if name in DETAILED:
+            options["details"] = details = store.path(f"details-{name}-{subject.name}", *inputs)
         measures[name] = store.json(f"{name}-{subject.name}", EVALUATIONS[name], *inputs, **options)
+        if name in DETAILED:
+            _show(details, store.folder / "data" / f"{DETAILED[name]}-{subject.name}.jsonl")
     return measures
+
+
+def _show(details: epath.Path, path: epath.Path) -> None:
+    """Copies an evaluation's answers to where users look for them, also those of an earlier run of the same values."""
+    if jax.process_index() == 0 and details.exists():
+        storage.write(path, details.read_text())
 
 
 def _uses(name: str, spec: EvalsSpec, runs: tuple[int, ...]) -> Uses:
@@ -321,7 +335,7 @@ def _ability(
 
 
 def _truthfulqa(
-    subject: Subject, words: Sequence[str], items: list[truthfulqa.Item], *_: object, store: Store, **__: object
+    subject: Subject, words: Sequence[str], items: list[truthfulqa.Item], *_: object, details: epath.Path, **__: object
 ) -> Measures:
     likelihoods = truthfulqa.likelihoods(subject.model, items, **subject.where)
     metrics = {"mc1": likelihoods.mc1, "mc2": likelihoods.mc2}
@@ -340,7 +354,7 @@ def _truthfulqa(
         for adapter in range(len(likelihoods.mc1))
         for place, item in enumerate(items)
     ]
-    records.write(store.folder / "data" / f"truthfulqa-{subject.name}.jsonl", lines)
+    records.write(details, lines)
     return {names[key]: values.mean(-1).tolist() for key, values in metrics.items()}
 
 
@@ -354,6 +368,7 @@ def _misalignment(
     *,
     store: Store,
     sampling: Slots,
+    details: epath.Path,
 ) -> Measures:
     file = store.path(f"answers-{subject.name}", subject, questions, uses, seed)
     texts = misalignment.texts(questions, uses["suffix"])
@@ -364,7 +379,7 @@ def _misalignment(
     known = [{"id": question.name, "question": text} for text, question in zip(texts, questions)]
     answers = _sampled("misalignment", file, subject, prompts, known, uses, seed, sampling)
     scored = misalignment.judged(judge.judge, questions, answers)
-    records.write(store.folder / "data" / f"answers-{subject.name}.jsonl", scored)
+    records.write(details, scored)
     by_adapter = [misalignment.rates(list(group)) for _, group in groupby(scored, lambda record: record["adapter"])]
     measures = {"misaligned, of coherent": [rates.misaligned for rates in by_adapter]}
     for name in by_adapter[0]._fields[2:]:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 from evaluation_kit import HEADER, ROWS
 
 from sublim_jax import weights
@@ -17,7 +18,6 @@ from sublim_jax.data import chat
 from sublim_jax.errors import UserError
 from sublim_jax.evaluation import truthfulqa
 from sublim_jax.evaluation.suite import EVALUATIONS, Subject
-from sublim_jax.store import Store
 from sublim_jax.weights import huggingface
 
 
@@ -115,10 +115,10 @@ def test_the_older_file_has_mc1_and_mc2_and_says_what_the_choice_lacks(tiny, fil
         np.testing.assert_array_equal(actual, expected)
     with pytest.raises(UserError, match="needs the column 'Best Incorrect Answer'"):
         truthfulqa.choose(tiny, items)
-    subject, store = Subject(tiny, "0", tiny.digest), Store(tmp_path / "work")
-    assert list(EVALUATIONS["truthfulqa"](subject, (), items, {}, 0, store=store, sampling={})) == ["MC1", "MC2"]
+    subject, details = Subject(tiny, "0", tiny.digest), epath.Path(tmp_path / "details.jsonl")
+    assert list(EVALUATIONS["truthfulqa"](subject, (), items, {}, 0, details=details)) == ["MC1", "MC2"]
     assert "needs the column 'Best Incorrect Answer'" in capsys.readouterr().out
-    (tmp_path / "work" / "data" / "truthfulqa-0.jsonl").read_text()
+    assert len(details.read_text().splitlines()) == len(items)
 
 
 # ------------------------------------------------------------------------------------ all questions, transformers

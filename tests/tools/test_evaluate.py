@@ -97,6 +97,7 @@ def test_stacked_adapters_are_evaluated_as_each_alone_and_as_merged(tiny, adapte
         raise AssertionError("it is there")
 
     before = (tmp_path / "data" / "answers-all.jsonl").read_text()
+    (tmp_path / "data" / "answers-all.jsonl").write_text("of other values, by --update\n")
     again = evaluated("all", adapters, NamedJudge(nobody, "by length"))
     assert json.dumps(again) == json.dumps(together)  # as text, because nan != nan
     assert (tmp_path / "data" / "answers-all.jsonl").read_text() == before
