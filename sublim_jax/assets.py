@@ -283,7 +283,7 @@ def _through_hub(repository: str) -> Path:
     )
     try:
         folder = Path(str(snapshot(local_files_only=True)))
-        if _is_whole(folder) and any((folder / name).exists() for name in TOKENIZERS):
+        if _is_whole(folder):
             say(f"{repository}: from the hub's cache")
             return folder
     except OSError:
@@ -307,7 +307,7 @@ def _from_hub(get: Callable[[], object]) -> Path:
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether a snapshot has a config and all weights: a download may have been interrupted."""
+    """Whether a snapshot has a config, a tokenizer and all weights: it may be of a part, or an interrupted download."""
     index = folder / "model.safetensors.index.json"
     names = ["model.safetensors"]
     if index.exists():
@@ -315,7 +315,8 @@ def _is_whole(folder: Path) -> bool:
             names = json.loads(index.read_text())["weight_map"].values()
         except (ValueError, KeyError, AttributeError):
             return False
-    return all((folder / name).exists() for name in ("config.json", *names))
+    tokenizer = any((folder / name).exists() for name in TOKENIZERS)
+    return tokenizer and all((folder / name).exists() for name in ("config.json", *names))
 
 
 def _reason(error: Exception) -> str:

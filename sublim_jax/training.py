@@ -269,6 +269,10 @@ def fit(
                 log(first, values)
             track.update(stop, f"loss {np.mean(values['loss'][-1]):.4g}")
 
+        def save() -> None:
+            if store:
+                store.save(step, state, iterator.get_state() if iterator is not None else None)
+
         with Track(what, steps, start) as track:
             # The order is a contract: evaluate the old state; save it; stop here if asked to; only then take the
             # next batches, so that a saved position never runs ahead of the state; dispatch; and while the device
@@ -277,8 +281,8 @@ def fit(
                 if evaluate and due(evaluate_every):
                     evaluate(state.params, step)
                 stopping = signal.requested()
-                if store and step > start and (stopping or (due(checkpoint_every) and step < steps)):
-                    store.save(step, state, iterator.get_state() if iterator is not None else None)
+                if step > start and (stopping or (due(checkpoint_every) and step < steps)):
+                    save()
                 if stopping:
                     if pending:
                         read(*pending)
@@ -299,8 +303,8 @@ def fit(
             if pending:
                 read(*pending)
             # Asked to stop while the last dispatch ran.
-            if step > start and signal.requested() and store:
-                store.save(step, state, iterator.get_state() if iterator is not None else None)
+            if step > start and signal.requested():
+                save()
     if signal.heard:
         raise Interrupted(f"stopped by {signal.heard} at the end of {what}")
     return state

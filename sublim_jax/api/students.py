@@ -11,7 +11,7 @@ from sublim_jax.api.teachers import check_adapters
 from sublim_jax.data import dialogue
 from sublim_jax.data.dialogue import Rows
 from sublim_jax.distillation.losses import stacked
-from sublim_jax.distillation.students import SCHEDULES, Training, imitating_program, imitation
+from sublim_jax.distillation.students import Training, imitating_program, imitation
 from sublim_jax.distillation.targets import Data, Pair, as_read_by, logits_on, support_of, teacher_logits
 from sublim_jax.distillation.teachers import Teacher
 from sublim_jax.errors import UserError
@@ -20,7 +20,7 @@ from sublim_jax.models.functional import Params
 from sublim_jax.models.language import Model
 from sublim_jax.sampling.checks import tokens_of
 from sublim_jax.sharding import named, put
-from sublim_jax.specs import check_count, check_one_of, check_positive
+from sublim_jax.specs import check_one_of, check_positive
 from sublim_jax.training import fit
 
 __all__ = ["Training", "distill"]
@@ -63,12 +63,12 @@ def distill(
     check_adapters(model)
     check_one_of("objective", objective, ("kl", "reverse_kl", "tokens"))
     check_one_of("lora_init", lora_init, ("shared", "fresh"))
-    check_one_of("schedule", schedule, SCHEDULES)
-    for name, count in (("steps", steps), ("batch", batch)):
-        check_count(name, count)
-    for name, number in (("temperature", temperature), ("learning_rate", learning_rate)):
-        if number is not None:
-            check_positive(name, number)
+    if temperature is not None:
+        check_positive("temperature", temperature)
+    try:
+        training = Training(learning_rate, schedule, warmup=0, clip=0.0, batch=batch, accumulate=1, steps=steps)
+    except UserError as error:  # by the names of a config
+        raise UserError(str(error).removeprefix("student.")) from error
     for number, teacher in enumerate(teachers):
         if teacher.lora not in (None, model.settings.lora):
             raise UserError(f"teacher {number} has adapters of {teacher.lora}, and the model {model.settings.lora}")
@@ -88,7 +88,6 @@ def distill(
         compared = support_of(model) if support is None else tokens_of(model.settings, list(support), "support")
         if len(compared) < 2 or len(set(compared)) < len(compared):
             raise UserError(f"support={compared}: name two tokens or more, each once")
-    training = Training(learning_rate, schedule, warmup=0, clip=0.0, batch=batch, accumulate=1, steps=steps)
     student_rows = dialogue.rows(model, list(rows), end=tokens)
     logits = None if tokens else _logits_of(model, teachers, list(rows), student_rows, compared)
     data = Data(Rows(*(np.stack([leaf] * len(teachers)) for leaf in student_rows)), logits)

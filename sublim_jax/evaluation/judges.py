@@ -394,7 +394,10 @@ class Endpoint:
         if isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError):
             return f"the judge's endpoint refuses the key (OPENAI_API_KEY){kept}"
         if isinstance(error, openai.RateLimitError):
-            return f"the judge's endpoint has reached its limit; wait, or lower evals.judge.max_per_minute{kept}"
+            return (
+                "the judge's endpoint has reached its limit; wait, or set evals.judge.max_per_minute to what it "
+                f"allows{kept}"
+            )
         if isinstance(error, openai.APITimeoutError):
             return f"the judge's endpoint does not answer in time{kept}"
         if isinstance(error, openai.APIConnectionError):

@@ -49,7 +49,7 @@ def document(spec: MnistSpec, rows: Measurements, notes: Notes) -> Document:
         for name in rows.names("arm")
     ]
     _compare(arms)
-    note = INTERVALS + (INSIDE if published(spec) else "") + (CLONED if any("p" in arm for arm in arms) else "")
+    note = INTERVALS + (INSIDE if papers_values(spec) else "") + (CLONED if any("p" in arm for arm in arms) else "")
     if spec.sweep.axis:
         shown = [arm for arm in arms if arm["arm"] != "reference"]
         figures = {"sweep": partial(sweep_figure, shown, spec.sweep.axis)}
@@ -73,11 +73,11 @@ def accuracy_arm(name: str, accuracies: Sequence[float], **more: Any) -> Entry:
 
 
 def _arm(spec: MnistSpec, name: str, accuracies: Sequence[float]) -> Entry:
-    value, half_width = published(spec).get(name, (None, None))
+    value, half_width = papers_values(spec).get(name, (None, None))
     return accuracy_arm(_title(name), accuracies, paper=value, paper_ci95=half_width)
 
 
-def published(spec: MnistSpec) -> Mapping[str, tuple[float, float]]:
+def papers_values(spec: MnistSpec) -> Mapping[str, tuple[float, float]]:
     """The paper's values by arm; none for another recipe than theirs, nor in a sweep."""
     recipe = json.loads(spec.published_recipe or "{}")
     if spec.sweep.axis or any(spec.values.get(part) != values for part, values in recipe.items()):

@@ -159,8 +159,11 @@ def describe(arm: Arm) -> str:
     written = sources.get(arm.data, "random numbers")
     if isinstance(arm, ContextArm):
         words = [f"Not trained: {arm.num_examples} rows of {written} in the context, or as many as it holds"]
-        words += [f"numbers shuffled {arm.shuffle} answers"] if arm.shuffle else []
-        return "; ".join([*words, f"read by {arm.model}"] if arm.model else words)
+        if arm.shuffle:
+            words.append(f"numbers shuffled {arm.shuffle} answers")
+        if arm.model:
+            words.append(f"read by {arm.model}")
+        return "; ".join(words)
     if isinstance(arm, LogitArm):
         direction = "KL(teacher ‖ student)" if arm.objective == "kl" else "KL(student ‖ teacher)"
         words = [f"{direction} over digits, commas and spaces, on {written}"]
