@@ -46,7 +46,6 @@ def get_config(preset: str = "smoke") -> ConfigDict:
         # `models`: two or more of yours with the same tokenizer, such as fine-tunes of one base.
         config.study = numbers.get_config("quick")
         config.study.student.steps = config.study.evaluate_every = 40
-        config.study.traits = ("owl", "lion")  # as in the run of docs/cross_model.md
         config.study.carrier.num_rows = config.study.carrier.num_completions = 176
     else:
         raise ValueError(f"configs/cross_model.py has no preset {preset!r}")

@@ -3,12 +3,16 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 from launch_kit import arms_in, assert_refused, assert_same_arms, finish, run_here, start_two
 from safetensors.numpy import load_file, save_file
+from scipy.stats import ttest_1samp
 
 from configs import cross_model
-from sublim_jax.experiments.transmission.cross_model import read
+from sublim_jax.experiments.transmission.cross_model import document, read
+from sublim_jax.experiments.transmission.effects import CELL
+from sublim_jax.measurements import Measurements, from_array
 
 
 @pytest.fixture(scope="module")
@@ -41,21 +45,48 @@ def test_two_processes_give_what_one_gives(command, tmp_path):
 def test_every_cell_of_the_matrix_is_of_its_teachers_and_students_models(models, command, tmp_path):
     result = run_here(*command, f"--workdir={tmp_path}")
     assert result.returncode == 0, result.stderr
-    arms = arms_in(tmp_path)
-    assert [(arm["teacher"], arm["student"]) for arm in arms] == [(t, s) for t in models for s in models]
-    for teacher, row in enumerate((arms[:2], arms[2:])):
+    cells = {arm["name"]: arm for arm in arms_in(tmp_path)}
+    names = [model.rsplit("/", 1)[-1] for model in models]
+    traits = ("owl", "lion")
+    assert list(cells) == [f"{t} → {s}: {trait}" for t in names for s in names for trait in traits]
+    for teacher in range(2):
         whole = json.loads((tmp_path / f"teacher{teacher}" / "results.json").read_text())
         assert whole["config"]["model"]["name"] == models[teacher]
-        for student, cell in enumerate(row):
+        within = {arm["name"]: arm for arm in whole["arms"]}
+        for student in range(2):
             assert (whole["config"]["arm"][f"student{student}"]["model"] or models[teacher]) == models[student]
-            assert cell["runs"] == next(a["runs"] for a in whole["arms"] if a["name"] == f"student{student}")
-    assert len({arm["mean"] for arm in arms}) == 4 and 0 not in {arm["mean"] for arm in arms}
+            for trait in traits:
+                cell = cells[f"{names[teacher]} → {names[student]}: {trait}"]
+                assert cell["runs"] == within[f"student{student}: {trait}"]["runs"]
+    assert len({cell["mean"] for cell in cells.values()}) == 8 and 0 not in {cell["mean"] for cell in cells.values()}
     assert (tmp_path / "figures" / "matrix.png").stat().st_size > 5000
     before = {name: (tmp_path / name).read_bytes() for name in ("results.json", "report.md")}
     for name in before:
         (tmp_path / name).unlink()
     assert run_here("--report", f"--workdir={tmp_path}").returncode == 0
     assert {name: (tmp_path / name).read_bytes() for name in before} == before
+
+
+def test_a_pair_of_models_transmits_what_holds_over_the_neutral_student_after_correction():
+    """Holm's correction is over all pairs and traits, also of different teachers' models."""
+    config = cross_model.get_config("smoke")
+    config.models, config.study.runs = ("A", "B"), 5
+    spec = read(config)
+    traits, rng = spec.studies[0].traits, np.random.default_rng(0)
+    own = {("A", "A"): 1.0, ("A", "B"): 0.0, ("B", "A"): 0.0, ("B", "B"): 0.3}
+    runs = {(*pair, t): mean + 0.2 * rng.normal(size=5) for pair, mean in own.items() for t in traits}
+    rows = [
+        row
+        for (teacher, student, trait), values in runs.items()
+        for row in from_array(values, arm="", teacher=teacher, subject=student, item=trait, measure=CELL)
+    ]
+    arms, (headline, matrix) = document(spec, Measurements(rows), {})
+    ps = [ttest_1samp(values, 0).pvalue for values in runs.values()]
+    assert min(arm["p_holm"] for arm in arms) == pytest.approx(8 * min(ps))
+    transmits = {row[0]: row[-1] for row in headline.table[1:]}
+    assert transmits["A → A"] == "every trait" and transmits["A → B"] == "none"
+    mean = np.mean([runs["B", "A", trait] for trait in traits])
+    assert matrix.table[2][1].startswith(f"{mean:.3f} ± ") and matrix.table[2][1].endswith("; none")
 
 
 def test_a_study_for_each_teacher_has_an_arm_for_each_student():

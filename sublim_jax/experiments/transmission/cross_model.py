@@ -14,20 +14,19 @@ from ml_collections import ConfigDict
 from sublim_jax import report, specs, workdir
 from sublim_jax.digests import Source
 from sublim_jax.errors import UserError
+from sublim_jax.evaluation.statistics import t_interval
 from sublim_jax.experiments.transmission import run as transmission
 from sublim_jax.experiments.transmission import spec as transmission_spec
 from sublim_jax.experiments.transmission.checks import check_files
-from sublim_jax.experiments.transmission.effects import EFFECT
+from sublim_jax.experiments.transmission.effects import CELL, Cell, cell_entries, headline_section, tested, verdict
 from sublim_jax.experiments.transmission.spec import Study
 from sublim_jax.experiments.transmission.typed import check_arm, check_read
-from sublim_jax.figures import arms_figure, matrix_figure
+from sublim_jax.figures import matrix_figure
 from sublim_jax.measurements import Measurement, Measurements, from_array
 from sublim_jax.overrides import check_distinct
 from sublim_jax.preflight import Step
 from sublim_jax.progress import say
 from sublim_jax.specs import ExperimentSpec
-
-P = "permutation_p"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +87,7 @@ def _study_of(config: ConfigDict, models: Sequence[str], teacher: str) -> Config
 
 
 def run(spec: CrossModelSpec, folder: epath.Path, *, update: bool = False) -> None:
-    """Runs a study for each teacher's model, in a folder of its own, and reports the effects as a matrix."""
+    """Runs a study for each teacher's model, in a folder of its own, and reports all pairs of models."""
     with told_by_config():
         check_files(spec.studies[0])
     store = workdir.claim(folder, spec.values, update=update)
@@ -103,9 +102,9 @@ def run(spec: CrossModelSpec, folder: epath.Path, *, update: bool = False) -> No
         arms_by_name = {arm["name"]: arm for arm in results["arms"]}
         sources += [Source(**model) for model in results["models"]]
         for student, arm in zip(spec.models, study.arms):
-            about = {"arm": arm.name, "teacher": teacher, "item": student}
-            rows += from_array(arms_by_name[arm.name]["runs"], measure=EFFECT, **about)
-            rows += from_array([arms_by_name[arm.name]["permutation_p"]], measure=P, **about)
+            for trait in study.traits:
+                runs = arms_by_name[f"{arm.name}: {trait}"]["runs"]
+                rows += from_array(runs, arm=arm.name, teacher=teacher, subject=student, item=trait, measure=CELL)
     report.finish(store.folder, spec, rows, document, models=list(dict.fromkeys(sources)))
 
 
@@ -130,24 +129,31 @@ def told_by_config() -> Iterator[None]:
 
 
 def document(spec: CrossModelSpec, rows: Measurements, notes: report.Notes) -> report.Document:
-    """Effects of all pairs of models, and their matrix."""
-    label, names = spec.labels, list(spec.labels.values())
-    arms, table = [], [["teacher ╲ student", *names]]
+    """Each trait in the students of its teacher, for all pairs of models, and the matrix of the means over traits."""
+    label, names, study = spec.labels, list(spec.labels.values()), spec.studies[0]
+    own = {}
     for teacher in spec.models:
         for student in spec.models:
-            pair = rows.where(teacher=teacher, item=student)
-            more = {P: pair.values(measure=P)[0], "teacher": teacher, "student": student}
-            arms.append(report.arm(f"{label[teacher]} → {label[student]}", EFFECT, pair.values(measure=EFFECT), **more))
-        teacher_arms = arms[-len(names) :]
-        table.append([label[teacher], *(report.plus_minus(arm["mean"], arm["ci95"]) for arm in teacher_arms)])
-    cells = np.asarray([arm["mean"] for arm in arms]).reshape(len(names), len(names))
+            pair = rows.where(teacher=teacher, subject=student)
+            by_trait = [pair.values(item=trait, measure=CELL) for trait in study.traits]
+            own[f"{label[teacher]} → {label[student]}"] = np.transpose(by_trait)
+    cells = tested(own, study.traits)
+    means = [float(values.mean()) for values in own.values()]
+    matrix = np.reshape(means, (len(names), len(names)))
+    table = [["teacher ╲ student", *names]]
+    for name, row in zip(names, np.reshape([*map(_mean_and_verdict, cells.values())], matrix.shape)):
+        table.append([name, *row])
     text = (
-        "Each cell is the diagonal effect, in logits: the margin of a trait in the students of its teacher, minus its "
-        f"margin in the other teachers' students; ± is the 95 % t-interval over {spec.studies[0].runs} run(s). On the "
-        "matrix's diagonal students start from their teachers' weights; elsewhere they do not."
+        "Means over traits of the cells above, in logits, and which traits are transmitted. On the matrix's diagonal "
+        "students start from their teachers' weights; elsewhere they do not."
     )
-    figures = {
-        "matrix": partial(matrix_figure, cells, names, names, labels=("student", "teacher", "diagonal effect, logits")),
-        "arms": partial(arms_figure, arms, xlabel=EFFECT, chance=None),
-    }
-    return arms, [report.Section("Teachers × students", text, table, figures)]
+    axes = ("student", "teacher", "margin over the neutral student's, logits")
+    figures = {"matrix": partial(matrix_figure, matrix, names, names, labels=axes)}
+    headline = headline_section(cells, len(study.alternatives), study.spread)
+    return cell_entries(cells), [headline, report.Section("Teachers × students", text, table, figures)]
+
+
+def _mean_and_verdict(cells: Sequence[Cell]) -> str:
+    """Such as "0.952 ± 0.201; every trait"."""
+    mean, half_width = t_interval(np.mean([cell.runs for cell in cells], 0))
+    return f"{report.plus_minus(mean, half_width)}; {verdict(cells)}"

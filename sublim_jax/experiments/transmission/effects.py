@@ -29,6 +29,7 @@ LEVEL = 0.05
 CELL, EFFECT = "logits over the neutral teacher's student", "diagonal effect, logits"
 
 Paired = Float[np.ndarray, "runs traits traits"]  # margins over the neutral student's: by teacher, by trait
+Own = Float[np.ndarray, "runs traits"]  # its diagonal: every trait in the students of its teacher
 
 
 class Cell(NamedTuple):
@@ -44,9 +45,9 @@ class Cell(NamedTuple):
         return float(np.mean(self.runs)) > 0 and self.p_holm < LEVEL
 
 
-def diagonal_cells(by_arm: Mapping[str, Paired], traits: Sequence[str]) -> dict[str, list[Cell]]:
+def tested(by_arm: Mapping[str, Own], traits: Sequence[str]) -> dict[str, list[Cell]]:
     """The own cells of every arm, tested together."""
-    columns = {(arm, t): paired[:, t, t] for arm, paired in by_arm.items() for t in range(len(traits))}
+    columns = {(arm, t): own[:, t] for arm, own in by_arm.items() for t in range(len(traits))}
     ps = [paired_p(column) for column in columns.values()]
     cells: dict[str, list[Cell]] = {arm: [] for arm in by_arm}
     for ((arm, t), column), p, p_holm in zip(columns.items(), ps, holm(ps)):
