@@ -160,7 +160,10 @@ def contributions(
 
 
 def coverage(update: Params, displacement: Params) -> Float[Array, ""]:
-    """cos(D_S, θ_T - θ⁰): the lemma's inner product, normalised. Reported to predict transfer (2606.22019)."""
+    """cos(D_S, θ_T - θ⁰): the lemma's inner product, normalised.
+
+    Reported to predict transfer (2606.22019); over settings on MNIST it does so weakly (docs/theorem.md).
+    """
     norms = alignment(update, update) * alignment(displacement, displacement)
     return alignment(update, displacement) / jnp.sqrt(norms)
 

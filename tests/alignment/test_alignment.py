@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from sublim_jax import objectives, overrides, theorem
-from sublim_jax.experiments.alignment import measure, run
+from sublim_jax.experiments.alignment import language, measure, run
 from sublim_jax.experiments.alignment.settings import Setting, controls, make_settings, qualifying
 from sublim_jax.experiments.alignment.spec import About
 from sublim_jax.experiments.alignment.verdicts import (
@@ -18,6 +18,7 @@ from sublim_jax.experiments.alignment.verdicts import (
     NOT,
     OUTSIDE,
     Measured,
+    Scale,
     control_verdict,
     judge,
     numbers,
@@ -46,12 +47,14 @@ def few_settings(monkeypatch):
 
 
 def check(folder, command):
-    """Run the check and assert that every arm is as predicted; returns the arms."""
+    """Run the check and assert that every arm is as predicted, of ReLU networks consistent; returns the arms."""
     assert command(f"{CONFIG}:smoke", f"--workdir={folder}")[0] == 0
     arms = json.loads((folder / "results.json").read_text())["arms"]
     outside = [arm["name"] for arm in arms if arm["verdict"] == OUTSIDE]
     assert outside == [f"control: {name}" for name in OUTSIDE_THE_THEOREM]
-    assert [arm["name"] for arm in arms if arm["verdict"] not in (AS_PREDICTED, OUTSIDE)] == []
+    consistent = [arm["name"] for arm in arms if arm["verdict"] == CONSISTENT]
+    assert consistent == [arm["name"] for arm in arms if "ReLU" in arm["name"]]
+    assert NOT not in {arm["verdict"] for arm in arms}
     return arms
 
 
@@ -122,7 +125,9 @@ def test_a_verdict_can_fail(numbers, verdict):
 
 
 def test_of_a_network_with_kinks_the_sign_and_the_bound_are_judged():
-    assert judge(measured(slope=1.2), rate=0.1, smooth=False).verdict == AS_PREDICTED
+    """It is as predicted only where the slope is 1, too, and that is not asked of it."""
+    for slope in (1.0, 1.2):
+        assert judge(measured(slope=slope), rate=0.1, smooth=False).verdict == CONSISTENT
     assert judge(measured(factor=-1.0), rate=0.1, smooth=False).verdict == NOT
 
 
@@ -147,7 +152,11 @@ def test_objectives_are_marked_as_the_theorem_sorts_them():
 # ------------------------------------------------------------------------------------------------- planted faults
 
 
-SPEC = run.read(overrides.load("configs/theorem.py:smoke"))
+def of_preset(name):
+    return overrides.load(f"configs/theorem.py:{name}")
+
+
+SPEC = run.read(of_preset("smoke"))
 SUPPORT = objectives.support_mask((4, 5, 6), 7)
 
 
@@ -167,14 +176,20 @@ def small():
         yield Setting.of(about, net.apply, net.init(jax.random.key(0)), loss, inputs, SUPPORT)
 
 
-def verdict(setting, objective=None):
-    objective = objective or partial(objectives.kl, support=SUPPORT)
+@pytest.fixture(params=["check", "language_model"])
+def scale(request):
+    """How the presets judge; the language model's is looser."""
+    return Scale() if request.param == "check" else language.scale_of(language.read(of_preset("language_model")))
+
+
+def verdict(setting, scale):
+    objective = partial(objectives.kl, support=SUPPORT)
     rows = Measurements(measure.measure("one", setting, {"kl": objective}, SPEC))
-    return judge(numbers(rows, "one")["kl"], SPEC.learning_rate, smooth=True).verdict
+    return judge(numbers(rows, "one")["kl"], SPEC.learning_rate, smooth=True, scale=scale).verdict
 
 
-def test_without_a_fault_the_small_setting_is_as_predicted(small):
-    assert verdict(small) == AS_PREDICTED
+def test_without_a_fault_the_small_setting_is_as_predicted(small, scale):
+    assert verdict(small, scale) == AS_PREDICTED
 
 
 def rising(setting, monkeypatch):
@@ -222,8 +237,8 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_planted_fault_turns_the_verdict(fault, small, monkeypatch):
-    assert verdict(FAULTS[fault](small, monkeypatch)) == NOT
+def test_a_planted_fault_turns_the_verdict(fault, small, scale, monkeypatch):
+    assert verdict(FAULTS[fault](small, monkeypatch), scale) == NOT
 
 
 def test_a_control_that_is_covered_is_judged_by_its_sign(small):

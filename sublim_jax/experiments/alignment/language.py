@@ -165,9 +165,13 @@ def greedy(answers: Array) -> theorem.Objective:
 # ---------------------------------------------------------------------------------------------------------- report
 
 
+def scale_of(spec: LanguageSpec) -> Scale:
+    return Scale(spec.steps.small, spec.steps.decades, ROUNDING)
+
+
 def document(spec: LanguageSpec, rows: Measurements, notes: report.Notes) -> report.Document:
     """The arms of results.json, and the report's sections."""
-    scale, rate = Scale(spec.steps.small, spec.steps.decades, ROUNDING), spec.learning_rate
+    scale, rate = scale_of(spec), spec.learning_rate
     table = [["parameters", "loss", "A", "slope", "decades", "A: two ways differ", "slope of L_T's change", "verdict"]]
     arms, errors, changes = [], [], []
     for about in (About(**setting) for setting in notes["settings"]):

@@ -91,7 +91,7 @@ def _lemma(settings: Settings, single: Measured, rate: float) -> tuple[list[Entr
         f"{FALLS:g} decades of steps, and A = E[vᵀ M v] is the derivative of D_S·D_T by ε to {EXACT:g}. Errors must "
         f"stay below {BOUND:g} times the step. Where the error's first-order term is so small that no slope can "
         "be fitted above rounding, a row is consistent. A ReLU network has kinks: for it the signs and the bounds are "
-        "judged, and no slope. "
+        "judged and no slope, so that its rows are consistent at best. "
         "LoRA's θ are the adapters as they stand; with B = 0 those of A have no gradient."
     )
     losses = [Line(name, m.moved, m.lemma_error()) for name, m in first.items()]

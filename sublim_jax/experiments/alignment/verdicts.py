@@ -17,7 +17,8 @@ SLOPES = {"zero": None, "constant": 0.0, "slope 1": 1.0, "slope 1, wrong sign": 
 BOUND = 10.0  # of the error over the step, at every step of the fit
 FALLS = 2.0  # decades of steps over which the fall of L_T must be above rounding
 AS_PREDICTED, OUTSIDE, NOT = "as predicted", "outside the theorem, as predicted", "NOT as predicted"
-# The error is bounded by a multiple of the step, as O(ε) requires; it falls faster, or is too small to fit a slope.
+# Signs, falls and A as predicted, and the error is bounded by a multiple of the step, as O(ε) requires; but it falls
+# faster, is too small to fit a slope, or bends at the network's kinks.
 CONSISTENT = "consistent, slope above 1 or not measurable"
 STEP, LOG = "step of the teacher (r.m.s. change of logits)", ("log", "log")  # the axes of every figure
 
@@ -113,7 +114,7 @@ def judge(m: Measured, rate: float, smooth: bool, scale: Scale = Scale()) -> Jud
     measurable = fit.decades >= scale.decades
     if not (positive and falls and differ <= EXACT and bounded) or (smooth and measurable and fit.slope < 1 - SLOPE):
         verdict = NOT
-    elif not smooth or (measurable and fit.slope <= 1 + SLOPE):
+    elif smooth and measurable and fit.slope <= 1 + SLOPE:
         verdict = AS_PREDICTED
     else:
         verdict = CONSISTENT
