@@ -10,9 +10,9 @@ A page has tables between marks, and figures by their run's name:
     <!-- end -->
     ![…](figures/mnist-quick-arms.png)
 
-`stray` lists results on a page that no shipped run has: "value ± half-width", signed numbers, and shares such as .917
-in the text. A test checks that there are none. A share of two digits is weakly checked, since many runs have one alike.
-Percentages, code and pages that a benchmark writes are not checked.
+`stray` lists results on a page that no shipped run has: "value ± half-width", and in the text signed numbers, shares
+such as .917, and on pages that name a run percentages. A test checks that there are none. A share of two digits is
+weakly checked, since many runs have one alike. Code and pages that a benchmark writes are not checked.
 """
 
 import datetime
@@ -35,6 +35,7 @@ BLOCK = re.compile(r"<!-- results: (?P<name>[^|]+) \| (?P<title>.+?) -->\n(?P<ta
 CODE = re.compile(r"^    .*?$|```.*?```|`[^`\n]*`", re.DOTALL | re.MULTILINE)
 PAIR = re.compile(r"([+−-]?\d*\.\d+) ± (\d*\.\d+)")
 NUMBER = re.compile(r"(?<![\w.])([+−-]?0?\.\d{2,}|[+−-]\d+\.\d+)(?!\w|\.\d|%)")
+PERCENTAGE = re.compile(r"(?<![\w.])\d+(?:\.\d+)? ?%")
 
 _KEEP = flags.DEFINE_string("keep", "", "The workdir of a finished run to be shipped.")
 
@@ -95,19 +96,22 @@ def shown_figures(text: str, known: Mapping[str, Run]) -> Iterator[tuple[str, st
 
 
 def stray(text: str, known: Mapping[str, Run]) -> list[str]:
-    """Every "value ± half-width", signed number and share on a page, unless a shipped run has it or it is published.
+    """Every result on a page, unless a shipped run has it or it is published.
 
-    Only the runs that the page names count, if it names any.
+    Only the runs that the page names count, if it names any. On a page that names none, percentages are the paper's.
     """
-    named = [run for name, run in known.items() if re.search(rf"\b{name}\b", text)] or list(known.values())
-    reports = [report_text(run) for run in named]
+    named = [run for name, run in known.items() if re.search(rf"\b{name}\b", text)]
+    reports = [report_text(run) for run in named or known.values()]
     pairs = {_plain(*pair) for text in reports for pair in PAIR.findall(text)}
     numbers = {_signed(number) for text in reports for number in re.findall(r"[+−-]?\d*\.\d+", text)}
     numbers |= {number.lstrip("-") for number in numbers}
+    percentages = {_close(percentage) for text in reports for percentage in PERCENTAGE.findall(text)}
     prose = PAIR.sub("", CODE.sub("", BLOCK.sub("", text)))
-    return [match[0] for match in PAIR.finditer(text) if _plain(*match.groups()) not in pairs] + [
-        number for number in NUMBER.findall(prose) if _signed(number) not in numbers
-    ]
+    strays = [match[0] for match in PAIR.finditer(text) if _plain(*match.groups()) not in pairs]
+    strays += [number for number in NUMBER.findall(prose) if _signed(number) not in numbers]
+    if named:
+        strays += [found for found in PERCENTAGE.findall(prose) if _close(found) not in percentages]
+    return strays
 
 
 def report_text(run: Run) -> str:
@@ -132,6 +136,10 @@ def _plain(mean: str, half_width: str) -> tuple[str, str]:
 def _signed(number: str) -> str:
     sign = "-" if number[0] in "−-" else ""
     return sign + number.lstrip("+−-").removeprefix("0")
+
+
+def _close(percentage: str) -> str:
+    return percentage.replace(" ", "")
 
 
 def keep(workdir: Path) -> None:

@@ -165,6 +165,8 @@ def test_a_number_that_was_not_measured_is_found(shipped):
     assert docs.stray(f"We see {made_up}.", shipped) == [made_up]
     share = f"{student['mean']:.3f}".removeprefix("0")
     assert docs.stray(f"The mean is {share}, at `--config.x=.13579`, and rises to .13579.", shipped) == [".13579"]
+    positive = "the cosine (theorem-trajectory) is positive at {} % of the measurements"
+    assert docs.stray(positive.format(88), shipped) == [] and docs.stray(positive.format(99), shipped) == ["99 %"]
     assert docs.stray("It says owl by +17.31, and lion by -17.31.", shipped) == ["+17.31", "-17.31"]
     page = "<!-- results: mnist-quick | Test accuracy over 4 runs -->\n| made | up |\n<!-- end -->\n"
     assert true in docs.written(page, shipped) and "made" not in docs.written(page, shipped)
