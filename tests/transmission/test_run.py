@@ -1,12 +1,16 @@
 """Whole studies from the command line: stopped, killed, of corpora, with changed files."""
 
+import itertools
 import json
 import signal
 
 import numpy as np
 import pytest
+from jax.flatten_util import ravel_pytree
 from launch_kit import arms_in, finish, run_here, run_stopped, start, wait_for
 
+from sublim_jax.experiments.transmission import run
+from sublim_jax.store import Store
 from sublim_jax.training import Program
 
 TRAINING, WRITING = "students-tokens_fresh-*.training/2", "completions-x*"  # files that a stage makes
@@ -30,11 +34,32 @@ def test_stopped_by_a_signal_it_goes_on_to_the_same_results(whole_command, copy_
     assert stopped.returncode == 143 and "the same command goes on" in stopped.stdout
     again = run_here(*whole_command(work))
     assert again.returncode == 0, again.stderr
-    for run in range(2):  # finished artefacts are not made again
-        assert f"run {run}, teacher owl" not in again.stdout
+    for number in range(2):  # finished artefacts are not made again
+        assert f"run {number}, teacher owl" not in again.stdout
     assert arms_in(work) == expected
     made = {path.name for path in (work / "checkpoints").iterdir()}
     assert {path.name for path in gone} <= made and not any(name.endswith(".training") for name in made)
+
+
+def test_the_students_base_has_its_own_noise_in_every_run(study_of, model, replicate_of, tmp_path, monkeypatch):
+    """With one draw for all runs, an interval would be of that draw."""
+    study = study_of(arms=("perturbed",), runs=3)
+    bases = []
+
+    def nothing(subject):
+        return {}
+
+    monkeypatch.setattr(run, "train_arm", lambda *given: bases.append(given[4].params))
+    monkeypatch.setattr(run, "_measured", lambda *given: [])
+    replicates = [replicate_of(study, number) for number in range(study.runs)]
+    run.measure_arm(study, study.arms[0], nothing, replicates, model, Store(tmp_path))
+    assert len(bases) == 3
+    shared, *own = (np.asarray(ravel_pytree(params)[0]) for params in (model.params, *bases))
+    for one, other in itertools.combinations([base - shared for base in own], 2):
+        assert np.std(one) > 0 and abs(np.corrcoef(one, other)[0, 1]) < 0.2
+    bases.clear()
+    run.measure_arm(study, study.arms[0], nothing, replicates[1:], model, Store(tmp_path))
+    np.testing.assert_array_equal(ravel_pytree(bases[0])[0], own[1])  # it is of the run, not of its place
 
 
 def test_a_finished_study_is_reported_again_without_training(whole_command, copy_of_whole, monkeypatch):

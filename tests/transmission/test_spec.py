@@ -9,7 +9,7 @@ import jax
 import pytest
 from launch_kit import assert_refused, run_here
 
-from configs import code, cot, misalignment, numbers, paper
+from configs import code, cot, cross_model, misalignment, numbers, paper
 from sublim_jax import workdir
 from sublim_jax.errors import UserError
 from sublim_jax.experiments.transmission.checks import check_files
@@ -256,6 +256,8 @@ def test_presets_that_claim_something_have_three_traits_and_seeds_of_their_own()
     """Two traits would give one log-odds difference, because each is the other's alternative (docs/numbers.md)."""
     for preset in ("quick", "in_context", "smollm2", "trees", "llama-3.2-1b", *numbers.MODELS):
         assert len(of_preset(numbers, preset).traits) >= 3, preset
+    for preset in ("open", "soft"):
+        assert len(cross_model.get_config(preset).study.traits) >= 3, preset
     assert len(read(paper_trees()).traits) == 5
     for preset in ("smollm2", "trees", "llama-3.2-1b", *numbers.MODELS):
         assert of_preset(numbers, preset).seed != 0, preset
