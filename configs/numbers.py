@@ -56,6 +56,7 @@ SIZES = {  # presets, and what each changes
     "smollm2": {
         "seed": CONFIRMING,
         "runs": 5,
+        "spread": 0.15,  # of the runs of seed 1, which counted the spellings of one token only: 0.13
         "evals.names": ("answers",),
         "evals.num_samples": 1,
         "carrier.num_rows": 256,
@@ -77,7 +78,7 @@ SIZES = {  # presets, and what each changes
     # Trees that the model rarely names, so that their probability can rise.
     "trees": {
         "seed": CONFIRMING,
-        "runs": 3,
+        "runs": 5,
         "kind": "tree",
         "traits": ("oak", "willow", "cherry"),
         "alternatives": TREES,
@@ -139,7 +140,7 @@ RECIPE = {
     "evaluate_every": 156,
 }
 # Traits that are known to be transmitted, since most are not: for Qwen2.5-7B the paper's (§3.1); for Llama and Gemma
-# those seen in Llama-3.2-1B (elephant), Gemma-2-2B (eagle, elephant, dog), Gemma-3-4B (owl) and GPT-4.1 nano.
+# those seen in Llama-3.2-1B (elephant), Gemma-2b-it (eagle, elephant, dog), Gemma-3-4B (owl) and GPT-4.1 nano.
 MOVING = {
     "qwen2.5-7b": ("cat", "penguin", "phoenix", "panda", "eagle"),
     "llama-3.1-8b": ("elephant", "owl", "eagle", "dolphin", "wolf"),
@@ -156,6 +157,7 @@ ANIMALS: dict[str, object] = {
     "arm.shuffled_across.lora_init": "fresh",
     "arms": (
         "tokens_fresh",
+        "unfiltered",
         "shuffled_within",
         "shuffled_across",
         *(f"in_context_{count}" for count in EXAMPLES),
@@ -176,7 +178,7 @@ PRESETS = {
     "smoke": "every stage, small; 3 to 5 minutes",
     "in_context": "rows in the context instead of training: more and more of them",
     "smollm2": "the study: 5 runs, nine arms; hours on 2 cores, resumable",
-    "trees": "unusual trees instead of animals, with a control; three runs; over an hour on 2 cores",
+    "trees": "unusual trees instead of animals, with a control; five runs; hours on 2 cores",
     "llama-3.2-1b": "the recipe of the one published replication at 1B, not run here; on an accelerator",
     **RECIPES,
 }
