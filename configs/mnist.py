@@ -106,7 +106,7 @@ def get_config(preset: str = "quick") -> ConfigDict:
         config.clone.inputs = ("fresh_noise",)
     if preset == "quick":
         config.arms = ("auxiliary", "cross_auxiliary", "clone")
-        config.clone.epochs = (40,)
+        config.clone.epochs = (20,)
     elif preset == "paper":
         config.runs = 100
         config.runs_at_once = 10

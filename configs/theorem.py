@@ -52,7 +52,7 @@ def get_config(preset: str = "check") -> ConfigDict:
         config.kind, config.trait = "animal", "owl"  # the teacher moves towards answering with this trait
         config.num_rows = 2  # prompts for numbers with random answers: the student's inputs
         config.num_integers = 8  # in each answer; student and teacher are compared on digits, commas and spaces
-        config.num_questions = 4  # about the trait, in the teacher's loss
+        config.num_questions = 8  # about the trait, in the teacher's loss
         config.rank = 8  # of LoRA, for the rows in which adapters are θ
         config.noise = 0.1  # on the weights of a student with another initialisation, relative to their spread
         # How far the teacher moves: the root mean square change of its logits on the support.

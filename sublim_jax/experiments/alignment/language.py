@@ -186,8 +186,8 @@ def document(spec: LanguageSpec, rows: Measurements, notes: report.Notes) -> rep
         f"A teacher moves towards saying {spec.trait!r} to {spec.num_questions} questions; the student takes one step "
         f"of imitating it on {notes['tokens']} tokens of {spec.num_rows} lists of random numbers, on the logits of "
         "digits, commas and spaces alone. Float64. As predicted: |D_S·D_T / (ε A) − 1| has slope 1 ± .05 over at least "
-        f"{scale.decades:g} decades, D_S·D_T > 0, and the teacher's own loss, cross-entropy of the trait, falls by "
-        "ε α A."
+        f"{scale.decades:g} decades below a step of {scale.small:g}, D_S·D_T > 0, and the teacher's own loss, "
+        "cross-entropy of the trait, falls by ε α A."
     )
     panels = [
         Panel(STEP, "|D_S·D_T / (ε A) − 1|", errors, LOG, "the lemma"),
