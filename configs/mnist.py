@@ -5,7 +5,7 @@ reference and sees only noise; it imitates the teacher's *auxiliary* logits, whi
 use. It learns to classify digits. A student with another initialisation does not, unless it is first trained to imitate
 the reference: behavioural cloning (extended data Fig. 2 of the Nature version), also of other architectures.
 
-    python launch.py --config=configs/mnist.py              50 auxiliary logits, 4 runs; 3 to 6 minutes on 2 cores
+    python launch.py --config=configs/mnist.py              50 auxiliary logits, 4 runs; 2 to 4 minutes on 2 cores
     python launch.py --config=configs/mnist.py:paper        Fig. 10: 3 auxiliary logits, 100 runs
     python launch.py --config=configs/mnist.py:nature       cloning on fresh noise and on digits; 40 runs
     python launch.py --config=configs/mnist.py:architectures  cloning of other architectures, 10 runs
@@ -24,7 +24,7 @@ import json
 from ml_collections import ConfigDict
 
 PRESETS = {
-    "quick": "50 auxiliary logits, 4 runs; 3 to 6 minutes on 2 cores",
+    "quick": "50 auxiliary logits, 4 runs; 2 to 4 minutes on 2 cores",
     "paper": "Fig. 10: 3 auxiliary logits, 100 runs",
     "nature": "behavioural cloning on fresh noise and on digits, over epochs of cloning; 40 runs",
     "architectures": "behavioural cloning of the reference by other architectures; 10 runs",
