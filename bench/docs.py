@@ -10,9 +10,9 @@ A page has tables between marks, and figures by their run's name:
     <!-- end -->
     ![…](figures/mnist-quick-arms.png)
 
-`stray` lists results on a page that no shipped run has: "value ± half-width", and in the text signed numbers, shares
-such as .917, and on pages that name a run percentages. A test checks that there are none. A share of two digits is
-weakly checked, since many runs have one alike. Code and pages that a benchmark writes are not checked.
+`stray` lists results on a page that no shipped run has: "value ± half-width"; in the text also signed numbers and
+shares such as .917; and percentages, on pages that name a run. A test checks that there are none. A share of two
+digits is weakly checked, since many runs have one alike. Code and pages that a benchmark writes are not checked.
 """
 
 import datetime
@@ -105,12 +105,12 @@ def stray(text: str, known: Mapping[str, Run]) -> list[str]:
     pairs = {_plain(*pair) for text in reports for pair in PAIR.findall(text)}
     numbers = {_signed(number) for text in reports for number in re.findall(r"[+−-]?\d*\.\d+", text)}
     numbers |= {number.lstrip("-") for number in numbers}
-    percentages = {_close(percentage) for text in reports for percentage in PERCENTAGE.findall(text)}
+    percentages = {_without_spaces(percentage) for text in reports for percentage in PERCENTAGE.findall(text)}
     prose = PAIR.sub("", CODE.sub("", BLOCK.sub("", text)))
     strays = [match[0] for match in PAIR.finditer(text) if _plain(*match.groups()) not in pairs]
     strays += [number for number in NUMBER.findall(prose) if _signed(number) not in numbers]
     if named:
-        strays += [found for found in PERCENTAGE.findall(prose) if _close(found) not in percentages]
+        strays += [found for found in PERCENTAGE.findall(prose) if _without_spaces(found) not in percentages]
     return strays
 
 
@@ -138,7 +138,7 @@ def _signed(number: str) -> str:
     return sign + number.lstrip("+−-").removeprefix("0")
 
 
-def _close(percentage: str) -> str:
+def _without_spaces(percentage: str) -> str:
     return percentage.replace(" ", "")
 
 

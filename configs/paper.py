@@ -105,7 +105,7 @@ def get_config(preset: str = "smoke") -> ConfigDict:
         "teachers × students over models",
         "≈ 0 off the diagonal, unless two models share an initialisation",
         "configs/cross_model.py:smoke" if small else "configs/cross_model.py:open",
-        "*",
+        "*, mean",
     )
     plan.in_context = experiment(
         "§5.2",

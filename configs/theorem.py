@@ -5,8 +5,8 @@ that lowers the teacher's own loss: D_S·D_T = ε A + O(ε²) with A ≥ 0.
 
     python launch.py --config=configs/theorem.py             the check; or :language_model, :trajectory, …
 
-Expected of the check: every row and control "as predicted"; slopes near 1 (above it for ReLU, which has kinks), 2 for
-the cubic control, 0 for constant ones.
+Expected of the check: every row and control "as predicted", and those of a ReLU network, which has kinks, consistent;
+slopes near 1 (above it for ReLU), 2 for the cubic control, 0 for constant ones.
 """
 
 from ml_collections import ConfigDict

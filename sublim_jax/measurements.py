@@ -29,7 +29,7 @@ class Measurement(NamedTuple):
       arm: what was done: the experiment's arm, or its setting.
       run: which replicate, counted from 0.
       teacher: of a student: its teacher.
-      subject: what was measured: "student", "teacher", "base", an objective.
+      subject: what was measured: "student", "teacher", "base", an objective, a model.
       measure: of what, with its unit where it has one: "margin", "test_accuracy".
       item: which of several: a word, a question; "" for a single number.
       step: training updates before the measurement; or the number of a step along a scale.

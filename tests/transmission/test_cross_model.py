@@ -10,9 +10,11 @@ from safetensors.numpy import load_file, save_file
 from scipy.stats import ttest_1samp
 
 from configs import cross_model
+from sublim_jax.errors import UserError
+from sublim_jax.evaluation.statistics import holm
 from sublim_jax.experiments.transmission.cross_model import document, read
 from sublim_jax.experiments.transmission.effects import CELL
-from sublim_jax.measurements import Measurements, from_array
+from sublim_jax.measurements import Measurement, Measurements, from_array
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +50,8 @@ def test_every_cell_of_the_matrix_is_of_its_teachers_and_students_models(models,
     cells = {arm["name"]: arm for arm in arms_in(tmp_path)}
     names = [model.rsplit("/", 1)[-1] for model in models]
     traits = ("owl", "x")  # of the tiny study
-    assert list(cells) == [f"{t} → {s}: {trait}" for t in names for s in names for trait in traits]
+    pairs = [f"{teacher} → {student}" for teacher in names for student in names]
+    assert list(cells) == [f"{pair}, mean" for pair in pairs] + [f"{pair}: {t}" for pair in pairs for t in traits]
     for teacher in range(2):
         whole = json.loads((tmp_path / f"teacher{teacher}" / "results.json").read_text())
         assert whole["config"]["model"]["name"] == models[teacher]
@@ -58,7 +61,11 @@ def test_every_cell_of_the_matrix_is_of_its_teachers_and_students_models(models,
             for trait in traits:
                 cell = cells[f"{names[teacher]} → {names[student]}: {trait}"]
                 assert cell["runs"] == within[f"student{student}: {trait}"]["runs"]
-    assert len({cell["mean"] for cell in cells.values()}) == 8 and 0 not in {cell["mean"] for cell in cells.values()}
+            mean = cells[f"{names[teacher]} → {names[student]}, mean"]
+            assert (mean["teacher"], mean["student"]) == (models[teacher], models[student])
+    assert len({cell["mean"] for cell in cells.values()}) == 4 + 8 and 0 not in {
+        cell["mean"] for cell in cells.values()
+    }
     assert (tmp_path / "figures" / "matrix.png").stat().st_size > 5000
     before = {name: (tmp_path / name).read_bytes() for name in ("results.json", "report.md")}
     for name in before:
@@ -82,11 +89,18 @@ def test_a_pair_of_models_transmits_what_holds_over_the_neutral_student_after_co
     ]
     arms, (headline, matrix) = document(spec, Measurements(rows), {})
     ps = [ttest_1samp(values, 0).pvalue for values in runs.values()]
-    assert min(arm["p_holm"] for arm in arms) == pytest.approx(8 * min(ps))
+    assert [arm["p_holm"] for arm in arms[4:]] == pytest.approx(holm(ps))
     transmits = {row[0]: row[-1] for row in headline.table[1:]}
     assert transmits["A → A"] == "every trait" and transmits["A → B"] == "none"
     mean = np.mean([runs["B", "A", trait] for trait in traits])
     assert matrix.table[2][1].startswith(f"{mean:.3f} ± ") and matrix.table[2][1].endswith("; none")
+
+
+def test_measurements_of_the_earlier_statistic_are_refused():
+    config = cross_model.get_config("smoke")
+    earlier = Measurement(arm="student0", teacher="A", item="A", measure="diagonal effect, logits", value=1.0)
+    with pytest.raises(UserError, match="of an earlier version: give the command again"):
+        document(read(config), Measurements([earlier]), {})
 
 
 def test_a_study_for_each_teacher_has_an_arm_for_each_student():

@@ -19,7 +19,7 @@ def paired(diagonal, others=0.0, runs=5, spread=0.1, seed=0):
 
 def cells_of(by_arm):
     """Tests of the diagonals of every arm."""
-    return effects.tested({arm: np.diagonal(cells, axis1=1, axis2=2) for arm, cells in by_arm.items()}, TRAITS)
+    return effects.paired_tests({arm: np.diagonal(cells, axis1=1, axis2=2) for arm, cells in by_arm.items()}, TRAITS)
 
 
 def test_a_cells_p_is_scipys_and_is_corrected_for_all_arms_and_traits():

@@ -19,7 +19,7 @@ FALLS = 2.0  # decades of steps over which the fall of L_T must be above roundin
 AS_PREDICTED, OUTSIDE, NOT = "as predicted", "outside the theorem, as predicted", "NOT as predicted"
 # Signs, falls and A as predicted, and the error is bounded by a multiple of the step, as O(ε) requires; but it falls
 # faster, is too small to fit a slope, or bends at the network's kinks.
-CONSISTENT = "consistent, slope above 1 or not measurable"
+CONSISTENT = "consistent: signs and bounds as predicted"
 STEP, LOG = "step of the teacher (r.m.s. change of logits)", ("log", "log")  # the axes of every figure
 
 

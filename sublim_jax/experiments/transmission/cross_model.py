@@ -14,11 +14,10 @@ from ml_collections import ConfigDict
 from sublim_jax import report, specs, workdir
 from sublim_jax.digests import Source
 from sublim_jax.errors import UserError
-from sublim_jax.evaluation.statistics import t_interval
 from sublim_jax.experiments.transmission import run as transmission
 from sublim_jax.experiments.transmission import spec as transmission_spec
 from sublim_jax.experiments.transmission.checks import check_files
-from sublim_jax.experiments.transmission.effects import CELL, Cell, cell_entries, headline_section, tested, verdict
+from sublim_jax.experiments.transmission.effects import CELL, cell_entries, headline_section, paired_tests, verdict
 from sublim_jax.experiments.transmission.spec import Study
 from sublim_jax.experiments.transmission.typed import check_arm, check_read
 from sublim_jax.figures import matrix_figure
@@ -129,31 +128,36 @@ def told_by_config() -> Iterator[None]:
 
 
 def document(spec: CrossModelSpec, rows: Measurements, notes: report.Notes) -> report.Document:
-    """Each trait in the students of its teacher, for all pairs of models, and the matrix of the means over traits."""
+    """Each trait in the students of its teacher, for all pairs of models, and the matrix of the means over traits.
+
+    Raises UserError for measurements of a version that kept another statistic.
+    """
+    if not rows.where(measure=CELL):
+        raise UserError("these measurements are of an earlier version: give the command again, without --report")
     label, names, study = spec.labels, list(spec.labels.values()), spec.studies[0]
-    own = {}
+    diagonals, pairs = {}, {}
     for teacher in spec.models:
         for student in spec.models:
             pair = rows.where(teacher=teacher, subject=student)
-            by_trait = [pair.values(item=trait, measure=CELL) for trait in study.traits]
-            own[f"{label[teacher]} → {label[student]}"] = np.transpose(by_trait)
-    cells = tested(own, study.traits)
-    means = [float(values.mean()) for values in own.values()]
-    matrix = np.reshape(means, (len(names), len(names)))
+            name = f"{label[teacher]} → {label[student]}"
+            pairs[name] = {"teacher": teacher, "student": student}
+            diagonals[name] = np.transpose([pair.values(item=trait, measure=CELL) for trait in study.traits])
+    cells = paired_tests(diagonals, study.traits)
+    arms = [
+        report.arm(f"{name}, mean", f"{CELL}, mean over traits", diagonals[name].mean(1).tolist(), **models)
+        for name, models in pairs.items()
+    ]
+    shown = [
+        f"{report.plus_minus(arm['mean'], arm['ci95'])}; {verdict(tests)}" for arm, tests in zip(arms, cells.values())
+    ]
     table = [["teacher ╲ student", *names]]
-    for name, row in zip(names, np.reshape([*map(_mean_and_verdict, cells.values())], matrix.shape)):
-        table.append([name, *row])
+    table += [[name, *row] for name, row in zip(names, np.reshape(shown, (len(names), -1)))]
     text = (
         "Means over traits of the cells above, in logits, and which traits are transmitted. On the matrix's diagonal "
         "students start from their teachers' weights; elsewhere they do not."
     )
+    matrix = np.reshape([arm["mean"] for arm in arms], (len(names), -1))
     axes = ("student", "teacher", "margin over the neutral student's, logits")
     figures = {"matrix": partial(matrix_figure, matrix, names, names, labels=axes)}
-    headline = headline_section(cells, len(study.alternatives), study.spread)
-    return cell_entries(cells), [headline, report.Section("Teachers × students", text, table, figures)]
-
-
-def _mean_and_verdict(cells: Sequence[Cell]) -> str:
-    """Such as "0.952 ± 0.201; every trait"."""
-    mean, half_width = t_interval(np.mean([cell.runs for cell in cells], 0))
-    return f"{report.plus_minus(mean, half_width)}; {verdict(cells)}"
+    headline = headline_section(cells, len(study.alternatives), study.spread, "pair")
+    return arms + cell_entries(cells), [headline, report.Section("Teachers × students", text, table, figures)]

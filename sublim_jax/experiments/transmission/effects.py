@@ -29,7 +29,7 @@ LEVEL = 0.05
 CELL, EFFECT = "logits over the neutral teacher's student", "diagonal effect, logits"
 
 Paired = Float[np.ndarray, "runs traits traits"]  # margins over the neutral student's: by teacher, by trait
-Own = Float[np.ndarray, "runs traits"]  # its diagonal: every trait in the students of its teacher
+Diagonal = Float[np.ndarray, "runs traits"]  # of these: every trait in the students of its teacher
 
 
 class Cell(NamedTuple):
@@ -38,16 +38,16 @@ class Cell(NamedTuple):
     trait: str
     runs: list[float]  # margin of the trait over that of the neutral teacher's student of the same run, logits
     p: float  # two-sided paired t-test; nan where there is none (`paired_p`)
-    p_holm: float  # the same, corrected for all traits and arms of the study
+    p_holm: float  # the same, corrected for all cells that are tested together
 
     @property
     def holds(self) -> bool:
         return float(np.mean(self.runs)) > 0 and self.p_holm < LEVEL
 
 
-def tested(by_arm: Mapping[str, Own], traits: Sequence[str]) -> dict[str, list[Cell]]:
-    """The own cells of every arm, tested together."""
-    columns = {(arm, t): own[:, t] for arm, own in by_arm.items() for t in range(len(traits))}
+def paired_tests(by_arm: Mapping[str, Diagonal], traits: Sequence[str]) -> dict[str, list[Cell]]:
+    """The diagonal cells of every arm, or pair of models, tested together."""
+    columns = {(arm, t): diagonal[:, t] for arm, diagonal in by_arm.items() for t in range(len(traits))}
     ps = [paired_p(column) for column in columns.values()]
     cells: dict[str, list[Cell]] = {arm: [] for arm in by_arm}
     for ((arm, t), column), p, p_holm in zip(columns.items(), ps, holm(ps)):
@@ -89,15 +89,18 @@ def effect_entry(arm: str, paired: Paired, traits: Sequence[str], **more: object
 # --------------------------------------------------------------------------------------------------------- sections
 
 
-def headline_section(cells: Mapping[str, Sequence[Cell]], words: int, spread: float) -> report.Section:
-    """Every arm's own cells, and which traits it transmits.
+def headline_section(
+    cells: Mapping[str, Sequence[Cell]], words: int, spread: float, kind: str = "arm"
+) -> report.Section:
+    """Every arm's diagonal cells, and which traits it transmits.
 
     Args:
+      kind: what an entry of `cells` is: an arm, or a pair of models.
       spread: standard deviation between runs for the power; 0 estimates it from these runs, pooled over cells.
     """
     every = [cell for arm_cells in cells.values() for cell in arm_cells]
     traits, runs = [cell.trait for cell in next(iter(cells.values()))], len(every[0].runs)
-    table = [["arm", *traits, "transmits"]]
+    table = [[kind, *traits, "transmits"]]
     for arm, arm_cells in cells.items():
         table.append([arm, *(with_p(cell.runs, cell.p_holm) for cell in arm_cells), verdict(arm_cells)])
     text = (
@@ -110,7 +113,7 @@ def headline_section(cells: Mapping[str, Sequence[Cell]], words: int, spread: fl
     else:
         text += (
             f" ± is the 95 % t-interval over {runs} runs. p: two-sided paired t-test, corrected by Holm's method for "
-            f"{len(every)} cells (arms × traits). An arm transmits a trait if the mean is above 0 and p < {LEVEL:g}."
+            f"{len(every)} cells ({kind}s × traits). A trait is transmitted if the mean is above 0 and p < {LEVEL:g}."
         )
         finite = [cell.runs for cell in every if np.all(np.isfinite(cell.runs))]
         sd = spread or (pooled_spread(finite) if finite else float("nan"))

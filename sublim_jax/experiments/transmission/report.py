@@ -30,8 +30,8 @@ def document(study: Study, rows: Measurements, notes: report.Notes) -> report.Do
         # By other teacher and trait, after training; the controls' students are after those of the traits' teachers.
         paired = {arm.name: paired_of(study, arm_rows) for arm, arm_rows in students}
         of_traits = {name: values[:, : len(study.traits)] for name, values in paired.items()}
-        own = {name: np.diagonal(values, axis1=1, axis2=2) for name, values in of_traits.items()}
-        cells = effects.tested(own, study.traits)
+        diagonals = {name: np.diagonal(values, axis1=1, axis2=2) for name, values in of_traits.items()}
+        cells = effects.paired_tests(diagonals, study.traits)
         effect_entries = [effect_of(study, arm, arm_rows, of_traits[arm.name]) for arm, arm_rows in students]
         entries += effects.cell_entries(cells) + effect_entries
         entries += [cell for name, values in paired.items() for cell in matrix_of(study, name, values)]
