@@ -166,6 +166,7 @@ def greedy(answers: Array) -> theorem.Objective:
 
 
 def scale_of(spec: LanguageSpec) -> Scale:
+    """The range in which a language model's rows and controls are judged."""
     return Scale(spec.steps.small, spec.steps.decades, ROUNDING)
 
 

@@ -17,7 +17,14 @@ from sublim_jax.errors import UserError
 from sublim_jax.experiments.transmission import run as transmission
 from sublim_jax.experiments.transmission import spec as transmission_spec
 from sublim_jax.experiments.transmission.checks import check_files
-from sublim_jax.experiments.transmission.effects import CELL, cell_entries, headline_section, paired_tests, verdict
+from sublim_jax.experiments.transmission.effects import (
+    CELL,
+    cell_entries,
+    cell_name,
+    headline_section,
+    paired_tests,
+    verdict,
+)
 from sublim_jax.experiments.transmission.spec import Study
 from sublim_jax.experiments.transmission.typed import check_arm, check_read
 from sublim_jax.figures import matrix_figure
@@ -102,7 +109,7 @@ def run(spec: CrossModelSpec, folder: epath.Path, *, update: bool = False) -> No
         sources += [Source(**model) for model in results["models"]]
         for student, arm in zip(spec.models, study.arms):
             for trait in study.traits:
-                runs = arms_by_name[f"{arm.name}: {trait}"]["runs"]
+                runs = arms_by_name[cell_name(arm.name, trait)]["runs"]
                 rows += from_array(runs, arm=arm.name, teacher=teacher, subject=student, item=trait, measure=CELL)
     report.finish(store.folder, spec, rows, document, models=list(dict.fromkeys(sources)))
 

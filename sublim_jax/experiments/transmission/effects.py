@@ -67,10 +67,15 @@ def verdict(cells: Sequence[Cell]) -> str:
     return f"{len(held)} of {len(cells)}: {', '.join(held)}" if held else "none"
 
 
+def cell_name(arm: str, trait: str) -> str:
+    """A diagonal cell's name in results.json."""
+    return f"{arm}: {trait}"
+
+
 def cell_entries(cells: Mapping[str, Sequence[Cell]]) -> list[Entry]:
-    """The own cells as arms of results.json."""
+    """The diagonal cells as arms of results.json."""
     return [
-        report.arm(f"{arm}: {cell.trait}", CELL, cell.runs, p=cell.p, p_holm=cell.p_holm, holds=cell.holds)
+        report.arm(cell_name(arm, cell.trait), CELL, cell.runs, p=cell.p, p_holm=cell.p_holm, holds=cell.holds)
         for arm, arm_cells in cells.items()
         for cell in arm_cells
     ]
@@ -129,7 +134,7 @@ def headline_section(
 
 
 def compared_section(cells: Mapping[str, Sequence[Cell]]) -> list[report.Section]:
-    """Compares every arm with the first, paired by run, by the mean over traits of the own cells."""
+    """Compares every arm with the first, paired by run, by the mean over traits of the diagonal cells."""
     arm_means = {arm: np.mean([cell.runs for cell in arm_cells], 0) for arm, arm_cells in cells.items()}
     (first, base), *others = arm_means.items()
     if not others or len(base) < 2:
