@@ -97,15 +97,23 @@ def from_array(
     ]
 
 
-def write(folder: epath.PathLike, experiment: str, rows: Sequence[Measurement]) -> None:
-    """Writes the table, whole or not at all, by the first process."""
+def write(folder: epath.PathLike, experiment: str, rows: Sequence[Measurement]) -> bool:
+    """Writes the table, whole or not at all, by the first process, unless the folder holds the same one.
+
+    Returns:
+      whether it was written.
+    """
     if jax.process_index():
-        return
+        return False
     columns: dict[str, list[object]] = {name: [getattr(row, name) for row in rows] for name in Measurement._fields}
     columns["experiment"] = [experiment] * len(rows)
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table({name: columns[name] for name in _SCHEMA.names}, schema=_SCHEMA), sink)
-    storage.write(epath.Path(folder) / FILE, sink.getvalue().to_pybytes())
+    file, content = epath.Path(folder) / FILE, sink.getvalue().to_pybytes()
+    if file.exists() and file.read_bytes() == content:
+        return False
+    storage.write(file, content)
+    return True
 
 
 def read(folder: epath.PathLike) -> Measurements:

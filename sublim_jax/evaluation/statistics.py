@@ -121,14 +121,14 @@ def pooled_spread(cells: Sequence[Runs]) -> float:
     return float(np.sqrt(np.mean([np.var(runs, ddof=1) for runs in cells])))
 
 
-def detectable(spread: float, n: int, power: float = 0.8) -> float:
-    """The smallest mean that a two-sided t-test at 5 % over n runs of this standard deviation finds with this power.
+def detectable(spread: float, n: int, *, level: float = 0.05, power: float = 0.8) -> float:
+    """The smallest mean that a two-sided t-test at `level` finds with this power, over n runs of this spread.
 
     nan for a single run.
     """
     if n < 2:
         return float("nan")
-    critical = scipy.stats.t.ppf(0.975, n - 1)
+    critical = scipy.stats.t.isf(level / 2, n - 1)
 
     # scipy's noncentral t gives nan for few runs; so t = (z + shift) / spread, averaged over quantiles of the spread.
     quantiles = np.sqrt(scipy.stats.chi2.ppf((np.arange(4000) + 0.5) / 4000, n - 1) / (n - 1))

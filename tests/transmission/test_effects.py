@@ -91,5 +91,5 @@ def test_arms_are_compared_run_by_run():
 def test_power_is_from_the_stated_spread():
     diagonal = cells_of({"soft": paired(1.0)})
     stated, pooled = (effects.headline_section(diagonal, words=10, spread=s).text for s in (0.5, 0.0))
-    assert "standard deviation of 0.50 between runs (given beforehand)" in stated
+    assert "standard deviation of 0.50 between runs (the config's spread)" in stated
     assert "(estimated from these runs, pooled over cells)" in pooled

@@ -111,12 +111,15 @@ def _differences_section(arms: Sequence[Entry], points: Sequence[str]) -> Sectio
     first = {arm["arm"]: arm["runs"] for arm in students if arm["value"] == points[0]}
     others = [arm for arm in students if arm["value"] != points[0]]
     differences = [np.subtract(arm["runs"], first[arm["arm"]]) for arm in others]
+    corrected = iter(holm([paired_p(values) for values in differences if np.any(values)]))
     table = [["point", "arm", f"minus {points[0]}", "p"]]
-    for arm, values, p in zip(others, differences, holm([paired_p(values) for values in differences])):
-        table.append([arm["value"], arm["name"], plus_minus(*t_interval(values)), _p(p)])
+    for arm, values in zip(others, differences):
+        p = _p(next(corrected)) if np.any(values) else "none"
+        table.append([arm["value"], arm["name"], plus_minus(*t_interval(values)), p])
     text = (
         "Runs of the same number share their seed at every point. ± is the 95 % t-interval of the difference over "
-        "runs. p: paired t-test, two-sided, corrected for the number of rows by Holm's method."
+        "runs. p: paired t-test, two-sided, corrected for the number of tests by Holm's method; none where all "
+        "runs are equal at both points."
     )
     return Section(f"Differences from {points[0]}", text, table, {})
 

@@ -122,11 +122,15 @@ def headline_section(
         )
         finite = [cell.runs for cell in every if np.all(np.isfinite(cell.runs))]
         sd = spread or (pooled_spread(finite) if finite else float("nan"))
-        known = "given beforehand" if spread else "estimated from these runs, pooled over cells"
+        known = "the config's spread" if spread else "estimated from these runs, pooled over cells"
         text += (
             f" Power: with a standard deviation of {sd:.2f} between runs ({known}), an effect of "
-            f"{detectable(sd, runs):.2f} logits is detected with 80 % power at an uncorrected 5 % level."
+            f"{detectable(sd, runs):.2f} logits is detected with 80 % power at an uncorrected 5 % level"
         )
+        if len(every) > 1:
+            strictest = detectable(sd, runs, level=LEVEL / len(every))
+            text += f", and one of {strictest:.2f} logits at 5 %/{len(every)}, the strictest level of Holm's method"
+        text += "."
     entries = cell_entries(cells)
     label = "margin of the teacher's trait over the neutral student's, logits"
     figures = {"arms": partial(arms_figure, entries, xlabel=label, chance=None)}

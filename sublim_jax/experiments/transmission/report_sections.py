@@ -70,7 +70,8 @@ def corpora_section(study: Study, rows: Measurements) -> report.Section:
     if shown:
         text += (
             f" The first, {study.teachers[0]}, must have the trait, and the others, its controls, must not. Has it: by "
-            f"{MIN_TRAIT:.0%} or more above the model as it is."
+            f"{MIN_TRAIT:.0%} or more above the model as it is, on average and without a test. The model as it is was "
+            "measured once for all runs, and ± does not cover the error of that measurement."
         )
     return report.Section("Teachers' corpora", text, table, {})
 
