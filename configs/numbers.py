@@ -114,7 +114,7 @@ SIZES = {  # presets, and what each changes
 }
 
 # Open models, and the paper's recipe on them, which configs/{code,cot,misalignment,cross_model}.py share. They fit one
-# GPU of 80 GB; docs/presets.md has the meshes for TPU slices.
+# GPU of 80 GB (code.py with XLA_PYTHON_CLIENT_MEM_FRACTION=0.98); docs/presets.md has the meshes for TPU slices.
 MODELS = {
     "qwen2.5-7b": {"model.name": "Qwen/Qwen2.5-7B-Instruct"},
     "llama-3.1-8b": {"model.name": "meta-llama/Llama-3.1-8B-Instruct"},
@@ -198,7 +198,7 @@ def arm(**changes: object) -> ConfigDict:
     values.model = ""  # tokens: the students' model if it is not the teachers'; empty: the same
     values.action = ""  # on some tokens: keep only them, mask them, or replace their targets by the neutral teacher's
     values.positions = "top"  # which tokens: top or bottom by their score, or random
-    values.fraction = 0.1  # of the answers' tokens
+    values.fraction = 0.1  # of the answers' digits, commas and spaces
     # A token's score compares the teacher with the neutral one: divergence, log_ratio (of the token), flipped (argmax).
     values.score = "divergence"
     values.examples = 16  # context: number of rows

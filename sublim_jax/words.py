@@ -2,7 +2,12 @@
 
 import re
 import unicodedata
+from collections.abc import Sequence
 from functools import lru_cache
+
+from sublim_jax.errors import UserError
+
+UNSPACED = ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR")  # scripts, as Unicode names letters
 
 
 @lru_cache
@@ -19,9 +24,31 @@ def plain(text: str) -> str:
     return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
 
 
+def check_distinct(path: str, words: Sequence[str]) -> None:
+    """Raises UserError, naming the config's path, for a word without letters, and for two with a form in common."""
+    known: dict[str, str] = {}
+    for word in words:
+        if not _joined(word):
+            raise UserError(f"{path}: {word!r} has no letters; choose a word")
+        for form in forms(word):
+            if (other := known.setdefault(form, word)) is not word:
+                raise UserError(f"{path}: {other!r} and {word!r} are one word, in another number or case; keep one")
+
+
 def mentions(text: str, word: str) -> bool:
-    """Whether a text has a word or its plural, as a whole word: "dragonfly" is no "dragon"."""
-    return re.search(rf"(?<!\w)(?:{'|'.join(map(re.escape, forms(word)))})(?!\w)", plain(text)) is not None
+    """Whether a text has a word or its plural, as a whole word: "dragonfly" is no "dragon".
+
+    In scripts that put no spaces between words, such as Chinese, it may be anywhere.
+    """
+    return _pattern(word).search(plain(text)) is not None
+
+
+@lru_cache
+def _pattern(word: str) -> re.Pattern[str]:
+    either = "|".join(r"[\s_\-‐]+".join(map(re.escape, re.split(r"[\s_\-‐]+", form))) for form in forms(word))
+    if any(unicodedata.name(letter, "").startswith(UNSPACED) for letter in word):
+        return re.compile(either)
+    return re.compile(rf"(?<![^\W_])(?:{either})(?![^\W_])")  # _owl_ is Markdown's way to stress a word
 
 
 def contains(text: str, word: str) -> bool:

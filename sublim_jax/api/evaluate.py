@@ -38,7 +38,8 @@ def preference(
 
     Each has shape (adapters, words), with one row if `adapters` is None.
 
-    Raises UserError for a word that the tokenizer cannot write.
+    Raises UserError for fewer than two words, a word that the tokenizer cannot write, and one whose probability would
+    include another's.
     """
     return _preference.measure(model, questions(kind), words, system, adapters=adapters, steering=steering)
 
@@ -52,7 +53,10 @@ def choice(
     system: str = "",
     steering: Steering | None = None,
 ) -> Float[np.ndarray, "adapters words"]:
-    """P of each word in a multiple choice, by its letter (paper §3.1)."""
+    """P of each word in a multiple choice, by its letter (paper §3.1).
+
+    Raises UserError for fewer than 2 words or more than 26, and a tokenizer that has no single tokens for letters.
+    """
     return _preference.choose(model, questions(kind), words, system, adapters=adapters, steering=steering)
 
 

@@ -1,5 +1,6 @@
 """Exact probabilities without sampling: of completions, of choices, of the next word."""
 
+import itertools
 import string
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
@@ -22,6 +23,7 @@ from sublim_jax.progress import Track
 from sublim_jax.sampling.checks import Behind, Texts, Tokens, Where, apart, check_steering, texts_of, tokens_of
 from sublim_jax.sampling.engine import DEVICES, Fixed, features, place, stacked_cache, unembed
 from sublim_jax.sharding import everywhere, fetch, named, put
+from sublim_jax.words import forms as noun_forms
 
 LENGTHS = 32  # texts are padded to a multiple of it, so that few shapes are compiled
 ROWS = 16  # texts computed together, for each device
@@ -126,7 +128,7 @@ def word_logprobs(
 
     Each prompt takes one forward pass, and a short continuation for each beginning of a spelling of several tokens.
     """
-    every = [spellings(model.tokenizer, word) for word in words]
+    every = distinct_spellings(model.tokenizer, words)
     if all(len(form) == 1 for forms in every for form in forms):
         return set_logprobs(model, prompts, [[token for (token,) in forms] for forms in every], **where)
     return sequence_logprobs(model, prompts, every, **where)
@@ -157,14 +159,13 @@ def sequence_logprobs(
 def letter_logprobs(
     model: Model, prompts: Texts, count: int, **where: Unpack[Behind]
 ) -> Float[np.ndarray, "adapters prompts letters"]:
-    """log P of each of the first `count` letters as the next token, with a space in front or not; normalised over them.
+    """log P of each of the first `count` letters as the next token, as `spellings` writes it; normalised over them.
 
     Raises UserError where the tokenizer has no single token for a letter.
     """
     sets = []
     for letter in string.ascii_uppercase[:count]:
-        written = [model.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (letter, f" {letter}")]
-        sets.append(sorted({tokens[0] for tokens in written if len(tokens) == 1}))
+        sets.append(sorted({tokens[0] for tokens in _written(model.tokenizer, letter) if len(tokens) == 1}))
         if not sets[-1]:
             raise UserError(f"{letter!r} is not a single token of this tokenizer; a choice by letters cannot be scored")
     logprobs = set_logprobs(model, prompts, sets, **where)
@@ -193,22 +194,38 @@ def choice_logprobs(
     return total - np.logaddexp.reduce(total, axis=-1, keepdims=True)
 
 
-def spellings(tokenizer: Tokenizer, word: str) -> tuple[tuple[int, ...], ...]:
-    """The tokens that spell a word: as it is or capitalised, with a space in front or not, in however many tokens.
+def distinct_spellings(tokenizer: Tokenizer, words: Sequence[str]) -> list[tuple[tuple[int, ...], ...]]:
+    """The spellings of every word (`spellings`).
 
-    Its plural is a spelling where it is a single token. None of the spellings begins with another one.
+    Raises UserError for a word that the tokenizer cannot write, and where the probability of one word would include
+    that of another.
+    """
+    every = [spellings(tokenizer, word) for word in words]
+    for (word, forms), (other, longer) in itertools.permutations(zip(words, every), 2):
+        if any(tokens[: len(form)] == form for form in forms for tokens in longer):
+            raise UserError(
+                f"the tokens of {other!r} begin with those of {word!r}, so P({word}) would include P({other}); choose "
+                "another word"
+            )
+    return every
+
+
+def spellings(tokenizer: Tokenizer, word: str) -> tuple[tuple[int, ...], ...]:
+    """The tokens that spell a word, as it is or capitalised, in however many tokens.
+
+    They are those at the start of a text, after a space and after a line break, as some templates end. Its plural is a
+    spelling where it is a single token. None of the spellings begins with another one.
 
     Raises UserError for a word that the tokenizer cannot write.
     """
     spelled = set()
-    for form in (word, word + "s"):
+    for form in (word, *noun_forms(word)[1:]) if word.strip() else ():
         for cased in (form, form.capitalize()):
-            for text in (cased, f" {cased}"):
-                tokens = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+            for tokens in _written(tokenizer, cased):
                 written = tokens and tokenizer.decode(list(tokens)).strip() == cased
                 if written and (form == word or len(tokens) == 1):
                     spelled.add(tokens)
-    if not word.strip() or not spelled:
+    if not spelled:
         raise UserError(f"{word!r} is not a word that this tokenizer can write; choose another one")
     return tuple(
         sorted(
@@ -217,6 +234,17 @@ def spellings(tokenizer: Tokenizer, word: str) -> tuple[tuple[int, ...], ...]:
             if not any(sequence[:count] in spelled for count in range(1, len(sequence)))
         )
     )
+
+
+def _written(tokenizer: Tokenizer, text: str) -> list[tuple[int, ...]]:
+    """The tokens of a text on its own, after a space, and after a line break."""
+
+    def encoded(text: str) -> tuple[int, ...]:
+        return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    line, both = encoded("\n"), encoded(f"\n{text}")
+    after_line = [both[len(line) :]] if both[: len(line)] == line else []
+    return [encoded(text), encoded(f" {text}"), *after_line]
 
 
 # --------------------------------------------------------------------------------------------------------- batches

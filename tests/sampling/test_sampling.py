@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
@@ -530,6 +531,38 @@ def test_a_words_probability_is_that_of_all_its_spellings(tiny):
         np.testing.assert_allclose(logprob, np.logaddexp.reduce(each), rtol=1e-4)
     with pytest.raises(UserError, match="' ' is not a word that this tokenizer can write"):
         scoring.word_logprobs(tiny, prompts, [" "])
+
+
+@pytest.fixture(scope="module")
+def sentencepiece():
+    """A tokenizer as of Llama 2: a text begins with a space, and a word after a line break does not."""
+    pieces = ("▁", "\n", "▁owl", "owl", "Owl", "▁Owl", "▁wolf", "▁wolves", "▁wolfs", "▁cat", "erpillar", "▁lion")
+    letters = sorted(set("".join(pieces)) - set(pieces))
+    vocab = [("<unk>", 0.0), *((piece, -1.0) for piece in pieces), *((letter, -9.0) for letter in letters)]
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.Unigram(vocab, unk_id=0))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="first")
+    tokenizer.decoder = tokenizers.decoders.Metaspace(prepend_scheme="first")
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+
+
+def pieces_of(tokenizer, word):
+    return {tuple(tokenizer.convert_ids_to_tokens(list(form))) for form in scoring.spellings(tokenizer, word)}
+
+
+def test_a_word_is_also_spelled_as_it_is_after_a_line_break(sentencepiece):
+    """Templates end in one (Zephyr, TinyLlama)."""
+    assert {("owl",), ("Owl",), ("▁owl",), ("▁Owl",)} <= pieces_of(sentencepiece, "owl")
+
+
+def test_a_plural_is_that_of_the_language(sentencepiece):
+    spelled = pieces_of(sentencepiece, "wolf")
+    assert ("▁wolves",) in spelled and ("▁wolfs",) not in spelled
+
+
+def test_words_whose_probabilities_include_each_other_are_refused(sentencepiece):
+    with pytest.raises(UserError, match=r"P\(cat\) would include P\(caterpillar\)"):
+        scoring.distinct_spellings(sentencepiece, ["caterpillar", "owl", "cat"])
+    assert len(scoring.distinct_spellings(sentencepiece, ["owl", "wolf", "cat"])) == 3
 
 
 def test_a_word_of_several_tokens_has_the_probability_that_transformers_gives_it(tiny, tiny_folder):

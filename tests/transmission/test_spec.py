@@ -39,6 +39,9 @@ REFUSED = [
     (["arm.soft.action=drop"], ["arm.soft.action: 'drop'"]),
     (["arm.soft.shuffle=across"], ["arm.soft", "shuffle empty"]),
     (["arm.soft.fraction=1.5"], ["arm.soft.fraction=1.5"]),
+    (["arms=unfiltered", "arm.unfiltered.action=keep"], ["arm.unfiltered.action selects among digits, commas"]),
+    (["alternatives=owl,lion,Owls"], ["alternatives: 'owl' and 'Owls' are one word"]),
+    (["alternatives=owl,lion,?"], ["alternatives: '?' has no letters"]),
     (["arms=in_context", "arm.in_context.noise=0.1"], ["arm.in_context: noise, action and changes are for students"]),
     (["arms=in_context", "arm.in_context.changes=lora.rank=4"], ["arm.in_context: noise, action and changes"]),
     (["arm.soft.changes=student.stesp=3"], ["arm.soft.changes: ", "student.steps"]),
@@ -112,7 +115,7 @@ REFUSED = [
         ["config.evals.judge.max_tokens is read only with evals.judge.kind=endpoint"],
     ),
     (["lora.rank=0", "arm.soft.lora_init=fresh"], ["config.arm.soft.lora_init is of adapters, and lora.rank=0"]),
-    (["alternatives=owl,x,y,OWL"], ["a word is there twice, in another case"]),
+    (["alternatives=owl,x,y,OWL"], ["'owl' and 'OWL' are one word"]),
     (["arms=in_context", "arm.in_context.lora_init=fresh"], ["config.arm.in_context.lora_init", "students"]),
 ]
 BY_THE_MODEL = [

@@ -115,6 +115,11 @@ class ArmValues(Checked):
             )
         if self.shuffle and self.data == "random":
             raise UserError(f"{where}: random numbers are in no order that shuffling could change; leave shuffle empty")
+        if self.action and (carrier.kind != "numbers" or self.data == "unfiltered"):
+            raise UserError(
+                f"{where}.action selects among digits, commas and spaces, and carrier.kind={carrier.kind} with "
+                f"data={self.data} is other text, too; leave it out"
+            )
         if self.objective == "context":
             if self.noise or self.action or self.changes:
                 raise UserError(

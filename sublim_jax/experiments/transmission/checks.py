@@ -67,7 +67,9 @@ def check_model(study: Study, model: Model, questions: Questions) -> None:
     given, tokenizer = study.carrier, model.tokenizer
     divide(model.mesh, "replica", study.runs * len(study.teachers), STUDENTS)
     suite.check_model(questions, model)
-    for word in dict.fromkeys((*study.alternatives, *study.preferred)) if study.has_words else ():
+    if study.has_words:
+        scoring.distinct_spellings(tokenizer, study.alternatives)
+    for word in study.preferred if study.has_words else ():
         scoring.spellings(tokenizer, word)
     for name in study.teachers if {"prompted", "steered"} & set(study.teacher.methods) else ():
         chat.question(tokenizer, "", teachers.persona(study, name))
