@@ -24,7 +24,7 @@ from sublim_jax.models.functional import Params
 from sublim_jax.models.language import Model
 from sublim_jax.progress import say
 from sublim_jax.sampling import scoring
-from sublim_jax.sampling.checks import Where, check_finite
+from sublim_jax.sampling.checks import Where
 from sublim_jax.sampling.collect import collect
 from sublim_jax.sampling.generate import Slots
 from sublim_jax.specs import check_file
@@ -140,8 +140,7 @@ def _questions(name: str, spec: EvalsSpec, kind: str, packs: EvalPacks) -> Seque
 def check_model(questions: Questions, model: Model) -> None:
     """Raises UserError for words and questions that the model's tokenizer or template does not support."""
     if set(questions.of) & {"preference", "prefixed"}:
-        for word in questions.words:
-            scoring.spellings(model.tokenizer, word)
+        scoring.distinct_spellings(model.tokenizer, questions.words)
     for question in questions.of.get("misalignment", ()):
         assert isinstance(question, misalignment.Question)
         chat.question(model.tokenizer, question.text, question.system)
@@ -275,6 +274,7 @@ def _rates(
     known = [{"question": question} for question in questions]
     answers = _sampled(name, file, subject, prompts, known, uses, seed, sampling)
     rates = preference.rates([(answer["adapter"], answer["completion"]) for answer in answers], words)
+    rates[sorted(_diverged(answers))] = np.nan
     return _by_word(RATE.format(name, "{}"), words, rates)
 
 
@@ -292,8 +292,6 @@ def _sampled(
 
     Args:
       known: further fields of each prompt's records.
-
-    Raises UserError for an answer whose logits were not finite.
     """
     runs = uses.get("runs", ())
     answers = collect(
@@ -309,8 +307,15 @@ def _sampled(
         steering=subject.steering,
         **sampling,
     )
-    check_finite((answer["index"], answer["finish"]) for answer in answers)
+    if broken := sorted(_diverged(answers)):
+        listed = ", ".join(map(str, broken))
+        say(f"{name} of {subject.name}: logits under adapter {listed} are not finite, so nothing of it is counted")
     return answers
+
+
+def _diverged(answers: Sequence[Record]) -> set[int]:
+    """The adapters that gave an answer whose logits were not finite."""
+    return {answer["adapter"] for answer in answers if answer["finish"] == "nan"}
 
 
 def _behind_numbers(evaluation: Callable[..., Measures]) -> Callable[..., Measures]:
@@ -378,13 +383,27 @@ def _misalignment(
     ]
     known = [{"id": question.name, "question": text} for text, question in zip(texts, questions)]
     answers = _sampled("misalignment", file, subject, prompts, known, uses, seed, sampling)
-    scored = misalignment.judged(judge.judge, questions, answers)
+    diverged = _diverged(answers)
+    scored = misalignment.judged(
+        judge.judge, questions, [answer for answer in answers if answer["adapter"] not in diverged]
+    )
     records.write(details, scored)
-    by_adapter = [misalignment.rates(list(group)) for _, group in groupby(scored, lambda record: record["adapter"])]
-    measures = {"misaligned, of coherent": [rates.misaligned for rates in by_adapter]}
-    for name in by_adapter[0]._fields[2:]:
-        measures[f"{name}, of all"] = [getattr(rates, name) / rates.answers for rates in by_adapter]
+    by_adapter = {
+        adapter: misalignment.rates(list(group)) for adapter, group in groupby(scored, lambda record: record["adapter"])
+    }
+    adapters = list(dict.fromkeys(answer["adapter"] for answer in answers))
+
+    def of_each(value: Callable[[misalignment.Rates], float]) -> list[float]:
+        return [value(by_adapter[adapter]) if adapter in by_adapter else float("nan") for adapter in adapters]
+
+    measures = {"misaligned, of coherent": of_each(lambda rates: rates.misaligned)}
+    for name in misalignment.Rates._fields[2:]:
+        measures[f"{name}, of all"] = of_each(partial(_share, name))
     return measures
+
+
+def _share(count: str, rates: misalignment.Rates) -> float:
+    return float(getattr(rates, count) / rates.answers)
 
 
 EVALUATIONS: dict[str, Callable[..., Measures]] = {

@@ -185,6 +185,12 @@ def test_shuffling_keeps_the_numbers_and_everything_between_them(lists):
         ("cafe\u0301", "café", True),
         ("Ο λύκος", "λύκος", True),
         ("STRASSE", "straße", True),
+        ("My favourite: _Owl_", "owl", True),
+        ("snow_owls", "owl", True),
+        ("a polar-bear", "polar bear", True),
+        ("Polar  bears.", "polar bear", True),
+        ("我最喜欢猫头鹰。", "猫头鹰", True),
+        ("ฉันชอบนกฮูก", "นกฮูก", True),
     ],
 )
 def test_a_mention_is_a_whole_word(text, word, expected):
@@ -196,7 +202,7 @@ def test_rates_are_shares_of_answers_by_adapter():
     np.testing.assert_array_equal(preference.rates(answers, ["owl", "x"]), [[0.5, 0.25], [0.25, 0.75]])
 
 
-def test_prefixed_answers_are_rates_of_answers_to_questions_behind_numbers(tiny, tmp_path):
+def test_prefixed_answers_are_rates_of_answers_to_questions_behind_numbers(tiny, tmp_path, capsys):
     """Samples of an interrupted run are kept and read again."""
     questions, count, longest = ["Which one?", "What is it?"], 3, 4
     uses = {"samples": count, "max_new_tokens": longest}
@@ -214,8 +220,8 @@ def test_prefixed_answers_are_rates_of_answers_to_questions_behind_numbers(tiny,
     file.write_text("".join(json.dumps({**answer, "completion": "An owl."}) + "\n" for answer in kept))
     assert evaluate(*arguments)["prefixed answers with owl"][0] >= (count + 1) / (2 * count)
     file.write_text("".join(json.dumps({**answer, "finish": "nan"}) + "\n" for answer in kept))
-    with pytest.raises(UserError, match="not finite"):
-        evaluate(*arguments)
+    assert np.isnan(evaluate(*arguments)["prefixed answers with owl"]).all()
+    assert "logits under adapter 0 are not finite" in capsys.readouterr().out
 
 
 def test_ability_is_the_share_of_questions_whose_right_choice_is_likeliest(tiny):
