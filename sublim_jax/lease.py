@@ -50,9 +50,13 @@ def take(address: str) -> Lease:
         with suppress(FileExistsError):
             bucket.pipe_file(address, json.dumps(owner).encode(), mode="create")
         try:
-            about, other = bucket.info(address), json.loads(bucket.cat_file(address))
+            about, content = bucket.info(address), bucket.cat_file(address)
         except FileNotFoundError:  # given back meanwhile
             continue
+        if not content:  # the lock of a run on a disk, which came here with its folder
+            _remove(bucket, address, about["generation"])
+            continue
+        other = json.loads(content)
         if other["id"] == me:
             _HELD[address] = lease = Lease(bucket, address, about["generation"])
             return lease

@@ -298,6 +298,15 @@ def test_a_folder_in_a_bucket_is_of_one_run_and_passes_on_when_that_has_died(buc
         elsewhere(folder, {"a": 2})
 
 
+def test_a_folder_that_was_copied_from_a_disk_goes_on_in_a_bucket(bucket, tmp_path):
+    """Its lock, an empty file, came with it."""
+    claim(tmp_path, {"a": 1})
+    gc.collect()
+    for name in (".lock", "config.json"):
+        epath.Path(f"{bucket}/run/{name}").write_bytes((tmp_path / name).read_bytes())
+    assert claim(f"{bucket}/run", {"a": 1}).folder.exists()
+
+
 def test_a_run_whose_folder_has_passed_to_another_stops(bucket, monkeypatch):
     stopped: list[int] = []
     monkeypatch.setattr(lease, "BEAT", 0.1)

@@ -90,7 +90,9 @@ GROUPS: dict[str, Callable[[MnistSpec], Hashable]] = {
 
 
 def spearman(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:
-    """Spearman's rank correlation with its 95 % percentile bootstrap interval."""
+    """Spearman's rank correlation with its 95 % percentile bootstrap interval; nan for fewer than three points."""
+    if len(x) < 3:
+        return float("nan"), float("nan"), float("nan")
     rho = float(stats.spearmanr(x, y).statistic)
     rng = np.random.default_rng(0)
     resamples = rng.integers(0, len(x), (BOOTSTRAPS, len(x)))
