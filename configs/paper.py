@@ -45,7 +45,9 @@ def get_config(preset: str = "smoke") -> ConfigDict:
     # problems in GSM8K's form if GSM8K cannot be fetched. Each sets the value of that name under evals, carrier or
     # teacher.corpora in the experiments' configs.
     config.files = ConfigDict(dict.fromkeys(names, ""))
-    config.tensor = 0  # mesh axis for language models: 1 on one GPU; 0: the presets' value
+    # On a TPU slice (docs/presets.md):
+    config.replica = 0  # mesh.replica of studies of language models; 0: the presets' value, for one GPU
+    config.sampling_tensor = 0  # their sampling.tensor; 0: the presets' value
     config.judge = ConfigDict({"kind": "", "model": ""})  # of experiments with a judge; empty: the presets' values
     plan = config.plan = ConfigDict()
     plan.mnist = experiment(

@@ -1,6 +1,7 @@
 """The plan of the paper's experiments: each config passes its checks, and each experiment runs once."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from etils import epath
@@ -82,14 +83,16 @@ def test_every_experiment_of_the_plan_is_a_config_that_passes_its_checks(tmp_pat
         config.files[name] = f"configs/smoke/{file}"
     config.files.problems = str(tmp_path / "problems.jsonl")  # as many as GSM8K has
     (tmp_path / "problems.jsonl").write_text('{"question": "1 and 1?", "answer": "#### 2"}\n' * 7473)
-    config.tensor, config.judge.kind, config.judge.model = 1, "local", "smollm2-135m-instruct"
+    config.replica, config.sampling_tensor = 2, 4
+    config.judge.kind, config.judge.model = "local", "smollm2-135m-instruct"
     spec = plan.read(config)
     assert list(spec.specs) == list(config.experiments)
     studies = [experiment for experiment in spec.specs.values() if isinstance(experiment, Study)]
     assert len(studies) == 6
     for study in studies:
         check_files(study)
-        assert study.mesh.tensor == 1 and study.evals.judge.model == "smollm2-135m-instruct"
+        assert (study.mesh.replica, study.sampling.tensor) == (2, 4)
+        assert study.evals.judge.model == "smollm2-135m-instruct"
         if "misalignment" in study.evals.names:
             assert study.evals.questions == "configs/smoke/questions.yaml"
 
@@ -140,5 +143,17 @@ def test_an_experiment_of_other_values_or_other_files_is_not_finished(tmp_path):
     file.write_text("b")
     assert plan.stamp(plan.read(config).specs["misalignment"]) != first
     file.write_text("a")
-    config.tensor = 2
+    config.replica = 2
     assert plan.stamp(plan.read(config).specs["misalignment"]) != first
+
+
+def test_an_experiment_that_lacks_memory_says_so_and_the_others_run(tmp_path, monkeypatch):
+    def run(*_, **__):
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes")
+
+    config = paper.get_config("smoke")
+    config.experiments = ("theorem",)
+    (spec,) = plan.read(config).specs.values()
+    monkeypatch.setattr(experiments, "load", lambda _: SimpleNamespace(run=run))
+    why = plan._results("theorem", epath.Path(tmp_path), spec, update=False)
+    assert str(why).startswith("stopped: RESOURCE_EXHAUSTED")

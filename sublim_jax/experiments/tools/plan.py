@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from sublim_jax import assets, digests, experiments, overrides, report, specs, storage, workdir
 from sublim_jax.digests import Source
-from sublim_jax.errors import UserError
+from sublim_jax.errors import UserError, is_of_memory
 from sublim_jax.experiments.transmission.checks import check_files
 from sublim_jax.experiments.transmission.spec import Study
 from sublim_jax.figures import Entry
@@ -62,7 +62,8 @@ class JudgeChoice(Checked):
 @dataclass(frozen=True, kw_only=True)
 class PlanSpec(ExperimentSpec):
     files: dict[str, str]
-    tensor: Place
+    replica: Place
+    sampling_tensor: Place
     judge: JudgeChoice
     plan: dict[str, Row]
     experiments: tuple[str, ...]
@@ -105,7 +106,9 @@ def config_of(spec: PlanSpec, name: str) -> ConfigDict:
                 part[value] = file
     study = config.get("study", config)
     if "evals" in study:  # a study of language models
-        study.mesh.tensor = spec.tensor or study.mesh.tensor
+        study.mesh.replica = spec.replica or study.mesh.replica
+        if "sampling" in study:
+            study.sampling.tensor = spec.sampling_tensor or study.sampling.tensor
         study.evals.judge.update({key: value for key, value in vars(spec.judge).items() if value})
     return config
 
@@ -153,10 +156,13 @@ def _results(name: str, inside: epath.Path, spec: Described, *, update: bool) ->
             experiments.load(spec.experiment).run(spec, inside, update=update)
             write_json(inside / FINISHED, stamp(spec))
         return report.results_of(inside)["arms"]
-    except UserError as error:
+    except Exception as error:
+        if not isinstance(error, UserError) and not is_of_memory(error):
+            raise
+        why = " ".join(str(error).split())[:500] or "memory ran out"
         if jax.process_count() > 1:
-            raise UserError(f"{name}: {error}") from error
-        return f"stopped: {error}"
+            raise UserError(f"{name}: {why}") from error
+        return f"stopped: {why}"
 
 
 def finished(folder: epath.Path, spec: Described) -> bool:
