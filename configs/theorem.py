@@ -27,7 +27,8 @@ def get_config(preset: str = "check") -> ConfigDict:
     config = ConfigDict()
     config.preset = preset
     config.seed = 0  # of every random number
-    config.mesh = ConfigDict({"replica": -1, "fsdp": 1, "tensor": 1})  # sizes of the mesh's axes; -1: the rest
+    # Sizes of the mesh's axes; -1: the rest. Checks of one step use a single device.
+    config.mesh = ConfigDict({"replica": -1, "fsdp": 1, "tensor": 1})
     if preset != "language_model":
         config.data = ConfigDict()
         config.data.path = ""  # a folder with MNIST's four IDX files; empty: downloaded and cached

@@ -49,9 +49,12 @@ def finetune(
       max_steps: maximum number of updates.
 
     Raises:
-      UserError: the model has no adapters, or its tokenizer cannot write the word.
+      UserError: the model has no adapters, its tokenizer cannot write the word, there are no questions, or an option
+        makes no sense.
     """
     check_adapters(model)
+    if not 0 < strength < 1:
+        raise UserError(f"strength={strength} is a probability between 0 and 1")
     training = AnswerTraining(strength, learning_rate, batch, max_steps)
     for name, count in (("batch", batch), ("max_steps", max_steps)):
         check_count(name, count)

@@ -54,7 +54,7 @@ def of(tokenizer: Tokenizer) -> str:
             raise UserError(f"the tokenizer's chat template: {_line(error)}") from error
     raise UserError(
         f"the tokenizer of {tokenizer.name_or_path or 'this model'} has no chat template; it is a base model: "
-        "give it plain text (--config.chat=False), or choose an instruct model"
+        "choose an instruct model"
     )
 
 
@@ -66,6 +66,7 @@ def render(tokenizer: Tokenizer, messages: Sequence[Message], *, generation: boo
 
     Raises UserError if there is no template, and for messages that it refuses or leaves out.
     """
+    of(tokenizer)
     system = [message for message in messages[:1] if message["role"] == "system"]
     if system and not takes_system(tokenizer):
         messages, system = folded(messages), []

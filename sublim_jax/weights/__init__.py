@@ -29,7 +29,9 @@ def float_type(name: str) -> jnp.dtype:
 
 
 def load(name: str | Path, mesh: Mesh | None = None, dtype: DTypeLike = jnp.float32) -> Model:
-    """A model by a name that `assets` knows, a folder of safetensors, or a GGUF file.
+    """A model by a name that `assets` knows or that the hub has, a folder of safetensors, or a GGUF file.
+
+    Files may be in a bucket.
 
     Args:
       dtype: of the weights: float32, bfloat16 or float16.

@@ -54,6 +54,22 @@ def test_a_sweep_compares_every_point_with_the_first_paired_by_run(accuracies):
     np.testing.assert_allclose([float(differences.table[1 + place][3]) for place in order], holm, rtol=0.05)
 
 
+def test_an_arm_that_a_value_does_not_reach_is_not_tested(accuracies):
+    """Its runs are equal, and the others are corrected as if it were not there."""
+    for point in ("squared_error", "sampled"):
+        accuracies[point, "cross_auxiliary"] = accuracies["kl", "cross_auxiliary"]
+    spec = spec_of("sweep", **{"sweep.axis": "student.objective", "sweep.points": ("kl", "squared_error", "sampled")})
+    _, (_, differences) = document(spec, rows_of(accuracies), {})
+    shown = {(row[0], "another" in row[1]): row[3] for row in differences.table[1:]}
+    assert shown["squared_error", True] == shown["sampled", True] == "none"
+    ps = [
+        stats.ttest_rel(accuracies[point, "auxiliary"], accuracies["kl", "auxiliary"]).pvalue
+        for point in ("squared_error", "sampled")
+    ]
+    smallest = ("squared_error", "sampled")[int(np.argmin(ps))]
+    assert float(shown[smallest, False]) == pytest.approx(min(1, 2 * min(ps)), rel=0.05)
+
+
 @pytest.mark.parametrize(
     "axis, counts, runs",
     [

@@ -65,12 +65,16 @@ def test_the_students_base_has_its_own_noise_in_every_run(study_of, model, repli
 def test_a_finished_study_is_reported_again_without_training(whole_command, copy_of_whole, monkeypatch):
     monkeypatch.setattr(Program, "init", lambda *_: pytest.fail("what is there was to be trained again"))
     before = {path: path.read_bytes() for path in (copy_of_whole / "checkpoints").rglob("*") if path.is_file()}
-    expected = arms_in(copy_of_whole)
+    expected, about = arms_in(copy_of_whole), json.loads((copy_of_whole / "about.json").read_text())
+    about["versions"]["commit"] = "of the measurements"
+    (copy_of_whole / "about.json").write_text(json.dumps(about))
     again = run_here(*whole_command(copy_of_whole))
     assert again.returncode == 0 and "students soft," not in again.stdout and ", teacher owl" not in again.stdout
     # On the way, a report of the first arms alone would replace the whole one.
     assert again.stdout.count("report: ") == 1
     assert arms_in(copy_of_whole) == expected
+    results = json.loads((copy_of_whole / "results.json").read_text())
+    assert results["versions"]["commit"] == "of the measurements"
     assert {path: path.read_bytes() for path in (copy_of_whole / "checkpoints").rglob("*") if path.is_file()} == before
 
 

@@ -225,7 +225,10 @@ def tokens_of(spec: SampleSpec, model: Model, inputs: list[Record]) -> tuple[lis
     """
     if not spec.chat:
         return [], [model.tokenizer(record["prompt"])["input_ids"] for record in inputs]
-    templates.of(model.tokenizer)
+    try:
+        templates.of(model.tokenizer)
+    except UserError as error:
+        raise UserError(f"{error}; or give plain text, with --config.chat=False") from error
 
     def tokens(number: int, record: Record) -> list[int]:
         conversation = record.get("messages") or [{"role": "user", "content": record["prompt"]}]

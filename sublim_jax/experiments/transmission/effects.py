@@ -176,7 +176,8 @@ def effects_section(effects: Sequence[Entry], traits: Sequence[str], runs: int) 
         f"teacher a student had, not corrected for the number of arms; the smallest possible here is {smallest:.3g}. "
         "Coverage: cosine of minus the gradient of the student's objective at its start, on 32 rows, with the "
         "displacement of its own teacher, or of the others, from the start. Held out: the objective on rows that were "
-        "never trained on. Ability: share of right answers to easy questions."
+        "left out of the training; rows that were not may have the same prompts. Ability: share of right answers to "
+        "easy questions."
     )
     if len(traits) == 2:
         text += (

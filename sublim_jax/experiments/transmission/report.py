@@ -125,7 +125,10 @@ def learnt_section(students: Sequence[tuple[Arm, Measurements]]) -> report.Secti
     for arm, arm_rows in students:
         ends = [ends_of(arm_rows, measure) or [np.nan, np.nan] for measure in ("held_out", "ability")]
         table.append([f"{arm.name}: {describe(arm)}", *("{:.3g} → {:.3g}".format(*pair) for pair in ends)])
-    text = "Held out: the objective on rows never trained on. Ability: right answers to easy questions."
+    text = (
+        "Held out: the objective on rows left out of the training; others may have the same prompts. Ability: right "
+        "answers to easy questions."
+    )
     return report.Section("Arms", text, table, {})
 
 
