@@ -139,4 +139,4 @@ def detectable(spread: float, n: int, *, level: float = 0.05, power: float = 0.8
         )
         return float(np.mean(rejection)) - power
 
-    return float(scipy.optimize.brentq(missing, 0.0, 100.0)) * spread / n**0.5
+    return float(scipy.optimize.brentq(missing, 0.0, 10.0 + 3.0 * critical)) * spread / n**0.5

@@ -65,9 +65,9 @@ def test_the_detectable_effect_is_found_with_its_power(n):
     assert abs(share - 0.8) < 0.015
     if n == 30:
         np.testing.assert_allclose(effect / spread, 0.529, atol=0.003)
-    strict = statistics.detectable(spread, n, level=0.01)
+    strict = statistics.detectable(spread, n, level=0.05 / 27)
     samples = np.random.default_rng(2).normal(strict, spread, size=(20_000, n))
-    assert abs(np.mean(stats.ttest_1samp(samples, 0, axis=1).pvalue < 0.01) - 0.8) < 0.015
+    assert abs(np.mean(stats.ttest_1samp(samples, 0, axis=1).pvalue < 0.05 / 27) - 0.8) < 0.015
 
 
 def test_the_area_under_the_curve_is_how_often_a_positive_is_above():
