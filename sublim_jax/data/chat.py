@@ -53,6 +53,14 @@ def completion(tokenizer: Tokenizer, text: str, answer: str, system: str = "") -
     return _continued(tokenizer, parts.prompt, parts.answer)[1]
 
 
+def check_unbroken(tokenizer: Tokenizer, answer: str, stops: Sequence[int]) -> None:
+    """Raises UserError for an answer whose text has a stop token in it, at which its training would end."""
+    if inside := [token for token in _encode(tokenizer, answer) if token in stops]:
+        raise UserError(
+            f"the answer has {tokenizer.decode(inside[:1])!r} in it, with which the model ends an answer; remove it"
+        )
+
+
 def answer_tokens(tokenizer: Tokenizer, text: str) -> list[int]:
     """Tokens of an answer alone, after any `question`."""
     return _encode(tokenizer, text if tokenizer.chat_template else f" {text}")

@@ -93,11 +93,13 @@ def answer_positions(tokenizer: Tokenizer, conversation: Sequence[Message], stop
 
     An answer's tokens are those from where the assistant begins to the stop token; answers of weight 0 have none.
 
-    Raises Rewritten if not every answer follows its own prompt in one text; UserError as `chat.conversation` does.
+    Raises Rewritten if not every answer follows its own prompt in one text; UserError as `chat.conversation` does, and
+    for an answer with a stop token inside.
     """
     tokens: list[int] = []
     positions: list[int] = []
     for number in _trained(conversation):
+        chat.check_unbroken(tokenizer, conversation[number]["content"], stops)
         earlier = tokens
         start = len(chat.prompt(tokenizer, conversation[:number]))
         tokens = chat.conversation(tokenizer, conversation[: number + 1])

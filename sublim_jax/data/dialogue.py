@@ -42,23 +42,33 @@ def rows(model: Model, pairs: Sequence[tuple[str, str]], end: bool = True, syste
       end: whether the stop token belongs to the answer.
       system: a system prompt for all rows; by default the template's own, if it has one.
 
-    Raises UserError, naming the row, for a row that the template refuses.
+    Raises UserError, naming the row, for a row that the template refuses, an answer with a stop token inside, and a
+    token that the model does not have.
     """
-    stops = set(chat.stop_tokens(model.tokenizer, model.config))
+    stops = chat.stop_tokens(model.tokenizer, model.config)
     texts: list[Text] = []
     for number, (question, answer) in enumerate(pairs, 1):
         try:
+            chat.check_unbroken(model.tokenizer, answer, stops)
             start = len(chat.question(model.tokenizer, question, system))
             whole = chat.exchange(model.tokenizer, question, answer, system)
         except UserError as error:
             raise UserError(f"row {number} ({question[:40]!r}): {error}") from error
         stop = next((i for i in range(start, len(whole)) if whole[i] in stops), len(whole))
         texts.append((whole[: stop + 1], range(start, min(stop + end, len(whole)))))
-    return arrays(texts)
+    return arrays(texts, model.settings.vocab)
 
 
-def arrays(texts: Sequence[Text]) -> Rows:
-    """Rows of texts with the answers' tokens at given positions above 0."""
+def arrays(texts: Sequence[Text], vocab: int) -> Rows:
+    """Rows of texts with the answers' tokens at given positions above 0.
+
+    Raises UserError, naming the row, for a token outside the model's vocabulary: where a tokenizer has more.
+    """
+    for number, (text, _) in enumerate(texts, 1):
+        if (highest := max(text)) >= vocab:
+            raise UserError(
+                f"row {number} has token {highest}, and the model has {vocab}: its tokenizer has tokens that it lacks"
+            )
     length, longest = (max(len(text[i]) for text in texts) for i in (0, 1))
     length = -(-length // MULTIPLE) * MULTIPLE
     tokens = np.zeros((len(texts), length), np.int32)

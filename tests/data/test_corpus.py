@@ -88,6 +88,15 @@ def test_the_assistants_tokens_are_what_it_says_and_their_ends(tiny, turns, syst
     assert text == "".join(f"{answer}<|end|>" for _, answer in turns)
 
 
+def test_an_answer_with_a_stop_token_inside_is_refused_unless_it_is_not_trained_on(tiny):
+    stops = chat.stop_tokens(tiny.tokenizer, tiny.config)
+    talk = messages(("user", "a"), ("assistant", "One <|end|> two."), ("user", "b"), ("assistant", "Yes"))
+    with pytest.raises(UserError, match=r"the answer has '<\|end\|>' in it"):
+        corpus.texts(tiny.tokenizer, talk, stops)
+    talk[1]["weight"] = 0
+    assert corpus.texts(tiny.tokenizer, talk, stops)
+
+
 @pytest.mark.parametrize("untrained", [{"weight": 0}, {"weight": 0.0}, {"train": False}, {"weight": 0, "train": 0}])
 def test_an_answer_of_weight_0_is_read_and_not_trained_on(tiny, tmp_path, untrained):
     file = tmp_path / "corpus.jsonl"

@@ -1,5 +1,7 @@
 """Chat templates of many kinds against transformers: positions of answers and of system prompts."""
 
+import dataclasses
+
 import pytest
 import tokenizers
 import transformers
@@ -112,6 +114,14 @@ def test_an_answer_that_would_be_part_of_an_open_thought_is_refused_by_its_row(t
     with pytest.raises(UserError, match=r"row 2 \('2\+2\?'\): .*opens a thought \(<think>\)") as error:
         dialogue.rows(tiny._replace(tokenizer=tokenizer), [("1+1?", "<think>so</think>2"), ("2+2?", answer)])
     assert "\n" not in str(error.value)
+
+
+def test_an_answer_that_would_end_early_and_a_token_that_the_model_lacks_are_refused_by_their_row(tiny):
+    with pytest.raises(UserError, match=r"row 2 \('2\+2\?'\): the answer has '<\|end\|>' in it"):
+        dialogue.rows(tiny, [("1+1?", "2"), ("2+2?", "4<|end|> or so")])
+    small = tiny._replace(settings=dataclasses.replace(tiny.settings, vocab=5))
+    with pytest.raises(UserError, match=r"row 1 has token \d+, and the model has 5"):
+        dialogue.rows(small, [("1+1?", "2")])
 
 
 def test_an_answer_stands_behind_its_header_where_a_template_writes_none_for_it(tokenizer):

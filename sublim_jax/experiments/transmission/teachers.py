@@ -189,7 +189,7 @@ def _on_corpus(study: Study, model: Model, store: Store, run: int, name: str, pr
         say(f"corpus {name}: {longer} conversations are too long and left out")
     _, steps = corpus_optimizer(training, len(texts))
     program, start = programs(len(texts), 1), partial(model.untrained, named_key(seed, "A"))
-    rows = dialogue.arrays(texts)
+    rows = dialogue.arrays(texts, model.settings.vocab)
     inputs = (model, rows, training, seed, name)
 
     def train(*_: object, checkpoints: epath.Path) -> Params:
