@@ -64,7 +64,7 @@ _PROCESS = flags.DEFINE_integer("process_id", None, "This process's number, with
 _FLAGS = (_CONFIG, _WORKDIR, _UPDATE, _PREFLIGHT, _REPORT, _DESCRIBE, _COORDINATOR, _PROCESSES, _PROCESS)
 _NAMES = tuple(flag.name for flag in _FLAGS)
 
-NO_SPACE = "no space left on the disk; free some and give the same command again, it goes on from here"
+NO_SPACE = "no space left on the disk, or in its quota; free some and give the same command again, it goes on from here"
 LOST_CODE = 75  # EX_TEMPFAIL
 LOST = "another process of this run has ended or cannot be reached; the same command goes on from the last checkpoint"
 NO_MEMORY = "there is not enough memory ({}); ask for less at once, or run on more or larger devices"
@@ -83,6 +83,8 @@ def run(args: Sequence[str]) -> int:
     except Interrupted as stop:
         say(f"{stop}; the same command goes on from the last checkpoint")
         return 143
+    except KeyboardInterrupt:  # before or after a run, which saves its state
+        line, code = "stopped by SIGINT", 128 + signal.SIGINT
     except Exception as error:
         line, code = message_and_code(error)
     finally:
@@ -161,7 +163,7 @@ def unread() -> bool:
 def lacking(error: Exception) -> str:
     """The message for an error of the machine's memory, disk or files, or of a bucket; empty for any other error."""
     text = str(error)
-    if "No space left" in text:
+    if "No space left" in text or "quota exceeded" in text.lower():
         return NO_SPACE
     if is_of_memory(error):
         return NO_MEMORY.format(" ".join(text.split())[:120] or "none is left")
@@ -169,6 +171,8 @@ def lacking(error: Exception) -> str:
         return f"{error.filename}: {error.strerror}"
     if of_bucket := storage.explanation(error):
         return of_bucket
+    if isinstance(error, OSError) and error.strerror:  # of a file that is open, which has no name
+        return f"a file cannot be read or written: {error.strerror}"
     if "Could not determine home directory" in text:
         return "a path begins with ~ and a name, and there is no such user here"
     return ""
@@ -260,10 +264,12 @@ def parse_others(args: Sequence[str]) -> None:
     except flags.IllegalFlagValueError as error:
         shown = str(error).split(":")[0].removeprefix("flag ")
         kinds = {"int": "a whole number", "bool": "true or false"}
-        needed = kinds.get(flags.FLAGS[shown.removeprefix("--").split("=")[0]].flag_type(), "another value")
-        raise UserError(f"{shown}: {needed} is needed") from error
-    except flags.Error as error:
-        raise UserError(str(error)) from error
+        name = shown.removeprefix("--").split("=")[0]
+        if name not in flags.FLAGS:
+            raise UserError(str(error)) from error
+        raise UserError(f"{shown}: {kinds.get(flags.FLAGS[name].flag_type(), 'another value')} is needed") from error
+    except (flags.Error, ValueError) as error:  # ValueError: absl's own, and a --flagfile that is no text
+        raise UserError(" ".join(str(error).split())[:300]) from error
     if left:
         raise UserError(f"{left[0]!r} is not a flag; write --config=FILE, and --config.key=value for a value of it")
 

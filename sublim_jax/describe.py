@@ -10,7 +10,7 @@ import io
 import sys
 import textwrap
 import tokenize
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -150,7 +150,8 @@ def text(name: str, config: ConfigDict, origins: Origins) -> str:
     parts = [(module.__doc__ or file).strip()]
     if presets := getattr(module, "PRESETS", {}):
         mark = {config.get("preset"): " (this one)"}
-        lines = [_line(preset, "", f"{presets[preset]}{mark.get(preset, '')}") for preset in presets]
+        meanings = presets if isinstance(presets, Mapping) else dict.fromkeys(presets, "")
+        lines = [_line(preset, "", f"{meaning}{mark.get(preset, '')}") for preset, meaning in meanings.items()]
         parts.append(f"Presets (--config={file}:NAME):" + "".join(lines))
     lines = [_line(*row) for row in rows(config, overrides.load(name), origins)]
     head = "Values (--config.NAME=VALUE; --config.NAME= empties a list or a text), and the preset's where they differ:"
@@ -248,7 +249,7 @@ def _line(name: str, value: str, meaning: str) -> str:
             lines.append(" " * third)
     elif len(name) <= NAME:
         third = second
-    if meaning:
+    if meaning.strip():
         wrapped = textwrap.wrap(meaning, WIDTH - third, break_on_hyphens=False)
         lines = [*lines[:-1], lines[-1] + wrapped[0], *(" " * third + line for line in wrapped[1:])]
     return "".join(f"\n{line.rstrip()}" for line in lines if line.strip())

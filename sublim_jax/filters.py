@@ -104,7 +104,7 @@ def number_rule(max_integers: int = 10, largest: int = 999) -> Filter:
             return ["format"]
         reasons = ["too many numbers"] if len(numbers) > max_integers else []
         for number in numbers:
-            if len(number) >= digits and (len(number.lstrip("0")) > digits or int(number) > largest):
+            if len(number) >= digits and (len(number.lstrip("0")) > digits or int(number.lstrip("0") or 0) > largest):
                 return [*reasons, "number too large"]
         return reasons
 

@@ -202,7 +202,7 @@ def _items(where: str, text: str) -> Sequence[Item]:
         return _split(where, text)
     try:
         items = ast.literal_eval(text.strip())
-    except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError) as error:
         raise UserError(
             f"{where}={_short(text)}: leave brackets and quotes out, or put each text in quotes, such as \"('a', 'b')\""
         ) from error

@@ -44,12 +44,12 @@ class Track:
     def __enter__(self) -> "Track":
         if not self._quiet and not self._brief and sys.stdout.isatty():
             self._bar = Progress(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[rate]}"),
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}"),
+                TextColumn("{task.fields[note]}", markup=False),
                 console=Console(file=sys.stdout),
             )
             self._task = self._bar.add_task(self._what, total=self._total, completed=self._start, rate="", note="")

@@ -141,7 +141,8 @@ def _publish(path: epath.Path, results: dict[str, Any], sections: Sequence[Secti
             text += ["", f"![{name}](figures/{name}.png)"]
     storage.write(path / "report.md", "\n".join(text) + "\n")
     write_json(path / "results.json", results)
-    console = _Console(width=None if sys.stdout.isatty() else 120)
+    # Brackets in a table are a user's text, not markup.
+    console = _Console(width=None if sys.stdout.isatty() else 120, markup=False, emoji=False)
     for section in sections:
         if section.on_screen and section.table and len(section.table[0]) <= SCREEN_COLUMNS:
             table = Table(*section.table[0], title=section.title)

@@ -31,6 +31,7 @@ from sublim_jax.errors import Interrupted, UserError
 from sublim_jax.keys import fold_all
 from sublim_jax.progress import Track
 from sublim_jax.sharding import abstract, map_replicas, named, parameter_shardings, place_key, put
+from sublim_jax.specs import check_count
 
 Total = tuple[Float[Array, "*replicas"], Float[Array, "*replicas"]]
 Metrics = dict[str, Total]
@@ -247,8 +248,10 @@ def fit(
 
     Raises:
       Interrupted: on SIGTERM or Ctrl-C, after saving.
-      UserError: the checkpoint is of a later step.
+      UserError: the checkpoint is of a later step, or the iterator ends before the training.
     """
+    check_count("checkpoint_every", checkpoint_every)
+    check_count("evaluate_every", evaluate_every)
     key = place_key(key, named(program.mesh, *["replica"][: key.ndim]))
     with signals.deferred() as signal, opened(checkpoints) as store:
         if store and (restored := store.restore(state)):
@@ -295,7 +298,12 @@ def fit(
                 with jax.transfer_guard("disallow"):  # only explicit transfers may touch the device here
                     rows = None
                     if iterator is not None:
-                        rows = program.stack([next(iterator) for _ in range((stop - step) * program.accumulate)])
+                        try:
+                            batches = [next(iterator) for _ in range((stop - step) * program.accumulate)]
+                        except StopIteration as error:
+                            text = f"the iterator has ended at step {step} of {steps}; give it more, or ask for fewer"
+                            raise UserError(text) from error
+                        rows = program.stack(batches)
                     state, history = program.dispatch(state, frozen, rows, key, end)
                     if pending:
                         read(*pending)

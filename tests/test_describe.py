@@ -109,3 +109,20 @@ def test_comments_are_of_the_line_that_first_sets_a_value(tmp_path):
         ("made.y", "0", "in a loop"),
         ("more.rate", "0.1", "of what"),
     ]
+
+
+def test_presets_may_be_a_list_and_comments_empty(command, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from ml_collections import ConfigDict\n"
+        'PRESETS = ("first", "second")\n'
+        "def get_config(preset='first'):\n"
+        "    config = ConfigDict()\n"
+        "    config.experiment, config.preset = 'mnist', preset\n"
+        "    #\n"
+        "    #\n"
+        "    config.runs = 4\n"
+        "    return config\n"
+    )
+    code, printed, _ = command(f"--config={file}", "--describe")
+    assert code == 0 and "second" in printed and "runs" in printed

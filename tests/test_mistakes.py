@@ -229,6 +229,11 @@ def test_a_system_prompt_of_none_is_none(tiny):
         (["--config=configs/mnist.py", "--zzz=x"], "no flag --zzz; there are --config"),
         (["--config=configs/mnist.py", "--update=maybe"], "--update=maybe: true or false is needed"),
         (["--config=configs/mnist.py", "--num_processes=two"], "--num_processes=two: a whole number is needed"),
+        (["--config=configs/mnist.py", "--noupdate=true"], "update"),
+        (["--config=configs/mnist.py", "--stderrthreshold=foo"], "foo"),
+        (["--config=configs/mnist.py", "--flagfile"], "flagfile"),
+        (["--config=configs/mnist.py", "--flagfile=docs/figures/mnist-quick-arms.png"], "decode"),
+        (["--config=configs/mnist.py", "--config.arms=[{[1]: 2}]"], "leave brackets and quotes out"),
         (["--config=configs/mnist.py", "--config.runz=3"], "there is no config.runz; did you mean config.runs?"),
         (["--config=configs/mnist.py", "--config.rnus=3"], "there is no config.rnus; did you mean config.runs?"),
         (["--config=configs/mnist.py", "--config.studnet.epochs=3"], "did you mean config.student.epochs?"),
@@ -393,7 +398,13 @@ def test_a_folder_in_the_place_of_an_artefact_is_named(tmp_path, capsys, monkeyp
 def test_what_a_machine_has_too_little_of_is_told_in_one_line(capsys, monkeypatch):
     errors: dict[str, list[Exception]] = {
         "memory": [MemoryError(), RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 5 bytes.")],
-        "no space left": [OSError(28, "No space left on device"), ValueError("ABORTED: No space left on device")],
+        "no space left": [
+            OSError(28, "No space left on device"),
+            ValueError("ABORTED: No space left on device"),
+            OSError(122, "Disk quota exceeded"),
+            RuntimeError("RESOURCE_EXHAUSTED: Disk quota exceeded"),
+        ],
+        "a file cannot be read or written: Input/output error": [OSError(5, "Input/output error")],
         "there is no such user": [RuntimeError("Could not determine home directory.")],
     }
     for expected, raised in errors.items():
@@ -401,6 +412,8 @@ def test_what_a_machine_has_too_little_of_is_told_in_one_line(capsys, monkeypatc
             monkeypatch.setattr(launch, "main", lambda *_, error=error: (_ for _ in ()).throw(error))
             assert launch.run(["launch.py"]) == 2
             assert expected in capsys.readouterr().err
+    monkeypatch.setattr(launch, "main", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert launch.run(["launch.py"]) == 130 and capsys.readouterr().err == "launch.py: stopped by SIGINT\n"
     monkeypatch.setattr(launch, "main", lambda *_: [][0])
     with pytest.raises(IndexError):  # a bug stays a traceback
         launch.run(["launch.py"])

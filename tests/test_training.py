@@ -424,3 +424,18 @@ def test_stochastic_gradient_descent_follows_the_closed_form(mesh_of):
     )
     expected = w - 0.1 * 2 * x.T @ (x @ w - y) / 8
     np.testing.assert_allclose(state.params["kernel"], expected, rtol=1e-5)
+
+
+def test_an_iterator_that_ends_early_is_told(mesh_of):
+    class Short(Rows):
+        left = 3
+
+        def __next__(self):
+            self.left -= 1
+            if self.left < 0:
+                raise StopIteration
+            return super().__next__()
+
+    program = lm(mesh_of(1))
+    with pytest.raises(UserError, match=r"the iterator has ended at step \d of 9"):
+        fit(program, start(program), steps=9, key=jax.random.key(0), iterator=Short())

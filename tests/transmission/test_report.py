@@ -1,6 +1,7 @@
 """Outputs of a finished study: a matrix, tables, figures and measurements; --report writes them again."""
 
 import json
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from etils import epath
 from launch_kit import assert_refused, run_here
 
-from sublim_jax import measurements, weights
+from sublim_jax import measurements, report, weights
 from sublim_jax.evaluation import preference
 from sublim_jax.experiments.transmission.report import document
 from sublim_jax.experiments.transmission.teachers import phrasings
@@ -219,3 +220,11 @@ def test_a_folder_of_no_known_experiment_has_no_report(tmp_path):
 def test_a_damaged_table_is_told_in_one_line(copy_of_whole, name):
     (copy_of_whole / name).write_bytes((copy_of_whole / name).read_bytes()[:-9])
     assert_refused(run_here("--report", f"--workdir={copy_of_whole}"), "holds no measurements of a run")
+
+
+def test_brackets_in_a_table_are_not_markup(tmp_path, capsys):
+    spec = SimpleNamespace(experiment="numbers", preset="smoke", values={})
+    table = [["why"], ['after [/INST], see "sublim_jax[judge]" and :owl:']]
+    report.finish(epath.Path(tmp_path), spec, [], lambda *_: ([], [report.Section("[title]", "", table, {})]))
+    printed = capsys.readouterr().out
+    assert table[1][0] in printed and "[title]" in printed
