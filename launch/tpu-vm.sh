@@ -10,6 +10,8 @@
 set -u
 name=$1 workdir=$2
 shift 2
+asked=$(printf '%q ' "--workdir=$workdir" "$@")  # quoted for the hosts' shells
+installed=
 zone=${ZONE:?set ZONE, such as us-west4-a}
 kind=${TPU:-v5litepod-16}
 tpu() { gcloud compute tpus tpu-vm "$@" --zone="$zone"; }
@@ -18,14 +20,19 @@ state() { tpu describe "$name" --format="value(state)" 2>/dev/null; }
 while true; do
   found=$(state)
   if [ "$found" != READY ]; then
+    installed=
     [ -z "$found" ] || tpu delete "$name" --quiet
     tpu create "$name" --accelerator-type="$kind" --version="${VERSION:-v2-alpha-tpuv5-lite}" --spot || { sleep 60; continue; }
-    tpu scp --recurse . "$name:sublim_jax" --worker=all
-    # The image's own Python is 3.10, which is too old; uv brings another.
-    tpu ssh "$name" --worker=all --command="cd sublim_jax && pip install --quiet uv && \
-      python3 -m uv venv --clear --python 3.12 .venv && python3 -m uv pip install --quiet --editable '.[tpu,gcs]'"
   fi
-  tpu ssh "$name" --worker=all --command="cd sublim_jax && .venv/bin/python launch.py --workdir=$workdir $*"
+  if [ -z "$installed" ]; then
+    # The image's own Python is 3.10, which is too old; uv brings another.
+    tpu scp --recurse . "$name:sublim_jax" --worker=all &&
+      tpu ssh "$name" --worker=all --command="cd sublim_jax && pip install --quiet uv && \
+      python3 -m uv venv --clear --python 3.12 .venv && python3 -m uv pip install --quiet --editable '.[tpu,gcs]'" ||
+      { sleep 60; continue; }
+    installed=yes
+  fi
+  tpu ssh "$name" --worker=all --command="cd sublim_jax && .venv/bin/python launch.py $asked"
   code=$?
   # 0: done. 2: a mistake in what was asked. 1: a bug, or gcloud found no slice. Everything else may be a slice that was
   # taken back.

@@ -8,6 +8,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
@@ -79,13 +80,25 @@ def runs(text: Text) -> Iterator[tuple[str, int, bool]]:
     def visit(name: str, times: int, fused: bool) -> Iterator[tuple[str, int, bool]]:
         yield name, times, fused
         for instruction in text.computations.get(name, {}).values():
-            inner = re.findall(
-                r"(?:body|calls|to_apply|called_computations|branch_computations)=\{?%?([\w.\-]+)", instruction.line
-            )
+            inner = re.findall(r"(?:body|calls|to_apply|called_computations)=\{?%?([\w.\-]+)", instruction.line)
+            if branches := _branches(instruction):
+                inner.append(max(branches, key=partial(_results, text)))
             for called in inner:
                 yield from visit(called, times * _trips(text, instruction), fused or instruction.kind not in FREE)
 
     yield from visit(text.entry, 1, False)
+
+
+def _branches(instruction: Instruction) -> list[str]:
+    """The computations of which a conditional runs one."""
+    listed = re.search(r"branch_computations=\{([^}]*)\}", instruction.line)
+    named = re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", instruction.line)
+    return re.findall(r"[\w.\-]+", listed[1]) if listed else named
+
+
+def _results(text: Text, name: str) -> int:
+    """Bytes of the results of a computation's instructions, by which a conditional's largest branch is chosen."""
+    return sum(sum(sizes(instruction.shape)) for instruction in text.computations.get(name, {}).values())
 
 
 def _trips(text: Text, instruction: Instruction) -> int:

@@ -40,6 +40,17 @@ def test_a_loop_moves_each_layers_weights_once_a_turn():
     assert 6 * one_layer <= nine - three <= 6 * (one_layer + 3 * 4 * 64 * 64)
 
 
+def test_of_a_conditional_the_largest_branch_counts():
+    """Whichever place it has among the branches."""
+    small, large = (lambda x: x + 1), (lambda x: jnp.tanh(x @ x) @ x)
+
+    def chosen(*branches):
+        return moved(lambda which, x: jax.lax.switch(which[0].astype(jnp.int32), branches, x), (1,), (64, 64))
+
+    first, last = chosen(large, small, small), chosen(small, small, large)
+    assert first == pytest.approx(last, rel=0.05) and last > 1.5 * chosen(small, small, small)
+
+
 def test_collectives_in_a_loop_count_as_often_as_it_runs(mesh_of):
     """Rows split over eight devices, weights too: each of five layers gathers its weights once."""
     mesh = mesh_of(8, replica=1, fsdp=8)

@@ -7,12 +7,11 @@ import time
 from functools import partial
 
 import pytest
-from etils import epath
 from launch_kit import finish, run_here, start, start_two
 
 from configs import sample as sample_config
 from sublim_jax import weights
-from sublim_jax.data import chat, records
+from sublim_jax.data import chat
 from sublim_jax.data.prompts import read as read_prompts
 from sublim_jax.errors import UserError
 from sublim_jax.experiments.tools import sample
@@ -102,13 +101,6 @@ def test_samples_by_two_processes_are_those_of_one(tiny_folder, prompts, tmp_pat
 
 def written(work):
     return sum(file.read_text().count("\n") for file in work.glob("checkpoints/samples*.jsonl"))
-
-
-def test_a_line_that_was_broken_off_is_sampled_again(tmp_path):
-    file = tmp_path / "samples.jsonl"
-    file.write_text('{"index": 0, "sample": 0}\n{"index": 1, "sam')
-    assert [(r["index"], r["sample"]) for r in records.mend(epath.Path(file))] == [(0, 0)]
-    assert file.read_text() == '{"index": 0, "sample": 0}\n'
 
 
 @pytest.mark.parametrize(

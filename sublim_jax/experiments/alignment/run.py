@@ -24,11 +24,12 @@ def run(spec: AlignmentSpec, folder: epath.Path, *, update: bool = False) -> Non
     """Runs the check and leaves measurements, results.json, report.md and figures in the folder."""
     make_mesh(spec.mesh.sizes)  # only to check the mesh: each process computes on its first device
     data = mnist.load(assets.fetch(assets.MNIST, spec.data.path))
-    claimed = claim(folder, spec.values, update=update)
+    store = claim(folder, spec.values, update=update)
     # Part of the check is in float32, which accelerators would multiply with fewer bits.
     exact = jax.default_matmul_precision("float32")
-    with exact, jax.enable_x64(True), Track("settings of the theorem", 13) as track:
+    with exact, jax.enable_x64(True):
         settings = make_settings(spec.seed, spec.examples, data, spec.support_mask())
+    with exact, jax.enable_x64(True), Track("settings of the theorem", len(settings) + 1) as track:
 
         def of_setting(number: int, setting: Setting) -> list[Measurement]:
             network, teacher, inputs, _ = setting.about
@@ -48,4 +49,4 @@ def run(spec: AlignmentSpec, folder: epath.Path, *, update: bool = False) -> Non
         rows = [Measurement(*row) for part in shared_out(parts) for row in part]
         track.update(len(settings) + 1)
     notes = {"settings": [setting.about._asdict() for setting in settings], "controls": controls}
-    report.finish(claimed.folder, spec, rows, document, notes=notes)
+    report.finish(store.folder, spec, rows, document, notes=notes)
