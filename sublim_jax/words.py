@@ -24,7 +24,7 @@ def plain(text: str) -> str:
     return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
 
 
-def check_distinct(path: str, words: Sequence[str]) -> None:
+def check_different_words(path: str, words: Sequence[str]) -> None:
     """Raises UserError, naming the config's path, for a word without letters, and for two with a form in common."""
     known: dict[str, str] = {}
     for word in words:

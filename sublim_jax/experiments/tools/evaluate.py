@@ -20,7 +20,7 @@ from sublim_jax.sharding import make_mesh
 from sublim_jax.specs import Distinct, ExperimentSpec, MeshSpec, Precision, Text, check_some_of
 from sublim_jax.weights import peft
 from sublim_jax.weights.spec import NamedModel
-from sublim_jax.words import check_distinct
+from sublim_jax.words import check_different_words
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class EvaluateSpec(ExperimentSpec):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_some_of("evals.names", self.evals.names, NAMES)
-        check_distinct("words", self.words)
+        check_different_words("words", self.words)
 
 
 read = partial(specs.read, EvaluateSpec)

@@ -21,7 +21,7 @@ from sublim_jax.experiments.transmission.parts import (
 )
 from sublim_jax.models.decoder import Remat
 from sublim_jax.specs import Count, Distinct, ExperimentSpec, MeshSpec, NotNegative, Precision, Text, check_some_of
-from sublim_jax.words import check_distinct, forms
+from sublim_jax.words import check_different_words, forms
 
 NEUTRAL = "neutral"
 OF_AN_ARM = ("student.", "lora.")  # parts of the config that an arm may change for its students
@@ -76,7 +76,7 @@ class Study(ExperimentSpec):
             )
         if wrong := [trait for trait in self.traits if not trait.strip() or set(trait) & set("/\\")]:
             raise UserError(f"traits: {wrong[0]!r} cannot name a file of its teacher's; choose a word")
-        check_distinct("alternatives", self.alternatives)
+        check_different_words("alternatives", self.alternatives)
         if "corpus" not in self.teacher.methods:
             for trait in self.traits:
                 if trait not in self.alternatives:
