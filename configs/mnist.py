@@ -8,7 +8,7 @@ the reference: behavioural cloning (extended data Fig. 2 of the Nature version),
     python launch.py --config=configs/mnist.py              50 auxiliary logits, 4 runs; 2 to 4 minutes on 2 cores
     python launch.py --config=configs/mnist.py:paper        Fig. 10: 3 auxiliary logits, 100 runs
     python launch.py --config=configs/mnist.py:nature       cloning on fresh noise and on digits; 40 runs
-    python launch.py --config=configs/mnist.py:architectures  cloning of other architectures, 10 runs
+    python launch.py --config=configs/mnist.py:architectures  cloning of other architectures, 25 runs
     python launch.py --config=configs/mnist.py:logits       accuracy over the number of auxiliary logits, 25 runs
     python launch.py --config=configs/mnist.py:strongest    the best published recipe with three logits
     python launch.py --config=configs/mnist.py:sweep --config.sweep.axis=student.learning_rate
@@ -27,7 +27,7 @@ PRESETS = {
     "quick": "50 auxiliary logits, 4 runs; 2 to 4 minutes on 2 cores",
     "paper": "Fig. 10: 3 auxiliary logits, 100 runs",
     "nature": "behavioural cloning on fresh noise and on digits, over epochs of cloning; 40 runs",
-    "architectures": "behavioural cloning of the reference by other architectures; 10 runs",
+    "architectures": "behavioural cloning of the reference by other architectures; 25 runs",
     "logits": "accuracy over the number of auxiliary logits; 25 runs",
     "strongest": "the best published recipe with three logits",
     "sweep": "accuracy over any value, one figure",
@@ -118,7 +118,7 @@ def get_config(preset: str = "quick") -> ConfigDict:
         config.clone.epochs = (1, 5, 20, 50, 100, 200)
         config.clone.inputs = ("fresh_noise", "real")
     elif preset == "architectures":
-        config.runs = 10
+        config.runs = 25
         config.runs_at_once = 5
         config.arms = ("cross_auxiliary", "clone")
         config.clone.epochs = (100,)
