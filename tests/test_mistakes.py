@@ -73,7 +73,7 @@ TEXTS = ("-1", "0", "10", HUGE, "", "None", "word", "5.5", "word,", "word, other
 ZERO = re.compile(
     r"seed|rank|clip|warmup|noise|constraint\.m|max_questions|per_minute|layer|scale|log_ratio|threshold|min_mass"
     r"|init_distance|top_k|min_p|tensor|sampling\.slots|lanes|temperature|max_value|distances|spread"
-    r"|student\.width|student\.depth"
+    r"|student\.width|student\.depth|^replica$"
 )
 NEGATIVE = re.compile(r"mesh\.|steps\.(min|max)|steering_scale")  # negative values are allowed
 TWINS = re.compile(r"(^|\.)arm\.(?!soft\.|cross\.)|^plan\.(?!mnist\.)")  # as others of their kind
