@@ -8,6 +8,7 @@ from functools import lru_cache
 from sublim_jax.errors import UserError
 
 UNSPACED = ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR")  # scripts, as Unicode names letters
+BETWEEN = r"[\s_\-‐]+"  # the parts of a word
 
 
 @lru_cache
@@ -30,9 +31,9 @@ def check_different_words(path: str, words: Sequence[str]) -> None:
     for word in words:
         if not _joined(word):
             raise UserError(f"{path}: {word!r} has no letters; choose a word")
-        for form in forms(word):
-            if (other := known.setdefault(form, word)) is not word:
-                raise UserError(f"{path}: {other!r} and {word!r} are one word, in another number or case; keep one")
+        if shared := [known[form] for form in forms(word) if form in known]:
+            raise UserError(f"{path}: {shared[0]!r} and {word!r} are one word, in another number or case; keep one")
+        known |= dict.fromkeys(forms(word), word)
 
 
 def mentions(text: str, word: str) -> bool:
@@ -45,7 +46,7 @@ def mentions(text: str, word: str) -> bool:
 
 @lru_cache
 def _pattern(word: str) -> re.Pattern[str]:
-    either = "|".join(r"[\s_\-‐]+".join(map(re.escape, re.split(r"[\s_\-‐]+", form))) for form in forms(word))
+    either = "|".join(BETWEEN.join(map(re.escape, re.split(BETWEEN, form))) for form in forms(word))
     if any(unicodedata.name(letter, "").startswith(UNSPACED) for letter in word):
         return re.compile(either)
     return re.compile(rf"(?<![^\W_])(?:{either})(?![^\W_])")  # _owl_ is Markdown's way to stress a word
