@@ -157,9 +157,11 @@ def _results(name: str, inside: epath.Path, spec: Described, *, update: bool) ->
             write_json(inside / FINISHED, stamp(spec))
         return report.results_of(inside)["arms"]
     except Exception as error:
-        if not isinstance(error, UserError) and not is_of_memory(error):
-            raise
-        why = " ".join(str(error).split())[:500] or "memory ran out"
+        why = str(error)
+        if not isinstance(error, UserError):
+            if not is_of_memory(error):
+                raise
+            why = " ".join(why.split())[:500] or "memory ran out"  # XLA's are pages long
         if jax.process_count() > 1:
             raise UserError(f"{name}: {why}") from error
         return f"stopped: {why}"
