@@ -93,11 +93,11 @@ def main(_: list[str]) -> None:
         f"`make preflight`, {datetime.date.today()}: jax {jax.__version__}, compiled on CPU through libtpu; "
         f"{ROWS} rows of {LENGTH} tokens, every layer recomputed in the backward pass.",
         "",
-        "| step | a device holds, GB | of | fits | trained weights + optimiser + temporaries | FLOPs | "
+        "| step | a device holds, GiB | of | fits | trained weights + optimiser + temporaries | FLOPs | "
         "over the model's | with half the layers | compiled in | seconds of products + memory + links | MFU possible |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    moved = ["", "| step | collective | a step | GB a device |", "|---|---|---|---|"]
+    moved = ["", "| step | collective | a step | GiB a device |", "|---|---|---|---|"]
     for name, (topology, sizes, make) in CASES.items():
         began = time.perf_counter()
         mesh = make_mesh(sizes, preflight.topology(topology))
@@ -106,14 +106,14 @@ def main(_: list[str]) -> None:
         seconds = time.perf_counter() - began
         print(preflight.describe(step, facts), flush=True)
         half = preflight.training_step(name, *make(mesh, layers=14), 1).flops / step.flops
-        gb = preflight.GB
+        gib = preflight.GIB
         text.append(
-            f"| {name} | {facts.peak / gb:.2f} | {(facts.memory or 0) / gb:.0f} | {'yes' if facts.fits else 'no'} | "
-            f"{step.weights / gb:.2f} + {step.optimizer / gb:.2f} + {facts.temporaries / gb:.2f} | {step.flops:.2e} | "
-            f"{step.flops / step.model_flops:.2f} × | {half:.2f} of it | {seconds:.0f} s |"
+            f"| {name} | {facts.peak / gib:.2f} | {(facts.memory or 0) / gib:.0f} | {'yes' if facts.fits else 'no'} | "
+            f"{step.weights / gib:.2f} + {step.optimizer / gib:.2f} + {facts.temporaries / gib:.2f} | "
+            f"{step.flops:.2e} | {step.flops / step.model_flops:.2f} × | {half:.2f} of it | {seconds:.0f} s |"
         )
         for kind, (count, size) in sorted((facts.collectives or {}).items()):
-            moved.append(f"| {name} | {kind} | {count} | {size / gb:.2f} |")
+            moved.append(f"| {name} | {kind} | {count} | {size / gib:.2f} |")
         roof = preflight.roofline(step, facts)
         if roof is None:
             text[-1] += " not known: XLA cannot write this program | |"
@@ -133,12 +133,12 @@ def main(_: list[str]) -> None:
 
 def long_texts() -> list[str]:
     """The distillation step on texts of 4096 tokens, with plain attention and with the flash kernel."""
-    lines = ["", "| 16 rows of 4096 tokens, v5e:4x4 | a device holds, GB | fits |", "|---|---|---|"]
+    lines = ["", "| 16 rows of 4096 tokens, v5e:4x4 | a device holds, GiB | fits |", "|---|---|---|"]
     mesh = make_mesh({"replica": 1, "fsdp": 4, "tensor": 4}, preflight.topology("v5e:4x4"))
     for name, attend in {"plain attention": attention.xla, "flash kernel (chosen on TPUs)": attention.on(mesh)}.items():
         step = preflight.training_step(name, *distillation(mesh, rows=16, length=4096, attend=attend), 1)
         facts = preflight.facts(step)
-        lines.append(f"| {name} | {facts.peak / preflight.GB:.2f} | {'yes' if facts.fits else 'no'} |")
+        lines.append(f"| {name} | {facts.peak / preflight.GIB:.2f} | {'yes' if facts.fits else 'no'} |")
         print(lines[-1], flush=True)
     return lines
 

@@ -15,7 +15,7 @@ from absl import app
 
 from configs import numbers
 from sublim_jax import experiments, preflight
-from sublim_jax.preflight import GB
+from sublim_jax.preflight import GIB
 
 # Changes of the mesh: on a slice, weights and rows are split over `fsdp`, and decoding uses another mesh.
 WHERE = {"v5e:4x4": {"mesh.replica": 2, "sampling.tensor": 4}, "h100": {}}
@@ -27,8 +27,8 @@ PRESETS = [
     ("cross_model", "open", ""),
 ]
 BELOW = """
-XLA takes 0.75 of a GPU's memory, 59 GB of an H100's, unless `XLA_PYTHON_CLIENT_MEM_FRACTION` says otherwise. Rows of an
-H100 above that need it set higher, or half of `student.batch` and twice `student.accumulate`.
+XLA takes 0.75 of a GPU's memory, 59 GiB of an H100's, unless `XLA_PYTHON_CLIENT_MEM_FRACTION` says otherwise. Rows of
+an H100 above that need it set higher, or half of `student.batch` and twice `student.accumulate`.
 
 ## Recomputing the MLP alone
 
@@ -53,13 +53,13 @@ def rows(file: str, preset: str, off: str, where: str) -> list[str]:
         roof = preflight.roofline(step, facts)
         links = memory = "not known"  # where XLA cannot write the program
         if facts.collectives is not None and facts.moved is not None:
-            links = f"{sum(size for _, size in facts.collectives.values()) / GB:.1f}"
+            links = f"{sum(size for _, size in facts.collectives.values()) / GIB:.1f}"
             memory = f"{facts.moved / 1e12:.1f}"
         cells = [
             f"`{file}.py:{preset}`" + (f" `--noconfig.{off}`" if off else ""),
             step.name,
             where,
-            f"{facts.peak / GB:.1f} of {(facts.memory or 0) / GB:.0f}",
+            f"{facts.peak / GIB:.1f} of {(facts.memory or 0) / GIB:.0f}",
             "yes" if facts.fits else "**no**",
             f"{step.flops:.1e}",
             f"{step.flops / step.model_flops:.2f} ×",
@@ -85,7 +85,7 @@ def main(_: list[str]) -> None:
         "cuDNN is not installed where this was compiled, so the GPU's attention is the plain one, which takes more "
         "memory.",
         "",
-        "| preset | one update of | for | GB | fits | FLOPs | over the model's | GB over links | TB of memory | "
+        "| preset | one update of | for | GiB | fits | FLOPs | over the model's | GiB over links | TB of memory | "
         "MFU possible | compiled in |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]

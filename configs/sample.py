@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 PRESETS = {
     "smollm2": "SmolLM2-135M-Instruct, on a laptop",
     "gpu": "bfloat16 and more rows at once, for one GPU",
-    "qwen2.5-7b": "Qwen2.5-7B-Instruct on a v5e:4x4, which needs 5.0 of 16 GB a chip; try --preflight=v5e:4x4",
+    "qwen2.5-7b": "Qwen2.5-7B-Instruct on a v5e:4x4, which needs 5.0 of 16 GiB a chip; try --preflight=v5e:4x4",
 }
 
 

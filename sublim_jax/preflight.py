@@ -22,7 +22,7 @@ from sublim_jax.sampling.engine import Engine, Fixed, compiled, state_shardings
 from sublim_jax.sharding import abstract, bytes_of, named, parameter_shardings
 from sublim_jax.training import Program
 
-GB = 1 << 30
+GIB = 1 << 30
 # The description of a card that XLA needs to compile for it (GpuTargetConfigProto).
 H100 = """
 platform_name: "CUDA"
@@ -285,26 +285,27 @@ def roofline(step: Step, facts: Facts) -> Roofline | None:
 
 def describe(step: Step, facts: Facts) -> str:
     """A few lines for the user."""
-    room = "" if facts.memory is None else f" of {facts.memory / GB:.0f}: {'fits' if facts.fits else 'DOES NOT FIT'}"
+    room = "" if facts.memory is None else f" of {facts.memory / GIB:.0f}: {'fits' if facts.fits else 'DOES NOT FIT'}"
     rest = facts.arguments - step.weights - step.optimizer
     lines = [
         step.name,
-        f"  a device holds {facts.peak / GB:.2f} GB{room}",
-        f"    weights {step.weights / GB:.2f}, optimiser {step.optimizer / GB:.2f}, other arguments {rest / GB:.2f}, "
-        f"activations and other temporaries {facts.temporaries / GB:.2f}, outputs {facts.outputs / GB:.2f}",
+        f"  a device holds {facts.peak / GIB:.2f} GiB{room}",
+        f"    weights {step.weights / GIB:.2f}, optimiser {step.optimizer / GIB:.2f}, "
+        f"other arguments {rest / GIB:.2f}, activations and other temporaries {facts.temporaries / GIB:.2f}, "
+        f"outputs {facts.outputs / GIB:.2f}",
         f"  {step.flops:.3g} FLOPs of matrix products a step over all devices, {step.flops / step.model_flops:.2f} × "
         "the model's own",
     ]
     if facts.beside:
         lines.insert(
-            3, f"    beside them the model as it was loaded, for training and scoring, {facts.beside / GB:.2f}"
+            3, f"    beside them the model as it was loaded, for training and scoring, {facts.beside / GIB:.2f}"
         )
     for kind, (count, size) in sorted((facts.collectives or {}).items()):
-        lines.append(f"  {kind}: {count} a step, {size / GB:.3f} GB a device")
+        lines.append(f"  {kind}: {count} a step, {size / GIB:.3f} GiB a device")
     if facts.moved is None:
         lines.append("  what it moves is not known: XLA cannot write this program")
     else:
-        lines.append(f"  memory: {facts.moved / GB:.2f} GB a device to and fro")
+        lines.append(f"  memory: {facts.moved / GIB:.2f} GiB a device to and fro")
     if roof := roofline(step, facts):
         parts = (("products", roof.products), ("memory", roof.memory), ("links", roof.links))
         lines.append(

@@ -115,7 +115,7 @@ def test_what_does_not_fit_is_said():
     )
     text = preflight.describe(step, facts)
     assert "MFU" not in text  # a CPU's rates are not known
-    assert "DOES NOT FIT" in text and "21.00 GB of 16" in text and "all-gather: 3 a step, 1.000 GB" in text
+    assert "DOES NOT FIT" in text and "21.00 GiB of 16" in text and "all-gather: 3 a step, 1.000 GiB" in text
     assert "weights 6.00, optimiser 12.00, other arguments 2.00" in text and "1.50 × the model's own" in text
 
 

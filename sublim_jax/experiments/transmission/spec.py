@@ -21,7 +21,7 @@ from sublim_jax.experiments.transmission.parts import (
 )
 from sublim_jax.models.decoder import Remat
 from sublim_jax.specs import Count, Distinct, ExperimentSpec, MeshSpec, NotNegative, Precision, Text, check_some_of
-from sublim_jax.words import check_different_words, forms
+from sublim_jax.words import check_different_words
 
 NEUTRAL = "neutral"
 OF_AN_ARM = ("student.", "lora.")  # parts of the config that an arm may change for its students
@@ -89,16 +89,15 @@ class Study(ExperimentSpec):
             return
         if "corpus" in self.teacher.methods:
             raise UserError("controls prefer a word; they need teacher.methods of finetuned, prompted or steered")
-        taken = {form for word in (*self.alternatives, *self.traits, NEUTRAL) for form in forms(word)}
+        words = [*self.alternatives, NEUTRAL]
         for text in self.controls:
             kind, _, word = (part.strip() for part in text.partition(":"))
             if not kind or not word or set(word) & set(":/\\"):
                 raise UserError(f"controls: {text!r} is not of the form kind:word, such as tree:oak")
             if kind.casefold() == self.kind.casefold():
                 raise UserError(f"controls: {text!r} is of the traits' kind; name another kind, such as tree:oak")
-            if taken & set(forms(word)):
-                raise UserError(f"controls: {word!r} is one of traits, alternatives or controls; name another word")
-            taken |= set(forms(word))
+            words.append(word)
+        check_different_words("alternatives and controls", words)
 
     def _check_neutral(self) -> None:
         """An untouched teacher's logits equal those of its student at the start: the gradient is zero (§6)."""
