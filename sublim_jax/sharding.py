@@ -12,7 +12,7 @@ from typing import TypeVar, cast
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Key, PyTree
@@ -52,7 +52,18 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
             f"mesh {_written(sizes)} does not fit {len(devices)} device(s); set --config.{where} to divide them"
         )
     shape = [rest if size == -1 else size for size in shape]
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    return Mesh(laid_out(shape, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def laid_out(shape: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray:
+    """Devices in the shape of a mesh: neighbours in its last axes are near each other, on a host or a torus.
+
+    `jax.make_mesh` takes neither GPUs of several hosts, each of which is a slice to XLA, nor shapes that split an axis
+    of a TPU's torus. Raises UserError for TPUs of several slices.
+    """
+    if devices[0].platform == "tpu" and (slices := len({getattr(device, "slice_index", 0) for device in devices})) > 1:
+        raise UserError(f"the devices are of {slices} TPU slices, and a run takes one; start a run on each")
+    return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
 
 
 def check_sizes(sizes: Mapping[str, int]) -> None:

@@ -1,5 +1,8 @@
 """The mesh and the rule table."""
 
+import itertools
+from unittest.mock import Mock
+
 import jax
 import numpy as np
 import pytest
@@ -12,6 +15,7 @@ from sublim_jax.sharding import (
     fetch,
     from_each,
     from_first,
+    laid_out,
     make_mesh,
     named,
     parameter_shardings,
@@ -61,3 +65,30 @@ def test_put_and_fetch_are_inverse(mesh_of):
     placed = put(values, named(mesh_of(8), "replica"))
     assert placed["a"].addressable_shards[0].data.shape == (1, 2)
     np.testing.assert_array_equal(fetch(placed)["a"], values["a"])
+
+
+def fake(platform, number, **attributes):
+    return Mock(jax.Device, platform=platform, id=number, device_kind=f"some {platform}", **attributes)
+
+
+def test_gpus_of_several_hosts_make_a_mesh_whose_last_axes_stay_inside_a_host():
+    """To XLA each host's GPUs are a slice, and `jax.make_mesh` refuses several."""
+    gpus = [fake("gpu", 8 * host + number, slice_index=host) for number in range(8) for host in (0, 1)]
+    grid = laid_out((2, 8, 1), gpus)
+    assert [[device.slice_index for device in row.flat] for row in grid] == [[0] * 8, [1] * 8]
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 4), (2, 8, 1), (1, 16, 1), (4, 2, 2)])
+def test_a_torus_of_tpus_takes_every_shape(shape):
+    """v5p-32 is 2×2×4 chips, and tensor=4 takes a part of its longest axis, or of two."""
+    chips = [
+        fake("tpu", 4 * x + 8 * y + z, coords=(x, y, z), core_on_chip=0, slice_index=0)
+        for x, y, z in itertools.product(range(2), range(2), range(4))
+    ]
+    grid = laid_out(shape, chips)
+    assert grid.shape == shape and {device.coords for device in grid.flat} == {chip.coords for chip in chips}
+
+
+def test_tpus_of_several_slices_are_refused():
+    with pytest.raises(UserError, match="2 TPU slices"):
+        laid_out((1, 2, 1), [fake("tpu", slice_index, slice_index=slice_index) for slice_index in range(2)])
