@@ -28,6 +28,7 @@ import absl.logging
 import jax
 from absl import app, flags
 from etils import epath
+from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
 from sublim_jax import cluster, describe, experiments, overrides, preflight, renamed, report, signals, storage, workdir
@@ -111,15 +112,32 @@ def main(args: Sequence[str], watch: cluster.Watch) -> None:
     storage.check(_WORKDIR.value or "")
     cluster.join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)  # before anything asks JAX for its devices
     watch.start()
+    if cluster.joined():
+        say(f"{jax.process_count()} processes, {jax.device_count()} devices ({jax.devices()[0].device_kind})")
     name = Path(config_file()).stem
     folder = epath.Path(_WORKDIR.value or f"runs/{name}-{config.get('preset', '')}").expanduser()
     spec = experiment.read(config)
     if hasattr(experiment, "check_typed"):
         experiment.check_typed(spec, set_keys)
     workdir.check(folder, spec.values, update=_UPDATE.value)
+    keep_compiled(folder)
     signals.install()
     experiment.run(spec, folder, update=_UPDATE.value)
     cluster.meet()  # the first one may still fail, in the report
+
+
+def keep_compiled(folder: epath.Path) -> None:
+    """Lets all processes of a run read one folder of compiled programs, which the first of them writes.
+
+    With a folder of its own each of the others would compile everything again, and on GPUs wait for the first one's
+    measurements of kernels, which it has in its folder and does not make.
+    """
+    if not cluster.joined():
+        return
+    compilation_cache.reset_cache()  # it may have been opened in another folder
+    jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
+    if storage.in_bucket(folder):
+        jax.config.update("jax_persistent_cache_enable_xla_caches", "")  # XLA itself writes to disks alone
 
 
 def write_report_again(typed: Mapping[str, object]) -> None:
@@ -143,7 +161,7 @@ def message_and_code(error: Exception) -> tuple[str, int]:
         return line, 2
     if cluster.lost(error):
         time.sleep(4 * cluster.LOOK)  # its own message, if it has left one, is printed instead
-        return LOST, LOST_CODE
+        return f"{LOST} ({type(error).__name__}: {' '.join(str(error).split())[:200]})", LOST_CODE
     if not cluster.joined():
         raise error
     traceback.print_exception(error)

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -28,22 +29,40 @@ SILENCE = 40  # seconds without a sign of life, after which JAX ends the process
 def join(coordinator: str | None, processes: int | None, process: int | None) -> None:
     """Joins the processes of a TPU pod, SLURM, GKE or a coordinator; alone where there is none.
 
-    Raises UserError for a coordinator that makes no sense.
+    Raises UserError for a coordinator that makes no sense, and for one of several pods that cannot find the others.
     """
+    initialize = partial(
+        jax.distributed.initialize, local_device_ids=_local_devices(), heartbeat_timeout_seconds=SILENCE
+    )
     if coordinator:
         _check(coordinator, processes, process)
-        jax.distributed.initialize(coordinator, processes, process, heartbeat_timeout_seconds=SILENCE)
+        initialize(coordinator, processes, process)
         return
     if processes is not None or process is not None:
         raise UserError("--num_processes and --process_id need --coordinator, without which each process runs alone")
     try:
-        jax.distributed.initialize(heartbeat_timeout_seconds=SILENCE)
-    except ValueError:  # no cluster here
+        initialize()
+    except ValueError as error:  # no cluster here
+        if {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= os.environ.keys():
+            raise UserError(
+                "this pod belongs to an indexed job, and JAX does not find the other pods; install jax[k8s], or name "
+                "them by --coordinator, --num_processes and --process_id"
+            ) from error
         return
     except RuntimeError as error:
         if "before any JAX calls" not in str(error):
             raise
         return  # a notebook, or a test, which has used JAX alone before
+
+
+def _local_devices() -> list[int] | None:
+    """[], which is all of the host's devices, where SLURM starts one process a node; None leaves the choice to JAX.
+
+    JAX would take SLURM_LOCALID for the one GPU of each process.
+    """
+    nodes = os.environ.get("SLURM_STEP_NUM_NODES")
+    alone = nodes is not None and nodes == os.environ.get("SLURM_NTASKS")
+    return [] if alone and "JAX_LOCAL_DEVICE_IDS" not in os.environ else None
 
 
 def _check(coordinator: str, processes: int | None, process: int | None) -> None:

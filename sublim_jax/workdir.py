@@ -3,21 +3,26 @@
 import contextlib
 import json
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 
+import jax
 from etils import epath
 from filelock import FileLock, Timeout
 
 from sublim_jax import lease, storage
 from sublim_jax.errors import UserError
 from sublim_jax.lease import Lease
-from sublim_jax.sharding import from_first
+from sublim_jax.sharding import agreed, from_first
 from sublim_jax.store import Store, write_json
 
 # How a run is computed, not what: these may change between an interruption and the resumed run. They are values of an
 # experiment, or of the experiment in it; an arm's `data` is another thing.
 EXECUTION = ("mesh", "runs_at_once", "checkpoint_every", "data", "sampling")
 PREFIXES = ("", ".study", ".mnist")
+NOTICED = (
+    90.0  # seconds until a host must see a new file of a shared folder; NFS may remember for 60 that it is missing
+)
 QUERIES = ("max_concurrent", "max_per_minute", "prices")  # how a judge is queried
 
 
@@ -37,6 +42,7 @@ def claim(
     storage.check(path)
     held: list[FileLock | Lease] = []
     from_first(lambda: held.append(_claimed(path, config, update, bytes_needed)))
+    agreed(lambda: _check_shared(path))
     return Store(path, held)
 
 
@@ -56,6 +62,18 @@ def _claimed(path: epath.Path, config: Mapping[str, object], update: bool, bytes
         _check_config(path, config, update)
         write_json(path / "config.json", config)
     return lock
+
+
+def _check_shared(path: epath.Path) -> None:
+    """Raises UserError on a host that does not see what the first process wrote."""
+    until = time.monotonic() + NOTICED
+    while not (path / "config.json").exists():
+        if time.monotonic() > until:
+            raise UserError(
+                f"--workdir={path} is another folder on the host of process {jax.process_index()} than on the first "
+                "one's; name a folder that all hosts share, or a bucket"
+            )
+        time.sleep(0.5)
 
 
 def _check_config(path: epath.Path, config: Mapping[str, object], update: bool) -> None:

@@ -4,7 +4,9 @@ import signal
 import sys
 import time
 
+import jax
 import pytest
+from etils import epath
 from evaluation_kit import HEADER, ROWS, completion
 from launch_kit import (
     arms_in,
@@ -18,7 +20,7 @@ from launch_kit import (
     wait_for,
 )
 
-from sublim_jax import cluster
+from sublim_jax import cluster, workdir
 from sublim_jax.errors import UserError
 
 MNIST = ("--config=configs/mnist.py:smoke", "--config.arms=auxiliary")
@@ -30,6 +32,37 @@ def test_a_number_of_processes_without_a_coordinator_is_refused(given):
     """Each of them would run the whole experiment alone."""
     with pytest.raises(UserError, match="need --coordinator"):
         cluster.join(None, *given)
+
+
+@pytest.mark.parametrize(("nodes", "devices"), [("2", []), ("1", None), (None, None)])
+def test_under_slurm_a_process_that_has_its_node_alone_has_all_of_its_gpus(monkeypatch, nodes, devices):
+    """JAX would give it the one of its number on the node; eight processes a node have one each."""
+    asked = {}
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **given: asked.update(given))
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    if nodes is not None:
+        monkeypatch.setenv("SLURM_STEP_NUM_NODES", nodes)
+    cluster.join(None, None, None)
+    assert asked["local_device_ids"] == devices
+
+
+def test_a_pod_that_does_not_find_the_others_is_refused(monkeypatch):
+    def initialize(**_):
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    cluster.join(None, None, None)  # alone, on no cluster
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    monkeypatch.setenv("JOB_COMPLETION_INDEX", "1")
+    with pytest.raises(UserError, match="jax\\[k8s\\]"):
+        cluster.join(None, None, None)
+
+
+def test_a_folder_that_a_host_does_not_share_is_refused(tmp_path, monkeypatch):
+    """Of one process; the first one makes config.json."""
+    monkeypatch.setattr(workdir, "NOTICED", 0.0)
+    with pytest.raises(UserError, match="another folder on the host of process 0"):
+        workdir._check_shared(epath.Path(tmp_path))
 
 
 def last(output):

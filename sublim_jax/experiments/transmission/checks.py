@@ -16,6 +16,7 @@ from sublim_jax.experiments.transmission import carriers, corpora, teachers
 from sublim_jax.experiments.transmission.arms import Arm, ContextArm, LogitArm
 from sublim_jax.experiments.transmission.spec import Study
 from sublim_jax.models.language import Model
+from sublim_jax.progress import say
 from sublim_jax.sampling import scoring
 from sublim_jax.sharding import divide
 from sublim_jax.specs import check_file, check_text
@@ -66,6 +67,7 @@ def check_model(study: Study, model: Model, questions: Questions) -> None:
     """Raises UserError for teachers, adapters or completions that are impossible with this model."""
     given, tokenizer = study.carrier, model.tokenizer
     divide(model.mesh, "replica", study.runs * len(study.teachers), STUDENTS)
+    _tell_of_padding(study, model.mesh.shape["fsdp"])
     suite.check_model(questions, model)
     if study.has_words:
         scoring.distinct_spellings(tokenizer, study.alternatives)
@@ -86,6 +88,18 @@ def check_model(study: Study, model: Model, questions: Questions) -> None:
         raise UserError(
             f"teacher.steering_layer={study.teacher.steering_layer}: layers are 0 to {model.settings.layers - 1}"
         )
+
+
+def _tell_of_padding(study: Study, devices: int) -> None:
+    """Says so where the devices that share each student's batch do not divide its rows."""
+    batches = {arm.training.batch for arm in study.arms if not isinstance(arm, ContextArm)}
+    for batch in sorted(batches):
+        if batch % devices:
+            padding = 1 - batch / (-(-batch // devices) * devices)
+            say(
+                f"student.batch={batch} over mesh.fsdp={devices}: {padding:.0%} of what these devices compute is "
+                "padding; more of mesh.replica, which divides the students, leaves less for fsdp"
+            )
 
 
 def check_arm(study: Study, arm: Arm, teacher: Model, student: Model) -> None:
