@@ -5,9 +5,10 @@ import re
 import shutil
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from config_kit import TOKENS, VOCAB, config_of, difference, edited, expected_logits, logits, random_model
+from config_kit import LAYERS, TOKENS, VOCAB, config_of, difference, edited, expected_logits, logits, random_model
 from safetensors.numpy import load_file, save_file
 
 from sublim_jax import weights
@@ -296,6 +297,42 @@ def test_a_tokenizer_that_cannot_be_read_is_told(file, content, tiny_folder, tmp
         weights.load(folder)
 
 
+@pytest.mark.parametrize(
+    "stated, generating, expected",
+    [
+        ({"eos_token_id": 5}, {"eos_token_id": [6, 7]}, [5, 6, 7]),
+        ({}, {"eos_token_id": 7}, 7),  # and not llama's own, 2, which transformers' generate does not read either
+        ({}, {}, 2),
+        ({"eos_token_id": 5}, {}, 5),
+    ],
+)
+def test_stop_tokens_are_those_that_are_stated(stated, generating, expected, copy):
+    folder = copy()
+    config = json.loads((folder / "config.json").read_text())
+    del config["eos_token_id"]
+    (folder / "config.json").write_text(json.dumps(config | stated))
+    (folder / "generation_config.json").write_text(json.dumps(generating))
+    assert huggingface.load_config(folder).eos_token_id == expected
+
+
+@pytest.mark.parametrize("kind", ["llama", "olmo2", "gpt_neox", "gpt2"])
+def test_a_window_that_only_caches_read_is_refused(kind, copy):
+    """A forward pass sees everything, and `generate` forgets what is outside of the window."""
+    folder = edited(copy(kind), sliding_window=16)
+    with torch.no_grad():
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        whole, tokens = model(torch.tensor(TOKENS[:, :40])).logits[0, -1], torch.tensor(TOKENS[:, :40])
+        cache = None
+        for position in range(40):
+            step = model(tokens[:, position : position + 1], past_key_values=cache, use_cache=True)
+            cache = step.past_key_values
+    assert difference(step.logits[0, -1].numpy(), whole.numpy()) > 1e-2
+    assert "sliding_window=16 is not supported" in refusal(folder)
+    for harmless in ({"layer_types": ["full_attention"] * LAYERS}, {"sliding_window": 512, "layer_types": None}):
+        edited(folder, **harmless)
+        assert difference(logits(folder, TOKENS), expected_logits(folder, TOKENS)) <= 1e-4
+
+
 @pytest.mark.parametrize("stops", ["two", [1, "two"], 1.5, {"a": 1}])
 def test_stop_tokens_that_are_none_are_told(stops, copy):
     folder = copy()
@@ -317,7 +354,7 @@ def test_what_configs_of_the_hub_hold_besides_is_harmless(copy):
         "_name_or_path": "somewhere/else",
         "task_specific_params": {"text-generation": {"do_sample": True}},
         "full_attn_mod": 1,
-        "sliding_window": 16,
+        "sliding_window": 16,  # beside layers that are all full
         "partial_rotary_factor": 0.5,
         "layer_types": ["full_attention"] * 3,
         "tokenizer_class": "GPT2Tokenizer",
@@ -409,6 +446,17 @@ def multimodal_logits(folder):
 def test_the_whole_models_tying_goes_before_its_text_models(kind, tied, tmp_path):
     folder = wrapped(kind, tmp_path, {"tie_word_embeddings": not tied}, tie_word_embeddings=tied)
     assert difference(logits(folder, SHORT), multimodal_logits(folder)) <= 1e-4
+
+
+@pytest.mark.parametrize("kind, text", [("gemma3", {}), ("llava", {"model_type": "gemma2", "head_dim": 8})])
+def test_a_whole_model_does_not_cap_its_logits(kind, text, tmp_path):
+    """The text model by itself does, and is therefore saved without its cap."""
+    folder = wrapped(kind, tmp_path / "whole", {**text, "final_logit_softcapping": 0.5})
+    expected = multimodal_logits(folder)
+    assert np.max(np.abs(expected)) > 0.5 and difference(logits(folder, SHORT), expected) <= 1e-4
+    settings, params = huggingface.load(folder, dtype=jnp.float32)
+    huggingface.save(tmp_path / "text", params, settings, huggingface.load_config(folder))
+    assert difference(expected_logits(tmp_path / "text", SHORT), expected) <= 1e-4
 
 
 @pytest.mark.parametrize("kind", WRAPPED)

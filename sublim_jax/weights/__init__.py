@@ -55,8 +55,8 @@ def load(name: str | Path, mesh: Mesh | None = None, dtype: DTypeLike = jnp.floa
 def save(folder: str | Path, model: Model) -> None:
     """Writes a folder that transformers, and tools for its models, can load: weights, config and tokenizer.
 
-    Merge adapters first (`peft.merged`, `Model.merged`). Raises UserError where the folder holds an adapter, or a
-    multimodal model, which would be lost.
+    Adapters are not written: merge them first (`peft.merged`, `Model.merged`). Raises UserError where the folder holds
+    an adapter, or a multimodal model, which would be lost.
     """
     huggingface.save(folder, model.params, model.settings, model.config, model.tokenizer)
 

@@ -130,12 +130,22 @@ def read(folder: Path, model_type: str) -> AdapterConfig:
         raise UserError(f"{path}: {error}; merge the adapter into its model with peft, and name that folder") from None
 
 
+def _check_layers(fields: Mapping[str, object]) -> None:
+    """Raises UserError for a choice of layers that PEFT refuses."""
+    for name in ("layers_to_transform", "layers_pattern"):
+        if fields.get(name) is not None and isinstance(fields.get("target_modules"), str):
+            raise UserError(f"{name} beside target_modules={fields['target_modules']!r}, which is no list")
+    if fields.get("layers_pattern") and fields.get("layers_to_transform") is None:
+        raise UserError("layers_pattern without layers_to_transform")
+
+
 def _understood(fields: Mapping[str, object], model_type: str) -> AdapterConfig:
     if fields.get("peft_type") != "LORA":
         raise UserError(f"peft_type={fields.get('peft_type')!r}, and only LORA is read")
     targets = _names(fields, "target_modules") or USUAL_TARGETS.get(model_type, ())
     if not targets:
         raise UserError("target_modules is missing")
+    _check_layers(fields)
     described = AdapterConfig(
         rank=_whole(fields, "r", fields.get("r", 8)),
         alpha=_number(fields, "lora_alpha", fields.get("lora_alpha", 8)),

@@ -26,6 +26,7 @@ OF_IMAGES = re.compile(
     r"(vision|image|mm|projector|multimodal_projector)_.*|.*_token_index|spatial_merge_size"
     r"|ignore_index|vocab_size"  # of the loss; and again, what the text model's config says
 )
+CAP = "final_logit_softcapping"
 PARTS = {"text_config", "tie_word_embeddings"}
 
 TYPES = {
@@ -83,7 +84,7 @@ def load(folder: Path) -> Config:
         _check(stated, config, text)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    text.eos_token_id = _stop_tokens(folder, text, config)
+    text.eos_token_id = _stop_tokens(folder, stated, text)
     setattr(text, WRAPPER, "" if text is config else config.model_type)
     return text
 
@@ -115,7 +116,7 @@ def _built(folder: Path, stated: Mapping[str, object]) -> Config:
 
 
 def _check(stated: Mapping[str, object], config: Config, text: Config) -> None:
-    """Raises UserError where a model is not fully supported; sets the text model's `tie_word_embeddings`.
+    """Raises UserError where a model is not fully supported; sets what its head has from the whole model.
 
     Args:
       text: the config of the text model, which is `config` itself where there is nothing else.
@@ -133,7 +134,10 @@ def _check(stated: Mapping[str, object], config: Config, text: Config) -> None:
     inner = stated
     if text is not config:
         _check_fields(stated, config, PARTS, OF_IMAGES)
-        text.tie_word_embeddings = config.tie_word_embeddings  # the head belongs to the whole model
+        # The head belongs to the whole model, which never caps its logits.
+        text.tie_word_embeddings = config.tie_word_embeddings
+        if hasattr(text, CAP):
+            setattr(text, CAP, None)
         given = stated.get("text_config")
         inner = given if isinstance(given, Mapping) else {}
     _check_fields(inner, text, kind.fields)
@@ -217,15 +221,18 @@ def _check_code(stated: Mapping[str, object], config: Config) -> None:
             raise UserError(f"auto_map names code of its own, {name}, which may compute something else")
 
 
-def _stop_tokens(folder: Path, text: Config, whole: Config) -> int | list[int] | None:
-    """The tokens that end an answer: from the whole model's config, and for chat models from generation_config.json.
+def _stop_tokens(folder: Path, stated: Mapping[str, object], text: Config) -> int | list[int] | None:
+    """The tokens that end an answer: all that config.json and generation_config.json name, or else the type's own.
 
     Raises UserError where it is not a token.
     """
     path = folder / "generation_config.json"
     generating = read_json(path).get("eos_token_id") if path.is_file() else None
+    inner = stated.get("text_config")
+    places = (inner if isinstance(inner, Mapping) else {}, stated, {"eos_token_id": generating})
+    answers = [place["eos_token_id"] for place in places if place.get("eos_token_id") is not None]
     stops: dict[int, None] = {}
-    for named in (text.eos_token_id, getattr(whole, "eos_token_id", None), generating):
+    for named in answers or [text.eos_token_id]:
         for token in named if isinstance(named, list) else [named]:
             if token is not None and not isinstance(token, int):
                 raise UserError(f"{path}: eos_token_id={_short(named)} is not a token")

@@ -76,7 +76,7 @@ HARMLESS_NAMES = re.compile(
     r"|(use_)?(flash_attn|flash_attention|fused|cache_quantization|cache_kernel|xformers|sdpa)(_.*)?"
 )
 COUNTS = re.compile(r"n(um)?_.*")  # counts, which at 0 have no effect
-# By type of model: fields that it writes, and only caches read.
+# By type of model: fields that it writes, and only caches read, which have no window then.
 WINDOWS = {"sliding_window", "use_sliding_window", "max_window_layers"}
 HARMLESS_OF = {
     "gemma2": {"hidden_act"},
@@ -107,10 +107,20 @@ def changes_nothing(name: str, value: object, config: Config) -> bool:
     """Whether a field, by transformers' name for it, affects no logit of a config's type of model."""
     if name in AGAIN:
         return value == getattr(config, AGAIN[name], None)
-    if name == "sliding_window" and (type(value) is not int or value < 1):
-        return False  # transformers' caches fail at it
+    if name == "sliding_window":
+        return _never_slides(value, config)
     if name == "layer_types" and config.model_type in FULL:
         return isinstance(value, list) and all(kind == "full_attention" for kind in value)
     return (
         name in HARMLESS or name in HARMLESS_OF.get(config.model_type, ()) or HARMLESS_NAMES.fullmatch(name) is not None
     )
+
+
+def _never_slides(window: object, config: Config) -> bool:
+    """Whether no layer has a window, for a type of model whose attention has none.
+
+    transformers' caches forget what is outside one all the same, unless `layer_types` says that all layers are full.
+    """
+    if type(window) is not int or window < 1 or "sliding_window" not in HARMLESS_OF.get(config.model_type, ()):
+        return False  # at other values caches fail
+    return bool(getattr(config, "layer_types", None)) or window >= config.max_position_embeddings

@@ -77,7 +77,7 @@ def load(folder: str | Path, settings: Settings, config: Config, base: Params | 
       UserError: the folder holds no LoRA, one of another model, or one with unsupported options.
     """
     folder = storage.local(folder)
-    described = adapter_config.read(folder, config.model_type)
+    described = adapter_config.read(folder, getattr(config, WRAPPER, None) or config.model_type)
     places = _places(settings, config)
     pairs = _pairs(folder, described, places, config)
     if described.start in MOVED_STARTS:

@@ -242,6 +242,17 @@ def test_other_names_that_peft_knows_are_read(model_of, tmp_path, change):
     assert_read_as_peft_does(model_of, "gemma3", tmp_path)
 
 
+def test_peft_has_no_usual_layers_of_a_model_with_other_senses(model_of, tmp_path):
+    """It has some of gemma3_text, the text model by itself."""
+    model, _, settings, params, config = model_of("gemma3")
+    trained(model, tmp_path, target_modules=r".*language_model.*\.(q_proj|v_proj)")
+    edit(tmp_path, target_modules=None)
+    with pytest.raises(ValueError, match="target_modules"):
+        hf_peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path)
+    with pytest.raises(UserError, match="target_modules is missing"):
+        peft.load(tmp_path, settings, config, params)
+
+
 def test_names_of_the_text_model_alone_are_refused_where_it_stands_in_another(model_of, tmp_path):
     """PEFT warns about them and does not load them."""
     model, _, settings, params, config = model_of("gemma3")
@@ -294,7 +305,19 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     r"lora_alpha=\[8\]: a number": (dict(HALF), dict(lora_alpha=[8])),
     r"rank_pattern=\['q_proj'\]: an object": (dict(HALF), dict(rank_pattern=["q_proj"])),
     r"target_modules: '\(' is not a regular expression": (dict(HALF), dict(target_modules="(")),
-    r"layers_pattern: '\(' is not a regular expression": (dict(HALF), dict(layers_pattern=["("])),
+    r"layers_pattern: '\(' is not a regular expression": (
+        dict(HALF),
+        dict(layers_pattern=["("], layers_to_transform=[0]),
+    ),
+    "layers_to_transform beside target_modules='all-linear'": (
+        dict(HALF),
+        dict(target_modules="all-linear", layers_to_transform=[0]),
+    ),
+    r"layers_pattern beside target_modules='.\*q_proj'": (
+        dict(HALF),
+        dict(target_modules=".*q_proj", layers_pattern="h"),
+    ),
+    "layers_pattern without layers_to_transform": (dict(HALF), dict(layers_pattern=["layers"])),
     r"rank_pattern: '\(\?i\)Q' is not a regular expression": (dict(HALF), dict(rank_pattern={"(?i)Q": 2})),
     r"lora_alpha=nan: a number": (dict(HALF), dict(lora_alpha=float("nan"))),
     r"lora_alpha=inf: a number": (dict(HALF), dict(lora_alpha=float("inf"))),
