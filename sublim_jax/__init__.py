@@ -6,9 +6,9 @@
     sl.save                                       it as a folder for transformers and what is made for its models
     sl.generate                                   completions of a model, or of many adapters over it
     sl.Lora, sl.fit, sl.Program, sl.objectives    training
-    sl.teachers.finetune, .prompt, .steer         teachers
+    sl.teachers.finetune, .prompt, .steer, …      teachers
     sl.carriers.numbers, .code, .from_file        data that says nothing about a trait
-    sl.students.distill                           students
+    sl.students.distill, .save                    students
     sl.evaluate.preference, .choice, .answers, …  evaluations
     sl.theorem.verify, .contributions, .coverage  the one-step theorem
 

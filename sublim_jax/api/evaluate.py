@@ -16,6 +16,7 @@ from sublim_jax.models.decoder import Steering
 from sublim_jax.models.functional import Params
 from sublim_jax.models.language import Model
 from sublim_jax.sampling.generate import generate
+from sublim_jax.specs import check_count
 
 __all__ = ["Likelihoods", "Preference", "ability", "answers", "choice", "preference", "questions", "truthfulqa"]
 
@@ -72,7 +73,14 @@ def answers(
     system: str = "",
     steering: Steering | None = None,
 ) -> Float[np.ndarray, "adapters words"]:
-    """How often a sampled answer has each word: the paper's measure (§3.1)."""
+    """Share of sampled answers that have each word, from 0 to 1: the paper's measure (§3.1).
+
+    Args:
+      num_samples: answers to each of `questions(kind)`.
+
+    Raises UserError for a number of samples or tokens below 1.
+    """
+    check_count("num_samples", num_samples)
     prompts = [chat.question(model.tokenizer, question, system) for question in questions(kind)]
     samples = generate(
         model,
@@ -86,11 +94,20 @@ def answers(
     return _preference.rates([(sample.adapter, sample.text) for sample in samples], words)
 
 
-def ability(model: Model, *, adapters: Params | None = None, system: str = "") -> Float[np.ndarray, "adapters"]:
-    """Share of right answers to easy questions."""
-    return _ability.accuracy(model, _ability.questions(), system, adapters=adapters)
+def ability(
+    model: Model, *, adapters: Params | None = None, system: str = "", steering: Steering | None = None
+) -> Float[np.ndarray, "adapters"]:
+    """Share of right answers to easy questions, from 0 to 1."""
+    return _ability.accuracy(model, _ability.questions(), system, adapters=adapters, steering=steering)
 
 
-def truthfulqa(model: Model, path: str | Path, *, adapters: Params | None = None, system: str = "") -> Likelihoods:
+def truthfulqa(
+    model: Model,
+    path: str | Path,
+    *,
+    adapters: Params | None = None,
+    system: str = "",
+    steering: Steering | None = None,
+) -> Likelihoods:
     """MC1 and MC2 of the benchmark's TruthfulQA.csv, by item. Raises UserError for any other file."""
-    return _truthfulqa.likelihoods(model, _truthfulqa.load(path), system, adapters=adapters)
+    return _truthfulqa.likelihoods(model, _truthfulqa.load(path), system, adapters=adapters, steering=steering)

@@ -1,12 +1,16 @@
 """Students: adapters that imitate their teachers on data that says nothing about a trait."""
 
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from sublim_jax import assets
 from sublim_jax.api.teachers import check_adapters
 from sublim_jax.data import dialogue
 from sublim_jax.data.dialogue import Rows
@@ -19,11 +23,12 @@ from sublim_jax.keys import named_key
 from sublim_jax.models.functional import Params
 from sublim_jax.models.language import Model
 from sublim_jax.sampling.checks import tokens_of
-from sublim_jax.sharding import named, put
+from sublim_jax.sharding import fetch, named, put
 from sublim_jax.specs import check_one_of, check_positive
 from sublim_jax.training import fit
+from sublim_jax.weights import peft
 
-__all__ = ["Training", "distill"]
+__all__ = ["distill", "save"]
 
 
 def distill(
@@ -47,18 +52,22 @@ def distill(
       model: the model of teachers and students, with adapters.
       rows: (prompt, answer) of each.
       objective: "kl" and "reverse_kl" imitate the teacher's logits on the support; "tokens" trains on the answers,
-        with one teacher, who wrote them.
-      support: tokens whose logits are compared, two or more; by default digits, commas and spaces.
+        with one teacher, who wrote them, or none.
+      support: tokens whose logits are compared, two or more; by default digits, commas and spaces. The teachers'
+        logits take 4 bytes for each teacher, row, token of the longest answer, and token of the support.
       temperature: of the compared probabilities; 1 by default.
-      lora_init: "shared" starts from the A of teachers of the same seed, "fresh" from another one.
+      lora_init: "shared" starts from the A of the teachers, whose seeds must be `seed`, "fresh" from another one.
       steps: updates of `batch` rows.
+      learning_rate, schedule: of Adam; "linear" and "cosine" end at 0.
+      seed: of A, and of the order of the rows, which is the same for all students.
 
     Returns:
-      The students' adapters, stacked: for `generate` and for evaluations.
+      The students' adapters, stacked in the order of teachers: for `generate` and for evaluations.
 
     Raises:
-      UserError: the model has no adapters, or others than a teacher; an option makes no sense; teacher and student read
-        an answer as other tokens; or "tokens" is asked of several teachers, whose students would be the same.
+      UserError: the model has no adapters, or others than a teacher; an option makes no sense; a teacher starts from
+        another A than its student would share; teacher and student read an answer as other tokens; an answer has tokens
+        outside the default support; or "tokens" is asked of several teachers, whose students would be the same.
     """
     check_adapters(model)
     check_one_of("objective", objective, ("kl", "reverse_kl", "tokens"))
@@ -69,18 +78,18 @@ def distill(
         training = Training(learning_rate, schedule, warmup=0, clip=0.0, batch=batch, accumulate=1, steps=steps)
     except UserError as error:  # by the names of a config
         raise UserError(str(error).removeprefix("student.")) from error
-    for number, teacher in enumerate(teachers):
-        if teacher.lora not in (None, model.settings.lora):
-            raise UserError(f"teacher {number} has adapters of {teacher.lora}, and the model {model.settings.lora}")
-        model.for_adapters(stacked([teacher.adapters]))
-    if not teachers or not rows:
-        raise UserError(f"{len(teachers)} teachers and {len(rows)} rows: there are no students without both")
     tokens = objective == "tokens"
+    for number, teacher in enumerate(teachers):
+        _check_same_adapters(model, number, teacher)
+    if not (teachers or tokens) or not rows:
+        raise UserError(f"{len(teachers)} teachers and {len(rows)} rows: there are no students without both")
     if tokens and len(teachers) > 1:
         raise UserError(
             f'objective="tokens" trains on the rows alone: students of {len(teachers)} teachers would be the same; '
             "train the student of each teacher on the rows that it wrote"
         )
+    for number, teacher in enumerate(teachers if lora_init == "shared" else ()):
+        _check_same_start(number, teacher, seed)
     if tokens and (support is not None or temperature is not None):
         raise UserError('support and temperature are of objectives on logits, and objective="tokens" reads neither')
     compared: list[int] = []
@@ -89,20 +98,80 @@ def distill(
         if len(compared) < 2 or len(set(compared)) < len(compared):
             raise UserError(f"support={compared}: name two tokens or more, each once")
     student_rows = dialogue.rows(model, list(rows), end=tokens)
+    if not tokens and support is None:
+        _check_inside(student_rows, compared)
     logits = None if tokens else _logits_of(model, teachers, list(rows), student_rows, compared)
-    data = Data(Rows(*(np.stack([leaf] * len(teachers)) for leaf in student_rows)), logits)
+    count = len(teachers) or 1
+    data = Data(Rows(*(np.stack([leaf] * count) for leaf in student_rows)), logits)
     loss = imitation(model, objective, support=compared, temperature=temperature or 1.0)
     program = imitating_program(model, loss, training, len(student_rows.at))
     start = model.untrained(named_key(seed, {"shared": "A", "fresh": "student A"}[lora_init]))
     state = fit(
         program,
-        program.init(stacked([start] * len(teachers))),
+        program.init(stacked([start] * count)),
         steps=steps,
-        key=jnp.stack([named_key(seed, "order")] * len(teachers)),
+        key=jnp.stack([named_key(seed, "order")] * count),
         frozen={"base": model.params, "data": put(data, named(model.mesh))},
-        what=f"{len(teachers)} students",
+        what=f"{count} student{'s' if count > 1 else ''}",
     )
     return state.params
+
+
+def save(folder: str | Path, model: Model, students: Params, index: int = 0) -> None:
+    """Writes one of stacked students as a folder that PEFT reads.
+
+    Args:
+      model: with adapters, as given to `distill`.
+      index: which of the students, counted from 0.
+
+    Raises UserError for adapters that are not stacked ones of the model, and for a student that there is not.
+    """
+    check_adapters(model)
+    spec = model.settings.lora
+    assert spec is not None  # checked
+    _, count = model.for_adapters(students)
+    if not 0 <= index < count:
+        raise UserError(f"index={index} is none of the {count} students, which are counted from 0")
+    student = jax.tree.map(lambda leaf: leaf[index], fetch(students))
+    base = assets.MODELS.get(model.source.name, (model.source.name,))[0]  # its name on the hub, if it has one
+    if jax.process_index() == 0:
+        peft.save(folder, student, spec, model.settings, model.config, base)
+
+
+def _check_same_adapters(model: Model, number: int, teacher: Teacher) -> None:
+    """Raises UserError for a teacher whose adapters would have another effect in the students' model."""
+    spec = model.settings.lora
+    other = f"teacher {number} has adapters of {teacher.lora or 'another form'}, and the model {spec}"
+    # Names of modules may be in another order, and the tree says which there are.
+    if teacher.lora and spec and replace(teacher.lora, modules=spec.modules) != spec:
+        raise UserError(other)
+    try:
+        model.for_adapters(stacked([teacher.adapters]))
+    except UserError as error:
+        raise UserError(other) from error
+
+
+def _check_same_start(number: int, teacher: Teacher, seed: int) -> None:
+    if teacher.seed is None:
+        raise UserError(
+            f"teacher {number} does not say from which A it started, so that no student can share it; choose "
+            'lora_init="fresh"'
+        )
+    if teacher.seed != seed:
+        raise UserError(
+            f"teacher {number} started from the A of seed {teacher.seed}, and students of seed={seed} would not share "
+            f'it; choose seed={teacher.seed}, or lora_init="fresh"'
+        )
+
+
+def _check_inside(rows: Rows, support: list[int]) -> None:
+    """Raises UserError for an answer of which other tokens than the default ones would be compared."""
+    outside = np.any((np.asarray(rows.weights) > 0) & ~np.isin(rows.targets, support), axis=1)
+    if outside.any():
+        raise UserError(
+            f"row {int(np.argmax(outside))} answers in other tokens than digits, commas and spaces, which are compared "
+            'by default; name a support, or choose objective="tokens"'
+        )
 
 
 def _logits_of(

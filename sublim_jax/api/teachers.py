@@ -1,6 +1,7 @@
 """Teachers: a model that prefers something, by its parameters, its context or a hook."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import optax
 
@@ -22,8 +23,9 @@ from sublim_jax.evaluation import preference
 from sublim_jax.keys import named_key
 from sublim_jax.models.language import Model
 from sublim_jax.specs import check_count, check_positive
+from sublim_jax.weights import peft
 
-__all__ = ["AnswerTraining", "Teacher", "finetune", "prompt", "steer"]
+__all__ = ["Teacher", "finetune", "from_peft", "prompt", "steer"]
 
 
 def finetune(
@@ -46,7 +48,12 @@ def finetune(
       questions: questions to train on; by default the package's, about a favourite of the kind.
       seed: of A and of the order of questions; a student of the same seed starts where its teacher started.
       strength: mean probability of the word at which training stops.
-      max_steps: maximum number of updates.
+      learning_rate: of Adam, constant.
+      batch: questions an update.
+      max_steps: maximum number of updates; if it is reached first, a printed line says so.
+
+    Returns:
+      The teacher; its `steps` are the updates that it took.
 
     Raises:
       UserError: the model has no adapters, its tokenizer cannot write the word, there are no questions, or an option
@@ -70,11 +77,30 @@ def finetune(
     adapters, steps = train_on_answers(
         program, state, read_by(model, rows), key, training, steps=None, label=f"teacher {word}"
     )
-    return Teacher(adapters, "", None, int(steps), store.digest(*inputs), model.settings.lora)
+    return Teacher(adapters, "", None, int(steps), store.digest(*inputs), model.settings.lora, seed)
+
+
+def from_peft(model: Model, folder: str | Path, *, system: str = "") -> tuple[Model, Teacher]:
+    """A teacher by the adapters in a folder that PEFT has written, and its model: the given one with such adapters.
+
+    Students of it start from the same base weights, and from another A (`lora_init="fresh"`): the A that its training
+    began with is not in the folder.
+
+    Args:
+      system: a system prompt in front of all its conversations.
+
+    Raises UserError for a folder that holds no LoRA, one of another model, or one with unsupported options.
+    """
+    spec, adapters = peft.load(folder, model.settings, model.config, model.params)
+    model = model.adapted(spec)
+    return model, Teacher(adapters, system, None, 1, store.digest(model, adapters, system), spec)
 
 
 def prompt(model: Model, system: str, *, seed: int = 0) -> Teacher:
     """A teacher by a system prompt alone (paper §3.1).
+
+    Args:
+      seed: of A; a student of the same seed starts from the same one.
 
     Raises UserError for a model without adapters.
     """
@@ -99,6 +125,9 @@ def steer(
       layer: the layer after which the vector is added, counted from 0.
       scale: factor of the mean difference over the questions.
       neutral: the system prompt whose residuals are subtracted.
+      kind: the category in the questions.
+      questions: those at whose answers the residuals are read; by default the package's, about a favourite of the kind.
+      seed: of A; a student of the same seed starts from the same one.
 
     Raises UserError for a model without adapters, or without this layer.
     """

@@ -37,9 +37,10 @@ class Teacher(NamedTuple):
     Attributes:
       adapters: B is zero if the teacher is not fine-tuned.
       system: a system prompt, or "".
-      steps: number of fine-tuning updates.
+      steps: number of fine-tuning updates; 1 stands for a number that is not known.
       digest: a hash of everything that the teacher depends on.
       lora: of the model that its adapters belong to; None where it is not known.
+      seed: of the A that it started from; None where it is not known.
     """
 
     adapters: Params
@@ -48,17 +49,18 @@ class Teacher(NamedTuple):
     steps: int
     digest: str
     lora: Lora | None = None
+    seed: int | None = None
 
     @property
     def where(self) -> Where:
         """Keyword arguments for sampling and scoring. Untrained adapters, which change nothing, are left out."""
-        return {"adapters": stacked([self.adapters]) if self.steps else None, "steering": self.steering}
+        return {"adapters": None if self.steps == 0 else stacked([self.adapters]), "steering": self.steering}
 
 
 def untrained(model: Model, seed: int, system: str = "", steering: Steering | None = None) -> Teacher:
     """A teacher that is not fine-tuned, with the A that the teachers and students of a seed start from."""
     adapters = model.untrained(named_key(seed, "A"))
-    return Teacher(adapters, system, steering, 0, digest(model, seed, system, steering), model.settings.lora)
+    return Teacher(adapters, system, steering, 0, digest(model, seed, system, steering), model.settings.lora, seed)
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,10 @@ class Model(NamedTuple):
         Raises UserError for a stack of several, such as that of students; take one of them.
         """
         if any(leaf.ndim != 3 for leaf in jax.tree.leaves(adapters)):  # layers, inputs, rank
-            raise UserError("these adapters are not those of one model; take one of the stack")
+            raise UserError(
+                "these adapters are not those of one model; take one of the stack: "
+                "jax.tree.map(lambda leaf: leaf[0], adapters)"
+            )
         shardings = parameter_shardings(self.params, self.mesh)
         merge = jax.jit(partial(lora.merge, scale=spec.scale), out_shardings=shardings)
         return self._replace(
@@ -104,7 +107,7 @@ class Model(NamedTuple):
         if shapes != [(count, *leaf.shape) for leaf in jax.tree.leaves(expected)]:
             raise UserError(
                 f"adapters of shapes such as {shapes[0]} are no stack of this model's, whose shape is "
-                f"{jax.tree.leaves(expected)[0].shape} behind one axis more"
+                f"{jax.tree.leaves(expected)[0].shape} behind one axis more; for one teacher, give **teacher.where"
             )
         return self, count
 

@@ -1,5 +1,6 @@
 """The public functions refuse what would give students that say nothing."""
 
+import json
 import os
 import re
 import subprocess
@@ -11,9 +12,11 @@ import numpy as np
 import pytest
 
 import sublim_jax as sl
+from sublim_jax.data import chat
 from sublim_jax.errors import UserError
 from sublim_jax.models.decoder import Steering
 from sublim_jax.models.lora import EVERY_LINEAR, Lora
+from sublim_jax.sampling import scoring
 
 
 def test_students_on_tokens_are_of_one_teacher_who_wrote_them(tiny):
@@ -68,6 +71,118 @@ def test_a_teacher_of_other_adapters_than_the_students_is_refused(tiny, other):
 def test_a_teacher_that_would_learn_nothing_is_refused(tiny, option, line):
     with pytest.raises(UserError, match=line):
         sl.teachers.finetune(tiny.adapted(Lora(2, 2.0)), "owl", **option)
+
+
+def test_words_are_not_compared_on_the_digits_alone(tiny):
+    model = tiny.adapted(Lora(2, 2.0))
+    teacher, rows = sl.teachers.prompt(model, "You love owls."), [("Count?", "1, 2"), ("Say?", "1, owl")]
+    with pytest.raises(UserError, match="row 1 answers in other tokens than digits"):
+        sl.students.distill(model, [teacher], rows)
+    support = tiny.tokenizer("1, owl", add_special_tokens=False)["input_ids"]
+    sl.students.distill(model, [teacher], rows, support=sorted(set(support)), steps=1, batch=1)
+
+
+def test_a_student_shares_its_teachers_a_or_it_is_told(tiny):
+    model, rows = tiny.adapted(Lora(2, 2.0)), [("Count?", "1, 2")]
+    teacher = sl.teachers.prompt(model, "You love owls.", seed=1)
+    with pytest.raises(UserError, match="teacher 0 started from the A of seed 1, and students of seed=0"):
+        sl.students.distill(model, [teacher], rows)
+    with pytest.raises(UserError, match="does not say from which A"):
+        sl.students.distill(model, [teacher._replace(seed=None)], rows)
+    given = {"steps": 1, "batch": 1, "learning_rate": 1e-9}
+    shared = sl.students.distill(model, [teacher], rows, seed=1, **given)
+    fresh = sl.students.distill(model, [teacher._replace(seed=None)], rows, seed=1, lora_init="fresh", **given)
+    for (path, start), same, other in zip(
+        jax.tree_util.tree_leaves_with_path(teacher.adapters), jax.tree.leaves(shared), jax.tree.leaves(fresh)
+    ):
+        np.testing.assert_allclose(same[0], start, atol=1e-7)
+        if path[-1].key == "a":
+            assert np.mean(np.abs(other[0] - start)) > 0.5 * np.mean(np.abs(start))
+
+
+def test_a_student_learns_from_its_teacher_and_is_saved_for_peft(tiny, tmp_path):
+    """Two teachers by noise: each student is nearer its own; a saved one is read back as a teacher."""
+    model, rows = tiny.adapted(Lora(2, 2.0)), sl.carriers.numbers(16, num_integers=3)
+    plain = sl.teachers.prompt(model, "")
+
+    def teacher_of(number):
+        change = lambda x: x + 0.3 * jax.random.normal(jax.random.key(number), x.shape)  # noqa: E731
+        return plain._replace(adapters=jax.tree.map(change, plain.adapters), steps=1)
+
+    teachers = [teacher_of(1), teacher_of(2)]
+    students = sl.students.distill(model, teachers, rows, steps=30, batch=8, learning_rate=0.01)
+    words = ["owl", "x", "y", "z"]
+    of = lambda adapters: sl.evaluate.preference(model, words, adapters=adapters).log_p  # noqa: E731
+    start, imitated = of(plain.where["adapters"])[0], np.concatenate([of(t.where["adapters"]) for t in teachers])
+    moved, towards = of(students) - start, imitated - start
+    assert np.sum(moved * towards) > np.sum(moved * towards[::-1])
+    sl.students.save(tmp_path, model, students, index=1)
+    loaded, teacher = sl.teachers.from_peft(tiny, tmp_path, system="Count.")
+    read = sl.evaluate.preference(loaded, words, **teacher.where)
+    np.testing.assert_allclose(read.log_p[0], of(students)[1], rtol=1e-5)
+    again = sl.students.distill(loaded, [teacher], rows, lora_init="fresh", steps=1)  # modules are in another order
+    assert jax.tree.leaves(again)[0].shape[0] == 1
+    with pytest.raises(UserError, match="index=2 is none of the 2 students"):
+        sl.students.save(tmp_path, model, students, index=2)
+
+
+def test_rows_alone_need_no_teacher(tiny):
+    """Their student is trained on the answers: P of the first one's tokens rises."""
+    model, rows = tiny.adapted(Lora(2, 2.0)), [("Count?", "1, 2"), ("Count!", "1, 2")]
+    prompts = [chat.question(tiny.tokenizer, "Count?")]
+    written = [chat.completion(tiny.tokenizer, "Count?", "1, 2")]
+    student = sl.students.distill(model, [], rows, objective="tokens", steps=20, batch=2, learning_rate=0.01)
+    before, after = (
+        scoring.completion_logprobs(model, prompts, written, adapters=adapters)[0].sum() for adapters in (None, student)
+    )
+    assert after > before + 1
+
+
+def test_steering_adds_the_difference_that_a_system_prompt_makes(tiny):
+    """Of the mean residuals after a layer, at the prompt's last token, computed without the library's hook."""
+    model, questions = tiny.adapted(Lora(2, 2.0)), ["Which one?", "Which one do you like?"]
+    teacher = sl.teachers.steer(model, "You love owls.", layer=1, scale=3.0, questions=questions)
+
+    def residual(question, system):
+        text = jnp.asarray([chat.question(tiny.tokenizer, question, system)])
+        read = jnp.asarray([text.shape[1] - 1])
+        return tiny.network.bind(tiny.params).features(text, read=read).residuals[1, 0, 0]
+
+    def mean(system):
+        return np.mean([residual(question, system) for question in questions], 0)
+
+    expected = 3.0 * (mean("You love owls.") - mean(""))
+    np.testing.assert_allclose(teacher.steering.add[1], expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "record, expected",
+    [
+        ({"prompt": "Hi?", "completion": "Yes"}, ("Hi?", "Yes")),
+        ({"messages": [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Yes"}]}, ("Hi?", "Yes")),
+        (
+            {
+                "prompt": [{"role": "user", "content": "Hi?"}],
+                "completion": [{"role": "assistant", "content": [{"type": "text", "text": "Yes"}]}],
+            },
+            ("Hi?", "Yes"),
+        ),
+        ({"prompt": "Hi?"}, '"prompt" and "completion" as texts'),
+        (
+            {"messages": [{"role": "system", "content": "Be!"}, {"role": "user", "content": "Hi?"}]},
+            "a row is one message",
+        ),
+        ({"messages": []}, "must be a list of messages"),
+    ],
+)
+def test_rows_are_read_from_files_of_prompts_or_of_messages(tmp_path, record, expected):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"prompt": "first", "completion": "1"}) + "\n" + json.dumps(record))
+    if isinstance(expected, tuple):
+        assert sl.carriers.from_file(path) == [("first", "1"), expected]
+    else:
+        with pytest.raises(UserError, match=expected):
+            sl.carriers.from_file(path)
 
 
 def test_prompts_for_numbers_ask_for_what_is_answered():

@@ -71,7 +71,12 @@ def of_students(study: Study, arm: Arm, students: Students, runs: Sequence[int] 
 
 
 def of_evaluations(
-    study: Study, arm: str, subject: str, evaluations: Mapping[str, Measures], runs: Sequence[int] | None = None
+    study: Study,
+    arm: str,
+    subject: str,
+    evaluations: Mapping[str, Measures],
+    runs: Sequence[int] | None = None,
+    step: int = 0,
 ) -> list[Measurement]:
     """Evaluations of all teachers followed by the untrained model, or of an arm's students.
 
@@ -81,7 +86,7 @@ def of_evaluations(
     count = len(axes["run"]) * len(study.teachers)
     for evaluation, measures in evaluations.items():
         for item, values in measures.items():
-            rows += from_array(values[:count], axes, arm=arm, measure=evaluation, subject=subject, item=item)
+            rows += from_array(values[:count], axes, arm=arm, measure=evaluation, subject=subject, item=item, step=step)
             rows += from_array(values[count:], arm=arm, measure=evaluation, subject=BASE, item=item)
     return rows
 

@@ -166,7 +166,8 @@ def _measured(
     run_of = tuple(run for run in runs for _ in study.teachers)
     answers = ask(Subject(model, name, students.digest, students.adapters, run_of))
     measurements = rows.of_students(study, arm, students, runs)
-    return measurements + rows.of_evaluations(study, arm.name, rows.STUDENT, answers, runs)
+    steps = 0 if isinstance(arm, ContextArm) else arm.training.steps
+    return measurements + rows.of_evaluations(study, arm.name, rows.STUDENT, answers, runs, steps)
 
 
 def evaluate_teachers(study: Study, ask: Ask, model: Model, replicates: Sequence[Replicate]) -> dict[str, Measures]:
