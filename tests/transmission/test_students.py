@@ -44,7 +44,12 @@ def data(study, model, replicate_of, tmp_path_factory):
     return arm_data(study, study.arms[0], [replicate_of(study)], model, model, work)
 
 
-def test_the_objective_is_kl_over_the_support_at_the_answers_positions(study, model, replicate_of, data, plain_logits):
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+@pytest.mark.parametrize(("arm", "divergence"), [("soft", objectives.kl), ("soft_reverse", objectives.reverse_kl)])
+def test_the_objective_is_the_arms_over_the_support_at_the_answers_positions(
+    study_of, model, replicate_of, data, plain_logits, arm, divergence, temperature
+):
+    study = study_of(arms=(arm,), **{f"arm.{arm}.temperature": temperature})
     batch = jax.tree.map(lambda leaf: leaf[1, :20], data)
     start = jax.tree.map(lambda leaf: leaf[1], starts(model, "shared", [study.replicate_seed(0)] * 3))
     support = support_of(model)
@@ -52,11 +57,43 @@ def test_the_objective_is_kl_over_the_support_at_the_answers_positions(study, mo
     total, count = objective(start, model.params, batch)
     second = replicate_of(study).teachers[study.teachers[1]].adapters
     mask = objectives.support_mask(support, model.settings.vocab)
-    both = (jnp.asarray(plain_logits(model, adapters, batch.rows)) for adapters in (start, second))
-    expected = objectives.kl(*both, support=mask, weights=jnp.asarray(batch.rows.weights))
+    both = [jnp.asarray(plain_logits(model, adapters, batch.rows)) for adapters in (start, second)]
+    given = {"support": mask, "weights": jnp.asarray(batch.rows.weights)}
+    expected = divergence(*both, **given, temperature=temperature)
     np.testing.assert_allclose(total, expected[0], rtol=1e-3)
     assert count == expected[1] == batch.rows.weights.sum()
     assert abs(objective(second, model.params, batch)[0]) < 1e-5 * total
+    others = [objectives.kl(*both, **given), objectives.reverse_kl(*both, **given)]
+    assert sum(bool(np.isclose(total, other, rtol=1e-2)) for other, _ in others) == (temperature == 1)
+
+
+def test_a_fresh_start_has_nothing_of_the_teachers(model):
+    """It is the control of shared weights: another A for each run, and B of zeros."""
+    shared, fresh = (starts(model, lora_init, [3, 3, 8]) for lora_init in ("shared", "fresh"))
+    for place, seed in enumerate((3, 3, 8)):
+        teachers = model.untrained(named_key(seed, "A"))
+        jax.tree.map(np.testing.assert_array_equal, jax.tree.map(lambda leaf, at=place: leaf[at], shared), teachers)
+    for own, other in zip(adapters_in(shared), adapters_in(fresh)):
+        assert not np.any(other["b"])
+        np.testing.assert_array_equal(other["a"][0], other["a"][1])
+        drawn = [own["a"][0], own["a"][2], other["a"][0], other["a"][2]]
+        assert np.max(np.abs(np.corrcoef(np.reshape(drawn, (4, -1))) - np.eye(4))) < 0.2
+
+
+def test_held_out_rows_are_not_trained_on(study_of, model, replicate_of, tmp_path):
+    """One epoch of a student on tokens, with another answer in a held-out row and in a row that it trains on."""
+    study = study_of(arms=("tokens",), **NO_COVERAGE)
+    rows = [(f"Count {number}?", f"{number}, 7") for number in range(study.carrier.num_rows)]
+
+    def trained(folder, changed):
+        pairs = [(prompt, "9, 9" if number == changed else answer) for number, (prompt, answer) in enumerate(rows)]
+        result = train(study, model, tmp_path / folder, [replicate_of(study, pairs=pairs)])
+        return jax.tree.leaves(result.adapters), result.curve[0]["held_out"]
+
+    (adapters, losses), held_out, first = (trained(name, row) for name, row in (("a", None), ("b", 15), ("c", 16)))
+    jax.tree.map(np.testing.assert_array_equal, held_out[0], adapters)
+    assert held_out[1] != losses and first[1] == losses
+    assert any(np.any(mine != other) for mine, other in zip(first[0], adapters))
 
 
 def test_students_together_are_each_of_them_alone(study_of, model, replicate_of, tmp_path):
