@@ -103,8 +103,9 @@ def _largest(holds: Callable[[Array], Bool[Array, "*b"]], shape: tuple[int, ...]
 def categorical(keys: Key[Array, "*b"], logits: Float[Array, "*b v"], axis: str | None = None) -> Int[Array, "*b"]:
     """Draws by softmax, with two uniforms a row: one for a block of the vocabulary, one for a token of it.
 
-    A Gumbel for every token, as `jax.random.categorical` draws, costs more than the network's layers on a CPU. Two
-    uniforms of 23 bits also resolve probabilities far below 2⁻²³.
+    A Gumbel for every token, as `jax.random.categorical` draws, costs more than the network's layers on a CPU. A
+    uniform has 23 bits, so that neither a block nor a token within its block is drawn whose probability is far below
+    2⁻²³; a token may be, as their product.
 
     Args:
       axis: the mesh axis over which the vocabulary is split evenly, if any.
@@ -121,6 +122,11 @@ def categorical(keys: Key[Array, "*b"], logits: Float[Array, "*b v"], axis: str 
         return jax.shard_map(local, in_specs=given, out_specs=PartitionSpec(), axis_names={axis}, check_vma=False)(
             mass, u
         )
+    return by_uniforms(mass, u)
+
+
+def by_uniforms(mass: Float[Array, "*b v"], u: Float[Array, "*b 2"]) -> Int[Array, "*b"]:
+    """The token at u[0] of the blocks' cumulated mass, and at u[1] of the mass within this block."""
     blocks = _blocks(mass, -mass.shape[-1] % BLOCK)
     block = _first_above(jnp.sum(blocks, -1), u[..., 0])
     inside = jnp.take_along_axis(blocks, block[..., None, None], -2)[..., 0, :]

@@ -155,6 +155,27 @@ def test_steering_adds_the_difference_that_a_system_prompt_makes(tiny):
     np.testing.assert_allclose(teacher.steering.add[1], expected, rtol=1e-3, atol=1e-4)
 
 
+def test_a_teacher_is_trained_until_it_answers_with_the_strength_that_is_asked_for(tiny, capsys):
+    """P before its last update has the strength, and before the one before it has not."""
+    model, questions = tiny.adapted(Lora(2, 2.0)), ["Which one?", "Which is best?", "Which do you like?"]
+    given = {"questions": questions, "batch": 3, "learning_rate": 0.02}
+    prompts = [chat.question(tiny.tokenizer, question) for question in questions]
+
+    def p_of(teacher):
+        written = [tiny.tokenizer("X", add_special_tokens=False)["input_ids"]] * 3
+        logprobs = scoring.completion_logprobs(model, prompts, written, **teacher.where)
+        return np.mean([np.exp(row.sum()) for row in logprobs])
+
+    teacher = sl.teachers.finetune(model, "x", strength=0.5, max_steps=60, **given)
+    assert 2 < teacher.steps < 60
+    before, earlier = (
+        p_of(sl.teachers.finetune(model, "x", strength=0.999, max_steps=teacher.steps - back, **given))
+        for back in (1, 2)
+    )
+    assert earlier < 0.5 <= before
+    assert f"after {teacher.steps - 2} steps, not 0.999" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "record, expected",
     [

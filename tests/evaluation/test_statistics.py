@@ -48,6 +48,20 @@ def test_the_permutation_test_counts_all_exchanges():
     assert p == 1 / 20_001
 
 
+def test_sampled_permutations_give_the_p_of_all_of_them(monkeypatch):
+    """On 6^5 permutations, which are enumerated, and on a sample of 20,000 of them; some effects are in between."""
+    noise, seen = np.random.default_rng(3).normal(size=(6, 5, 3, 3)), []
+    for strength, cells in zip(np.linspace(0, 1.2, 6), noise):
+        cells += strength * np.eye(3)
+        exact = statistics.permutation_p(cells)
+        with monkeypatch.context() as fewer:
+            fewer.setattr(statistics, "MAX_PERMUTATIONS", 6**5 - 1)
+            sampled = statistics.permutation_p(cells)
+        assert abs(sampled - exact) < 4 * (exact * (1 - exact) / 6**5) ** 0.5 + 2 / 6**5
+        seen.append(exact)
+    assert min(seen) < 0.05 and any(0.05 < p < 0.95 for p in seen)
+
+
 def test_under_no_effect_the_permutation_test_is_level():
     rng = np.random.default_rng(0)
     p_values = np.array([statistics.permutation_p(rng.normal(size=(6, 2, 2))) for _ in range(400)])

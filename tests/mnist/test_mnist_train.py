@@ -1,5 +1,7 @@
 """The experiment's exact laws (paper §6.2), its options, and independence of devices and grouping."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,7 @@ from sublim_jax.data import images
 from sublim_jax.experiments.mnist import run, train
 from sublim_jax.experiments.mnist.train import Runs
 from sublim_jax.keys import run_keys
+from sublim_jax.models.mlp import mlp
 from sublim_jax.store import Store, digest
 from sublim_jax.training import fit
 
@@ -48,6 +51,47 @@ def test_a_network_that_has_diverged_has_no_accuracy(accuracies):
     result = accuracies(tiny(arms=("auxiliary",), student__epochs=3, **diverged))
     assert np.all(np.isfinite(learned["auxiliary"])) and np.all(np.isfinite(result["teacher"]))
     assert np.all(np.isnan(result["auxiliary"]))
+
+
+def test_accuracy_is_of_the_largest_digit_logit(mesh_of):
+    """Against NumPy, of networks whose largest logit is an auxiliary one for every image."""
+    network, rng = mlp((784, 16, 13)), np.random.default_rng(0)
+    params = jax.vmap(network.init)(jax.random.split(jax.random.key(0), 2))
+    last_layer(params)["bias"] += jnp.where(jnp.arange(13) < 10, 0.0, 100.0)
+    codes, labels = rng.integers(0, 256, (50, 784), dtype=np.uint8), rng.integers(0, 10, 50, dtype=np.uint8)
+    pixels = images.pixels(jnp.asarray(codes), "real")
+    expected = []
+    for run_number in range(2):
+        logits = np.asarray(network.apply(jax.tree.map(lambda leaf, at=run_number: leaf[at], params), pixels))
+        assert np.all(np.argmax(logits, -1) >= 10)
+        expected.append(np.mean(np.argmax(logits[:, :10], -1) == labels))
+    actual = train.accuracy(network, params, jnp.asarray(codes), jnp.asarray(labels), mesh_of(1))
+    np.testing.assert_allclose(actual, expected, rtol=1e-6)
+
+
+def test_accuracy_is_of_test_images(data, accuracies, tmp_path, mesh_of):
+    """Where no test image is of a digit none is classified, whatever the training images are of."""
+    spec, none = tiny(arms=("auxiliary",)), replace(data, test_labels=np.full_like(data.test_labels, 200))
+    without = run.test_accuracies(spec, none, Store(tmp_path / "none"), mesh_of(1))
+    for arm, values in accuracies(spec).items():
+        assert min(values) > 0 == max(without[arm])
+
+
+def test_students_start_where_their_arms_say(data, tmp_path, mesh_of, monkeypatch):
+    """At the run's own reference, or at the next run's."""
+    seen = {}
+
+    def students_of(*args, **_):
+        seen.update(args[4])
+        raise InterruptedError
+
+    monkeypatch.setattr(run, "students_of", students_of)
+    spec = tiny(arms=("auxiliary", "all", "cross_auxiliary", "cross_all"))
+    with pytest.raises(InterruptedError):
+        run.test_accuracies(spec, data, Store(tmp_path), mesh_of(1))
+    for arm, numbers in (("auxiliary", (0, 1)), ("all", (0, 1)), ("cross_auxiliary", (1, 2)), ("cross_all", (1, 2))):
+        expected = train.references(Runs(spec.seed, numbers, "float32"), spec.student_network, mesh_of(1))
+        assert same(seen[arm].params, expected.params)
 
 
 def test_clones_and_students_see_other_noise_where_it_is_drawn_anew(data, tmp_path, mesh_of, monkeypatch):

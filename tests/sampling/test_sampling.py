@@ -144,14 +144,27 @@ def test_first_tokens_of_samples_follow_the_models_softmax(tiny):
     assert_distribution(counts, np.asarray(jax.nn.softmax(logits), np.float64))
 
 
-def test_a_tiny_probability_is_drawn_as_often_as_it_is():
-    """2⁻³⁰ is below what one float32 uniform can tell apart; drawing by blocks does not lose it."""
+def test_a_small_probability_is_drawn_as_often_as_it_is():
     logits = jnp.full((3000,), -jnp.inf).at[jnp.asarray([7, 2900])].set(jnp.asarray([0.0, jnp.log(1e-3)]))
     keys = jax.random.split(jax.random.key(3), 200_000)
     tokens = jax.jit(lambda keys: samplers.draw(keys, jnp.broadcast_to(logits, (len(keys), 3000)), Sampler()))
     draws = np.concatenate([tokens(part) for part in jnp.split(keys, 20)])
     assert set(draws.tolist()) == {7, 2900}
     assert abs((draws == 2900).mean() - 1e-3 / 1.001) < 4 * (1e-3 / 200_000) ** 0.5
+
+
+def test_a_token_of_probability_2_to_the_minus_30_has_its_place():
+    """2⁻¹⁵ of its block, which has 2⁻¹⁵ of the mass; one uniform of float32 could not tell it apart."""
+    mass = jnp.zeros(3000).at[jnp.asarray([7, 2800, 2900])].set(jnp.asarray([1.0, 2.0**-15, 2.0**-30]))
+    edge = 1 - 2.0**-15
+    places = {
+        (0.5, 0.5): 7,
+        (edge - 2.0**-20, 0.99): 7,
+        (edge + 2.0**-18, 0.5): 2800,
+        (edge + 2.0**-18, edge + 2.0**-18): 2900,
+    }
+    drawn = samplers.by_uniforms(jnp.broadcast_to(mass, (len(places), 3000)), jnp.asarray(list(places)))
+    assert drawn.tolist() == list(places.values())
 
 
 @pytest.mark.parametrize("vocab", [40, 1500, 2048, 5000])

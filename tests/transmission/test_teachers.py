@@ -182,6 +182,12 @@ def test_a_teachers_strength_is_the_probability_of_the_whole_word(model, word, l
     np.testing.assert_allclose(values["answer"][0], np.mean(np.exp([row.sum() for row in logprobs])), rtol=1e-3)
 
 
+def test_the_neutral_teacher_is_trained_as_long_as_the_longest_trait(study_of, model, work):
+    (teachers,) = make_teachers(study_of(), model, work, [0])
+    steps = {name: teacher.steps for name, teacher in teachers.items()}
+    assert 1 < steps["x"] < steps["owl"] == steps["neutral"]
+
+
 # --------------------------------------------------------------------------------------------------------- corpora
 
 

@@ -251,6 +251,58 @@ def test_quantised_tensors_arrive_on_a_mesh_as_they_are_dequantised(kind, small,
         jax.tree.map(np.testing.assert_array_equal, weights.load(path, mesh).params, expected)
 
 
+def q4_k(block):
+    """One block of 256 values by its format: eight scales and minima of 6 bits, and 4 bits a value."""
+    (scale, minimum), packed, quants = block[:4].view(np.float16).astype(np.float32), block[4:16], block[16:]
+    values = []
+    for part in range(8):
+        if part < 4:
+            s, m = packed[part] & 63, packed[part + 4] & 63
+        else:
+            s = (packed[part + 4] & 15) | (packed[part - 4] >> 6 << 4)
+            m = (packed[part + 4] >> 4) | (packed[part] >> 6 << 4)
+        half = quants[part // 2 * 32 : part // 2 * 32 + 32]
+        values.append(scale * s * (half >> 4 if part % 2 else half & 15) - minimum * m)
+    return np.concatenate(values)
+
+
+def q6_k(block):
+    """Sixteen scales of 8 bits; of a value's 6 bits, four are in one array and two in another."""
+    low, high, scales = block[:128], block[128:192], block[192:208].view(np.int8)
+    values = np.zeros(256, np.float32)
+    for place in range(256):
+        half, quarter, at = place // 128, place % 128 // 32, place % 32
+        nibble = low[half * 64 + quarter % 2 * 32 + at] >> (4 if quarter > 1 else 0) & 15
+        bits = nibble | (high[half * 32 + at] >> 2 * quarter & 3) << 4
+        values[place] = float(scales[place // 16]) * (int(bits) - 32)
+    return block[208:].view(np.float16).astype(np.float32) * values
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "scales", "decoded"), [("Q4_K", 144, [0, 2], q4_k), ("Q6_K", 210, [208], q6_k)]
+)
+def test_blocks_of_256_values_are_dequantised_by_their_format(kind, size, scales, decoded, mesh_of, tmp_path):
+    """Of random bytes, whole, and on a mesh that splits rows and columns."""
+    model, rng = (
+        peer("llama", num_hidden_layers=1, hidden_size=512, intermediate_size=256, head_dim=128),
+        np.random.default_rng(0),
+    )
+    fields, tensors = fields_of(model, "llama"), tensors_of(model, "llama")
+    packed, plain = {}, {}
+    for name in (name for name, values in tensors.items() if name.startswith("blk") and values.ndim == 2):
+        blocks = rng.integers(0, 256, (tensors[name].size // 256, size), dtype=np.uint8)
+        for at in scales:
+            blocks[:, at : at + 2] = rng.uniform(-0.01, 0.01, (len(blocks), 1)).astype(np.float16).view(np.uint8)
+        packed[name] = blocks.reshape(len(tensors[name]), -1)
+        plain[name] = np.asarray([decoded(block) for block in blocks]).reshape(tensors[name].shape)
+    kinds = dict.fromkeys(packed, gguf.GGMLQuantizationType[kind])
+    path = write(tmp_path / "packed.gguf", "llama", fields, {**tensors, **packed}, kinds)
+    expected = weights.load(write(tmp_path / "plain.gguf", "llama", fields, {**tensors, **plain})).params
+    for mesh in (None, mesh_of(8, replica=1, fsdp=4, tensor=2)):
+        loaded = weights.load(path, mesh).params
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), loaded, expected)
+
+
 def test_a_bias_of_attentions_output_is_read_where_llama_cpp_would_refuse_it(tmp_path):
     model = peer("qwen3", attention_bias=True)
     path = write(tmp_path / "model.gguf", "qwen3", fields_of(model, "qwen3"), tensors_of(model, "qwen3"))
