@@ -139,9 +139,11 @@ except Interrupted:
     sys.exit(143)
 """
 UNREADABLE_ON_ONE = """
+def at(step):
+    return {"x": put(np.full(4, float(step)), whole)}, {"row": 10 * step + int(process)}
 with checkpoints.opened(folder) as kept:
-    kept.save(4, state, None)
-    kept.save(8, state, None)
+    kept.save(4, *at(4))
+    kept.save(8, *at(8))
 metadata, failed = checkpoints.ocp.checkpointables_metadata, []
 def fails_once(path):
     if process == "1" and not failed:
@@ -150,8 +152,13 @@ def fails_once(path):
     return metadata(path)
 checkpoints.ocp.checkpointables_metadata = fails_once
 with checkpoints.opened(folder) as kept:
-    assert kept.restore(state) is not None
-    kept.save(6, state, None)
+    restored, position = kept.restore(state)
+    assert np.asarray(restored["x"].addressable_data(0)).tolist() == [4.0] * 4, restored
+    assert position == {"row": 40 + int(process)}, position
+    kept.save(6, *at(6))
+with checkpoints.opened(folder) as kept:
+    restored, position = kept.restore(state)
+    assert position == {"row": 60 + int(process)}, position
 """
 
 
@@ -167,7 +174,10 @@ def test_a_signal_that_comes_just_after_a_save_is_acted_on(tmp_path):
 
 
 def test_a_checkpoint_that_one_process_cannot_read_is_passed_over_by_both(tmp_path):
-    """Orbax counts its reads: a process that failed before the count could read and save nothing any more."""
+    """Orbax counts its reads: a process that failed before the count could read and save nothing any more.
+
+    Each goes on from the newest state that both can read, at its own place in the data.
+    """
     first = run_on_two(UNREADABLE_ON_ONE, tmp_path)[0]
     assert "the checkpoint of step 8 is unreadable" in first and "stale file handle" in first
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["4", "6"]

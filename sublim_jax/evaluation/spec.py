@@ -104,7 +104,7 @@ def check_read(evals: EvalsSpec, key: str, prefix: str, *, judged: bool = False)
         raise UserError(f"{prefix}{key} is read only with evals.judge.kind={kind}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EvalPacks:
     """Files of the evaluations' phrasings; "" for those of the package."""
 

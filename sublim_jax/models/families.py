@@ -1,8 +1,8 @@
 """Families of open language models: each maps a transformers config to `Settings`, and tensors to our parameters.
 
 To add a family to `FAMILIES`: write a function from its config to `Settings`, and one that returns the rules from its
-tensors to our parameters (a tuple of `Rule`). The decoder itself is the same for all. `docs/extending.md` walks
-through an example.
+tensors to our parameters (a tuple of `Rule`). The decoder itself is the same for all. `docs/extending.md` has
+the steps.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -183,7 +183,7 @@ class SamplingSpec(Checked):
         return {"slots": self.slots, "steps": self.steps, "chunk": self.chunk, "lanes": self.lanes}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PacksSpec(EvalPacks):
     """Files of phrasings; "" for the built-in ones."""
 

@@ -16,6 +16,8 @@ from sublim_jax.experiments.transmission.spec import NEUTRAL, Study
 from sublim_jax.figures import Entry, Line, Panel, matrix_figure, panels_figure
 from sublim_jax.measurements import Measurements
 
+DIVERGENCES = {"kl": "KL(teacher ‖ student)", "reverse_kl": "KL(student ‖ teacher)"}  # by objective
+
 
 def document(study: Study, rows: Measurements, notes: report.Notes) -> report.Document:
     """The arms of results.json, and the sections of report.md."""
@@ -169,8 +171,7 @@ def describe(arm: Arm) -> str:
             words.append(f"read by {arm.model}")
         return "; ".join(words)
     if isinstance(arm, LogitArm):
-        direction = "KL(teacher ‖ student)" if arm.objective == "kl" else "KL(student ‖ teacher)"
-        words = [f"{direction} over digits, commas and spaces, on {written}"]
+        words = [f"{DIVERGENCES[arm.objective]} over digits, commas and spaces, on {written}"]
         if arm.temperature != 1:
             words.append(f"temperature {arm.temperature}")
     else:
