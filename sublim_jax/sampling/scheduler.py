@@ -207,17 +207,18 @@ def _row_keys(key: Key[Array, "*adapters"], prompt: Array, sample: Array) -> Key
 def _read(look: _Look, requests: Requests, stops: tuple[int, ...]) -> Iterator[tuple[Slot, Sample]]:
     """Adds the tokens of some steps to their rows, and yields the finished ones."""
     generated = jax.device_get(look.generated)
+    every_token, every_logprob = generated.token.tolist(), generated.logprob.tolist()  # arrays are read more slowly
     for (device, adapter, slot), row in look.riding.items():
         for step in range(0 if row.ended else look.steps):
             at = (device, step, adapter, slot)
-            token = int(generated.token[at])
+            token = every_token[device][step][adapter][slot]
             if token == -1:
                 break
             finish = "stop" if token in stops else ""
             if token == NAN:
                 finish = "nan"
             else:
-                row.logprobs.append(float(generated.logprob[at]))
+                row.logprobs.append(every_logprob[device][step][adapter][slot])
                 if generated.entropy is not None:
                     row.entropies.append(float(generated.entropy[at]))
                 if generated.alternatives is not None:
@@ -226,9 +227,9 @@ def _read(look: _Look, requests: Requests, stops: tuple[int, ...]) -> Iterator[t
             if not finish:
                 row.tokens.append(token)
                 finish = "length" if len(row.logprobs) == requests.limits[row.prompt] else ""
-            text = ""
-            if finish or requests.stop_strings:
-                text = requests.decode(row.tokens, skip_special_tokens=True)
+            if not finish and not requests.stop_strings:
+                continue
+            text = requests.decode(row.tokens, skip_special_tokens=True)
             cut = min((text.find(string) for string in requests.stop_strings if string in text), default=-1)
             if cut >= 0:
                 text, finish = text[:cut], "stop"
