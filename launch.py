@@ -66,6 +66,7 @@ _FLAGS = (_CONFIG, _WORKDIR, _UPDATE, _PREFLIGHT, _REPORT, _DESCRIBE, _COORDINAT
 _NAMES = tuple(flag.name for flag in _FLAGS)
 
 NO_SPACE = "no space left on the disk, or in its quota; free some and give the same command again, it goes on from here"
+COMPILED = "JAX_COMPILATION_CACHE_DIR"  # a folder of the user's own choice
 LOST_CODE = 75  # EX_TEMPFAIL
 LOST = "another process of this run has ended or cannot be reached; the same command goes on from the last checkpoint"
 NO_MEMORY = "there is not enough memory ({}); ask for less at once, or run on more or larger devices"
@@ -132,7 +133,7 @@ def keep_compiled(folder: epath.Path) -> None:
     With a folder of its own each of the others would compile everything again, and on GPUs wait for the first one's
     measurements of kernels, which it has in its folder and does not make.
     """
-    if not cluster.joined():
+    if not cluster.joined() or COMPILED in os.environ:
         return
     compilation_cache.reset_cache()  # it may have been opened in another folder
     jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
@@ -311,7 +312,8 @@ def compile_only(experiment: ModuleType, config: ConfigDict, topology: str) -> N
 
 
 if __name__ == "__main__":
-    jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
+    if COMPILED not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
     absl.logging.use_absl_handler()
     app.define_help_flags()

@@ -162,6 +162,23 @@ with checkpoints.opened(folder) as kept:
 """
 
 
+KEEPS_WHAT_IS_COMPILED = """
+import jax, launch
+from etils import epath
+jax.jit(lambda x: x + 1)(1.0)  # opens a cache of this host's own
+launch.keep_compiled(epath.Path(folder))
+jax.jit(lambda x: 2 * x)(state["x"])
+cluster.meet()  # the first has written it
+assert any(name.endswith("cache") for name in os.listdir(folder + "/compiled")), os.listdir(folder)
+jax.clear_caches()
+events = []
+jax.monitoring.register_event_listener(lambda event, **_: events.append(event))
+jax.jit(lambda x: 2 * x)(state["x"])
+# JAX names a CPU's program by the process, too.
+assert process == "1" or "/jax/compilation_cache/cache_hits" in events, events
+"""
+
+
 def run_on_two(program, folder, code=0):
     command = (sys.executable, "-c", BEGINNING + program, f"127.0.0.1:{free_port()}")
     both = [start_process(*command, number, folder / "run") for number in range(2)]
@@ -171,6 +188,12 @@ def run_on_two(program, folder, code=0):
 def test_a_signal_that_comes_just_after_a_save_is_acted_on(tmp_path):
     """JAX's preemption service goes by the number last queried, so nothing but `signals` may query it."""
     run_on_two(SIGNAL_AFTER_A_SAVE, tmp_path, 143)
+
+
+def test_all_processes_keep_compiled_programs_in_one_folder(tmp_path, monkeypatch):
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    run_on_two(KEEPS_WHAT_IS_COMPILED, tmp_path)
+    assert (tmp_path / "run" / "compiled").is_dir()
 
 
 def test_a_checkpoint_that_one_process_cannot_read_is_passed_over_by_both(tmp_path):
