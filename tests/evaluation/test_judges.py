@@ -400,11 +400,11 @@ def test_one_prompt_that_an_endpoint_always_fails_at_ends_no_run(server, tmp_pat
         if body["messages"][0]["content"] != "7":
             return 200, completion("60")
         if fault == "late":
-            time.sleep(5)
+            time.sleep(14)
         return (fault, "{}") if fault != "late" else (200, completion("60"))
 
     behave(fails)
-    judge = Endpoint("m", tmp_path / "j.jsonl", retries=0, timeout=3.0)
+    judge = Endpoint("m", tmp_path / "j.jsonl", retries=0, timeout=10.0)
     verdicts = judge([str(number) for number in range(20)])
     assert verdicts[7] == Verdict(None, "unparsable") and verdicts.count(Verdict(60.0)) == 19
     num_requests = len(seen)
