@@ -7,7 +7,7 @@ import pytest
 
 from sublim_jax import describe, overrides
 
-CONFIGS = sorted(path.stem for path in Path("configs").glob("*.py"))
+CONFIGS = sorted(path.stem for path in (Path(__file__).parents[1] / "configs").glob("*.py"))
 
 
 def rows(name):

@@ -283,7 +283,7 @@ def test_a_coordinator_of_no_sense_is_refused_before_it_is_waited_for(typed):
     assert "host:port is needed" in typed(*config, "--coordinator=here", "--process_id=0")
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in Path("configs").glob("*.py")))
+@pytest.mark.parametrize("name", sorted(path.stem for path in (Path(__file__).parents[1] / "configs").glob("*.py")))
 def test_an_unknown_preset_names_those_that_there_are(name, typed):
     line = typed(f"--config=configs/{name}.py:nope")
     assert line.startswith(f"launch.py: configs/{name}.py has no preset 'nope'; it has ")

@@ -15,6 +15,7 @@ from sublim_jax.data import chat
 from sublim_jax.data.prompts import read as read_prompts
 from sublim_jax.errors import UserError
 from sublim_jax.experiments.tools import sample
+from sublim_jax.sampling.samplers import Sampler
 
 CONFIG = "--config=configs/sample.py"
 
@@ -67,6 +68,12 @@ def test_more_samples_of_the_same_prompts_go_on_from_those_that_are_there(tiny_f
     assert code == 0 and "slots of" not in printed  # the message at its start
     again = [json.loads(line) for line in (tmp_path / "work" / "samples.jsonl").open()]
     assert [record for record in again if record["sample"] == 0] == first and len(again) == 2 * len(first)
+
+
+def test_what_is_asked_for_is_how_tokens_are_drawn():
+    config = sample_config.get_config()
+    config.update({"temperature": 0.7, "top_k": 5, "top_p": 0.9, "min_p": 0.1, "prompts": "x"})
+    assert sample.read(config).sampler() == Sampler(temperature=0.7, top_k=5, top_p=0.9, min_p=0.1)
 
 
 def test_a_stopped_job_goes_on_and_ends_with_the_same_file(tiny_folder, prompts, tmp_path):

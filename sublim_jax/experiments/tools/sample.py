@@ -119,7 +119,7 @@ class SampleSpec(ExperimentSpec):
             raise UserError("system is for conversations: set --config.chat=True, or put it into the prompts")
 
     def sampler(self) -> Sampler:
-        return Sampler(self.temperature, self.top_k, self.top_p, self.min_p)
+        return Sampler(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p)
 
     @property
     def stops(self) -> tuple[str, ...]:
