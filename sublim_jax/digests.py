@@ -1,6 +1,6 @@
 """SHA-256 of files that are read, computed once: artefacts are named by content, not by a path.
 
-A file's digest is remembered with its size and the time of its last change, so that 15 GB are not read twice.
+A large file's digest is remembered with its size and the time of its last change, so that 15 GB are not read twice.
 """
 
 import hashlib
@@ -13,6 +13,8 @@ import numpy as np
 
 from sublim_jax.assets import cache_folder, digest
 from sublim_jax.storage import MODEL_FILES
+
+LARGE = 1 << 26  # bytes; smaller files are read again, in less than a tenth of a second
 
 
 class Source(NamedTuple):
@@ -27,6 +29,8 @@ def of_file(path: Path) -> str:
     """The SHA-256 of a file's content, in hexadecimal. Raises OSError where it cannot be read."""
     path = path.resolve()
     stat = path.stat()
+    if stat.st_size < LARGE:
+        return digest(path)
     known = {"path": str(path), "size": stat.st_size, "changed": stat.st_mtime_ns}
     note = cache_folder() / "digests" / f"{hashlib.sha256(str(path).encode()).hexdigest()[:32]}.json"
     try:
