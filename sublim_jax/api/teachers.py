@@ -4,10 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import optax
+from jaxtyping import Array, Key
 
-from sublim_jax import store
-from sublim_jax.data import dialogue
+from sublim_jax import filters, store
+from sublim_jax.data import chat, dialogue
 from sublim_jax.distillation import steering
+from sublim_jax.distillation.targets import Pair
 from sublim_jax.distillation.teachers import (
     AnswerTraining,
     Teacher,
@@ -20,12 +22,16 @@ from sublim_jax.distillation.teachers import (
 )
 from sublim_jax.errors import UserError
 from sublim_jax.evaluation import preference
+from sublim_jax.filters import Filter
 from sublim_jax.keys import named_key
 from sublim_jax.models.language import Model
+from sublim_jax.progress import say
+from sublim_jax.sampling.constraints import Constraint
+from sublim_jax.sampling.generate import generate
 from sublim_jax.specs import check_count, check_positive
 from sublim_jax.weights import peft
 
-__all__ = ["Teacher", "finetune", "from_peft", "prompt", "steer"]
+__all__ = ["Teacher", "finetune", "from_peft", "prompt", "steer", "write"]
 
 
 def finetune(
@@ -138,6 +144,53 @@ def steer(
     read = steering.residual_after(model, layer, seed)
     mean, neutral_mean = (steering.mean_residual(model, read, questions, text) for text in (system, neutral))
     return untrained(model, seed, steering=steering.hook(model, layer, scale * (mean - neutral_mean)))
+
+
+def write(
+    model: Model,
+    teacher: Teacher,
+    prompts: Sequence[str],
+    key: Key[Array, ""],
+    *,
+    num_samples: int = 1,
+    max_new_tokens: int = 64,
+    constraint: Constraint | None = None,
+    rules: Sequence[Filter] = (),
+) -> list[Pair]:
+    """What a teacher answers, filtered: the rows of its student in the paper's setting (§3.1).
+
+    Args:
+      model: with the teacher's adapters.
+      prompts: messages of a user.
+      key: of the draws, which are at temperature 1.
+      num_samples: answers to each prompt.
+      max_new_tokens: at most as many tokens in an answer; what is cut off there is left out.
+      constraint: of the tokens, as for `generate`.
+      rules: filters, such as `filters.number_rule()` and `filters.trait_words(["owl"])`.
+
+    Returns:
+      (prompt, answer) of every answer that came to its end and passes the rules.
+
+    Raises UserError for adapters of another model, and for a number of samples or tokens below 1.
+    """
+    check_count("num_samples", num_samples)
+    texts = [chat.question(model.tokenizer, prompt, teacher.system) for prompt in prompts]
+    samples = generate(
+        model,
+        texts,
+        key,
+        samples=num_samples,
+        max_new_tokens=max_new_tokens,
+        constraint=constraint,
+        **teacher.where,
+    )
+    records = [
+        {"prompt": prompts[sample.prompt], "completion": sample.text, "finish": sample.finish} for sample in samples
+    ]
+    sifted = filters.sift(records, [filters.ended(), *rules])
+    reasons = ", ".join(f"{reason}: {count}" for reason, count in sifted.reasons.items())
+    say(f"{len(sifted.kept)} of {len(records)} answers are kept{f' ({reasons})' if reasons else ''}")
+    return [(record["prompt"], record["completion"]) for record in sifted.kept]
 
 
 def _questions(questions: Sequence[str] | None, kind: str) -> list[str]:

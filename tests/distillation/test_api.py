@@ -138,6 +138,25 @@ def test_rows_alone_need_no_teacher(tiny):
     assert after > before + 1
 
 
+def test_a_teacher_writes_rows_that_end_and_pass_the_rules(tiny, capsys):
+    """They are its answers as `generate` gives them: to its system prompt and the question, with its adapters."""
+    model, prompts, key = tiny.adapted(Lora(2, 2.0)), ["Count!", "Say!", "Go!"], jax.random.key(5)
+    teacher = sl.teachers.prompt(model, "You love owls.")
+    texts = [chat.question(tiny.tokenizer, prompt, "You love owls.") for prompt in prompts]
+    samples = sl.generate(tiny, texts, key, samples=40, max_new_tokens=12)
+
+    def short(record):
+        return ["long"] if len(record["completion"]) > 5 else []
+
+    ended = [(prompts[s.prompt], s.text) for s in samples if s.finish == "stop"]
+    expected = [(prompt, text) for prompt, text in ended if len(text) <= 5]
+    given = {"num_samples": 40, "max_new_tokens": 12}
+    assert 0 < len(expected) < len(ended) < len(samples)
+    assert sl.teachers.write(model, teacher, prompts, key, rules=[short], **given) == expected
+    assert f"{len(expected)} of 120 answers are kept" in capsys.readouterr().out
+    assert sl.teachers.write(model, teacher, prompts, key, **given) == ended
+
+
 def test_steering_adds_the_difference_that_a_system_prompt_makes(tiny):
     """Of the mean residuals after a layer, at the prompt's last token, computed without the library's hook."""
     model, questions = tiny.adapted(Lora(2, 2.0)), ["Which one?", "Which one do you like?"]
