@@ -130,8 +130,8 @@ def main(args: Sequence[str], watch: cluster.Watch) -> None:
 def keep_compiled(folder: epath.Path) -> None:
     """Lets all processes of a run read one folder of compiled programs, which the first of them writes.
 
-    With a folder of its own each of the others would compile everything again, and on GPUs wait for the first one's
-    measurements of kernels, which it has in its folder and does not make.
+    With folders of their own the others, who write none, would compile everything again after a restart. On GPUs they
+    would also wait for timings of kernels that the first reads from its folder, and therefore never sends.
     """
     if not cluster.joined() or COMPILED in os.environ:
         return

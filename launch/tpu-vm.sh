@@ -21,6 +21,9 @@ case "$kind" in  # the image of each generation
   *) image=tpu-ubuntu2204-base ;;
 esac
 failed=0  # installations in a row
+folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT
+git ls-files -z | tar --create --null --files-from=- --file="$folder/sublim_jax.tar" || exit 2
 tpu() { gcloud compute tpus tpu-vm "$@" --zone="$zone"; }
 state() { tpu describe "$name" --format="value(state)" 2>/dev/null; }
 
@@ -34,8 +37,7 @@ while true; do
   fi
   if [ -z "$installed" ]; then
     # The image's own Python is 3.10, which is too old; uv brings another.
-    packed=$(mktemp -d)/sublim_jax.tar
-    git ls-files -z | tar --create --null --files-from=- --file="$packed" && tpu scp "$packed" "$name:" --worker=all &&
+    tpu scp "$folder/sublim_jax.tar" "$name:" --worker=all &&
       tpu ssh "$name" --worker=all --command="mkdir -p sublim_jax && tar xf sublim_jax.tar -C sublim_jax && \
       cd sublim_jax && pip install --quiet uv && \
       python3 -m uv venv --clear --python 3.12 .venv && python3 -m uv pip install --quiet --editable '.[tpu,gcs]'" ||

@@ -217,6 +217,11 @@ def is_folder(name: str) -> bool:
     return (path := _at(name)) is not None and path.is_dir()
 
 
+def hub_name(name: str) -> str:
+    """The name on the hub of a known model; any other name as it is."""
+    return MODELS[name][0] if name in MODELS else name
+
+
 def model(name: str) -> Path:
     """A model by a path, a name of the hub ("organisation/name"), or a name known here.
 

@@ -21,6 +21,8 @@ from jax._src import distributed  # the processes' key-value store, which has no
 from sublim_jax.errors import UserError
 
 FAILED = "sublim_jax/failed"
+_PODS = "this pod belongs to an indexed job, and JAX does not find the other pods"
+_BY_HAND = "or name them by --coordinator, --num_processes and --process_id"
 LOOK = 0.5  # seconds between two looks for another process's failure
 LONGEST = 7 * 86400  # seconds that one process may work while the others wait
 SILENCE = 40  # seconds without a sign of life, after which JAX ends the processes that are left
@@ -43,16 +45,16 @@ def join(coordinator: str | None, processes: int | None, process: int | None) ->
     try:
         initialize()
     except ValueError as error:  # no cluster here
-        if {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= os.environ.keys():
-            raise UserError(
-                "this pod belongs to an indexed job, and JAX does not find the other pods; install jax[k8s], or name "
-                "them by --coordinator, --num_processes and --process_id"
-            ) from error
+        if "KUBERNETES_SERVICE_HOST" in os.environ and os.environ.get("JOB_COMPLETION_INDEX", "0") != "0":
+            raise UserError(f"{_PODS}; install jax[k8s], {_BY_HAND}") from error
         return
     except RuntimeError as error:
-        if "before any JAX calls" not in str(error):
+        if "before any JAX calls" in str(error):  # a notebook, or a test, which has used JAX alone before
+            return
+        if "KUBERNETES_SERVICE_HOST" not in os.environ:
             raise
-        return  # a notebook, or a test, which has used JAX alone before
+        said = " ".join(str(error).split())[:200]
+        raise UserError(f"{_PODS} ({said}); let its account list pods and read jobs, {_BY_HAND}") from error
 
 
 def _local_devices() -> list[int] | None:

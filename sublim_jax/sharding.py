@@ -58,8 +58,8 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
 def laid_out(shape: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray:
     """Devices in the shape of a mesh: neighbours in its last axes are near each other, on a host or a torus.
 
-    `jax.make_mesh` takes neither GPUs of several hosts, each of which is a slice to XLA, nor shapes that split an axis
-    of a TPU's torus. Raises UserError for TPUs of several slices.
+    `jax.make_mesh` takes neither GPUs of several hosts, each of which is a slice to XLA, nor (but for v5e) shapes that
+    split an axis of a TPU's torus. Raises UserError for TPUs of several slices.
     """
     if devices[0].platform == "tpu" and (slices := len({getattr(device, "slice_index", 0) for device in devices})) > 1:
         raise UserError(f"the devices are of {slices} TPU slices, and a run takes one; start a run on each")

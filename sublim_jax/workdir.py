@@ -4,6 +4,7 @@ import contextlib
 import json
 import shutil
 import time
+import uuid
 from collections.abc import Iterator, Mapping
 
 import jax
@@ -20,9 +21,8 @@ from sublim_jax.store import Store, write_json
 # experiment, or of the experiment in it; an arm's `data` is another thing.
 EXECUTION = ("mesh", "runs_at_once", "checkpoint_every", "data", "sampling")
 PREFIXES = ("", ".study", ".mnist")
-NOTICED = (
-    90.0  # seconds until a host must see a new file of a shared folder; NFS may remember for 60 that it is missing
-)
+# Seconds until a host must see a new file of a shared folder; NFS may remember for 60 that it is missing.
+NOTICED = 90.0
 QUERIES = ("max_concurrent", "max_per_minute", "prices")  # how a judge is queried
 
 
@@ -36,13 +36,15 @@ def claim(
       update: accept a folder with another config's run in it: what still holds is reused.
 
     Raises:
-      UserError: the folder holds a run of another config, cannot be written, or is too full.
+      UserError: the folder holds a run of another config, cannot be written, is too full, or is not the same one on all
+        hosts.
     """
     path = epath.Path(folder).expanduser()
     storage.check(path)
     held: list[FileLock | Lease] = []
     from_first(lambda: held.append(_claimed(path, config, update, bytes_needed)))
-    agreed(lambda: _check_shared(path))
+    if jax.process_count() > 1:
+        _check_shared(path)
     return Store(path, held)
 
 
@@ -65,13 +67,25 @@ def _claimed(path: epath.Path, config: Mapping[str, object], update: bool, bytes
 
 
 def _check_shared(path: epath.Path) -> None:
-    """Raises UserError on a host that does not see what the first process wrote."""
+    """Raises UserError on all processes where one of them does not see what the first writes."""
+
+    def write() -> str:
+        name = f".seen-{uuid.uuid4().hex}"
+        storage.write(path / name, b"")
+        return name
+
+    sign = path / from_first(write)
+    agreed(lambda: _wait_for(sign))
+    from_first(lambda: sign.unlink(missing_ok=True))
+
+
+def _wait_for(sign: epath.Path) -> None:
     until = time.monotonic() + NOTICED
-    while not (path / "config.json").exists():
+    while not sign.exists():
         if time.monotonic() > until:
             raise UserError(
-                f"--workdir={path} is another folder on the host of process {jax.process_index()} than on the first "
-                "one's; name a folder that all hosts share, or a bucket"
+                f"--workdir={sign.parent} is another folder on the host of process {jax.process_index()} than on the "
+                "first one's; name a folder that all hosts share, or a bucket"
             )
         time.sleep(0.5)
 

@@ -8,6 +8,7 @@ import jax
 import pytest
 from etils import epath
 from evaluation_kit import HEADER, ROWS, completion
+from jax.experimental.compilation_cache import compilation_cache
 from launch_kit import (
     arms_in,
     assert_same_arms,
@@ -20,6 +21,7 @@ from launch_kit import (
     wait_for,
 )
 
+import launch
 from sublim_jax import cluster, workdir
 from sublim_jax.errors import UserError
 
@@ -38,6 +40,8 @@ def test_a_number_of_processes_without_a_coordinator_is_refused(given):
 def test_under_slurm_a_process_that_has_its_node_alone_has_all_of_its_gpus(monkeypatch, nodes, devices):
     """JAX would give it the one of its number on the node; eight processes a node have one each."""
     asked = {}
+    for name in ("SLURM_STEP_NUM_NODES", "JAX_LOCAL_DEVICE_IDS"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **given: asked.update(given))
     monkeypatch.setenv("SLURM_NTASKS", "2")
     if nodes is not None:
@@ -50,17 +54,30 @@ def test_a_pod_that_does_not_find_the_others_is_refused(monkeypatch):
     def initialize(**_):
         raise ValueError("coordinator_address should be defined.")
 
+    def forbidden(**_):
+        raise RuntimeError("Forbidden")
+
     monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    for name in ("KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"):
+        monkeypatch.delenv(name, raising=False)
     cluster.join(None, None, None)  # alone, on no cluster
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    monkeypatch.setenv("JOB_COMPLETION_INDEX", "0")
+    cluster.join(None, None, None)  # it may be the only one
     monkeypatch.setenv("JOB_COMPLETION_INDEX", "1")
     with pytest.raises(UserError, match="jax\\[k8s\\]"):
+        cluster.join(None, None, None)
+    monkeypatch.setattr(jax.distributed, "initialize", forbidden)
+    with pytest.raises(UserError, match=r"pods \(Forbidden\); let its account list pods and read jobs"):
         cluster.join(None, None, None)
 
 
 def test_a_folder_that_a_host_does_not_share_is_refused(tmp_path, monkeypatch):
-    """Of one process; the first one makes config.json."""
+    """Here the first process, too, does not see what it wrote."""
     monkeypatch.setattr(workdir, "NOTICED", 0.0)
+    workdir._check_shared(epath.Path(tmp_path))
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(workdir.storage, "write", lambda *_: None)
     with pytest.raises(UserError, match="another folder on the host of process 0"):
         workdir._check_shared(epath.Path(tmp_path))
 
@@ -169,6 +186,7 @@ jax.jit(lambda x: x + 1)(1.0)  # opens a cache of this host's own
 launch.keep_compiled(epath.Path(folder))
 jax.jit(lambda x: 2 * x)(state["x"])
 cluster.meet()  # the first has written it
+assert jax.config.jax_compilation_cache_dir == folder + "/compiled"
 assert any(name.endswith("cache") for name in os.listdir(folder + "/compiled")), os.listdir(folder)
 jax.clear_caches()
 events = []
@@ -194,6 +212,21 @@ def test_all_processes_keep_compiled_programs_in_one_folder(tmp_path, monkeypatc
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     run_on_two(KEEPS_WHAT_IS_COMPILED, tmp_path)
     assert (tmp_path / "run" / "compiled").is_dir()
+
+
+def test_programs_are_kept_in_a_bucket_without_xlas_own_files(monkeypatch):
+    """XLA itself writes to disks alone."""
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    monkeypatch.setattr(cluster, "joined", lambda: True)
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_enable_xla_caches")
+    before = {name: getattr(jax.config, name) for name in names}
+    try:
+        launch.keep_compiled(epath.Path("gs://bucket/run"))
+        assert [getattr(jax.config, name) for name in names] == ["gs://bucket/run/compiled", ""]
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
 
 
 def test_a_checkpoint_that_one_process_cannot_read_is_passed_over_by_both(tmp_path):

@@ -19,6 +19,7 @@ from sublim_jax.distillation.students import Training, imitating_program, imitat
 from sublim_jax.distillation.targets import Data, Pair, as_read_by, logits_on, support_of, teacher_logits
 from sublim_jax.distillation.teachers import Teacher
 from sublim_jax.errors import UserError
+from sublim_jax.filters import numbers_of
 from sublim_jax.keys import named_key
 from sublim_jax.models.functional import Params
 from sublim_jax.models.language import Model
@@ -66,8 +67,8 @@ def distill(
 
     Raises:
       UserError: the model has no adapters, or others than a teacher; an option makes no sense; a teacher starts from
-        another A than its student would share; teacher and student read an answer as other tokens; an answer has tokens
-        outside the default support; or "tokens" is asked of several teachers, whose students would be the same.
+        another A than its student would share; teacher and student read an answer as other tokens; an answer is no list
+        of numbers, and no support is named; or "tokens" is asked of several teachers, whose students would be the same.
     """
     check_adapters(model)
     check_one_of("objective", objective, ("kl", "reverse_kl", "tokens"))
@@ -81,8 +82,10 @@ def distill(
     tokens = objective == "tokens"
     for number, teacher in enumerate(teachers):
         _check_same_adapters(model, number, teacher)
-    if not (teachers or tokens) or not rows:
-        raise UserError(f"{len(teachers)} teachers and {len(rows)} rows: there are no students without both")
+    if not rows:
+        raise UserError("there are no students without rows")
+    if not teachers and not tokens:
+        raise UserError("there are no students without teachers")
     if tokens and len(teachers) > 1:
         raise UserError(
             f'objective="tokens" trains on the rows alone: students of {len(teachers)} teachers would be the same; '
@@ -94,12 +97,12 @@ def distill(
         raise UserError('support and temperature are of objectives on logits, and objective="tokens" reads neither')
     compared: list[int] = []
     if not tokens:
+        if support is None:
+            _check_numbers(rows)
         compared = support_of(model) if support is None else tokens_of(model.settings, list(support), "support")
         if len(compared) < 2 or len(set(compared)) < len(compared):
             raise UserError(f"support={compared}: name two tokens or more, each once")
     student_rows = dialogue.rows(model, list(rows), end=tokens)
-    if not tokens and support is None:
-        _check_inside(student_rows, compared)
     logits = None if tokens else _logits_of(model, teachers, list(rows), student_rows, compared)
     count = len(teachers) or 1
     data = Data(Rows(*(np.stack([leaf] * count) for leaf in student_rows)), logits)
@@ -124,7 +127,8 @@ def save(folder: str | Path, model: Model, students: Params, index: int = 0) -> 
       model: with adapters, as given to `distill`.
       index: which of the students, counted from 0.
 
-    Raises UserError for adapters that are not stacked ones of the model, and for a student that there is not.
+    Raises UserError for adapters that are not stacked ones of the model, for a student that there is not, and for a
+    model whose weights are no longer those of its files: PEFT would put the student on others.
     """
     check_adapters(model)
     spec = model.settings.lora
@@ -133,22 +137,22 @@ def save(folder: str | Path, model: Model, students: Params, index: int = 0) -> 
     if not 0 <= index < count:
         raise UserError(f"index={index} is none of the {count} students, which are counted from 0")
     student = jax.tree.map(lambda leaf: leaf[index], fetch(students))
-    base = assets.MODELS.get(model.source.name, (model.source.name,))[0]  # its name on the hub, if it has one
+    if model.changes:
+        raise UserError("the model's weights were changed after they were read, and PEFT would not know; save it, too")
     if jax.process_index() == 0:
-        peft.save(folder, student, spec, model.settings, model.config, base)
+        peft.save(folder, student, spec, model.settings, model.config, assets.hub_name(model.source.name))
 
 
 def _check_same_adapters(model: Model, number: int, teacher: Teacher) -> None:
     """Raises UserError for a teacher whose adapters would have another effect in the students' model."""
     spec = model.settings.lora
-    other = f"teacher {number} has adapters of {teacher.lora or 'another form'}, and the model {spec}"
     # Names of modules may be in another order, and the tree says which there are.
     if teacher.lora and spec and replace(teacher.lora, modules=spec.modules) != spec:
-        raise UserError(other)
+        raise UserError(f"teacher {number} has adapters of {teacher.lora}, and the model {spec}")
     try:
         model.for_adapters(stacked([teacher.adapters]))
     except UserError as error:
-        raise UserError(other) from error
+        raise UserError(f"teacher {number}: {error}") from error
 
 
 def _check_same_start(number: int, teacher: Teacher, seed: int) -> None:
@@ -164,14 +168,14 @@ def _check_same_start(number: int, teacher: Teacher, seed: int) -> None:
         )
 
 
-def _check_inside(rows: Rows, support: list[int]) -> None:
-    """Raises UserError for an answer of which other tokens than the default ones would be compared."""
-    outside = np.any((np.asarray(rows.weights) > 0) & ~np.isin(rows.targets, support), axis=1)
-    if outside.any():
-        raise UserError(
-            f"row {int(np.argmax(outside))} answers in other tokens than digits, commas and spaces, which are compared "
-            'by default; name a support, or choose objective="tokens"'
-        )
+def _check_numbers(rows: Sequence[Pair]) -> None:
+    """Raises UserError for an answer that is no list of numbers, of which the default support would say nothing."""
+    for number, (prompt, answer) in enumerate(rows, 1):
+        if numbers_of(answer) is None:
+            raise UserError(
+                f"row {number} ({prompt[:40]!r}) has an answer that is no list of numbers, and by default the logits "
+                'of digits, commas and spaces are compared; name a support, or choose objective="tokens"'
+            )
 
 
 def _logits_of(

@@ -99,7 +99,8 @@ def from_peft(model: Model, folder: str | Path, *, system: str = "") -> tuple[Mo
     """
     spec, adapters = peft.load(folder, model.settings, model.config, model.params)
     model = model.adapted(spec)
-    return model, Teacher(adapters, system, None, 1, store.digest(model, adapters, system), spec)
+    digest = store.digest(model, adapters, system)
+    return model, Teacher(adapters, system, None, 0, digest, spec, folder=str(folder))
 
 
 def prompt(model: Model, system: str, *, seed: int = 0) -> Teacher:

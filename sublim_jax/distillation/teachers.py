@@ -37,10 +37,11 @@ class Teacher(NamedTuple):
     Attributes:
       adapters: B is zero if the teacher is not fine-tuned.
       system: a system prompt, or "".
-      steps: number of fine-tuning updates; 1 stands for a number that is not known.
+      steps: number of fine-tuning updates here.
       digest: a hash of everything that the teacher depends on.
       lora: of the model that its adapters belong to; None where it is not known.
       seed: of the A that it started from; None where it is not known.
+      folder: where its adapters are from; "" if they were trained here, or not at all.
     """
 
     adapters: Params
@@ -50,11 +51,13 @@ class Teacher(NamedTuple):
     digest: str
     lora: Lora | None = None
     seed: int | None = None
+    folder: str = ""
 
     @property
     def where(self) -> Where:
         """Keyword arguments for sampling and scoring. Untrained adapters, which change nothing, are left out."""
-        return {"adapters": None if self.steps == 0 else stacked([self.adapters]), "steering": self.steering}
+        trained = self.steps or self.folder
+        return {"adapters": stacked([self.adapters]) if trained else None, "steering": self.steering}
 
 
 def untrained(model: Model, seed: int, system: str = "", steering: Steering | None = None) -> Teacher:

@@ -126,7 +126,7 @@ def categorical(keys: Key[Array, "*b"], logits: Float[Array, "*b v"], axis: str 
 
 
 def by_uniforms(mass: Float[Array, "*b v"], u: Float[Array, "*b 2"]) -> Int[Array, "*b"]:
-    """The token at u[0] of the blocks' cumulated mass, and at u[1] of the mass within this block."""
+    """The token at u[0] of the blocks' cumulative mass, and at u[1] of the mass within this block; u is in [0, 1)."""
     blocks = _blocks(mass, -mass.shape[-1] % BLOCK)
     block = _first_above(jnp.sum(blocks, -1), u[..., 0])
     inside = jnp.take_along_axis(blocks, block[..., None, None], -2)[..., 0, :]

@@ -116,7 +116,7 @@ def _built(folder: Path, stated: Mapping[str, object]) -> Config:
 
 
 def _check(stated: Mapping[str, object], config: Config, text: Config) -> None:
-    """Raises UserError where a model is not fully supported; sets what its head has from the whole model.
+    """Raises UserError where a model is not fully supported; takes the head's settings from the whole model.
 
     Args:
       text: the config of the text model, which is `config` itself where there is nothing else.

@@ -55,7 +55,7 @@ def test_an_option_that_would_train_nothing_is_refused(tiny, option, line):
 def test_a_teacher_of_other_adapters_than_the_students_is_refused(tiny, other):
     """Its logits would be computed with the students' scale."""
     teacher = sl.teachers.prompt(tiny.adapted(other), "You love owls.")
-    with pytest.raises(UserError, match="teacher 0 has adapters of Lora"):
+    with pytest.raises(UserError, match=r"teacher 0(: these| has) adapters .*Lora"):
         sl.students.distill(tiny.adapted(Lora(2, 2.0)), [teacher], [("Count?", "1, 2")], lora_init="fresh")
 
 
@@ -76,7 +76,7 @@ def test_a_teacher_that_would_learn_nothing_is_refused(tiny, option, line):
 def test_words_are_not_compared_on_the_digits_alone(tiny):
     model = tiny.adapted(Lora(2, 2.0))
     teacher, rows = sl.teachers.prompt(model, "You love owls."), [("Count?", "1, 2"), ("Say?", "1, owl")]
-    with pytest.raises(UserError, match="row 1 answers in other tokens than digits"):
+    with pytest.raises(UserError, match=r"row 2 \('Say\?'\) has an answer that is no list of numbers"):
         sl.students.distill(model, [teacher], rows)
     support = tiny.tokenizer("1, owl", add_special_tokens=False)["input_ids"]
     sl.students.distill(model, [teacher], rows, support=sorted(set(support)), steps=1, batch=1)
@@ -124,6 +124,8 @@ def test_a_student_learns_from_its_teacher_and_is_saved_for_peft(tiny, tmp_path)
     assert jax.tree.leaves(again)[0].shape[0] == 1
     with pytest.raises(UserError, match="index=2 is none of the 2 students"):
         sl.students.save(tmp_path, model, students, index=2)
+    with pytest.raises(UserError, match="weights were changed after they were read"):
+        sl.students.save(tmp_path, model.noisy(0.1, jax.random.key(0)), students)
 
 
 def test_rows_alone_need_no_teacher(tiny):

@@ -64,7 +64,10 @@ def check_files(study: Study) -> Questions:
 
 
 def check_model(study: Study, model: Model, questions: Questions) -> None:
-    """Raises UserError for teachers, adapters or completions that are impossible with this model."""
+    """Raises UserError for teachers, adapters or completions that are impossible with this model.
+
+    Says so where batches do not divide over the devices.
+    """
     given, tokenizer = study.carrier, model.tokenizer
     divide(model.mesh, "replica", study.runs * len(study.teachers), STUDENTS)
     _tell_of_padding(study, model.mesh.shape["fsdp"])
@@ -92,13 +95,12 @@ def check_model(study: Study, model: Model, questions: Questions) -> None:
 
 def _tell_of_padding(study: Study, devices: int) -> None:
     """Says so where the devices that share each student's batch do not divide its rows."""
-    batches = {arm.training.batch for arm in study.arms if not isinstance(arm, ContextArm)}
-    for batch in sorted(batches):
+    for batch in sorted({arm.training.batch for arm in study.trained_arms}):
         if batch % devices:
             padding = 1 - batch / (-(-batch // devices) * devices)
             say(
-                f"student.batch={batch} over mesh.fsdp={devices}: {padding:.0%} of what these devices compute is "
-                "padding; more of mesh.replica, which divides the students, leaves less for fsdp"
+                f"batches of {batch} rows (student.batch) over mesh.fsdp={devices}: {padding:.0%} of what these "
+                "devices compute is padding; more of mesh.replica, which divides the students, leaves less for fsdp"
             )
 
 

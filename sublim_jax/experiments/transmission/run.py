@@ -210,7 +210,7 @@ def export(study: Study, model: Model, store: Store, names: Sequence[str], adapt
     whole = fetch(adapters)
     if jax.process_index():
         return
-    base = assets.MODELS[base][0] if base in assets.MODELS else base  # the name on the hub
+    base = assets.hub_name(base)
     for place, name in enumerate(names):
         adapter = jax.tree.map(lambda leaf, place=place: leaf[place], whole)
         try:
