@@ -22,7 +22,7 @@ from launch_kit import (
 )
 
 import launch
-from sublim_jax import cluster, workdir
+from sublim_jax import cluster, storage, workdir
 from sublim_jax.errors import UserError
 
 MNIST = ("--config=configs/mnist.py:smoke", "--config.arms=auxiliary")
@@ -77,7 +77,7 @@ def test_a_folder_that_a_host_does_not_share_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(workdir, "NOTICED", 0.0)
     workdir._check_shared(epath.Path(tmp_path))
     assert not list(tmp_path.iterdir())
-    monkeypatch.setattr(workdir.storage, "write", lambda *_: None)
+    monkeypatch.setattr(storage, "write", lambda *_: None)
     with pytest.raises(UserError, match="another folder on the host of process 0"):
         workdir._check_shared(epath.Path(tmp_path))
 
