@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from sublim_jax.data import chat
+from sublim_jax.errors import UserError
 from sublim_jax.evaluation import ability as _ability
 from sublim_jax.evaluation import preference as _preference
 from sublim_jax.evaluation import truthfulqa as _truthfulqa
@@ -26,23 +27,33 @@ def questions(kind: str = "animal") -> list[str]:
     return _preference.questions("", kind)["asking"]
 
 
+def _asked(given: Sequence[str] | None, kind: str) -> list[str]:
+    if given is None:
+        return questions(kind)
+    if isinstance(given, str) or not given:
+        raise UserError(f"questions={given!r}: give a list of one or more")
+    return list(given)
+
+
 def preference(
     model: Model,
     words: Sequence[str],
     *,
     kind: str = "animal",
+    questions: Sequence[str] | None = None,
     adapters: Params | None = None,
     system: str = "",
     steering: Steering | None = None,
 ) -> Preference:
-    """Exact preferences among words, over `questions(kind)`: log P, margin over the others (nats), P among the words.
+    """Exact preferences among words, over questions: log P, margin over the others (nats), P among the words.
 
-    Each has shape (adapters, words), with one row if `adapters` is None.
+    Each has shape (adapters, words), with one row if `adapters` is None. By default the questions are
+    `evaluate.questions(kind)`.
 
-    Raises UserError for fewer than two words, a word that the tokenizer cannot write, and one whose probability would
+    Raises UserError for no questions, fewer than two words, a word that the tokenizer cannot write, and one whose probability would
     include another's.
     """
-    return _preference.measure(model, questions(kind), words, system, adapters=adapters, steering=steering)
+    return _preference.measure(model, _asked(questions, kind), words, system, adapters=adapters, steering=steering)
 
 
 def choice(
@@ -50,6 +61,7 @@ def choice(
     words: Sequence[str],
     *,
     kind: str = "animal",
+    questions: Sequence[str] | None = None,
     adapters: Params | None = None,
     system: str = "",
     steering: Steering | None = None,
@@ -58,7 +70,7 @@ def choice(
 
     Raises UserError for fewer than 2 words or more than 26, and a tokenizer that has no single tokens for letters.
     """
-    return _preference.choose(model, questions(kind), words, system, adapters=adapters, steering=steering)
+    return _preference.choose(model, _asked(questions, kind), words, system, adapters=adapters, steering=steering)
 
 
 def answers(
@@ -67,6 +79,7 @@ def answers(
     key: Key[Array, ""],
     *,
     kind: str = "animal",
+    questions: Sequence[str] | None = None,
     num_samples: int = 20,
     max_new_tokens: int = 12,
     adapters: Params | None = None,
@@ -76,12 +89,12 @@ def answers(
     """Share of sampled answers that have each word, from 0 to 1: the paper's measure (§3.1).
 
     Args:
-      num_samples: answers to each of `questions(kind)`.
+      num_samples: answers to each question; by default, to those of `evaluate.questions(kind)`.
 
     Raises UserError for a number of samples or tokens below 1.
     """
     check_count("num_samples", num_samples)
-    prompts = [chat.question(model.tokenizer, question, system) for question in questions(kind)]
+    prompts = [chat.question(model.tokenizer, question, system) for question in _asked(questions, kind)]
     samples = generate(
         model,
         prompts,

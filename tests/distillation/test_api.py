@@ -227,6 +227,20 @@ def test_rows_are_read_from_files_of_prompts_or_of_messages(tmp_path, record, ex
             sl.carriers.from_file(path)
 
 
+def test_own_questions_are_asked(tiny):
+    words, asked = ["owl", "x"], ["Which bird?", "Which one is it?"]
+    prompts = [chat.question(tiny.tokenizer, question) for question in asked]
+    expected = scoring.word_logprobs(tiny, prompts, words).mean(1)
+    np.testing.assert_allclose(sl.evaluate.preference(tiny, words, questions=asked).log_p, expected, rtol=1e-5)
+    key, given = jax.random.key(1), {"samples": 30, "max_new_tokens": 5}
+    texts = [sample.text.casefold() for sample in sl.generate(tiny, prompts, key, **given)]
+    rates = sl.evaluate.answers(tiny, ["x"], key, questions=asked, num_samples=30, max_new_tokens=5)
+    assert rates[0, 0] == np.mean([bool(re.search(r"(?<![^\W_])x('?s)?(?![^\W_])", text)) for text in texts])
+    assert sl.evaluate.choice(tiny, words, questions=asked[:1]).shape == (1, 2)
+    with pytest.raises(UserError, match="questions='Which bird': give a list"):
+        sl.evaluate.preference(tiny, words, questions="Which bird?"[:-1])
+
+
 def test_prompts_for_numbers_ask_for_what_is_answered():
     for prompt, answer in sl.carriers.numbers(20, num_integers=20, max_value=99_999):
         assert answer.count(",") == 19 and re.search(r"\b20\b", prompt) and re.search(r"\b(5|99999|100000)\b", prompt)
