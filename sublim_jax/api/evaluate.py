@@ -50,8 +50,8 @@ def preference(
     Each has shape (adapters, words), with one row if `adapters` is None. By default the questions are
     `evaluate.questions(kind)`.
 
-    Raises UserError for no questions, fewer than two words, a word that the tokenizer cannot write, and one whose probability would
-    include another's.
+    Raises UserError for no questions, fewer than two words, a word that the tokenizer cannot write, and one whose
+    probability would include another's.
     """
     return _preference.measure(model, _asked(questions, kind), words, system, adapters=adapters, steering=steering)
 
