@@ -77,7 +77,9 @@ def get_config(preset: str = "quick") -> ConfigDict:
     config.inputs.blur = 1.0  # standard deviation in pixels, for blurred
 
     config.clone = ConfigDict()
-    config.clone.epochs = (5, 20)  # epochs of imitating the reference before distillation, an arm each
+    # Epochs of imitating the reference before distillation, an arm each; by the student's objective, optimizer,
+    # learning_rate, batch and trained_layers, over all logits.
+    config.clone.epochs = (5, 20)
     # Inputs on which the reference is imitated, an arm each: noise, as in distillation; fresh_noise, drawn anew at
     # every step; real, digits.
     config.clone.inputs = ("noise",)

@@ -126,6 +126,8 @@ def sweep_figure(points: list[Entry], axis: str, path: epath.Path) -> None:
     names = list(dict.fromkeys(point["name"] for point in points))
     for name in names:
         arm_points = [point for point in points if point["name"] == name]
+        if numeric:
+            arm_points.sort(key=lambda point: place[point["value"]])
         x = [place[point["value"]] for point in arm_points]
         half_widths = [0 if math.isnan(point["ci95"]) else point["ci95"] for point in arm_points]
         averages = [point["mean"] for point in arm_points]

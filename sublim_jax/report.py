@@ -139,6 +139,9 @@ def _publish(path: epath.Path, results: dict[str, Any], sections: Sequence[Secti
         for name, draw in section.figures.items():
             draw(folder / f"{name}.png")
             text += ["", f"![{name}](figures/{name}.png)"]
+    drawn = {f"{name}.png" for section in sections for name in section.figures}
+    for old in (file for file in folder.glob("*.png") if file.name not in drawn):  # of another config, with --update
+        old.unlink()
     storage.write(path / "report.md", "\n".join(text) + "\n")
     write_json(path / "results.json", results)
     # Brackets in a table are a user's text, not markup.

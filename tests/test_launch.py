@@ -110,8 +110,8 @@ def test_results_and_a_second_config_in_the_same_workdir(tmp_path, mnist_folder)
         "reference",
         "teacher",
         "student, shared initialisation (auxiliary logits)",
-        "cloned 1 epoch on the student's noise, then distilled (auxiliary logits)",
-        "cloned 2 epochs on the student's noise, then distilled (auxiliary logits)",
+        "cloned 1 epoch on inputs of the student's kind, then distilled (auxiliary logits)",
+        "cloned 2 epochs on inputs of the student's kind, then distilled (auxiliary logits)",
     ]
     for arm in results["arms"]:
         assert len(arm["runs"]) == 2

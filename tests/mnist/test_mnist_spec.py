@@ -99,6 +99,15 @@ def test_a_typed_value_that_nothing_reads_is_told(key, words):
         ({"arms": ("real",)}, ["inputs.kind"], "digits"),
         ({"sweep__axis": "inputs.blur"}, [], r"sweep.axis=inputs.blur: .*inputs.kind=blurred"),
         ({"arms": ("cross_auxiliary",), "sweep__axis": "student.init_distance"}, [], "start at the reference"),
+        (
+            {
+                "arms": ("cross_auxiliary",),
+                "sweep__axis": "student",
+                "sweep__points": ("init_distance=0.1/width=64", "width=32"),
+            },
+            [],
+            r"sweep.axis=student: student.init_distance is of students that start at the reference",
+        ),
     ],
 )
 def test_a_value_that_no_arm_reads_is_told_also_as_the_axis_of_a_sweep(changes, keys, words):

@@ -86,7 +86,10 @@ def make_settings(seed: int, examples: int, data: mnist.Mnist, support: Support)
 
     base = network("MLP, tanh", mlp(WIDTHS, "tanh"))
     adapters = double(lora.init(key("adapters"), base.params, lora.Lora(rank=4, alpha=8, modules=())))
-    trained = jax.tree.map(lambda leaf: leaf + 0.1 * jax.random.normal(key("b"), leaf.shape, dtype), adapters)
+    leaves, structure = jax.tree.flatten(adapters)
+    keys = jax.random.split(key("b"), len(leaves))
+    moved = [leaf + 0.1 * jax.random.normal(own, leaf.shape, dtype) for leaf, own in zip(leaves, keys)]
+    trained = jax.tree.unflatten(structure, moved)
     random = double(mlp(WIDTHS).init(key("direction")))
     inputs = {"real images": images[-examples:], "a constant": jnp.full_like(noise, 0.5)}
     inputs["a single point"] = jnp.broadcast_to(noise[:1], noise.shape)

@@ -142,6 +142,7 @@ def control_verdict(m: Measured, expected: str, outside: bool, rate: float, scal
     return OUTSIDE if outside else AS_PREDICTED
 
 
-def arm_of(name: str, metric: str, value: float, predicted: float | None, runs: npt.ArrayLike, verdict: str) -> Entry:
-    known = {"name": name, "metric": metric, "mean": value, "ci95": None}
-    return {**known, "runs": np.asarray(runs).tolist(), "paper": predicted, "verdict": verdict}
+def arm_of(name: str, metric: str, slope: float, predicted: float | None, errors: npt.ArrayLike, verdict: str) -> Entry:
+    """An entry of results.json: a slope, and what it is fitted to, `by_step`."""
+    known = {"name": name, "metric": metric, "mean": slope, "ci95": None, "runs": [slope], "paper": predicted}
+    return {**known, "by_step": np.asarray(errors).tolist(), "verdict": verdict}

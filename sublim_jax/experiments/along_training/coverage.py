@@ -70,7 +70,7 @@ def difference(after: Params, before: Params) -> Params:
 
 
 def coverages(spec: MnistSpec, runs: range, probe: int, data: Mnist, *, store: Store, mesh: Mesh) -> list[float]:
-    """cos(the student's first update, θ_T - θ⁰) of every run, before the student is trained."""
+    """cos(−∇ of the student's loss, θ_T - θ⁰) of every run, before the student is trained."""
     before = before_training(spec, runs, data, store=store, mesh=mesh)
 
     def coverage_of_run(apply: theorem.Apply, codes: Array, reference: Params, teacher: Params, start: Params) -> Array:

@@ -120,7 +120,7 @@ def document(spec: ExamplesSpec, rows: Measurements, notes: report.Notes) -> rep
     arms, table = [], [["images", "share of A", "test accuracy", "minus random, paired"]]
     for choice, words in CHOICES.items():
         accuracies, shares = (rows.values(arm=choice, measure=measure) for measure in ("test_accuracy", "share_of_A"))
-        title = f"{spec.share:.0%} of the noise, {words}"
+        title = f"{100 * spec.share:.3g}% of the images, {words}"
         arm = accuracy_arm(title, accuracies, share_of_A=float(np.mean(shares)))
         paired = t_interval(np.asarray(accuracies) - random)
         differs = "" if choice == "random" else f"{paired.mean:+.3f}"

@@ -65,9 +65,9 @@ def document(spec: ForecastSpec, rows: Measurements, notes: report.Notes) -> rep
             rho, low, high = spearman(x[members], y[members])
             table.append([name, str(len(members)), f"{rho:+.2f}", f"{low:+.2f} to {high:+.2f}"])
     text = (
-        f"Each of {len(arms)} settings: its students' coverage before training (the cosine of their first update with "
-        f"θ_T − θ⁰, on {spec.probe} inputs, mean of {spec.mnist.runs} runs) and their test accuracy after, on "
-        f"auxiliary logits. Spearman's ρ over all of them: **{table[1][2]}** ({table[1][3]}). The interval treats "
+        f"Each of {len(arms)} settings: its students' coverage before training (the cosine of their loss's negative "
+        f"gradient with θ_T − θ⁰, on {spec.probe} inputs, mean of {spec.mnist.runs} runs) and their test accuracy "
+        f"after, on auxiliary logits. Spearman's ρ over all of them: **{table[1][2]}** ({table[1][3]}). The interval treats "
         "settings as independent, although they share levels and runs."
     )
     if diverged := int(np.sum(~finite)):

@@ -160,20 +160,23 @@ def _trajectory_section(spec: TrajectorySpec, rows: Measurements) -> report.Sect
     text = (
         f"{len(cosine[0])} runs of the student on auxiliary logits ({spec.mnist.student.optimizer}), measured every "
         f"{spec.every} steps. The trait is what the teacher was trained on, cross-entropy on MNIST. The cosine of "
-        f"the student's update with the trait's is {np.mean(first):.3f} at the start and {np.mean(last):.3f} at the "
+        f"the student's gradient with the trait's is {np.mean(first):.3f} at the start and {np.mean(last):.3f} at the "
         f"end; it is positive at {np.mean(cosine > 0):.0%} of the measurements. The trait's loss goes from "
         f"{np.mean(loss[0]):.3f} to {np.mean(loss[-1]):.3f}; first-order changes, summed over the intervals, say "
         f"{np.mean(linear[-1]):.3f}, and have the right sign in {right:.0%} of the intervals."
     )
-    table = [["step", "cos(update, trait)", "cos(update, θ_T − θ⁰)", "trait loss", "first order", "accuracy"]]
+    table = [["step", "cos(gradient, trait's)", "cos(−gradient, θ_T − θ⁰)", "trait loss", "first order", "accuracy"]]
     for index in np.unique(np.linspace(0, len(steps) - 1, 11).astype(int)):
         values = (cosine, toward, loss, linear, accuracy)
         table.append([str(steps[index]), *(f"{np.mean(value[index]):.3f}" for value in values)])
 
-    updates = [banded("with the trait's update", steps, cosine), banded("with θ_T − θ⁰ (coverage)", steps, toward)]
+    updates = [
+        banded("with the trait's", steps, cosine),
+        banded("its negative with θ_T − θ⁰ (coverage)", steps, toward),
+    ]
     losses = [banded("measured", steps, loss), banded("first order, summed", steps, linear, ls="--")]
     panels = [
-        Panel("step", "cosine", updates, title="the student's update"),
+        Panel("step", "cosine", updates, title="the gradient of the student's loss"),
         Panel("step", "cross-entropy on MNIST", losses, title="the trait's loss"),
         Panel("step", "test accuracy", [banded("student", steps, accuracy)], title="the student's accuracy"),
     ]

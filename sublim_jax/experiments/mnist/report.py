@@ -25,7 +25,7 @@ TITLES = {
     "cross_all": "student, another initialisation (all logits)",
     "real": "student, shared initialisation, on digits (auxiliary logits)",
 }
-CLONED_ON = {"noise": "the student's noise", "fresh_noise": "fresh noise", "real": "digits"}
+CLONED_ON = {"noise": "inputs of the student's kind", "fresh_noise": "fresh noise", "real": "digits"}
 UNPAIRED = ("runs", "seed")  # axes of a sweep whose points have no runs in common
 READING_ERROR = 0.003  # of published values, which were read off a figure
 INTERVALS = "Intervals are 95 % over runs (Student's t; ± 1.96 std / √runs from 30 runs on)."

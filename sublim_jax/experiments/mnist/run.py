@@ -48,8 +48,12 @@ def check_typed(spec: MnistSpec, keys: Iterable[str]) -> None:
     points = variants(spec).values()
     for key in keys:
         check_read(points, key)
-    if spec.sweep.axis:
-        check_read(points, spec.sweep.axis, f"sweep.axis={spec.sweep.axis}: ")
+    axis = spec.sweep.axis
+    if axis:
+        check_read(points, axis, f"sweep.axis={axis}: ")
+    if axis in ("student", "teacher"):
+        for part in {part.partition("=")[0] for point in spec.sweep.points for part in point.split("/")}:
+            check_read(points, f"{axis}.{part}", f"sweep.axis={axis}: ")
 
 
 def run(spec: MnistSpec, folder: epath.Path, *, update: bool = False) -> None:

@@ -233,8 +233,8 @@ def summary_of(row: Row, arms: Arms) -> str:
 
 
 def _order(picture: epath.Path) -> tuple[bool, bool, str]:
-    """Sort key: the figure of the arms first, the judge's last, others by name."""
-    return picture.stem != "arms", picture.stem == "judge-roc", picture.stem
+    """Sort key: the figure of the arms or of the lemma first, the judge's last, others by name."""
+    return picture.stem not in ("arms", "lemma"), picture.stem == "judge-roc", picture.stem
 
 
 def _copy(picture: epath.Path, path: epath.Path) -> None:
