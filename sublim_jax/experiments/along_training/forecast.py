@@ -67,8 +67,8 @@ def document(spec: ForecastSpec, rows: Measurements, notes: report.Notes) -> rep
     text = (
         f"Each of {len(arms)} settings: its students' coverage before training (the cosine of their loss's negative "
         f"gradient with θ_T − θ⁰, on {spec.probe} inputs, mean of {spec.mnist.runs} runs) and their test accuracy "
-        f"after, on auxiliary logits. Spearman's ρ over all of them: **{table[1][2]}** ({table[1][3]}). The interval treats "
-        "settings as independent, although they share levels and runs."
+        f"after, on auxiliary logits. Spearman's ρ over all of them: **{table[1][2]}** ({table[1][3]}). The interval "
+        "treats settings as independent, although they share levels and runs."
     )
     if diverged := int(np.sum(~finite)):
         text += f" In {diverged} settings a run has diverged; they are left out of the ranks."

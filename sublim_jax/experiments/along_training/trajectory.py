@@ -170,13 +170,13 @@ def _trajectory_section(spec: TrajectorySpec, rows: Measurements) -> report.Sect
         values = (cosine, toward, loss, linear, accuracy)
         table.append([str(steps[index]), *(f"{np.mean(value[index]):.3f}" for value in values)])
 
-    updates = [
+    cosines = [
         banded("with the trait's", steps, cosine),
         banded("its negative with θ_T − θ⁰ (coverage)", steps, toward),
     ]
     losses = [banded("measured", steps, loss), banded("first order, summed", steps, linear, ls="--")]
     panels = [
-        Panel("step", "cosine", updates, title="the gradient of the student's loss"),
+        Panel("step", "cosine", cosines, title="the gradient of the student's loss"),
         Panel("step", "cross-entropy on MNIST", losses, title="the trait's loss"),
         Panel("step", "test accuracy", [banded("student", steps, accuracy)], title="the student's accuracy"),
     ]

@@ -52,7 +52,7 @@ def check_typed(spec: MnistSpec, keys: Iterable[str]) -> None:
     if axis:
         check_read(points, axis, f"sweep.axis={axis}: ")
     if axis in ("student", "teacher"):
-        for part in {part.partition("=")[0] for point in spec.sweep.points for part in point.split("/")}:
+        for part in {part.partition("=")[0] for point in spec.sweep.points for part in str(point).split("/")}:
             check_read(points, f"{axis}.{part}", f"sweep.axis={axis}: ")
 
 
