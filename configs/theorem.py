@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from configs import mnist
 
 PRESETS = {
-    "check": "many losses, networks, teachers and inputs, and controls that must fail; under a minute on 2 cores",
+    "check": "many losses, networks, teachers and inputs, and controls that must fail; about a minute on 2 cores",
     "language_model": "the check inside SmolLM2-135M: all parameters and LoRA; about 10 minutes on 2 cores",
     "trajectory": "beyond one step, along MNIST distillation; 3 minutes",
     "forecast": "coverage before training against accuracy after, over 72 settings; about 15 minutes",
