@@ -26,8 +26,8 @@ def test_students_on_tokens_are_of_one_teacher_who_wrote_them(tiny):
     rows = [("Count?", "1, 2")]
     with pytest.raises(UserError, match="students of 2 teachers would be the same"):
         sl.students.distill(model, teachers, rows, objective="tokens")
-    for given, pairs in ((teachers, []), ([], rows)):
-        with pytest.raises(UserError, match="no students without both"):
+    for given, pairs, lacking in ((teachers[:1], [], "rows"), ([], rows, "teachers")):
+        with pytest.raises(UserError, match=f"there are no students without {lacking}"):
             sl.students.distill(model, given, pairs)
 
 
