@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import math
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +26,7 @@ from sublim_jax.progress import say
 from sublim_jax.sharding import from_first
 from sublim_jax.store import write_json
 
+FIGURE = re.compile(r"\]\(figures/(.+)\.png\)")
 ABOUT = "about.json"  # beside the measurements: versions, devices, models, notes
 SCREEN_COLUMNS = 8  # a wider table is for the report alone
 
@@ -139,10 +141,11 @@ def _publish(path: epath.Path, results: dict[str, Any], sections: Sequence[Secti
         for name, draw in section.figures.items():
             draw(folder / f"{name}.png")
             text += ["", f"![{name}](figures/{name}.png)"]
-    drawn = {f"{name}.png" for section in sections for name in section.figures}
-    for old in (file for file in folder.glob("*.png") if file.name not in drawn):  # of another config, with --update
-        old.unlink()
+    before = (path / "report.md").read_text() if (path / "report.md").exists() else ""
     storage.write(path / "report.md", "\n".join(text) + "\n")
+    drawn = {name for section in sections for name in section.figures}
+    for name in set(FIGURE.findall(before)) - drawn:  # of another config, with --update
+        (folder / f"{name}.png").unlink(missing_ok=True)
     write_json(path / "results.json", results)
     # Brackets in a table are a user's text, not markup.
     console = _Console(width=None if sys.stdout.isatty() else 120, markup=False, emoji=False)

@@ -142,6 +142,10 @@ def test_results_and_a_second_config_in_the_same_workdir(tmp_path, mnist_folder)
     assert updated.returncode == 0, updated.stderr
     assert "teacher, runs" not in updated.stdout and "students on uniform inputs" in updated.stdout
 
+    (work / "figures" / "mine.png").write_bytes(b"a picture of the user's")
+    assert run_here(args[0], "--config.arms=auxiliary", args[-1], "--update").returncode == 0
+    assert {path.name for path in (work / "figures").iterdir()} == {"arms.png", "mine.png"}  # none of clones
+
 
 def test_a_sweep_ends_in_one_figure(tmp_path, mnist_folder):
     result = run_here(
