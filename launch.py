@@ -33,7 +33,7 @@ from ml_collections import ConfigDict
 
 from sublim_jax import cluster, describe, experiments, overrides, preflight, renamed, report, signals, storage, workdir
 from sublim_jax.assets import cache_folder
-from sublim_jax.errors import Interrupted, UserError, is_of_memory
+from sublim_jax.errors import Interrupted, UserError, first_line, is_of_memory
 from sublim_jax.experiments import EXPERIMENTS
 from sublim_jax.progress import say
 
@@ -162,7 +162,7 @@ def message_and_code(error: Exception) -> tuple[str, int]:
         return line, 2
     if cluster.lost(error):
         time.sleep(4 * cluster.LOOK)  # its own message, if it has left one, is printed instead
-        return f"{LOST} ({type(error).__name__}: {' '.join(str(error).split())[:200]})", LOST_CODE
+        return f"{LOST} ({type(error).__name__}: {first_line(error)})", LOST_CODE
     if not cluster.joined():
         raise error
     traceback.print_exception(error)

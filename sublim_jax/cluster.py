@@ -18,7 +18,7 @@ from typing import Any
 import jax
 from jax._src import distributed  # the processes' key-value store, which has no public name in JAX
 
-from sublim_jax.errors import UserError
+from sublim_jax.errors import UserError, first_line
 
 FAILED = "sublim_jax/failed"
 _PODS = "this pod belongs to an indexed job, and JAX does not find the other pods"
@@ -53,7 +53,7 @@ def join(coordinator: str | None, processes: int | None, process: int | None) ->
             return
         if "KUBERNETES_SERVICE_HOST" not in os.environ:
             raise
-        said = " ".join(str(error).split())[:200]
+        said = first_line(error)
         raise UserError(f"{_PODS} ({said}); let its account list pods and read jobs, {_BY_HAND}") from error
 
 

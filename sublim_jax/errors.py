@@ -16,3 +16,8 @@ def is_of_memory(error: Exception) -> bool:
     """Whether an error means that memory ran out, by whatever library and on whatever device."""
     text = str(error)
     return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text or "Out of memory" in text
+
+
+def first_line(error: Exception) -> str:
+    """What an error of a library says, in one line of at most 200 letters; its type where it says nothing."""
+    return " ".join(str(error).split())[:200] or type(error).__name__

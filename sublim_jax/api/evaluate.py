@@ -7,7 +7,6 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from sublim_jax.data import chat
-from sublim_jax.errors import UserError
 from sublim_jax.evaluation import ability as _ability
 from sublim_jax.evaluation import preference as _preference
 from sublim_jax.evaluation import truthfulqa as _truthfulqa
@@ -25,14 +24,6 @@ __all__ = ["Likelihoods", "Preference", "ability", "answers", "choice", "prefere
 def questions(kind: str = "animal") -> list[str]:
     """Questions about a favourite of a kind, which `teachers.finetune` does not train on."""
     return _preference.questions("", kind)["asking"]
-
-
-def _asked(given: Sequence[str] | None, kind: str) -> list[str]:
-    if given is None:
-        return questions(kind)
-    if isinstance(given, str) or not given:
-        raise UserError(f"questions={given!r}: give a list of one or more")
-    return list(given)
 
 
 def preference(
@@ -53,7 +44,9 @@ def preference(
     Raises UserError for no questions, fewer than two words, a word that the tokenizer cannot write, and one whose
     probability would include another's.
     """
-    return _preference.measure(model, _asked(questions, kind), words, system, adapters=adapters, steering=steering)
+    return _preference.measure(
+        model, _preference.own_or(questions, kind, "asking"), words, system, adapters=adapters, steering=steering
+    )
 
 
 def choice(
@@ -70,7 +63,9 @@ def choice(
 
     Raises UserError for fewer than 2 words or more than 26, and a tokenizer that has no single tokens for letters.
     """
-    return _preference.choose(model, _asked(questions, kind), words, system, adapters=adapters, steering=steering)
+    return _preference.choose(
+        model, _preference.own_or(questions, kind, "asking"), words, system, adapters=adapters, steering=steering
+    )
 
 
 def answers(
@@ -94,7 +89,9 @@ def answers(
     Raises UserError for a number of samples or tokens below 1.
     """
     check_count("num_samples", num_samples)
-    prompts = [chat.question(model.tokenizer, question, system) for question in _asked(questions, kind)]
+    prompts = [
+        chat.question(model.tokenizer, question, system) for question in _preference.own_or(questions, kind, "asking")
+    ]
     samples = generate(
         model,
         prompts,

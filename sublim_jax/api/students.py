@@ -136,9 +136,9 @@ def save(folder: str | Path, model: Model, students: Params, index: int = 0) -> 
     _, count = model.for_adapters(students)
     if not 0 <= index < count:
         raise UserError(f"index={index} is none of the {count} students, which are counted from 0")
-    student = jax.tree.map(lambda leaf: leaf[index], fetch(students))
     if model.changes:
         raise UserError("the model's weights were changed after they were read, and PEFT would not know; save it, too")
+    student = jax.tree.map(lambda leaf: leaf[index], fetch(students))
     if jax.process_index() == 0:
         peft.save(folder, student, spec, model.settings, model.config, assets.hub_name(model.source.name))
 

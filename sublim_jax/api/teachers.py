@@ -72,7 +72,7 @@ def finetune(
     for name, count in (("batch", batch), ("max_steps", max_steps)):
         check_count(name, count)
     check_positive("learning_rate", learning_rate)
-    questions = _questions(questions, kind)
+    questions = preference.own_or(questions, kind, "teaching")
     rows = dialogue.rows(model, [(question, spelled(model, word)) for question in questions])
     program = teaching_program(
         model, optax.adam(learning_rate), len(rows.at), batch, remat=False, length=word_length(model, rows)
@@ -141,7 +141,7 @@ def steer(
     check_adapters(model)
     if not 0 <= layer < model.settings.layers:
         raise UserError(f"layer={layer} is none of 0 to {model.settings.layers - 1}")
-    questions = _questions(questions, kind)
+    questions = preference.own_or(questions, kind, "teaching")
     read = steering.residual_after(model, layer, seed)
     mean, neutral_mean = (steering.mean_residual(model, read, questions, text) for text in (system, neutral))
     return untrained(model, seed, steering=steering.hook(model, layer, scale * (mean - neutral_mean)))
@@ -192,14 +192,6 @@ def write(
     reasons = ", ".join(f"{reason}: {count}" for reason, count in sifted.reasons.items())
     say(f"{len(sifted.kept)} of {len(records)} answers are kept{f' ({reasons})' if reasons else ''}")
     return [(record["prompt"], record["completion"]) for record in sifted.kept]
-
-
-def _questions(questions: Sequence[str] | None, kind: str) -> list[str]:
-    if questions is None:
-        return preference.questions("", kind)["teaching"]
-    if isinstance(questions, str) or not questions:
-        raise UserError(f"questions={questions!r}: give a list of one or more")
-    return list(questions)
 
 
 def check_adapters(model: Model) -> None:

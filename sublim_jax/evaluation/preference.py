@@ -105,6 +105,18 @@ def questions(path: str, kind: str) -> dict[str, list[str]]:
     return phrasings
 
 
+def own_or(given: Sequence[str] | None, kind: str, part: str) -> list[str]:
+    """The given questions, or where there are none the package's in "teaching" or "asking".
+
+    Raises UserError for an empty list, and for a text in the place of a list.
+    """
+    if given is None:
+        return questions("", kind)[part]
+    if isinstance(given, str) or not given:
+        raise UserError(f"questions={given!r}: give a list of one or more")
+    return list(given)
+
+
 def stories(path: str, kind: str) -> list[str]:
     """Prompts for stories in which something of a kind may appear, from a pack like data/packs/stories.json."""
     return [text.format(kind=kind) for text in packs.load(path, "stories", {"asking": ("kind",)})["asking"]]

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 
-from sublim_jax.errors import UserError
+from sublim_jax.errors import UserError, first_line
 from sublim_jax.models.families import FAMILIES, Config, family
 from sublim_jax.weights.harmless import COUNTS, NEUTRAL, changes_nothing
 
@@ -251,10 +251,6 @@ def _why_no_config(folder: Path) -> str:
         if (folder / file).is_file():
             return f"{folder} has several parts ({file}) and no config.json; name its language model's folder"
     return f"{folder} is not a whole model: it has no config.json; name a folder of safetensors, or fetch it again"
-
-
-def first_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _short(value: object) -> str:

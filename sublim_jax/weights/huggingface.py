@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 
 from sublim_jax import cluster
 from sublim_jax.data.tokenizer import Tokenizer
-from sublim_jax.errors import UserError
+from sublim_jax.errors import UserError, first_line
 from sublim_jax.models.decoder import decoder
 from sublim_jax.models.families import AS_IS, TRANSPOSED, Config, Rule, family
 from sublim_jax.models.functional import Params
@@ -27,7 +27,7 @@ from sublim_jax.models.settings import Settings
 from sublim_jax.progress import Track
 from sublim_jax.sharding import agreed, fetch, parameter_shardings
 from sublim_jax.weights import config_fields
-from sublim_jax.weights.config_fields import WRAPPER, check_fetched, first_line, read_json
+from sublim_jax.weights.config_fields import WRAPPER, check_fetched, read_json
 from sublim_jax.weights.replacing import INDEX, WHOLE, check, replaced
 
 SHARD_BYTES = 4 << 30

@@ -45,15 +45,14 @@ def read(config: ConfigDict) -> MnistSpec:
 
 def check_typed(spec: MnistSpec, keys: Iterable[str]) -> None:
     """Raises UserError for a value that no arm, or no point of a sweep, reads; also for the axis of a sweep."""
-    points = variants(spec).values()
+    points, axis = variants(spec), spec.sweep.axis
     for key in keys:
-        check_read(points, key)
-    axis = spec.sweep.axis
+        check_read(points.values(), key)
     if axis:
-        check_read(points, axis, f"sweep.axis={axis}: ")
+        check_read(points.values(), axis, f"sweep.axis={axis}: ")
     if axis in ("student", "teacher"):
-        for part in {part.partition("=")[0] for point in spec.sweep.points for part in str(point).split("/")}:
-            check_read(points, f"{axis}.{part}", f"sweep.axis={axis}: ")
+        for name in {change.partition("=")[0] for point in points for change in point.split("/")}:
+            check_read(points.values(), f"{axis}.{name}", f"sweep.axis={axis}: ")
 
 
 def run(spec: MnistSpec, folder: epath.Path, *, update: bool = False) -> None:
