@@ -1,6 +1,7 @@
 """The check inside a language model, on a small one."""
 
 import json
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,9 @@ import pyarrow.parquet
 import pytest
 from launch_kit import finish, run_here, start_two
 
+from sublim_jax import overrides
 from sublim_jax.experiments.alignment import language, measure
+from sublim_jax.experiments.alignment.spec import About
 from sublim_jax.experiments.alignment.verdicts import AS_PREDICTED, OUTSIDE
 
 
@@ -67,3 +70,18 @@ def test_losses_are_of_the_answers_tokens_alone():
         total, count = loss(z, y, weights=None)
         other, _ = loss(z.at[:, 2].set(9.0), y.at[:, 2].set(-9.0), weights=None)
         assert float(count) == 2 and float(total) == float(other)
+
+
+@pytest.mark.slow
+def test_the_step_of_the_teacher_does_not_depend_on_padding(tiny):
+    spec = replace(language.read(overrides.load("configs/theorem.py:language_model")), num_integers=3, num_questions=1)
+    seen, questions = language.inputs_of(spec, tiny)
+    of_padding = []
+    with jax.enable_x64(True):
+        for rows in (seen, seen.padded(seen.tokens.shape[1] + 5, seen.at.shape[1] + 4)):
+            setting = language.all_parameters(About("all", "t", "r"), tiny, rows, questions)
+            kl = language.covered(jnp.asarray(rows.weights, jnp.float64))["kl"]
+            values = measure.measure("all", setting, {"kl": kl}, spec)
+            of_padding.append([value.value for value in values if value.measure in (measure.EPSILON, measure.INNER)])
+    without, with_padding = of_padding
+    np.testing.assert_allclose(with_padding, without, rtol=1e-6)

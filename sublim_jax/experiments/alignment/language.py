@@ -124,7 +124,8 @@ def all_parameters(about: About, model: Model, seen: Rows, questions: Rows) -> S
         features = answer_features(model, module, questions, remat=False, forward_mode=True)
         return mean(cross_entropy(module, features, questions, remat=False))
 
-    return Setting.of(about, logits, model.params, loss, seen, np.ones(len(support), bool))
+    answers = np.asarray(seen.weights, bool)[..., np.newaxis]  # without padding
+    return Setting.of(about, logits, model.params, loss, seen, answers.repeat(len(support), -1))
 
 
 def adapters(about: About, spec: LanguageSpec, base: Setting, model: Model) -> Setting:

@@ -44,7 +44,8 @@ def measure(
     """
     moved = np.logspace(spec.steps.min, spec.steps.max, spec.steps.num)
     _, v = jax.jit(partial(theorem.tangent, setting.apply))(setting.params, setting.direction, setting.inputs)
-    epsilons = moved / float(jnp.sqrt(jnp.mean(jnp.square(v[..., setting.support]))) or jnp.sqrt(jnp.mean(v**2)))
+    compared = v[np.broadcast_to(setting.support, v.shape)]
+    epsilons = moved / float(jnp.sqrt(jnp.mean(compared**2)) or jnp.sqrt(jnp.mean(v**2)))
     start = setting.params if student is None else student
     names, branches = list(objectives), list(objectives.values())
 

@@ -20,6 +20,7 @@ from sublim_jax.models.small import ConvNet, Transformer
 
 Loss = Callable[[Params], Float[Array, ""]]
 Support = Bool[np.ndarray, "vocab"]
+Compared = Bool[np.ndarray, "*positions vocab"]  # alike at every position, if it has none
 Tree = TypeVar("Tree")
 
 WIDTHS = (784, 64, 64, NUM_LOGITS)
@@ -37,11 +38,11 @@ class Setting(NamedTuple):
     direction: Params  # D_T
     teacher_loss: Loss  # L_T
     inputs: theorem.Inputs
-    support: Support
+    support: Compared
 
     @classmethod
     def of(
-        cls, about: About, apply: theorem.Apply, params: Params, loss: Loss, inputs: theorem.Inputs, support: Support
+        cls, about: About, apply: theorem.Apply, params: Params, loss: Loss, inputs: theorem.Inputs, support: Compared
     ) -> "Setting":
         """The setting in float64, with D_T = -∇L_T."""
         params = double(params)
