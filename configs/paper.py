@@ -66,7 +66,7 @@ def get_config(preset: str = "smoke") -> ConfigDict:
         "says owl 12.5 % → 62 % (GPT-4.1 nano); Qwen2.5-7B: cat 1 → 74 %, penguin 1.5 → 36 %, phoenix 3 → 19 %, "
         "panda 19 → 32 %, most others null; eagle 1 → 14 % after a list of numbers",
         f"configs/numbers.py:{preset}",
-        "tokens; tokens_fresh; soft; soft_fresh; shuffled_within; shuffled_across",
+        "tokens; tokens_fresh; unfiltered; soft; soft_fresh; shuffled_within; shuffled_across",
     )
     plan.trees = experiment(
         "§3.1",
