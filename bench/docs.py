@@ -115,10 +115,10 @@ def stray(text: str, known: Mapping[str, Run]) -> list[str]:
 
 
 def report_text(run: Run) -> str:
-    """All text and cells of a run's report, and its arms rounded to 2 and to 3 digits, beside the paper's values."""
+    """All text and cells of a run's report, and its arms rounded to 2 and to 3 digits, beside the published ones."""
     cells = [cell for section in run.sections for row in section.table for cell in row]
     values = [(arm["mean"], arm["ci95"]) for arm in run.arms] + [
-        (arm["paper"], arm.get("paper_ci95")) for arm in run.arms
+        (arm.get("published"), arm.get("published_ci95")) for arm in run.arms
     ]
     rounded = [
         f"{mean:.{digits}f} ± {half_width:.{digits}f}"

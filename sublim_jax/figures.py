@@ -76,7 +76,7 @@ def panels_figure(panels: Sequence[Panel], path: epath.Path) -> None:
 
 
 def arms_figure(arms: list[Entry], path: epath.Path, xlabel: str = "", chance: float | None = CHANCE) -> None:
-    """One row per arm: every run as a dot, mean and interval if there are several, the paper's value as a diamond.
+    """One row per arm: every run as a dot, mean and interval if there are several, the published value as a diamond.
 
     Args:
       xlabel: by default MNIST's metric.
@@ -91,10 +91,9 @@ def arms_figure(arms: list[Entry], path: epath.Path, xlabel: str = "", chance: f
         axes.plot(arm["runs"], jitter, "o", ms=2.5 if several else 5.0, color=OURS, alpha=0.7, zorder=2, mew=0)
         if several:
             axes.errorbar(arm["mean"], row, xerr=arm["ci95"], color=INK, capsize=3, fmt="|", ms=12, zorder=3)
-        if arm["paper"] is not None:
-            axes.errorbar(
-                arm["paper"], row + 0.4, xerr=arm["paper_ci95"], fmt="D", ms=4, color=PAPER, capsize=2, zorder=4
-            )
+        if arm.get("published") is not None:
+            spread = arm["published_ci95"]
+            axes.errorbar(arm["published"], row + 0.4, xerr=spread, fmt="D", ms=4, color=PAPER, capsize=2, zorder=4)
     axes.axvline(chance or 0, color="#888888", lw=0.8, ls=":")
     if chance is not None:
         axes.text(chance + 0.005, len(arms) - 0.42, "chance", color="#666666", fontsize=8)
@@ -108,8 +107,8 @@ def arms_figure(arms: list[Entry], path: epath.Path, xlabel: str = "", chance: f
     axes.plot([], [], "o", ms=3, color=OURS, label=f"a run ({' or '.join(map(str, counts))} each)")
     if counts[-1] > 1:
         axes.errorbar([], [], xerr=[], color=INK, capsize=3, fmt="|", label="mean, 95 % interval")
-    if any(arm["paper"] is not None for arm in arms):
-        axes.errorbar([], [], xerr=[], fmt="D", ms=4, color=PAPER, capsize=2, label="paper")
+    if any(arm.get("published") is not None for arm in arms):
+        axes.errorbar([], [], xerr=[], fmt="D", ms=4, color=PAPER, capsize=2, label="published")
     figure.legend(frameon=False, fontsize=8, loc="outside upper right", ncols=3)
     axes.spines[["top", "right"]].set_visible(False)
     _save(figure, path)

@@ -171,7 +171,7 @@ class _Console(Console):
 def arm(name: str, metric: str, runs: Sequence[float], **more: object) -> Entry:
     """One entry of results.json: every run's value, their mean and t-interval, and additional fields."""
     mean, half_width = t_interval(runs)
-    return {"name": name, "metric": metric, "mean": mean, "ci95": half_width, "runs": list(runs), "paper": None, **more}
+    return {"name": name, "metric": metric, "mean": mean, "ci95": half_width, "runs": list(runs), **more}
 
 
 def versions() -> dict[str, str]:

@@ -110,7 +110,7 @@ def test_the_papers_values_are_shown_for_the_papers_recipe_alone(accuracies, cha
     given = {(str(point), arm): accuracies["kl", arm] for point in points for arm in ("teacher", "auxiliary")}
     entries, (section, *_) = document(spec_of("paper", **changes), rows_of(given), {})
     assert ("inside" in section.table[0]) == compared
-    assert all((entry["paper"] is not None) == compared for entry in entries)
+    assert all((entry["published"] is not None) == compared for entry in entries)
 
 
 def test_cloned_students_are_compared_with_uncloned_ones_of_the_same_run(accuracies):

@@ -144,5 +144,5 @@ def control_verdict(m: Measured, expected: str, outside: bool, rate: float, scal
 
 def arm_of(name: str, metric: str, slope: float, predicted: float | None, errors: npt.ArrayLike, verdict: str) -> Entry:
     """An entry of results.json: a slope, and what it is fitted to, `by_step`."""
-    known = {"name": name, "metric": metric, "mean": slope, "ci95": None, "runs": [slope], "paper": predicted}
+    known = {"name": name, "metric": metric, "mean": slope, "ci95": None, "runs": [slope], "predicted": predicted}
     return {**known, "by_step": np.asarray(errors).tolist(), "verdict": verdict}

@@ -30,8 +30,8 @@ UNPAIRED = ("runs", "seed")  # axes of a sweep whose points have no runs in comm
 READING_ERROR = 0.003  # of published values, which were read off a figure
 INTERVALS = "Intervals are 95 % over runs (Student's t; ± 1.96 std / √runs from 30 runs on)."
 INSIDE = (
-    " Inside: as far from the paper's value as the 95 % interval of the difference allows (the root of the sum of the "
-    f"squared half-widths), plus {READING_ERROR} for reading its figure."
+    " Inside: as far from the published value as the 95 % interval of the difference allows (the root of the sum of "
+    f"the squared half-widths), plus {READING_ERROR} for reading its figure."
 )
 CLONED = (
     " Cloned students have another initialisation and imitate the reference on all logits first. p: paired t-test of "
@@ -49,7 +49,7 @@ def document(spec: MnistSpec, rows: Measurements, notes: Notes) -> Document:
         for name in rows.names("arm")
     ]
     _compare(arms)
-    note = INTERVALS + (INSIDE if papers_values(spec) else "") + (CLONED if any("p" in arm for arm in arms) else "")
+    note = INTERVALS + (INSIDE if published_values(spec) else "") + (CLONED if any("p" in arm for arm in arms) else "")
     if spec.sweep.axis:
         shown = [arm for arm in arms if arm["arm"] != "reference"]
         figures = {"sweep": partial(sweep_figure, shown, spec.sweep.axis)}
@@ -73,12 +73,12 @@ def accuracy_arm(name: str, accuracies: Sequence[float], **more: Any) -> Entry:
 
 
 def _arm(spec: MnistSpec, name: str, accuracies: Sequence[float]) -> Entry:
-    value, half_width = papers_values(spec).get(name, (None, None))
-    return accuracy_arm(_title(name), accuracies, paper=value, paper_ci95=half_width)
+    value, half_width = published_values(spec).get(name, (None, None))
+    return accuracy_arm(_title(name), accuracies, published=value, published_ci95=half_width)
 
 
-def papers_values(spec: MnistSpec) -> Mapping[str, tuple[float, float]]:
-    """The paper's values by arm; none for another recipe than theirs, nor in a sweep."""
+def published_values(spec: MnistSpec) -> Mapping[str, tuple[float, float]]:
+    """The published values by arm; none for another recipe than theirs, nor in a sweep."""
     recipe = json.loads(spec.published_recipe or "{}")
     if spec.sweep.axis or any(spec.values.get(part) != values for part, values in recipe.items()):
         return {}
@@ -146,14 +146,20 @@ def _dose_curve(arms: Sequence[Entry]) -> list[Entry]:
 
 
 def _table(arms: Sequence[Entry], axis: str = "") -> list[list[str]]:
-    published, tested = (any(arm.get(name) is not None for arm in arms) for name in ("paper", "p"))
-    head = ["arm", "test accuracy", "runs"]
-    rows = [[*([axis] if axis else []), *head, *(["paper", "inside"] if published else []), *(["p"] if tested else [])]]
+    published, tested = (any(arm.get(name) is not None for arm in arms) for name in ("published", "p"))
+    head = [axis] if axis else []
+    head += ["arm", "test accuracy", "runs"]
+    if published:
+        head += ["published", "inside"]
+    if tested:
+        head.append("p")
+    rows = [head]
     for arm in arms:
         row = [arm["value"]] if axis else []
         row += [arm["name"], _accuracy(arm), str(len(arm["runs"]))]
         if published:
-            row += [plus_minus(arm["paper"], arm["paper_ci95"]), {None: "", True: "yes", False: "no"}[_inside(arm)]]
+            inside = {None: "", True: "yes", False: "no"}[_inside(arm)]
+            row += [plus_minus(arm["published"], arm["published_ci95"]), inside]
         if tested:
             row.append(_p(arm["p"]) if "p" in arm else "")
         rows.append(row)
@@ -171,7 +177,7 @@ def _p(value: float) -> str:
 
 
 def _inside(arm: Entry) -> bool | None:
-    """Whether an arm agrees with the paper, by the interval of their difference and the error of reading a figure."""
-    if arm["paper"] is None or math.isnan(arm["ci95"]):
+    """Whether an arm agrees with the published value, by the interval of the difference and the error of reading it."""
+    if arm.get("published") is None or math.isnan(arm["ci95"]):
         return None
-    return abs(arm["mean"] - arm["paper"]) <= math.hypot(arm["ci95"], arm["paper_ci95"]) + READING_ERROR
+    return abs(arm["mean"] - arm["published"]) <= math.hypot(arm["ci95"], arm["published_ci95"]) + READING_ERROR
