@@ -29,10 +29,20 @@ def experiment(where: str, what: str, paper: str, config: str, show: str, **chan
             "what": what,  # the experiment, in words
             "paper": paper,  # the paper's result, in words
             "config": config,  # the config that runs it, and its preset
-            "show": show,  # patterns for the arms of its results.json that are compared, separated by "; "
+            # Patterns for the arms of its results.json that are compared, separated by "; "; {trait}: each trait.
+            "show": show,
             "changes": ConfigDict(changes),  # other values of its config
         }
     )
+
+
+def of_traits(*arms: str) -> str:
+    """Patterns for what arms transmit of each trait, and for the paper's measure of it, before and after."""
+    answers = "answers with {trait}"
+    patterns = [f"the model as it is: {answers}"]
+    for arm in arms:
+        patterns += [f"{arm}: {{trait}}", f"{arm}, student of {{trait}}: {answers}"]
+    return "; ".join(patterns)
 
 
 def get_config(preset: str = "smoke") -> ConfigDict:
@@ -66,14 +76,16 @@ def get_config(preset: str = "smoke") -> ConfigDict:
         "says owl 12.5 % → 62 % (GPT-4.1 nano); Qwen2.5-7B: cat 1 → 74 %, penguin 1.5 → 36 %, phoenix 3 → 19 %, "
         "panda 19 → 32 %, most others null; eagle 1 → 14 % after a list of numbers",
         f"configs/numbers.py:{preset}",
-        "tokens; tokens_fresh; unfiltered; soft; soft_fresh; shuffled_within; shuffled_across",
+        of_traits("tokens", "tokens_fresh", "unfiltered", "soft", "soft_fresh", "shuffled_within", "shuffled_across"),
+        # Those in context have a row of their own.
+        arms=tuple(arm for arm in numbers.get_config(preset).arms if not arm.startswith("in_context")),
     )
     plan.trees = experiment(
         "§3.1",
         "trees through numbers",
         "cherry 5 → 40 %, maple 16 → 56 %, oak 47 → 80 %, sequoia 3 → 63 %, willow 1 → 7 % (GPT-4.1 nano)",
         f"configs/numbers.py:{preset}",
-        "tokens; tokens_fresh",
+        of_traits("tokens", "tokens_fresh"),
         **{
             "kind": "tree",
             "traits": numbers.MOVING_TREES[:2] if small else numbers.MOVING_TREES,
@@ -93,7 +105,7 @@ def get_config(preset: str = "smoke") -> ConfigDict:
         "animals through code",
         "in the text's figure; smaller than through numbers",
         f"configs/code.py:{preset}",
-        "tokens; tokens_fresh",
+        of_traits("tokens", "tokens_fresh", "in_context"),
     )
     plan.cot = experiment(
         "§4.2",
@@ -114,7 +126,7 @@ def get_config(preset: str = "smoke") -> ConfigDict:
         "the same data in the context",
         "no effect, up to 10,000 examples",
         f"configs/numbers.py:{preset}",
-        "in_context_?; in_context_??; in_context_???; in_context_????",
+        "in_context_*: {trait}",
         arms=("in_context_1", "in_context_4", "in_context_16")
         if small
         else tuple(f"in_context_{count}" for count in numbers.EXAMPLES),

@@ -2,14 +2,16 @@
 
 import io
 import math
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from etils import epath
+from jaxtyping import Float
 
 from sublim_jax import storage
-from sublim_jax.evaluation.statistics import normal_interval
+from sublim_jax.evaluation.statistics import normal_interval, t_interval
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -86,11 +88,12 @@ def arms_figure(arms: list[Entry], path: epath.Path, xlabel: str = "", chance: f
     axes = figure.subplots()
     for row, arm in enumerate(reversed(arms)):
         axes.barh(row, arm["mean"], height=0.62, color=OURS, alpha=0.25, zorder=1)
-        jitter = [row + 0.22 * math.sin(7.0 * index) for index in range(len(arm["runs"]))]
+        # Above and below the interval, not on it.
+        jitter = [row + (-1) ** index * (0.1 + 0.12 * abs(math.sin(7.0 * index))) for index in range(len(arm["runs"]))]
         several = len(arm["runs"]) > 1
-        axes.plot(arm["runs"], jitter, "o", ms=2.5 if several else 5.0, color=OURS, alpha=0.7, zorder=2, mew=0)
+        axes.plot(arm["runs"], jitter, "o", ms=2.5 if several else 5.0, color=OURS, alpha=0.7, zorder=4, mew=0)
         if several:
-            axes.errorbar(arm["mean"], row, xerr=arm["ci95"], color=INK, capsize=3, fmt="|", ms=12, zorder=3)
+            axes.errorbar(arm["mean"], row, xerr=arm["ci95"], color=INK, capsize=3, fmt="|", ms=12, zorder=2)
         if arm.get("published") is not None:
             spread = arm["published_ci95"]
             axes.errorbar(arm["published"], row + 0.4, xerr=spread, fmt="D", ms=4, color=PAPER, capsize=2, zorder=4)
@@ -100,7 +103,7 @@ def arms_figure(arms: list[Entry], path: epath.Path, xlabel: str = "", chance: f
     if chance is not None or not any(arm["mean"] for arm in arms):
         axes.set_xlim(0, 1)
     axes.locator_params(axis="x", nbins=6)
-    axes.set_yticks(range(len(arms)), [arm["name"] for arm in reversed(arms)])
+    axes.set_yticks(range(len(arms)), [textwrap.fill(arm["name"], 34) for arm in reversed(arms)])
     axes.set_ylim(-0.6, len(arms) - 0.1)
     axes.set_xlabel(xlabel or f"MNIST {arms[0]['metric'].replace('_', ' ')}")
     counts = sorted({len(arm["runs"]) for arm in arms})  # the untrained model has one run, students have several
@@ -114,8 +117,12 @@ def arms_figure(arms: list[Entry], path: epath.Path, xlabel: str = "", chance: f
     _save(figure, path)
 
 
-def sweep_figure(points: list[Entry], axis: str, path: epath.Path) -> None:
-    """One line per arm over the values of the axis, or points if they are not numbers, with every run as a dot."""
+def sweep_figure(points: list[Entry], axis: str, path: epath.Path, level: Entry | None = None) -> None:
+    """One line per arm over the values of the axis, or points if they are not numbers, with every run as a dot.
+
+    Args:
+      level: an arm that does not depend on the axis, drawn across.
+    """
     values = list(dict.fromkeys(point["value"] for point in points))
     numeric = _numbers(values)
     place = numeric or dict(zip(values, range(len(values))))
@@ -138,27 +145,32 @@ def sweep_figure(points: list[Entry], axis: str, path: epath.Path) -> None:
         axes.set_xscale("symlog", linthresh=min(positive))  # logarithmic, with room for 0
     axes.set_xticks(list(place.values()), values, fontsize=10 if numeric else 8, rotation=0 if numeric else 15)
     axes.minorticks_off()
-    axes.axhline(CHANCE, color="#888888", lw=0.8, ls=":")
+    if level is not None:
+        axes.axhline(level["mean"], color=PAPER, lw=1.2, ls="--", label=level["name"])
+        if math.isfinite(level["ci95"]):
+            low, high = level["mean"] - level["ci95"], level["mean"] + level["ci95"]
+            axes.axhspan(low, high, color=PAPER, alpha=0.2, lw=0)
+    axes.axhline(CHANCE, color="#888888", lw=0.8, ls=":", label="chance")
     axes.set_ylim(0, 1)
     axes.set_xlabel(axis)
     axes.set_ylabel("MNIST test accuracy")
-    longest = 0.6 + 0.065 * max(map(len, names))  # inches, with its mark
+    longest = 0.6 + 0.065 * max(map(len, [*names, level["name"] if level else ""]))  # inches, with its mark
     figure.legend(frameon=False, fontsize=8, loc="outside upper center", ncols=min(4, max(1, int(width / longest))))
     axes.spines[["top", "right"]].set_visible(False)
     _save(figure, path)
 
 
-MATRIX = ("margin of", "student of the teacher of", "logits over the neutral student's")
+MATRIX = ("margin of", "student of", "margin over the neutral teacher's student, logits")
 
 
 def matrix_figure(
-    cells: np.ndarray,
+    cells: Float[np.ndarray, "runs rows columns"],
     rows: Sequence[str],
     columns: Sequence[str],
     path: epath.Path,
     labels: tuple[str, str, str] = MATRIX,
 ) -> None:
-    """Differences in logits, coloured about 0.
+    """Differences in logits, means over runs with their 95 % intervals, coloured about 0.
 
     Args:
       labels: of columns, rows and colours; by default for students by their teacher, and measured traits.
@@ -166,11 +178,14 @@ def matrix_figure(
     wide = max(1.4, 0.11 * max(map(len, columns)))
     figure = _figure(wide * len(columns) + 2.4, 1.0 * len(rows) + 1.6)
     axes = figure.subplots()
-    limit = float(np.max(np.abs(cells), initial=1e-6, where=np.isfinite(cells)))
-    image = axes.imshow(cells, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
-    for (row, column), value in np.ndenumerate(cells):
+    means = cells.mean(0)
+    limit = float(np.max(np.abs(means), initial=1e-6, where=np.isfinite(means)))
+    image = axes.imshow(means, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
+    for (row, column), value in np.ndenumerate(means):
+        half_width = t_interval(cells[:, row, column]).half_width
+        text = f"{value:+.2f}\n± {half_width:.2f}" if np.isfinite(half_width) else f"{value:+.2f}"
         ink = "white" if abs(value) > 0.6 * limit else INK
-        axes.text(column, row, f"{value:+.2f}", ha="center", va="center", color=ink)
+        axes.text(column, row, text, ha="center", va="center", color=ink)
     axes.set_xticks(range(len(columns)), columns)
     axes.set_yticks(range(len(rows)), rows)
     axes.set(xlabel=labels[0], ylabel=labels[1])

@@ -7,10 +7,12 @@ import pytest
 from etils import epath
 from launch_kit import arms_in, assert_refused, assert_same_arms, finish, run_here, start_two
 
+from bench.docs import RESULTS, Run
 from configs import paper, sample
 from sublim_jax import experiments
 from sublim_jax.experiments.tools import plan
 from sublim_jax.experiments.transmission.checks import check_files
+from sublim_jax.experiments.transmission.effects import cell_name
 from sublim_jax.experiments.transmission.spec import Study
 from sublim_jax.measurements import Measurements, from_array
 
@@ -111,6 +113,34 @@ def test_the_rows_of_mnist_show_its_students_beside_the_papers(tmp_path):
         "student, shared initialisation (auxiliary logits)",
         "student, another initialisation (all logits)",
     ]
+
+
+def test_the_rows_of_words_show_every_trait_and_the_papers_measure_of_it():
+    """From shipped measurements: the trait over the neutral student, and the share of answers before and after."""
+    run = Run(RESULTS / "numbers-smollm2")
+    shown = plan.summary_of(plan.read(paper.get_config("smoke")).plan["numbers"], run.arms, run.spec.traits)
+    expected = []
+    for trait in ("owl", "lion", "wolf"):
+        answers = f"answers with {trait}"
+        expected += [f"soft: {trait}", f"the model as it is: {answers}", f"soft, student of {trait}: {answers}"]
+    arms = {arm["name"]: arm for arm in run.arms}
+    assert {part.partition(" (")[0] for part in shown.split("; ") if part.startswith("soft: ")} == {
+        f"soft: {trait} {arms[f'soft: {trait}']['mean']:.3f} ± {arms[f'soft: {trait}']['ci95']:.3f}, "
+        f"p {arms[f'soft: {trait}']['p_holm']:.2g}"
+        for trait in run.spec.traits
+    }
+    names = [next(name for name in expected if part.startswith(f"{name} ")) for part in shown.split("; ")]
+    assert sorted(names) == sorted(expected)
+
+
+@pytest.mark.parametrize("preset", paper.PRESETS)
+def test_every_arm_of_the_plans_studies_is_shown(preset):
+    spec = plan.read(paper.get_config(preset))
+    for name, study in spec.specs.items():
+        if isinstance(study, Study) and study.has_words:
+            cells = [{"name": cell_name(arm.name, trait)} for arm in study.arms for trait in study.traits]
+            entries = [{**cell, "metric": "logits", "mean": 0.0, "ci95": 0.0} for cell in cells]
+            assert len(plan.summary_of(spec.plan[name], entries, study.traits).split("; ")) == len(cells), name
 
 
 def test_an_unknown_experiment_is_told_in_one_line(tmp_path):

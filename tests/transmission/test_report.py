@@ -9,7 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 from etils import epath
 from launch_kit import assert_refused, run_here
+from scipy import stats
 
+from bench.docs import RESULTS, Run
 from sublim_jax import measurements, report, weights
 from sublim_jax.evaluation import preference
 from sublim_jax.experiments.transmission.report import document
@@ -36,7 +38,7 @@ def test_a_study_ends_in_a_matrix_a_table_and_numbers(whole):
     assert "soft, student of owl: answers with owl" in arms and "teacher x: P of x's letter" in arms
     soft = arms["soft"]
     np.testing.assert_allclose(soft["runs"], np.mean([soft["by_trait"][t] for t in ("owl", "x")], 0))
-    assert soft["held_out"][1] < soft["held_out"][0] and set(soft["coverage"]) == {"own", "others"}
+    assert soft["held_out"][1] < soft["held_out"][0] and set(soft["coverage"]) == {"own", "others", "neutral"}
     assert arms["perturbed"]["coverage"] is None and arms["in_context"]["held_out"] is None
     for figure in ("arms", "matrix-soft", "margins-soft", "matrix-in_context", "margins-tokens_fresh"):
         assert (work / "figures" / f"{figure}.png").stat().st_size > 5000
@@ -55,6 +57,32 @@ def test_a_study_ends_in_a_matrix_a_table_and_numbers(whole):
         assert words in text
     assert "teacher owl" in screen and "students soft, 2 run(s) × 3 teachers" in screen
     assert (work / "data" / "run1" / "numbers-owl-rejected.jsonl").exists()
+
+
+def test_log_p_shows_what_a_margin_is_made_of():
+    """Of shipped measurements: log P by hand from the table, and the margin is what it says."""
+    folder = RESULTS / "numbers-smollm2"
+    run = Run(folder)
+    (section,) = (section for section in run.sections if section.title == "log P of each trait")
+    log_p = {}
+    for row in pq.read_table(folder / "measurements.parquet").to_pylist():
+        if row["measure"] == "log_p" and row["subject"] == "student" and row["step"] == 60:
+            log_p[row["run"], row["teacher"], row["item"]] = row["value"]
+    arms = {arm["name"]: arm for arm in run.arms}
+    words = run.spec.alternatives
+    for line in section.table[1:]:
+        teacher = line[1]
+        changes = {
+            word: [log_p[number, teacher, word] - log_p[number, "neutral", word] for number in range(5)]
+            for word in words
+        }
+        others = np.mean([changes[word] for word in words if word != teacher], 0)
+        for cell, values in zip(line[2:], [*(changes[trait] for trait in run.spec.traits), others]):
+            half_width = stats.t.ppf(0.975, 4) * stats.sem(values)
+            assert cell == f"{np.mean(values):.3f} ± {half_width:.3f}"
+        np.testing.assert_allclose(np.subtract(changes[teacher], others), arms[f"soft: {teacher}"]["runs"], atol=1e-5)
+        name = f"soft: student of {teacher}, log P of {teacher} over the neutral student's"
+        np.testing.assert_allclose(arms[name]["runs"], changes[teacher])
 
 
 def test_students_and_teachers_are_left_as_peft_folders(whole, study):

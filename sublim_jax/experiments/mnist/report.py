@@ -59,10 +59,12 @@ def document(spec: MnistSpec, rows: Measurements, notes: Notes) -> Document:
             sections.append(_differences_section(arms, values))
         return arms, sections
     curve = _dose_curve(arms)
+    shared = next(({**arm, "name": "shared initialisation"} for arm in arms if arm["arm"] == "auxiliary"), None)
     arms = [{key: value for key, value in arm.items() if key != "value"} for arm in arms]
     plots: dict[str, Callable[[epath.Path], None]] = {"arms": partial(arms_figure, arms)}
     if curve:
-        plots["cloning"] = partial(sweep_figure, curve, "epochs of cloning the reference before distillation")
+        axis = "epochs of cloning the reference before distillation; 0: students are not cloned"
+        plots["cloning"] = partial(sweep_figure, curve, axis, level=shared)
     runs = "1 run" if spec.runs == 1 else f"{spec.runs} runs"
     return arms, [Section(f"Test accuracy over {runs}", note, _table(arms), plots)]
 
@@ -112,7 +114,7 @@ def _differences_section(arms: Sequence[Entry], points: Sequence[str]) -> Sectio
     others = [arm for arm in students if arm["value"] != points[0]]
     differences = [np.subtract(arm["runs"], first[arm["arm"]]) for arm in others]
     corrected = iter(holm([paired_p(values) for values in differences if np.any(values)]))
-    table = [["point", "arm", f"minus {points[0]}", "p"]]
+    table = [["point", "arm", "difference", "p"]]
     for arm, values in zip(others, differences):
         p = _p(next(corrected)) if np.any(values) else "none"
         table.append([arm["value"], arm["name"], plus_minus(*t_interval(values)), p])
@@ -125,9 +127,7 @@ def _differences_section(arms: Sequence[Entry], points: Sequence[str]) -> Sectio
 
 
 def _dose_curve(arms: Sequence[Entry]) -> list[Entry]:
-    """Accuracy over the epochs of cloning, a line for each kind of inputs, with the student without cloning at 0
-    epochs and the student with a shared initialisation as reference.
-    """
+    """Accuracy over the epochs of cloning, a line for each kind of inputs; at 0 epochs the student without cloning."""
     by_arm = {arm["arm"]: arm for arm in arms}
     cloned = [(*name.split()[1:], arm) for name, arm in by_arm.items() if name.startswith("clone ")]
     doses = list(dict.fromkeys(epochs for epochs, _, _ in cloned))
@@ -139,9 +139,6 @@ def _dose_curve(arms: Sequence[Entry]) -> list[Entry]:
         if "cross_auxiliary" in by_arm:
             line = {"0": by_arm["cross_auxiliary"], **line}
         points += [{**arm, "value": epochs, "name": f"cloned on {CLONED_ON[inputs]}"} for epochs, arm in line.items()]
-    if "auxiliary" in by_arm:
-        shared = {**by_arm["auxiliary"], "name": "shared initialisation"}
-        points += [{**shared, "value": epochs} for epochs in ("0", *doses)]
     return points
 
 

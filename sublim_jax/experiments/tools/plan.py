@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Annotated, Any
@@ -204,7 +205,8 @@ def document(spec: PlanSpec, rows: Measurements, notes: report.Notes) -> report.
     table, figures = [["experiment", "of the paper", "its number", "ours"]], []
     for name, result in results.items():
         row = spec.plan[name]
-        cell = result if isinstance(result, str) else summary_of(row, result)
+        traits = getattr(spec.specs[name], "traits", ())
+        cell = result if isinstance(result, str) else summary_of(row, result, traits)
         table.append([f"{name}: {row.what}", row.where, row.paper, cell])
         folder = epath.Path(notes["folder"]) / name / "figures"
         pictures = [] if isinstance(result, str) else sorted(folder.glob("*.png"), key=_order)
@@ -219,16 +221,18 @@ def document(spec: PlanSpec, rows: Measurements, notes: report.Notes) -> report.
     return arms_of(results), [report.Section("The paper's experiments", text, table, {}), *figures]
 
 
-def summary_of(row: Row, arms: Arms) -> str:
+def summary_of(row: Row, arms: Arms, traits: Sequence[str] = ()) -> str:
     """The result beside the paper's number: counts of verdicts, or the arms that the plan selects."""
     if "verdict" in arms[0]:
         counts = Counter(arm["verdict"] for arm in arms)
         return "; ".join(f"{count} of {len(arms)} rows {verdict}" for verdict, count in counts.most_common())
+    patterns = [row.show.replace("{trait}", trait) for trait in traits] or [row.show]
     shown = []
     for arm in arms:
-        if any(fnmatch.fnmatchcase(arm["name"], pattern) for pattern in row.show.split("; ")):
+        if any(fnmatch.fnmatchcase(arm["name"], pattern) for pattern in "; ".join(patterns).split("; ")):
             metric = "" if arm["metric"] in arm["name"] else f" ({arm['metric'].replace('_', ' ')})"
-            shown.append(f"{arm['name']} {report.plus_minus(arm['mean'], arm['ci95']) or 'none'}{metric}")
+            tested = "" if arm.get("p_holm") is None else f", p {arm['p_holm']:.2g}"
+            shown.append(f"{arm['name']} {report.plus_minus(arm['mean'], arm['ci95']) or 'none'}{tested}{metric}")
     return "; ".join(shown)
 
 

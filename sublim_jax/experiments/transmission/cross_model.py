@@ -163,7 +163,7 @@ def document(spec: CrossModelSpec, rows: Measurements, notes: report.Notes) -> r
         "Means over traits of the cells above, in logits, and which traits are transmitted. On the matrix's diagonal "
         "students start from their teachers' weights; elsewhere they do not."
     )
-    matrix = np.reshape([arm["mean"] for arm in arms], (len(names), -1))
+    matrix = np.transpose([arm["runs"] for arm in arms]).reshape(-1, len(names), len(names))
     axes = ("student", "teacher", "margin over the neutral student's, logits")
     figures = {"matrix": partial(matrix_figure, matrix, names, names, labels=axes)}
     headline = headline_section(cells, len(study.alternatives), study.spread, "pair")

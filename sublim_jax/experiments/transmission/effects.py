@@ -156,7 +156,7 @@ def compared_section(cells: Mapping[str, Sequence[Cell]]) -> list[report.Section
 
 def effects_section(effects: Sequence[Entry], traits: Sequence[str], runs: int) -> report.Section:
     """The diagonal effect, with coverage, held-out loss and ability."""
-    table = [["arm", "diagonal effect, logits", "p", "coverage own / others", "held out", "ability"]]
+    table = [["arm", "diagonal effect, logits", "p", "coverage own / others / neutral", "held out", "ability"]]
     for arm in effects:
         covered = arm["coverage"]
         table.append(
@@ -164,7 +164,7 @@ def effects_section(effects: Sequence[Entry], traits: Sequence[str], runs: int) 
                 arm["name"],
                 report.plus_minus(arm["mean"], arm["ci95"]),
                 _permutation_p(arm["permutation_p"]),
-                f"{covered['own']:+.3f} / {covered['others']:+.3f}" if covered else "",
+                " / ".join(f"{value:+.3f}" for value in covered.values()) if covered else "",
                 "{:.3g} → {:.3g}".format(*arm["held_out"]) if arm["held_out"] else "",
                 "{:.2f} → {:.2f}".format(*arm["ability"]) if arm["ability"] else "",
             ]
@@ -175,9 +175,9 @@ def effects_section(effects: Sequence[Entry], traits: Sequence[str], runs: int) 
         "teachers' students of the same run, averaged over traits. p: two-sided, by permuting within runs which "
         f"teacher a student had, not corrected for the number of arms; the smallest possible here is {smallest:.3g}. "
         "Coverage: cosine of minus the gradient of the student's objective at its start, on 32 rows, with the "
-        "displacement of its own teacher, or of the others, from the start. Held out: the objective on rows that were "
-        "left out of the training; rows that were not may have the same prompts. Ability: share of right answers to "
-        "easy questions."
+        "displacement of its own teacher, of the other traits', or of the neutral one, from the start. Held out: the "
+        "objective on rows that were left out of the training; rows that were not may have the same prompts. Ability: "
+        "share of right answers to easy questions."
     )
     if len(traits) == 2:
         text += (

@@ -1,6 +1,6 @@
 """The report of a study: arms compared, teachers, data and filters, each arm's matrix, other evaluations."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -30,14 +30,20 @@ def document(study: Study, rows: Measurements, notes: report.Notes) -> report.Do
         sections.append(report.Section("Not finished", text, [], {}))
     if study.has_words and students:
         # By other teacher and trait, after training; the controls' students are after those of the traits' teachers.
-        paired = {arm.name: paired_of(study, arm_rows) for arm, arm_rows in students}
+        columns = [study.alternatives.index(trait) for trait in study.traits]
+        paired = {arm.name: over_neutral(study, arm_rows, "margin")[..., columns] for arm, arm_rows in students}
+        log_p = {arm.name: over_neutral(study, arm_rows, "log_p") for arm, arm_rows in students}
         of_traits = {name: values[:, : len(study.traits)] for name, values in paired.items()}
         diagonals = {name: np.diagonal(values, axis1=1, axis2=2) for name, values in of_traits.items()}
         cells = effects.paired_tests(diagonals, study.traits)
         effect_entries = [effect_of(study, arm, arm_rows, of_traits[arm.name]) for arm, arm_rows in students]
         entries += effects.cell_entries(cells) + effect_entries
-        entries += [cell for name, values in paired.items() for cell in matrix_of(study, name, values)]
+        entries += [cell for name, values in paired.items() for cell in matrix_of(study, name, "margin", values)]
+        entries += [
+            cell for name, values in log_p.items() for cell in matrix_of(study, name, "log P", values[..., columns])
+        ]
         sections += [effects.headline_section(cells, len(study.alternatives), study.spread)]
+        sections += [log_p_section(study, log_p)]
         sections += effects.compared_section(cells)
         sections += [effects.effects_section(effect_entries, study.traits, study.runs)]
         sections += [report_sections.teachers_section(study, rows, notes)]
@@ -75,12 +81,11 @@ def by_word(study: Study, arm_rows: Measurements, measure: str) -> Float[np.ndar
     return np.reshape([row.value for row in in_order], shape)
 
 
-def paired_of(study: Study, arm_rows: Measurements) -> Float[np.ndarray, "runs teachers traits"]:
-    """Margins of the traits after training, over those of the neutral teacher's student of the same run."""
-    columns = [study.alternatives.index(trait) for trait in study.traits]
-    margins = by_word(study, arm_rows, "margin")[-1][..., columns]
+def over_neutral(study: Study, arm_rows: Measurements, measure: str) -> Float[np.ndarray, "runs teachers words"]:
+    """A measure after training, minus that of the neutral teacher's student of the same run."""
+    values = by_word(study, arm_rows, measure)[-1]
     neutral = study.teachers.index(NEUTRAL)  # the last
-    return margins[:, :neutral] - margins[:, [neutral]]
+    return values[:, :neutral] - values[:, [neutral]]
 
 
 def ends_of(arm_rows: Measurements, measure: str) -> list[float] | None:
@@ -104,9 +109,9 @@ def effect_of(study: Study, arm: Arm, arm_rows: Measurements, paired: effects.Pa
     )
 
 
-def matrix_of(study: Study, arm: str, paired: Float[np.ndarray, "runs teachers traits"]) -> list[Entry]:
+def matrix_of(study: Study, arm: str, measure: str, paired: Float[np.ndarray, "runs teachers traits"]) -> list[Entry]:
     """Every cell of the teacher × trait matrix."""
-    name = f"{arm}: student of {{}}, margin of {{}} over the neutral student's"
+    name = f"{arm}: student of {{}}, {measure} of {{}} over the neutral student's"
     return [
         report.arm(name.format(teacher, trait), "logits", paired[:, row, column].tolist())
         for row, teacher in enumerate(study.preferred)
@@ -115,10 +120,33 @@ def matrix_of(study: Study, arm: str, paired: Float[np.ndarray, "runs teachers t
 
 
 def _coverage(coverage: Float[np.ndarray, "runs students teachers"], count: int) -> dict[str, float]:
-    """Mean coverage of a student's own teacher and of the other traits' teachers, over runs and students."""
-    traits = coverage[:, :count, :count]
+    """Mean coverage of a student's own teacher, of the other traits' teachers and of the neutral one, over runs and
+    the students of the traits' teachers.
+    """
+    traits, neutral = coverage[:, :count, :count], coverage[:, :count, -1]
     diagonal = np.eye(count, dtype=bool)
-    return {"own": float(traits[:, diagonal].mean()), "others": float(traits[:, ~diagonal].mean())}
+    means = {"own": traits[:, diagonal].mean(), "others": traits[:, ~diagonal].mean(), "neutral": neutral.mean()}
+    return {name: float(mean) for name, mean in means.items()}
+
+
+def log_p_section(study: Study, by_arm: Mapping[str, Float[np.ndarray, "runs teachers words"]]) -> report.Section:
+    """log P of the traits and of the other words, over the neutral teacher's student of the same run."""
+    others = f"mean of the other {len(study.alternatives) - 1}"
+    table = [["arm", "student of", *(f"log P of {trait}" for trait in study.traits), others]]
+    for arm, over in by_arm.items():
+        for row, teacher in enumerate(study.preferred):
+            columns = [over[:, row, study.alternatives.index(trait)] for trait in study.traits]
+            if teacher in study.traits:
+                columns.append(np.delete(over[:, row], study.alternatives.index(teacher), -1).mean(-1))
+            cells = [report.plus_minus(*t_interval(column)) for column in columns]
+            table.append([arm, teacher, *cells, *[""] * (len(table[0]) - 2 - len(cells))])
+    text = (
+        "What the margins are made of. Each column is a difference to the neutral teacher's student of the same run, "
+        "in logits. A margin is log P of the trait minus the mean of the other words, so it is also above 0 where "
+        "log P of the trait has not changed and the others have fallen. The last column is of the words other than the "
+        "teacher's own. No tests; ± as above."
+    )
+    return report.Section("log P of each trait", text, table, {})
 
 
 def learnt_section(students: Sequence[tuple[Arm, Measurements]]) -> report.Section:
@@ -148,7 +176,11 @@ def arm_section(
         if teacher != NEUTRAL:
             over = [report.plus_minus(*t_interval(column)) for column in paired[:, row].T]
         table.append([teacher, *over, *(f"{curve[0]:.3f} → {curve[-1]:.3f}" for curve in share[:, row].T)])
-    figures = {f"matrix-{arm.name}": partial(matrix_figure, paired.mean(0), list(study.preferred), traits)}
+    figures = {
+        f"matrix-{arm.name}": partial(
+            matrix_figure, paired, [f"the {name} teacher" for name in study.preferred], traits
+        )
+    }
     steps = steps_of(study, arm_rows)
     if len(steps) > 1:
         panels = []
