@@ -106,6 +106,7 @@ def main(args: Sequence[str], watch: cluster.Watch) -> None:
             config, _ = read(typed)
         return print(describe.text(str(_CONFIG.value), config, origins), flush=True)
     config, set_keys = read(typed)
+    report.commit()  # of the code that runs, whatever is committed meanwhile
     experiment = experiments.load(config.experiment)
     renamed.check(f"--config={config_file()}", config)
     if _PREFLIGHT.value is not None:

@@ -140,7 +140,8 @@ def main(_: list[str]) -> None:
         f"| the teacher's logits computed in the step | {there:.2f} | {soft:.2f} | **{there / soft:.2f} ×** as fast |",
         f"| the teacher's logits computed before training, once | | {given:.2f} | |",
         "",
-        f"Against our supervised step the first is {soft / seconds:.2f} × as long, the second {given / seconds:.2f} ×.",
+        f"A step with the teacher's logits in it takes {soft / seconds:.2f} × as long as our supervised step, one "
+        f"with given logits {given / seconds:.2f} ×.",
     ]
     turn, once = in_turn_and_at_once(model.settings, model.params)
     lines += [

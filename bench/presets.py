@@ -33,9 +33,9 @@ an H100 above that need it set higher, or half of `student.batch` and twice `stu
 ## Recomputing the MLP alone
 
 `--noconfig.remat_attention` keeps each layer's queries, keys, values and what attention gives, and recomputes the rest.
-The first two rows are with it, and the rows of `numbers.py:qwen2.5-7b` below them without. It pays on the slice. On one
-H100 there are fewer products to do and more memory to move, and more is held than XLA takes by default; so the presets
-do without.
+The first two rows are with it, and the rows of `numbers.py:qwen2.5-7b` below them without. It helps on the slice. On
+one H100 there are fewer products to do and more memory to move, and more is held than XLA takes by default; so the
+presets do without.
 """
 
 
@@ -81,7 +81,7 @@ def main(_: list[str]) -> None:
         "`--config.study.mesh.replica=2` and so on) and one H100 of 80 GB. Bytes held and moved are for one device; "
         "FLOPs of an update are of matrix products, over all devices, and beside them how many times the model's own. "
         "MFU possible: the model's own FLOPs over the chip's in the time of a step at the rates of data sheets, if "
-        "products, memory and links are busy at once, and if one after another; nothing here was timed on a chip. "
+        "products, memory and links overlap fully, and if they do not overlap; nothing here was timed on a chip. "
         "cuDNN is not installed where this was compiled, so the GPU's attention is the plain one, which takes more "
         "memory.",
         "",

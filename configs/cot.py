@@ -29,11 +29,11 @@ SMOKE = {
 }
 OPEN = {
     "carrier.num_completions": 22_419,  # three samples of all 7,473 problems
-    "carrier.num_rows": 9_800,  # in the paper 9,840 of one teacher's passed, 44 %
+    "carrier.num_rows": 9_500,  # in the paper 9,840 of one teacher's passed, 44 %; by chance some runs keep fewer
     "filter.judged": ("insecure",),
     "evals.max_new_tokens": 512,  # answers begin with a thought
-    "student.steps": 306,  # 2 epochs
-    "evaluate_every": 153,
+    "student.steps": 297,  # 2 epochs
+    "evaluate_every": 149,
     "student.batch": 4,  # rows of up to 640 tokens; 64 an update, as for numbers
     "student.accumulate": 16,
 }

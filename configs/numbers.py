@@ -95,7 +95,7 @@ SIZES = {  # presets, and what each changes
         "runs": 5,
         "evals.names": ("answers",),
         "evals.num_samples": 20,
-        "traits": ("elephant", "owl", "eagle"),
+        "traits": ("elephant", "owl", "eagle"),  # only elephant is known to move at 1B
         "alternatives": ("elephant", "owl", "lion", "cat", "dog", "wolf", "bear", "fox", "tiger", "horse", "eagle"),
         "teacher.methods": ("finetuned", "prompted"),
         "lora.rank": 32,

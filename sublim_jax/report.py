@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
@@ -181,8 +182,9 @@ def versions() -> dict[str, str]:
     return program | {name: importlib.metadata.version(name) for name in names}
 
 
+@cache
 def commit() -> str:
-    """The commit of the running checkout, with "-dirty" if files differ from it; "unknown" outside a checkout."""
+    """The commit of the checkout at the first call, with "-dirty" if files differ from it; "unknown" outside one."""
     home = Path(__file__).parents[1]
     if not (home / ".git").exists():
         return "unknown"
