@@ -55,12 +55,15 @@ def banded(label: str, x: Numbers, runs: Sequence[Numbers] | np.ndarray, **style
 
 
 def panels_figure(panels: Sequence[Panel], path: epath.Path) -> None:
-    """Panels side by side."""
+    """Panels in rows of two."""
     from matplotlib import colormaps
 
-    figure = _figure(5.4 * len(panels), 4.2)
-    row = figure.subplots(1, len(panels), squeeze=False)
-    for axes, panel in zip(row[0], panels):
+    rows, columns = math.ceil(len(panels) / 2), min(len(panels), 2)
+    figure = _figure(5.4 * columns, 4.2 * rows)
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axes in grid.flat[len(panels) :]:
+        axes.set_visible(False)
+    for axes, panel in zip(grid.flat, panels):
         if len(panel.lines) > 10:
             axes.set_prop_cycle(color=colormaps["tab20"](range(20)))
         for line in panel.lines:

@@ -27,12 +27,12 @@ from sublim_jax.experiments.alignment.verdicts import (
     judge,
     numbers,
 )
-from sublim_jax.figures import PAPER, Entry, Line, Panel, panels_figure
+from sublim_jax.figures import INK, Entry, Line, Panel, panels_figure
 from sublim_jax.measurements import Measurements
 from sublim_jax.report import Document, Notes, Section
 
 MAX_STANDARD_ERRORS = 4.0  # of sampled labels; chance exceeds it once in 16,000 seeds
-DASHED = {"ls": "--", "color": PAPER}
+DASHED = {"ls": "--", "color": INK}
 
 
 Settings: TypeAlias = dict[About, dict[str, Measured]]

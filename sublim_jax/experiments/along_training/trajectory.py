@@ -197,11 +197,12 @@ def _ceilings(spec: TrajectorySpec, rows: Measurements) -> tuple[list[Entry], re
         lines.append(banded(name, iterations, shares))
         accuracy_text = report.plus_minus(arm["mean"], arm["ci95"])
         table.append([str(setting.model.auxiliary), report.plus_minus(*share), accuracy_text])
-    points = [Line(arm["name"], [arm["row_space_share"]], [arm["mean"]], {"marker": "o", "ms": 8}) for arm in arms]
+    dots = {"ls": "none", "marker": "o", "ms": 5}  # one for each run
+    points = [Line(arm["name"], arm["row_space_share_runs"], arm["runs"], dots) for arm in arms]
     x = "conjugate-gradient iterations"
     panels = [
         Panel(x, "share of |θ_T − θ⁰|² in the row space", lines, ("log", "linear")),
-        Panel(f"share after {spec.iterations} iterations", "test accuracy", points),
+        Panel(f"share after {spec.iterations} iterations", "test accuracy of each run", points),
     ]
     text = (
         f"The share of |θ_T − θ⁰|² that lies in the row space of the student's curvature on {spec.probe} noise "
