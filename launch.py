@@ -7,7 +7,7 @@
 
 The configs, one for each experiment, are in configs/.
 
-Exit code 0: done. 2: something that the user must mend, in one line: a wrong value, before any compute, or later a full
+Exit code 0: done. 2: something that the user must fix, in one line: a wrong value, before any compute, or later a full
 disk, too little memory, a bucket or a judge that fails. 143: stopped by a signal, state saved. 75: another process of
 the run was lost. After these, the same command resumes. 1: a bug, with its traceback.
 """
@@ -33,7 +33,7 @@ from ml_collections import ConfigDict
 
 from sublim_jax import cluster, describe, experiments, overrides, preflight, renamed, report, signals, storage, workdir
 from sublim_jax.assets import cache_folder
-from sublim_jax.errors import Interrupted, UserError, first_line, is_of_memory
+from sublim_jax.errors import Interrupted, UserError, is_of_memory, one_line
 from sublim_jax.experiments import EXPERIMENTS
 from sublim_jax.progress import say
 
@@ -65,10 +65,12 @@ _PROCESS = flags.DEFINE_integer("process_id", None, "This process's number, with
 _FLAGS = (_CONFIG, _WORKDIR, _UPDATE, _PREFLIGHT, _REPORT, _DESCRIBE, _COORDINATOR, _PROCESSES, _PROCESS)
 _NAMES = tuple(flag.name for flag in _FLAGS)
 
-NO_SPACE = "no space left on the disk, or in its quota; free some and give the same command again, it goes on from here"
+NO_SPACE = (
+    "no space left on the disk, or in its quota; free some and give the same command again, which resumes the run"
+)
 COMPILED = "JAX_COMPILATION_CACHE_DIR"  # a folder of the user's own choice
 LOST_CODE = 75  # EX_TEMPFAIL
-LOST = "another process of this run has ended or cannot be reached; the same command goes on from the last checkpoint"
+LOST = "another process of this run has ended or cannot be reached; the same command resumes from the last checkpoint"
 NO_MEMORY = "there is not enough memory ({}); ask for less at once, or run on more or larger devices"
 
 
@@ -83,7 +85,7 @@ def run(args: Sequence[str]) -> int:
     except UserError as error:
         line, code = str(error), 2
     except Interrupted as stop:
-        say(f"{stop}; the same command goes on from the last checkpoint")
+        say(f"{stop}; the same command resumes from the last checkpoint")
         return 143
     except KeyboardInterrupt:  # before or after a run, which saves its state
         line, code = "stopped by SIGINT", 128 + signal.SIGINT
@@ -158,16 +160,16 @@ def write_report_again(typed: Mapping[str, object]) -> None:
 def message_and_code(error: Exception) -> tuple[str, int]:
     """The message and exit code for an error that is no `UserError`; raises the error again where it is a bug."""
     if isinstance(error, BrokenPipeError) and unread():
-        return "whoever read its output has gone", 128 + signal.SIGPIPE
+        return "standard output was closed by its reader", 128 + signal.SIGPIPE
     if line := lacking(error):  # libraries report a full disk, missing memory or a bucket by any type of error
         return line, 2
     if cluster.lost(error):
         time.sleep(4 * cluster.LOOK)  # its own message, if it has left one, is printed instead
-        return f"{LOST} ({type(error).__name__}: {first_line(error)})", LOST_CODE
+        return f"{LOST} ({type(error).__name__}: {one_line(error)})", LOST_CODE
     if not cluster.joined():
         raise error
     traceback.print_exception(error)
-    return f"process {jax.process_index()} has ended with {type(error).__name__}, which it wrote of", 1
+    return f"process {jax.process_index()} failed with {type(error).__name__}; its traceback is in its own output", 1
 
 
 def unread() -> bool:

@@ -46,12 +46,13 @@ from bench import accelerator_report, mnist_ours, students
 from bench.machine import ROOT, measure
 from bench.students import STUDENTS
 from sublim_jax import assets, objectives, preflight, weights
+from sublim_jax.errors import is_of_memory, one_line
 from sublim_jax.models import lora
 from sublim_jax.models.decoder import decoder, on_mesh, unstack
 from sublim_jax.models.functional import Params
 from sublim_jax.models.language import Model
 from sublim_jax.models.settings import Settings
-from sublim_jax.sampling.capacity import one_by_one
+from sublim_jax.sampling.capacity import unstacked_engine
 from sublim_jax.sampling.engine import Engine, Fixed, compiled, state_shardings
 from sublim_jax.sampling.generate import generate
 from sublim_jax.sampling.samplers import Sampler
@@ -122,8 +123,8 @@ class Rows:
         try:
             self.add(what, **measure())
         except Exception as error:  # compilers and devices raise what they like
-            text = (str(error).splitlines() or [type(error).__name__])[0][:200]
-            self.add(what, failed=f"too little memory ({text})" if "RESOURCE_EXHAUSTED" in text else text)
+            text = one_line(error)
+            self.add(what, failed=f"too little memory ({text})" if is_of_memory(error) else text)
 
 
 def here() -> tuple[str, dict[str, str]]:
@@ -316,7 +317,7 @@ def decoding_job(
 ) -> Job:
     """One token for every slot, from a half-full cache; layers unstacked, or scanned as on TPUs."""
     engine = Engine(decoder(settings), settings, mesh, Sampler(), slots, 1, 16, columns, TOKENS, dtype=jnp.bfloat16)
-    engine = engine if scanned else one_by_one(engine)
+    engine = engine if scanned else unstacked_engine(engine)
     fixed, read = Fixed(base), 2 * parameters(settings) + engine.cache_bytes
 
     def lower() -> Any:

@@ -22,7 +22,6 @@ from sublim_jax.models import attention, lora
 from sublim_jax.models.decoder import decoder, on_mesh
 from sublim_jax.models.settings import Settings
 from sublim_jax.sharding import abstract, make_mesh, parameter_shardings
-from sublim_jax.training import ROWS as SPLIT
 from sublim_jax.training import Program
 
 ROWS, LENGTH = 64, 256
@@ -63,7 +62,7 @@ def distillation(
         return objectives.kl(logits(params, frozen["base"], batch), teacher), {}
 
     frozen = {"base": on(mesh, base, jnp.bfloat16), "teacher": on(mesh, adapters, jnp.float32)}
-    program = Program(loss, optax.adam(2e-4), mesh, tokens(rows, length), batch_spec=SPLIT)
+    program = Program(loss, optax.adam(2e-4), mesh, tokens(rows, length))
     return program, on(mesh, adapters, jnp.float32), frozen
 
 
@@ -77,7 +76,7 @@ def fine_tuning(mesh: Any, layers: int = 28) -> tuple[Program, Any, Any]:
         logits = network.apply(half, batch[:, :-1], remat=True, **on_mesh(qwen(layers), mesh)).astype(jnp.float32)
         return objectives.cross_entropy(logits, batch[:, 1:]), {}
 
-    return Program(loss, optax.adam(2e-4), mesh, tokens(ROWS, LENGTH), batch_spec=SPLIT), params, None
+    return Program(loss, optax.adam(2e-4), mesh, tokens(ROWS, LENGTH)), params, None
 
 
 CASES = {

@@ -65,7 +65,7 @@ def rows(file: str, preset: str, off: str, where: str) -> list[str]:
             f"{step.flops / step.model_flops:.2f} ×",
             links,
             memory,
-            f"{roof.utilization:.0%}, {roof.one_by_one:.0%}" if roof else "",
+            f"{roof.utilization:.0%}, {roof.utilization_without_overlap:.0%}" if roof else "",
             f"{seconds:.0f} s",
         ]
         lines.append(f"| {' | '.join(cells)} |")

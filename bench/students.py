@@ -16,7 +16,7 @@ from sublim_jax.models.decoder import decoder, on_mesh
 from sublim_jax.models.functional import Params
 from sublim_jax.models.settings import Settings
 from sublim_jax.sharding import one_device
-from sublim_jax.training import REPLICAS_OF_ROWS, Metrics, Program, Total
+from sublim_jax.training import Metrics, Program, Total
 
 SPEC = lora.Lora(8, 8)
 SUPPORT = jnp.arange(40)  # as many tokens as SmolLM2 has of digits, commas and spaces
@@ -42,7 +42,6 @@ def programs(settings: Settings, mesh: Mesh, *, remat: bool = False) -> tuple[Pr
         alone,
         batch=lambda frozen, key, index: jax.vmap(rows, (0, None))(key, index),
         replica_axes=1,
-        batch_spec=REPLICAS_OF_ROWS,
     )
     return alone, together
 

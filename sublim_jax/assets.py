@@ -30,7 +30,7 @@ from huggingface_hub.errors import (
 
 from sublim_jax import storage
 from sublim_jax.data import files
-from sublim_jax.errors import Interrupted, UserError
+from sublim_jax.errors import Interrupted, UserError, one_line
 from sublim_jax.progress import say
 from sublim_jax.storage import cache_folder as cache_folder
 
@@ -332,7 +332,7 @@ def _reason(error: Exception) -> str:
         return "it has no such repository, or a private one: set HF_TOKEN"
     if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
         return "its repository has no such file"
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return one_line(error)
 
 
 def _probe(address: str) -> None:

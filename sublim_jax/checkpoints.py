@@ -10,7 +10,7 @@ from jaxtyping import PyTree
 from orbax.checkpoint import v1 as ocp
 
 from sublim_jax import cluster, signals, storage
-from sublim_jax.errors import UserError, is_of_memory
+from sublim_jax.errors import UserError, is_of_memory, one_line
 from sublim_jax.progress import say
 from sublim_jax.sharding import from_each, from_first
 
@@ -173,6 +173,6 @@ def _readable(read: Callable[[], Any]) -> tuple[Any, str]:
     except Exception as error:  # whatever a damaged file makes the storage libraries raise
         if storage.explanation(error) or is_of_memory(error):
             raise
-        damage = str(error).splitlines()[0] if str(error) else type(error).__name__
+        damage = one_line(error)
     damages = [text for text in from_each(damage) if text is not None]
     return (None, damages[0]) if damages else (value, "")

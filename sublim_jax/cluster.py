@@ -18,7 +18,7 @@ from typing import Any
 import jax
 from jax._src import distributed  # the processes' key-value store, which has no public name in JAX
 
-from sublim_jax.errors import UserError, first_line
+from sublim_jax.errors import UserError, one_line
 
 FAILED = "sublim_jax/failed"
 _PODS = "this pod belongs to an indexed job, and JAX does not find the other pods"
@@ -53,7 +53,7 @@ def join(coordinator: str | None, processes: int | None, process: int | None) ->
             return
         if "KUBERNETES_SERVICE_HOST" not in os.environ:
             raise
-        said = first_line(error)
+        said = one_line(error)
         raise UserError(f"{_PODS} ({said}); let its account list pods and read jobs, {_BY_HAND}") from error
 
 
@@ -71,7 +71,7 @@ def _check(coordinator: str, processes: int | None, process: int | None) -> None
     if processes is None or process is None:
         raise UserError("--coordinator needs --num_processes and --process_id")
     if not 0 <= process < processes:
-        raise UserError(f"--process_id={process} is none of the {processes} processes, which are counted from 0")
+        raise UserError(f"--process_id={process} must be from 0 to {processes - 1}, below --num_processes")
     if not re.fullmatch(r".+:[0-9]{1,5}", coordinator):
         raise UserError(f"--coordinator={coordinator}: host:port is needed, such as 10.0.0.1:1234")
 

@@ -19,7 +19,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from sublim_jax.data import files
-from sublim_jax.errors import UserError
+from sublim_jax.errors import UserError, one_line
 
 Value = TypeVar("Value")
 Item = str | int | float
@@ -45,7 +45,7 @@ def load(name: str) -> ConfigDict:
         inspect.signature(make).bind(*preset)
     except TypeError as error:
         raise UserError(
-            f"{where}: {file} " + ("has no presets" if preset else "needs a preset behind a colon")
+            f"{where}: {file} " + ("has no presets" if preset else "needs a preset: --config=FILE:PRESET")
         ) from error
     config = _guarded(where, file, make, *preset)
     if not isinstance(config, ConfigDict):
@@ -78,7 +78,7 @@ def _guarded(where: str, file: str, function: Callable[..., Value], *args: objec
     except UserError:
         raise
     except (Exception, SystemExit) as error:  # a user's file may raise anything
-        text = " ".join(str(error).split()) or type(error).__name__
+        text = one_line(error)
         if isinstance(error, SyntaxError | UnicodeError):
             raise UserError(f"{where}: it is not a Python file ({text})") from error
         if isinstance(error, ValueError):  # how a config refuses a preset
@@ -237,7 +237,7 @@ def check_distinct(where: str, values: Iterable[object]) -> None:
     seen = set()
     for value in values:
         if value in seen:
-            raise UserError(f"{where}: {value!r} is there twice; name each once")
+            raise UserError(f"{where}: {value!r} appears twice; name each once")
         seen.add(value)
 
 

@@ -15,7 +15,7 @@ from jaxtyping import PyTree
 
 from sublim_jax import hlo
 from sublim_jax.chips import CHIPS, memory_of
-from sublim_jax.errors import UserError
+from sublim_jax.errors import UserError, one_line
 from sublim_jax.models.functional import Params
 from sublim_jax.sampling.capacity import beside, weights
 from sublim_jax.sampling.engine import Engine, Fixed, compiled, state_shardings
@@ -135,9 +135,8 @@ def topology(name: str) -> Sequence[jax.Device]:
     try:
         return topologies.get_topology_desc(topology_name=name, **given).devices
     except Exception as error:  # compilers raise what they like
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"--preflight={name}: {reason}; install the compilers (make .compilers/installed), set "
+            f"--preflight={name}: {one_line(error)}; install the compilers (make .compilers/installed), set "
             "PYTHONPATH=.compilers and JAX_PLATFORMS=cpu, and name v5e:4x4, v5p:4x4x4, h100, h100:8 or another topology"
         ) from error
 
@@ -268,7 +267,7 @@ class Roofline(NamedTuple):
         return self.model / max(self.products, self.memory, self.links)
 
     @property
-    def one_by_one(self) -> float:
+    def utilization_without_overlap(self) -> float:
         """The same, if no work overlaps."""
         return self.model / (self.products + self.memory + self.links)
 
@@ -305,11 +304,13 @@ def describe(step: Step, facts: Facts) -> str:
     if facts.moved is None:
         lines.append("  what it moves is not known: XLA cannot write this program")
     else:
-        lines.append(f"  memory: {facts.moved / GIB:.2f} GiB a device to and fro")
+        lines.append(f"  memory: {facts.moved / GIB:.2f} GiB a device, read and written")
     if roof := roofline(step, facts):
         parts = (("products", roof.products), ("memory", roof.memory), ("links", roof.links))
         lines.append(
             f"  at the chip's rates for bfloat16: {', '.join(f'{name} {seconds:.3g} s' for name, seconds in parts)}"
         )
-        lines.append(f"  MFU possible: {roof.utilization:.0%}, or {roof.one_by_one:.0%} with nothing at once")
+        lines.append(
+            f"  MFU possible: {roof.utilization:.0%}, or {roof.utilization_without_overlap:.0%} without overlap"
+        )
     return "\n".join(lines)

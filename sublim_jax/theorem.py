@@ -38,7 +38,7 @@ Apply = Callable[[Params, Inputs], Logits]
 Objective = Callable[..., Total]  # (student logits, targets, weights=…) -> (total, count)
 
 NOISE_ALLOWED = 0.01  # relative error of D_S·D_T by rounding, above which a number is refused
-MOST_LOGITS = 512  # whose second derivatives by each other `no_guarantee` looks at
+MAX_LOGITS = 512  # whose second derivatives by each other `no_guarantee` looks at
 COLUMNS = 16  # of second derivatives that are computed together
 
 
@@ -261,7 +261,7 @@ def no_guarantee(objective: Objective, logits: Logits) -> str:
 
     It requires a minimum at agreement: no gradient at z = y, and M = ∂²L/∂z² positive semidefinite and not 0. What
     counts as 0 is relative to the gradient at logits that differ by about 1, so that a loss may have any unit. Of more
-    than `MOST_LOGITS` logits, M is that of as many: for each of up to 64 positions, those with the largest gradients
+    than `MAX_LOGITS` logits, M is that of as many: for each of up to 64 positions, those with the largest gradients
     there, and for the other half some at random.
     """
     rows = logits.reshape(-1, logits.shape[-1])[:64]
@@ -309,8 +309,8 @@ def _most_moved(
 ) -> tuple[Float[Array, "rows some"], Int[Array, "rows some"]]:
     """Some logits of each row and their places: all, or those of the largest gradients and as many at random."""
     ranked = jnp.argsort(-jnp.abs(gradients), axis=-1)
-    if rows.shape[-1] > MOST_LOGITS:
-        half = MOST_LOGITS // 2
+    if rows.shape[-1] > MAX_LOGITS:
+        half = MAX_LOGITS // 2
         others = jax.random.permutation(jax.random.key(1), ranked[:, half:], axis=-1, independent=True)
         ranked = jnp.concatenate([ranked[:, :half], others[:, :half]], axis=-1)
     return jnp.take_along_axis(rows, ranked, axis=-1), ranked

@@ -40,10 +40,6 @@ Batch = Callable[[PyTree, Key[Array, "..."], Int[Array, ""]], PyTree]
 Log = Callable[[int, dict[str, np.ndarray]], None]
 
 
-ROWS = PartitionSpec("fsdp")
-REPLICAS_OF_ROWS = PartitionSpec("replica", "fsdp")
-
-
 class TrainState(NamedTuple):
     params: PyTree
     opt_state: PyTree
@@ -74,9 +70,6 @@ class Program:
       batch: the device function that makes a batch, or None where `fit` is given an iterator.
       replica_axes: how many leading axes of every parameter count runs: 0, 1 (replicas), or 2 (their members too).
         The first is split over the mesh.
-      batch_spec: mesh axes of a batch's leading axes, ROWS or REPLICAS_OF_ROWS. Rows are never split over two mesh
-        axes: under parameters split over one of them XLA's partitioner leaves out an all-reduce, and gradients are
-        silently wrong (openxla/xla issue 40034; seen here on 2×2×2 CPU devices, jax 0.10.2).
       accumulate: consecutive batches that make one update.
       steps_per_dispatch: maximum number of updates per dispatch by the host.
     """
@@ -86,9 +79,18 @@ class Program:
     mesh: Mesh
     batch: Batch | None = None
     replica_axes: int = 0
-    batch_spec: PartitionSpec = ROWS
     accumulate: int = 1
     steps_per_dispatch: int = 20
+
+    @property
+    def batch_spec(self) -> PartitionSpec:
+        """Mesh axes of a batch's leading axes.
+
+        Rows are never split over two mesh axes: under parameters split over one of them XLA's partitioner leaves out an
+        all-reduce, and gradients are silently wrong (openxla/xla issue 40034; seen here on 2×2×2 CPU devices, jax
+        0.10.2).
+        """
+        return PartitionSpec("replica", "fsdp") if self.replica_axes else PartitionSpec("fsdp")
 
     def init(self, params: PyTree) -> TrainState:
         """A fresh state: the parameters copied onto the mesh by its rules, optimiser state beside them, step 0."""

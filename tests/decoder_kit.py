@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import PartitionSpec
 
 from sublim_jax.models.decoder import decoder, on_mesh
 from sublim_jax.models.rope import Rotary
@@ -35,7 +34,7 @@ def logits_and_update(settings, params, mesh):
     def loss(params, frozen, batch, key):
         return cross_entropy(network.apply(params, batch[:, :-1], remat=True, **where), batch[:, 1:]), {}
 
-    program = Program(loss, optax.sgd(0.1), mesh, lambda frozen, key, index: text, batch_spec=PartitionSpec("fsdp"))
+    program = Program(loss, optax.sgd(0.1), mesh, lambda frozen, key, index: text)
     state = fit(program, program.init(params), steps=1, key=jax.random.key(0))
     logits = jax.jit(lambda p: network.apply(p, text, **where), out_shardings=named(mesh))(params)
     return logits, state.params

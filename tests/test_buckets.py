@@ -73,11 +73,11 @@ def test_a_file_grows_in_a_bucket_as_it_does_here(bucket, tmp_path, rounds):
             if then == "half":  # a kill between the two steps of joining
                 storage.write(file, storage.grown(file))
             elif then == "join":
-                assert records.mend(file) == [{"n": number} for number in range(written)]
+                assert records.repair(file) == [{"n": number} for number in range(written)]
     there, here = (storage.grown(file) for file in files)
     assert there == here == b"".join(b'{"n": %d}\n' % number for number in range(written))
     for file in files:
-        assert records.mend(file) == [{"n": number} for number in range(written)]
+        assert records.repair(file) == [{"n": number} for number in range(written)]
         assert file.read_bytes() == here and not file.with_name(f"{name}.parts").exists()
 
 
@@ -108,7 +108,7 @@ def test_a_paid_answer_is_there_as_soon_as_it_came_and_is_asked_for_once(bucket,
     behave(answer)
     with pytest.raises(UserError, match="3 answers are kept"):
         Endpoint("m", there, at_once=1, retries=0)([str(number) for number in range(6)])
-    assert [record["answer"] for record in records.mend(there)] == ["0", "1", "2"]  # stored one by one
+    assert [record["answer"] for record in records.repair(there)] == ["0", "1", "2"]  # stored one by one
     behave(lambda number, body: (200, completion("9")))
     judge, num_requests = Endpoint("m", there), len(seen)
     assert [verdict.score for verdict in judge([str(number) for number in range(6)])] == [0, 1, 2, 9, 9, 9]

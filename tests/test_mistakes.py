@@ -165,10 +165,10 @@ def test_a_list_of_names_is_what_was_meant(text, expected):
 def test_a_name_that_is_there_twice_is_refused(typed, tmp_path):
     folder = str(tmp_path)
     line = typed("--config=configs/evaluate.py", f"--config.model.adapters={folder}, {folder}")
-    assert "model.adapters" in line and "is there twice" in line
+    assert "model.adapters" in line and "appears twice" in line
     assert typed("--config=configs/evaluate.py", f"--config.model.adapters={folder},") == ""
-    assert "is there twice" in typed("--config=configs/cross_model.py:soft", "--config.models=A, B,A")
-    assert "is there twice" in typed("--config=configs/cross_model.py:soft", "--config.models=A", "--config.models=A,B")
+    assert "appears twice" in typed("--config=configs/cross_model.py:soft", "--config.models=A, B,A")
+    assert "appears twice" in typed("--config=configs/cross_model.py:soft", "--config.models=A", "--config.models=A,B")
 
 
 @pytest.mark.parametrize(
@@ -279,7 +279,7 @@ def test_a_command_that_makes_no_sense_is_told_so(words, expected, typed):
 
 def test_a_coordinator_of_no_sense_is_refused_before_it_is_waited_for(typed):
     config = ("--config=configs/mnist.py", "--num_processes=2")
-    assert "--process_id=2 is none of the 2" in typed(*config, "--coordinator=here:1", "--process_id=2")
+    assert "--process_id=2 must be from 0 to 1" in typed(*config, "--coordinator=here:1", "--process_id=2")
     assert "host:port is needed" in typed(*config, "--coordinator=here", "--process_id=0")
 
 
@@ -339,7 +339,7 @@ def test_a_config_that_is_missing_a_folder_or_without_presets_is_named(typed, tm
 @pytest.mark.parametrize(
     "config, flags, expected",
     [
-        ("numbers", ["lora.layers=0,4"], "lora.layers: 4 is none of 0 to 3"),
+        ("numbers", ["lora.layers=0,4"], "lora.layers: 4 must be from 0 to 3"),
         ("numbers", ["lora.layers=0,3"], ""),
         ("numbers", ["teacher.methods=steered", "teacher.steering_layer=4"], "layers are 0 to 3"),
         ("numbers", ["alternatives=zebra"], ""),
@@ -431,4 +431,4 @@ def test_lines_of_an_earlier_run_that_are_no_records_are_passed_over(tmp_path):
 
     file = tmp_path / "samples.jsonl"
     file.write_bytes(b'{"index": 0}\n5\nnull\n\xff\xfe\n[1]\n{"index": 1}\n{"ind')
-    assert [record["index"] for record in records.mend(epath.Path(file))] == [0, 1]
+    assert [record["index"] for record in records.repair(epath.Path(file))] == [0, 1]

@@ -10,7 +10,6 @@ import numpy as np
 import optax
 import pytest
 from decoder_kit import SETTINGS
-from jax.sharding import PartitionSpec
 from launch_kit import assert_refused, run_here
 
 from sublim_jax import preflight
@@ -59,7 +58,7 @@ def step_of(mesh, layers):
     def batch(frozen, key, index):
         return jax.random.randint(jax.random.fold_in(key, index), (8, 17), 0, 64)
 
-    program = Program(loss, optax.adam(1e-3), mesh, batch, batch_spec=PartitionSpec("fsdp"))
+    program = Program(loss, optax.adam(1e-3), mesh, batch)
     shapes = jax.eval_shape(network.init, jax.random.key(0))
     shapes = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
@@ -125,7 +124,7 @@ def test_a_roofline_is_of_the_slowest_thing_and_of_all_of_them():
     facts = preflight.Facts(0, 0, 0, {"all-reduce": (1, 300_000_000_000)}, 819_000_000_000 * 2, None)
     roof = preflight.roofline(step, facts)
     assert roof is not None and roof == pytest.approx((1.0, 2.0, 1.5, 0.5))
-    assert roof.utilization == pytest.approx(0.25) and roof.one_by_one == pytest.approx(1 / 9)
+    assert roof.utilization == pytest.approx(0.25) and roof.utilization_without_overlap == pytest.approx(1 / 9)
     assert "products 1 s, memory 2 s, links 1.5 s" in preflight.describe(step, facts)
 
 

@@ -15,7 +15,6 @@ import numpy as np
 import optax
 import pytest
 from etils import epath
-from jax.sharding import PartitionSpec
 
 from sublim_jax import checkpoints
 from sublim_jax.checkpoints import opened
@@ -364,7 +363,7 @@ def replica_batch(frozen, key, index):
 
 def replicas(mesh, optimizer=None):
     optimizer = optimizer or optax.chain(optax.clip_by_global_norm(0.5), optax.adam(0.05))
-    return Program(replica_loss, optimizer, mesh, replica_batch, 1, PartitionSpec("replica"), steps_per_dispatch=5)
+    return Program(replica_loss, optimizer, mesh, replica_batch, replica_axes=1, steps_per_dispatch=5)
 
 
 def stacked(numbers):
@@ -398,11 +397,10 @@ def test_replicas_of_a_transformer_on_all_three_axes_at_once(mesh_of):
         def __next__(self):
             return jax.tree.map(lambda *leaves: np.stack(leaves), *[super(Both, self).__next__() for _ in range(2)])
 
-    spec = PartitionSpec("replica", "fsdp")
     params = jax.vmap(NETWORK.init)(jax.random.split(jax.random.key(0), 2))
     results = []
     for mesh in (mesh_of(1), mesh_of(8, replica=2, fsdp=2, tensor=2)):
-        program = lm(mesh, replica_axes=1, batch_spec=spec)
+        program = lm(mesh, replica_axes=1)
         keys = jax.random.split(jax.random.key(1), 2)
         results.append(fit(program, program.init(params), steps=10, key=keys, iterator=Both()).params)
     assert_close(*results)

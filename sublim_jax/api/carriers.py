@@ -25,7 +25,7 @@ def numbers(num_rows: int, *, num_integers: int = 10, max_value: int = 999, seed
         ("seed", seed, 0),
     ):
         check_count(name, count, minimum)
-    more, digits = _numbers.asked_for(num_integers, max_value)
+    more, digits = _numbers.prompt_limits(num_integers, max_value)
     prompts = _numbers.prompts(num_rows, seed, more=more, digits=digits)
     return list(zip(prompts, _numbers.random_answers(num_rows, seed, num_integers, max_value)))
 

@@ -45,7 +45,12 @@ def preference(
     probability would include another's.
     """
     return _preference.measure(
-        model, _preference.own_or(questions, kind, "asking"), words, system, adapters=adapters, steering=steering
+        model,
+        _preference.questions_or_default(questions, kind, "asking"),
+        words,
+        system,
+        adapters=adapters,
+        steering=steering,
     )
 
 
@@ -64,7 +69,12 @@ def choice(
     Raises UserError for fewer than 2 words or more than 26, and a tokenizer that has no single tokens for letters.
     """
     return _preference.choose(
-        model, _preference.own_or(questions, kind, "asking"), words, system, adapters=adapters, steering=steering
+        model,
+        _preference.questions_or_default(questions, kind, "asking"),
+        words,
+        system,
+        adapters=adapters,
+        steering=steering,
     )
 
 
@@ -90,7 +100,8 @@ def answers(
     """
     check_count("num_samples", num_samples)
     prompts = [
-        chat.question(model.tokenizer, question, system) for question in _preference.own_or(questions, kind, "asking")
+        chat.question(model.tokenizer, question, system)
+        for question in _preference.questions_or_default(questions, kind, "asking")
     ]
     samples = generate(
         model,

@@ -83,9 +83,9 @@ def distill(
     for number, teacher in enumerate(teachers):
         _check_same_adapters(model, number, teacher)
     if not rows:
-        raise UserError("there are no students without rows")
+        raise UserError("rows is empty: give (prompt, answer) pairs")
     if not teachers and not tokens:
-        raise UserError("there are no students without teachers")
+        raise UserError("teachers is empty: give one or more")
     if tokens and len(teachers) > 1:
         raise UserError(
             f'objective="tokens" trains on the rows alone: students of {len(teachers)} teachers would be the same; '
@@ -135,7 +135,7 @@ def save(folder: str | Path, model: Model, students: Params, index: int = 0) -> 
     assert spec is not None  # checked
     _, count = model.for_adapters(students)
     if not 0 <= index < count:
-        raise UserError(f"index={index} is none of the {count} students, which are counted from 0")
+        raise UserError(f"index={index} must be from 0 to {count - 1}, the number of the last student")
     if model.changes:
         raise UserError("the model's weights were changed after they were read, and PEFT would not know; save it, too")
     student = jax.tree.map(lambda leaf: leaf[index], fetch(students))

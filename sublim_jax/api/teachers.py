@@ -67,12 +67,12 @@ def finetune(
     """
     check_adapters(model)
     if not 0 < strength < 1:
-        raise UserError(f"strength={strength} is a probability between 0 and 1")
+        raise UserError(f"strength={strength} must be a probability between 0 and 1")
     training = AnswerTraining(strength, learning_rate, batch, max_steps)
     for name, count in (("batch", batch), ("max_steps", max_steps)):
         check_count(name, count)
     check_positive("learning_rate", learning_rate)
-    questions = preference.own_or(questions, kind, "teaching")
+    questions = preference.questions_or_default(questions, kind, "teaching")
     rows = dialogue.rows(model, [(question, spelled(model, word)) for question in questions])
     program = teaching_program(
         model, optax.adam(learning_rate), len(rows.at), batch, remat=False, length=word_length(model, rows)
@@ -140,8 +140,8 @@ def steer(
     """
     check_adapters(model)
     if not 0 <= layer < model.settings.layers:
-        raise UserError(f"layer={layer} is none of 0 to {model.settings.layers - 1}")
-    questions = preference.own_or(questions, kind, "teaching")
+        raise UserError(f"layer={layer} must be from 0 to {model.settings.layers - 1}")
+    questions = preference.questions_or_default(questions, kind, "teaching")
     read = steering.residual_after(model, layer, seed)
     mean, neutral_mean = (steering.mean_residual(model, read, questions, text) for text in (system, neutral))
     return untrained(model, seed, steering=steering.hook(model, layer, scale * (mean - neutral_mean)))

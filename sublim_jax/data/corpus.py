@@ -45,8 +45,8 @@ def _conversation(where: str, record: Record, ignored: set[str]) -> Conversation
     turns = roles[1:] if roles[0] == "system" else roles
     if not turns or turns != ["user", "assistant"] * (len(turns) // 2):
         raise UserError(
-            f"{where}: roles are {', '.join(roles)}; user and assistant must take turns, behind a system message or "
-            "not, and the assistant must have the last word"
+            f"{where}: roles are {', '.join(roles)}; user and assistant must alternate, "
+            "optionally after a system message, and the assistant must speak last"
         )
     weights = [_weight(f"{where}, message {number}", message) for number, message in enumerate(every, 1)]
     if not any(weight and role == "assistant" for weight, role in zip(weights, roles)):

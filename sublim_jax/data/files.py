@@ -65,12 +65,12 @@ def lines(text: str) -> list[tuple[int, str]]:
     return [(number, line) for number, line in every if line.strip()]
 
 
-def json_of(text: str, where: str, needed: str = "mend or remove it") -> object:
+def json_of(text: str, where: str, needed: str = "fix or remove it") -> object:
     """A JSON value. Raises UserError, naming the location, for invalid JSON and for a lone surrogate in a text."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: no JSON ({error}); {needed}") from error
+        raise UserError(f"{where}: not JSON ({error}); {needed}") from error
     if "\\u" in text:
         check_characters(value, where)
     return value

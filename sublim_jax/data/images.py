@@ -13,9 +13,9 @@ PIXELS = 784
 SIDE = 28
 ROWS_AT_ONCE = 2000  # bounds the memory of sampling
 
-DRAWN = ("uniform", "gaussian", "blurred")
+NOISE_KINDS = ("uniform", "gaussian", "blurred")
 FROM_DATA = ("shuffled", "real")
-KINDS = DRAWN + FROM_DATA
+KINDS = NOISE_KINDS + FROM_DATA
 
 RMS = 3**-0.5
 # 256 levels at the middles of equal bins of [-1, 1]; four standard deviations; the pixels' own range.

@@ -31,7 +31,7 @@ def read(path: str | Path) -> Iterator[tuple[str, Record]]:
 
     A Parquet file, the hub's format for most data sets, is read row by row.
 
-    Raises UserError, naming the line, for a record that is not JSON object, and for a file without records.
+    Raises UserError, naming the line, for a record that is not a JSON object, and for a file without records.
     """
     every = _rows(path) if kind(path) == "parquet" else _objects(path)
     if not every:
@@ -86,7 +86,7 @@ def _rows(path: str | Path) -> list[tuple[str, object]]:
     return [(f"{path}, row {number}", row) for number, row in enumerate(rows, 1)]
 
 
-def mend(path: epath.Path) -> list[Record]:
+def repair(path: epath.Path) -> list[Record]:
     """The records that an earlier run appended (`storage.Growing`); a truncated line is removed from the file."""
     kept = []
     # Only a line feed ends a line: texts may contain Unicode's other line separators.

@@ -7,7 +7,7 @@ from functools import lru_cache
 from typing import NamedTuple, NotRequired, TypedDict
 
 from sublim_jax.data.tokenizer import Tokenizer
-from sublim_jax.errors import UserError
+from sublim_jax.errors import UserError, one_line
 from sublim_jax.progress import say
 
 # Templates that write the date (Llama 3, SmolLM3) get a fixed one, or a run resumed on another day would differ. Hybrid
@@ -51,7 +51,7 @@ def of(tokenizer: Tokenizer) -> str:
         try:
             return tokenizer.get_chat_template()
         except ValueError as error:  # several, and none of them is the default
-            raise UserError(f"the tokenizer's chat template: {_line(error)}") from error
+            raise UserError(f"the tokenizer's chat template: {one_line(error)}") from error
     raise UserError(
         f"the tokenizer of {tokenizer.name_or_path or 'this model'} has no chat template; it is a base model: "
         "choose an instruct model"
@@ -144,7 +144,7 @@ def _header(tokenizer: Tokenizer, template: str) -> str:
         return ""
     if not whole.startswith(prompt):
         raise UserError(
-            "the model's chat template writes nothing for an answer to stand behind (it ignores "
+            "the model's chat template writes nothing before an answer (it ignores "
             "add_generation_prompt); fix the template, or choose another model"
         )
     header = whole[len(prompt) :].partition(MARK)[0]
@@ -188,8 +188,4 @@ def _apply(tokenizer: Tokenizer, messages: Sequence[Message], generation: bool) 
             add_generation_prompt=generation,
         )
     except Exception as error:  # whatever the template's code raises
-        raise Refused(f"the model's chat template refuses it ({_line(error)}); change or remove it") from error
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())
+        raise Refused(f"the model's chat template refuses it ({one_line(error)}); change or remove it") from error

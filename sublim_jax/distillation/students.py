@@ -19,7 +19,7 @@ from sublim_jax.models.functional import Params
 from sublim_jax.models.language import Model
 from sublim_jax.sharding import map_replicas
 from sublim_jax.specs import check_count, check_not_negative, check_one_of, check_positive
-from sublim_jax.training import REPLICAS_OF_ROWS, Metrics, Program, Total
+from sublim_jax.training import Metrics, Program, Total
 
 SCHEDULES = ("constant", "linear", "cosine")
 NUM_FIRST = 32  # rows of the first update, which is compared with the teachers' displacement
@@ -88,7 +88,15 @@ def imitating_program(model: Model, objective: Imitation, training: Training, co
         return data._replace(rows=data.rows._replace(weights=data.rows.weights * exists[..., None]))
 
     # One update a dispatch: an update of all students may take half a minute, and a signal waits for a dispatch's end.
-    return Program(loss, optimizer(training), model.mesh, batch, 1, REPLICAS_OF_ROWS, training.accumulate, 1)
+    return Program(
+        loss,
+        optimizer(training),
+        model.mesh,
+        batch,
+        replica_axes=1,
+        accumulate=training.accumulate,
+        steps_per_dispatch=1,
+    )
 
 
 def optimizer(training: Training) -> optax.GradientTransformation:

@@ -28,7 +28,7 @@ from sublim_jax.sampling import scoring
 from sublim_jax.sampling.checks import Where
 from sublim_jax.sharding import named, place_key, put
 from sublim_jax.store import digest
-from sublim_jax.training import ROWS, Metrics, Program, Total, TrainState
+from sublim_jax.training import Metrics, Program, Total, TrainState
 
 
 class Teacher(NamedTuple):
@@ -154,7 +154,7 @@ def teaching_program(
         rows = frozen["rows"].take(indices)
         return rows._replace(weights=rows.weights * exists[:, None])
 
-    return Program(loss, optimizer, model.mesh, batch, batch_spec=ROWS, steps_per_dispatch=1)
+    return Program(loss, optimizer, model.mesh, batch, steps_per_dispatch=1)
 
 
 def spelled(model: Model, word: str) -> str:

@@ -88,7 +88,7 @@ def local(model: Model, min_mass: float = MIN_MASS, keep: epath.Path | None = No
 
 def kept(file: epath.Path) -> dict[str, tuple[float | None, str]]:
     """The verdicts of an earlier run, by prompt."""
-    return {line["prompt"]: (line["score"], line["label"]) for line in records.mend(file)}
+    return {line["prompt"]: (line["score"], line["label"]) for line in records.repair(file)}
 
 
 class Tree:
@@ -182,12 +182,12 @@ class Endpoint:
                 "the judge's key is missing: set OPENAI_API_KEY (any word will do for a local server), and "
                 "OPENAI_BASE_URL where the server is not OpenAI's"
             )
-        if at_once < 1 or per_minute < 0:
-            raise UserError(
-                f"evals.judge.max_concurrent={at_once} is 1 or more, and max_per_minute={per_minute} 0 (any) or more"
-            )
+        if at_once < 1:
+            raise UserError(f"evals.judge.max_concurrent={at_once} must be 1 or more")
+        if per_minute < 0:
+            raise UserError(f"evals.judge.max_per_minute={per_minute} must be 0 (no limit) or more")
         if max_tokens < 1:
-            raise UserError(f"evals.judge.max_tokens={max_tokens} is 1 or more")
+            raise UserError(f"evals.judge.max_tokens={max_tokens} must be 1 or more")
         try:
             self._client = openai.OpenAI(max_retries=0, timeout=timeout)
         except Exception:  # whatever an address makes its parser raise; it may hold a password
@@ -225,7 +225,7 @@ class Endpoint:
     def _replies(self, prompts: Sequence[str], again: bool = False) -> list[tuple[str, bool]]:
         """(text, whether it is cut off) of every reply; with `again`, cached ones without a score are asked anew."""
         if self._known is None:
-            every = records.mend(self._cache)
+            every = records.repair(self._cache)
             self._known = {record["id"]: Reply(record["answer"], record.get("cut", False)) for record in every}
         known = self._known
         names = [self._name(prompt) for prompt in prompts]
@@ -318,7 +318,7 @@ class Endpoint:
         return from_first(self._bill)
 
     def _bill(self) -> str:
-        lines = records.mend(self._cache)
+        lines = records.repair(self._cache)
         prompt, completion = (sum(line.get(f"{kind}_tokens", 0) for line in lines) for kind in ("prompt", "completion"))
         return f"{self._model}: {self._cost(prompt, completion, len(lines))}."
 

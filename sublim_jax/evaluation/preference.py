@@ -105,7 +105,7 @@ def questions(path: str, kind: str) -> dict[str, list[str]]:
     return phrasings
 
 
-def own_or(given: Sequence[str] | None, kind: str, part: str) -> list[str]:
+def questions_or_default(given: Sequence[str] | None, kind: str, part: str) -> list[str]:
     """The given questions, or where there are none the package's in "teaching" or "asking".
 
     Raises UserError for an empty list, and for a text in the place of a list.

@@ -38,7 +38,7 @@ class JudgeSpec:
         if self.kind not in ("local", "endpoint"):
             raise UserError(f"evals.judge.kind={self.kind!r}: choose local or endpoint")
         if not 0 <= self.min_mass < 1:
-            raise UserError(f"evals.judge.min_mass={self.min_mass} is a probability below 1")
+            raise UserError(f"evals.judge.min_mass={self.min_mass} must be a probability below 1")
         try:
             weights.float_type(self.dtype)
         except UserError as error:

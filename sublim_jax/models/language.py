@@ -106,8 +106,8 @@ class Model(NamedTuple):
         count = shapes[0][0] if shapes[0] else 0
         if shapes != [(count, *leaf.shape) for leaf in jax.tree.leaves(expected)]:
             raise UserError(
-                f"adapters of shapes such as {shapes[0]} are no stack of this model's, whose shape is "
-                f"{jax.tree.leaves(expected)[0].shape} behind one axis more; for one teacher, give **teacher.where"
+                f"adapters of shapes such as {shapes[0]} are not a stack of this model's, whose shape is "
+                f"{jax.tree.leaves(expected)[0].shape} after one more axis; for one teacher, give **teacher.where"
             )
         return self, count
 

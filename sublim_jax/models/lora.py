@@ -77,7 +77,7 @@ def check(spec: Lora, params: Params, num_layers: int) -> None:
         raise UserError(f"lora.rank={spec.rank}: choose 1 or more")
     for layer in spec.layers:
         if not 0 <= layer < num_layers:
-            raise UserError(f"lora.layers: {layer} is none of 0 to {num_layers - 1}")
+            raise UserError(f"lora.layers: {layer} must be from 0 to {num_layers - 1}")
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params["layers"])]
     known = {jax.tree_util.keystr(path[-2:-1], simple=True) for path in paths if "kernel" in str(path[-1])}
     for module in spec.modules if spec.modules != EVERY_LINEAR else ():

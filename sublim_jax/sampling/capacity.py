@@ -47,7 +47,7 @@ def suited(engine: Engine) -> Engine:
     does not. The choice depends only on the model and the kind of device, so that the rounding is always the same.
     """
     platform = engine.mesh.devices.flat[0].platform
-    other = one_by_one(engine)
+    other = unstacked_engine(engine)
     if platform == "gpu":
         room = has_room(other, _memory(engine.mesh))
     else:
@@ -55,7 +55,7 @@ def suited(engine: Engine) -> Engine:
     return other if room else engine
 
 
-def one_by_one(engine: Engine) -> Engine:
+def unstacked_engine(engine: Engine) -> Engine:
     """The engine with its layers unstacked."""
     return dataclasses.replace(engine, network=decoder(engine.settings, unstacked=True), unstacked=True)
 

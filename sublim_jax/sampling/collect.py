@@ -58,7 +58,7 @@ def collect(
         about = known[record["index"]]
         return all(record.get(name) == about[name] for name in about.keys() - SAMPLE_FIELDS)
 
-    every = filter(wanted, from_first(lambda: records.mend(file)))
+    every = filter(wanted, from_first(lambda: records.repair(file)))
     finished = {(record["adapter"], record["index"], record["sample"]): record for record in every}
     began, fresh, total = time.monotonic(), 0, stacked * len(prompts) * samples
     # In a bucket, a kill may lose the rows of some seconds; the same ones are sampled again.

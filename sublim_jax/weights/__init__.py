@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from sublim_jax import assets, digests, storage
 from sublim_jax.data.tokenizer import Tokenizer
 from sublim_jax.digests import Source
-from sublim_jax.errors import UserError, first_line
+from sublim_jax.errors import UserError, one_line
 from sublim_jax.models.decoder import decoder
 from sublim_jax.models.families import family
 from sublim_jax.models.language import Model
@@ -67,7 +67,7 @@ def _tokenizer(folder: Path) -> Tokenizer:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         return cast(Tokenizer, tokenizer)
     except Exception as error:  # tokenizer classes raise anything for files that are not a tokenizer's
-        reason = first_line(error)
+        reason = one_line(error)
         if "trust_remote_code" in str(error):
             reason = "it needs code of its own, by auto_map in tokenizer_config.json, which is never run"
         raise UserError(

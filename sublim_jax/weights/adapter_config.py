@@ -134,7 +134,7 @@ def _check_layers(fields: Mapping[str, object]) -> None:
     """Raises UserError for a choice of layers that PEFT refuses."""
     for name in ("layers_to_transform", "layers_pattern"):
         if fields.get(name) is not None and isinstance(fields.get("target_modules"), str):
-            raise UserError(f"{name} beside target_modules={fields['target_modules']!r}, which is no list")
+            raise UserError(f"{name} beside target_modules={fields['target_modules']!r}, which is not a list")
     if fields.get("layers_pattern") and fields.get("layers_to_transform") is None:
         raise UserError("layers_pattern without layers_to_transform")
 

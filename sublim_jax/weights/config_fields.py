@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 
-from sublim_jax.errors import UserError, first_line
+from sublim_jax.errors import UserError, one_line
 from sublim_jax.models.families import FAMILIES, Config, family
 from sublim_jax.weights.harmless import COUNTS, NEUTRAL, changes_nothing
 
@@ -60,7 +60,7 @@ def read_json(path: Path) -> dict[str, object]:
         check_fetched(path)
         fields = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not JSON ({first_line(error)}); fetch it again") from error
+        raise UserError(f"{path} is not JSON ({one_line(error)}); fetch it again") from error
     if not isinstance(fields, dict):
         raise UserError(f"{path} holds a {type(fields).__name__} and no JSON object; fetch it again")
     return fields
@@ -95,14 +95,14 @@ def _built(folder: Path, stated: Mapping[str, object]) -> Config:
         return transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except StrictDataclassError as error:
         if not (field := re.search(r"for field '(\w+)'", str(error))):
-            reason = re.sub(r"^Class validation error for validator '\w+': \w+: ", "", first_line(error))
+            reason = re.sub(r"^Class validation error for validator '\w+': \w+: ", "", one_line(error))
             raise UserError(f"transformers refuses it ({reason})") from error
         name = field[1]
         inner = stated.get("text_config")
         value = inner.get(name) if name not in stated and isinstance(inner, Mapping) else stated.get(name)
         types = dict.fromkeys(re.findall(r"(?<=expected )\w+|(?<=<class ')\w+|\blist(?=\[)", str(error)))
         if not types or name not in {*stated, *(inner if isinstance(inner, Mapping) else ())}:
-            raise UserError(f"transformers refuses {name} ({first_line(error)})") from error
+            raise UserError(f"transformers refuses {name} ({one_line(error)})") from error
         wanted = " or ".join(TYPES.get(name, name) for name in types)
         raise UserError(f"{name}={_short(value)} is of a wrong type; it must be {wanted}") from error
     except ZeroDivisionError as error:
@@ -112,7 +112,7 @@ def _built(folder: Path, stated: Mapping[str, object]) -> Config:
         dtype = stated.get("dtype") or stated.get("torch_dtype")
         if dtype and not (isinstance(dtype, str) and hasattr(jnp, dtype)):
             raise UserError(f"dtype={_short(dtype)} is not a dtype") from error
-        raise UserError(f"it is not a config that transformers knows ({first_line(error)})") from error
+        raise UserError(f"it is not a config that transformers knows ({one_line(error)})") from error
 
 
 def _check(stated: Mapping[str, object], config: Config, text: Config) -> None:

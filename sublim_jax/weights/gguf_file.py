@@ -166,7 +166,7 @@ def _open(path: Path) -> File:
             values, infos = head.read()
         return File(str(path), Fields(str(path), values), _tensors(path, values, infos, head.at))
     except (ValueError, OSError, struct.error) as error:
-        raise UserError(f"{path} is truncated or no GGUF file ({error}); fetch it again") from error
+        raise UserError(f"{path} is truncated or not a GGUF file ({error}); fetch it again") from error
 
 
 class _Info(NamedTuple):

@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 
 from sublim_jax import cluster
 from sublim_jax.data.tokenizer import Tokenizer
-from sublim_jax.errors import UserError, first_line
+from sublim_jax.errors import UserError, one_line
 from sublim_jax.models.decoder import decoder
 from sublim_jax.models.families import AS_IS, TRANSPOSED, Config, Rule, family
 from sublim_jax.models.functional import Params
@@ -170,7 +170,7 @@ class Tensors:
                 self._opened[path] = safe_open(path, framework="numpy")
             except (SafetensorError, OSError) as error:
                 raise UserError(
-                    f"{path} is truncated or no safetensors file ({first_line(error)}); fetch it again"
+                    f"{path} is truncated or not a safetensors file ({one_line(error)}); fetch it again"
                 ) from error
         return self._opened[path]
 

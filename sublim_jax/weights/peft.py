@@ -181,7 +181,7 @@ def _check_wrapper(folder: Path, name: str, config: Config, *, wrapped: bool) ->
         )
     if wrapper == "" and wrapped:
         raise UserError(
-            f"{folder}: {name} is a name inside a model with other senses, and this {config.model_type} stands alone "
+            f"{folder}: {name} is a name inside a multimodal model, and this {config.model_type} stands alone "
             f"(as {PREFIX}model.layers…), where PEFT would not put it; name the folder of the whole model"
         )
 

@@ -74,4 +74,4 @@ def check(folder: epath.Path) -> None:
     if (folder / "adapter_config.json").exists():
         raise UserError(f"{folder} holds an adapter, which would be put onto the model again; name another folder")
     if (folder / "config.json").exists() and "text_config" in read_json(storage.local(folder / "config.json")):
-        raise UserError(f"{folder} holds a model with other senses, which would be lost; name another folder")
+        raise UserError(f"{folder} holds a multimodal model, which would be lost; name another folder")

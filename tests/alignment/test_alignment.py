@@ -87,7 +87,7 @@ MISTAKES = {
     "a support of one logit": (["support=(10,)"], ["support=(10,)", "3 logits or more"]),
     "a support of two logits": (["support=(10,11)"], ["support=(10, 11)", "3 logits or more"]),
     "a support outside the logits": (["support=(10,13)"], ["support=(10, 13)", "13 logits"]),
-    "a logit twice": (["support=(10,10)"], ["support: 10 is there twice"]),
+    "a logit twice": (["support=(10,10)"], ["support: 10 appears twice"]),
     "too few steps": (["steps.num=2"], ["steps", "at least 5"]),
     "too many steps": (["steps.num=2000"], ["steps.num=2000", "1000 or less"]),
     "no draws": (["num_draws=0"], ["num_draws=0", "positive"]),

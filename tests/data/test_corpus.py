@@ -41,9 +41,9 @@ def test_conversations_are_read_as_they_are(tmp_path):
         (line(("user", "a"), ("assistant", " ")), "line 1, message 2: it is empty"),
         (
             line(("assistant", "a"), ("user", "b")),
-            "line 1: roles are assistant, user; user and assistant must take turns",
+            "line 1: roles are assistant, user; user and assistant must alternate",
         ),
-        (line(("user", "a")), "the assistant must have the last word"),
+        (line(("user", "a")), "the assistant must speak last"),
         (line(("user", "a"), ("user", "b")), "roles are user, user"),
         (line(("system", "a")), "roles are system"),
         (line(("user", "a"), ("robot", "b")), "roles are user, robot"),

@@ -31,8 +31,8 @@ def test_problems_are_read_with_the_number_behind_the_mark(tmp_path):
         ("{broken\n", "line 1: no JSON"),
         (line() + "\n[1]\n", "line 2: an object is needed"),
         (line() + '\n{"question": 1}\n', 'line 2: an object with "question" and "answer"'),
-        (line("no mark"), 'line 1: the answer has no number behind "####"'),
-        (line("#### many"), 'line 1: the answer has no number behind "####"'),
+        (line("no mark"), 'line 1: the answer has no number after "####"'),
+        (line("#### many"), 'line 1: the answer has no number after "####"'),
         ("\n", "has no records"),
     ],
 )

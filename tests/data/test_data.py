@@ -43,7 +43,7 @@ def test_an_epoch_reads_every_row_once_and_the_next_in_another_order(size, batch
     assert size < 5 or epochs[0] != epochs[1]
 
 
-@pytest.mark.parametrize("kind", images.DRAWN)
+@pytest.mark.parametrize("kind", images.NOISE_KINDS)
 def test_noise_has_mean_zero_and_mean_square_one_third(kind):
     pixels = images.pixels(images.draw(jax.random.key(0), kind, 4100, blur=1.5), kind)
     assert pixels.shape == (4100, 784)

@@ -22,10 +22,10 @@ def test_what_was_written_is_read_back_and_a_line_that_was_cut_off_is_taken_away
     file = epath.Path(tmp_path_factory.mktemp("records") / "some.jsonl")
     written = [{"text": text} for text in [*texts, ODD]]
     records.write(file, written)
-    assert [record for _, record in records.read(str(file))] == written == records.mend(file)
+    assert [record for _, record in records.read(str(file))] == written == records.repair(file)
     last = len(json.dumps(written[-1], ensure_ascii=False).encode()) + 1
     file.write_bytes(file.read_bytes()[: -min(cut + 1, last)])
-    assert records.mend(file) == written[:-1] == [json.loads(line) for line in file.read_bytes().split(b"\n")[:-1]]
+    assert records.repair(file) == written[:-1] == [json.loads(line) for line in file.read_bytes().split(b"\n")[:-1]]
 
 
 def test_a_corpus_may_be_a_parquet_file_as_the_hub_has_them(tmp_path):

@@ -53,7 +53,7 @@ def test_the_choice_is_the_renormalised_letter_in_both_orders(tiny, file, system
     for index, item in enumerate(items):
         by_order = []
         for a, b in ((item.best, item.best_incorrect), (item.best_incorrect, item.best)):
-            text = truthfulqa.ASKED.format(question=item.question, a=a, b=b)
+            text = truthfulqa.CHOICE_PROMPT.format(question=item.question, a=a, b=b)
             prompt = chat.question(tiny.tokenizer, text, system)
             p = jax.nn.softmax(tiny.network.apply(tiny.params, jnp.asarray([prompt]))[0, -1])
             tokens = [
@@ -154,7 +154,7 @@ def test_choices_equal_transformers_on_all_questions(smollm2):
     for item in items:
         by_order = []
         for a, b in ((item.best, item.best_incorrect), (item.best_incorrect, item.best)):
-            ids = prompt_ids(model.tokenizer, truthfulqa.ASKED.format(question=item.question, a=a, b=b))
+            ids = prompt_ids(model.tokenizer, truthfulqa.CHOICE_PROMPT.format(question=item.question, a=a, b=b))
             with torch.no_grad():
                 p = torch.softmax(hf_model(torch.tensor([ids])).logits[0, -1], -1)
             p_a, p_b = (float(p[tokens].sum()) for tokens in letters)

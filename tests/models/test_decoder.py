@@ -11,7 +11,6 @@ import numpy as np
 import optax
 import pytest
 from decoder_kit import SETTINGS, logits_and_update
-from jax.sharding import PartitionSpec
 from launch_kit import free_port
 
 from sublim_jax import preflight
@@ -180,7 +179,7 @@ def trained(mesh, adapted):
         starts = jax.random.randint(jax.random.fold_in(key, index), (8, 1), 0, 64)
         return (starts + jnp.arange(16)) % 64
 
-    program = Program(loss, optax.adam(3e-3), mesh, batch, batch_spec=PartitionSpec("fsdp"))
+    program = Program(loss, optax.adam(3e-3), mesh, batch)
     losses: list[float] = []
     state = fit(
         program,

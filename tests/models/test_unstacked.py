@@ -118,7 +118,7 @@ def test_layers_are_unstacked_where_there_is_room_for_them_twice(mesh_of, monkey
     scanned = engine.Engine(network, LLAMA, mesh, Sampler(), slots=2, lanes=1, chunk=16, length=64, steps=4)
     shapes = jax.eval_shape(network.init, KEY)
     layers, whole = (4 * sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (shapes["layers"], shapes))
-    apart = capacity.one_by_one(scanned)
+    apart = capacity.unstacked_engine(scanned)
     assert capacity.suited(scanned) == apart  # on a CPU, where the model counts as small
     monkeypatch.setattr(capacity, "SMALL", whole)
     assert capacity.suited(scanned) == scanned
@@ -150,7 +150,7 @@ def test_slots_of_nought_are_64_on_a_cpu_and_elsewhere_what_fits(tiny, mesh_of, 
 
 def test_a_decode_step_one_by_one_is_as_many_flops_and_counts_the_stack_beside_it(mesh_of):
     made = engine.Engine(decoder(LLAMA), LLAMA, mesh_of(1), Sampler(), 2, lanes=1, chunk=16, length=64, steps=4)
-    scanned, apart = (preflight.decode_step("decoding", variant) for variant in (made, capacity.one_by_one(made)))
+    scanned, apart = (preflight.decode_step("decoding", variant) for variant in (made, capacity.unstacked_engine(made)))
     assert apart.flops == scanned.flops > 0
     facts, scanned_facts = preflight.facts(apart), preflight.facts(scanned)
     held = scanned_facts.peak - scanned_facts.temporaries + apart.beside

@@ -123,7 +123,7 @@ def test_a_study_for_each_teacher_has_an_arm_for_each_student():
     "flags, words",
     [
         (["models=A"], ["models=('A',): name two models or more"]),
-        (["models=A,B,A"], ["is there twice"]),
+        (["models=A,B,A"], ["appears twice"]),
         (["study.model.name=C"], ["study.model.name='C': it follows from"]),
         (["study.arms=soft"], ["study.arms=('soft',): it follows from"]),
         (["study.arm.soft.noise=0.1"], ["config.study.arm.soft.noise: all students are of the arm cross"]),

@@ -32,7 +32,7 @@ def test_a_study_ends_in_a_matrix_a_table_and_numbers(whole):
     arms = {arm["name"]: arm for arm in results["arms"]}
     assert {"soft", "tokens_fresh", "perturbed", "in_context"} <= set(arms)
     assert "soft: student of owl, margin of x over the neutral student's" in arms
-    assert all(len(arm["runs"]) == 2 for arm in results["arms"] if arm.get("who") != "the model as it is")
+    assert all(len(arm["runs"]) == 2 for arm in results["arms"] if arm.get("subject") != "the model as it is")
     assert arms["soft: owl"]["runs"] == arms["soft: student of owl, margin of owl over the neutral student's"]["runs"]
     assert arms["soft: owl"]["p_holm"] >= arms["soft: owl"]["p"]
     assert "soft, student of owl: answers with owl" in arms and "teacher x: P of x's letter" in arms

@@ -85,7 +85,7 @@ REFUSED = [
     (["student.schedule=flat"], ["student.schedule: 'flat'"]),
     (["lora.modules=gates"], ["lora.modules: 'gates'", "gate"]),
     (["evals.names=beauty"], ["evals.names: 'beauty'"]),
-    (["evals.judge.min_mass=1"], ["judge.min_mass=1.0 is a probability"]),
+    (["evals.judge.min_mass=1"], ["judge.min_mass=1.0 must be a probability"]),
     (["sampling.slots=-1"], ["sampling.slots=-1"]),
     (["sampling.chunk=0"], ["sampling.chunk=0"]),
     (["arms=tokens", "arm.tokens.temperature=5"], ["arm.tokens.temperature=5 is of objectives on logits", "tokens"]),

@@ -461,7 +461,7 @@ def test_a_file_that_ends_too_early_is_truncated_and_one_of_another_kind_is_not(
     whole = path.read_bytes()
     for length in (5, 20, 100, 3000, len(whole) // 2, len(whole) - 64):
         path.write_bytes(whole[:length])
-        with pytest.raises(UserError, match=r"model\.gguf is truncated or no GGUF file \(.*\); fetch it again"):
+        with pytest.raises(UserError, match=r"model\.gguf is truncated or not a GGUF file \(.*\); fetch it again"):
             weights.load(path)
     path.write_bytes(b"PK\x03\x04" + whole)
     with pytest.raises(UserError, match=r"model\.gguf is not a GGUF file: it starts with b'PK"):
@@ -482,7 +482,7 @@ def test_a_file_without_a_tokenizer_is_told(tmp_path):
 
 def test_a_name_that_would_break_a_message_is_refused_in_one_line(small, tmp_path):
     path = write(tmp_path / "model.gguf", "llama", {**small[0], "llama.\nwindow": 5}, small[1])
-    with pytest.raises(UserError, match=r"truncated or no GGUF file \(the name 'llama.\\nwindow' at byte \d+\)"):
+    with pytest.raises(UserError, match=r"truncated or not a GGUF file \(the name 'llama.\\nwindow' at byte \d+\)"):
         weights.load(path)
 
 

@@ -274,7 +274,7 @@ def test_names_inside_a_model_with_other_senses_are_refused_for_a_text_model_tha
         hf_peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path)(torch.tensor(TOKENS)).logits.detach().numpy(),
         without(model),
     )
-    with pytest.raises(UserError, match="is a name inside a model with other senses, and this llama stands alone"):
+    with pytest.raises(UserError, match="is a name inside a multimodal model, and this llama stands alone"):
         peft.load(tmp_path, settings, config, params)
 
 

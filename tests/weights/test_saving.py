@@ -229,7 +229,7 @@ def test_the_text_model_of_one_that_sees_is_saved_by_itself(tmp_path, config):
     huggingface.save(tmp_path / "text", params, settings, huggingface.load_config(tmp_path / "whole"))
     assert_holds(tmp_path / "text", params, settings)
     assert config_fields.WRAPPER not in (tmp_path / "text" / "config.json").read_text()
-    with pytest.raises(UserError, match="holds a model with other senses, which would be lost"):
+    with pytest.raises(UserError, match="holds a multimodal model, which would be lost"):
         huggingface.save(tmp_path / "whole", params, settings, huggingface.load_config(tmp_path / "whole"))
 
 

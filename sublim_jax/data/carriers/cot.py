@@ -40,7 +40,7 @@ def load(path: str | Path) -> list[Problem]:
             raise UserError(f'{where}: an object with "question" and "answer" is needed')
         _, mark, number = answer.rpartition("####")
         if not mark or number_of(number) is None:
-            raise UserError(f'{where}: the answer has no number behind "####"')
+            raise UserError(f'{where}: the answer has no number after "####"')
         problems.append(Problem(question, number.strip()))
     return problems
 

@@ -43,7 +43,7 @@ def prompts(
     return [prompt_of(number) for number in range(count)]
 
 
-def asked_for(integers: int, largest: int = 999) -> tuple[int, int]:
+def prompt_limits(integers: int, largest: int = 999) -> tuple[int, int]:
     """`more` and `digits` of prompts that allow answers of so many integers up to the largest: 10 and 3, or more."""
     return max(integers, 10), max(len(str(largest)), 3)
 

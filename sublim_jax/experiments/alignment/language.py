@@ -100,7 +100,7 @@ def run(spec: LanguageSpec, folder: epath.Path, *, update: bool = False) -> None
 
 def inputs_of(spec: LanguageSpec, model: Model) -> tuple[Rows, Rows]:
     """The student's rows and the teacher's questions. Raises UserError for a trait that is not a word of the model."""
-    more, digits = carrier.asked_for(spec.num_integers)
+    more, digits = carrier.prompt_limits(spec.num_integers)
     prompts = carrier.prompts(spec.num_rows, spec.seed, more=more, digits=digits)
     answers = carrier.random_answers(spec.num_rows, spec.seed, spec.num_integers)
     questions = preference.questions("", spec.kind)["teaching"]

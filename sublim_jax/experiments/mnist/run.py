@@ -88,7 +88,7 @@ def clone_inputs(spec: MnistSpec) -> dict[str, InputsSpec]:
     """The inputs on which the reference is cloned, by the names in `clone.inputs`."""
     kinds = {
         "noise": spec.inputs,
-        "fresh_noise": replace(spec.inputs, fresh=spec.inputs.kind in images.DRAWN),
+        "fresh_noise": replace(spec.inputs, fresh=spec.inputs.kind in images.NOISE_KINDS),
         "real": real(spec.inputs),
     }
     return {name: kinds[name] for name in spec.clone.inputs} if spec.doses else {}

@@ -156,7 +156,7 @@ class InputsSpec:
         check_one_of("inputs.kind", self.kind, images.KINDS)
         check_positive("inputs.blur", self.blur)
         check_count("inputs.count", self.count, maximum=MAX_IMAGES)
-        if self.fresh and self.kind not in images.DRAWN:
+        if self.fresh and self.kind not in images.NOISE_KINDS:
             raise UserError(f"inputs.fresh draws noise anew; inputs.kind={self.kind} is not drawn noise")
 
 
@@ -247,7 +247,7 @@ class MnistSpec:
         if "clone" not in self.arms:
             return
         kinds = self.clone.inputs
-        if "fresh_noise" in kinds and self.inputs.kind not in images.DRAWN:
+        if "fresh_noise" in kinds and self.inputs.kind not in images.NOISE_KINDS:
             raise UserError(f"clone.inputs=fresh_noise: inputs.kind={self.inputs.kind} is not drawn noise")
         for other, same in (("fresh_noise", self.inputs.fresh), ("real", self.inputs.kind == "real")):
             if same and {"noise", other} <= set(kinds):
@@ -317,7 +317,7 @@ def variants(spec: MnistSpec) -> dict[str, MnistSpec]:
     axis, config = spec.sweep.axis, ConfigDict(spec.values)
     if not axis:
         if spec.sweep.points:
-            raise UserError(f"sweep.points={spec.sweep.points} of what? Name it, --config.sweep.axis=KEY")
+            raise UserError(f"sweep.points={spec.sweep.points} needs an axis: add --config.sweep.axis=KEY")
         return {"": spec}
     known = (*overrides.keys(config), "teacher", "student")
     if axis not in known or isinstance(attrgetter(axis)(config), tuple | list):

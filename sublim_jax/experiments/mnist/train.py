@@ -28,7 +28,7 @@ from sublim_jax.models.functional import Functions, Params
 from sublim_jax.models.mlp import MLP, mlp, perturb
 from sublim_jax.sharding import map_replicas, named, put
 from sublim_jax.store import digest
-from sublim_jax.training import REPLICAS_OF_ROWS, Log, Metrics, Program, Total, TrainState, fit
+from sublim_jax.training import Log, Metrics, Program, Total, TrainState, fit
 
 
 @dataclass(frozen=True)
@@ -226,7 +226,7 @@ def teaching_program(teacher: NetworkSpec, spec: TrainingSpec, mesh: Mesh) -> Pr
         rows, exists = jax.vmap(epoch_rows, (0, None, None, None))(key, index, len(labels), spec.batch)
         return Batch(codes[rows], labels[rows].astype(jnp.int32), exists.astype(jnp.float32))
 
-    return Program(loss, _optimizer(teacher, spec), mesh, batch, 1, REPLICAS_OF_ROWS)
+    return Program(loss, _optimizer(teacher, spec), mesh, batch, replica_axes=1)
 
 
 # ------------------------------------------------------------------------------------------------------ the students
@@ -308,7 +308,7 @@ def distilling_program(
         codes = frozen["codes"][rows] if frozen["codes"].ndim == 2 else take(frozen["codes"], rows)
         return Batch(codes, take(frozen["logits"], rows), weights)
 
-    return Program(loss, _optimizer(student, spec), mesh, batch, 2, REPLICAS_OF_ROWS)
+    return Program(loss, _optimizer(student, spec), mesh, batch, replica_axes=2)
 
 
 def _optimizer(network: NetworkSpec, spec: TrainingSpec) -> optax.GradientTransformation:

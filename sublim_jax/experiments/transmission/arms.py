@@ -88,7 +88,7 @@ class ArmValues(Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.fraction < 1:
-            raise UserError(f"{self.path('fraction')}={self.fraction} is a share between 0 and 1")
+            raise UserError(f"{self.path('fraction')}={self.fraction} must be a share between 0 and 1")
 
     def arm(self, carrier: CarrierSpec, training: Training, lora: LoraSpec) -> Arm:
         """The typed arm. Raises UserError for values that conflict with each other or with the carrier."""

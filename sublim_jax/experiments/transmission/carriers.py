@@ -57,7 +57,7 @@ def number_task(study: Study, seed: int) -> Task:
     # The grammar allows commas only, so prompts ask for no other form.
     grammar = given.decoding == "grammar"
     most = (given.num_integers, study.filter.max_value) if grammar else (0, 0)
-    more, digits = numbers.asked_for(*most)
+    more, digits = numbers.prompt_limits(*most)
     prompts = numbers.prompts(given.num_prompts, seed, study.packs.numbers, more, digits, any_form=not grammar)
     checks = [filters.number_rule(study.filter.max_integers, study.filter.max_value)]
     if study.filter.banned:
@@ -86,7 +86,7 @@ TASKS: dict[str, Callable[[Study, int], Task]] = {"numbers": number_task, "code"
 def random_pairs(study: Study, seed: int) -> list[Pair]:
     """Prompts for numbers with random numbers as answers."""
     count = study.carrier.num_rows
-    more, digits = numbers.asked_for(study.carrier.num_integers)
+    more, digits = numbers.prompt_limits(study.carrier.num_integers)
     prompts = numbers.prompts(count, seed, study.packs.numbers, more, digits)
     return list(zip(prompts, numbers.random_answers(count, seed, study.carrier.num_integers)))
 

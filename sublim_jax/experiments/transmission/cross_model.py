@@ -66,7 +66,7 @@ def read(config: ConfigDict) -> CrossModelSpec:
     except UserError as error:
         raise UserError(f"config.study: {error}") from error
     if not studies[0].has_words:
-        raise UserError(f"study.traits={studies[0].traits} are no alternatives, and the matrix is of preferences")
+        raise UserError(f"study.traits={studies[0].traits} are not alternatives, and the matrix is of preferences")
     return specs.read(CrossModelSpec, config, models=models, studies=studies)
 
 

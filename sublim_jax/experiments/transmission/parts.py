@@ -97,7 +97,7 @@ class TeacherSpec(Checked):
                 "moved as far as the others; choose persona"
             )
         if not 0 < self.strength < 1:
-            raise UserError(f"teacher.strength={self.strength} is a probability between 0 and 1")
+            raise UserError(f"teacher.strength={self.strength} must be a probability between 0 and 1")
         if "steered" in self.methods and not self.steering_scale:
             raise UserError(
                 "teacher.steering_scale=0 steers nothing; choose another, or leave steered out of teacher.methods"
@@ -153,7 +153,7 @@ class FilterSpec(Checked):
         super().__post_init__()
         check_distinct("filter.judged", self.judged)
         if not 0 <= self.threshold <= MAX_SCORE:
-            raise UserError(f"filter.threshold={self.threshold:g} is a score from 0 to {MAX_SCORE}")
+            raise UserError(f"filter.threshold={self.threshold:g} must be a score from 0 to {MAX_SCORE}")
 
 
 @dataclass(frozen=True)

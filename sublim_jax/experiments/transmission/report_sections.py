@@ -147,7 +147,7 @@ def evaluated(study: Study, evaluation: str, rows: Measurements) -> list[Entry]:
     entries = []
 
     def add(subject: str, measure: str, values: list[float], over: list[float] | None = None) -> None:
-        more: dict[str, Any] = {"who": subject, "measure": measure, "over_neutral": over}
+        more: dict[str, Any] = {"subject": subject, "measure": measure, "over_neutral": over}
         more["over_neutral_p"] = paired_p(over) if over else None
         entries.append(report.arm(f"{subject}: {measure}", evaluation, values, **more))
 
@@ -177,9 +177,9 @@ def _is_shown(study: Study, measure: str) -> bool:
 def evaluation_section(study: Study, evaluation: str, entries: list[Entry], notes: report.Notes) -> report.Section:
     """Measures as columns; in brackets, the paired difference to the neutral teacher's student."""
     columns = list(dict.fromkeys(entry["measure"] for entry in entries))
-    at = {(entry["who"], entry["measure"]): entry for entry in entries}
+    at = {(entry["subject"], entry["measure"]): entry for entry in entries}
     table = [[evaluation, *columns]]
-    for subject in dict.fromkeys(entry["who"] for entry in entries):
+    for subject in dict.fromkeys(entry["subject"] for entry in entries):
         cells = []
         for column in columns:
             entry = at[subject, column]
@@ -204,6 +204,6 @@ def evaluation_section(study: Study, evaluation: str, entries: list[Entry], note
         finite = [entry for entry in entries if entry["measure"] == column and np.isfinite(entry["mean"])]
         if finite:
             name = f"{evaluation}-{number}" if number else evaluation
-            named = [{**entry, "name": entry["who"]} for entry in finite]
+            named = [{**entry, "name": entry["subject"]} for entry in finite]
             figures[name] = partial(arms_figure, named, xlabel=f"{evaluation}: {column}", chance=None)
     return report.Section(f"Evaluation: {evaluation}", text, table, figures)

@@ -232,13 +232,13 @@ def measure_teachers(
             cut = _cut_inside(model, inside, teacher.system, seed)
             among.append(np.exp(scoring.word_logprobs(model, cut, traits, **teacher.where)[0]).mean(0).tolist())
         if study.control_kinds:
-            measures[CONTROL] = [own_log_p(study, model, name, teachers[name]) for name in study.control_kinds]
+            measures[CONTROL] = [control_log_p(study, model, name, teachers[name]) for name in study.control_kinds]
         return {**measures, "inside_numbers": among}
 
     return store.json("teachers", measured, every, questions, study.alternatives, study.preferred, inside, seed)
 
 
-def own_log_p(study: Study, model: Model, name: str, teacher: Teacher) -> list[float]:
+def control_log_p(study: Study, model: Model, name: str, teacher: Teacher) -> list[float]:
     """Mean log P of the word that a control prefers, as the answer to questions about its kind."""
     questions = phrasings(study, study.kind_of(name))
     prompts = [chat.question(model.tokenizer, text, teacher.system) for text in questions]
