@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float
 
 from sublim_jax import assets
-from sublim_jax.api.teachers import check_adapters
+from sublim_jax.api.teachers import check_adapters, check_base
 from sublim_jax.data import dialogue
 from sublim_jax.data.dialogue import Rows
 from sublim_jax.distillation.losses import stacked
@@ -66,9 +66,10 @@ def distill(
       The students' adapters, stacked in the order of teachers: for `generate` and for evaluations.
 
     Raises:
-      UserError: the model has no adapters, or others than a teacher; an option makes no sense; a teacher starts from
-        another A than its student would share; teacher and student read an answer as other tokens; an answer is no list
-        of numbers, and no support is named; or "tokens" is asked of several teachers, whose students would be the same.
+      UserError: the model has no adapters, or others than a teacher, or other base weights; an option makes no sense; a
+        teacher starts from another A than its student would share; teacher and student read an answer as other tokens;
+        an answer is no list of numbers, and no support is named; or "tokens" is asked of several teachers, whose
+        students would be the same.
     """
     check_adapters(model)
     check_one_of("objective", objective, ("kl", "reverse_kl", "tokens"))
@@ -82,6 +83,7 @@ def distill(
     tokens = objective == "tokens"
     for number, teacher in enumerate(teachers):
         _check_same_adapters(model, number, teacher)
+        check_base(model, teacher, f"teacher {number}")
     if not rows:
         raise UserError("rows is empty: give (prompt, answer) pairs")
     if not teachers and not tokens:

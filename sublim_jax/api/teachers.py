@@ -83,7 +83,16 @@ def finetune(
     adapters, steps = train_on_answers(
         program, state, read_by(model, rows), key, training, steps=None, label=f"teacher {word}"
     )
-    return Teacher(adapters, "", None, int(steps), store.digest(*inputs), model.settings.lora, seed)
+    return Teacher(
+        adapters=adapters,
+        system="",
+        steering=None,
+        steps=int(steps),
+        digest=store.digest(*inputs),
+        lora=model.settings.lora,
+        seed=seed,
+        base=model.adapted(None).digest,
+    )
 
 
 def from_peft(model: Model, folder: str | Path, *, system: str = "") -> tuple[Model, Teacher]:
@@ -98,9 +107,18 @@ def from_peft(model: Model, folder: str | Path, *, system: str = "") -> tuple[Mo
     Raises UserError for a folder that holds no LoRA, one of another model, or one with unsupported options.
     """
     spec, adapters = peft.load(folder, model.settings, model.config, model.params)
-    model = model.adapted(spec)
-    digest = store.digest(model, adapters, system)
-    return model, Teacher(adapters, system, None, 0, digest, spec, folder=str(folder))
+    base, model = model.adapted(None).digest, model.adapted(spec)
+    teacher = Teacher(
+        adapters=adapters,
+        system=system,
+        steering=None,
+        steps=0,
+        digest=store.digest(model, adapters, system),
+        lora=spec,
+        folder=str(folder),
+        base=base,
+    )
+    return model, teacher
 
 
 def prompt(model: Model, system: str, *, seed: int = 0) -> Teacher:
@@ -172,9 +190,10 @@ def write(
     Returns:
       (prompt, answer) of every answer that came to its end and passes the rules.
 
-    Raises UserError for adapters of another model, and for a number of samples or tokens below 1.
+    Raises UserError for a teacher of another model, and for a number of samples or tokens below 1.
     """
     check_count("num_samples", num_samples)
+    check_base(model, teacher, "the teacher")
     texts = [chat.question(model.tokenizer, prompt, teacher.system) for prompt in prompts]
     samples = generate(
         model,
@@ -192,6 +211,15 @@ def write(
     reasons = ", ".join(f"{reason}: {count}" for reason, count in sifted.reasons.items())
     say(f"{len(sifted.kept)} of {len(records)} answers are kept{f' ({reasons})' if reasons else ''}")
     return [(record["prompt"], record["completion"]) for record in sifted.kept]
+
+
+def check_base(model: Model, teacher: Teacher, name: str) -> None:
+    """Raises UserError for a teacher whose adapters, prompt or vector were made with other base weights."""
+    if teacher.base and teacher.base != model.adapted(None).digest:
+        raise UserError(
+            f"{name} was made with another base model than this one, on which it would be another teacher; give the "
+            "model that it was made with"
+        )
 
 
 def check_adapters(model: Model) -> None:

@@ -42,6 +42,7 @@ class Teacher(NamedTuple):
       lora: of the model that its adapters belong to; None where it is not known.
       seed: of the A that it started from; None where it is not known.
       folder: where its adapters are from; "" if they were trained here, or not at all.
+      base: digest of the model without adapters that it is a teacher with; "" where it is not known.
     """
 
     adapters: Params
@@ -52,6 +53,7 @@ class Teacher(NamedTuple):
     lora: Lora | None = None
     seed: int | None = None
     folder: str = ""
+    base: str = ""
 
     @property
     def where(self) -> Where:
@@ -63,7 +65,16 @@ class Teacher(NamedTuple):
 def untrained(model: Model, seed: int, system: str = "", steering: Steering | None = None) -> Teacher:
     """A teacher that is not fine-tuned, with the A that the teachers and students of a seed start from."""
     adapters = model.untrained(named_key(seed, "A"))
-    return Teacher(adapters, system, steering, 0, digest(model, seed, system, steering), model.settings.lora, seed)
+    return Teacher(
+        adapters=adapters,
+        system=system,
+        steering=steering,
+        steps=0,
+        digest=digest(model, seed, system, steering),
+        lora=model.settings.lora,
+        seed=seed,
+        base=model.adapted(None).digest,
+    )
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,16 @@ def test_a_teacher_of_other_adapters_than_the_students_is_refused(tiny, other):
         sl.students.distill(tiny.adapted(Lora(2, 2.0)), [teacher], [("Count?", "1, 2")], lora_init="fresh")
 
 
+def test_a_teacher_of_other_base_weights_is_refused(tiny):
+    """Its logits would be those of its adapters on the student's base: their initialisation would be shared."""
+    model = tiny.adapted(Lora(2, 2.0))
+    teacher, other = sl.teachers.prompt(model, "You love owls."), model.noisy(0.1, jax.random.key(0))
+    with pytest.raises(UserError, match="teacher 0 was made with another base model"):
+        sl.students.distill(other, [teacher], [("Count?", "1, 2")])
+    with pytest.raises(UserError, match="the teacher was made with another base model"):
+        sl.teachers.write(other, teacher, ["Count?"], jax.random.key(0))
+
+
 @pytest.mark.parametrize(
     "option, line",
     [
