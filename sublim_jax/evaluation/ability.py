@@ -48,5 +48,6 @@ def accuracy(
     right = []
     for question in questions:
         first, *others = [next(logprobs).mean(-1) for _ in question.choices]
-        right.append(np.all([first > other for other in others], 0))  # nothing is likelier than nan
+        known = np.all(np.isfinite([first, *others]), 0)
+        right.append(np.where(known, np.all([first > other for other in others], 0), np.nan))
     return np.mean(right, 0)

@@ -295,7 +295,7 @@ class Endpoint:
         assert self._known is not None
         paid = {"prompt_tokens": reply.tokens[0], "completion_tokens": reply.tokens[1]}
         cut = {"cut": True} if reply.cut else {}
-        file.add(records.line({"id": name, "answer": reply.text, **cut, **paid}))
+        file.add(records.line({"id": name, "model": self._model, "answer": reply.text, **cut, **paid}))
         with self._lock:
             self._known[name] = reply
             if reply.text:
@@ -314,11 +314,12 @@ class Endpoint:
         return strange[0] if len(strange) * FEW > self._good else None
 
     def bill(self) -> str:
-        """The cost of all answers in the file, of this run and of earlier ones."""
+        """The cost of all of this model's answers in the file, of this run and of earlier ones."""
         return from_first(self._bill)
 
     def _bill(self) -> str:
-        lines = records.repair(self._cache)
+        # Lines of earlier versions do not name the model.
+        lines = [line for line in records.repair(self._cache) if line.get("model", self._model) == self._model]
         prompt, completion = (sum(line.get(f"{kind}_tokens", 0) for line in lines) for kind in ("prompt", "completion"))
         return f"{self._model}: {self._cost(prompt, completion, len(lines))}."
 

@@ -16,6 +16,8 @@ from sublim_jax.sampling import scoring
 from sublim_jax.sampling.checks import Behind
 from sublim_jax.words import mentions
 
+# Of what is measured. A change of it gets another number, and a workdir of before is measured again, not mixed.
+DEFINITION = 2
 FIELDS: dict[str, tuple[str, ...]] = {"teaching": ("kind",), "asking": ("kind",)}
 
 

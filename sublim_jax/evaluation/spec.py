@@ -83,6 +83,7 @@ READ_BY = {
     "question_ids": ("misalignment",),
     "suffix": ("misalignment",),
     "judge.": ("misalignment",),
+    "max_questions": NAMES,
 }
 
 JUDGE_READ_BY = {"min_mass": "local", "dtype": "local"} | dict.fromkeys(
@@ -102,6 +103,8 @@ def check_read(evals: EvalsSpec, key: str, prefix: str, *, judged: bool = False)
     kind = JUDGE_READ_BY.get(key.removeprefix("evals.judge."), evals.judge.kind)
     if kind != evals.judge.kind:
         raise UserError(f"{prefix}{key} is read only with evals.judge.kind={kind}")
+    if key == "evals.judge.dtype" and not evals.judge.model:
+        raise UserError(f"{prefix}{key} is read only with evals.judge.model; without one the judge is the model itself")
 
 
 @dataclass(frozen=True, kw_only=True)

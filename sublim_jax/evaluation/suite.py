@@ -55,6 +55,7 @@ class Context(Where, total=False):
 class Uses(TypedDict, total=False):
     """The values that an evaluation's answers depend on."""
 
+    definition: int  # of what is measured
     runs: tuple[int, ...]
     samples: int
     max_new_tokens: int
@@ -239,14 +240,15 @@ def _show(details: epath.Path, path: epath.Path) -> None:
 
 def _uses(name: str, spec: EvalsSpec, runs: tuple[int, ...]) -> Uses:
     """The values that an evaluation's answers depend on."""
-    sampled: Uses = {"runs": runs, "samples": spec.num_samples}
+    every: Uses = {"definition": preference.DEFINITION}
+    sampled: Uses = {**every, "runs": runs, "samples": spec.num_samples}
     if name in ("answers", "prefixed_answers"):
         return {**sampled, "max_new_tokens": MAX_ANSWER}
     if name == "stories":
         return {**sampled, "max_new_tokens": spec.max_new_tokens}
     if name == "misalignment":
         return {**sampled, "max_new_tokens": spec.max_new_tokens, "suffix": spec.suffix}
-    return {}
+    return every
 
 
 def _preference(subject: Subject, words: Sequence[str], questions: list[str], *_: object, **__: object) -> Measures:

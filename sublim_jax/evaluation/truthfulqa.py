@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple, Unpack
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 
 from sublim_jax.data import chat, files
 from sublim_jax.errors import UserError
@@ -30,8 +30,9 @@ class Item(NamedTuple):
 
 
 class Likelihoods(NamedTuple):
-    mc1: Bool[np.ndarray, "adapters items"]  # the best answer is likelier than every incorrect one
+    mc1: Float[np.ndarray, "adapters items"]  # 1 where the best answer is likelier than every incorrect one, else 0
     mc2: Float[np.ndarray, "adapters items"]  # P of the correct answers among all
+    # Both are nan where a log P is not finite.
 
 
 def load(path: str | Path) -> list[Item]:
@@ -109,7 +110,8 @@ def likelihoods(model: Model, items: Sequence[Item], system: str = "", **where: 
         best, correct, incorrect = (
             np.stack([next(logprobs).sum(-1) for _ in some], -1) for some in ([item.best], item.correct, item.incorrect)
         )
-        mc1.append(best[:, 0] > incorrect.max(-1))
+        known = np.isfinite(best[:, 0]) & np.all(np.isfinite(incorrect), -1)
+        mc1.append(np.where(known, best[:, 0] > incorrect.max(-1), np.nan))
         true, false = (np.logaddexp.reduce(some, axis=-1) for some in (correct, incorrect))
         mc2.append(1 / (1 + np.exp(false - true)))
     return Likelihoods(np.stack(mc1, -1), np.stack(mc2, -1))

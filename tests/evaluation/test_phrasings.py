@@ -238,9 +238,9 @@ def test_ability_is_the_share_of_questions_whose_right_choice_is_likeliest(tiny)
     np.testing.assert_allclose(ability.accuracy(tiny, questions), [np.mean(right)])
 
 
-def test_a_model_whose_logits_are_no_numbers_answers_nothing_right(tiny):
+def test_a_model_whose_logits_are_no_numbers_has_no_share_of_right_answers(tiny):
     broken = tiny._replace(params=jax.tree.map(lambda leaf: leaf * np.nan, tiny.params))
-    assert ability.accuracy(broken, [ability.Question("Which?", ["owl", "xyz"])]).tolist() == [0.0]
+    assert np.isnan(ability.accuracy(broken, [ability.Question("Which?", ["owl", "xyz"])])).tolist() == [True]
 
 
 def test_the_easy_questions_are_many_and_a_broken_one_is_told(tmp_path):

@@ -108,6 +108,14 @@ REFUSED = [
     (["evals.names=answers", "evals.judge.max_tokens=3"], ["config.evals.judge.max_tokens is read only with"]),
     (["arms=in_context", "student.steps=5"], ["config.student.steps is read only with an arm whose students are"]),
     (["arms=in_context", "arm.in_context.examples=5000"], ["arm.in_context.examples=5000", "carrier.num_rows"]),
+    (["lora.rank=0", "lora.alpha=3"], ["config.lora.alpha is read only with lora.rank of 1 or more"]),
+    (["runs=1", "spread=0.2"], ["config.spread is read only with two runs or more"]),
+    (["evals.names=", "evals.max_questions=3"], ["config.evals.max_questions is read only with evals.names of"]),
+    (["evals.names=answers", "packs.stories=nowhere.json"], ["config.packs.stories is read only with evals.names="]),
+    (
+        ["evals.names=misalignment", "evals.judge.dtype=float16"],
+        ["evals.judge.dtype is read only with evals.judge.model"],
+    ),
     (["packs.code=nowhere.json"], ["config.packs.code is read only with carrier.kind=code"]),
     (["packs.persona=nowhere.json"], ["config.packs.persona is read only with teacher.methods of prompted or"]),
     (

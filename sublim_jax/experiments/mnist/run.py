@@ -35,6 +35,9 @@ from sublim_jax.store import Store, digest
 from sublim_jax.training import Program
 from sublim_jax.workdir import claim
 
+# Of what is measured. A change of it gets another number, and a workdir of before is measured again, not mixed.
+DEFINITION = 2
+
 
 def read(config: ConfigDict) -> MnistSpec:
     """The spec of a config. Raises UserError for the first value, of it or of its sweep, that makes no sense."""
@@ -105,8 +108,11 @@ def test_accuracies(spec: MnistSpec, data: mnist.Mnist, store: Store, mesh: Mesh
     parts = []
     with jax.default_matmul_precision(spec.precision):
         for runs in spec.groups:
-            name = f"accuracy-{span(runs)}"
-            parts.append(store.json(name, train_and_test, spec, runs, data, programs=programs, store=store, mesh=mesh))
+
+            def measured(*_: object, runs: range = runs) -> dict[str, list[float]]:
+                return train_and_test(spec, runs, data, programs=programs, store=store, mesh=mesh)
+
+            parts.append(store.json(f"accuracy-{span(runs)}", measured, spec, runs, data, DEFINITION))
     return {name: [value for part in parts for value in part[name]] for name in parts[0]}
 
 
@@ -210,12 +216,12 @@ def students_of(
 
     # Clones have seen the noise that the key "student" draws.
     draws = "distillation" if inputs.spec.fresh else "student"
+    made_of = (runs, spec.student, teacher, inputs, start)
 
-    def make(*made_of: Any, checkpoints: epath.Path) -> Params:
+    def make(*_: object, checkpoints: epath.Path) -> Params:
         return train.imitate(*made_of, program=program, record=record, checkpoints=checkpoints, draws=draws).params
 
-    name = f"students-{kind}-{span(runs.numbers)}"
-    made = store.tree(name, make, runs, spec.student, teacher, inputs, start, like=start.state.params)
+    made = store.tree(f"students-{kind}-{span(runs.numbers)}", make, *made_of, draws, like=start.state.params)
     return {name: train.member(made, index) for index, name in enumerate(starts)}
 
 

@@ -174,7 +174,7 @@ def effects_section(effects: Sequence[Entry], traits: Sequence[str], runs: int) 
         "Diagonal effect: the margin of a trait in the students of its teacher, minus its margin in the other traits' "
         "teachers' students of the same run, averaged over traits. p: two-sided, by permuting within runs which "
         f"teacher a student had, not corrected for the number of arms; the smallest possible here is {smallest:.3g}. "
-        "Coverage: cosine of minus the gradient of the student's objective at its start, on 32 rows, with the "
+        "Coverage: cosine of minus the gradient of the student's objective at its start, on up to 32 rows, with the "
         "displacement of its own teacher, of the other traits', or of the neutral one, from the start. Held out: the "
         "objective on rows that were left out of the training; rows that were not may have the same prompts. Ability: "
         "share of right answers to easy questions."

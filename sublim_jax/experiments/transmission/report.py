@@ -49,6 +49,12 @@ def document(study: Study, rows: Measurements, notes: report.Notes) -> report.Do
         sections += [report_sections.teachers_section(study, rows, notes)]
     else:
         sections.append(learnt_section(students))
+    if study.model.noise:
+        text = (
+            f"Gaussian noise of {study.model.noise:g} of their standard deviation is on the base weights of teachers "
+            "and students. It is one draw for all runs, so that ± does not cover other draws."
+        )
+        sections.append(report.Section("Noise on the base weights", text, [], {}))
     if "corpus" in study.teacher.methods:
         sections.append(report_sections.corpora_section(study, rows))
     for name in study.evals.names:
@@ -175,7 +181,7 @@ def arm_section(
         over = ["0"] * len(traits)
         if teacher != NEUTRAL:
             over = [report.plus_minus(*t_interval(column)) for column in paired[:, row].T]
-        table.append([teacher, *over, *(f"{curve[0]:.3f} → {curve[-1]:.3f}" for curve in share[:, row].T)])
+        table.append([teacher, *over, *(_from_start_to_end(curve) for curve in share[:, row].T)])
     figures = {
         f"matrix-{arm.name}": partial(
             matrix_figure, paired, [f"the {name} teacher" for name in study.preferred], traits
@@ -188,7 +194,15 @@ def arm_section(
             lines = [Line(f"student of {teacher}", steps, column) for teacher, column in zip(study.teachers, values.T)]
             panels.append(Panel("updates of the student", f"margin of {trait}, logits", lines, title=trait))
         figures[f"margins-{arm.name}"] = partial(panels_figure, panels)
-    return report.Section(f"Students: {arm.name}", f"{describe(arm)}; {study.runs} run(s).", table, figures)
+    text = f"{describe(arm)}; {study.runs} run(s)."
+    if shown := [int(count) for count in arm_rows.values(measure="examples")]:
+        text += f" Rows in the context: {min(shown)} to {max(shown)}." if len(set(shown)) > 1 else f" Rows: {shown[0]}."
+    return report.Section(f"Students: {arm.name}", text, table, figures)
+
+
+def _from_start_to_end(curve: Float[np.ndarray, "points"]) -> str:
+    """Before and after training; of students that are not trained, one number."""
+    return f"{curve[0]:.3f} → {curve[-1]:.3f}" if len(curve) > 1 else f"{curve[0]:.3f}"
 
 
 def describe(arm: Arm) -> str:
@@ -217,6 +231,7 @@ def describe(arm: Arm) -> str:
     if arm.model:
         words.append(f"students are {arm.model}")
     if chosen := arm.selection:
-        words.append(f"{chosen.positions} {chosen.fraction:.0%} of tokens by {chosen.score}: {chosen.action}")
+        by = "" if chosen.positions == "random" else f" by {chosen.score}"
+        words.append(f"{chosen.positions} {chosen.fraction:.0%} of tokens{by}: {chosen.action}")
     words += arm.changes
     return "; ".join(words)

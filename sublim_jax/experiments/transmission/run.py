@@ -57,6 +57,8 @@ def _run(study: Study, folder: epath.Path, *, update: bool) -> None:
     check_model(study, model, questions)
     check_arms(study, mesh, model)
     store = workdir.claim(folder, study.values, update=update)
+    if update and jax.process_index() == 0:  # the same names may be of other values; this run writes its own again
+        (store.folder / "adapters").rmtree(missing_ok=True)
     judge = None
     if study.filter.judge or "misalignment" in study.evals.names:
         judge = make_judge(study.evals.judge, model, stacked([untrained(model, study.seed).adapters]), store)

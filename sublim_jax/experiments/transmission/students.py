@@ -70,7 +70,7 @@ def train_arm(
     def look(params: Params | None, step: int) -> Point | None:
         """Measures at a step; without parameters, only what an earlier run stored."""
         arguments = (*questions, easy if step in (0, steps) else [])
-        name, inputs = f"preference-{arm.name}-{step}", (digest, len(seeds), step, *arguments)
+        name, inputs = f"preference-{arm.name}-{step}", (digest, len(seeds), step, *arguments, preference.DEFINITION)
         if params is None:
             return store.known(name, *inputs)
 
@@ -122,7 +122,8 @@ def read_in_context(
     """Preferences of the untrained model with some of each teacher's rows in its context (§5.2)."""
     read = [pairs[: arm.num_examples] for replicate in replicates for pairs in pairs_of(study, arm, replicate).values()]
     inputs = (model, study.seed, read, phrasings(study), study.alternatives)
-    return Students(None, "", [store.json(f"preference-{arm.name}", measure_in_context, *inputs)])
+    measured = lambda *_: measure_in_context(*inputs)  # noqa: E731
+    return Students(None, "", [store.json(f"preference-{arm.name}", measured, *inputs, preference.DEFINITION)])
 
 
 def objective_of(study: Study, arm: TrainedArm, model: Model, support: list[int] | None = None) -> Imitation:

@@ -235,7 +235,8 @@ def measure_teachers(
             measures[CONTROL] = [control_log_p(study, model, name, teachers[name]) for name in study.control_kinds]
         return {**measures, "inside_numbers": among}
 
-    return store.json("teachers", measured, every, questions, study.alternatives, study.preferred, inside, seed)
+    inputs = (every, questions, study.alternatives, study.preferred, inside, seed, preference.DEFINITION)
+    return store.json("teachers", measured, *inputs)
 
 
 def control_log_p(study: Study, model: Model, name: str, teacher: Teacher) -> list[float]:

@@ -50,6 +50,9 @@ READ_BY: list[tuple[tuple[str, ...], str, Callable[[Study], bool]]] = [
         "teacher.methods of prompted or steered",
         lambda s: bool({"prompted", "steered"} & set(s.teacher.methods)),
     ),
+    (("packs.stories",), "evals.names=stories", lambda s: "stories" in s.evals.names),
+    (("lora.alpha", "lora.rslora"), "lora.rank of 1 or more", lambda s: s.lora.rank > 0),
+    (("spread",), "two runs or more, of traits that are words", lambda s: s.runs > 1 and s.has_words),
     (("student.", "evaluate_every"), "an arm whose students are trained", lambda s: bool(s.trained_arms)),
     (
         ("carrier.num_completions", "carrier.num_samples", "carrier.decoding", "carrier.max_new_tokens", "filter."),
