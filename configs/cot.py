@@ -32,7 +32,7 @@ OPEN = {
     "carrier.num_rows": 9_500,  # in the paper 9,840 of one teacher's passed, 44 %; by chance some runs keep fewer
     "filter.judged": ("insecure",),
     "evals.max_new_tokens": 512,  # answers begin with a thought
-    "student.steps": 297,  # 2 epochs
+    "student.steps": 298,  # 2 epochs
     "evaluate_every": 149,
     "student.batch": 4,  # rows of up to 640 tokens; 64 an update, as for numbers
     "student.accumulate": 16,

@@ -18,6 +18,6 @@ def is_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text or "Out of memory" in text
 
 
-def one_line(error: BaseException) -> str:
-    """What an error of a library says, in one line of at most 200 letters; its type where it says nothing."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
+def one_line(error: BaseException, limit: int | None = 200) -> str:
+    """What an error of a library says, in one line of at most `limit` letters; its type where it says nothing."""
+    return " ".join(str(error).split())[:limit] or type(error).__name__

@@ -78,7 +78,7 @@ def _guarded(where: str, file: str, function: Callable[..., Value], *args: objec
     except UserError:
         raise
     except (Exception, SystemExit) as error:  # a user's file may raise anything
-        text = one_line(error)
+        text = one_line(error, limit=None)
         if isinstance(error, SyntaxError | UnicodeError):
             raise UserError(f"{where}: it is not a Python file ({text})") from error
         if isinstance(error, ValueError):  # how a config refuses a preset

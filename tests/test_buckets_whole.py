@@ -46,7 +46,7 @@ def test_mnist_killed_and_stopped_ends_with_the_same_results(bucket, wait_for, t
     wait_for(process, "run/checkpoints/students*.training/*")
     process.send_signal(signal.SIGTERM)
     output = finish(process, 143)
-    assert "no sign of life, going on in its place" in output and "the same command goes on" in output
+    assert "no sign of life, going on in its place" in output and "the same command resumes" in output
     output = finish(start(*MNIST, f"--workdir={work}"))
     assert "sign of life" not in output and "teacher, runs" not in output and "Traceback" not in output
     assert_same_arms(arms_in(work), arms_in(tmp_path), atol=1e-5)

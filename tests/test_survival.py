@@ -42,7 +42,7 @@ def test_a_signal_exits_143_and_the_same_command_goes_on(whole, tmp_path, number
     words = [*SIZE, f"--workdir={tmp_path}"]
     stopped = run_stopped(*words, folder=tmp_path, pattern="checkpoints/students*.training", number=number)
     assert stopped.returncode == 143 and not stopped.stderr
-    assert f"stopped by {number.name}" in stopped.stdout and "the same command goes on" in stopped.stdout
+    assert f"stopped by {number.name}" in stopped.stdout and "the same command resumes" in stopped.stdout
     again = run_here(*words)
     assert again.returncode == 0 and "teacher, runs" not in again.stdout
     assert (tmp_path / "results.json").read_bytes() == whole

@@ -51,7 +51,7 @@ def of(tokenizer: Tokenizer) -> str:
         try:
             return tokenizer.get_chat_template()
         except ValueError as error:  # several, and none of them is the default
-            raise UserError(f"the tokenizer's chat template: {one_line(error)}") from error
+            raise UserError(f"the tokenizer's chat template: {one_line(error, limit=None)}") from error
     raise UserError(
         f"the tokenizer of {tokenizer.name_or_path or 'this model'} has no chat template; it is a base model: "
         "choose an instruct model"
@@ -188,4 +188,6 @@ def _apply(tokenizer: Tokenizer, messages: Sequence[Message], generation: bool) 
             add_generation_prompt=generation,
         )
     except Exception as error:  # whatever the template's code raises
-        raise Refused(f"the model's chat template refuses it ({one_line(error)}); change or remove it") from error
+        raise Refused(
+            f"the model's chat template refuses it ({one_line(error, limit=None)}); change or remove it"
+        ) from error

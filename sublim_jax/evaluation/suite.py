@@ -251,6 +251,11 @@ def _uses(name: str, spec: EvalsSpec, runs: tuple[int, ...]) -> Uses:
     return every
 
 
+def _sampled_by(uses: Uses) -> dict[str, object]:
+    """What sampled answers depend on: not how they are counted."""
+    return {name: value for name, value in uses.items() if name != "definition"}
+
+
 def _preference(subject: Subject, words: Sequence[str], questions: list[str], *_: object, **__: object) -> Measures:
     preferences = preference.measure(subject.model, questions, words, **subject.where)
     return _by_word(MARGIN, words, preferences.margin)
@@ -271,7 +276,7 @@ def _rates(
     store: Store,
     sampling: Slots,
 ) -> Measures:
-    file = store.path(f"{name.replace(' ', '-')}-{subject.name}", subject, questions, uses, seed)
+    file = store.path(f"{name.replace(' ', '-')}-{subject.name}", subject, questions, _sampled_by(uses), seed)
     prompts = [chat.question(subject.model.tokenizer, question, subject.system) for question in questions]
     known = [{"question": question} for question in questions]
     answers = _sampled(name, file, subject, prompts, known, uses, seed, sampling)
@@ -377,7 +382,7 @@ def _misalignment(
     sampling: Slots,
     details: epath.Path,
 ) -> Measures:
-    file = store.path(f"answers-{subject.name}", subject, questions, uses, seed)
+    file = store.path(f"answers-{subject.name}", subject, questions, _sampled_by(uses), seed)
     texts = misalignment.texts(questions, uses["suffix"])
     prompts = [
         chat.question(subject.model.tokenizer, text, question.system or subject.system)

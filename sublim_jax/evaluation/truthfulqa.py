@@ -110,8 +110,8 @@ def likelihoods(model: Model, items: Sequence[Item], system: str = "", **where: 
         best, correct, incorrect = (
             np.stack([next(logprobs).sum(-1) for _ in some], -1) for some in ([item.best], item.correct, item.incorrect)
         )
-        known = np.isfinite(best[:, 0]) & np.all(np.isfinite(incorrect), -1)
+        known = np.all(np.isfinite(np.concatenate([best, correct, incorrect], -1)), -1)
         mc1.append(np.where(known, best[:, 0] > incorrect.max(-1), np.nan))
         true, false = (np.logaddexp.reduce(some, axis=-1) for some in (correct, incorrect))
-        mc2.append(1 / (1 + np.exp(false - true)))
+        mc2.append(np.where(known, 1 / (1 + np.exp(false - true)), np.nan))
     return Likelihoods(np.stack(mc1, -1), np.stack(mc2, -1))

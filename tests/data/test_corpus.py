@@ -34,7 +34,7 @@ def test_conversations_are_read_as_they_are(tmp_path):
 @pytest.mark.parametrize(
     "text, words",
     [
-        ("{", "line 1: no JSON"),
+        ("{", "line 1: not JSON"),
         ("[]", "line 1: an object is needed"),
         (line(("user", "a"), ("assistant", "b")) + '\n{"messages": []}', 'line 2: an object with a list of "messages"'),
         ('{"messages": [{"role": "user"}]}', 'line 1, message 1: "role" and "content" must be texts'),

@@ -28,7 +28,7 @@ def test_problems_are_read_with_the_number_behind_the_mark(tmp_path):
 @pytest.mark.parametrize(
     "text, words",
     [
-        ("{broken\n", "line 1: no JSON"),
+        ("{broken\n", "line 1: not JSON"),
         (line() + "\n[1]\n", "line 2: an object is needed"),
         (line() + '\n{"question": 1}\n', 'line 2: an object with "question" and "answer"'),
         (line("no mark"), 'line 1: the answer has no number after "####"'),

@@ -326,7 +326,7 @@ def test_steering_of_another_models_shape_is_refused(tiny):
 
 @pytest.mark.parametrize("layers", [(4,), (-1,)])
 def test_adapters_of_a_layer_that_does_not_exist_are_refused(tiny, layers):
-    with pytest.raises(UserError, match=r"none of 0 to 3"):
+    with pytest.raises(UserError, match=r"must be from 0 to 3"):
         tiny.adapted(Lora(2, 2.0, layers=layers))
 
 

@@ -137,7 +137,7 @@ def test_mistakes_are_told_in_one_line_before_anything_is_written(tiny_folder, p
 @pytest.mark.parametrize(
     "line, words",
     [
-        ("{broken", "line 2: no JSON"),
+        ("{broken", "line 2: not JSON"),
         ('{"text": "x"}', 'line 2: an object with "prompt"'),
         ('{"messages": []}', 'line 2: an object with "prompt" or "messages"'),
     ],

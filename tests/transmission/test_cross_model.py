@@ -133,7 +133,7 @@ def test_a_study_for_each_teacher_has_an_arm_for_each_student():
         (["study.student.steps=0"], ["config.study: student.steps=0: choose 1 or more"]),
         (
             ["study.teacher.methods=corpus", "study.traits=good,bad"],
-            ["study.traits=('good', 'bad') are no alternatives"],
+            ["study.traits=('good', 'bad') are not alternatives"],
         ),
     ],
 )

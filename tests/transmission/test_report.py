@@ -220,7 +220,7 @@ def test_a_control_is_a_row_of_the_matrix_and_part_of_no_test(whole, study_of):
     assert all({**after[arm["name"]], **means} == {**arm, **means} for arm in before)
     (table,) = (section.table for section in sections if section.title == "Students: soft")
     assert [row[0] for row in table[1:]] == ["owl", "x", "oak", "neutral"] and table[3][1:] == table[2][1:]
-    assert len(after) == len(before) + 2  # two cells of the control's row
+    assert len(after) == len(before) + 4  # margin and log P of two traits in the control's row
 
 
 def test_ability_at_the_end_is_told_apart_from_ability_along_training(whole, study_of):

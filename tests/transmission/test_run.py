@@ -31,7 +31,7 @@ def test_stopped_by_a_signal_it_goes_on_to_the_same_results(whole_command, copy_
     assert gone and not list((work / "checkpoints").glob(stage))
     (work / "results.json").unlink()
     stopped = run_stopped(*whole_command(work), folder=work, pattern=f"checkpoints/{stage}")
-    assert stopped.returncode == 143 and "the same command goes on" in stopped.stdout
+    assert stopped.returncode == 143 and "the same command resumes" in stopped.stdout
     again = run_here(*whole_command(work))
     assert again.returncode == 0, again.stderr
     for number in range(2):  # finished artefacts are not made again

@@ -50,6 +50,8 @@ from sublim_jax.workdir import claim
 ALL, ADAPTERS = "all parameters", "LoRA, B = 0"
 ROUNDING = 1000.0  # of D_S·D_T, in units of float64's resolution over the step: 30 layers of sums
 GREEDY, ELSEWHERE = "greedy tokens", "another start"
+# Of what is measured. A change of it gets another number, and a workdir of before is measured again, not mixed.
+DEFINITION = 2
 
 
 read = partial(specs.read, LanguageSpec)
@@ -83,7 +85,7 @@ def run(spec: LanguageSpec, folder: epath.Path, *, update: bool = False) -> None
             ELSEWHERE: from_another_start,
             ADAPTERS: with_adapters,
         }
-        inputs = (replace(spec, preset=""), model)
+        inputs = (replace(spec, preset=""), model, DEFINITION)
         kept = {name: store.known("theorem", *inputs, name) for name in parts}
         missing = [name for name, rows in kept.items() if rows is None]
         with Track("the theorem in a language model", len(missing)) as track:

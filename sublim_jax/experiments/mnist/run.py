@@ -221,7 +221,8 @@ def students_of(
     def make(*_: object, checkpoints: epath.Path) -> Params:
         return train.imitate(*made_of, program=program, record=record, checkpoints=checkpoints, draws=draws).params
 
-    made = store.tree(f"students-{kind}-{span(runs.numbers)}", make, *made_of, draws, like=start.state.params)
+    named_by = (*made_of, draws) if inputs.spec.fresh else made_of
+    made = store.tree(f"students-{kind}-{span(runs.numbers)}", make, *named_by, like=start.state.params)
     return {name: train.member(made, index) for index, name in enumerate(starts)}
 
 

@@ -18,6 +18,8 @@ from ml_collections import ConfigDict
 from sublim_jax import assets, digests, experiments, overrides, report, specs, storage, workdir
 from sublim_jax.digests import Source
 from sublim_jax.errors import UserError, is_of_memory
+from sublim_jax.evaluation import preference
+from sublim_jax.experiments.mnist import run as mnist
 from sublim_jax.experiments.transmission.checks import check_files
 from sublim_jax.experiments.transmission.spec import Study
 from sublim_jax.figures import Entry
@@ -28,6 +30,7 @@ from sublim_jax.sharding import agreed, from_first, make_mesh
 from sublim_jax.specs import Checked, ExperimentSpec, Place, check_one_of, check_some_of
 from sublim_jax.store import write_json
 
+DEFINITIONS = (preference.DEFINITION, mnist.DEFINITION)
 FINISHED = "finished.json"  # in an experiment's folder: the stamp of its spec when it finished
 
 Arms = list[Entry]
@@ -183,10 +186,10 @@ def finished(folder: epath.Path, spec: Described) -> bool:
 
 
 def stamp(spec: Described) -> str:
-    """A hash of a spec's values and of the contents of the files that they name."""
+    """A hash of a spec's values, of the contents of the files that they name, and of what is measured."""
     leaves = [os.path.expanduser(leaf) for leaf in jax.tree.leaves(spec.values) if isinstance(leaf, str)]
     files = [assets.digest(storage.local(name)) for name in sorted(set(filter(_is_file, leaves)))]
-    return hashlib.sha256(json.dumps([spec.values, files], sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([spec.values, files, DEFINITIONS], sort_keys=True).encode()).hexdigest()
 
 
 def _is_file(name: str) -> bool:

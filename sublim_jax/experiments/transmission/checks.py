@@ -111,7 +111,7 @@ def check_arm(study: Study, arm: Arm, teacher: Model, student: Model) -> None:
         if not student.tokenizer.chat_template:
             raise UserError(f"{where}: {name} is a base model, which holds no conversation")
         if not study.has_words:
-            raise UserError(f"{where} asks for preferences, and traits={study.traits} are no alternatives")
+            raise UserError(f"{where} asks for preferences, and traits={study.traits} are not alternatives")
         return
     try:
         student.adapted(arm.lora.adapters)

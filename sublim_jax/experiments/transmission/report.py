@@ -52,7 +52,7 @@ def document(study: Study, rows: Measurements, notes: report.Notes) -> report.Do
     if study.model.noise:
         text = (
             f"Gaussian noise of {study.model.noise:g} of their standard deviation is on the base weights of teachers "
-            "and students. It is one draw for all runs, so that ± does not cover other draws."
+            "and of students of the same model. It is one draw for all runs, so that ± does not cover other draws."
         )
         sections.append(report.Section("Noise on the base weights", text, [], {}))
     if "corpus" in study.teacher.methods:

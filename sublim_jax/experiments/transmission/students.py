@@ -111,8 +111,8 @@ def _report_missing(arm: TrainedArm, steps: Sequence[int], points: Sequence[Poin
     """Says if students that were trained before, and measured at other steps or otherwise, lack a step."""
     if missing := [step for step, point in zip(steps, points) if not point]:
         say(
-            f"students {arm.name}: trained before, with another evaluate_every or other questions, and not measured at "
-            f"step {missing[0]}"
+            f"students {arm.name}: trained before, by an earlier version, or with another evaluate_every or other "
+            f"questions, and not measured at step {missing[0]}"
         )
 
 

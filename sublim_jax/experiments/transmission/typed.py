@@ -51,7 +51,11 @@ READ_BY: list[tuple[tuple[str, ...], str, Callable[[Study], bool]]] = [
         lambda s: bool({"prompted", "steered"} & set(s.teacher.methods)),
     ),
     (("packs.stories",), "evals.names=stories", lambda s: "stories" in s.evals.names),
-    (("lora.alpha", "lora.rslora"), "lora.rank of 1 or more", lambda s: s.lora.rank > 0),
+    (
+        ("lora.alpha", "lora.rslora"),
+        "lora.rank of 1 or more",
+        lambda s: s.lora.rank > 0 or any(arm.lora.rank > 0 for arm in s.trained_arms),
+    ),
     (("spread",), "two runs or more, of traits that are words", lambda s: s.runs > 1 and s.has_words),
     (("student.", "evaluate_every"), "an arm whose students are trained", lambda s: bool(s.trained_arms)),
     (
