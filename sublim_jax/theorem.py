@@ -270,10 +270,13 @@ def no_guarantee(objective: Objective, logits: Logits) -> str:
     def loss(z: Array, y: Array) -> Array:
         return objective(z[None], y[None])[0]
 
+    @jax.jit
+    def derivatives(rows: Array, away: Array) -> tuple[Array, Array, Array]:
+        usual = jax.vmap(jax.grad(loss))(away, rows)
+        return jax.vmap(jax.grad(loss))(rows, rows), usual, _hessians(loss, *_most_moved(rows, usual), rows)
+
     away = rows + jax.random.normal(jax.random.key(0), rows.shape, rows.dtype)
-    gradient = jax.vmap(jax.grad(loss))(rows, rows)
-    usual = jax.vmap(jax.grad(loss))(away, rows)
-    curvature = _hessians(loss, *_most_moved(rows, usual), rows)
+    gradient, usual, curvature = derivatives(rows, away)
     if not all(bool(jnp.all(jnp.isfinite(array))) for array in (gradient, curvature, usual)):
         return "no guarantee: its derivatives at agreement are not finite"
     zero = float(resolution * jnp.max(jnp.abs(usual)))

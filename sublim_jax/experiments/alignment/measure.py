@@ -85,7 +85,7 @@ def measure(
     except ValueError as error:
         raise UserError(f"{error}; choose another --config.seed or a smaller --config.steps.max") from error
     rows = from_array(moved, "step", arm=arm, measure=MOVED) + from_array(epsilons, "step", arm=arm, measure=EPSILON)
-    rows.append(Measurement(arm, LOSS, float(setting.teacher_loss(setting.params))))
+    rows.append(Measurement(arm, LOSS, float(jax.jit(setting.teacher_loss)(setting.params))))
     axes = {"subject": names, "step": range(len(moved))}
     for what, values in by_measure.items():
         rows += from_array(values, axes if values.ndim == 2 else {"subject": names}, arm=arm, measure=what)
@@ -98,7 +98,7 @@ def controls_of(spec: AlignmentSpec, base: Setting) -> tuple[list[Note], list[Ca
     Returns notes (for each control its name, why the theorem does not cover it, "" if it does, and the expected
     scaling) and functions that return measurements.
     """
-    logits, v = theorem.tangent(base.apply, base.params, base.direction, base.inputs)
+    logits, v = jax.jit(partial(theorem.tangent, base.apply))(base.params, base.direction, base.inputs)
     notes: list[Note] = []
     makes: list[Callable[[], list[Measurement]]] = []
     kl = {"kl": partial(objectives.kl, support=base.support)}
@@ -214,9 +214,13 @@ def measure_labels(spec: AlignmentSpec, base: Setting) -> list[Measurement]:
 def measure_optimizers(base: Setting) -> list[Measurement]:
     """cos(update, D_T) of the gradient, its sign, and Adam's first step, for a small step of the teacher."""
     kl = partial(objectives.kl, support=base.support)
-    targets = base.apply(theorem.shifted(base.params, base.direction, 1e-3), base.inputs)
-    update = theorem.student_update(base.apply, kl, base.params, base.inputs, targets)
-    adam = optax.adam(1.0)
+
+    @jax.jit
+    def updated(params: Params, direction: Params, inputs: theorem.Inputs) -> Params:
+        targets = base.apply(theorem.shifted(params, direction, 1e-3), inputs)
+        return theorem.student_update(base.apply, kl, params, inputs, targets)
+
+    update, adam = updated(base.params, base.direction, base.inputs), optax.adam(1.0)
     step, _ = adam.update(jax.tree.map(jnp.negative, update), adam.init(base.params))
     updates = {"gradient": update, "sign of the gradient": jax.tree.map(jnp.sign, update), "Adam's first step": step}
     return [

@@ -1,10 +1,9 @@
 """Runs the check of the theorem."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
-from itertools import count
 
 import jax
 from etils import epath
@@ -30,37 +29,53 @@ def run(spec: AlignmentSpec, folder: epath.Path, *, update: bool = False) -> Non
     make_mesh(spec.mesh.sizes)  # only to check the mesh: each process computes on its first device
     data = mnist.load(assets.fetch(assets.MNIST, spec.data.path))
     store = claim(folder, spec.values, update=update)
-    with _exactly():
-        settings = make_settings(spec.seed, spec.examples, data, spec.support_mask())
-        controls, of_controls = measure.controls_of(spec, settings[0])
-    parts: list[Part] = [
-        partial(measure.measure_signs, spec, data),  # the longest
-        *(partial(_of_setting, spec, setting) for setting in settings),
-        *of_controls,
-        partial(measure.measure_single, spec, settings[0]),
-        partial(measure.measure_labels, spec, settings[0]),
-        partial(measure.measure_optimizers, settings[0]),
-    ]
-    finished = count(1)
-    with Track("parts of the check", len(parts)) as track, ThreadPoolExecutor(2) as pool:
+    several = jax.process_count() > 1
+    begun: list[Part] = []
+    # Compiling a part, and computing it on a CPU, keep one core busy.
+    with ThreadPoolExecutor(2) as pool:
 
-        def measured(part: Part) -> list[Measurement]:
-            with _exactly():  # of this thread
-                rows = part()
-            track.update(next(finished))
-            return rows
+        def begin(*parts: Part) -> None:
+            begun.extend([partial(_exact, part) if several else pool.submit(_exact, part).result for part in parts])
 
-        # Compiling a part, and computing it on a CPU, keep one core busy.
-        several = jax.process_count() > 1
-        by_part = shared_out([partial(measured, part) for part in parts]) if several else pool.map(measured, parts)
-        rows = [Measurement(*row) for part in by_part for row in part]
-        track.update(len(parts))
+        begin(partial(measure.measure_signs, spec, data))
+        with _exactly():
+            settings = make_settings(spec.seed, spec.examples, data, spec.support_mask())
+            begin(*(partial(_of_setting, spec, setting) for setting in settings))
+            controls, of_controls = measure.controls_of(spec, settings[0])
+        begin(
+            *of_controls,
+            partial(measure.measure_single, spec, settings[0]),
+            partial(measure.measure_labels, spec, settings[0]),
+            partial(measure.measure_optimizers, settings[0]),
+        )
+        by_part = shared_out(begun) if several else _results(begun, pool)
+    rows = [Measurement(*row) for part in by_part for row in part]
     notes = {"settings": [setting.about._asdict() for setting in settings], "controls": controls}
     report.finish(store.folder, spec, rows, document, notes=notes)
 
 
 def _of_setting(spec: AlignmentSpec, setting: Setting) -> list[Measurement]:
     return measure.measure(setting.about.name, setting, qualifying(setting.support), spec)
+
+
+def _results(begun: Sequence[Part], pool: ThreadPoolExecutor) -> list[list[Measurement]]:
+    """What the parts measure, in order; where one fails or Ctrl-C is pressed, those that wait are not begun."""
+    try:
+        with Track("parts of the check", len(begun)) as track:
+            results = []
+            for number, part in enumerate(begun, 1):
+                results.append(part())
+                track.update(number)
+            return results
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+
+
+def _exact(part: Part) -> list[Measurement]:
+    """A part with the settings of `_exactly`, which are a thread's own."""
+    with _exactly():
+        return part()
 
 
 @contextmanager

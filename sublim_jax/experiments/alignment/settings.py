@@ -200,7 +200,7 @@ def double(tree: Tree) -> Tree:
 
 def descent(loss: Loss, params: Params) -> Params:
     """D_T = -∇L_T(θ⁰)."""
-    return jax.tree.map(jnp.negative, jax.jit(jax.grad(loss))(params))
+    return jax.jit(lambda params: jax.tree.map(jnp.negative, jax.grad(loss)(params)))(params)
 
 
 def mean(total: objectives.Total) -> Array:
